@@ -1,0 +1,51 @@
+"""depthpass: a compiler pass for transformer depth.
+
+Rewire any stock Hugging Face decoder over layers and tokens, read how deep it now is, train it, generate from it.
+"""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Public name -> module that defines it. Everything is imported on first use, so that `import depthpass` stays quick.
+_PUBLIC = {
+    "transform": "depthpass.hf.transform",
+    "restore": "depthpass.hf.transform",
+    "new_parameters": "depthpass.hf.transform",
+    "from_pretrained": "depthpass.hf.save",
+    "DepthCache": "depthpass.hf.cache",
+    "DepthModel": "depthpass.hf.model",
+    "report": "depthpass.report",
+    "Program": "depthpass.ir",
+    "parse_program": "depthpass.ir",
+    "load_spec": "depthpass.spec",
+    "dump_spec": "depthpass.spec",
+    "attach": "depthpass.hf.attach",
+    **dict.fromkeys(
+        ("DepthpassError", "SpecError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError", "InputError",
+         "CacheError", "LoweringError"),
+        "depthpass.errors",
+    ),
+}
+_PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels"}
+
+
+def __getattr__(name: str):
+    if name in _PACKAGES:
+        return importlib.import_module(_PACKAGES[name])
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    if not name.startswith("_"):
+        from depthpass.passes.registry import BUILTIN
+
+        for target in BUILTIN.values():
+            module, _, cls = target.partition(":")
+            if cls == name:
+                return getattr(importlib.import_module(module), cls)
+    raise AttributeError(f"module 'depthpass' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC, *_PACKAGES})

@@ -1,0 +1,1 @@
+"""Analyses of programs: dependences, depth, cost."""

@@ -1,0 +1,263 @@
+"""What a stock model costs, part by part: its blocks, what stands before them, the final norm and the head.
+
+Blocks that are alike (same modules, same sizes, same entries in every per-layer list of the config) are traced once: the
+model is shortened to one block of each kind, captured, and each block gets the count of its kind. The numbers equal those
+of the full model; a 32-block config takes as long as one with as many blocks as there are kinds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import sympy as sp
+import torch
+from torch import nn
+
+from depthpass.analysis.cost.flops import Count, Experts, count
+from depthpass.analysis.cost.symbols import AttentionSite, B, n
+from depthpass.errors import UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights that one run of a part reads.
+
+    Attributes:
+        dense: elements that every run reads, norms and biases included.
+        expert: elements of all experts together; a run reads those that some token is routed to.
+        experts, chosen: number of experts, and how many each token takes.
+    """
+
+    dense: int
+    expert: int = 0
+    experts: int = 0
+    chosen: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.dense + self.expert
+
+    def read(self, rows: float) -> float:
+        """Elements read by a run of so many tokens; experts as expected when every token chooses uniformly."""
+        if not self.expert:
+            return self.dense
+        return self.dense + self.expert * (1 - (1 - self.chosen / self.experts) ** rows)
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """One part of a stock model.
+
+    Attributes:
+        name: ``embed``, ``block 3``, ``norm`` or ``head``.
+        count: FLOPs and activation bytes, symbolic in B and n.
+        weights: what a run of it reads.
+        kind: blocks with the same kind are alike.
+    """
+
+    name: str
+    count: Count
+    weights: Weights
+    kind: int = 0
+
+    @cached_property
+    def kv_width(self) -> int:
+        """Elements that one token adds to the KV slot of a visit."""
+        return sum(s.kv_width for s in self.count.sites)
+
+    @cached_property
+    def gemm_flops_per_token(self) -> sp.Expr:
+        """FLOPs of the matrix multiplies outside attention per token; free of B and n."""
+        return sp.cancel(sum(self.count.gemm_flops.values(), sp.Integer(0)) / (B * n))
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """What a stock model costs, symbolic in B and n.
+
+    Attributes:
+        model: class name.
+        width, vocabulary: of the hidden stream and of the logits.
+        dtype: of the weights; bytes are counted in it.
+        embed, norm, head: the parts around the blocks.
+        blocks: one entry per physical block.
+        parameters: elements of all distinct parameters; tied ones count once.
+    """
+
+    model: str
+    width: int
+    vocabulary: int
+    dtype: torch.dtype
+    embed: PartCost
+    blocks: tuple[PartCost, ...]
+    norm: PartCost
+    head: PartCost
+    parameters: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per weight."""
+        return self.dtype.itemsize
+
+    @property
+    def parts(self) -> tuple[PartCost, ...]:
+        return (self.embed, *self.blocks, self.norm, self.head)
+
+    @property
+    def uncounted(self) -> tuple[str, ...]:
+        """Ops that are not understood and count nothing."""
+        return tuple(dict.fromkeys(u for p in self.parts for u in p.count.uncounted))
+
+
+def model_cost(model: nn.Module) -> ModelCost:
+    """Cost of a stock model, on the meta device or with weights; nothing runs and the model is left untouched.
+
+    Args:
+        model: a stock transformers decoder.
+
+    Raises:
+        UnsupportedModelError: the model cannot be captured; says what stands in the way.
+    """
+    from depthpass.capture import capture
+    from depthpass.capture.export import find_layers, sharing_copy
+
+    layers = find_layers(model)
+    kinds = block_kinds(model, layers)
+    first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
+    chosen = sorted(first.values())
+    short = shortened(_on_meta(sharing_copy(model)), layers, chosen)
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        captured = capture(short, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"use_cache": False})
+    full = model.get_submodule(layers)
+    counted = {
+        kinds[i]: _count_block(captured.blocks[at], full[i], captured.width) for at, i in enumerate(chosen)
+    }
+    blocks = tuple(
+        PartCost(f"block {i}", counted[kind], _weights(full[i], counted[kind]), kind) for i, kind in enumerate(kinds)
+    )
+    embeddings = model.get_input_embeddings().weight.shape
+    tensors = {**dict(short.named_parameters()), **dict(short.named_buffers())}
+    around = {
+        part: _count_part(part, getattr(captured, name), tensors, captured.width)
+        for part, name in (("embed", "prologue"), ("norm", "norm"), ("head", "head"))
+    }
+    head = around["head"].count.gemm_flops.get("head", sp.Integer(0))
+    return ModelCost(
+        type(model).__name__, captured.width, int(head / (2 * B * n * captured.width)) or int(embeddings[0]),
+        next(model.parameters()).dtype, around["embed"], blocks, around["norm"], around["head"],
+        sum({id(p): p.numel() for p in model.parameters()}.values()),
+    )
+
+
+def _on_meta(model: nn.Module) -> nn.Module:
+    """A private copy as meta tensors: capture needs shapes only."""
+    return model.to("meta")
+
+
+def block_kinds(model: nn.Module, layers: str) -> tuple[int, ...]:
+    """A number per block; equal numbers for blocks that compute the same function of their weights.
+
+    Two blocks are alike when their module trees have the same classes, the same plain attributes (``layer_idx`` aside)
+    and parameters of the same shapes, and when every per-layer list of the config agrees on them.
+    """
+    blocks = list(model.get_submodule(layers))
+    lists = [values for values in _per_layer_lists(model, len(blocks)).values()]
+    seen: dict[object, int] = {}
+    found = []
+    for i, block in enumerate(blocks):
+        key = (*_signature(block), tuple(repr(values[i]) for values in lists))
+        found.append(seen.setdefault(key, len(seen)))
+    return tuple(found)
+
+
+def _signature(block: nn.Module) -> tuple:
+    rows = []
+    for name, module in block.named_modules():
+        plain = tuple(sorted(
+            (k, repr(v)) for k, v in vars(module).items()
+            if k not in ("layer_idx", "training") and isinstance(v, int | float | str | bool | tuple | None)
+        ))
+        shapes = tuple((k, tuple(p.shape), str(p.dtype)) for k, p in module.named_parameters(recurse=False))
+        rows.append((name, type(module).__qualname__, plain, shapes))
+    return tuple(rows)
+
+
+def _per_layer_lists(model: nn.Module, blocks: int) -> dict[str, Sequence]:
+    config = model.config.get_text_config(decoder=True)
+    return {k: v for k, v in vars(config).items() if isinstance(v, list | tuple) and len(v) == blocks}
+
+
+def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
+    """Keep some blocks of a private copy: the list of blocks, the number of blocks and every per-layer list."""
+    blocks = model.get_submodule(layers)
+    total = len(blocks)
+    kept = nn.ModuleList([blocks[i] for i in keep])
+    lists = {k: [v[i] for i in keep] for k, v in _per_layer_lists(model, total).items()}
+    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
+    for config in list(configs.values()):
+        text = config.get_text_config(decoder=True)
+        if text.num_hidden_layers != total:
+            continue
+        text.num_hidden_layers = len(keep)
+        for name, values in lists.items():
+            setattr(text, name, values)
+    parent, _, name = layers.rpartition(".")
+    setattr(model.get_submodule(parent), name, kept)
+    for i, block in enumerate(kept):
+        for module in block.modules():
+            if hasattr(module, "layer_idx"):
+                module.layer_idx = i
+    return model
+
+
+def _count_block(block, module: nn.Module, width: int) -> Count:
+    template = block.template
+    shapes: dict[str, Sequence[object]] = {"hidden": (B, n, width)}
+    named = {**dict(module.named_parameters()), **dict(module.named_buffers()), **block.constants}
+    for name in template.params:
+        if name in named:
+            shapes["p_" + name.replace(".", "_")] = tuple(named[name].shape)
+    sites = [
+        AttentionSite(s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window, s.chunk) for s in template.sites
+    ]
+    return count(template.graph, inputs=shapes, sites=sites, experts=expert_sizes(module))
+
+
+def expert_sizes(module: nn.Module) -> dict[str, Experts]:
+    """Expert layers below a module: those that hold their matrices stacked, ``[experts, in, out]``."""
+    found = {}
+    for path, inner in module.named_modules():
+        stacked = [p for p in inner.parameters(recurse=False) if p.dim() == 3]
+        if stacked:
+            experts = stacked[0].shape[0]
+            found[path] = Experts(sum(p.numel() for p in stacked) // experts, experts)
+    return found
+
+
+def _weights(module: nn.Module, counted: Count) -> Weights:
+    total = sum(p.numel() for p in module.parameters())
+    stacked = expert_sizes(module)
+    if not stacked or not counted.expert_calls:  # none, or traced through: then every expert runs on every token
+        return Weights(total)
+    expert = sum(e.weights * e.experts for e in stacked.values())
+    return Weights(total - expert, expert, next(iter(stacked.values())).experts, max(counted.expert_calls))
+
+
+def _count_part(part: str, captured, tensors: Mapping[str, torch.Tensor], width: int) -> PartCost:
+    shapes: dict[str, Sequence[object]] = {"hidden": (B, n, width)}
+    named = {**tensors, **captured.constants}
+    for name in captured.params:
+        if name not in named:
+            raise UnsupportedModelError(f"cost: the {part} reads {name!r}, expected a parameter or buffer of the model.")
+        shapes["p_" + name.replace(".", "_")] = tuple(named[name].shape)
+    for name in captured.inputs:
+        shapes["in_" + name] = (B, n)
+    found = count(captured.graph, part=part, inputs=shapes, experts={})
+    return PartCost(part, found, Weights(sum(named[p].numel() for p in captured.params if _is_weight(named[p]))))
+
+
+def _is_weight(tensor: torch.Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter)

@@ -1,0 +1,115 @@
+"""Cost of the ops that passes add: learned maps, sums, gates, per-visit parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import sympy as sp
+
+from depthpass.analysis.cost.model import ModelCost
+from depthpass.analysis.cost.symbols import B
+from depthpass.analysis.cost.visits import Tokens
+from depthpass.ir.program import Op, Program
+from depthpass.ir.verify import Type, parameters
+
+_ELEMENTWISE = {"weigh": 1, "scale": 1, "mul": 1, "act": 1, "rms": 5, "select": 2}
+
+
+@dataclass(frozen=True)
+class NewOps:
+    """What passes added to a program.
+
+    Attributes:
+        parameters: distinct new parameters.
+        parameters_visited: once per op that reads them.
+        by_op: FLOPs by value name, in B and n.
+        shares: share of a row's tokens that an op works on, by value name.
+        elements: weights an op reads, by value name.
+        elementwise_flops: sums, products, activations.
+        saved_elements: activation elements kept for backward.
+        trained: names of values computed from new parameters.
+        notes: what is not counted.
+    """
+
+    parameters: int = 0
+    parameters_visited: int = 0
+    by_op: Mapping[str, sp.Expr] = field(default_factory=dict)
+    tokens: Mapping[str, Tokens] = field(default_factory=dict)
+    elements: Mapping[str, int] = field(default_factory=dict)
+    elementwise_flops: sp.Expr = sp.Integer(0)
+    saved_elements: sp.Expr = sp.Integer(0)
+    trained: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def flops(self) -> sp.Expr:
+        """Forward, over all tokens."""
+        return sum(self.by_op.values(), sp.Integer(0))
+
+    def decode_flops(self, expected: bool) -> sp.Expr:
+        """One token per row, as expected over routes or on every route."""
+        return sum(
+            (e / self.tokens[k].total * (self.tokens[k].share if expected else 1) for k, e in self.by_op.items()),
+            sp.Integer(0),
+        )
+
+
+def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], tokens: Mapping[str, Tokens]) -> NewOps:
+    """Count everything in a program that the stock model does not have."""
+    by_op: dict[str, sp.Expr] = {}
+    elements: dict[str, int] = {}
+    elementwise = saved = sp.Integer(0)
+    distinct: dict[str, int] = {k: _numel(p.shape) for k, p in parameters(program, dict(types)).items()}
+    notes: list[str] = []
+    for o in program.ops:
+        if not o.name or types[o.name].is_route:
+            continue
+        rows, width = B * tokens[o.name].total, types[o.name].width
+        if o.kind == "linear":
+            inner = sum(types[a].width for a in o.args)
+            by_op[o.name] = 2 * rows * inner * width
+            elements[o.name] = inner * width + (width if o["bias"] else 0)
+            saved += rows * inner
+        elif o.kind == "add":
+            elementwise += rows * width * (len(o.args) - 1)
+        elif o.kind in _ELEMENTWISE:
+            elementwise += rows * width * _ELEMENTWISE[o.kind]
+            saved += rows * width * (1 if o.kind in ("mul", "act", "rms", "weigh") else 0)
+            if o.kind == "weigh" or (o.kind == "rms" and o["name"]):
+                elements[o.name] = width
+        elif o.kind == "block":
+            for name, size, flops in _per_visit(o, model, notes):
+                distinct[name] = size
+                elements[o.name] = elements.get(o.name, 0) + size
+                by_op[o.name] = by_op.get(o.name, sp.Integer(0)) + rows * flops
+    return NewOps(
+        sum(distinct.values()), sum(elements.values()), {k: sp.expand(e) for k, e in by_op.items()},
+        {k: tokens[k] for k in by_op}, elements, sp.expand(elementwise), sp.expand(saved), tuple(elements),
+        tuple(dict.fromkeys(notes)),
+    )
+
+
+def _per_visit(o: Op, model: ModelCost, notes: list[str]) -> list[tuple[str, int, int]]:
+    """(name, elements, FLOPs per token) of the parameters a visit has of its own."""
+    part, found = model.blocks[o["index"]], []
+    if o["gate"] is not None:
+        # One sigmoid gate per head: from the query itself, or from a norm and a linear map of the block's input.
+        heads = sum(s.heads for s in part.count.sites)
+        if o["gate_input"] == "query":
+            size, flops = sum(s.heads * (s.key_dim + 1) for s in part.count.sites), sum(
+                2 * s.heads * s.key_dim for s in part.count.sites
+            )
+        else:
+            size, flops = heads * (model.width + 1) + model.width, 2 * heads * model.width
+        found.append((f"gate {o['gate']}", size, flops))
+    if o["lora"] is not None or o["modulate"] is not None:
+        notes.append("not counted: per-visit LoRA and modulation of visits")
+    return found
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for d in shape:
+        size *= d
+    return size

@@ -1,0 +1,87 @@
+"""Symbols of cost formulas, and how many query-key pairs an attention call works on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import sympy as sp
+
+B = sp.Symbol("B", integer=True, positive=True)
+"""Rows of the batch."""
+n = sp.Symbol("n", integer=True, positive=True)
+"""Tokens of a row."""
+g = sp.Symbol("g", integer=True, positive=True)
+"""Tokens of one chunk of the serial region (the group)."""
+
+Convention = Literal["visible", "dense"]
+CONVENTIONS: dict[str, str] = {
+    "visible": "attention counts the query-key pairs that the causal mask, the window and the chunk let through",
+    "dense": "attention counts queries times keys, masked pairs included, as torch.utils.flop_counter does",
+}
+
+
+@dataclass(frozen=True)
+class AttentionSite:
+    """One attention call of a block, as far as cost goes.
+
+    Attributes:
+        heads, kv_heads: query heads and key-value heads.
+        key_dim, value_dim: width of a key and of a value per head.
+        window: a query sees its own and the ``window - 1`` keys before it; None = all.
+        chunk: a query sees the keys of its own chunk of so many tokens; None = all.
+    """
+
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int | None = None
+    chunk: int | None = None
+
+    @property
+    def flops_per_pair(self) -> int:
+        """Two matmuls, a multiply and an add each: 2*H*(Dk + Dv) per query-key pair of positions."""
+        return 2 * self.heads * (self.key_dim + self.value_dim)
+
+    @property
+    def kv_width(self) -> int:
+        """Elements a token adds to a KV slot."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+    def slot_tokens(self, tokens: sp.Expr) -> sp.Expr:
+        """Tokens a KV slot must hold after ``tokens`` tokens: all, or what a later query can still see."""
+        bounds = [b for b in (self.window, self.chunk) if b is not None]
+        return sp.Min(tokens, *bounds) if bounds else tokens
+
+    def pairs(self, queries: sp.Expr, keys: sp.Expr, convention: Convention) -> sp.Expr:
+        """Query-key pairs of one row.
+
+        ``queries`` and ``keys`` are counts over the same row. With fewer queries than keys (routed tokens that read
+        everybody's keys) the queries are taken to lie uniformly over the row, so that each sees the average number.
+        """
+        if convention == "dense":
+            return queries * keys
+        return sp.expand(queries * self._triangle(keys) / keys)
+
+    def _triangle(self, tokens: sp.Expr) -> sp.Expr:
+        """Visible pairs when every one of ``tokens`` tokens queries."""
+        if self.chunk is not None:
+            full, rest = sp.floor(tokens / self.chunk), sp.Mod(tokens, self.chunk)
+            return full * sp.Rational(self.chunk * (self.chunk + 1), 2) + rest * (rest + 1) / 2
+        reach = tokens if self.window is None else sp.Min(tokens, self.window)
+        return reach * (reach + 1) / 2 + (tokens - reach) * reach
+
+    def decode_pairs(self, keys: sp.Expr) -> sp.Expr:
+        """Keys that one new query at the end of ``keys`` tokens (itself included) reads."""
+        if self.chunk is not None:
+            return sp.Mod(keys - 1, self.chunk) + 1
+        return keys if self.window is None else sp.Min(keys, self.window)
+
+
+def expression(value: object, names: dict[sp.Symbol, sp.Expr]) -> sp.Expr:
+    """A tensor size as a sympy expression, with the trace's symbols renamed."""
+    node = getattr(value, "node", None)
+    if node is None:
+        return sp.Integer(int(value))  # type: ignore[call-overload]
+    return node.expr.xreplace(names)

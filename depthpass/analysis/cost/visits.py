@@ -1,0 +1,194 @@
+"""Visits of a program with what each works on: its tokens, the keys it reads, the part of the model it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import sympy as sp
+
+from depthpass.analysis.cost.model import ModelCost, PartCost
+from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, n
+from depthpass.analysis.dependence import dependences
+from depthpass.errors import SpecError, did_you_mean
+from depthpass.ir.program import Op, Program, reads_slots, writes_slot
+from depthpass.ir.verify import Type
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """How many tokens of a row a stream holds.
+
+    Attributes:
+        total: in n; pads included.
+        share: expected share of the tokens, for one token at a time; 1 for a stream over all tokens.
+    """
+
+    total: sp.Expr
+    share: sp.Expr
+
+
+@dataclass(frozen=True)
+class Read:
+    """One attention read of a visit: a slot, its tokens, and the narrower window of a gated read."""
+
+    slot: int
+    keys: Tokens
+    window: int | None
+
+
+@dataclass(frozen=True)
+class VisitCost:
+    """One visit.
+
+    Attributes:
+        op: the ``block`` op.
+        part: the block it runs.
+        tokens: its queries.
+        reads: the slots it attends to.
+        writes: whether it computes keys and values of its own.
+    """
+
+    op: Op
+    part: PartCost
+    tokens: Tokens
+    reads: tuple[Read, ...]
+    writes: bool
+
+    def sites(self, read: Read) -> tuple[AttentionSite, ...]:
+        """The block's attention calls as this read runs them."""
+        if read.window is None:
+            return self.part.count.sites
+        return tuple(
+            AttentionSite(s.heads, s.kv_heads, s.key_dim, s.value_dim, min(s.window or read.window, read.window), s.chunk)
+            for s in self.part.count.sites
+        )
+
+    def gemm_flops(self) -> dict[str, sp.Expr]:
+        """Matrix multiplies outside attention, by class, in B and n; keys and values nobody reads are left out."""
+        found = dict(self.part.count.gemm_flops)
+        if not self.writes:
+            found["projection"] = found["projection"] - self.part.count.key_value_flops
+        return {c: e.xreplace({n: self.tokens.total}) for c, e in found.items()}
+
+    def attention_flops(self, convention: Convention) -> sp.Expr:
+        return sum(
+            (B * s.flops_per_pair * s.pairs(self.tokens.total, read.keys.total, convention)
+             for read in self.reads for s in self.sites(read)),
+            sp.Integer(0),
+        )
+
+    def decode_gemm_flops(self) -> dict[str, sp.Expr]:
+        """The same for one token per row that takes this visit."""
+        found = dict(self.part.count.gemm_flops)
+        if not self.writes:
+            found["projection"] = found["projection"] - self.part.count.key_value_flops
+        return {c: e.xreplace({n: sp.Integer(1)}) for c, e in found.items()}
+
+    def decode_attention_flops(self) -> sp.Expr:
+        """One query at the end of n tokens."""
+        return sum(
+            (B * s.flops_per_pair * s.decode_pairs(read.keys.total) for read in self.reads for s in self.sites(read)),
+            sp.Integer(0),
+        )
+
+    def decode_read_elements(self) -> sp.Expr:
+        """KV elements that one query at the end of n tokens reads."""
+        return sum(
+            (B * s.kv_width * s.decode_pairs(read.keys.total) for read in self.reads for s in self.sites(read)),
+            sp.Integer(0),
+        )
+
+    def slot_elements(self) -> sp.Expr:
+        """Elements of the slot this visit writes, after n tokens."""
+        own = next((r for r in self.reads if r.slot == self.op["slot"]), None)
+        if not self.writes or own is None:
+            return sp.Integer(0)
+        return sum((B * s.kv_width * s.slot_tokens(self.tokens.total) for s in self.sites(own)), sp.Integer(0))
+
+
+def stream_tokens(program: Program, types: Mapping[str, Type], capacities: Mapping[str, float]) -> dict[str, Tokens]:
+    """Tokens of every value. Routed streams hold the route's share; see :func:`route_share`."""
+    found = {}
+    for o in program.ops:
+        if not o.name:
+            continue
+        kind = types[o.name]
+        total = n + kind.pads
+        if kind.tokens is None:
+            found[o.name] = Tokens(total, sp.Integer(1))
+            continue
+        route = program.defs[kind.tokens]
+        share = route_share(route, capacities)
+        found[o.name] = Tokens(_routed(route, share, total), share)
+    return found
+
+
+def _routed(route: Op, share: sp.Expr, total: sp.Expr) -> sp.Expr:
+    if share == 1:
+        return total
+    if route["rule"] != "topk":
+        return share * total
+    rounded = sp.ceiling(share * total) if route["rounding"] == "ceil" else sp.floor(share * total)
+    return sp.Max(1, rounded)
+
+
+def route_share(route: Op, capacities: Mapping[str, float]) -> sp.Expr:
+    """Share of a row's tokens that a route takes.
+
+    ``topk`` says it; a threshold or a choice is data-dependent, so the share is what the caller expects, else the
+    capacity written on the route, else 1 (an upper bound).
+    """
+    given = capacities.get(route.name, route["capacity"])
+    return sp.Integer(1) if given is None else sp.Rational(str(given))
+
+
+def check_capacities(program: Program, capacities: Mapping[str, float]) -> None:
+    """Refuse shares for values that are no routes, or that are no shares."""
+    routes = [o.name for o in program.ops if o.kind == "route"]
+    for name, value in capacities.items():
+        if name not in routes:
+            raise SpecError(f"capacities: expected names of routes ({', '.join(routes) or 'the program has none'}), "
+                            f"got {name!r}.{did_you_mean(name, routes)}")
+        if not 0 <= value <= 1:
+            raise SpecError(f"capacities[{name!r}]: expected a share between 0 and 1, got {value!r}.")
+
+
+def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]) -> tuple[VisitCost, ...]:
+    """The visits in program order."""
+    writers = {writes_slot(o): o for o in program.visits}
+    found = []
+    for o in program.visits:
+        reads = tuple(
+            Read(s, tokens[writers[s].name], o["window"] if o["gate"] is not None and s == o["slot"] else None)
+            for s in reads_slots(o)
+        )
+        found.append(VisitCost(o, model.blocks[o["index"]], tokens[o.name], reads, writes_slot(o) is not None))
+    return tuple(found)
+
+
+def stacks(program: Program) -> tuple[tuple[str, ...], ...]:
+    """Visits that one token can run as rows of one call: the same block, and neither needs the other at this token.
+
+    This is what makes loops parallel at decode (cross-loop parallelism): the second loop of a token reads the first
+    loop of the *previous* token. Greedy, in program order; every visit is in exactly one stack.
+    """
+    graph = nx.DiGraph()
+    graph.add_nodes_from(o.name for o in program.ops if o.name)
+    graph.add_edges_from((d.source, d.target) for d in dependences(program) if d.distance == 0)
+    found: dict[str, list[str]] = {}
+    open_stacks: dict[int, list[str]] = {}
+    for o in program.visits:
+        home = None
+        for head in open_stacks.get(o["index"], []):
+            if not nx.has_path(graph, head, o.name) and not nx.has_path(graph, o.name, head):
+                home = head
+                break
+        if home is None:
+            open_stacks.setdefault(o["index"], []).append(o.name)
+            found[o.name] = [o.name]
+            continue
+        found[home].append(o.name)
+        graph = nx.contracted_nodes(graph, home, o.name, self_loops=False)
+    return tuple(tuple(v) for v in found.values())

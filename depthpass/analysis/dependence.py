@@ -1,0 +1,70 @@
+"""Dependences between the ops of a program, over tokens: what schedules, depth and cost are all derived from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import networkx as nx
+
+from depthpass.ir.program import Program, reads_slots, writes_slot
+
+
+@dataclass(frozen=True)
+class Dependence:
+    """``target`` at token i needs ``source`` at token ``i - distance``.
+
+    Attributes:
+        source, target: value names.
+        distance: in tokens, at least 0.
+        kind: ``flow`` (an argument, the same token), ``delay`` (an argument, ``distance`` tokens earlier),
+            ``attention`` (keys of a visit: this token and every earlier one, so distance 0 stands for 0, 1, 2, ...),
+            ``future`` (needs *later* tokens as well: sequence-level top-k routing).
+    """
+
+    source: str
+    target: str
+    distance: int
+    kind: str
+
+
+def dependences(program: Program) -> tuple[Dependence, ...]:
+    """All dependences of a program, in program order of their targets.
+
+    A visit's keys and values are computed from the *input* of the visit that writes the slot, so an attention
+    dependence starts at that input and never at the visit's result.
+    """
+    writers = {writes_slot(o): o for o in program.visits}
+    found = []
+    for o in program.ops:
+        if not o.name:
+            continue
+        for a in o.args:
+            distance = o["tokens"] if o.kind == "delay" else 0
+            found.append(Dependence(a, o.name, distance, "delay" if o.kind == "delay" else "flow"))
+        if o.kind == "block":
+            found += [Dependence(writers[s].args[0], o.name, 0, "attention") for s in reads_slots(o)]
+        if o.kind == "route" and o["rule"] == "topk":
+            found.append(Dependence(o.args[0], o.name, 0, "future"))
+    return tuple(found)
+
+
+def cycles(program: Program) -> tuple[frozenset[str], ...]:
+    """The delay cycles: strongly connected components (with at least one dependence inside), in program order."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(o.name for o in program.ops if o.name)
+    graph.add_edges_from((d.source, d.target) for d in dependences(program))
+    found = [
+        frozenset(c) for c in nx.strongly_connected_components(graph)
+        if len(c) > 1 or any(graph.has_edge(v, v) for v in c)
+    ]
+    return tuple(sorted(found, key=lambda c: min(program.index[v] for v in c)))
+
+
+def back_delays(program: Program, cycle: frozenset[str]) -> dict[str, int]:
+    """Delays of a cycle that read a value defined later: name to tokens. Their minimum bounds the chunk size."""
+    return {
+        o.name: o["tokens"]
+        for o in program.ops
+        if o.kind == "delay" and o.name in cycle and o.args[0] in cycle
+        and program.index[o.args[0]] > program.index[o.name]
+    }

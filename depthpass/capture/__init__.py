@@ -1,0 +1,31 @@
+"""Capture: from a stock model to FX graphs with named ports."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from depthpass.capture.model import Block, Capture, Part, Site, Template
+
+__all__ = ["Block", "Capture", "Part", "Site", "Template", "capture"]
+
+
+def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, object]) -> Capture:
+    """Capture one call signature of a stock model; the model itself is left untouched.
+
+    Args:
+        model: a transformers decoder.
+        tensors: example tensor inputs; shapes ``[batch, tokens, ...]`` become symbolic.
+        static: other keyword arguments, baked into the capture.
+
+    Raises:
+        UnsupportedModelError: the model contains something that cannot be treated soundly; says what and where.
+    """
+    from depthpass.capture.export import sharing_copy, trace
+    from depthpass.capture.outline import outline
+
+    private = sharing_copy(model)
+    for module in private.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    return outline(trace(private, tensors, static))

@@ -1,0 +1,35 @@
+"""Functions that appear in captured graphs in the place of capture-time ops. Each asks the running visit."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Visit(Protocol):
+    """What a captured graph may ask of the visit that runs it."""
+
+    def attend(self, site: int, q, k, v, sinks) -> torch.Tensor:
+        """Attention call number ``site``: q ``[B, H, C, D]``, k, v of the same tokens -> ``[B, C, H, Dv]``."""
+        ...
+
+    def submodule(self, path: str, *args: torch.Tensor) -> torch.Tensor:
+        """Call a stock submodule of the block (token-local by contract: mixture-of-experts layers)."""
+        ...
+
+    def columns(self, device: torch.device) -> torch.Tensor:
+        """Column of each token of this call in its row, ``[tokens]``."""
+        ...
+
+
+def attend(visit: Visit, site: int, q, k, v, sinks=None):
+    return visit.attend(site, q, k, v, sinks)
+
+
+def submodule(visit: Visit, path: str, *args):
+    return visit.submodule(path, *args)
+
+
+def columns(visit: Visit, device):
+    return visit.columns(device)

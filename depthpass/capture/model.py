@@ -1,0 +1,115 @@
+"""What a capture is: a stock model as prologue, block templates, final norm and head, with named ports."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention call of a block.
+
+    Attributes:
+        path: module path of the attention module inside its block, e.g. ``self_attn``.
+        scale, softcap, dropout: as the stock layer passes them; softcap None = none.
+        window: a query sees keys at most ``window - 1`` columns back; None = all.
+        chunk: attention stays inside chunks of this many columns, counted from the row's first real token.
+        sinks: whether the layer passes a sink logit per head.
+        heads, kv_heads, key_dim, value_dim: sizes of one call.
+    """
+
+    path: str
+    scale: float
+    softcap: float | None
+    dropout: float
+    window: int | None
+    chunk: int | None
+    sinks: bool
+    heads: int
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, eq=False)
+class Template:
+    """The graph of a block, shared by all blocks with equal graphs.
+
+    ``graph(visit, hidden, *sides, *params)`` returns the hidden stream. ``visit`` answers the calls of
+    :mod:`depthpass.capture.calls`; hidden is ``[batch, tokens, width]``.
+
+    Attributes:
+        sides: number of side inputs (rotary tables, ...).
+        params: names relative to the block, in the order of the graph's inputs.
+        sites: attention calls in the order of their index.
+    """
+
+    graph: fx.GraphModule
+    sides: int
+    params: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A physical block: a template, and what it is bound to.
+
+    Attributes:
+        sides: index of each side input among the prologue's outputs.
+        constants: values of parameters that are no module attributes (lifted constants), by name.
+    """
+
+    template: Template
+    sides: tuple[int, ...]
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Prologue, norm or head: ``graph(visit, *streams, *inputs, *params)``.
+
+    Attributes:
+        inputs: names of the call's own tensor arguments that it reads.
+        params: full parameter or buffer names, in the order of the graph's inputs.
+        extras: indices of the prologue outputs that it reads.
+        constants: lifted constants by name.
+    """
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    params: tuple[str, ...]
+    extras: tuple[int, ...] = ()
+    constants: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Capture:
+    """A captured stock model.
+
+    Attributes:
+        prologue: ``-> (hidden, *outputs)``; outputs are the side inputs of blocks and extras of the head.
+        side_axes: token axis of each prologue output; None = carries no token axis.
+        blocks: one entry per physical block.
+        norm: from the last block to the base model's ``last_hidden_state``.
+        head: the rest; returns the flat outputs of the model.
+        layers: module path of the list of blocks.
+        out_spec: tree of the outputs.
+    """
+
+    prologue: Part
+    side_axes: tuple[int | None, ...]
+    blocks: tuple[Block, ...]
+    norm: Part
+    head: Part
+    layers: str
+    width: int
+    out_spec: pytree.TreeSpec
+
+    @property
+    def templates(self) -> tuple[Template, ...]:
+        """The distinct templates in order of first use."""
+        return tuple(dict.fromkeys(b.template for b in self.blocks))

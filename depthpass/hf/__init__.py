@@ -1,0 +1,1 @@
+"""Hugging Face integration: same-class models, caches, saving and loading."""

@@ -1,0 +1,130 @@
+"""``DepthCache``: the state of a transformed model behind transformers' ``Cache`` interface."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+import torch
+from transformers.cache_utils import Cache
+
+from depthpass.errors import CacheError
+
+if TYPE_CHECKING:
+    from depthpass_lowering.state import State
+
+
+class DepthCache(Cache):
+    """KV slots and delay lines of one batch of rows, for one transformed model.
+
+    ``generate`` makes one by itself; make one by hand to score or decode step by step::
+
+        cache = dp.DepthCache(model)
+        out = model(input_ids=prompt, past_key_values=cache, use_cache=True)
+        out = model(input_ids=next_token, past_key_values=cache, use_cache=True)
+
+    Args:
+        model: the transformed model the cache is for. Another model, or the same model after ``restore``, refuses it.
+        record: keep whole delay lines instead of the last tokens only, so that :meth:`crop` works.
+    """
+
+    def __init__(self, model, record: bool = False):
+        super().__init__(layers=[])
+        from depthpass_lowering.state import State
+
+        if not hasattr(model, "depth_program"):
+            raise CacheError(f"DepthCache: expected a transformed model, got {type(model).__name__}.")
+        self._owner = weakref.ref(model)
+        self.state: State = State(record=record)
+
+    def __repr__(self) -> str:
+        kv, lines = self.state.nbytes()
+        return (
+            f"DepthCache(tokens={self.state.length}, slots={len(self.state.slots)}, "
+            f"delay_lines={len(self.state.lines)}, kv_bytes={kv}, delay_line_bytes={lines})"
+        )
+
+    def check_owner(self, model) -> None:
+        """Raise CacheError unless the cache was made for ``model``."""
+        if self._owner() is not model:
+            raise CacheError(
+                "past_key_values: this DepthCache belongs to another model. Make one with dp.DepthCache(model), "
+                "or let generate() make it."
+            )
+
+    # What transformers asks of a cache.
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.state.length
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self.state.length + query_length, 0
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.state.length
+
+    def __len__(self) -> int:
+        return len(self.state.slots)
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.state.length > 0
+
+    @property
+    def is_sliding(self) -> list[bool]:
+        return [False] * len(self.state.slots)
+
+    @property
+    def batch_size(self) -> int:
+        slots = self.state.slots
+        return next(iter(slots.values())).keys[0].shape[0] if slots else -1
+
+    @property
+    def max_batch_size(self) -> int:
+        return self.batch_size
+
+    def update(self, *args, **kwargs):
+        raise CacheError(
+            "DepthCache is written by the transformed model itself, one slot per visit; a stock attention layer cannot "
+            "use it."
+        )
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.state = type(self.state)(record=self.state.record)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row i becomes row ``beam_idx[i]`` (beam search)."""
+        self.state = self.state.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times in place."""
+        self.state = self.state.map(lambda t: t.repeat_interleave(repeats, 0))
+
+    def activate_past_recording(self) -> None:
+        """Keep whole delay lines from now on, so that tokens can be taken back."""
+        self.state.record = True
+
+    def crop(self, max_length: int) -> None:
+        """Drop the newest tokens: keep ``max_length`` of them, or drop ``-max_length`` when negative.
+
+        Raises:
+            CacheError: the delay lines no longer hold the tokens before the new end.
+        """
+        new = self.state.length + max_length if max_length < 0 else max_length
+        if new >= self.state.length:
+            return
+        if new < 0:
+            raise CacheError(f"crop: cannot drop {-max_length} of {self.state.length} tokens.")
+        from depthpass_lowering.state import crop
+
+        self.state = crop(self.state, new)

@@ -1,0 +1,207 @@
+"""Check and normalise the arguments of a call before any compute: each is honoured or refused by name."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from depthpass.errors import CacheError, InputError, did_you_mean
+from depthpass.hf.cache import DepthCache
+
+_IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "past_key_values", "attention_mask",
+            "position_ids"}
+_REFUSED_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_EMBEDS = ("input_ids", "inputs_embeds")
+_TOKEN_INPUTS = ("labels", "token_type_ids", "mm_token_type_ids")
+
+
+@dataclass(frozen=True)
+class Call:
+    """A normalised call.
+
+    Attributes:
+        tensors: tensor inputs of the captured model, new tokens only.
+        valid: validity of all columns, old and new, ``[batch, past + new]``; None = no padding anywhere.
+        past: columns seen before this call.
+        keep: ``logits_to_keep`` as an index of the token axis; None = all.
+    """
+
+    tensors: dict[str, Tensor]
+    valid: Tensor | None
+    past: int
+    cache: DepthCache | None
+    use_cache: bool
+    return_dict: bool
+    keep: slice | Tensor | None
+
+
+def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, object]) -> Call:
+    """Turn the arguments of ``forward`` into a :class:`Call`.
+
+    Args:
+        names: parameters of the stock forward.
+        arguments: what the caller gave, by name.
+
+    Raises:
+        InputError, CacheError: an argument cannot be honoured; the message names it.
+    """
+    given = {k: v for k, v in arguments.items() if v is not None}
+    config = model.config
+    for flag in _REFUSED_FLAGS:
+        if given.pop(flag, getattr(config, flag, False)):
+            raise InputError(f"{flag}: not available on a transformed model; only the hidden stream leaves a block.")
+    source = [n for n in _EMBEDS if n in given]
+    if len(source) != 1:
+        raise InputError(f"expected exactly one of input_ids and inputs_embeds, got {source or 'neither'}.")
+    tokens = given[source[0]]
+    want = 2 if source[0] == "input_ids" else 3
+    if tokens.dim() != want or tokens.shape[0] == 0 or tokens.shape[1] == 0:
+        raise InputError(
+            f"{source[0]}: expected a non-empty tensor of {want} dimensions [batch, tokens{', width' * (want - 2)}], "
+            f"got shape {tuple(tokens.shape)}."
+        )
+    batch, new, device = tokens.shape[0], tokens.shape[1], tokens.device
+    cache = given.get("past_key_values")
+    if cache is not None:
+        if not isinstance(cache, DepthCache):
+            raise CacheError(
+                f"past_key_values: expected a DepthCache made for this model, got {type(cache).__name__}. A transformed "
+                "model keeps one slot per visit and delay lines; use dp.DepthCache(model), or let generate() make it."
+            )
+        cache.check_owner(model)
+        if cache.state.length and cache.batch_size not in (-1, batch):
+            raise CacheError(f"past_key_values: holds {cache.batch_size} rows, the call has {batch}.")
+    past = cache.state.length if cache is not None else 0
+    valid = _validity(given.get("attention_mask"), batch, past, new, device, cache)
+    positions = _positions(model, given, valid, batch, past, new, device)
+    tensors: dict[str, Tensor] = {source[0]: tokens, "position_ids": positions}
+    tensors["attention_mask"] = (
+        torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
+    )
+    known = {*names, "num_items_in_batch", *_IGNORED}
+    for name, value in given.items():
+        if name in _IGNORED or name in tensors or name in _REFUSED_FLAGS or name == "past_key_values":
+            continue
+        if name not in known and value is not False:
+            raise InputError(f"{name}: a transformed {type(model).__name__} does not know this argument."
+                             f"{did_you_mean(name, known)}")
+        if name == "num_items_in_batch":
+            tensors[name] = torch.as_tensor(value, device=device)
+        elif name in _TOKEN_INPUTS and isinstance(value, Tensor):
+            tensors[name] = value
+        elif value is not False:
+            raise InputError(f"{name}: not supported on a transformed model.")
+    if "position_ids" not in names:
+        tensors.pop("position_ids")
+    use_cache = given.get("use_cache")
+    if use_cache is None:
+        use_cache = cache is not None or (bool(getattr(config, "use_cache", False)) and not model.training)
+    return_dict = given.get("return_dict", getattr(config, "return_dict", True))
+    keep = _logits_to_keep(names, given)
+    if keep is not None and "labels" in tensors:
+        raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
+    return Call(tensors, valid, past, cache, bool(use_cache), bool(return_dict), keep)
+
+
+def _logits_to_keep(names: tuple[str, ...], given: dict[str, object]) -> slice | Tensor | None:
+    value = given.get("logits_to_keep", 0)
+    if isinstance(value, int) and value == 0:
+        return None
+    if "logits_to_keep" not in names:
+        raise InputError("logits_to_keep: the stock model does not have this argument.")
+    if isinstance(value, int):
+        if value < 0:
+            raise InputError(f"logits_to_keep: expected at least 0, got {value}.")
+        return slice(-value, None)
+    return value
+
+
+def _validity(
+    mask: object, batch: int, past: int, new: int, device: torch.device, cache: DepthCache | None
+) -> Tensor | None:
+    """Validity of all columns, or None when nothing is padding."""
+    before = cache.state.valid if cache is not None else None
+    if mask is None:
+        if before is None:
+            return None
+        return torch.cat((before, torch.ones(batch, new, dtype=torch.bool, device=device)), 1)
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise InputError(
+            f"attention_mask: expected a 2-D mask [batch, tokens] of 0 and 1, got {shape}. Dense and block masks are "
+            "not supported: depthpass makes masks from positions, validity and window."
+        )
+    if tuple(mask.shape) != (batch, past + new):
+        raise InputError(f"attention_mask: expected shape {(batch, past + new)} (cached and new tokens), "
+                         f"got {tuple(mask.shape)}.")
+    valid = mask.to(device=device, dtype=torch.bool)
+    if past:
+        old = valid[:, :past]
+        if not (bool(old.all()) if before is None else torch.equal(old, before)):
+            raise InputError("attention_mask: its part about cached tokens differs from the mask they were cached with.")
+    if bool(valid.all()):
+        return None
+    if cache is None:  # with a cache, the row's real tokens may still come
+        check_rows(valid)
+    return valid
+
+
+def check_rows(valid: Tensor) -> None:
+    """Raise InputError when a row of a validity mask has no real token."""
+    if empty := (~valid.bool().any(-1)).nonzero().flatten().tolist():
+        raise InputError(f"attention_mask: row {empty[0]} is padding only; every row needs at least one real token.")
+
+
+def _positions(model, given, valid, batch: int, past: int, new: int, device: torch.device) -> Tensor:
+    value = given.get("position_ids")
+    if value is None:
+        if model.config.model_type == "opt" and valid is not None:
+            # OPT counts real tokens (its own embedding does so from the mask); all others count columns.
+            return (valid.long().cumsum(-1) * valid - 1)[:, past:]
+        _check_table(model, past + new - 1, None)
+        return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
+    if value.dim() == 1:
+        value = value[None]
+    if value.dim() != 2 or value.shape[1] != new or value.shape[0] not in (1, batch):
+        raise InputError(f"position_ids: expected shape {(batch, new)} (new tokens only), got {tuple(value.shape)}.")
+    if given.get("attention_mask") is None and past == 0 and new > 1 and bool((value.diff(dim=-1) != 1).any()):
+        raise InputError(
+            "position_ids: restart inside a row (packed sequences) without an attention_mask; packed rows are not "
+            "supported. Put one sequence in each row."
+        )
+    _check_table(model, None, value)
+    return value.to(device).expand(batch, -1).contiguous()
+
+
+def _check_table(model, last: int | None, positions: Tensor | None) -> None:
+    size = model._depth.position_table
+    if size is None:
+        return
+    last = int(positions.max()) if positions is not None else last
+    if last >= size:
+        raise InputError(f"the sequence reaches position {last}, but the model's position table has {size} entries.")
+
+
+def position_table(model: nn.Module) -> int | None:
+    """Number of learned absolute positions, or None (rotary models have no table to run out of)."""
+    tokens = model.get_input_embeddings()
+    for name, module in model.named_modules():
+        leaf = name.rpartition(".")[2]
+        if isinstance(module, nn.Embedding) and module is not tokens and ("pos" in leaf or leaf == "wpe"):
+            return module.num_embeddings - getattr(module, "offset", 0)
+    return None
+
+
+def warn_frozen(model: nn.Module) -> None:
+    """Warn when training with every new parameter frozen, as PEFT leaves them."""
+    parameters = list(model.depth.parameters())
+    if model.training and torch.is_grad_enabled() and parameters and not any(p.requires_grad for p in parameters):
+        if any(p.requires_grad for p in model.parameters()):
+            warnings.warn(
+                "the new parameters of this transformed model are frozen (PEFT freezes everything it did not add). To "
+                "train them with the adapter, pass modules_to_save=['depth'] in the PEFT config, or set "
+                "requires_grad_(True) on model.depth.", UserWarning, stacklevel=3,
+            )

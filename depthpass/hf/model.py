@@ -1,0 +1,348 @@
+"""The transformed model: the stock class with a mixin whose forward runs the program."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from depthpass.capture import Block, Capture, Part, Site, capture
+from depthpass.capture.attention import signature_names
+from depthpass.errors import InputError, LoweringError, UnsupportedModelError
+from depthpass.hf.cache import DepthCache
+from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.ir.program import Program
+from depthpass.ir.verify import Type, infer
+from depthpass.schedule.regions import Schedule
+
+PREFIX = "depth"
+"""Name under which a transformed model holds its new parameters."""
+
+
+@dataclass
+class Runtime:
+    """What a transformed model knows besides its parameters; shared by nothing.
+
+    Attributes:
+        spec: the passes that were applied, as a plain mapping.
+        style: attention implementation of the stock model, ``sdpa`` or ``eager``.
+        captures: one per call signature, made on first use.
+    """
+
+    spec: dict
+    program: Program
+    schedule: Schedule
+    style: str
+    layers: str
+    position_table: int | None
+    types: dict[str, Type] = field(init=False)
+    captures: dict[tuple, Capture] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self):
+        self.types = infer(self.program)
+
+    def __deepcopy__(self, memo):
+        # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
+        return Runtime(self.spec, self.program, self.schedule, self.style, self.layers, self.position_table)
+
+    def __reduce__(self):
+        return Runtime, (self.spec, self.program, self.schedule, self.style, self.layers, self.position_table)
+
+
+class BlockCall:
+    """What a block is called with besides the hidden stream: see :func:`block_forward`."""
+
+    __slots__ = ("block", "root", "sides", "visit")
+
+    def __init__(self, block: Block, visit, sides: Sequence[Tensor], root: nn.Module):
+        self.block, self.visit, self.sides, self.root = block, visit, sides, root
+
+    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        params = [
+            attribute(self.root, p[1:]) if p.startswith("/") else
+            self.block.constants[p] if p in self.block.constants else attribute(layer, p)
+            for p in self.block.template.params
+        ]
+        return self.block.template.graph(self.visit, hidden, *self.sides, *params)
+
+
+def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
+    """Forward of a block of a transformed model: its captured graph when it runs as a visit, stock code otherwise."""
+    if not args or not isinstance(args[0], BlockCall):
+        return type(layer).forward(layer, hidden, *args, **kwargs)
+    call = args[0]
+    checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
+    # Older transformers checkpoint in the layer's own __call__, around this function.
+    if checkpointing and type(layer).__call__ is nn.Module.__call__:
+        return layer._gradient_checkpointing_func(functools.partial(call.run, layer), hidden)
+    return call.run(layer, hidden)
+
+
+def attribute(module: nn.Module, path: str) -> Tensor:
+    """A parameter or buffer by its dotted path."""
+    for part in path.split("."):
+        module = getattr(module, part)
+    return module
+
+
+class StockHost:
+    """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.eager.Host`)."""
+
+    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
+        self.model, self.captured = model, captured
+        self.layers = model.get_submodule(captured.layers)
+        self.extras = sides
+        self.modules: dict[str, nn.Module] = {}
+
+    def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
+        params = [part.constants[p] if p in part.constants else attribute(self.model, p) for p in part.params]
+        extras = [self.extras[e] for e in part.extras]
+        return part.graph(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
+
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self.model))
+
+    def sides_of(self, index: int) -> tuple[int, ...]:
+        return self.captured.blocks[index].sides
+
+    def sites_of(self, index: int) -> tuple[Site, ...]:
+        return self.captured.blocks[index].template.sites
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self.part(self.captured.norm, {}, hidden)
+
+    def module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            found = self.model.depth
+            # PEFT wraps modules_to_save: the copy it trains is the one to run.
+            if hasattr(found, "modules_to_save"):
+                active = getattr(found, "active_adapters", None) or [getattr(found, "active_adapter", None)]
+                found = found.modules_to_save[active[0]] if active and active[0] in found.modules_to_save else (
+                    found.original_module
+                )
+            self.modules[name] = found.get_submodule(name)
+        return self.modules[name]
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        return self.layers[index].get_submodule(path)(*args)
+
+    def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
+        from depthpass_lowering.attention import additive, sdpa_attention
+
+        if self.model._depth.style == "sdpa":
+            if site.softcap is not None or sinks is not None:
+                raise LoweringError("sdpa attention has no softcap and no sinks; load the model with "
+                                    "attn_implementation='eager'.")
+            return sdpa_attention(q, k, v, mask, causal, site.scale, site.dropout)
+        module = self.layers[index].get_submodule(site.path)
+        stock = sys.modules[type(module).__module__].eager_attention_forward
+        bias = additive(mask, causal, q.shape[2], q.dtype, q.device)
+        extra = {} if site.softcap is None else {"softcap": site.softcap}
+        if sinks is not None:
+            extra["s_aux"] = sinks
+        return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
+
+
+class _Prologue:
+    """Answers the prologue's and the norm's questions about columns."""
+
+    def __init__(self, start: int, count: int):
+        self.start, self.count = start, count
+
+    def columns(self, device: torch.device) -> Tensor:
+        return torch.arange(self.start, self.start + self.count, device=device)
+
+
+class DepthModel:
+    """Mixin of every transformed model. The class in front of it stays: ``isinstance(model, LlamaForCausalLM)`` holds.
+
+    Attributes:
+        depth: module with the new parameters.
+        depth_program: the :class:`~depthpass.ir.program.Program` that runs.
+        depth_schedule: how it is scheduled.
+        depth_spec: the passes, as a plain mapping.
+    """
+
+    _depth: Runtime
+
+    @property
+    def depth_program(self) -> Program:
+        return self._depth.program
+
+    @property
+    def depth_schedule(self) -> Schedule:
+        return self._depth.schedule
+
+    @property
+    def depth_spec(self) -> dict:
+        return self._depth.spec
+
+    def _run_program(self, arguments: dict[str, object]):
+        """Forward pass of the program; ``arguments`` by the stock forward's parameter names."""
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.state import State
+
+        runtime = self._depth
+        names = signature_names(type(self)._stock_forward)
+        call = normalise(self, names, arguments)
+        warn_frozen(self)
+        captured = self._captured(call, names)
+        prologue = StockHost(self, captured, ())
+        count = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"].shape[1]
+        hidden, *sides = prologue.part(
+            captured.prologue, call.tensors, visit=_Prologue(call.past, count)
+        )
+        host = StockHost(self, captured, sides)
+        state = call.cache.state if call.cache is not None else State()
+        streams, state = run(
+            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types
+        )
+        last = streams.pop("output")
+        if call.keep is not None:
+            last = last[:, call.keep]
+        flat = host.part(captured.head, call.tensors, last)
+        output = pytree.tree_unflatten(list(flat), captured.out_spec)
+        if call.use_cache:
+            cache = call.cache if call.cache is not None else DepthCache(self)
+            cache.state = state
+            if "past_key_values" in getattr(output, "__dataclass_fields__", {}):
+                output["past_key_values"] = cache
+        return output if call.return_dict else output.to_tuple()
+
+    def _captured(self, call: Call, names: tuple[str, ...]) -> Capture:
+        """The capture for this call signature, made on first use."""
+        key = (
+            tuple((n, t.dtype, t.dim(), t.device) for n, t in sorted(call.tensors.items())),
+            "use_cache" in names, fingerprint(self),
+        )
+        runtime = self._depth
+        found = runtime.captures.get(key)
+        if found is None:
+            with runtime.lock:
+                found = runtime.captures.get(key)
+                if found is None:
+                    found = self._capture(call.tensors, names)
+                    runtime.captures[key] = found
+        return found
+
+    def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
+        stock = stock_copy(self)
+        static = {"use_cache": False} if "use_cache" in names else {}
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.enable_grad():
+            found = capture(stock, tensors, static)
+        if len(found.blocks) != self._depth.program.blocks:
+            raise UnsupportedModelError(
+                f"the program is for {self._depth.program.blocks} blocks, the model now has {len(found.blocks)}."
+            )
+        return found
+
+    # What transformers calls.
+
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+        given = model_kwargs.get("past_key_values")
+        if isinstance(mask := model_kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
+            check_rows(mask)
+        if given is None and generation_config.use_cache is not False:
+            if generation_config.cache_implementation not in (None, "dynamic"):
+                raise InputError(
+                    f"cache_implementation={generation_config.cache_implementation!r}: a transformed model keeps its "
+                    "own DepthCache (one slot per visit and delay lines); leave cache_implementation unset."
+                )
+            model_kwargs["past_key_values"] = DepthCache(self)
+            return None
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
+        """As the stock method; only non-reentrant checkpoints keep the gradients of the recurrence.
+
+        Raises:
+            InputError: ``use_reentrant=True`` was asked for.
+        """
+        options = dict(gradient_checkpointing_kwargs or {})
+        if options.setdefault("use_reentrant", False):
+            raise InputError(
+                "gradient_checkpointing_kwargs: use_reentrant=True would lose the gradient through keys, values and "
+                "delays, which leave a block besides its output. Use {'use_reentrant': False}."
+            )
+        return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
+
+        Raises:
+            InputError: ``safe_serialization=False`` was asked for; only safetensors are written.
+        """
+        if kwargs.get("safe_serialization") is False:
+            raise InputError("safe_serialization: a transformed model is saved as safetensors only.")
+        return super().save_pretrained(save_directory, *args, **kwargs)
+
+    def __reduce_ex__(self, protocol):
+        made = super().__reduce_ex__(protocol)
+        return (_rebuild, (type(self)._stock_class,), *made[2:])
+
+
+def _rebuild(stock_class: type) -> nn.Module:
+    cls = depth_class(stock_class)
+    return cls.__new__(cls)
+
+
+@functools.cache
+def depth_class(stock: type) -> type:
+    """The class of transformed models of a stock class; it keeps the stock class's name."""
+
+    @functools.wraps(stock.forward)
+    def forward(self, *args, **kwargs):
+        bound = inspect.signature(stock.forward).bind_partial(self, *args, **kwargs)
+        arguments = dict(bound.arguments)
+        arguments.pop("self", None)
+        arguments |= arguments.pop("kwargs", {})
+        return self._run_program(arguments)
+
+    # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
+    body = {
+        "forward": torch.compiler.disable(forward), "_stock_forward": stock.forward, "_stock_class": stock,
+        "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
+    }
+    body["forward"].__signature__ = inspect.signature(stock.forward)
+    return type(stock.__name__, (DepthModel, stock), body)
+
+
+def fingerprint(model: nn.Module) -> tuple:
+    """What a capture depends on: the module tree, modes, dtypes, devices and adapter switches."""
+    found = []
+    for module in model.modules():
+        first = next((p for p in module._parameters.values() if p is not None), None)
+        entry = (id(module), module.training) if first is None else (
+            id(module), module.training, first.dtype, first.device, len(module._parameters)
+        )
+        if hasattr(module, "merged_adapters"):
+            scaling = getattr(module, "scaling", None)
+            entry += (
+                module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters),
+                tuple(scaling.items()) if isinstance(scaling, dict) else None,
+            )
+        found.append(entry)
+    return tuple(found)
+
+
+def stock_copy(model: nn.Module) -> nn.Module:
+    """A stock model that shares every stock parameter of a transformed one."""
+    from depthpass.capture.export import sharing_copy
+
+    copied = sharing_copy(model)
+    copied.__class__ = type(model)._stock_class
+    for layer in copied.get_submodule(model._depth.layers):
+        layer.__dict__.pop("forward", None)
+    del copied._depth
+    del copied.depth
+    if hasattr(copied.config, "depthpass"):
+        del copied.config.depthpass
+    return copied

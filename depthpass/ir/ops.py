@@ -1,0 +1,133 @@
+"""The op set of the depth IR: one table that the verifier, printer, parser, analyses and lowering all read.
+
+A program is a list of ops in single-assignment form over *streams* (``[batch, tokens, width]``). Only ``delay``
+may name a value defined later, so every cycle passes through a delay of at least one token, which is causality.
+
+===========  ====================================================================================================
+kind         meaning (x, y are streams, r a route)
+===========  ====================================================================================================
+embed        the stream that enters the first block of the stock model
+zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std`` (Huginn)
+block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
+             of its own (shared KV); ``gate`` + ``window`` mix both, g*Attn(keys) + (1-g)*Attn(own last W) (PLT);
+             ``lora``, ``modulate`` name per-visit parameters
+delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
+linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
+             its last argument
+weigh        times a learned vector of the stream's width
+scale        times a constant
+add, mul     sum, product; a stream of width 1 broadcasts; an absent summand adds nothing
+act          an elementwise function (sigmoid, silu, tanh, gelu)
+rms          root-mean-square norm without a gain (with a learned one when named)
+norm         the stock model's own final norm
+route        a choice of tokens from a score of width 1 (or R for rule ``choice``): top-k, threshold, choice
+gather       the routed tokens of a stream
+scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
+pad, trim    append m pad tokens to every row, drop them again
+select       of T candidate streams with exit gates, the first whose cumulative exit probability reaches ``cdf``
+tap          name a stream so that it is handed out with the outputs (``head true``: as logits)
+output       the stream that goes to the head of the stock model
+===========  ====================================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Attr = int | float | bool | str | tuple["Attr", ...]
+
+ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu")
+ROUTE_RULES = ("topk", "threshold", "choice")
+SCATTER_MODES = ("add", "replace")
+
+
+@dataclass(frozen=True)
+class AttrDef:
+    """One attribute of an op: its type and, when optional, its default (which the printer leaves out)."""
+
+    type: type
+    default: Attr | None = None
+    required: bool = False
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class OpDef:
+    """Shape of one op kind.
+
+    Attributes:
+        lead: attribute printed right after the kind (``block 3``, ``delay 4``), or None.
+        args: smallest and largest number of stream arguments (None = any).
+        forward_refs: whether arguments may be defined later (only ``delay``).
+        token_local: whether token i of the result depends on token i of the arguments only.
+        defines: whether the op has a result.
+    """
+
+    kind: str
+    lead: str | None = None
+    args: tuple[int, int | None] = (1, 1)
+    attrs: Mapping[str, AttrDef] = field(default_factory=dict)
+    forward_refs: bool = False
+    token_local: bool = True
+    defines: bool = True
+
+
+def _def(
+    kind: str,
+    lead: str | None = None,
+    arity: tuple[int, int | None] = (1, 1),
+    /,
+    *,
+    forward_refs: bool = False,
+    token_local: bool = True,
+    defines: bool = True,
+    **attrs: AttrDef,
+) -> OpDef:
+    return OpDef(kind, lead, arity, attrs, forward_refs, token_local, defines)
+
+
+_REQ_INT = AttrDef(int, required=True)
+_REQ_NAME = AttrDef(str, required=True)
+
+OPS: dict[str, OpDef] = {
+    d.kind: d
+    for d in (
+        _def("embed", None, (0, 0)),
+        _def("zeros", None, (0, 0), width=AttrDef(int)),
+        _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int)),
+        _def(
+            "block", "index", token_local=False,
+            index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
+            gate_input=AttrDef(str, "query", choices=("query", "hidden")),
+            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), step=AttrDef(int, 0),
+        ),
+        _def("delay", "tokens", tokens=_REQ_INT, forward_refs=True, token_local=False),
+        _def(
+            "linear", "name", (1, None),
+            name=_REQ_NAME, out=_REQ_INT, bias=AttrDef(bool, True), init=AttrDef(float, 0.02),
+            identity=AttrDef(bool, False),
+        ),
+        _def("weigh", "name", name=_REQ_NAME, init=AttrDef(float, 1.0)),
+        _def("scale", "by", by=AttrDef(float, required=True)),
+        _def("add", None, (2, None)),
+        _def("mul", None, (2, 2)),
+        _def("act", "fn", fn=AttrDef(str, required=True, choices=ACTIVATIONS)),
+        _def("rms", name=AttrDef(str), eps=AttrDef(float, 1e-6)),
+        _def("norm"),
+        _def(
+            "route", "rule", (1, 2), token_local=False,
+            rule=AttrDef(str, required=True, choices=ROUTE_RULES),
+            capacity=AttrDef(float), rounding=AttrDef(str, "floor", choices=("floor", "ceil")),
+            threshold=AttrDef(float, 0.5), depth=AttrDef(int),
+        ),
+        _def("gather", None, (2, 2)),
+        _def("scatter", None, (3, 3), mode=AttrDef(str, "add", choices=SCATTER_MODES)),
+        _def("pad", "tokens", tokens=_REQ_INT, token_local=False),
+        _def("trim", "tokens", tokens=_REQ_INT, token_local=False),
+        _def("select", "rule", (2, None), rule=AttrDef(str, required=True, choices=("cdf",)),
+             cdf=AttrDef(float, required=True)),
+        _def("tap", "name", name=_REQ_NAME, head=AttrDef(bool, False), defines=False),
+        _def("output", defines=False),
+    )
+}

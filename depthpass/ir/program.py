@@ -1,0 +1,183 @@
+"""Programs: immutable lists of ops, and the small set of edits that passes are written in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from depthpass.errors import PassError
+from depthpass.ir.ops import OPS, Attr
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        kind: a key of :data:`depthpass.ir.ops.OPS`.
+        name: name of the result, without ``%``; empty for ``tap`` and ``output``.
+        args: names of the argument values.
+        attrs: attributes in the order of the op's definition, defaults left out.
+        note: provenance, printed as a comment; not part of the meaning.
+    """
+
+    kind: str
+    name: str = ""
+    args: tuple[str, ...] = ()
+    attrs: tuple[tuple[str, Attr], ...] = ()
+    note: str = ""
+
+    def __getitem__(self, key: str) -> Any:
+        for k, v in self.attrs:
+            if k == key:
+                return v
+        return OPS[self.kind].attrs[key].default
+
+    def with_attrs(self, **attrs: Attr | None) -> Op:
+        """Return a copy with some attributes set, or removed when None."""
+        merged = {**dict(self.attrs), **attrs}
+        return replace(self, attrs=_ordered(self.kind, merged))
+
+
+def _ordered(kind: str, attrs: dict[str, Attr | None]) -> tuple[tuple[str, Attr], ...]:
+    known = OPS[kind].attrs
+    for key in attrs:
+        if key not in known:
+            raise PassError(f"op {kind!r} has no attribute {key!r}; it has {', '.join(known) or 'none'}.")
+    return tuple(
+        (k, v)
+        for k, d in known.items()
+        if (v := attrs.get(k)) is not None and (d.required or v != d.default)
+    )
+
+
+def op(kind: str, *args: str, name: str = "", note: str = "", **attrs: Attr | None) -> Op:
+    """Build an op; attributes equal to their default are left out, so equal ops compare equal."""
+    return Op(kind, name, args, _ordered(kind, attrs), note)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What a transformed model computes for every token.
+
+    Attributes:
+        model: class name of the stock model.
+        blocks: number of physical blocks.
+        width: width of the hidden stream.
+        ops: the ops; exactly one ``output``, at the end.
+    """
+
+    model: str
+    blocks: int
+    width: int
+    ops: tuple[Op, ...]
+
+    def __str__(self) -> str:
+        from depthpass.ir.text import format_program
+
+        return format_program(self)
+
+    def __iter__(self) -> Iterator[Op]:
+        return iter(self.ops)
+
+    @cached_property
+    def defs(self) -> dict[str, Op]:
+        """Op that defines each value."""
+        return {o.name: o for o in self.ops if o.name}
+
+    @cached_property
+    def index(self) -> dict[str, int]:
+        """Position of the op that defines each value."""
+        return {o.name: i for i, o in enumerate(self.ops) if o.name}
+
+    @cached_property
+    def visits(self) -> tuple[Op, ...]:
+        """The ``block`` ops in program order."""
+        return tuple(o for o in self.ops if o.kind == "block")
+
+    @cached_property
+    def slots(self) -> tuple[int, ...]:
+        """Slots that visits write, ascending: one KV cache each."""
+        return tuple(sorted({s for o in self.visits if (s := writes_slot(o)) is not None}))
+
+    @property
+    def output(self) -> str:
+        return self.ops[-1].args[0]
+
+    @property
+    def taps(self) -> tuple[Op, ...]:
+        return tuple(o for o in self.ops if o.kind == "tap")
+
+    def users(self, name: str) -> tuple[Op, ...]:
+        """Ops that read a value."""
+        return tuple(o for o in self.ops if name in o.args)
+
+    # Edits: each returns a new program. Passes are written in these.
+
+    def fresh(self, count: int = 1) -> list[str]:
+        """Names not used by any value."""
+        start = 1 + max((int(o.name) for o in self.ops if o.name.isdigit()), default=-1)
+        return [str(start + i) for i in range(count)]
+
+    def insert_after(self, name: str, new: Iterable[Op]) -> Program:
+        """Insert ops right after the one that defines ``name``."""
+        at = self.index[name] + 1
+        return replace(self, ops=(*self.ops[:at], *new, *self.ops[at:]))
+
+    def map_ops(self, fn: Callable[[Op], Op]) -> Program:
+        return replace(self, ops=tuple(fn(o) for o in self.ops))
+
+    def replace_uses(self, old: str, new: str, *, keep: Iterable[str] = ()) -> Program:
+        """Let every reader of ``old`` read ``new`` instead, except the ops that define a name in ``keep``."""
+        spare = {new, *keep}
+
+        def rename(o: Op) -> Op:
+            if old not in o.args or (o.name and o.name in spare):
+                return o
+            return replace(o, args=tuple(new if a == old else a for a in o.args))
+
+        return self.map_ops(rename)
+
+    def renumbered(self) -> Program:
+        """The same program with values called %0, %1, ... in order: the canonical form that is printed."""
+        names: dict[str, str] = {}
+        for o in self.ops:
+            if o.name:
+                names[o.name] = str(len(names))
+        return self.map_ops(
+            lambda o: replace(o, name=names.get(o.name, ""), args=tuple(names.get(a, a) for a in o.args))
+        )
+
+    def without_notes(self) -> Program:
+        return self.map_ops(lambda o: replace(o, note=""))
+
+
+def writes_slot(visit: Op) -> int | None:
+    """Slot a visit writes keys and values to, or None when it only reads another visit's keys."""
+    return None if visit["keys"] is not None and visit["gate"] is None else visit["slot"]
+
+
+def reads_slots(visit: Op) -> tuple[int, ...]:
+    """Slots a visit attends to."""
+    if visit["keys"] is None:
+        return (visit["slot"],)
+    return (visit["keys"],) if visit["gate"] is None else (visit["keys"], visit["slot"])
+
+
+def plain(model: str, blocks: int, width: int) -> Program:
+    """The program of the stock model: every block once, in order, each with its own slot.
+
+    >>> print(plain("LlamaForCausalLM", blocks=2, width=64))
+    program LlamaForCausalLM blocks=2 width=64 visits=2 slots=2
+      %0 = embed
+      %1 = block 0 (%0) slot 0
+      %2 = block 1 (%1) slot 1
+      %3 = norm (%2)
+      output %3
+    """
+    ops = [op("embed", name="0")]
+    ops += [op("block", str(i), name=str(i + 1), index=i, slot=i) for i in range(blocks)]
+    ops += [op("norm", str(blocks), name=str(blocks + 1)), op("output", str(blocks + 1))]
+    return Program(model, blocks, width, tuple(ops))

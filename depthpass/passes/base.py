@@ -1,0 +1,116 @@
+"""What a pass is: a frozen dataclass whose fields are its options and whose one method rewrites a program."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal
+
+from depthpass.errors import SpecError
+from depthpass.ir.program import Program
+from depthpass.passes.fields import check_field
+
+Numerics = Literal["exact", "reassociated", "changing"]
+"""``exact``: same numbers; ``reassociated``: same up to rounding; ``changing``: another function."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a pass may know about the stock model besides its program.
+
+    Attributes:
+        model: class name of the stock model.
+        model_type: transformers' ``config.model_type``; empty for a program without a model.
+        blocks: number of physical blocks.
+        width: width of the hidden stream.
+        facts: further facts of the config by its own names, e.g. ``max_position_embeddings``.
+    """
+
+    model: str
+    model_type: str
+    blocks: int
+    width: int
+    facts: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def of(cls, program: Program, model_type: str = "", **facts: object) -> Context:
+        """The context that a program alone tells: for programs written by hand."""
+        return cls(program.model, model_type, program.blocks, program.width, MappingProxyType(dict(facts)))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of every pass.
+
+    A subclass is a frozen dataclass. Its fields are its options in Python, YAML and JSON alike; they may be int,
+    float, bool, str, None, Literal, tuples of these, and unions. They are checked against their annotations when
+    the pass is built; ``validate`` adds what annotations cannot say, ``apply`` what only the program tells.
+
+    Attributes:
+        name: the name in specs and in program comments.
+        numerics: what the pass may do to the numbers when its new parameters are at their initial values or its
+            options at their identity setting is said in its docstring; this is what it does in general.
+    """
+
+    name: ClassVar[str] = ""
+    numerics: ClassVar[Numerics] = "changing"
+
+    def __post_init__(self) -> None:
+        types = self.field_types()
+        for f in fields(self):
+            value = check_field(f"{self.name}.{f.name}", getattr(self, f.name), types[f.name])
+            object.__setattr__(self, f.name, value)
+        self.validate()
+
+    @classmethod
+    def field_types(cls) -> dict[str, Any]:
+        """Resolved annotation of every option."""
+        hints = typing.get_type_hints(cls)
+        return {f.name: hints[f.name] for f in fields(cls)}
+
+    def validate(self) -> None:
+        """Check the options against each other.
+
+        Raises:
+            SpecError: naming the field, what was expected, what was given and what to do.
+        """
+
+    def apply(self, program: Program, ctx: Context) -> Program:
+        """Return the rewritten program; pure.
+
+        Args:
+            program: a verified program.
+            ctx: facts of the stock model.
+
+        Raises:
+            PassError: the pass cannot be applied to this program.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define apply(program, ctx).")
+
+    @property
+    def label(self) -> str:
+        """Short text for provenance comments: the name and the options that differ from their defaults."""
+        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in options(self).items())})"
+
+
+def options(p: Pass) -> dict[str, Any]:
+    """Options of a pass that have no default or differ from it, in field order."""
+    return {f.name: v for f in fields(p) if (v := getattr(p, f.name)) != default_of(f) or default_of(f) is MISSING}
+
+
+def default_of(f: Field[Any]) -> Any:
+    """Default of a dataclass field, or ``MISSING``."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def require(ok: bool, where: str, expected: str, got: object, remedy: str = "") -> None:
+    """Raise the one shape of spec error unless ``ok``."""
+    if not ok:
+        raise SpecError(f"{where}: expected {expected}, got {got!r}.{' ' + remedy if remedy else ''}")
+
+
+def _short(value: object) -> str:
+    text = str(list(value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 40 else text[:37] + "..."

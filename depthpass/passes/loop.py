@@ -1,0 +1,269 @@
+"""Looped stacks: prelude, core repeated, coda; with injection, damping, shared keys, per-visit operands, exits, taps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+from depthpass.errors import PassError
+from depthpass.ir.program import Op, Program, op
+from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.layer_program import check_range
+from depthpass.passes.streams import Builder, straight, with_slots
+
+
+@dataclass(frozen=True)
+class Loop(Pass):
+    """Run the visits [start, end) ``times`` times between what stands before (prelude) and after (coda).
+
+        e = prelude(x); s = init(e)
+        for t in range(T): s = core(inject(s, e))
+        y = coda(s)
+
+    Covers plain loops, damped loops (arXiv 2605.23872: s += (core(s) - s) / T), Huginn (arXiv 2502.05171:
+    ``inject="concat", state="noise", out_norm=True``), Ouro (arXiv 2510.25741: ``exit``), relaxed recursive models
+    (arXiv 2410.20672: ``lora_rank``) and timestep-encoded loops (arXiv 2410.01405: ``timestep``).
+
+    rewrite:
+        loop(start=1, end=3, times=2)
+        `0 1 2 3`  ->  `0 1 2 1 2 3`
+
+    Identity: ``times`` = 1 (all other options at their defaults; ``damped`` and ``inject`` add no arithmetic to it).
+    With ``inject="concat"`` the adapter starts as [0, I] on (s, e), so every iteration starts as core(e) and the new
+    model equals the stock model at any ``times``. LoRA, modulation and exit gates start without effect.
+
+    Parameters, under ``scope``: ``inject``, ``exit``, ``t{t}.v{visit}.lora``, ``v{visit}.time``.
+
+    Args:
+        start: first position of the core.
+        end: one past its last position; None = the end of the stack.
+        times: T.
+        damped: add 1/T of the change of each iteration only.
+        inject: give e to every iteration: ``add`` it to s, or ``concat`` both through a learned adapter.
+        state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
+            first iteration already reads e, and nothing is added to it.
+        noise_std: standard deviation of the noise.
+        kv: keys of iteration t: its ``own`` slots, or those of the ``first`` iteration. (``last`` and ``mod:k``
+            depend on how tokens are split into calls and are not supported yet.)
+        taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
+            coda runs again for each.
+        exit: learn an exit gate after each iteration and take the first whose cumulative exit probability reaches
+            this value (Ouro's q).
+        lora_rank: rank of a LoRA of its own for every visit of the core.
+        timestep: modulate the visits of the core by the iteration number (adaLN-zero).
+        out_norm: apply the stock final norm to s before the coda as well.
+        scope: first part of the parameter and tap names; set it to apply the pass twice.
+    """
+
+    name: ClassVar[str] = "loop"
+    numerics: ClassVar[Numerics] = "changing"
+
+    start: int = 0
+    end: int | None = None
+    times: int = 2
+    damped: bool = False
+    inject: Literal["add", "concat"] | None = None
+    state: Literal["input", "zeros", "noise"] = "input"
+    noise_std: float = 1.0
+    kv: str = "own"
+    taps: bool = False
+    exit: float | None = None
+    lora_rank: int | None = None
+    timestep: bool = False
+    out_norm: bool = False
+    scope: str = "loop"
+
+    def validate(self) -> None:
+        require(self.start >= 0, "loop.start", "a position of at least 0", self.start)
+        require(self.end is None or self.end > self.start, "loop.end", f"a position above start={self.start}", self.end,
+                "Ranges are half-open.")
+        require(self.times >= 1, "loop.times", "at least 1", self.times)
+        require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
+                f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
+        require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
+        require(self.noise_std == 1.0 or self.state == "noise", "loop.noise_std", "state='noise' beside it", self.state)
+        kind, _, count = self.kv.partition(":")
+        require(kind in ("own", "first", "last") and not count or kind == "mod" and count.isdigit() and int(count) > 0,
+                "loop.kv", "own, first, last or mod:k", self.kv)
+        require(self.exit is None or 0 < self.exit <= 1, "loop.exit", "a probability in (0, 1]", self.exit)
+        require(self.exit is None or self.times > 1, "loop.times", "at least 2 with an exit", self.times)
+        require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
+        require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
+
+    def apply(self, program: Program, ctx: Context) -> Program:
+        if self.kv not in ("own", "first"):
+            raise PassError(f"loop.kv: the policy {self.kv!r} is not supported yet: what it reads depends on how the tokens "
+                            "were split into calls, which a program does not say. Use own or first.")
+        visits = straight(program, self.name)
+        end = len(visits) if self.end is None else self.end
+        check_range("loop", self.start, end, len(visits))
+        self._check_scope(program)
+        prelude, core, coda = visits[: self.start], visits[self.start : end], visits[end:]
+        build = Builder(program)
+        x = visits[0].args[0]
+        for v in prelude:
+            x = build.visit(v, x)
+        states = self._iterate(build, core, x)
+        s = states[-1]
+        if self.exit is not None:
+            gates = [self._gate(build, state) for state in states]
+            s = build.emit("select", *states, *gates, rule="cdf", cdf=self.exit)
+        y = build.emit("norm", s) if self.out_norm else s
+        for v in coda:
+            y = build.visit(v, y)
+        program = build.splice(visits, y)
+        return self._tapped(program, states, s) if self.taps else program
+
+    def _iterate(self, build: Builder, core: tuple[Op, ...], e: str) -> list[str]:
+        """All iterations; the states after each."""
+        s = e
+        if self.state != "input":
+            s = build.emit("zeros") if self.state == "zeros" else build.emit("noise", std=self.noise_std)
+        states: list[str] = []
+        slots: list[int] = []
+        for t in range(self.times):
+            x = self._injected(build, s, e)
+            for p, v in enumerate(core):
+                shared = {"keys": slots[p]} if t and self.kv == "first" else {}
+                x = build.visit(v, x, **shared, **self._operands(t, self.start + p))
+                if t == 0:
+                    slots.append(build.slot_of(x))
+            if self.damped and self.times > 1:
+                change = build.emit("add", x, build.emit("scale", s, by=-1.0))
+                x = build.emit("add", s, build.emit("scale", change, by=1.0 / self.times))
+            states.append(s := x)
+        return states
+
+    def _injected(self, build: Builder, s: str, e: str) -> str:
+        if self.inject == "concat":
+            width = build.program.width
+            return build.emit("linear", s, e, parameter=f"{self.scope}.inject", out=width, identity=True)
+        return build.emit("add", s, e) if self.inject == "add" and s != e else s
+
+    def _operands(self, t: int, visit: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if self.lora_rank is not None:
+            found |= {"lora": f"{self.scope}.t{t}.v{visit}.lora", "lora_rank": self.lora_rank}
+        if self.timestep:
+            found |= {"modulate": f"{self.scope}.v{visit}.time", "step": t}
+        return found
+
+    def _gate(self, build: Builder, state: str) -> str:
+        normed = build.emit("norm", state)
+        score = build.emit("linear", normed, parameter=f"{self.scope}.exit", out=1, init=0.0)
+        return build.emit("act", score, fn="sigmoid")
+
+    def _tapped(self, program: Program, states: list[str], end: str) -> Program:
+        """Tap what the program would give if it ended after each iteration: its tail is copied for all but the last."""
+        at = program.index[end] + 1
+        tail = [o for o in program.ops[at:-1] if o.kind != "tap"]
+        new: list[Op] = []
+        names = iter(program.fresh(len(states) * len(tail)))
+        slot = 1 + max(program.slots)
+        for t, state in enumerate(states, 1):
+            copied = {end: state}
+            value = program.output
+            if state != end:
+                for o in tail:
+                    copied[o.name] = next(names)
+                    copy = replace(o, name=copied[o.name], args=tuple(copied.get(a, a) for a in o.args), note="")
+                    if o.kind == "block":
+                        copy, slot = copy.with_attrs(slot=slot), slot + 1
+                    new.append(copy)
+                value = copied[value]
+            new.append(op("tap", value, head=True).with_attrs(name=f"{self.scope}.t{t}"))
+        return with_slots(replace(program, ops=(*program.ops[:-1], *new, program.ops[-1])))
+
+    def _check_scope(self, program: Program) -> None:
+        taken = {str(o[k]) for o in program for k in ("name", "lora", "modulate") if k in dict(o.attrs)}
+        if any(name.startswith(f"{self.scope}.") for name in taken):
+            raise PassError(f"loop.scope: the program already has parameters or taps under {self.scope!r}. "
+                            "Set scope='another_name' on one of the passes.")
+
+
+@dataclass(frozen=True)
+class Taps(Pass):
+    """Hand out the stream after given visits (and after bridges that land there) with the outputs.
+
+    rewrite:
+        taps(at=[1])
+        `%2 = block 1 (%1) slot 1`  ->  `%2 = block 1 (%1) slot 1` `tap taps.v1 (%2)`
+
+    Args:
+        at: positions in the program's list of visits.
+        head: hand out logits (the stock final norm and head applied) instead of the stream.
+        scope: first part of the tap names ``{scope}.v{position}``.
+    """
+
+    name: ClassVar[str] = "taps"
+    numerics: ClassVar[Numerics] = "exact"
+
+    at: tuple[int, ...]
+    head: bool = False
+    scope: str = "taps"
+
+    def validate(self) -> None:
+        require(len(self.at) > 0, "taps.at", "at least one position", list(self.at))
+        require(len(set(self.at)) == len(self.at), "taps.at", "positions that differ", list(self.at))
+        require(min(self.at) >= 0, "taps.at", "positions of at least 0", min(self.at))
+        require(self.scope.isidentifier(), "taps.scope", "a plain name of letters, digits and _", self.scope)
+
+    def apply(self, program: Program, ctx: Context) -> Program:
+        from depthpass.passes.streams import after_bridges
+
+        visits = program.visits
+        if max(self.at) >= len(visits):
+            raise PassError(f"taps.at: expected positions in 0..{len(visits) - 1}, got {max(self.at)}.")
+        for position in self.at:
+            stream = value = after_bridges(program, visits[position].name)
+            new = []
+            if self.head:
+                (value,) = program.fresh()
+                new.append(op("norm", stream, name=value))
+            new.append(op("tap", value, head=self.head).with_attrs(name=f"{self.scope}.v{position}"))
+            program = program.insert_after(stream, new)
+        return program
+
+
+@dataclass(frozen=True)
+class Pad(Pass):
+    """Append pad tokens to every row as parallel workspace; they are dropped again before the head.
+
+    rewrite:
+        pad(tokens=8)
+        `%0 = embed` ..                        `output %9`
+        `%0 = embed` `%1 = pad 8 (%0)` ..  `%10 = trim 8 (%9)` `output %10`
+
+    Identity: ``tokens`` = 0.
+
+    Args:
+        tokens: pads per row.
+    """
+
+    name: ClassVar[str] = "pad"
+    numerics: ClassVar[Numerics] = "changing"
+
+    tokens: int
+
+    def validate(self) -> None:
+        require(self.tokens >= 0, "pad.tokens", "at least 0", self.tokens)
+
+    def apply(self, program: Program, ctx: Context) -> Program:
+        for o in program:
+            if o.kind in ("zeros", "noise", "pad"):
+                raise PassError(f"pad: expected a program whose streams all start from the embedding, got %{o.name} = "
+                                f"{o.kind}. A state of its own does not know the pads.")
+        if self.tokens == 0:
+            return program
+        for o in [o for o in program if o.kind == "embed"]:
+            (name,) = program.fresh()
+            padded = op("pad", o.name, name=name, tokens=self.tokens)
+            program = program.insert_after(o.name, [padded]).replace_uses(o.name, name)
+        ops: list[Op] = []
+        for o in program:
+            if o.kind in ("tap", "output"):
+                name = str(int(program.fresh()[0]) + len(ops))
+                ops.append(op("trim", o.args[0], name=name, tokens=self.tokens))
+                o = replace(o, args=(name,))
+            ops.append(o)
+        return replace(program, ops=tuple(ops))

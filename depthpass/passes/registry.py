@@ -1,0 +1,76 @@
+"""Passes by name: a lazy table, entry points of other packages, and passes registered at run time."""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+
+from depthpass.errors import SpecError, did_you_mean
+from depthpass.passes.base import Pass
+
+GROUP = "depthpass.passes"
+"""Entry-point group for passes of other packages: ``my_pass = "my_package.module:MyPass"``."""
+
+BUILTIN: dict[str, str] = {
+    "identity": "depthpass.passes.identity:Identity",
+    "turboconn": "depthpass.passes.turboconn:TurboConn",
+}
+
+_registered: dict[str, type[Pass]] = {}
+
+
+def register(cls: type[Pass]) -> type[Pass]:
+    """Make a pass known by its name; usable as a class decorator.
+
+    Raises:
+        SpecError: the name is empty or belongs to another pass.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, Pass)) or not cls.name:
+        raise SpecError(f"register: expected a subclass of Pass with a class attribute `name`, got {cls!r}.")
+    known = _table()
+    if known.get(cls.name, cls) is not cls and _load(cls.name, known[cls.name]) is not cls:
+        raise SpecError(f"register: the name {cls.name!r} already belongs to {known[cls.name]!r}. Choose another name.")
+    _registered[cls.name] = cls
+    return cls
+
+
+def pass_names() -> tuple[str, ...]:
+    """Names of all known passes, sorted; imports none of them."""
+    return tuple(sorted(_table()))
+
+
+def pass_class(name: str) -> type[Pass]:
+    """The pass of this name.
+
+    Raises:
+        SpecError: no such pass, two packages claim the name, or the pass cannot be imported.
+    """
+    table = _table()
+    if name not in table:
+        raise SpecError(f"pass: unknown name {name!r}.{did_you_mean(name, table)} Known: {', '.join(sorted(table))}.")
+    return _load(name, table[name])
+
+
+def _table() -> dict[str, str | type[Pass]]:
+    table: dict[str, str | type[Pass]] = {**BUILTIN}
+    for point in metadata.entry_points(group=GROUP):
+        # An editable install may list the same distribution twice; the same target is no conflict.
+        if table.setdefault(point.name, point.value) != point.value:
+            raise SpecError(
+                f"two passes are called {point.name!r}: {table[point.name]} and {point.value} "
+                f"(entry point of {point.dist.name if point.dist else 'an unknown package'}). Rename or uninstall one."
+            )
+    return {**table, **_registered}
+
+
+def _load(name: str, target: str | type[Pass]) -> type[Pass]:
+    if not isinstance(target, str):
+        return target
+    module, _, attribute = target.partition(":")
+    try:
+        cls = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SpecError(f"pass {name!r} is registered as {target!r}, which cannot be imported: {error}.") from error
+    if not (isinstance(cls, type) and issubclass(cls, Pass)) or cls.name != name:
+        raise SpecError(f"pass {name!r} is registered as {target!r}: expected a subclass of Pass with that name, "
+                        f"got {cls!r}.")
+    return cls

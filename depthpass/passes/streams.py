@@ -1,0 +1,143 @@
+"""Questions and edits that several passes share: where a stream goes on, straight stacks, ops with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import count
+from typing import Any
+
+from depthpass.errors import PassError
+from depthpass.ir.program import Attr, Op, Program, op, writes_slot
+
+_CARRIERS = ("linear", "scale", "weigh", "act", "rms")
+
+
+def after_bridges(program: Program, name: str) -> str:
+    """The stream after ``name`` and after every bridge that lands on it.
+
+    A bridge landing is an ``add`` of the stream and of values that each come from one delay through maps of one
+    argument; this is what TurboConn inserts, and it is recognised whichever pass inserted it.
+    """
+    while True:
+        landings = [
+            o for o in program.users(name)
+            if o.kind == "add" and o.args[0] == name and all(_comes_from_delay(program, a) for a in o.args[1:])
+        ]
+        if len(landings) != 1:
+            return name
+        name = landings[0].name
+
+
+def _comes_from_delay(program: Program, name: str) -> bool:
+    o = program.defs[name]
+    while o.kind in _CARRIERS and len(o.args) == 1:
+        o = program.defs[o.args[0]]
+    return o.kind == "delay"
+
+
+def insert_before(program: Program, name: str, new: Iterable[Op]) -> Program:
+    """Insert ops right before the one that defines ``name``."""
+    at = program.index[name]
+    return replace(program, ops=(*program.ops[:at], *new, *program.ops[at:]))
+
+
+def straight(program: Program, who: str) -> tuple[Op, ...]:
+    """The visits of a program that is one straight stack: each reads the one before, and nothing else does.
+
+    Raises:
+        PassError: naming the op that is in the way.
+    """
+    visits = program.visits
+    if not visits:
+        raise PassError(f"{who}: expected a program with visits, got one without a block.")
+    for here, after in zip(visits, (*visits[1:], None)):
+        if here["keys"] is not None:
+            raise PassError(f"{who}: expected visits with their own keys, got %{here.name}, which reads slot "
+                            f"{here['keys']}. Put {who} before the pass that shares keys.")
+        others = [o for o in program.users(here.name) if o is not after] if after else []
+        if after is not None and (after.args != (here.name,) or others):
+            other = others[0] if others else program.defs[after.args[0]]
+            raise PassError(
+                f"{who}: expected a straight stack of visits, got %{other.name or other.kind} ({other.kind}"
+                f"{', from ' + other.note if other.note else ''}) between visits. Put {who} before the passes that add "
+                "edges between blocks."
+            )
+    return visits
+
+
+class Builder:
+    """Collects the ops that replace a stack of visits, with fresh names and slots.
+
+    The first copy of a visit keeps its name and its place in provenance; further copies are new ops.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.ops: list[Op] = []
+        self._names = map(str, count(int(program.fresh()[0])))
+        self._slots = count(1 + max((o["slot"] for o in program.visits), default=-1))
+        self._kept: set[str] = set()
+
+    def emit(self, kind: str, *args: str, parameter: str = "", **attrs: Attr | None) -> str:
+        """Append an op and return the name of its value; ``parameter`` is the op's own attribute ``name``."""
+        built = op(kind, *args, name=next(self._names), **attrs)
+        self.ops.append(built.with_attrs(name=parameter) if parameter else built)
+        return built.name
+
+    def tap(self, name: str, value: str, *, head: bool) -> None:
+        self.ops.append(op("tap", value, head=head).with_attrs(name=name))
+
+    def visit(self, like: Op, x: str, **attrs: Any) -> str:
+        """Append a copy of a visit that reads ``x``, with a slot of its own."""
+        copy = replace(like, args=(x,)).with_attrs(**attrs)
+        if like.name in self._kept:
+            copy = replace(copy, name=next(self._names), note="").with_attrs(slot=next(self._slots))
+        self._kept.add(like.name)
+        self.ops.append(copy)
+        return copy.name
+
+    def slot_of(self, value: str) -> int:
+        """Slot of a visit appended before."""
+        return next(o["slot"] for o in self.ops if o.name == value)
+
+    def splice(self, visits: tuple[Op, ...], end: str) -> Program:
+        """The program with ``visits`` (a straight stack) replaced by the collected ops, which end in ``end``."""
+        program, gone = self.program, {v.name for v in visits}
+        first, last = program.index[visits[0].name], program.index[visits[-1].name]
+        before = [o for o in program.ops[:last] if not o.name or o.name not in gone]
+        after = [
+            replace(o, args=tuple(end if a == visits[-1].name else a for a in o.args)) for o in program.ops[last + 1 :]
+        ]
+        # Whatever stood between the visits (nothing, usually) reads none of them.
+        assert len(before) >= first
+        return with_slots(replace(program, ops=(*before, *self.ops, *after)))
+
+
+def with_slots(program: Program) -> Program:
+    """Number the slots 0, 1, ... in the order of the visits that write them.
+
+    A visit that only reads another visit's keys carries the number of the slot it reads.
+    """
+    new: dict[int, int] = {}
+    for v in program.visits:
+        if (slot := writes_slot(v)) is not None:
+            new[slot] = len(new)
+
+    def number(o: Op) -> Op:
+        if o.kind != "block":
+            return o
+        keys = None if o["keys"] is None else new[o["keys"]]
+        return o.with_attrs(slot=keys if writes_slot(o) is None else new[o["slot"]], keys=keys)
+
+    return program.map_ops(number)
+
+
+def linear(
+    parameter: str, out: int, *args: str, name: str, note: str = "", init: float = 0.02, bias: bool = True,
+    identity: bool = False,
+) -> Op:
+    """A learned affine map whose parameters are called ``parameter``."""
+    # `name` is both the value and an attribute of the op, so the attribute is set in a second step.
+    built = op("linear", *args, name=name, note=note, out=out, init=init, bias=bias, identity=identity)
+    return built.with_attrs(name=parameter)

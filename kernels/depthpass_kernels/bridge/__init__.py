@@ -1,0 +1,1 @@
+"""The bridge: a delayed low-rank stream added to the hidden stream, fused with the norm that follows."""

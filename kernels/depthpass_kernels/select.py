@@ -1,0 +1,109 @@
+"""Which implementation of an op runs: the plain-torch reference or the Triton kernel.
+
+`implementation` is one of
+
+- `"naive"`: the torch reference, on every device and floating dtype;
+- `"triton"`: the Triton kernel, or `KernelUnavailableError` with the reason. Never another implementation in its place;
+- `"auto"`: the Triton kernel for CUDA tensors it supports when triton is installed, the reference everywhere else.
+
+**The automatic rule is not yet measured on a GPU**: no figure says where the kernels beat SDPA, FlexAttention or
+Inductor. `set_auto(op, "naive")` takes an op off the rule for the whole process; passing `implementation=` overrides it
+for one call. The choice is made when the op *runs*, so a graph traced on fake or meta tensors does not freeze it.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from torch import Tensor
+
+IMPLEMENTATIONS = ("auto", "naive", "triton")
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIN_CAPABILITY = (8, 0)
+
+_auto_on_cuda = {"slot_attention": "triton", "bridge_in": "triton"}
+
+
+class KernelUnavailableError(RuntimeError):
+    """A kernel was asked for by name and cannot run here."""
+
+
+def set_auto(op: str, implementation: str) -> str:
+    """Set what `implementation="auto"` means for `op` on supported CUDA tensors; return the previous choice.
+
+    Args:
+        op: `"slot_attention"` or `"bridge_in"`.
+        implementation: `"triton"` or `"naive"`.
+
+    Example:
+        >>> previous = set_auto("slot_attention", "naive")
+        >>> set_auto("slot_attention", previous)
+        'naive'
+    """
+    if op not in _auto_on_cuda:
+        raise ValueError(f"set_auto: op: expected one of {sorted(_auto_on_cuda)}, got {op!r}")
+    if implementation not in ("naive", "triton"):
+        raise ValueError(f"set_auto: implementation: expected 'naive' or 'triton', got {implementation!r}")
+    previous, _auto_on_cuda[op] = _auto_on_cuda[op], implementation
+    return previous
+
+
+def check_name(op: str, implementation: str) -> None:
+    """Raise ValueError unless `implementation` is a known name."""
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{op}: implementation: expected one of {IMPLEMENTATIONS}, got {implementation!r}")
+
+
+@functools.cache
+def triton_installed() -> bool:
+    """Whether triton can be imported, found out without importing it."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether triton runs its kernels in the CPU interpreter (imports triton)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def obstacle(tensor: Tensor, limit: str | None = None) -> str | None:
+    """Say why a Triton kernel cannot take `tensor`, or return None if it can.
+
+    Args:
+        tensor: a representative operand (its device and dtype are read).
+        limit: a reason of the op's own (a size the kernel does not support), or None.
+    """
+    if not triton_installed():
+        return "triton is not installed (Linux: pip install 'depthpass[triton]')"
+    if tensor.dtype not in KERNEL_DTYPES:
+        return f"dtype {tensor.dtype} is not one of {', '.join(map(str, KERNEL_DTYPES))}"
+    if limit is not None:
+        return limit
+    if tensor.device.type == "cuda":
+        return _gpu_obstacle(tensor.device)
+    if tensor.device.type == "meta" or interpreted():
+        return None
+    return f"tensors are on {tensor.device.type}, not cuda (only TRITON_INTERPRET=1 runs kernels on the CPU, for tests)"
+
+
+def _gpu_obstacle(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return "the kernels are compiled and tested for NVIDIA targets only"
+    if torch.cuda.is_available() and torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"compute capability {torch.cuda.get_device_capability(device)} is below {MIN_CAPABILITY}"
+    return None
+
+
+def resolve(op: str, implementation: str, tensor: Tensor, limit: str | None = None) -> str:
+    """Return `"naive"` or `"triton"` for a call on `tensor`, or raise KernelUnavailableError."""
+    if implementation == "naive":
+        return "naive"
+    if implementation == "auto" and (tensor.device.type != "cuda" or _auto_on_cuda[op] == "naive"):
+        return "naive"
+    reason = obstacle(tensor, limit)
+    if reason is None:
+        return "triton"
+    if implementation == "auto":
+        return "naive"
+    raise KernelUnavailableError(f"{op}: implementation='triton' cannot run: {reason}. Use 'naive' or 'auto'.")

@@ -1,0 +1,1 @@
+"""Slot attention: a chunk of queries against a prefix of keys with positions, validity and structure."""

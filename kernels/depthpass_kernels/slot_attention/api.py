@@ -1,0 +1,189 @@
+"""`slot_attention` and its two halves, as callers see them: argument checks, then the registered op."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthpass_kernels import ops
+from depthpass_kernels.select import check_name
+from depthpass_kernels.slot_attention import naive
+from depthpass_kernels.slot_attention.problem import Problem
+
+
+def slot_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    q_start: int | Tensor,
+    valid: Tensor | None = None,
+    row_start: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    implementation: str = "auto",
+) -> Tensor:
+    """Attend from a chunk of queries to a prefix of keys; differentiable in q, k, v and sinks.
+
+    Query c of row b stands at column i = q_start + c, key j at column j. The query sees the key iff j <= i,
+    `valid[b, j]`, i - j < window, and both lie in the same chunk: (j - row_start[b]) // chunk == (i - row_start[b]) //
+    chunk. With s_j = scale q·k_j, then s_j = softcap tanh(s_j / softcap), then the mask:
+
+        out = Σ_j exp(s_j) v_j / (Σ_j exp(s_j) + exp(sink))          0 for a query that sees nothing
+
+    Keys outside the interval that any query sees may hold anything, NaN included: a static buffer need not be cleared.
+
+    Args:
+        q: [B, Hq, C, D]; float32, bfloat16 or float16, float64 too with `"naive"`.
+        k: [B, Hkv, N, D], Hq divisible by Hkv, N >= q_start + C. Same dtype as q.
+        v: [B, Hkv, N, Dv]. Same dtype as q.
+        q_start: column of the first query. An integer tensor of one element keeps one graph for a moving position
+            (compiled decode); its value is then not checked against N.
+        valid: [B, N] bool; False keys are never attended. None: all valid.
+        row_start: [B] integers, first real column of each row, used by `chunk` alone. None: 0.
+        scale: None means D ** -0.5.
+        window: number of columns seen, the query's own included.
+        chunk: length of the chunks that attention stays inside.
+        softcap: cap on the logits.
+        sinks: [Hq] one more logit per head, in the denominator only.
+        implementation: `"auto"`, `"naive"` or `"triton"` (see `depthpass_kernels.select`).
+
+    Returns:
+        [B, Hq, C, Dv] in q's dtype, laid out in memory as [B, C, Hq, Dv].
+
+    Example:
+        >>> import torch
+        >>> k, v = torch.randn(2, 1, 2, 12, 16)
+        >>> slot_attention(torch.randn(1, 4, 3, 16), k[None], v[None], q_start=9).shape
+        torch.Size([1, 4, 3, 16])
+    """
+    arguments = _arguments(q, k, v, q_start, valid, row_start, scale, window, chunk, softcap, sinks, implementation)
+    return ops.slot_attention(*arguments)[0]
+
+
+def slot_attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, implementation: str = "auto", **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Return `(out, lse)` for a hand-written backward; options as `slot_attention`.
+
+    lse [B, Hq, C] is the log of the denominator (-inf where it is empty), float32, or float64 for float64 inputs. It
+    carries no gradient: use `slot_attention` under autograd.
+    """
+    return ops.slot_attention(*_arguments_of(q, k, v, implementation, options))
+
+
+def slot_attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    into: tuple[Tensor, Tensor] | None = None,
+    implementation: str = "auto",
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return `(dq, dk, dv, dsinks)` from what `slot_attention_forward` returned; dsinks is None without sinks.
+
+    Args:
+        grad: gradient of `out`.
+        into: `(dk, dv)` buffers of k's and v's shapes and any kernel dtype (float32 accumulators, say). This call's key
+            gradients are **added** to them in place, only where some query sees the key, and they are what is returned: a
+            reverse loop over chunks sums into one pair of buffers instead of adding N-column tensors.
+        options: exactly those given to `slot_attention_forward`.
+    """
+    arguments = _arguments_of(q, k, v, implementation, options)
+    if into is None:
+        dq, dk, dv, dsinks = ops.slot_attention_backward(grad, out, lse, *arguments)
+    else:
+        dk, dv = into
+        _check_accumulator("into[0]", dk, k)
+        _check_accumulator("into[1]", dv, v)
+        dq, dsinks = ops.slot_attention_backward_accumulate(grad, out, lse, dk, dv, *arguments)
+    return dq, dk, dv, None if options.get("sinks") is None else dsinks
+
+
+def slot_attention_naive(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """Compute `slot_attention` in plain differentiable torch ops, which a compiler can see and fuse."""
+    return naive.forward(Problem(*_arguments_of(q, k, v, "naive", options)[:-1]))[0]
+
+
+def _arguments_of(q: Tensor, k: Tensor, v: Tensor, implementation: str, options: dict[str, Any]) -> tuple[Any, ...]:
+    known = ("q_start", "valid", "row_start", "scale", "window", "chunk", "softcap", "sinks")
+    if unknown := sorted(set(options) - set(known)):
+        raise TypeError(f"slot_attention: unknown option {unknown[0]!r}, expected some of {known}")
+    if "q_start" not in options:
+        raise TypeError("slot_attention: q_start is required: the column of the first query")
+    return _arguments(q, k, v, *(options.get(name) for name in known), implementation)
+
+
+def _arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_start: int | Tensor,
+    valid: Tensor | None,
+    row_start: Tensor | None,
+    scale: float | None,
+    window: int | None,
+    chunk: int | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    implementation: str,
+) -> tuple[Any, ...]:
+    """Check everything that needs no data and return the op's positional arguments: Problem's fields, implementation."""
+    check_name("slot_attention", implementation)
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise _unexpected("q, k, v", "4 dimensions each", f"{q.dim()}, {k.dim()}, {v.dim()}")
+    if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
+        raise _unexpected("q, k, v", "one floating dtype", f"{q.dtype}, {k.dtype}, {v.dtype}")
+    (batch, heads, length, width), (_, key_heads, n_keys, _) = q.shape, k.shape
+    if key_heads == 0 or heads % key_heads != 0:
+        raise _unexpected("q", f"a multiple of k's {key_heads} heads", f"{heads} heads")
+    _check_shape("k", k, (batch, key_heads, n_keys, width))
+    _check_shape("v", v, (batch, key_heads, n_keys, v.shape[-1]))
+    q_offset = None
+    if isinstance(q_start, Tensor):
+        if q_start.numel() != 1 or q_start.is_floating_point():
+            raise _unexpected("q_start", "one integer", f"{q_start.dtype} of shape {tuple(q_start.shape)}")
+        q_offset, q_start = q_start, 0
+    elif q_start < 0:
+        raise _unexpected("q_start", "a column, at least 0", q_start)
+    elif n_keys < q_start + length:
+        raise _unexpected("k", f"at least q_start + C = {q_start + length} keys", n_keys)
+    if valid is not None:
+        _check_shape("valid", valid, (batch, n_keys))
+        if valid.dtype != torch.bool:
+            raise _unexpected("valid", "dtype torch.bool", valid.dtype)
+    if row_start is not None:
+        _check_shape("row_start", row_start, (batch,))
+        if row_start.is_floating_point():
+            raise _unexpected("row_start", "an integer dtype", row_start.dtype)
+    if sinks is not None:
+        _check_shape("sinks", sinks, (heads,))
+    for name, value in (("window", window), ("chunk", chunk)):
+        if value is not None and value < 1:
+            raise _unexpected(name, "at least 1, or None", value)
+    if softcap is not None and softcap <= 0:
+        raise _unexpected("softcap", "a positive number, or None", softcap)
+    scale = width**-0.5 if scale is None else float(scale)
+    return q, k, v, valid, row_start, sinks, q_offset, q_start, scale, window, chunk, softcap, implementation
+
+
+def _check_accumulator(name: str, buffer: Tensor, like: Tensor) -> None:
+    _check_shape(name, buffer, tuple(like.shape))
+    if buffer.stride(-1) != 1 or buffer.requires_grad:
+        raise _unexpected(name, "a buffer without gradient whose last axis is contiguous", f"stride {buffer.stride()}")
+
+
+def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:
+    if tuple(x.shape) != expected:
+        raise _unexpected(name, f"shape {expected}", tuple(x.shape))
+
+
+def _unexpected(field: str, expected: str, got: object) -> ValueError:
+    return ValueError(f"slot_attention: {field}: expected {expected}, got {got}")

@@ -1,0 +1,125 @@
+"""Slot attention in plain torch: the reference of the kernel, and what runs on the CPU.
+
+Dense, in the accumulation dtype (float32, or float64 for float64 inputs). `forward` is differentiable as it stands;
+`backward` is the hand-written gradient that the registered op uses, so the two check each other.
+"""
+
+import torch
+from torch import Tensor
+
+from depthpass_kernels.operands import accumulation_dtype
+from depthpass_kernels.slot_attention.problem import Problem
+
+NEVER = float("-inf")
+
+
+def visibility(problem: Problem, low: int, high: int) -> Tensor:
+    """Return the boolean mask [B or 1, C, high - low] of which key columns each query column sees."""
+    p = problem
+    start = p.q_start if p.q_offset is None else p.q_start + p.q_offset.reshape(())
+    i = (start + torch.arange(p.q.shape[2], device=p.q.device))[None, :, None]
+    j = torch.arange(low, high, device=p.q.device)[None, None, :]
+    mask = j <= i
+    if p.window is not None:
+        mask = mask & (i - j < p.window)
+    if p.chunk is not None:
+        origin = 0 if p.row_start is None else p.row_start[:, None, None]
+        mask = mask & (_chunk_index(j, origin, p.chunk) == _chunk_index(i, origin, p.chunk))
+    return mask if p.valid is None else mask & p.valid[:, None, low:high]
+
+
+def _chunk_index(column: Tensor, origin: Tensor | int, chunk: int) -> Tensor:
+    return torch.div(column - origin, chunk, rounding_mode="floor")
+
+
+def key_span(problem: Problem) -> tuple[int, int]:
+    """Return the half-open range of key columns that some query may see; all of them when the start is a tensor."""
+    p = problem
+    if p.q_offset is not None:
+        return 0, p.k.shape[2]
+    reach = [r for r in (p.window, p.chunk) if r is not None]
+    return (max(0, p.q_start - min(reach) + 1) if reach else 0), p.q_start + p.q.shape[2]
+
+
+class _Scores:
+    """Operands in the accumulation dtype, grouped by key head, and their masked logits [B, Hkv, G, C, N']."""
+
+    def __init__(self, problem: Problem) -> None:
+        p = problem
+        acc = accumulation_dtype(p.q.dtype)
+        self.group = p.group
+        self.span = low, high = key_span(p)
+        mask = visibility(p, low, high)
+        # What no query sees may be uninitialised memory, and 0 * NaN would leak it.
+        seen = mask.any(1)[:, None, :, None]
+        self.k = torch.where(seen, p.k[:, :, low:high].to(acc), 0)
+        self.v = torch.where(seen, p.v[:, :, low:high].to(acc), 0)
+        self.q = self.fold(p.q.to(acc))
+        logits = per_key_head(self.q, self.k.mT) * p.scale
+        self.slope = None
+        if p.softcap is not None:
+            squashed = torch.tanh(logits / p.softcap)
+            self.slope, logits = 1 - squashed * squashed, p.softcap * squashed
+        self.logits = logits.masked_fill(~mask[:, None, None], NEVER)
+
+    def fold(self, x: Tensor) -> Tensor:
+        """[B, Hq, ...] -> [B, Hkv, G, ...]."""
+        return x.unflatten(1, (-1, self.group))
+
+
+def per_key_head(a: Tensor, b: Tensor) -> Tensor:
+    """[B, Hkv, G, C, X] @ [B, Hkv, X, Y] -> [B, Hkv, G, C, Y]."""
+    return (a.flatten(2, 3) @ b).unflatten(2, a.shape[2:4])
+
+
+def over_queries(a: Tensor, b: Tensor) -> Tensor:
+    """Contract the queries of a key head: [B, Hkv, G, C, X], [B, Hkv, G, C, Y] -> [B, Hkv, X, Y]."""
+    return a.flatten(2, 3).mT @ b.flatten(2, 3)
+
+
+def forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """Return out [B, Hq, C, Dv] and the log-sum-exp [B, Hq, C] (sinks included; -inf where it is empty)."""
+    s = _Scores(problem)
+    top = s.logits.amax(-1, keepdim=True)
+    sink = None
+    if problem.sinks is not None:
+        sink = problem.sinks.to(top.dtype).view(1, -1, s.group, 1, 1)
+        top = torch.maximum(top, sink)
+    top = torch.where(top == NEVER, 0, top).detach()
+    weights = torch.exp(s.logits - top)
+    total = weights.sum(-1, keepdim=True)
+    if sink is not None:
+        total = total + torch.exp(sink - top)
+    safe = torch.where(total == 0, 1, total)
+    out = per_key_head(weights, s.v) / safe
+    lse = torch.where(total == 0, NEVER, top + torch.log(safe))
+    return out.flatten(1, 2).to(problem.q.dtype), lse.squeeze(-1).flatten(1, 2)
+
+
+def backward(
+    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, int]]:
+    """Return dq, dk, dv, dsinks (or None) in the accumulation dtype, and the key range that dk and dv cover.
+
+    With p = exp(logit - lse) and delta = sum(grad * out): dv = pᵀ grad, dlogit = p (grad vᵀ - delta).
+    """
+    s = _Scores(problem)
+    p = torch.exp(s.logits - s.fold(torch.where(lse == NEVER, 0, lse))[..., None])
+    grad = s.fold(grad.to(lse.dtype))
+    delta = (grad * s.fold(out.to(lse.dtype))).sum(-1, keepdim=True)
+    dlogits = p * (per_key_head(grad, s.v.mT) - delta)
+    if s.slope is not None:
+        dlogits = dlogits * s.slope
+    dq = per_key_head(dlogits, s.k) * problem.scale
+    dk = over_queries(dlogits, s.q) * problem.scale
+    dv = over_queries(p, grad)
+    dsinks = None
+    if problem.sinks is not None:
+        dsinks = sink_gradient(problem.sinks, lse, delta.squeeze(-1).flatten(1, 2))
+    return dq.flatten(1, 2), dk, dv, dsinks, s.span
+
+
+def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
+    """Return dsinks [Hq] from sinks [Hq], lse and delta [B, Hq, C]: a sink's value vector is zero, so -p_sink * delta."""
+    share = torch.exp(sinks.to(lse.dtype)[None, :, None] - torch.where(lse == NEVER, 0, lse))
+    return -(share * delta).sum((0, 2))

@@ -1,0 +1,1 @@
+"""Lowering: runs depth programs on captured models."""

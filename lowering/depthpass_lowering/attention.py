@@ -1,0 +1,98 @@
+"""Attention of a span of queries against a slot, with masks made from columns, validity, window and chunk.
+
+On a full sequence without a cache the calls below are the ones transformers makes for its ``sdpa`` and ``eager``
+implementations, so that an identity program gives the stock model's bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass
+class Masks:
+    """Masks of one span, made once per (window, chunk) and shared by all visits of the span.
+
+    Attributes:
+        start, count: the queries' columns.
+        valid: validity of the keys ``0 .. start+count-1``, ``[batch, n]``; None = all real.
+    """
+
+    start: int
+    count: int
+    valid: Tensor | None
+    device: torch.device
+    _made: dict = field(default_factory=dict)
+
+    def get(self, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        """``(mask, is_causal)``: a bool mask ``[batch or 1, 1, queries, keys]`` or None, and SDPA's causal flag."""
+        if (window, chunk) not in self._made:
+            self._made[window, chunk] = self._make(window, chunk)
+        return self._made[window, chunk]
+
+    def _make(self, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        keys = self.start + self.count
+        local = window if window is not None else chunk
+        if self.valid is None and (local is None or keys < local) and (self.count == 1 or self.start == 0):
+            return None, self.count > 1
+        q = torch.arange(self.start, keys, device=self.device)[:, None]
+        k = torch.arange(keys, device=self.device)[None, :]
+        return column_mask(q[None], k[None], window, chunk, self.valid, self.row_start)[:, None], False
+
+    @property
+    def row_start(self) -> Tensor | None:
+        """First real column of each row, ``[batch]``; None = 0."""
+        return None if self.valid is None else (self.valid.long().cumsum(-1) == 0).sum(-1)
+
+
+def column_mask(
+    q: Tensor, k: Tensor, window: int | None, chunk: int | None, valid: Tensor | None, row_start: Tensor | None
+) -> Tensor:
+    """Which keys each query sees: ``[batch or 1, queries, keys]`` bool.
+
+    Args:
+        q: query columns ``[batch or 1, queries, 1]``; k: key columns ``[batch or 1, 1, keys]``.
+    """
+    mask = k <= q
+    if window is not None:
+        mask = mask & (k > q - window)
+    if chunk is not None:
+        begin = 0 if row_start is None else row_start[:, None, None]
+        mask = mask & ((k - begin) // chunk == (q - begin) // chunk)
+    return mask if valid is None else mask & valid[:, None, :]
+
+
+def additive(mask: Tensor | None, causal: bool, count: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+    """A bool mask as the float mask that transformers adds to the logits."""
+    if mask is None and causal:
+        mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None, None]
+    if mask is None:
+        return None
+    return torch.where(mask, torch.zeros((), device=device, dtype=dtype), torch.finfo(dtype).min)
+
+
+def sdpa_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float, dropout: float = 0.0
+) -> Tensor:
+    """Scaled dot-product attention with grouped heads: q ``[B, H, C, D]``, k, v ``[B, Hkv, N, D]`` -> ``[B, C, H, Dv]``."""
+    groups = q.shape[1] // k.shape[1]
+    grouped = {}
+    if groups > 1:
+        if mask is None and k.shape[-1] == v.shape[-1] <= 256:
+            grouped["enable_gqa"] = True
+        else:
+            k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal, **grouped
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def repeat_heads(x: Tensor, groups: int) -> Tensor:
+    """``[B, Hkv, N, D]`` -> ``[B, Hkv * groups, N, D]``, each head repeated in place."""
+    b, h, n, d = x.shape
+    return x[:, :, None].expand(b, h, groups, n, d).reshape(b, h * groups, n, d)

@@ -1,0 +1,187 @@
+"""State: what a batch of rows carries from one call to the next, as an argument and a result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from depthpass.errors import CacheError
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Keys and values of one visit, one entry per attention call of its block.
+
+    Attributes:
+        keys, values: ``[batch, kv_heads, n, dim]`` per attention call.
+        columns: column of each key in its row, ``[batch, n]``; None = all tokens in order (``0..n-1``).
+        valid: which entries are real, ``[batch, n]``; None with ``columns`` None = the state's own validity.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    columns: Tensor | None = None
+    valid: Tensor | None = None
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Slot:
+        return Slot(
+            tuple(map(fn, self.keys)), tuple(map(fn, self.values)),
+            None if self.columns is None else fn(self.columns), None if self.valid is None else fn(self.valid),
+        )
+
+
+@dataclass
+class State:
+    """KV slots, delay lines and token counters of a batch.
+
+    Attributes:
+        length: columns seen so far.
+        valid: which columns hold real tokens, ``[batch, length]`` bool; None = all of them.
+        slots: by slot number.
+        lines: by delay name: the source stream at the last real tokens of each row, ``[batch, >= n, width]``, most
+            recent last; zeros where a row has fewer.
+        record: keep whole delay lines instead of the last n tokens, so that tokens can be taken back (crop).
+    """
+
+    length: int = 0
+    valid: Tensor | None = None
+    slots: dict[int, Slot] = field(default_factory=dict)
+    lines: dict[str, Tensor] = field(default_factory=dict)
+    record: bool = False
+
+    def fork(self) -> State:
+        """A state that can be advanced without changing this one (tensors are shared, never written in place)."""
+        return replace(self, slots=dict(self.slots), lines=dict(self.lines))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> State:
+        """Apply a function to every tensor; all have the batch as dimension 0."""
+        return State(
+            self.length, None if self.valid is None else fn(self.valid),
+            {k: s.map(fn) for k, s in self.slots.items()}, {k: fn(t) for k, t in self.lines.items()}, self.record,
+        )
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes held in (KV slots, delay lines)."""
+        kv = sum(t.nbytes for s in self.slots.values() for t in (*s.keys, *s.values))
+        return kv, sum(t.nbytes for t in self.lines.values())
+
+
+def crop(state: State, length: int) -> State:
+    """The state after its first ``length`` columns.
+
+    Raises:
+        CacheError: the delay lines do not reach back that far (they keep only what decoding needs, unless ``record``).
+    """
+    if state.lines and not state.record:
+        raise CacheError(
+            f"crop: the delay lines only hold the last tokens of each row, so {state.length - length} tokens cannot be "
+            "taken back. Make the cache with DepthCache(model, record=True)."
+        )
+    dropped = state.length - length
+    valid = state.valid
+    lines = {}
+    for name, line in state.lines.items():
+        if valid is None:
+            lines[name] = line[:, : line.shape[1] - dropped]
+            continue
+        # Lines hold real tokens only, newest last: shift each row right by the real tokens it loses.
+        lost = valid[:, length:].long().sum(-1, keepdim=True)
+        index = torch.arange(line.shape[1], device=line.device)[None, :] - lost
+        found = line.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, line.shape[2]))
+        lines[name] = torch.where((index >= 0)[..., None], found, found.new_zeros(()))
+    slots = {}
+    for number, slot in state.slots.items():
+        if slot.columns is not None:
+            raise CacheError("crop: slots of routed visits hold a different number of tokens per row; not supported.")
+        slots[number] = slot.map(lambda t: t[:, :, :length])
+    return State(length, None if valid is None else valid[:, :length], slots, lines, True)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of new tokens: columns ``start .. start+count-1`` of every row.
+
+    Attributes:
+        valid: which of them are real, ``[batch, count]``; None = all.
+        rank: real tokens of the row before each token, ``[batch, count]``; None when ``valid`` is None and no earlier
+            column is padding: then the rank is the column.
+    """
+
+    start: int
+    count: int
+    valid: Tensor | None
+    rank: Tensor | None
+
+    def present(self, absent: int) -> Tensor | bool:
+        """Where a value that is absent for the first ``absent`` real tokens is present: True, False or a mask."""
+        if self.rank is not None:
+            return self.rank >= absent
+        missing = absent - self.start
+        return True if missing <= 0 else False if missing >= self.count else _from(missing, self.count)
+
+
+def _from(first: int, count: int) -> Tensor:
+    return torch.arange(count)[None, :] >= first
+
+
+def spans(length: int, count: int, valid: Tensor | None, earlier: Tensor | None, chunk: int | None) -> list[Span]:
+    """Cut ``count`` new tokens after ``length`` old ones into spans of at most ``chunk`` (None = one span).
+
+    Args:
+        valid: validity of all columns, old and new, ``[batch, length + count]``; None = no padding anywhere.
+    """
+    step = count if chunk is None else chunk
+    rank = None if valid is None else (valid.long().cumsum(-1) - valid.long())[:, length:]
+    new = None if valid is None else valid[:, length:]
+    return [
+        Span(
+            length + a, min(step, count - a),
+            None if new is None else new[:, a : a + step], None if rank is None else rank[:, a : a + step],
+        )
+        for a in range(0, count, step)
+    ]
+
+
+def read_delay(line: Tensor, source: Tensor | None, n: int, span: Span) -> Tensor:
+    """Values of ``delay n`` for the tokens of a span.
+
+    Args:
+        line: the source at earlier tokens, most recent last, ``[batch, >= n, width]``.
+        source: the source at the span's own tokens when it is known already, else None (then ``span.count <= n``).
+    """
+    past = line[:, line.shape[1] - n :]
+    if span.valid is None:
+        combined = past if source is None or span.count <= n else torch.cat((past, source), 1)
+        return combined[:, : span.count]
+    index = (span.valid.long().cumsum(-1) - span.valid.long())
+    combined = past if source is None else torch.cat((past, _compact(source, span.valid)), 1)
+    # Pads at the end of a row may count past a line read without its source; what they read is never used.
+    index = index.clamp_max(combined.shape[1] - 1)
+    return combined.gather(1, index[..., None].expand(-1, -1, combined.shape[2]))
+
+
+def push_delay(line: Tensor, source: Tensor, n: int, span: Span, record: bool) -> Tensor:
+    """The delay line after a span."""
+    keep = line.shape[1] + span.count if record else n
+    if span.valid is None:
+        combined = source if span.count >= keep else torch.cat((line, source), 1)
+        return combined[:, combined.shape[1] - keep :]
+    combined = torch.cat((line, _compact(source, span.valid)), 1)
+    # Rows with fewer real tokens than columns keep more of their past: take the window that ends at the last real one.
+    shift = span.valid.long().sum(-1, keepdim=True)
+    index = shift + torch.arange(line.shape[1], device=line.device)[None, :]
+    if record:
+        pads = span.count - shift
+        index = torch.arange(keep, device=line.device)[None, :] - pads
+        found = combined.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, combined.shape[2]))
+        return torch.where((index >= 0)[..., None], found, found.new_zeros(()))
+    return combined.gather(1, index[..., None].expand(-1, -1, combined.shape[2]))
+
+
+def _compact(x: Tensor, valid: Tensor) -> Tensor:
+    """Real tokens first, in order; what follows is filler."""
+    order = torch.argsort((~valid).long(), dim=1, stable=True)
+    return x.gather(1, order[..., None].expand(-1, -1, x.shape[2]))

@@ -1,0 +1,45 @@
+"""Shared test set-up: one thread per process, golden files, hypothesis without wall-clock limits."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+# Before anything imports torch: tiny models run fastest on one thread, and CI workers share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("MKL_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+GOLDEN = Path(__file__).parent / "golden"
+
+settings.register_profile("depthpass", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("depthpass")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+@pytest.fixture
+def golden(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Compare a text with ``tests/golden/<module>/<test>.txt``; a missing file is a failure."""
+    module = request.path.stem.removeprefix("test_")
+    test = re.sub(r"[^\w.-]+", "-", request.node.name.removeprefix("test_")).strip("-")
+    file = GOLDEN / module / f"{test}.txt"
+
+    def check(text: str) -> None:
+        text = text.rstrip("\n") + "\n"
+        if request.config.getoption("--update-golden"):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text, encoding="utf-8")
+            return
+        where = file.relative_to(GOLDEN.parent)
+        if not file.exists():
+            pytest.fail(f"golden file {where} is missing. Check the text, then run with --update-golden:\n{text}")
+        assert text == file.read_text(encoding="utf-8"), f"differs from {where}; if meant, run with --update-golden"
+
+    return check
