@@ -1,4 +1,4 @@
-"""Depth by brute force: the unrolled graph written out token by token from the meaning of each op, and its longest path.
+"""Depth by brute force: the unrolled graph, written out token by token from the meaning of each op; its longest path.
 
 Independent of :mod:`depthpass.analysis.dependence` on purpose, as a check of everything that is derived from it. Every
 key that a visit attends to is a node of its own, and every pair of tokens is an edge, so it is meant for a few tokens.
@@ -57,21 +57,19 @@ class _Row:
     def __init__(self, program: Program, n: int) -> None:
         self.program, self.n = program, n
         self.present: set[Node] = set()
-        self.pads: dict[str, int] = {}
+        self.pads = dict.fromkeys(program.defs, 0)
         self.key_input: dict[str, str] = {}
-        for o in program.ops:
-            if o.name:
-                self.pads[o.name] = self._pads(o, frozenset())
-            shares = o.kind == "block" and o["keys"] is not None and o["gate"] is None
-            if o.kind == "block" and not shares:
+        # Delays may read later values, so repeat until nothing changes; a cycle that pads also trims.
+        while (pads := {o.name: self._pads(o) for o in program.ops if o.name}) != self.pads:
+            self.pads = pads
+        for o in program.visits:
+            if o["keys"] is None or o["gate"] is not None:
                 self.key_input[f"slot {o['slot']}"] = o.args[0]
 
-    def _pads(self, o: Op, seen: frozenset[str]) -> int:
+    def _pads(self, o: Op) -> int:
         if o.kind == "trim" or not o.args:
             return 0
-        # A cycle adds no pads, so what comes from outside of it decides.
-        outside = [self._pads(self.program.defs[a], seen | {o.name}) for a in o.args if a not in seen]
-        return max(outside, default=0) + (o["tokens"] if o.kind == "pad" else 0)
+        return max(self.pads[a] for a in o.args) + (o["tokens"] if o.kind == "pad" else 0)
 
     def reads(self, o: Op, token: int) -> list[Node] | None:
         """Nodes that an op reads at a token, or None when it has no value there."""

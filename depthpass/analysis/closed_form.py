@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import sympy
 from sympy.printing.precedence import PRECEDENCE
@@ -58,7 +60,7 @@ def _capped(f: Growth) -> sympy.Expr | None:
     """``a + b*Min(count, floor((n - 1 + shift)/gap))`` for a sequence of equal, evenly spaced steps, or None."""
     jumps = [(i, f.at(i + 1) - f.at(i)) for i in range(f.start) if f.at(i + 1) != f.at(i)]
     heights, places = {h for _, h in jumps}, [i for i, _ in jumps]
-    gaps = {b - a for a, b in zip(places, places[1:])}
+    gaps = {b - a for a, b in pairwise(places)}
     if len(heights) != 1 or len(gaps) > 1:
         return None
     gap = gaps.pop() if gaps else places[0] + 1
@@ -108,8 +110,8 @@ class _TextPrinter(StrPrinter):
     def _print_Max(self, expr: sympy.Max) -> str:
         return self._call("max", expr)
 
-    def _call(self, name: str, expr: sympy.Basic) -> str:
-        return f"{name}({', '.join(self._print(a) for a in sorted(expr.args, key=lambda a: not a.is_number))})"
+    def _call(self, name: str, expr: Any) -> str:
+        return f"{name}({', '.join(self._print(a) for a in sorted(expr.args, key=lambda a: bool(a.free_symbols)))})"
 
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         parts = [

@@ -1,13 +1,8 @@
 """Depth: the longest path, counted in block visits, of a program unrolled over the tokens of a row.
 
-The unrolled graph has a node per value and token and an edge per dependence. Two facts make it a small periodic one:
-
-- Shifting a path by one token gives a path, so a longest path never gets shorter towards later tokens, and attention to
-  earlier tokens is dominated by attention to the own one. Attention therefore counts as an arc of distance 0.
-- A top-k route waits for every token of the row. Its own depth is a number that depends on the row only; what follows is
-  the longest path *from* the route, added to it. So every such route is a stage of its own.
-
-What is counted is graph depth over every choice that routes may make: an upper bound on the depth of one input's run.
+The unrolled graph has a node per value and token and an edge per dependence; :mod:`depthpass.analysis.stages` says how
+it is solved, :mod:`depthpass.analysis.maxplus` how the closed form is proved. What is counted is graph depth over every
+choice that routes may make: an upper bound on the depth of one input's run.
 """
 
 from __future__ import annotations
@@ -16,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Literal
 
-from depthpass.analysis.dependence import cycles, dependences
-from depthpass.analysis.growth import ZERO, Growth, maximum, total
-from depthpass.analysis.maxplus import Node, Recurrence, solve
-from depthpass.errors import PassError, SpecError, did_you_mean
-from depthpass.ir.program import Op, Program, reads_slots, writes_slot
-from depthpass.ir.verify import infer
+from depthpass.analysis.growth import Growth
+from depthpass.analysis.maxplus import Recurrence
+from depthpass.analysis.stages import Stages, Step
+from depthpass.errors import SpecError, did_you_mean
+from depthpass.ir.program import Program
 
 if TYPE_CHECKING:
     import sympy
@@ -31,24 +26,6 @@ if TYPE_CHECKING:
 Weight = Literal["visits", "attention", "mlp", "sublayers"] | Mapping[int, int]
 WEIGHTS: dict[str, int] = {"visits": 1, "attention": 1, "mlp": 1, "sublayers": 2}
 """What one visit adds to a path: its attention and its MLP follow each other, so a path takes both."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One visit on a critical path.
-
-    Attributes:
-        visit: value name of the visit, without ``%``.
-        block: physical block.
-        token: position in the row, from 0; pad tokens follow the real ones.
-    """
-
-    visit: str
-    block: int
-    token: int
-
-    def __str__(self) -> str:
-        return f"%{self.visit} (block {self.block}) at token {self.token}"
 
 
 @dataclass(frozen=True)
@@ -86,7 +63,7 @@ class Depth:
     growth: Growth
     certificate: Certificate
     notes: tuple[str, ...] = ()
-    _stages: _Stages = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
+    _stages: Stages = field(repr=False, compare=False, default=None)  # type: ignore[assignment]
 
     @property
     def rate(self) -> Fraction:
@@ -110,10 +87,16 @@ class Depth:
             raise SpecError(f"n: expected a number of tokens of at least 1, got {n!r}.")
         return int(self.growth.at(n - 1))
 
-    def critical_path(self, n: int) -> list[Step]:
-        """The visits of one longest path for a row of n tokens, in order of execution."""
+    def critical_path(self, n: int, last: int | None = None) -> list[Step]:
+        """The visits of one longest path for a row of n tokens, in order of execution.
+
+        Args:
+            n: real tokens of the row.
+            last: only so many visits at the path's end; None = all, as many as the depth.
+        """
         self.at(n)
-        return self._stages.path(self.output, n)
+        steps = self._stages.path(_output_value(self.program, self.output), n)
+        return [*islice(steps, last)][::-1]
 
     def __str__(self) -> str:
         from depthpass.analysis.closed_form import format_formula
@@ -138,9 +121,9 @@ def depth(program: Program, output: str | None = None, weight: Weight = "visits"
     16
     """
     target = _output_value(program, output)
-    stages = _Stages(program, _weights(program, weight))
+    stages = Stages(program, _weights(program, weight))
     growth = stages.row(target)
-    certificate = stages.certificate(target)
+    certificate = _certificate(stages.recurrences(target))
     routed = any(o.kind == "route" for o in program.ops if o.name in stages.ancestors(target))
     notes = ("routes: longest path over all choices of tokens",) if routed else ()
     return Depth(program, output, weight, growth, certificate, notes, stages)
@@ -156,6 +139,13 @@ def _output_value(program: Program, output: str | None) -> str:
     return taps[output]
 
 
+def _certificate(recurrences: tuple[Recurrence, ...]) -> Certificate:
+    steepest = max(recurrences, key=lambda r: r.cycle_ratio, default=None)
+    if steepest is None:
+        return Certificate((), Fraction(0), ())
+    return Certificate(recurrences, steepest.cycle_ratio, tuple(str(v) for v in steepest.cycle))
+
+
 def _weights(program: Program, weight: Weight) -> dict[int, int]:
     if isinstance(weight, str):
         if weight not in WEIGHTS:
@@ -169,191 +159,3 @@ def _weights(program: Program, weight: Weight) -> dict[int, int]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise SpecError(f"weight[{block}]: expected an integer of at least 0 for every block, got {value!r}.")
     return dict(weight)
-
-
-Key = str | tuple[str, int]
-"""A value at token i, or (value, k): the value at the k-th pad token after the row's last real token i."""
-
-
-class _Stages:
-    """The dependence system of a program, solved once per stage: from the sources, and from each top-k route.
-
-    Attributes:
-        pads_apart: whether pad tokens differ from real ones in what they depend on, so that each is a node of its own.
-            Otherwise they simply lengthen the row.
-    """
-
-    def __init__(self, program: Program, weights: Mapping[int, int]) -> None:
-        self.program = program
-        self.types = infer(program)
-        for cycle in cycles(program):
-            if late := [v for v in cycle if _waits(program.defs[v])]:
-                raise PassError(
-                    f"depth: the top-k route %{late[0]} lies on a delay cycle, so it needs tokens that need its own "
-                    "result. Use rule threshold or choice, or move the delay."
-                )
-        self.reads: dict[str, list[tuple[str, int]]] = {o.name: [] for o in program.ops if o.name}
-        for d in dependences(program):
-            self.reads[d.target].append((d.source, d.distance))
-        self.routes = tuple(o.name for o in program.ops if _waits(o))
-        self.writers = {writes_slot(o): o for o in program.visits}
-        self.pads_apart = any(
-            (o.kind == "pad" and self._computed(o.args[0])) or (o.kind == "block" and self._outlives_keys(o))
-            for o in program.ops
-        )
-        self.nodes = self._nodes(weights)
-        self.arcs = {node.name: node for node in self.nodes}
-        self.sources = frozenset(
-            node.name for node in self.nodes if not node.arcs and node.name not in self.routes
-        )
-        self._solved: dict[str | None, tuple[dict[object, Growth], tuple[Recurrence, ...]]] = {}
-        self._rows: dict[str, Growth] = {}
-
-    def _outlives_keys(self, visit: Op) -> bool:
-        """Whether a visit runs on pad tokens that a slot it reads does not have."""
-        pads = self.pads(visit.name)
-        return any(self.pads(self.writers[s].args[0]) < pads for s in reads_slots(visit))
-
-    def _computed(self, value: str) -> bool:
-        """Whether a value depends on more than its own token's embedding."""
-        kinds = {self.program.defs[v].kind for v in self.ancestors(value)}
-        return not kinds <= {"embed", "zeros", "noise", "pad"}
-
-    def ancestors(self, value: str) -> frozenset[str]:
-        """Values that a value depends on, itself included."""
-        seen, todo = {value}, [value]
-        while todo:
-            for u, _ in self.reads[todo.pop()]:
-                if u not in seen:
-                    seen.add(u)
-                    todo.append(u)
-        return frozenset(seen)
-
-    def pads(self, value: str) -> int:
-        return self.types[value].pads
-
-    def _nodes(self, weights: Mapping[int, int]) -> tuple[Node, ...]:
-        real, later = [], []
-        for o in self.program.ops:
-            if not o.name:
-                continue
-            arcs = () if o.name in self.routes else tuple(dict.fromkeys(self.reads[o.name]))
-            weight = weights[o["index"]] if o.kind == "block" else 0
-            absent = self.types[o.name].absent
-            real.append(Node(o.name, arcs, weight, absent))
-            if self.pads_apart:
-                later += [
-                    (k, Node((o.name, k), self._pad_arcs(o, arcs, k), weight, max(absent - k, 0)))
-                    for k in range(1, self.pads(o.name) + 1)
-                ]
-        later.sort(key=lambda pair: pair[0])
-        return tuple(real) + tuple(node for _, node in later)
-
-    def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, int], ...], k: int) -> tuple[tuple[Key, int], ...]:
-        """What a value at the k-th pad token reads; distances count back from the last real token."""
-        if o.kind != "block":
-            return tuple(_at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
-        # Pads may break the order of depths along the row, so attention reads every earlier token here.
-        found = [_at(o.args[0], k)]
-        for slot in reads_slots(o):
-            source = self.writers[slot].args[0]
-            window = o["window"] if slot == o["slot"] else None
-            first = 0 if window is None else max(0, k + 1 - window)
-            found += [_at(source, j) for j in range(first, min(k, self.pads(source)) + 1)]
-        return tuple(dict.fromkeys(found))
-
-    def solved(self, stage: str | None) -> dict[object, Growth]:
-        """Longest paths to every node that start at the sources (None), or at a top-k route."""
-        if stage not in self._solved:
-            starts = self.sources if stage is None else frozenset(self._keys(stage))
-            self._solved[stage] = solve(self.nodes, starts)
-        return self._solved[stage][0]
-
-    def _keys(self, value: str) -> list[Key]:
-        pads = range(1, self.pads(value) + 1) if self.pads_apart else ()
-        return [value, *((value, k) for k in pads)]
-
-    def _ends(self, value: str, stage: str | None) -> list[tuple[Key, Growth]]:
-        """Keys at which a row's longest path may end, with their growth over n - 1."""
-        found = self.solved(stage)
-        if self.pads_apart:
-            return [(k, found[k]) for k in self._keys(value)]
-        return [(value, found[value].advanced(self.pads(value)))]
-
-    def _before(self, value: str) -> list[str | None]:
-        """Stages whose paths reach a value."""
-        return [s for s in (None, *self.routes) if s != value and any(g.reachable for _, g in self._ends(value, s))]
-
-    def base(self, stage: str | None) -> Growth:
-        """Depth at which a stage begins, over n - 1: a top-k route needs all its arguments at all tokens."""
-        if stage is None:
-            return ZERO
-        return maximum(self.row(a) for a in self.program.defs[stage].args)
-
-    def row(self, value: str) -> Growth:
-        """Largest depth of a value over the tokens of a row, over n - 1."""
-        if value not in self._rows:
-            ends = [] if value not in self.routes else [self.base(value)]
-            ends += [total(self.base(s), g) for s in self._before(value) for _, g in self._ends(value, s)]
-            self._rows[value] = maximum(ends)
-        return self._rows[value]
-
-    def certificate(self, target: str) -> Certificate:
-        """Recurrences of all stages that the target needs."""
-        needed = self.ancestors(target)
-        for stage in (None, *self.routes):
-            if stage is None or stage in needed:
-                self.solved(stage)
-        found = dict.fromkeys(
-            r for _, proofs in self._solved.values() for r in proofs if set(r.nodes) <= needed
-        )
-        best = max(found, key=lambda r: r.cycle_ratio, default=None)
-        return Certificate(
-            tuple(found), best.cycle_ratio if best else Fraction(0), tuple(str(v) for v in best.cycle) if best else ()
-        )
-
-    def path(self, output: str | None, n: int) -> list[Step]:
-        """Visits of a longest path, walked back from its end through values that account for each other."""
-        steps: list[Step] = []
-        value, last = _output_value(self.program, output), n - 1
-        while True:
-            if value in self.routes:
-                value = self._deepest(self.program.defs[value].args, last)
-                continue
-            stage, key, i = self._end(value, last)
-            found = self.solved(stage)
-            node = self.arcs[key]
-            while True:
-                op = self.program.defs[key if isinstance(key, str) else key[0]]
-                if op.kind == "block":
-                    steps.append(Step(op.name, op["index"], i if isinstance(key, str) else i + key[1]))
-                if op.name == stage or not node.arcs:
-                    break
-                need = found[key].at(i) - node.weight
-                key, i = next((u, i - d) for u, d in node.arcs if found[u].at(i - d) == need)
-                node = self.arcs[key]
-            if stage is None:
-                return steps[::-1]
-            value = stage
-
-    def _deepest(self, values: tuple[str, ...], last: int) -> str:
-        return max(values, key=lambda v: self.row(v).at(last))
-
-    def _end(self, value: str, last: int) -> tuple[str | None, Key, int]:
-        """(stage, key, token) at which a longest path of a row ends."""
-        stage, key, _ = max(
-            ((s, k, self.base(s).at(last) + g.at(last)) for s in self._before(value) for k, g in self._ends(value, s)),
-            key=lambda end: end[2],
-        )
-        return stage, key, last if self.pads_apart else last + self.pads(value)
-
-
-def _at(value: str, k: int) -> tuple[Key, int]:
-    """Arc to a value k tokens after the last real one; to that one or an earlier one for k <= 0."""
-    return ((value, k), 0) if k > 0 else (value, -k)
-
-
-def _waits(o: Op) -> bool:
-    """Whether an op needs every token of the row."""
-    return o.kind == "route" and o["rule"] == "topk"
-

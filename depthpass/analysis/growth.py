@@ -80,7 +80,7 @@ class Growth:
     @cached_property
     def bounds(self) -> tuple[Fraction, Fraction]:
         """(low, high) with ``low <= f(i) - rate * i <= high`` for every i from ``start`` on."""
-        gaps = [self.values[i] - self.rate * i for i in range(self.start, len(self.values))]
+        gaps = [Fraction(self.values[i]) - self.rate * i for i in range(self.start, len(self.values))]
         return min(gaps), max(gaps)
 
     def normal(self) -> Growth:

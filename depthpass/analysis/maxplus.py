@@ -1,8 +1,9 @@
 """Longest paths over all tokens of a periodic dependence graph, exactly, with a proof by induction.
 
-Node v at token i obeys ``x_v(i) = weight_v + max(0 if v is a source, max over arcs x_u(i - distance))``. Nodes off every
-cycle are solved in closed form by :mod:`depthpass.analysis.growth`. A cycle is simulated for some tokens; a pattern seen
-in the numbers is accepted only with the certificate of :func:`_certified`, which makes it true for all later tokens.
+Node v at token i obeys ``x_v(i) = weight_v + max(0 if v is a source, max over arcs x_u(i - distance))``. Nodes off
+every cycle are solved in closed form by :mod:`depthpass.analysis.growth`. A cycle is simulated for some tokens; a
+pattern seen in the numbers is accepted only with the certificate of :func:`_certified`, which makes it true for all
+later tokens.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import networkx as nx
 import numpy as np
@@ -34,8 +36,8 @@ class Node:
         absent: the node has no value at tokens before this one, whatever its arcs say.
     """
 
-    name: object
-    arcs: tuple[tuple[object, int], ...]
+    name: Any
+    arcs: tuple[tuple[Any, int], ...]
     weight: int = 0
     absent: int = 0
 
@@ -135,8 +137,8 @@ def _simulate(block: Sequence[Node], inner: Mapping, inputs: Mapping, values: di
     """Extend the values of every node up to ``tokens`` tokens, exactly, in place."""
     begin = len(values[block[0].name])
     rows = [
-        (values[n.name], [(values[u], d) for u, d in inner[n.name]], inputs[n.name] if inputs[n.name].reachable else None,
-         n.weight, n.absent)
+        (values[n.name], [(values[u], d) for u, d in inner[n.name]],
+         inputs[n.name] if inputs[n.name].reachable else None, n.weight, n.absent)
         for n in block
     ]
     for i in range(begin, tokens):

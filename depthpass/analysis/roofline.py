@@ -1,9 +1,9 @@
 """Roofline: the least time a program's matrix multiplies can take on a machine, from two ceilings.
 
-A GEMM of ``r`` rows over ``P`` parameters takes at least ``max(2*r*P / F, itemsize*P / W)`` seconds, with F the FLOP/s of
-a large GEMM and W the bytes/s at which weights stream. Below ``ridge = F*itemsize / (2*W)`` rows the weights bound it.
-In a serial region every chunk is a GEMM of its own. Attention, norms, elementwise work, launches and the optimizer are
-left out, so a floor is below every real time.
+A GEMM of ``r`` rows over ``P`` parameters takes at least ``max(2*r*P / F, itemsize*P / W)`` seconds, with F the FLOP/s
+of a large GEMM and W the bytes/s at which weights stream. Below ``ridge = F*itemsize / (2*W)`` rows it is bound by its
+weights. In a serial region every chunk is a GEMM of its own. Attention, norms, elementwise work, launches and the
+optimizer are left out, so a floor is below every real time.
 """
 
 from __future__ import annotations

@@ -20,10 +20,16 @@ def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str
 
     Raises:
         UnsupportedModelError: the model contains something that cannot be treated soundly; says what and where.
+        InputError: the example inputs do not fit together.
     """
+    from depthpass.capture.attention import signature_names
     from depthpass.capture.export import sharing_copy, trace
     from depthpass.capture.outline import outline
+    from depthpass.capture.screen import screen
 
+    screen(model, static)
+    if "use_cache" in signature_names(type(model).forward):
+        static = {**static, "use_cache": False}
     private = sharing_copy(model)
     for module in private.modules():
         if hasattr(module, "gradient_checkpointing"):

@@ -12,12 +12,16 @@ import types
 from collections.abc import Callable
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from depthpass.errors import UnsupportedModelError
+from depthpass.errors import UnsupportedModelError, did_you_mean
 
 NAME = "depthpass"
 """Name under which the functions are registered with transformers."""
+
+STYLES = ("sdpa", "eager")
+"""Attention implementations of transformers whose numbers depthpass reproduces."""
 
 _LIB = torch.library.Library("depthpass", "DEF")
 _LIB.define("attend(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? sinks, float scale, float softcap, "
@@ -98,7 +102,10 @@ def capture_mask(*_, mask_function: Callable, attention_mask=None, local_size: i
         if not isinstance(kwargs.get(offset, 0), int) or kwargs.get(offset, 0) != 0:
             raise UnsupportedModelError(f"masks with a {offset} are not supported: caching is done by depthpass.")
     if attention_mask is None:
-        raise UnsupportedModelError("the model builds a mask without looking at attention_mask.")
+        raise UnsupportedModelError(
+            "a mask is built without an attention_mask: expected a 2-D attention_mask [batch, tokens] in the captured call "
+            "(all ones where nothing is padding)."
+        )
     window, chunk = recognise_mask(mask_function, local_size)
     return torch.ops.depthpass.mask(attention_mask, window or -1, chunk or -1)
 
@@ -123,60 +130,95 @@ def recognise_mask(mask_function: Callable, local_size: int | None) -> tuple[int
     Raises:
         UnsupportedModelError: the predicate is none of the three (packed, prefix, bidirectional, blockwise, ...).
     """
-    # Chunked predicates close over a traced per-row padding count: probe them with no padding instead.
-    predicate = _with_concrete_cells(mask_function)
-    size = local_size or 8
-    edges = sorted({0, 1, 2, 3, size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1, 3 * size + 2})
+    name = _name(mask_function)
+    if local_size is not None and local_size < 1:
+        raise UnsupportedModelError(
+            f"the mask predicate {name} has a window or chunk of {local_size} tokens, in which no token sees itself; "
+            "expected at least 1 (set config.sliding_window to None for full attention)."
+        )
+    constants: set[int] = set()
+    # Chunked predicates close over the number of pads of each row, a traced tensor: probe them as if there were none.
+    predicate = _without_padding(mask_function, constants)
     with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
-        keys = torch.arange(3 * size + 5)[None, :]
-        queries = torch.tensor([e for e in edges if e >= 0])[:, None]
-        zero = torch.zeros((), dtype=torch.long)
-        try:
-            seen = predicate(zero, zero, queries, keys)
-            seen = seen.expand(len(queries), keys.shape[1])
-        except Exception as error:
-            raise UnsupportedModelError(
-                f"the mask predicate {_name(mask_function)} cannot be probed on indices ({error}); "
-                "packed sequences and data-dependent masks are not supported."
-            ) from error
+        points = torch.tensor(_probes(constants | {local_size or 8}))
+        queries, keys = points[:, None], points[None, :]
+        seen = _probe(predicate, queries, keys, name)
         causal = keys <= queries
         candidates: list[tuple[int | None, int | None, torch.Tensor]] = [(None, None, causal)]
         if local_size is not None:
             candidates.append((local_size, None, causal & (queries - keys < local_size)))
             candidates.append((None, local_size, causal & (queries // local_size == keys // local_size)))
         for window, chunk, want in candidates:
-            if torch.equal(seen.bool(), want):
+            if torch.equal(seen, want.expand_as(seen)):
                 return window, chunk
+        later = bool((seen & ~causal).any())
+    kind = "lets tokens see later tokens (bidirectional, prefix or blockwise)" if later else "hides earlier tokens"
     raise UnsupportedModelError(
-        f"the mask predicate {_name(mask_function)} is neither causal, nor a sliding window, nor chunked "
-        f"(local size {local_size}); prefix, bidirectional, blockwise and custom masks are not supported."
+        f"the mask predicate {name} {kind}; expected a causal mask, a sliding window or chunks"
+        f"{'' if local_size is None else f' of {local_size} tokens'}."
     )
+
+
+def _probes(sizes: set[int]) -> list[int]:
+    """Indices at which masks of these sizes may change, and some far away."""
+    points = {0, 1, 2, 3, 5, 7, 11, *(2**i for i in range(4, 21, 2)), *(2**i + 1 for i in range(4, 21, 4))}
+    for size in sorted(s for s in sizes if 0 < s <= 2**24)[:8]:
+        points |= {size - 1, size, size + 1, 2 * size - 1, 2 * size, 2 * size + 1, 3 * size + 2}
+    return sorted(points)
+
+
+def _probe(predicate: Callable, queries: torch.Tensor, keys: torch.Tensor, name: str) -> torch.Tensor:
+    """Values of a predicate for several rows and heads, ``[rows, heads, queries, keys]``."""
+    rows, heads = torch.arange(_ROWS)[:, None, None, None], torch.arange(8)[None, :, None, None]
+    try:
+        seen = predicate(rows, heads, queries, keys)
+        return seen.bool().expand(_ROWS, 8, len(queries), keys.shape[1])
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"the mask predicate {name} cannot be evaluated on indices alone ({type(error).__name__}: {error}); masks that "
+            "depend on data are not supported."
+        ) from error
+
+
+_ROWS = 3
 
 
 def _name(fn: Callable) -> str:
     return getattr(fn, "__qualname__", repr(fn))
 
 
-def _with_concrete_cells(fn: Callable) -> Callable:
-    """Rebuild a closure with every traced tensor it holds replaced by one zero per row."""
+def _without_padding(fn: object, constants: set[int]) -> object:
+    """Rebuild a predicate with no padding in any row, and collect the whole numbers it closes over.
+
+    Raises:
+        UnsupportedModelError: it closes over another tensor, or is no plain function.
+    """
+    from transformers.masking_utils import chunked_overlay
+
+    if isinstance(fn, tuple | list):
+        return type(fn)(_without_padding(f, constants) for f in fn)
+    if isinstance(fn, int):
+        constants.add(int(fn))
+        return fn
+    if isinstance(fn, torch.Tensor) or (callable(fn) and not isinstance(fn, types.FunctionType)):
+        what = f"a tensor of shape {tuple(fn.shape)}" if isinstance(fn, torch.Tensor) else f"a {type(fn).__name__}"
+        raise UnsupportedModelError(
+            f"the attention mask depends on {what} (packed sequences from position_ids, token types, prefixes, image "
+            "blocks, ...), which is not supported. For packed rows pass one sequence per row with an attention_mask."
+        )
     if not isinstance(fn, types.FunctionType) or fn.__closure__ is None:
         return fn
-
-    def concrete(value):
-        if isinstance(value, torch.Tensor):
-            if value.dim() != 1 or value.dtype.is_floating_point:
-                raise UnsupportedModelError(
-                    f"the mask predicate {_name(fn)} depends on a tensor of shape {tuple(value.shape)} "
-                    "(packed sequences, image blocks, ...), which is not supported."
-                )
+    # Only here is a per-row number known to be the row's padding.
+    chunked = fn.__code__ in chunked_overlay.__code__.co_consts
+    cells = []
+    for variable, cell in zip(fn.__code__.co_freevars, fn.__closure__):
+        value = cell.cell_contents
+        if chunked and variable == "left_padding":
             with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
-                return torch.zeros(1, dtype=torch.long)
-        if isinstance(value, tuple | list):
-            return type(value)(concrete(v) for v in value)
-        return _with_concrete_cells(value) if callable(value) else value
-
-    cells = tuple(types.CellType(concrete(c.cell_contents)) for c in fn.__closure__)
-    rebuilt = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, cells)
+                cells.append(types.CellType(torch.zeros(_ROWS, dtype=torch.long)))
+        else:
+            cells.append(types.CellType(_without_padding(value, constants)))
+    rebuilt = types.FunctionType(fn.__code__, fn.__globals__, fn.__name__, fn.__defaults__, tuple(cells))
     rebuilt.__kwdefaults__ = fn.__kwdefaults__
     return rebuilt
 
@@ -193,6 +235,23 @@ def register() -> None:
     except ImportError:
         return
     ExpertsInterface.register(NAME, capture_experts)
+
+
+def attention_style(model: nn.Module) -> str:
+    """The stock attention implementation whose numerics are kept: ``sdpa`` or ``eager``.
+
+    Raises:
+        UnsupportedModelError: the model was loaded with any other implementation.
+    """
+    config = getattr(model, "config", None)
+    style = getattr(config, "_attn_implementation", None) or "eager"
+    if style not in STYLES:
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: attention implementation {style!r}; expected one of {', '.join(STYLES)}."
+            f"{did_you_mean(str(style), STYLES)} Load the model with attn_implementation='sdpa' (or call "
+            "model.set_attn_implementation('sdpa')); depthpass runs attention itself."
+        )
+    return style
 
 
 def signature_names(fn: Callable) -> tuple[str, ...]:

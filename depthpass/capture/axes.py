@@ -101,7 +101,7 @@ def broadcast(*operands: Axes) -> Axes:
     Raises:
         AxisError: a token axis would meet another axis, or the result would run over pairs of tokens.
     """
-    rank = max(len(a) for a in operands)
+    rank = max((len(a) for a in operands), default=0)
     padded = [((),) * (rank - len(a)) + a for a in operands]
     out = []
     for dims in zip(*padded):
@@ -128,9 +128,6 @@ def single(axes: Axes) -> Axes:
 def normal(dim: int, rank: int) -> int:
     """A dimension index counted from the front."""
     return dim + rank if dim < 0 else dim
-
-
-_NAMES: dict[sympy.Symbol, str] = {}
 
 
 def show_dim(dim: Dim) -> str:

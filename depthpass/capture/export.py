@@ -3,57 +3,23 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from depthpass.capture import attention
-from depthpass.errors import UnsupportedModelError
+from depthpass.capture.explain import explain, watch_sizes
+from depthpass.capture.functional import functionalise
+from depthpass.capture.screen import find_layers
+from depthpass.capture.traced import Traced, from_export
+from depthpass.errors import InputError
+
+__all__ = ["find_layers", "sharing_copy", "trace"]
 
 _SIZES = {"batch": 3, "tokens": 7}
-
-
-@dataclass(frozen=True)
-class Traced:
-    """An exported model and where its blocks are.
-
-    Attributes:
-        program: the exported program (ATen graph, parameters lifted).
-        layers: module path of the list of blocks, e.g. ``model.layers``.
-        count: number of blocks.
-    """
-
-    program: torch.export.ExportedProgram
-    layers: str
-    count: int
-
-
-def find_layers(model: nn.Module) -> str:
-    """Module path of the list of decoder blocks: the outermost module list with ``num_hidden_layers`` entries.
-
-    Raises:
-        UnsupportedModelError: there is no such list, or more than one.
-    """
-    config = getattr(model, "config", None)
-    if config is None or not hasattr(model, "get_input_embeddings"):
-        raise UnsupportedModelError(
-            f"expected a transformers decoder, got {type(model).__name__}: depthpass rewrites PreTrainedModel "
-            "decoders (and torch.compile graphs of them)."
-        )
-    if getattr(config, "is_encoder_decoder", False):
-        raise UnsupportedModelError(f"{type(model).__name__} is an encoder-decoder; only decoders are supported.")
-    text = config.get_text_config(decoder=True)
-    count = getattr(text, "num_hidden_layers", None)
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    outer = [n for n in lists if not any(n.startswith(o + ".") for o in lists)]
-    if len(outer) != 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: expected one list of {count} blocks, found {outer or 'none'}."
-        )
-    return outer[0]
 
 
 def sharing_copy(module: nn.Module) -> nn.Module:
@@ -82,8 +48,8 @@ def _capture_mode(model: nn.Module, layers: str):
             return args, {**kwargs, "hidden_states": torch.ops.depthpass.enter(kwargs["hidden_states"], i)}
 
         def after(_, args, output):
-            if isinstance(output, tuple):
-                return (torch.ops.depthpass.leave(output[0], i), *output[1:])
+            if isinstance(output, tuple | list):
+                return type(output)((torch.ops.depthpass.leave(output[0], i), *output[1:]))
             return torch.ops.depthpass.leave(output, i)
 
         return before, after
@@ -115,52 +81,77 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, 
 
     Args:
         model: a private copy; it is put in capture mode for the time of the call.
-        tensors: example inputs. Dimension 0 is the batch (or 1, kept static), dimension 1 the tokens.
+        tensors: example inputs: ``[batch, tokens, ...]``, or ``[1, tokens, ...]`` for all rows, or numbers. Batch and
+            tokens become symbolic whatever their sizes are here.
         static: further keyword arguments, baked in.
 
     Raises:
         UnsupportedModelError: the model cannot be exported; the cause is attached.
     """
     layers = find_layers(model)
-    examples = {}
-    dims: dict[str, object] = {}
+    examples, dims = _examples(tensors)
+    dims |= dict.fromkeys(static)
+    forward = _keyword_forward(model, tuple(dims))
+    with _capture_mode(model, layers), forward, watch_sizes(model) as counting, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            program = torch.export.export(model, (), {**examples, **static}, dynamic_shapes=dims, strict=False)
+        except Exception as error:
+            raise explain(model, error, counting) from error
+    functionalise(program.graph_module, frozenset(tensors))
+    return from_export(program, layers, len(model.get_submodule(layers)))
+
+
+def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Inputs of sizes that torch does not specialise on, and their symbolic dimensions."""
     batch, tokens = torch.export.Dim("batch", min=1), torch.export.Dim("tokens", min=1)
+    rows = max((t.shape[0] for t in tensors.values() if t.dim()), default=1)
+    columns = {n: t.shape[1] for n, t in tensors.items() if t.dim() > 1}
+    if len(set(columns.values())) > 1:
+        raise InputError(f"expected the same number of tokens in every input, got {columns}.")
+    examples: dict[str, torch.Tensor] = {}
+    dims: dict[str, object] = {}
     for name, t in tensors.items():
+        if t.dim() > 2 and name != "inputs_embeds":
+            raise InputError(
+                f"{name}: expected [batch, tokens], got shape {tuple(t.shape)}. Dense masks are not supported: masks are made "
+                "from the validity of each token."
+            )
         shape = list(t.shape)
         dynamic: dict[int, object] = {}
-        if t.dim() >= 1 and shape[0] != 1:
+        if t.dim() and shape[0] not in (1, rows):
+            raise InputError(f"{name}: expected {rows} rows (or 1 for all of them), got {shape[0]}.")
+        if t.dim() and shape[0] == rows:
             shape[0], dynamic[0] = _SIZES["batch"], batch
-        if t.dim() >= 2:
+        if t.dim() > 1:
             shape[1], dynamic[1] = _SIZES["tokens"], tokens
         # A fresh tensor per input: export treats one tensor passed twice as one input.
         fill = torch.ones if t.dtype == torch.bool else torch.zeros
         examples[name] = fill(shape, dtype=t.dtype, device=t.device)
         dims[name] = dynamic
-    dims |= dict.fromkeys(static)
-    with _capture_mode(model, layers), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            program = torch.export.export(
-                model, (), {**examples, **static}, dynamic_shapes=dims, strict=False
-            )
-        except UnsupportedModelError:
-            raise
-        except Exception as error:
-            cause = _deepest(error)
-            if isinstance(cause, UnsupportedModelError):
-                raise cause from error
-            raise UnsupportedModelError(
-                f"{type(model).__name__} cannot be captured with torch.export: {type(cause).__name__}: "
-                f"{str(cause).strip().splitlines()[0] if str(cause).strip() else 'no message'}"
-            ) from error
-    return Traced(program, layers, len(model.get_submodule(layers)))
+    return examples, dims
 
 
-def _deepest(error: BaseException) -> BaseException:
-    seen = set()
-    while id(error) not in seen:
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__ or error
-        if isinstance(error, UnsupportedModelError):
-            return error
-    return error
+@contextmanager
+def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
+    """Give a model's forward exactly these keyword arguments.
+
+    ``torch.export`` cannot give symbolic sizes to arguments that go into ``**kwargs`` (the loss arguments of
+    transformers), and would name them differently.
+    """
+    stock = model.forward
+    replaced = model.__dict__.get("forward")
+
+    def forward(**given):
+        return stock(**given)
+
+    forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]
+    )
+    model.forward = forward
+    try:
+        yield
+    finally:
+        del model.forward
+        if replaced is not None:
+            model.forward = replaced

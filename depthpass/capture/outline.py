@@ -14,9 +14,9 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from depthpass.capture import calls
-from depthpass.capture.export import Traced
 from depthpass.capture.legality import check_token_local
 from depthpass.capture.model import Block, Capture, Part, Site, Template
+from depthpass.capture.traced import Traced
 from depthpass.errors import UnsupportedModelError
 
 _OPS = torch.ops.depthpass
@@ -44,17 +44,13 @@ class _Outliner:
     """Working state of one outlining; lives for one call of :func:`outline`."""
 
     def __init__(self, traced: Traced):
-        self.ep = traced.program
+        self.traced = traced
         self.layers, self.count = traced.layers, traced.count
-        self.graph = self.ep.graph
+        self.graph, self.kinds = traced.module.graph, traced.kinds
         self.region: dict[fx.Node, tuple[str, int]] = {}
-        self.kinds = {}
-        for spec in self.ep.graph_signature.input_specs:
-            self.kinds[spec.arg.name] = (spec.kind, spec.target)
-        if self.ep.graph_signature.buffers_to_mutate:
+        if traced.written:
             raise UnsupportedModelError(
-                f"the forward pass writes buffers ({', '.join(self.ep.graph_signature.buffers_to_mutate.values())}); "
-                "state must be an argument and a result."
+                f"the forward pass writes buffers ({', '.join(traced.written)}); state must be an argument and a result."
             )
 
     def run(self) -> Capture:
@@ -88,7 +84,7 @@ class _Outliner:
         prologue = self._part("prologue", None, [enters[0].args[0], *self.side_nodes])
         axes = tuple(self._token_axis(n) for n in self.side_nodes)
         return Capture(
-            prologue, axes, tuple(blocks), norm, head, self.layers, hidden.shape[2], self.ep.call_spec.out_spec
+            prologue, axes, tuple(blocks), norm, head, self.layers, hidden.shape[2], self.traced.out_spec
         )
 
     # Regions -------------------------------------------------------------------------------------------------
@@ -134,9 +130,14 @@ class _Outliner:
                 self._no_block_values(node)
 
     def _hoist_shared(self) -> None:
-        """Move side computations done inside one block but used elsewhere to the prologue."""
+        """Move side computations to where they are used: shared ones to the prologue, the head's own to the head."""
+        last = ("after", self.count - 1)
         for node in reversed(self.graph.nodes):
-            if node in self.free and any(self.region[u] != self.region[node] for u in node.users):
+            users = {self.region[u] for u in node.users if "assert" not in str(u.target)}
+            own = users.pop() if len(users) == 1 else None
+            if self.region[node][0] == "prologue" and own in (("head", -1), last) and not self._is_size(node):
+                self.region[node] = own
+            elif node in self.free and (users or own != self.region[node]):
                 self.region[node] = ("prologue", -1)
 
     def _no_block_values(self, node: fx.Node, block: int | None = None) -> None:
@@ -183,6 +184,7 @@ class _Outliner:
         env[enter] = hidden
         b.sizes_from(hidden)
         nodes = [n for n in self._nodes(("block", i), [leave.args[0]]) if n is not enter]
+        check_token_local(nodes, self.batch, self.tokens, f"block {i}")
         sides, params, constants, sites = [], [], {}, []
         external = [a for n in nodes for a in n.all_input_nodes if a not in env and self.region[a] != ("block", i)]
         external += [a for a in (leave.args[0],) if self.region[a] != ("block", i)]
@@ -204,7 +206,7 @@ class _Outliner:
                 name = target.removeprefix(prefix) if target.startswith(prefix) else "/" + target
                 if kind == InputKind.CONSTANT_TENSOR:
                     name = f"constant{len(constants)}"
-                    constants[name] = self.ep.constants[target]
+                    constants[name] = self.traced.constants[target]
                 params.append(name)
                 env[a] = b.placeholder("p_" + name.replace(".", "_").replace("/", "root_"))
         self._inline_sizes(external, b)
@@ -216,7 +218,6 @@ class _Outliner:
                 env[n] = b.call(calls.attend, args, {}, n)
             else:
                 b.copy(n)
-        check_token_local(nodes, self.tokens, f"block {i}", skip=(_ATTEND, _EXPERTS))
         gm = b.finish(env[leave.args[0]])
         index = tuple(self._side(s) for s in sides)
         metas = tuple((str(a.meta["val"].dtype), tuple(a.meta["val"].shape)) for a in dict.fromkeys(external)
@@ -240,6 +241,8 @@ class _Outliner:
             env[entry] = b.placeholder("hidden")
             b.sizes_from(env[entry])
         nodes = [n for n in self._nodes(region, roots) if n is not entry]
+        if local:
+            check_token_local(nodes, self.batch, self.tokens, name)
         external = [a for n in nodes for a in n.all_input_nodes if a not in env and self.region[a] != region]
         external += [r for r in roots if isinstance(r, fx.Node) and r not in env and self.region[r] != region]
         extras, inputs, params, constants = [], [], [], {}
@@ -259,14 +262,12 @@ class _Outliner:
                 kind, target = self.kinds[a.name]
                 if kind == InputKind.CONSTANT_TENSOR:
                     target = f"constant{len(constants)}"
-                    constants[target] = self.ep.constants[self.kinds[a.name][1]]
+                    constants[target] = self.traced.constants[self.kinds[a.name][1]]
                 params.append(target)
                 env[a] = b.placeholder("p_" + target.replace(".", "_"))
         self._inline_sizes(unique, b)
         for n in nodes:
             b.copy(n, columns=local)
-        if local:
-            check_token_local(nodes, self.tokens, name, skip=())
         result = tuple(env[r] if isinstance(r, fx.Node) else r for r in roots)
         gm = b.finish(result if name != "norm" else result[0])
         return Part(gm, tuple(inputs), tuple(params), tuple(extras), constants)
@@ -402,6 +403,6 @@ class _Builder:
     def finish(self, result) -> fx.GraphModule:
         self.graph.output(result)
         self.graph.eliminate_dead_code()
-        gm = fx.GraphModule(self.owner.ep.graph_module, self.graph)
+        gm = fx.GraphModule(self.owner.traced.module, self.graph)
         gm.graph.lint()
         return gm

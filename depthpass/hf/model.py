@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from depthpass.capture import Block, Capture, Part, Site, capture
+from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
@@ -25,6 +27,12 @@ from depthpass.schedule.regions import Schedule
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
 
+STYLES = ("sdpa", "eager")
+"""Attention implementations whose numerics are kept."""
+
+# torch.export is not safe to run in two threads at once, whatever the models.
+_CAPTURING = threading.Lock()
+
 
 @dataclass
 class Runtime:
@@ -32,29 +40,46 @@ class Runtime:
 
     Attributes:
         spec: the passes that were applied, as a plain mapping.
-        style: attention implementation of the stock model, ``sdpa`` or ``eager``.
+        lowering: rung of the ladder that runs serial regions.
         captures: one per call signature, made on first use.
     """
 
     spec: dict
     program: Program
     schedule: Schedule
-    style: str
     layers: str
     position_table: int | None
+    lowering: str = "auto"
     types: dict[str, Type] = field(init=False)
     captures: dict[tuple, Capture] = field(default_factory=dict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self):
         self.types = infer(self.program)
 
     def __deepcopy__(self, memo):
         # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
-        return Runtime(self.spec, self.program, self.schedule, self.style, self.layers, self.position_table)
+        build, arguments = self.__reduce__()
+        return build(*arguments)
 
     def __reduce__(self):
-        return Runtime, (self.spec, self.program, self.schedule, self.style, self.layers, self.position_table)
+        return Runtime, (
+            self.spec, self.program, self.schedule, self.layers, self.position_table, self.lowering
+        )
+
+
+def attention_style(model: nn.Module) -> str:
+    """The stock attention implementation whose numerics are kept: ``sdpa`` or ``eager``.
+
+    Raises:
+        UnsupportedModelError: any other implementation.
+    """
+    style = model.config._attn_implementation or "eager"
+    if style not in STYLES:
+        raise UnsupportedModelError(
+            f"attention implementation {style!r}: expected one of {', '.join(STYLES)}. Load the model with "
+            "attn_implementation='sdpa'; depthpass runs attention itself."
+        )
+    return style
 
 
 class BlockCall:
@@ -66,12 +91,17 @@ class BlockCall:
         self.block, self.visit, self.sides, self.root = block, visit, sides, root
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        params = [
-            attribute(self.root, p[1:]) if p.startswith("/") else
-            self.block.constants[p] if p in self.block.constants else attribute(layer, p)
-            for p in self.block.template.params
-        ]
+        params = bound_tensors(self.block, layer, self.root)
         return self.block.template.graph(self.visit, hidden, *self.sides, *params)
+
+
+def bound_tensors(block: Block, layer: nn.Module, root: nn.Module) -> list[Tensor]:
+    """The tensors a block's graph is bound to, in the order of its inputs."""
+    return [
+        attribute(root, p[1:]) if p.startswith("/") else
+        block.constants[p] if p in block.constants else attribute(layer, p)
+        for p in block.template.params
+    ]
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -100,6 +130,7 @@ class StockHost:
         self.model, self.captured = model, captured
         self.layers = model.get_submodule(captured.layers)
         self.extras = sides
+        self.style = attention_style(model)
         self.modules: dict[str, nn.Module] = {}
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
@@ -132,12 +163,31 @@ class StockHost:
         return self.modules[name]
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
-        return self.layers[index].get_submodule(path)(*args)
+        return self.stock_module(index, path)(*args)
+
+    def stock_module(self, index: int, path: str) -> nn.Module:
+        return self.layers[index].get_submodule(path)
+
+    def bound(self, index: int) -> tuple[Template, list[Tensor]]:
+        block = self.captured.blocks[index]
+        return block.template, bound_tensors(block, self.layers[index], self.model)
+
+    def submodules_of(self, index: int) -> tuple[str, ...]:
+        graph = self.captured.blocks[index].template.graph.graph
+        return tuple(n.args[1] for n in graph.nodes if n.target is calls.submodule)
+
+    def refuses_schedule(self, index: int) -> str | None:
+        layer = self.layers[index]
+        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+            return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
+        if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
+            return "gradient checkpointing is on"
+        return None
 
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
         from depthpass_lowering.attention import additive, sdpa_attention
 
-        if self.model._depth.style == "sdpa":
+        if self.style == "sdpa":
             if site.softcap is not None or sinks is not None:
                 raise LoweringError("sdpa attention has no softcap and no sinks; load the model with "
                                     "attn_implementation='eager'.")
@@ -147,7 +197,10 @@ class StockHost:
         bias = additive(mask, causal, q.shape[2], q.dtype, q.device)
         extra = {} if site.softcap is None else {"softcap": site.softcap}
         if sinks is not None:
+            # gpt_oss passes its sinks and then reads them from the module all the same: let it read what was passed.
             extra["s_aux"] = sinks
+            module = copy.copy(module)
+            module._parameters = {**module._parameters, "sinks": sinks}
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
 
 
@@ -172,6 +225,19 @@ class DepthModel:
     """
 
     _depth: Runtime
+
+    def __init__(self, config, *args, **kwargs):
+        """Build the model from its config, as ``from_pretrained`` does; :func:`depthpass.transform` does not come here.
+
+        Raises:
+            SpecError: the config has no spec.
+        """
+        from depthpass.hf.save import spec_of
+        from depthpass.hf.transform import install, prepare
+
+        spec, chunk = spec_of(config, type(self).__name__)
+        super().__init__(config, *args, **kwargs)
+        install(self, prepare(self, spec, chunk))
 
     @property
     def depth_program(self) -> Program:
@@ -203,7 +269,8 @@ class DepthModel:
         host = StockHost(self, captured, sides)
         state = call.cache.state if call.cache is not None else State()
         streams, state = run(
-            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types
+            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types,
+            runtime.lowering,
         )
         last = streams.pop("output")
         if call.keep is not None:
@@ -226,7 +293,7 @@ class DepthModel:
         runtime = self._depth
         found = runtime.captures.get(key)
         if found is None:
-            with runtime.lock:
+            with _CAPTURING:
                 found = runtime.captures.get(key)
                 if found is None:
                     found = self._capture(call.tensors, names)
@@ -274,15 +341,26 @@ class DepthModel:
             )
         return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
-    def save_pretrained(self, save_directory, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
 
+        A save that fails leaves the files of an earlier one as they were.
+
         Raises:
-            InputError: ``safe_serialization=False`` was asked for; only safetensors are written.
+            InputError: ``safe_serialization=False`` was asked for (only safetensors are written), or
+                ``save_directory`` is a file.
         """
+        from depthpass.hf.save import replacing
+
         if kwargs.get("safe_serialization") is False:
-            raise InputError("safe_serialization: a transformed model is saved as safetensors only.")
-        return super().save_pretrained(save_directory, *args, **kwargs)
+            raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
+                             "only. Leave the argument out.")
+        if not is_main_process or kwargs.get("distributed_checkpoint"):
+            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        with replacing(save_directory) as folder:
+            if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
+                kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+            super().save_pretrained(folder, is_main_process, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import types
+import functools
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.inputs import position_table
-from depthpass.hf.model import PREFIX, DepthModel, Runtime, block_forward, depth_class, stock_copy
+from depthpass.hf.model import PREFIX, DepthModel, Runtime, attention_style, block_forward, depth_class, stock_copy
 from depthpass.hf.parameters import build
 from depthpass.ir.program import plain
 from depthpass.passes.base import Context
@@ -18,10 +18,8 @@ from depthpass.passes.pipeline import apply_spec
 from depthpass.schedule.regions import schedule
 from depthpass.spec import dump_spec, load_spec
 
-_STYLES = ("sdpa", "eager")
 
-
-def transform(model: nn.Module, spec, *, chunk: int | None = None) -> nn.Module:
+def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str = "auto") -> nn.Module:
     """Return ``model`` rewired by ``spec``: same class, same parameters, plus the new ones under ``depth.``.
 
     The given model is left untouched; both share every stock parameter.
@@ -30,6 +28,8 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None) -> nn.Module:
         model: a transformers decoder (with or without PEFT adapters).
         spec: a pass, a list of passes, or their YAML/JSON form.
         chunk: run serial regions in smaller chunks than the largest legal one (same numbers).
+        lowering: how serial regions run. ``eager``: op by op. ``scheduled``: keys and values in place, weight gradients
+            in one product after the loop; an error where that is not possible. ``auto``: scheduled where possible.
 
     Raises:
         SpecError, PassError: the spec cannot be applied to this model; nothing has been changed.
@@ -41,25 +41,48 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None) -> nn.Module:
             f"this {type(inner).__name__} is already transformed. Call dp.restore(model) first, or pass one list with "
             "all passes."
         )
-    passes = load_spec(spec)
-    context = context_of(inner)
-    program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
-    runtime = Runtime(
-        dump_spec(passes), program, schedule(program, chunk), attention_style(inner), find_layers(inner),
-        position_table(inner),
-    )
-    if hasattr(inner, PREFIX):
-        raise UnsupportedModelError(f"{type(inner).__name__} already has an attribute {PREFIX!r}.")
+    from depthpass_lowering.ladder import check_rung
+
+    runtime = prepare(inner, spec, chunk)
+    runtime.lowering = check_rung(lowering)
     whole = sharing_copy(model)
     made = _inner(whole)
-    made.add_module(PREFIX, build(program, next(inner.parameters())))
-    made.depth.train(inner.training)
     made.__class__ = depth_class(type(inner))
-    made._depth = runtime
+    install(made, runtime)
     made.config.depthpass = {"spec": runtime.spec, **({} if chunk is None else {"chunk": chunk})}
-    for layer in made.get_submodule(runtime.layers):
-        layer.forward = types.MethodType(block_forward, layer)
     return whole
+
+
+def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
+    """Everything that can fail, before anything is changed.
+
+    Raises:
+        SpecError, PassError, UnsupportedModelError: as :func:`transform`.
+    """
+    passes = load_spec(spec)
+    context = context_of(model)
+    attention_style(model)
+    if hasattr(model, PREFIX):
+        raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
+    if len(devices := set(getattr(model, "hf_device_map", {}).values())) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over {', '.join(sorted(map(str, devices)))} by its device_map; a "
+            "transformed model runs on one device. Load it with device_map={'': device}."
+        )
+    program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
+    return Runtime(
+        dump_spec(passes), program, schedule(program, chunk), find_layers(model), position_table(model)
+    )
+
+
+def install(model: nn.Module, runtime: Runtime) -> None:
+    """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
+    model.add_module(PREFIX, build(runtime.program, next(model.parameters())))
+    model.depth.train(model.training)
+    model._depth = runtime
+    for layer in model.get_submodule(runtime.layers):
+        # Not a bound method: pickle would look it up by name on the layer.
+        layer.forward = functools.partial(block_forward, layer)
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -88,21 +111,6 @@ def context_of(model: nn.Module) -> Context:
         model=type(model).__name__, model_type=config.model_type, blocks=len(model.get_submodule(layers)),
         width=text.hidden_size,
     )
-
-
-def attention_style(model: nn.Module) -> str:
-    """The stock attention implementation whose numerics are kept: ``sdpa`` or ``eager``.
-
-    Raises:
-        UnsupportedModelError: any other implementation.
-    """
-    style = model.config._attn_implementation or "eager"
-    if style not in _STYLES:
-        raise UnsupportedModelError(
-            f"attention implementation {style!r}: expected one of {', '.join(_STYLES)}. Load the model with "
-            "attn_implementation='sdpa'; depthpass runs attention itself."
-        )
-    return style
 
 
 def _inner(model: nn.Module) -> nn.Module:

@@ -20,7 +20,10 @@ add, mul     sum, product; a stream of width 1 broadcasts; an absent summand add
 act          an elementwise function (sigmoid, silu, tanh, gelu)
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
-route        a choice of tokens from a score of width 1 (or R for rule ``choice``): top-k, threshold, choice
+route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
+             ``capacity`` times the row's real tokens), those with a score of at least ``threshold``, those whose
+             largest score stands at place ``depth`` or later (from 1); a route as second argument is the set to
+             choose from
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
 pad, trim    append m pad tokens to every row, drop them again

@@ -52,10 +52,12 @@ class Pass:
         name: the name in specs and in program comments.
         numerics: what the pass may do to the numbers when its new parameters are at their initial values or its
             options at their identity setting is said in its docstring; this is what it does in general.
+        shown: options that provenance comments show even at their defaults.
     """
 
     name: ClassVar[str] = ""
     numerics: ClassVar[Numerics] = "changing"
+    shown: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         types = self.field_types()
@@ -91,8 +93,11 @@ class Pass:
 
     @property
     def label(self) -> str:
-        """Short text for provenance comments: the name and the options that differ from their defaults."""
-        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in options(self).items())})"
+        """Short text for provenance comments: the name, the ``shown`` options and those that differ from defaults."""
+        given = options(self)
+        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in given or f.name in self.shown}
+        given = ", ".join(f"{k}={_short(v)}" for k, v in given.items())
+        return f"{self.name}({given if len(given) <= 50 else given[:50].rsplit(',', 1)[0] + ', ..'})"
 
 
 def options(p: Pass) -> dict[str, Any]:
@@ -113,4 +118,4 @@ def require(ok: bool, where: str, expected: str, got: object, remedy: str = "") 
 
 def _short(value: object) -> str:
     text = str(list(value)) if isinstance(value, tuple) else str(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return text if len(text) <= 30 else text[:27] + "..."

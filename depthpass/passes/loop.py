@@ -1,4 +1,4 @@
-"""Looped stacks: prelude, core repeated, coda; with injection, damping, shared keys, per-visit operands, exits, taps."""
+"""Looped stacks: prelude, core repeated, coda; with injection, damping, shared keys, exits and taps."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Loop(Pass):
         y = coda(s)
 
     Covers plain loops, damped loops (arXiv 2605.23872: s += (core(s) - s) / T), Huginn (arXiv 2502.05171:
-    ``inject="concat", state="noise", out_norm=True``), Ouro (arXiv 2510.25741: ``exit``), relaxed recursive models
-    (arXiv 2410.20672: ``lora_rank``) and timestep-encoded loops (arXiv 2410.01405: ``timestep``).
+    ``inject="concat", state="noise", out_norm=True``), Ouro (arXiv 2510.25741: ``normalize="loop", exit=q``), relaxed
+    recursive models (arXiv 2410.20672: ``lora_rank``) and timestep-encoded loops (arXiv 2410.01405: ``timestep``).
 
     rewrite:
         loop(start=1, end=3, times=2)
@@ -46,17 +46,19 @@ class Loop(Pass):
         kv: keys of iteration t: its ``own`` slots, or those of the ``first`` iteration. (``last`` and ``mod:k``
             depend on how tokens are split into calls and are not supported yet.)
         taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
-            coda runs again for each.
+            coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
         exit: learn an exit gate after each iteration and take the first whose cumulative exit probability reaches
             this value (Ouro's q).
         lora_rank: rank of a LoRA of its own for every visit of the core.
         timestep: modulate the visits of the core by the iteration number (adaLN-zero).
-        out_norm: apply the stock final norm to s before the coda as well.
+        normalize: apply the stock final norm only at the end, or to s between iterations as well (Ouro).
+        out_norm: apply it to s before the coda as well (Huginn).
         scope: first part of the parameter and tap names; set it to apply the pass twice.
     """
 
     name: ClassVar[str] = "loop"
     numerics: ClassVar[Numerics] = "changing"
+    shown: ClassVar[tuple[str, ...]] = ("times",)
 
     start: int = 0
     end: int | None = None
@@ -70,6 +72,7 @@ class Loop(Pass):
     exit: float | None = None
     lora_rank: int | None = None
     timestep: bool = False
+    normalize: Literal["last", "loop"] = "last"
     out_norm: bool = False
     scope: str = "loop"
 
@@ -83,8 +86,8 @@ class Loop(Pass):
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
         require(self.noise_std == 1.0 or self.state == "noise", "loop.noise_std", "state='noise' beside it", self.state)
         kind, _, count = self.kv.partition(":")
-        require(kind in ("own", "first", "last") and not count or kind == "mod" and count.isdigit() and int(count) > 0,
-                "loop.kv", "own, first, last or mod:k", self.kv)
+        known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last") and not count
+        require(known, "loop.kv", "own, first, last or mod:k", self.kv)
         require(self.exit is None or 0 < self.exit <= 1, "loop.exit", "a probability in (0, 1]", self.exit)
         require(self.exit is None or self.times > 1, "loop.times", "at least 2 with an exit", self.times)
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
@@ -92,8 +95,8 @@ class Loop(Pass):
 
     def apply(self, program: Program, ctx: Context) -> Program:
         if self.kv not in ("own", "first"):
-            raise PassError(f"loop.kv: the policy {self.kv!r} is not supported yet: what it reads depends on how the tokens "
-                            "were split into calls, which a program does not say. Use own or first.")
+            raise PassError(f"loop.kv: the policy {self.kv!r} is not supported yet: what it reads depends on how the "
+                            "tokens were split into calls, which a program does not say. Use own or first.")
         visits = straight(program, self.name)
         end = len(visits) if self.end is None else self.end
         check_range("loop", self.start, end, len(visits))
@@ -108,7 +111,7 @@ class Loop(Pass):
         if self.exit is not None:
             gates = [self._gate(build, state) for state in states]
             s = build.emit("select", *states, *gates, rule="cdf", cdf=self.exit)
-        y = build.emit("norm", s) if self.out_norm else s
+        y = build.norm(s) if self.out_norm else s
         for v in coda:
             y = build.visit(v, y)
         program = build.splice(visits, y)
@@ -122,6 +125,8 @@ class Loop(Pass):
         states: list[str] = []
         slots: list[int] = []
         for t in range(self.times):
+            if t and self.normalize == "loop":
+                s = build.norm(s)
             x = self._injected(build, s, e)
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
@@ -149,8 +154,7 @@ class Loop(Pass):
         return found
 
     def _gate(self, build: Builder, state: str) -> str:
-        normed = build.emit("norm", state)
-        score = build.emit("linear", normed, parameter=f"{self.scope}.exit", out=1, init=0.0)
+        score = build.emit("linear", build.norm(state), parameter=f"{self.scope}.exit", out=1)
         return build.emit("act", score, fn="sigmoid")
 
     def _tapped(self, program: Program, states: list[str], end: str) -> Program:
@@ -179,91 +183,3 @@ class Loop(Pass):
         if any(name.startswith(f"{self.scope}.") for name in taken):
             raise PassError(f"loop.scope: the program already has parameters or taps under {self.scope!r}. "
                             "Set scope='another_name' on one of the passes.")
-
-
-@dataclass(frozen=True)
-class Taps(Pass):
-    """Hand out the stream after given visits (and after bridges that land there) with the outputs.
-
-    rewrite:
-        taps(at=[1])
-        `%2 = block 1 (%1) slot 1`  ->  `%2 = block 1 (%1) slot 1` `tap taps.v1 (%2)`
-
-    Args:
-        at: positions in the program's list of visits.
-        head: hand out logits (the stock final norm and head applied) instead of the stream.
-        scope: first part of the tap names ``{scope}.v{position}``.
-    """
-
-    name: ClassVar[str] = "taps"
-    numerics: ClassVar[Numerics] = "exact"
-
-    at: tuple[int, ...]
-    head: bool = False
-    scope: str = "taps"
-
-    def validate(self) -> None:
-        require(len(self.at) > 0, "taps.at", "at least one position", list(self.at))
-        require(len(set(self.at)) == len(self.at), "taps.at", "positions that differ", list(self.at))
-        require(min(self.at) >= 0, "taps.at", "positions of at least 0", min(self.at))
-        require(self.scope.isidentifier(), "taps.scope", "a plain name of letters, digits and _", self.scope)
-
-    def apply(self, program: Program, ctx: Context) -> Program:
-        from depthpass.passes.streams import after_bridges
-
-        visits = program.visits
-        if max(self.at) >= len(visits):
-            raise PassError(f"taps.at: expected positions in 0..{len(visits) - 1}, got {max(self.at)}.")
-        for position in self.at:
-            stream = value = after_bridges(program, visits[position].name)
-            new = []
-            if self.head:
-                (value,) = program.fresh()
-                new.append(op("norm", stream, name=value))
-            new.append(op("tap", value, head=self.head).with_attrs(name=f"{self.scope}.v{position}"))
-            program = program.insert_after(stream, new)
-        return program
-
-
-@dataclass(frozen=True)
-class Pad(Pass):
-    """Append pad tokens to every row as parallel workspace; they are dropped again before the head.
-
-    rewrite:
-        pad(tokens=8)
-        `%0 = embed` ..                        `output %9`
-        `%0 = embed` `%1 = pad 8 (%0)` ..  `%10 = trim 8 (%9)` `output %10`
-
-    Identity: ``tokens`` = 0.
-
-    Args:
-        tokens: pads per row.
-    """
-
-    name: ClassVar[str] = "pad"
-    numerics: ClassVar[Numerics] = "changing"
-
-    tokens: int
-
-    def validate(self) -> None:
-        require(self.tokens >= 0, "pad.tokens", "at least 0", self.tokens)
-
-    def apply(self, program: Program, ctx: Context) -> Program:
-        for o in program:
-            if o.kind in ("zeros", "noise", "pad"):
-                raise PassError(f"pad: expected a program whose streams all start from the embedding, got %{o.name} = "
-                                f"{o.kind}. A state of its own does not know the pads.")
-        if self.tokens == 0:
-            return program
-        for o in [o for o in program if o.kind == "embed"]:
-            (name,) = program.fresh()
-            padded = op("pad", o.name, name=name, tokens=self.tokens)
-            program = program.insert_after(o.name, [padded]).replace_uses(o.name, name)
-        ops: list[Op] = []
-        for o in program:
-            if o.kind in ("tap", "output"):
-                name = str(int(program.fresh()[0]) + len(ops))
-                ops.append(op("trim", o.args[0], name=name, tokens=self.tokens))
-                o = replace(o, args=(name,))
-            ops.append(o)
-        return replace(program, ops=tuple(ops))

@@ -64,6 +64,7 @@ class Repeat(Pass):
 
     name: ClassVar[str] = "repeat"
     numerics: ClassVar[Numerics] = "changing"
+    shown: ClassVar[tuple[str, ...]] = ("times",)
 
     start: int
     end: int

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module, metadata
 
 from depthpass.errors import SpecError, did_you_mean
@@ -12,6 +13,16 @@ GROUP = "depthpass.passes"
 
 BUILTIN: dict[str, str] = {
     "identity": "depthpass.passes.identity:Identity",
+    "inner_thinking": "depthpass.passes.inner_thinking:InnerThinking",
+    "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
+    "layer_program": "depthpass.passes.layer_program:LayerProgram",
+    "loop": "depthpass.passes.loop:Loop",
+    "mixture_of_recursions": "depthpass.passes.mixture_of_recursions:MixtureOfRecursions",
+    "pad": "depthpass.passes.pad:Pad",
+    "parallel_loop": "depthpass.passes.parallel_loop:ParallelLoop",
+    "repeat": "depthpass.passes.recurrence:Repeat",
+    "skip": "depthpass.passes.layer_program:Skip",
+    "taps": "depthpass.passes.taps:Taps",
     "turboconn": "depthpass.passes.turboconn:TurboConn",
 }
 
@@ -52,7 +63,7 @@ def pass_class(name: str) -> type[Pass]:
 
 def _table() -> dict[str, str | type[Pass]]:
     table: dict[str, str | type[Pass]] = {**BUILTIN}
-    for point in metadata.entry_points(group=GROUP):
+    for point in _entry_points():
         # An editable install may list the same distribution twice; the same target is no conflict.
         if table.setdefault(point.name, point.value) != point.value:
             raise SpecError(
@@ -60,6 +71,12 @@ def _table() -> dict[str, str | type[Pass]]:
                 f"(entry point of {point.dist.name if point.dist else 'an unknown package'}). Rename or uninstall one."
             )
     return {**table, **_registered}
+
+
+@cache
+def _entry_points() -> tuple[metadata.EntryPoint, ...]:
+    """Entry points of the group; reading them scans every installed package, so once per process."""
+    return tuple(metadata.entry_points(group=GROUP))
 
 
 def _load(name: str, target: str | type[Pass]) -> type[Pass]:

@@ -8,7 +8,7 @@ from itertools import count
 from typing import Any
 
 from depthpass.errors import PassError
-from depthpass.ir.program import Attr, Op, Program, op, writes_slot
+from depthpass.ir.program import Op, Program, op, writes_slot
 
 _CARRIERS = ("linear", "scale", "weigh", "act", "rms")
 
@@ -59,9 +59,9 @@ def straight(program: Program, who: str) -> tuple[Op, ...]:
         if after is not None and (after.args != (here.name,) or others):
             other = others[0] if others else program.defs[after.args[0]]
             raise PassError(
-                f"{who}: expected a straight stack of visits, got %{other.name or other.kind} ({other.kind}"
-                f"{', from ' + other.note if other.note else ''}) between visits. Put {who} before the passes that add "
-                "edges between blocks."
+                f"{who}: expected a straight stack of visits, got {'%' + other.name + ' = ' if other.name else ''}"
+                f"{other.kind}{' of ' + other.note if other.note else ''} between them. "
+                f"Put {who} before the passes that add something between visits."
             )
     return visits
 
@@ -78,12 +78,19 @@ class Builder:
         self._names = map(str, count(int(program.fresh()[0])))
         self._slots = count(1 + max((o["slot"] for o in program.visits), default=-1))
         self._kept: set[str] = set()
+        self._normed: dict[str, str] = {}
 
-    def emit(self, kind: str, *args: str, parameter: str = "", **attrs: Attr | None) -> str:
+    def emit(self, kind: str, *args: str, parameter: str = "", **attrs: Any) -> str:
         """Append an op and return the name of its value; ``parameter`` is the op's own attribute ``name``."""
         built = op(kind, *args, name=next(self._names), **attrs)
         self.ops.append(built.with_attrs(name=parameter) if parameter else built)
         return built.name
+
+    def norm(self, x: str) -> str:
+        """The stock final norm of a value, appended once."""
+        if x not in self._normed:
+            self._normed[x] = self.emit("norm", x)
+        return self._normed[x]
 
     def tap(self, name: str, value: str, *, head: bool) -> None:
         self.ops.append(op("tap", value, head=head).with_attrs(name=name))
@@ -104,13 +111,12 @@ class Builder:
     def splice(self, visits: tuple[Op, ...], end: str) -> Program:
         """The program with ``visits`` (a straight stack) replaced by the collected ops, which end in ``end``."""
         program, gone = self.program, {v.name for v in visits}
-        first, last = program.index[visits[0].name], program.index[visits[-1].name]
-        before = [o for o in program.ops[:last] if not o.name or o.name not in gone]
+        last = program.index[visits[-1].name]
+        # Whatever stands between the visits (nothing, usually) reads none of them, so it may come first.
+        before = [o for o in program.ops[:last] if o.name not in gone]
         after = [
             replace(o, args=tuple(end if a == visits[-1].name else a for a in o.args)) for o in program.ops[last + 1 :]
         ]
-        # Whatever stood between the visits (nothing, usually) reads none of them.
-        assert len(before) >= first
         return with_slots(replace(program, ops=(*before, *self.ops, *after)))
 
 

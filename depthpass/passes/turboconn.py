@@ -228,13 +228,14 @@ class TurboConn(Pass):
     ) -> list[Op]:
         """Ops that bring one bridge's value to its destination; the last one is the linear map to the width."""
         s, note = bridge[0], self._note(bridge)
+        shared = note if low else f"{self.label}: bridges from {bridge[0]}"
         source = low or after_bridges(program, program.visits[s].name)
         value = streams.get(s) if low is None else None
         ops = []
         if value is None:
-            ops.append(op("delay", source, name=(value := next(names)), note=note, tokens=self.group))
+            ops.append(op("delay", source, name=(value := next(names)), note=shared, tokens=self.group))
             if self.multiplier != 1.0:
-                ops.append(op("scale", value, name=(value := next(names)), note=note, by=self.multiplier))
+                ops.append(op("scale", value, name=(value := next(names)), note=shared, by=self.multiplier))
             # Without Down all bridges of one source read one delayed stream: one delay line of the full width.
             streams[s] = value
         kind = "full" if low is None else "up"

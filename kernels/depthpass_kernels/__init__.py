@@ -1,7 +1,7 @@
 """Kernels of depthpass: grouped slot attention and the fused bridge, each with a plain-torch reference.
 
-Importing this package registers the ops in `torch.ops.depthpass_kernels` and needs torch alone; triton is imported when
-a kernel first runs.
+Importing this package registers the ops in `torch.ops.depthpass_kernels` and needs torch alone; triton is
+imported when a kernel first runs.
 """
 
 from depthpass_kernels.bridge.api import bridge_in, bridge_out, fold_streams, fold_weights

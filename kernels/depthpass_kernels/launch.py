@@ -63,8 +63,8 @@ class Launch:
     def compile(self, arch: int) -> Any:
         """Compile for compute capability `arch` (80, 90, 100) on a machine with or without a GPU.
 
-        Pointers and integers divisible by 16 are marked so, as a launch would infer. Must not share a process with
-        the interpreter, which patches `triton.language` for good.
+        Pointers and integers divisible by 16 are marked so, as a launch would infer. Must not share a process
+        with the interpreter, which patches `triton.language` for good.
         """
         import triton
         from triton.backends.compiler import GPUTarget
@@ -92,7 +92,7 @@ class Launch:
 
 
 def power_of_two(n: int) -> int:
-    """Return the smallest power of two that is at least `n` and at least 16, the least a matrix instruction takes."""
+    """Return the least power of two >= `n`, at least 16, the smallest block a matrix instruction takes."""
     return max(16, 1 << (n - 1).bit_length())
 
 

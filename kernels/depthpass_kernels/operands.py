@@ -1,4 +1,4 @@
-"""What every implementation agrees on about its operands: the accumulation dtype and the layout kernels read."""
+"""What all implementations agree on about operands: the accumulation dtype and the layout kernels read."""
 
 import torch
 from torch import Tensor

@@ -1,8 +1,9 @@
 """The registered ops, namespace `depthpass_kernels`: schemas, fake kernels, gradients.
 
-Registered when the package is imported, with no dependency but torch, so that a graph holding them traces and exports on
-a machine without triton or a GPU. Callers use the functions of the `api` modules, which check arguments; these ops take
-every argument by position and trust it. Which implementation runs is decided when an op runs (`select.resolve`).
+Registered when the package is imported, with no dependency but torch, so that a graph holding them traces and
+exports on a machine without triton or a GPU. Callers use the functions of the `api` modules, which check
+arguments; these ops take every argument by position and trust it. Which implementation runs is decided when
+an op runs (`select.resolve`).
 """
 
 from collections.abc import Sequence
@@ -144,13 +145,15 @@ def slot_attention_backward_accumulate(
 
 
 @slot_attention_backward_accumulate.register_fake
-def _(grad: Tensor, out: Tensor, lse: Tensor, dk: Tensor, dv: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+def _(
+    grad: Tensor, out: Tensor, lse: Tensor, dk: Tensor, dv: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor]:
     problem = Problem(*arguments[:-1])
     return problem.new_dq(), _sink_gradient(problem, None)
 
 
 def _sink_gradient(problem: Problem, dsinks: Tensor | None) -> Tensor:
-    """Return dsinks in the sinks' dtype, zeros where it is None, an empty tensor without sinks (ops return no None)."""
+    """Return dsinks in the sinks' dtype; an empty tensor without sinks, because an op cannot return None."""
     if problem.sinks is None:
         return problem.q.new_empty(0)
     return problem.sinks.new_zeros(problem.sinks.shape) if dsinks is None else dsinks.to(problem.sinks.dtype)
@@ -164,7 +167,9 @@ def _attention_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
 
 def _attention_backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Any, ...]:
     if grad_lse is not None:
-        raise NotImplementedError("slot_attention: lse carries no gradient; differentiate through the output alone")
+        raise NotImplementedError(
+            "slot_attention: lse carries no gradient; differentiate through the output alone"
+        )
     nothing = (None,) * len(ctx.options)
     if grad is None:
         return (None,) * 7 + nothing
@@ -266,7 +271,9 @@ def _bridge_backward(
     x, c, weight, bias, _, norm = (ctx.needs_input_grad[i] for i in range(6))
     needed = [x, c, weight, bias, norm]
     gradients = bridge_in_backward(grad_y, grad_z, *ctx.saved_tensors, *ctx.options, needed)
-    dx, dc, dweight, dbias, dnorm = (g if wanted else None for g, wanted in zip(gradients, needed, strict=True))
+    dx, dc, dweight, dbias, dnorm = (
+        g if wanted else None for g, wanted in zip(gradients, needed, strict=True)
+    )
     return dx, dc, dweight, dbias, None, dnorm, *nothing
 
 

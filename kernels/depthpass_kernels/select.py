@@ -3,12 +3,15 @@
 `implementation` is one of
 
 - `"naive"`: the torch reference, on every device and floating dtype;
-- `"triton"`: the Triton kernel, or `KernelUnavailableError` with the reason. Never another implementation in its place;
-- `"auto"`: the Triton kernel for CUDA tensors it supports when triton is installed, the reference everywhere else.
+- `"triton"`: the Triton kernel, or `KernelUnavailableError` with the reason. Never another implementation in
+  its place;
+- `"auto"`: the Triton kernel for CUDA tensors it supports when triton is installed, the reference everywhere
+  else.
 
-**The automatic rule is not yet measured on a GPU**: no figure says where the kernels beat SDPA, FlexAttention or
-Inductor. `set_auto(op, "naive")` takes an op off the rule for the whole process; passing `implementation=` overrides it
-for one call. The choice is made when the op *runs*, so a graph traced on fake or meta tensors does not freeze it.
+**The automatic rule is not yet measured on a GPU**: no figure says where the kernels beat SDPA, FlexAttention
+or Inductor. `set_auto(op, "naive")` takes an op off the rule for the whole process; passing `implementation=`
+overrides it for one call. The choice is made when the op *runs*, so a graph traced on fake or meta tensors
+does not freeze it.
 """
 
 import functools
@@ -84,7 +87,7 @@ def obstacle(tensor: Tensor, limit: str | None = None) -> str | None:
         return _gpu_obstacle(tensor.device)
     if tensor.device.type == "meta" or interpreted():
         return None
-    return f"tensors are on {tensor.device.type}, not cuda (only TRITON_INTERPRET=1 runs kernels on the CPU, for tests)"
+    return f"tensors are on {tensor.device.type}, not cuda (TRITON_INTERPRET=1 allows the CPU, for tests)"
 
 
 def _gpu_obstacle(device: torch.device) -> str | None:
@@ -106,4 +109,6 @@ def resolve(op: str, implementation: str, tensor: Tensor, limit: str | None = No
         return "triton"
     if implementation == "auto":
         return "naive"
-    raise KernelUnavailableError(f"{op}: implementation='triton' cannot run: {reason}. Use 'naive' or 'auto'.")
+    raise KernelUnavailableError(
+        f"{op}: implementation='triton' cannot run: {reason}. Use 'naive' or 'auto'."
+    )

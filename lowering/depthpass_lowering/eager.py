@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from depthpass.capture.model import Site
+from depthpass.capture.model import Site, Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import Type, infer
@@ -43,6 +43,20 @@ class Host(Protocol):
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor: ...
 
+    def bound(self, index: int) -> tuple[Template, list[Tensor]]:
+        """Template of a block and the tensors it is bound to, in the order of the graph's inputs."""
+        ...
+
+    def submodules_of(self, index: int) -> tuple[str, ...]:
+        """Paths of the stock submodules that a block's graph calls."""
+        ...
+
+    def stock_module(self, index: int, path: str) -> nn.Module: ...
+
+    def refuses_schedule(self, index: int) -> str | None:
+        """Why a block must run as a module (hooks, checkpointing), or None."""
+        ...
+
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor: ...
 
 
@@ -69,6 +83,9 @@ class RunningVisit:
             if self.before is not None:
                 k = torch.cat((self.before.keys[number], k), 2)
                 v = torch.cat((self.before.values[number], v), 2)
+            elif self.keep:
+                # As a stock cache stores them; the strides decide the last bits of a matrix product.
+                k, v = k.contiguous(), v.contiguous()
             self.made[number] = (k, v)
         if self.op["gate"] is not None:
             return self._gated(site, number, q, k, v, sinks)
@@ -84,6 +101,9 @@ class RunningVisit:
         window = min(self.op["window"], site.window or self.op["window"])
         mask, causal = self.masks.get(window, site.chunk)
         near = self.host.attention(self.index, site, q, k, v, mask, causal, sinks)
+        return self._mix(q, far, near)
+
+    def _mix(self, q: Tensor, far: Tensor, near: Tensor) -> Tensor:
         gate = self.host.module(self.op["gate"])
         score = gate(q.transpose(1, 2)) if self.op["gate_input"] == "query" else gate(self.hidden)
         g = torch.sigmoid(score)[..., None].to(far.dtype)
@@ -114,6 +134,7 @@ def run(
     valid: Tensor | None,
     keep: bool,
     types: dict[str, Type] | None = None,
+    lowering: str = "eager",
 ) -> tuple[dict[str, Tensor], State]:
     """Advance a state by the tokens of ``hidden``.
 
@@ -122,15 +143,20 @@ def run(
         sides: the prologue's per-token tables for the new tokens.
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
+        lowering: a rung of :data:`depthpass_lowering.ladder.RUNGS`.
 
     Returns:
         the streams of ``output`` and of every tap by name (``output`` for the output), and the new state. The state
         passed in is unchanged.
     """
-    return _Run(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types).run()
+    from depthpass_lowering.ladder import rung
+
+    return rung(lowering)(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types).run()
 
 
-class _Run:
+class Run:
+    """One advance of a state: the eager rung; faster rungs override how regions and visits run."""
+
     def __init__(self, schedule, host, hidden, sides, side_axes, state, valid, keep, types):
         self.schedule, self.host, self.hidden = schedule, host, hidden
         self.program: Program = schedule.program
@@ -151,43 +177,40 @@ class _Run:
         return self.out, self.state
 
     def _region(self, region: Region, later: set[str]) -> None:
-        pieces: dict[str, list[Tensor]] = {o.name: [] for o in region.ops if o.name in later}
-        cut = spans(self.length, self.count, self.valid, None, region.chunk)
+        inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
         # Slots of parallel regions are only needed by a later call; those of serial ones by the next chunk.
-        keep = self.keep or len(cut) > 1 or any(o.kind == "block" and o["keys"] is not None for o in region.ops)
-        for span in cut:
-            local: dict[str, Tensor] = {}
-            a = span.start - self.length
-            whole = span.count == self.count
+        keep = self.keep or region.serial or any(o.kind == "block" and o["keys"] is not None for o in region.ops)
+        self.env |= self._loop(region, inputs, {o.name for o in region.ops if o.name in later}, keep)
+
+    def _loop(self, region: Region, inputs: dict[str, Tensor], wanted: set[str], keep: bool) -> dict[str, Tensor]:
+        """Run a region chunk by chunk; returns the wanted streams over all tokens."""
+        cut = spans(self.length, self.count, self.valid, None, region.chunk)
+        sizes = [span.count for span in cut]
+        pieces = {name: x.split(sizes, 1) for name, x in inputs.items()}
+        sides = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(self.sides, self.side_axes)]
+        done: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        for i, span in enumerate(cut):
+            local = {name: parts[i] for name, parts in pieces.items()}
             masks = Masks(
                 span.start, span.count,
                 None if self.valid is None else self.valid[:, : span.start + span.count], self.hidden.device,
             )
-            sides = self.sides if whole else tuple(
-                s if axis is None else s.narrow(axis, a, span.count) for s, axis in zip(self.sides, self.side_axes)
-            )
-
-            def value(name: str, local=local, whole=whole, a=a, span=span) -> Tensor:
-                if name in local:
-                    return local[name]
-                return self.env[name] if whole else self.env[name][:, a : a + span.count]
-
+            tables = [parts[i] for parts in sides]
             for o in region.ops:
                 if o.kind == "delay":
-                    local[o.name] = self._delay(o, local, value, span)
+                    line = self._line(o, self.hidden)
+                    local[o.name] = read_delay(line, local.get(o.args[0]), o["tokens"], span)
                     continue
-                result = self._op(o, [value(x) for x in o.args], span, masks, sides, keep)
+                result = self._op(o, [local[x] for x in o.args], span, masks, tables, keep)
                 if o.name:
                     local[o.name] = result
             for o in region.ops:
                 if o.kind == "delay":
-                    n, source = o["tokens"], value(o.args[0])
-                    line = self._line(o, source)
-                    self.state.lines[o.name] = push_delay(line, source, n, span, self.state.record)
-            for name, parts in pieces.items():
+                    line = self._line(o, self.hidden)
+                    self.state.lines[o.name] = push_delay(line, local[o.args[0]], o["tokens"], span, self.state.record)
+            for name, parts in done.items():
                 parts.append(local[name])
-        for name, parts in pieces.items():
-            self.env[name] = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
 
     def _line(self, o: Op, like: Tensor) -> Tensor:
         line = self.state.lines.get(o.name)
@@ -196,15 +219,10 @@ class _Run:
             self.state.lines[o.name] = line
         return line
 
-    def _delay(self, o: Op, local: dict[str, Tensor], value, span: Span) -> Tensor:
-        known = o.args[0] in local or o.args[0] in self.env
-        source = value(o.args[0]) if known else None
-        return read_delay(self._line(o, self.hidden), source, o["tokens"], span)
-
     def _op(self, o: Op, args: list[Tensor], span: Span, masks: Masks, sides, keep: bool) -> Tensor | None:
         kind = o.kind
         if kind == "embed":
-            return self.hidden
+            return self.hidden if span.count == self.count else self.hidden.narrow(1, span.start - self.length, span.count)
         if kind == "block":
             return self._block(o, args[0], span, masks, sides, keep)
         if kind == "add":
@@ -225,7 +243,7 @@ class _Run:
             y = args[0] * torch.rsqrt(args[0].pow(2).mean(-1, keepdim=True) + o["eps"])
             return self.host.module(o["name"])(y) if o["name"] else y
         if kind == "zeros":
-            return self.hidden.new_zeros(*self.hidden.shape[:2], o["width"] or self.program.width)
+            return self.hidden.new_zeros(self.hidden.shape[0], span.count, o["width"] or self.program.width)
         if kind == "output":
             self.out["output"] = args[0]
             return None
@@ -235,11 +253,14 @@ class _Run:
         raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
 
     def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
-        visit = RunningVisit(o, self.host, self.state, span, masks, keep)
+        visit = self._visit(o, span, masks, keep)
         visit.hidden = x
         y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
         visit.commit()
         return y
+
+    def _visit(self, o: Op, span: Span, masks: Masks, keep: bool) -> RunningVisit:
+        return RunningVisit(o, self.host, self.state, span, masks, keep)
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:
         """Sum; a summand that is absent where the result is present adds nothing there."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 from depthpass.errors import VerifyError
 from depthpass.ir import Op, Program, op, verify
@@ -21,7 +22,7 @@ class Builder:
         self.slots: list[int] = []
         self.writers: list[tuple[int, int]] = []
 
-    def emit(self, kind: str, *args: str, **attrs: object) -> str:
+    def emit(self, kind: str, *args: str, **attrs: Any) -> str:
         name = f"v{len(self.ops)}"
         self.ops.append(Op(kind, name, args).with_attrs(**attrs))
         return name

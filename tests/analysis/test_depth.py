@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from itertools import pairwise
 
 import networkx as nx
 import pytest
@@ -13,9 +12,7 @@ from depthpass.analysis.closed_form import n
 from depthpass.analysis.depth import Step, depth
 from depthpass.errors import PassError, SpecError
 from depthpass.ir import Program, parse_program, plain, verify
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_programs import random_program  # noqa: E402
+from tests.analysis.random_programs import random_program
 
 BRIDGE = """
 program M blocks=4 width=8
@@ -76,7 +73,7 @@ def test_random_programs_equal_brute_force(chunk: int) -> None:
 def check_path(program: Program, path: list[Step], tokens: int) -> None:
     """Each visit of a critical path can be reached from the one before in the unrolled graph."""
     graph = unrolled(program, tokens)
-    for a, b in zip(path, path[1:]):
+    for a, b in pairwise(path):
         assert nx.has_path(graph, ("value", a.visit, a.token), ("value", b.visit, b.token))
 
 
@@ -99,7 +96,9 @@ def test_parts_of_a_depth(bridge: Program) -> None:
     assert (recurrence.period, recurrence.step, recurrence.driven) == (2, 1, False)
     assert set(recurrence.nodes) == {"3", "4", "5", "6"}
     assert set(found.certificate.cycle) <= {"3", "4", "5", "6"}
-    assert found.critical_path(4) == [Step("1", 0, 1), Step("2", 1, 1), Step("5", 2, 1), Step("5", 2, 3), Step("7", 3, 3)]
+    assert found.critical_path(4) == [
+        Step("1", 0, 1), Step("2", 1, 1), Step("5", 2, 1), Step("5", 2, 3), Step("7", 3, 3)
+    ]
 
 
 def test_depth_of_a_tap(bridge: Program) -> None:

@@ -85,7 +85,8 @@ def test_closed_form_is_exact(f: Growth) -> None:
         (Growth((16, 16, 16, 30), 4, 14), "16 + 14*floor(n/4)"),
         (Growth((8, 16, 24)), "8*min(3, n)"),
         (Growth((5, 5, 8, 8, 11)), "5 + 3*min(2, floor((n - 1)/2))"),
-        (Growth((5, 5, 7, 10), 3, 8), "{5 if n <= 1; 2 + 2*floor(n/3) + 3*floor((n - 1)/3) + 3*floor((n + 1)/3) otherwise}"),
+        (Growth((5, 5, 7, 10), 3, 8),
+         "{5 if n <= 1; 2 + 2*floor(n/3) + 3*floor((n - 1)/3) + 3*floor((n + 1)/3) otherwise}"),
         (Growth((4, 9)), "{4 if n <= 1; 9 otherwise}"),
     ],
 )

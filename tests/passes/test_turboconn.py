@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from depthpass.errors import PassError, SpecError
 from depthpass.ir import Program, parameters, plain
 from depthpass.passes import Context, apply_spec
+from depthpass.passes.layer_program import LayerProgram
 from depthpass.passes.turboconn import TurboConn
 from depthpass.schedule import schedule
 from depthpass.testing import turboconns
@@ -51,7 +52,8 @@ def test_small_gain_on_the_input(golden) -> None:
 
 def test_small_full_rank(golden) -> None:
     """Two bridges from one source share one delay line; a bridge lands on a source of another."""
-    golden(str(turbo(plain("LlamaForCausalLM", 4, 64), TurboConn(bridges=[(3, 0), (3, 2), (2, 0)], rank=None, gain=0.5))))
+    spec = TurboConn(bridges=[(3, 0), (3, 2), (2, 0)], rank=None, gain=0.5)
+    golden(str(turbo(plain("LlamaForCausalLM", 4, 64), spec)))
 
 
 def test_llama_1b(golden) -> None:
@@ -60,10 +62,9 @@ def test_llama_1b(golden) -> None:
 
 def test_on_a_program_with_repeats(golden) -> None:
     """Source and destination are positions in the list of visits."""
-    from depthpass.passes.layer_program import LayerProgram
-
     stock = plain("LlamaForCausalLM", 3, 64)
-    golden(str(apply_spec(stock, [LayerProgram([0, 1, 1, 2]), TurboConn(bridges=[(2, 0)], group=2)], Context.of(stock))))
+    spec = [LayerProgram([0, 1, 1, 2]), TurboConn(bridges=[(2, 0)], group=2)]
+    golden(str(apply_spec(stock, spec, Context.of(stock))))
 
 
 def test_the_bands_of_the_official_code() -> None:
@@ -137,14 +138,15 @@ def test_program_has_just_the_bridges_asked_for(case: tuple[int, TurboConn]) -> 
     assert len(delays) == len(want) if spec.rank else len(delays) == len({s for s, _, _ in want})
     assert sum(o.kind == "add" for o in program) == len({d for _, d, _ in want})
     assert [o["index"] for o in program.visits] == [o["slot"] for o in program.visits] == list(range(visits))
-    low = min(d for _, d, _ in want) + (spec.write == "output")
-    assert schedule(program).serial_visits == max(s for s, _, _ in want) - low + 1
+    on_cycles = {v for s, d, _ in want for v in range(d + (spec.write == "output"), s + 1)}
+    assert schedule(program).serial_visits == len(on_cycles)
 
 
 def test_two_passes_compose() -> None:
     """The second pass lands after, and captures after, the bridges of the first."""
     stock = plain("M", 5, 8)
-    both = turbo(stock, TurboConn(bridges=[(3, 1), (4, 3)], group=4), TurboConn(bridges=[(3, 1)], group=2, scope="short"))
+    long, short = TurboConn(bridges=[(3, 1), (4, 3)], group=4), TurboConn(bridges=[(3, 1)], group=2, scope="short")
+    both = turbo(stock, long, short)
     assert bridges_of(both) == {(3, 1, 4), (4, 3, 4), (3, 1, 2)}
     with pytest.raises(PassError, match=r"already has a parameter 'turboconn.s3_d1.down'.*scope="):
         turbo(stock, TurboConn(bridges=[(3, 1)], group=4), TurboConn(bridges=[(3, 1)], group=2))
@@ -170,7 +172,7 @@ def test_two_passes_compose() -> None:
         ({"min_span": 0}, "turboconn.min_span: expected at least 1"),
         ({"sources": (4, 4)}, "turboconn.sources: expected a half-open range 0 <= start < stop"),
         ({"destinations": (-4, 4)}, "turboconn.destinations: expected a half-open range"),
-        ({"write": "ouput"}, "turboconn.write: expected 'output' or 'input', got 'ouput' (str). Did you mean 'output'?"),
+        ({"write": "ouput"}, "expected 'output' or 'input', got 'ouput' (str). Did you mean 'output'?"),
         ({"init_std": 0.0}, "turboconn.init_std: expected a positive number"),
         ({"scope": "a.b"}, "turboconn.scope: expected a plain name"),
     ],
@@ -191,8 +193,8 @@ def test_bad_options(options: dict, message: str) -> None:
         ({"bridges": [(-4, -1)]}, "got (-4, -1), that is (0, 3)"),
         ({"bridges": [(3, 0), (2, 1), (3, 0)]}, "(3, 0) is given twice"),
         ({"bridges": [(3, 0), (-1, -4)]}, "(3, 0) is given twice"),
-        ({"min_span": 6}, "min_span 6, sources [0, 2], destinations [0, 2]) gives no bridge on 4 visits. Lower min_span to "
-                          "at most 2"),
+        ({"min_span": 6}, "(stride 2, min_span 6, sources [0, 2], destinations [0, 2]) gives no bridge on 4 visits. "
+                          "Lower min_span to at most 2"),
         ({"sources": (0, 1)}, "gives no bridge on 4 visits"),
         ({"sources": (0, 5)}, "turboconn.sources: expected a range within 0..4, got (0, 5)"),
         ({"preset": "llama-8b"}, "expected a program of at least 31 visits for 'llama-8b', got 4"),

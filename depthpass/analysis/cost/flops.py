@@ -7,9 +7,9 @@ A node's class follows from the innermost module it comes from (``nn_module_stac
 - ``mlp``: any other matrix multiply inside a block (dense MLPs, experts, routers of experts);
 - ``embed``, ``norm``, ``head``: matrix multiplies outside the blocks, by the part of the model that is counted.
 
-Arithmetic that is no matrix multiply is counted by the element and apart (``Count.elementwise``): under ``norm`` inside a
-module called like a norm, under ``attention`` or ``mlp`` by the same rule as above, under ``residual`` on the block itself.
-Softmax, scaling and masking inside a captured attention call are not visible to a graph and are not counted.
+Arithmetic that is no matrix multiply is counted by the element and apart (``Count.elementwise_flops``): under ``norm``
+inside a module called like a norm, under ``attention`` or ``mlp`` by the same rule as above, under ``residual`` on the
+block itself. Softmax, scaling and masking inside a captured attention call are not visible to a graph and not counted.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Count:
     """
 
     gemm_flops: Mapping[str, sp.Expr]
-    key_value_flops: sp.Expr = sp.Integer(0)
+    key_value_flops: sp.Expr = sp.S.Zero
     sites: tuple[AttentionSite, ...] = ()
     elementwise_flops: Mapping[str, sp.Expr] = field(default_factory=dict)
     expert_calls: tuple[int, ...] = ()
-    memory: Memory = Memory()
+    memory: Memory = field(default_factory=Memory)
     uncounted: tuple[str, ...] = ()
 
     def flops(self, convention: Convention = "dense") -> dict[str, sp.Expr]:
@@ -118,19 +118,22 @@ def trace_symbols(graph: fx.Graph | fx.GraphModule) -> tuple[sp.Expr, sp.Expr] |
         value = node.meta.get("val")
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
             continue
-        head = [d.node.expr if isinstance(d, torch.SymInt) else None for d in value.shape[:2]]
-        if all(isinstance(d, sp.Symbol) for d in head) and head[0] != head[1]:
-            return head[0], head[1]
+        first, second = (d.node.expr if isinstance(d, torch.SymInt) else None for d in value.shape[:2])
+        if isinstance(first, sp.Symbol) and isinstance(second, sp.Symbol) and first != second:
+            return first, second
     return None
 
 
 class _Counter:
-    def __init__(self, graph, part, inputs, sites, experts, symbols):
+    def __init__(
+        self, graph: fx.Graph | fx.GraphModule, part: str, inputs: Mapping[str, Sequence[object]],
+        sites: Sequence[AttentionSite], experts: Mapping[str, Experts], symbols: tuple[sp.Expr, sp.Expr] | None,
+    ):
         self.graph = graph.graph if isinstance(graph, fx.GraphModule) else graph
         self.owner = graph if isinstance(graph, fx.GraphModule) else graph.owning_module
         self.part, self.inputs, self.given, self.experts = part, inputs, tuple(sites), experts
-        found = symbols or trace_symbols(self.graph)
-        self.names = dict(zip(found, (B, n))) if found else {}
+        self.symbols = symbols or trace_symbols(self.graph)
+        self.names: dict[sp.Expr, sp.Expr] = dict(zip(self.symbols, (B, n))) if self.symbols else {}
         self.gemm: dict[str, sp.Expr] = {}
         self.element: dict[str, sp.Expr] = {}
         self.sites: list[AttentionSite] = []
@@ -142,13 +145,18 @@ class _Counter:
             return None
         value = node.meta.get("val")
         if value is None and node.name in self.inputs:
-            return tuple(expression(d, self.names) if not isinstance(d, sp.Expr) else d.xreplace(self.names)
-                         for d in self.inputs[node.name])
+            return tuple(expression(d, self.names) for d in self.inputs[node.name])
         if isinstance(value, tuple | list):
             value = next((v for v in value if isinstance(v, torch.Tensor)), None)
         if not isinstance(value, torch.Tensor):
             return None
         return tuple(expression(d, self.names) for d in value.shape)
+
+    def _known(self, node: object) -> Shape:
+        found = self.shape(node)
+        if found is None:
+            raise UnsupportedModelError(f"cost: expected a fake tensor on {node!r} (meta['val']), got none.")
+        return found
 
     def run(self) -> Count:
         serves_keys = self._key_value_nodes()
@@ -195,7 +203,7 @@ class _Counter:
         """FLOPs of a matrix multiply, or None for anything else. Attention calls are filed as sites."""
         out = self.shape(node)
         rule = table.MATMULS.get(node.target)
-        if rule is not None:
+        if rule is not None and out is not None:
             try:
                 return rule(node, out, self.shape)
             except (KeyError, TypeError, IndexError):
@@ -211,33 +219,35 @@ class _Counter:
         return None
 
     def _expert_flops(self, node: fx.Node) -> sp.Expr:
-        path = node.args[1] if node.target is calls.submodule else table.module_path(node)
+        args = table.arguments(node)
+        path = args[1] if node.target is calls.submodule else table.module_path(node)
         sizes = next((e for p, e in self.experts.items() if path == p or path.endswith("." + p)), None)
         if sizes is None:
             raise UnsupportedModelError(
                 f"cost: the graph calls the expert layer {path!r}, expected its sizes in `experts`, got "
                 f"{sorted(self.experts) or 'none'}."
             )
-        index = node.args[3] if node.target is calls.submodule else node.args[1]
-        chosen = self.shape(index)
+        index = args[3] if node.target is calls.submodule else args[1]
+        chosen = self._known(index)
         self.expert_calls.append(int(chosen[-1]))
         return 2 * sizes.weights * numel(chosen)
 
     def _site(self, node: fx.Node) -> AttentionSite | None:
+        args = table.arguments(node)
         if node.target is calls.attend:
-            if node.args[1] >= len(self.given):
+            if args[1] >= len(self.given):
                 raise UnsupportedModelError(
-                    f"cost: the graph has attention call {node.args[1]}, expected its sizes in `sites`, got "
+                    f"cost: the graph has attention call {args[1]}, expected its sizes in `sites`, got "
                     f"{len(self.given)} entries."
                 )
-            return self.given[node.args[1]]
+            return self.given[args[1]]
         captured = node.target is torch.ops.depthpass.attend.default
         if not captured and node.target not in table.SDPA:
             return None
-        q, k, v = (self.shape(a) for a in node.args[:3])
+        q, k, v = (self._known(a) for a in args[:3])
         window = chunk = -1
-        if captured and node.args[3].target is torch.ops.depthpass.mask.default:
-            window, chunk = node.args[3].args[1], node.args[3].args[2]
+        if captured and args[3].target is torch.ops.depthpass.mask.default:
+            window, chunk = args[3].args[1:3]
         return AttentionSite(
             int(q[1]), int(k[1]), int(q[3]), int(v[3]), window if window > 0 else None, chunk if chunk > 0 else None
         )
@@ -264,7 +274,7 @@ class _Counter:
 
     def _inner(self, graph: fx.GraphModule) -> None:
         """A region under a higher-order op (set_grad_enabled, autocast): counted like the nodes around it."""
-        inner = _Counter(graph, self.part, {}, self.given, self.experts, tuple(self.names) or None)
+        inner = _Counter(graph, self.part, {}, self.given, self.experts, self.symbols)
         found = inner.run()
         for name, flops in found.gemm_flops.items():
             self._add(self.gemm, name, flops)

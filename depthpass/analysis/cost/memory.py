@@ -16,21 +16,25 @@ import torch
 from torch import fx
 
 from depthpass.analysis.cost import nodes as table
-from depthpass.analysis.cost.symbols import B, n
 from depthpass.capture import calls
 
-_ALIASES = frozenset(
-    "view _unsafe_view transpose t permute expand unsqueeze squeeze slice select narrow alias detach flatten unflatten "
-    "split split_with_sizes chunk unbind view_as expand_as movedim getitem lift_fresh as_strided".split()
-)
-_SAVES_RESULT = frozenset(
-    "rsqrt sigmoid tanh exp softmax _softmax log_softmax _log_softmax reciprocal sqrt relu".split()
-)
-_SAVES_INPUTS = frozenset(
-    "pow silu gelu mish softplus hardswish div log abs sin cos erf cross_entropy_loss nll_loss_nd layer_norm "
-    "native_layer_norm rms_norm _fused_rms_norm clamp clamp_min clamp_max".split()
-)
-_SAVES_OPERANDS = frozenset("mul matmul mm bmm linear addmm baddbmm _grouped_mm conv1d einsum".split())
+_ALIASES = frozenset((
+    "view", "_unsafe_view", "transpose", "t", "permute", "expand", "unsqueeze", "squeeze", "slice", "select",
+    "narrow", "alias", "detach", "flatten", "unflatten", "split", "split_with_sizes", "chunk", "unbind", "view_as",
+    "expand_as", "movedim", "getitem", "lift_fresh", "as_strided",
+))
+_SAVES_RESULT = frozenset((
+    "rsqrt", "sigmoid", "tanh", "exp", "softmax", "_softmax", "log_softmax", "_log_softmax", "reciprocal", "sqrt",
+    "relu",
+))
+_SAVES_INPUTS = frozenset((
+    "pow", "silu", "gelu", "mish", "softplus", "hardswish", "div", "log", "abs", "sin", "cos", "erf",
+    "cross_entropy_loss", "nll_loss_nd", "layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm", "clamp",
+    "clamp_min", "clamp_max",
+))
+_SAVES_OPERANDS = frozenset((
+    "mul", "matmul", "mm", "bmm", "linear", "addmm", "baddbmm", "_grouped_mm", "conv1d", "einsum",
+))
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,9 @@ class Memory:
         result_bytes: the graph's own result.
     """
 
-    saved_bytes: sp.Expr = sp.Integer(0)
+    saved_bytes: sp.Expr = sp.S.Zero
     peak_bytes: tuple[sp.Expr, ...] = ()
-    result_bytes: sp.Expr = sp.Integer(0)
+    result_bytes: sp.Expr = sp.S.Zero
 
     @property
     def peak(self) -> sp.Expr:
@@ -59,7 +63,7 @@ def memory(graph: fx.Graph, shape: Callable[[fx.Node], tuple[sp.Expr, ...] | Non
 
 
 class _Run:
-    def __init__(self, graph: fx.Graph, shape) -> None:
+    def __init__(self, graph: fx.Graph, shape: Callable[[fx.Node], tuple[sp.Expr, ...] | None]) -> None:
         self.graph, self.shape = graph, shape
         self.base: dict[fx.Node, fx.Node] = {}
         self.dtype_size = next((table.itemsize(x) for x in graph.nodes if table.itemsize(x)), 4)
@@ -113,9 +117,10 @@ class _Run:
         name = table.op_name(node)
         inputs = list(node.all_input_nodes)
         if node.target is calls.attend or node.target is torch.ops.depthpass.attend.default:
-            return [a for a in node.args[(2 if node.target is calls.attend else 0):] if isinstance(a, fx.Node)][:3] + [node]
+            first = 2 if node.target is calls.attend else 0
+            return [*table.arguments(node)[first : first + 3], node]
         if node.target in table.SDPA:
-            return [*node.args[:3], node]
+            return [*table.arguments(node)[:3], node]
         if name in _SAVES_RESULT:
             return [node]
         if name in _SAVES_INPUTS:
@@ -168,12 +173,11 @@ def _is_parameter(node: fx.Node) -> bool:
 
 def _undominated(sums: set[sp.Expr]) -> tuple[sp.Expr, ...]:
     """Drop sums that never exceed another one: all their coefficients are at most the other's."""
-    polys = {e: dict(sp.Poly(e, B, n).terms()) for e in sums}
+    terms = {e: e.as_coefficients_dict() for e in sums}
 
     def below(a: sp.Expr, b: sp.Expr) -> bool:
-        return all(c <= polys[b].get(m, 0) for m, c in polys[a].items())
+        return all(c <= terms[b].get(m, 0) for m, c in terms[a].items())
 
-    ordered = sorted(sums, key=sp.default_sort_key)
-    keep = [a for i, a in enumerate(ordered)
-            if not any(below(a, b) and not (below(b, a) and i < j) for j, b in enumerate(ordered) if b != a)]
-    return tuple(keep)
+    return tuple(sorted(
+        (a for a in sums if not any(a != b and below(a, b) for b in sums)), key=sp.default_sort_key
+    ))

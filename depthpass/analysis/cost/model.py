@@ -1,8 +1,8 @@
 """What a stock model costs, part by part: its blocks, what stands before them, the final norm and the head.
 
-Blocks that are alike (same modules, same sizes, same entries in every per-layer list of the config) are traced once: the
-model is shortened to one block of each kind, captured, and each block gets the count of its kind. The numbers equal those
-of the full model; a 32-block config takes as long as one with as many blocks as there are kinds.
+Blocks that are alike (same modules, same sizes, same entries in every per-layer list of the config) are traced once:
+the model is shortened to one block of each kind, captured, and each block gets the count of its kind. The numbers equal
+those of the full model; a 32-block config takes as long as one with as many blocks as there are kinds.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import sympy as sp
 import torch
@@ -128,18 +129,16 @@ def model_cost(model: nn.Module) -> ModelCost:
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     chosen = sorted(first.values())
     short = shortened(_on_meta(sharing_copy(model)), layers, chosen)
-    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
-    with torch.no_grad():
-        captured = capture(short, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"use_cache": False})
-    full = model.get_submodule(layers)
+    captured = capture(short, example_inputs(short), {})
+    full = _block_list(model, layers)
     counted = {
         kinds[i]: _count_block(captured.blocks[at], full[i], captured.width) for at, i in enumerate(chosen)
     }
     blocks = tuple(
         PartCost(f"block {i}", counted[kind], _weights(full[i], counted[kind]), kind) for i, kind in enumerate(kinds)
     )
-    embeddings = model.get_input_embeddings().weight.shape
-    tensors = {**dict(short.named_parameters()), **dict(short.named_buffers())}
+    embeddings = cast(Any, model).get_input_embeddings().weight.shape
+    tensors = {**dict(short.named_parameters(remove_duplicate=False)), **dict(short.named_buffers())}
     around = {
         part: _count_part(part, getattr(captured, name), tensors, captured.width)
         for part, name in (("embed", "prologue"), ("norm", "norm"), ("head", "head"))
@@ -150,6 +149,15 @@ def model_cost(model: nn.Module) -> ModelCost:
         next(model.parameters()).dtype, around["embed"], blocks, around["norm"], around["head"],
         sum({id(p): p.numel() for p in model.parameters()}.values()),
     )
+
+
+def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Inputs to capture a model with: ids, their mask, and positions where the forward takes them."""
+    from depthpass.capture.attention import signature_names
+
+    ids = torch.zeros(2, 8, dtype=torch.long, device="meta")
+    taken = signature_names(type(model).forward)
+    return {k: torch.ones_like(ids) for k in ("input_ids", "attention_mask", "position_ids") if k in taken}
 
 
 def _on_meta(model: nn.Module) -> nn.Module:
@@ -163,7 +171,7 @@ def block_kinds(model: nn.Module, layers: str) -> tuple[int, ...]:
     Two blocks are alike when their module trees have the same classes, the same plain attributes (``layer_idx`` aside)
     and parameters of the same shapes, and when every per-layer list of the config agrees on them.
     """
-    blocks = list(model.get_submodule(layers))
+    blocks = _block_list(model, layers)
     lists = [values for values in _per_layer_lists(model, len(blocks)).values()]
     seen: dict[object, int] = {}
     found = []
@@ -186,21 +194,21 @@ def _signature(block: nn.Module) -> tuple:
 
 
 def _per_layer_lists(model: nn.Module, blocks: int) -> dict[str, Sequence]:
-    config = model.config.get_text_config(decoder=True)
-    return {k: v for k, v in vars(config).items() if isinstance(v, list | tuple) and len(v) == blocks}
+    """Lists of the config with an entry per block; a list of all block numbers says nothing about a block."""
+    config = cast(Any, model).config.get_text_config(decoder=True)
+    return {k: v for k, v in vars(config).items()
+            if isinstance(v, list | tuple) and len(v) == blocks and list(v) != list(range(blocks))}
 
 
 def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
     """Keep some blocks of a private copy: the list of blocks, the number of blocks and every per-layer list."""
-    blocks = model.get_submodule(layers)
+    blocks = _block_list(model, layers)
     total = len(blocks)
     kept = nn.ModuleList([blocks[i] for i in keep])
     lists = {k: [v[i] for i in keep] for k, v in _per_layer_lists(model, total).items()}
-    configs = {id(m.config): m.config for m in model.modules() if getattr(m, "config", None) is not None}
-    for config in list(configs.values()):
-        text = config.get_text_config(decoder=True)
-        if text.num_hidden_layers != total:
-            continue
+    configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
+    texts = {id(t): t for c in configs.values() if (t := c.get_text_config(decoder=True)).num_hidden_layers == total}
+    for text in texts.values():
         text.num_hidden_layers = len(keep)
         for name, values in lists.items():
             setattr(text, name, values)
@@ -209,8 +217,12 @@ def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
     for i, block in enumerate(kept):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
-                module.layer_idx = i
+                cast(Any, module).layer_idx = i
     return model
+
+
+def _block_list(model: nn.Module, layers: str) -> list[nn.Module]:
+    return list(cast(nn.ModuleList, model.get_submodule(layers)))
 
 
 def _count_block(block, module: nn.Module, width: int) -> Count:
@@ -251,7 +263,9 @@ def _count_part(part: str, captured, tensors: Mapping[str, torch.Tensor], width:
     named = {**tensors, **captured.constants}
     for name in captured.params:
         if name not in named:
-            raise UnsupportedModelError(f"cost: the {part} reads {name!r}, expected a parameter or buffer of the model.")
+            raise UnsupportedModelError(
+                f"cost: the {part} reads {name!r}, expected a parameter or buffer of the model."
+            )
         shapes["p_" + name.replace(".", "_")] = tuple(named[name].shape)
     for name in captured.inputs:
         shapes["in_" + name] = (B, n)

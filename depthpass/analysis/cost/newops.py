@@ -24,7 +24,7 @@ class NewOps:
         parameters: distinct new parameters.
         parameters_visited: once per op that reads them.
         by_op: FLOPs by value name, in B and n.
-        shares: share of a row's tokens that an op works on, by value name.
+        tokens: tokens an op works on, by value name.
         elements: weights an op reads, by value name.
         elementwise_flops: sums, products, activations.
         saved_elements: activation elements kept for backward.
@@ -37,8 +37,8 @@ class NewOps:
     by_op: Mapping[str, sp.Expr] = field(default_factory=dict)
     tokens: Mapping[str, Tokens] = field(default_factory=dict)
     elements: Mapping[str, int] = field(default_factory=dict)
-    elementwise_flops: sp.Expr = sp.Integer(0)
-    saved_elements: sp.Expr = sp.Integer(0)
+    elementwise_flops: sp.Expr = sp.S.Zero
+    saved_elements: sp.Expr = sp.S.Zero
     trained: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -1,13 +1,13 @@
 """What one node of an ATen graph costs: matrix multiplies exactly, everything else by the element.
 
-Conventions, the same as in ``torch.utils.flop_counter``: a multiply-add is two FLOPs; biases are free; a matrix multiply
-``[.., m, k] @ [k, n]`` is ``2*m*n*k``. Other arithmetic is counted apart and by the element (:data:`PER_ELEMENT`).
+Conventions, the same as in ``torch.utils.flop_counter``: a multiply-add is two FLOPs; biases are free; a matrix
+multiply ``[.., m, k] @ [k, n]`` is ``2*m*n*k``. Other arithmetic is counted apart and by the element.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
+from typing import Any
 
 import sympy as sp
 import torch
@@ -15,39 +15,46 @@ from torch import fx
 
 aten = torch.ops.aten
 Shape = tuple[sp.Expr, ...]
-Shapes = Callable[[fx.Node], Shape | None]
+Shapes = Callable[[Any], Any]
+"""Shape of an argument of a node; None when it has none (numbers, placeholders without a fake tensor)."""
+Rule = Callable[[fx.Node, Shape, Shapes], sp.Expr]
 
 
 def numel(shape: Shape) -> sp.Expr:
     return sp.Mul(*shape)
 
 
-def _last_of(position: int):
+def arguments(node: fx.Node) -> tuple[Any, ...]:
+    """Arguments of a node, without fx's static types: an op's schema says what they are."""
+    return node.args
+
+
+def _last_of(position: int) -> Rule:
     """2 * output * K with K the last dimension of an operand."""
     def flops(node: fx.Node, out: Shape, shapes: Shapes) -> sp.Expr:
-        return 2 * numel(out) * shapes(node.args[position])[-1]
+        return 2 * numel(out) * shapes(arguments(node)[position])[-1]
 
     return flops
 
 
 def _linear(node: fx.Node, out: Shape, shapes: Shapes) -> sp.Expr:
-    inner = shapes(node.args[0]) or shapes(node.args[1])
+    inner = shapes(arguments(node)[0]) or shapes(arguments(node)[1])
     return 2 * numel(out) * inner[-1]
 
 
 def _grouped(node: fx.Node, out: Shape, shapes: Shapes) -> sp.Expr:
-    left, right = shapes(node.args[0]), shapes(node.args[1])
+    left, right = (shapes(a) for a in arguments(node)[:2])
     # 2-D by 3-D: rows in groups, each by its own matrix. 2-D by 2-D: a batch of products over a ragged inner size.
     return 2 * left[-2] * left[-1] * right[-1]
 
 
 def _convolution(node: fx.Node, out: Shape, shapes: Shapes) -> sp.Expr:
-    weight = shapes(node.args[1])
+    weight = shapes(arguments(node)[1])
     return 2 * numel(out) * numel(weight[1:])
 
 
 def _einsum(node: fx.Node, out: Shape, shapes: Shapes) -> sp.Expr:
-    equation, operands = node.args[0], node.args[1]
+    equation, operands = arguments(node)[:2]
     terms = equation.replace(" ", "").split("->")[0].split(",")
     if len(terms) != len(operands) or "..." in equation or len(terms) > 2:
         raise KeyError(equation)
@@ -55,7 +62,7 @@ def _einsum(node: fx.Node, out: Shape, shapes: Shapes) -> sp.Expr:
     return (2 if len(terms) == 2 else 1) * sp.Mul(*sizes.values())
 
 
-MATMULS = {
+MATMULS: dict[object, Rule] = {
     aten.linear.default: _linear,
     aten.matmul.default: _last_of(0),
     aten.mm.default: _last_of(0),
@@ -92,16 +99,20 @@ PER_ELEMENT = {
 }
 """Operations per element of the first argument, for ops that are not plainly one per element of the result."""
 
-MOVEMENT = frozenset(
-    "view reshape _unsafe_view transpose t permute expand unsqueeze squeeze slice select index gather scatter "
-    "scatter_add index_add index_put embedding cat stack split split_with_sizes chunk narrow clone contiguous copy "
-    "alias detach to _to_copy type_as flatten unflatten unbind repeat repeat_interleave pad constant_pad_nd roll flip "
-    "masked_fill masked_scatter where zeros ones full empty arange zeros_like ones_like full_like empty_like new_zeros "
-    "new_ones new_full new_empty scalar_tensor sym_size sym_numel item topk sort argmax argmin one_hot histc bincount "
-    "dropout diff nonzero tril triu expand_as view_as index_select lift_fresh_copy lift_fresh as_strided movedim "
-    "numel _assert_tensor_metadata _assert_scalar _assert_async sym_constrain_range_for_size sym_constrain_range "
-    "meshgrid eye all any is_nonzero floor_divide outer_index isin unfold fill_ searchsorted".split()
-)
+MOVEMENT = frozenset((
+    "view", "reshape", "_unsafe_view", "transpose", "t", "permute", "expand", "unsqueeze", "squeeze", "slice",
+    "select", "index", "gather", "scatter", "scatter_add", "index_add", "index_put", "embedding", "cat", "stack",
+    "split", "split_with_sizes", "chunk", "narrow", "clone", "contiguous", "copy", "alias", "detach", "to",
+    "_to_copy", "type_as", "flatten", "unflatten", "unbind", "repeat", "repeat_interleave", "pad", "constant_pad_nd",
+    "roll", "flip", "masked_fill", "masked_scatter", "where", "zeros", "ones", "full", "empty", "arange",
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+    "scalar_tensor", "sym_size", "sym_numel", "item", "topk", "sort", "argmax", "argmin", "one_hot", "histc",
+    "bincount", "dropout", "diff", "nonzero", "tril", "triu", "expand_as", "view_as", "index_select",
+    "lift_fresh_copy", "lift_fresh", "as_strided", "movedim", "numel", "_assert_tensor_metadata", "_assert_scalar",
+    "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", "meshgrid", "eye", "all", "any", "mT", "mH", "T", "H", "numpy_T", "adjoint",
+    "is_nonzero", "floor_divide", "outer_index", "isin", "unfold", "fill_", "searchsorted", "view_as_real",
+    "view_as_complex", "scatter_",
+))
 """Ops that move or choose data: no FLOPs."""
 
 
@@ -138,8 +149,3 @@ def module_path(node: fx.Node) -> str:
 def itemsize(node: fx.Node) -> int:
     value = node.meta.get("val")
     return value.element_size() if isinstance(value, torch.Tensor) else 0
-
-
-def static(shape: Shape) -> int:
-    """Elements of a shape that is known to be static."""
-    return math.prod(int(d) for d in shape)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, cast
 
 import sympy as sp
 
@@ -79,9 +80,14 @@ class AttentionSite:
         return keys if self.window is None else sp.Min(keys, self.window)
 
 
-def expression(value: object, names: dict[sp.Symbol, sp.Expr]) -> sp.Expr:
+def at_tokens(expr: sp.Expr, tokens: sp.Expr) -> sp.Expr:
+    """An expression in n, for another number of tokens."""
+    return cast(sp.Expr, expr.xreplace({n: tokens}))
+
+
+def expression(value: Any, names: Mapping[sp.Expr, sp.Expr]) -> sp.Expr:
     """A tensor size as a sympy expression, with the trace's symbols renamed."""
+    if isinstance(value, sp.Expr):
+        return cast(sp.Expr, value.xreplace(dict(names)))
     node = getattr(value, "node", None)
-    if node is None:
-        return sp.Integer(int(value))  # type: ignore[call-overload]
-    return node.expr.xreplace(names)
+    return sp.Integer(int(value)) if node is None else node.expr.xreplace(dict(names))

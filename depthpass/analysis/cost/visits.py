@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import sympy as sp
 
 from depthpass.analysis.cost.model import ModelCost, PartCost
-from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, n
+from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
 from depthpass.analysis.dependence import dependences
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
@@ -61,8 +61,7 @@ class VisitCost:
         if read.window is None:
             return self.part.count.sites
         return tuple(
-            AttentionSite(s.heads, s.kv_heads, s.key_dim, s.value_dim, min(s.window or read.window, read.window), s.chunk)
-            for s in self.part.count.sites
+            replace(s, window=min(s.window or read.window, read.window)) for s in self.part.count.sites
         )
 
     def gemm_flops(self) -> dict[str, sp.Expr]:
@@ -70,7 +69,7 @@ class VisitCost:
         found = dict(self.part.count.gemm_flops)
         if not self.writes:
             found["projection"] = found["projection"] - self.part.count.key_value_flops
-        return {c: e.xreplace({n: self.tokens.total}) for c, e in found.items()}
+        return {c: at_tokens(e, self.tokens.total) for c, e in found.items()}
 
     def attention_flops(self, convention: Convention) -> sp.Expr:
         return sum(
@@ -84,7 +83,7 @@ class VisitCost:
         found = dict(self.part.count.gemm_flops)
         if not self.writes:
             found["projection"] = found["projection"] - self.part.count.key_value_flops
-        return {c: e.xreplace({n: sp.Integer(1)}) for c, e in found.items()}
+        return {c: at_tokens(e, sp.Integer(1)) for c, e in found.items()}
 
     def decode_attention_flops(self) -> sp.Expr:
         """One query at the end of n tokens."""
@@ -100,8 +99,12 @@ class VisitCost:
             sp.Integer(0),
         )
 
+    def held_elements(self) -> sp.Expr:
+        """Elements of the slot this visit writes when every token is kept."""
+        return B * self.part.kv_width * self.tokens.total if self.writes else sp.Integer(0)
+
     def slot_elements(self) -> sp.Expr:
-        """Elements of the slot this visit writes, after n tokens."""
+        """Elements of the slot this visit writes that some later token can still see."""
         own = next((r for r in self.reads if r.slot == self.op["slot"]), None)
         if not self.writes or own is None:
             return sp.Integer(0)

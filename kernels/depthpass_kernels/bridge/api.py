@@ -4,10 +4,12 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
 
 from depthpass_kernels import ops
 from depthpass_kernels.select import check_name
+
+ALIGNMENT = 8
 
 
 def bridge_in(
@@ -28,13 +30,14 @@ def bridge_in(
         y = x + Σ_b present_b · (gain_b · c_b W_bᵀ + bias_b)
         z = y · rsqrt(mean(y²) + eps) · (norm_offset + norm_weight)
 
-    An absent token gets nothing: neither the projected value nor the bias, whatever `c` holds there (NaN included).
-    Differentiable in x, c, up_weight, up_bias, norm_weight, and in a tensor gain. The norm reads y as rounded to x's
-    dtype, as the separate norm would.
+    An absent token gets nothing: neither the projected value nor the bias, whatever `c` holds there (NaN
+    included). Differentiable in x, c, up_weight, up_bias, norm_weight, and in a tensor gain. The norm reads y
+    as rounded to x's dtype, as the separate norm would.
 
-    Several bridges that land on one destination are given as sequences and become **one** product: streams concatenated
-    along the rank, masked and scaled on the way, and each bias as the weight of one more column that holds the presence
-    flag. Weights are concatenated on every call; in a loop call `fold_weights` once and `fold_streams` per step instead.
+    Several bridges that land on one destination are given as sequences and become **one** product: streams
+    concatenated along the rank, masked and scaled on the way, and each bias as the weight of one more column
+    that holds the presence flag. Weights are concatenated on every call; in a loop call `fold_weights` once
+    and `fold_streams` per step instead.
 
     Args:
         x: [..., dim].
@@ -52,6 +55,7 @@ def bridge_in(
         `(y, z)`, each shaped and typed as x; z is None without a norm.
 
     Example:
+        >>> import torch
         >>> x, c = torch.randn(2, 4, 8), torch.randn(2, 4, 3)
         >>> y, z = bridge_in(x, c, torch.randn(8, 3), torch.randn(8), norm_weight=torch.ones(8))
         >>> y.shape, z.shape
@@ -62,14 +66,23 @@ def bridge_in(
         weights = _per_bridge("up_weight", up_weight, len(c))
         biases = _per_bridge("up_bias", up_bias, len(c))
         up_weight = fold_weights(weights, biases)
-        flags = [bias is not None for bias in biases]
-        c = fold_streams(c, _per_bridge("gain", gain, len(c)), _per_bridge("present", present, len(c)), flags)
+        gains, presents = _per_bridge("gain", gain, len(c)), _per_bridge("present", present, len(c))
+        c = fold_streams(c, gains, presents, [bias is not None for bias in biases])
         up_bias, gain, present = None, 1.0, None
     elif isinstance(gain, Tensor):
         c, gain = _absent_to_zero(c, present) * gain, 1.0
     _check(x, c, up_weight, up_bias, present, norm_weight)
     y, z, _ = ops.bridge_in(
-        x, c, up_weight, up_bias, present, norm_weight, float(gain), float(eps), float(norm_offset), implementation
+        x,
+        c,
+        up_weight,
+        up_bias,
+        present,
+        norm_weight,
+        float(gain),
+        float(eps),
+        float(norm_offset),
+        implementation,
     )
     return y, None if norm_weight is None else z
 
@@ -77,34 +90,42 @@ def bridge_in(
 def bridge_out(y: Tensor, down_weight: Tensor, down_bias: Tensor | None = None) -> Tensor:
     """Return the low-rank stream c = y W_downᵀ + bias, [..., r], from the hidden stream [..., dim].
 
-    A plain linear layer, on purpose: one skinny product that reads y and the weight once, and nothing elementwise
-    before or after it to fuse (y is already in memory for the next block, gain and presence belong to the reader). Several
-    bridges that leave one block should stack their weights along r: still one call.
+    A plain linear layer, on purpose: one skinny product that reads y and the weight once, and nothing
+    elementwise before or after it to fuse (y is already in memory for the next block, gain and presence
+    belong to the reader). Several bridges that leave one block should stack their weights along r: still one
+    call.
     """
     return linear(y, down_weight, down_bias)
 
 
 def fold_weights(weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-    """Concatenate up-weights [dim, r_b] along the rank, with each bias that is not None as a last column of its own."""
-    columns = [bias[:, None] for bias in biases if bias is not None]
-    return torch.cat([*weights, *columns], -1)
+    """Concatenate up-weights [dim, r_b] along the rank, each bias that is not None as one more column.
+
+    Zero columns pad the rank to a multiple of 8, so that rows stay aligned to 16 bytes in half precision.
+    """
+    columns = [*weights, *(bias[:, None] for bias in biases if bias is not None)]
+    return _padded(torch.cat(columns, -1))
 
 
 def fold_streams(
     streams: Sequence[Tensor],
     gains: Sequence[float | Tensor],
     presents: Sequence[Tensor | None],
-    flags: Sequence[bool],
+    has_bias: Sequence[bool],
 ) -> Tensor:
-    """Concatenate streams along the rank, masked and scaled, with a column of presence for each bridge flagged (has a bias).
+    """Concatenate streams along the rank, masked and scaled, with a column of presence for each bias.
 
-    The counterpart of `fold_weights`: `bridge_in(x, fold_streams(...), fold_weights(...))` adds all the bridges.
+    The counterpart of `fold_weights`: `bridge_in(x, fold_streams(...), fold_weights(...))` adds all bridges.
     """
     parts = [_absent_to_zero(c, p) * g for c, g, p in zip(streams, gains, presents, strict=True)]
-    for c, p, flag in zip(streams, presents, flags, strict=True):
-        if flag:
+    for c, p, biased in zip(streams, presents, has_bias, strict=True):
+        if biased:
             parts.append(c.new_ones(*c.shape[:-1], 1) if p is None else p[..., None].to(c.dtype))
-    return torch.cat(parts, -1)
+    return _padded(torch.cat(parts, -1))
+
+
+def _padded(x: Tensor) -> Tensor:
+    return pad(x, (0, -x.shape[-1] % ALIGNMENT))
 
 
 def _absent_to_zero(c: Tensor, present: Tensor | None) -> Tensor:
@@ -118,12 +139,19 @@ def _per_bridge(name: str, value: object, count: int) -> list:
             raise ValueError(f"bridge_in: {name}: expected {count} entries, as many as c, got {len(value)}")
         return list(value)
     if name == "up_weight" or (name == "up_bias" and value is not None):
-        raise ValueError(f"bridge_in: {name}: expected a sequence of {count}, as c is one, got {type(value).__name__}")
+        raise ValueError(
+            f"bridge_in: {name}: expected a sequence of {count}, as c is one, got {type(value).__name__}"
+        )
     return [value] * count
 
 
 def _check(
-    x: Tensor, c: Tensor, weight: Tensor, bias: Tensor | None, present: Tensor | None, norm_weight: Tensor | None
+    x: Tensor,
+    c: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    present: Tensor | None,
+    norm_weight: Tensor | None,
 ) -> None:
     dim, rank = x.shape[-1], c.shape[-1]
     rows = tuple(x.shape[:-1])

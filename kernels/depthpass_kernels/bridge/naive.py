@@ -28,7 +28,7 @@ def forward(problem: BridgeIn) -> tuple[Tensor, Tensor, Tensor]:
 def norm_backward(
     problem: BridgeIn, grad_y: Tensor | None, grad_z: Tensor | None, y: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient of y through both outputs (x's dtype, a new tensor), and the norm weight's (None without norm)."""
+    """Return the gradient of y through both outputs (new, x's dtype) and the norm weight's, if any."""
     p = problem
     acc = accumulation_dtype(p.x.dtype)
     if p.norm_weight is None or grad_z is None:
@@ -48,8 +48,8 @@ def projection_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return dx, dc, dweight, dbias, dnorm_weight in their parameters' dtypes, from the whole gradient of y.
 
-    Three products that a BLAS does well, in the dtype of the operands. The presence mask is put on their rank-r side,
-    never on a hidden-sized tensor.
+    Three products that a BLAS does well, in the dtype of the operands. The presence mask is put on their
+    rank-r side, never on a hidden-sized tensor.
     """
     p = problem
     dx, dc, dweight, dbias, dnorm_weight = p.new_gradients(needed)
@@ -71,5 +71,5 @@ def projection_backward(
 
 
 def _masked(x: Tensor, present: Tensor | None) -> Tensor:
-    """Zero the absent rows by selection: a delay line holds anything, NaN included, before its first write."""
+    """Zero the absent rows by selection: a delay line may hold NaN before its first write."""
     return x if present is None else torch.where(present[..., None], x, 0)

@@ -17,7 +17,7 @@ class BridgeIn:
         c: [..., r] delayed low-rank stream.
         weight: [dim, r] up-projection.
         bias: [dim] or None.
-        present: [...] bool, False where the delay reaches before the row's first real token; None means everywhere.
+        present: [...] bool, False where the delay reaches before the row's first real token; None: nowhere.
         norm_weight: [dim] scale of the RMS norm that follows, or None for no norm.
         gain: factor on the stream.
         eps: added to the mean square.
@@ -35,7 +35,7 @@ class BridgeIn:
     norm_offset: float
 
     def new_outputs(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Allocate y, z [..., dim] and rstd [...] in the accumulation dtype; the last two empty without a norm."""
+        """Allocate y, z [..., dim] and rstd [...], in the accumulation dtype; both empty without a norm."""
         y = self.x.new_empty(self.x.shape)
         shape, stat = (0, 0) if self.norm_weight is None else (self.x.shape, self.x.shape[:-1])
         return y, self.x.new_empty(shape), self.x.new_empty(stat, dtype=accumulation_dtype(self.x.dtype))

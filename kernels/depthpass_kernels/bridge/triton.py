@@ -2,10 +2,11 @@
 
 Imported only when a kernel runs. Accumulation in float32, no atomics.
 
-Split. A norm needs whole rows, the projection wants many small tiles: one program per row block would leave most of the
-GPU idle at 100 to 200 rows. So the projection's epilogue masks, scales, adds bias and residual, stores y and one partial
-sum of squares per tile and row; a second kernel adds those few numbers, stores rstd and scales the row.
-Backward: the norm and the residual add are one kernel, the projection's three products go to the BLAS.
+Split. A norm needs whole rows, the projection wants many small tiles: one program per row block would leave
+most of the GPU idle at 100 to 200 rows. So the projection's epilogue masks, scales, adds bias and residual,
+stores y and one partial sum of squares per tile and row; a second kernel adds those few numbers, stores rstd
+and scales the row. Backward: the norm and the residual add are one kernel, the projection's three products go
+to the BLAS.
 """
 
 import torch
@@ -22,7 +23,8 @@ MAX_PARTIALS = 64
 
 @triton.jit(do_not_specialize=["rows"])
 def up_kernel(
-    X, C, W, BIAS, PRESENT, Y, SQUARES, gain, rows, DIM: tl.constexpr, RANK: tl.constexpr, TILES: tl.constexpr,
+    X, C, W, BIAS, PRESENT, Y, SQUARES, gain, rows,
+    DIM: tl.constexpr, RANK: tl.constexpr, TILES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """y = x + present * (gain * c Wᵀ + bias) for one tile, and its partial sums of squares per row."""
@@ -73,7 +75,7 @@ def norm_kernel(
 def norm_backward_kernel(
     GRAD_Y, GRAD_Z, Y, RSTD, W, DY, PARTIAL, offset, rows, per_program, DIM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of y through the norm plus the residual's own, and one partial norm-weight gradient per program."""
+    """Gradient of y: the norm's plus the residual's; one partial norm-weight gradient per program."""
     program = tl.program_id(0)
     n = tl.arange(0, BD)
     columns = n < DIM
@@ -105,11 +107,13 @@ def forward(problem: BridgeIn) -> tuple[Tensor, Tensor, Tensor]:
 def norm_backward(
     problem: BridgeIn, grad_y: Tensor | None, grad_z: Tensor | None, y: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """Return the gradient of y through both outputs (x's dtype, a new tensor), and the norm weight's (None without norm)."""
+    """Return the gradient of y through both outputs (new, x's dtype) and the norm weight's, if any."""
     p = problem
     if p.norm_weight is None or grad_z is None:
         dnorm = None if p.norm_weight is None else torch.zeros_like(p.norm_weight)
-        return (torch.zeros_like(y) if grad_y is None else grad_y.clone(memory_format=torch.contiguous_format)), dnorm
+        return (
+            torch.zeros_like(y) if grad_y is None else grad_y.clone(memory_format=torch.contiguous_format)
+        ), dnorm
     dy, dim = torch.empty_like(y), y.shape[-1]
     partial = rstd.new_empty(min(y.numel() // dim, MAX_PARTIALS), dim)
     plan_norm_backward(p, grad_y, grad_z, y, rstd, dy, partial).run()
@@ -124,7 +128,9 @@ def plan_forward(problem: BridgeIn, y: Tensor, z: Tensor, rstd: Tensor) -> list[
     tile, depth = up_tile(rows, p.c.element_size())
     tiles = cdiv(dim, tile.n)
     normed = p.norm_weight is not None
-    squares = torch.empty(rows, tiles, dtype=accumulation_dtype(p.x.dtype), device=p.x.device) if normed else None
+    squares = (
+        torch.empty(rows, tiles, dtype=accumulation_dtype(p.x.dtype), device=p.x.device) if normed else None
+    )
     args = dict(
         X=p.x.contiguous(), C=p.c.contiguous(), W=p.weight.contiguous(), BIAS=p.bias,
         PRESENT=None if p.present is None else p.present.contiguous().view(torch.uint8),
@@ -143,7 +149,13 @@ def plan_forward(problem: BridgeIn, y: Tensor, z: Tensor, rstd: Tensor) -> list[
 
 
 def plan_norm_backward(
-    problem: BridgeIn, grad_y: Tensor | None, grad_z: Tensor, y: Tensor, rstd: Tensor, dy: Tensor, partial: Tensor
+    problem: BridgeIn,
+    grad_y: Tensor | None,
+    grad_z: Tensor,
+    y: Tensor,
+    rstd: Tensor,
+    dy: Tensor,
+    partial: Tensor,
 ) -> Launch:
     """Return the one launch of the norm's backward; `partial` has one row per program."""
     dim = y.shape[-1]
@@ -158,7 +170,7 @@ def plan_norm_backward(
 
 
 def up_tile(rows: int, itemsize: int) -> tuple[Tile, int]:
-    """Return the projection's tile and its depth along the rank, small because rows are few and tiles must be many."""
+    """Return the projection's tile and its depth along the rank: rows are few, so tiles are small."""
     if itemsize == 4:
         return Tile(min(32, power_of_two(rows)), 32, warps=4, stages=1), 32
     return Tile(min(64, power_of_two(rows)), 64, warps=4, stages=2), 64

@@ -29,21 +29,22 @@ def slot_attention(
     """Attend from a chunk of queries to a prefix of keys; differentiable in q, k, v and sinks.
 
     Query c of row b stands at column i = q_start + c, key j at column j. The query sees the key iff j <= i,
-    `valid[b, j]`, i - j < window, and both lie in the same chunk: (j - row_start[b]) // chunk == (i - row_start[b]) //
-    chunk. With s_j = scale q·k_j, then s_j = softcap tanh(s_j / softcap), then the mask:
+    `valid[b, j]`, i - j < window, and both lie in one chunk, that is
+    (j - row_start[b]) // chunk == (i - row_start[b]) // chunk. With the logits s_j = scale q·k_j, or
+    softcap tanh(scale q·k_j / softcap), of the keys it sees:
 
         out = Σ_j exp(s_j) v_j / (Σ_j exp(s_j) + exp(sink))          0 for a query that sees nothing
 
-    Keys outside the interval that any query sees may hold anything, NaN included: a static buffer need not be cleared.
+    Keys that no query may see can hold anything, NaN included: a static buffer need not be cleared.
 
     Args:
-        q: [B, Hq, C, D]; float32, bfloat16 or float16, float64 too with `"naive"`.
-        k: [B, Hkv, N, D], Hq divisible by Hkv, N >= q_start + C. Same dtype as q.
-        v: [B, Hkv, N, Dv]. Same dtype as q.
-        q_start: column of the first query. An integer tensor of one element keeps one graph for a moving position
-            (compiled decode); its value is then not checked against N.
+        q: [B, Hq, C, D]; float32, bfloat16 or float16, with `"naive"` float64 too.
+        k: [B, Hkv, N, D] in q's dtype; Hq divisible by Hkv, N >= q_start + C.
+        v: [B, Hkv, N, Dv] in q's dtype.
+        q_start: column of the first query. An integer tensor of one element keeps one graph for a moving
+            position (compiled decode); its value is then not checked against N.
         valid: [B, N] bool; False keys are never attended. None: all valid.
-        row_start: [B] integers, first real column of each row, used by `chunk` alone. None: 0.
+        row_start: [B] integers, first real column of each row; used by `chunk` alone. None: 0.
         scale: None means D ** -0.5.
         window: number of columns seen, the query's own included.
         chunk: length of the chunks that attention stays inside.
@@ -56,11 +57,13 @@ def slot_attention(
 
     Example:
         >>> import torch
-        >>> k, v = torch.randn(2, 1, 2, 12, 16)
-        >>> slot_attention(torch.randn(1, 4, 3, 16), k[None], v[None], q_start=9).shape
+        >>> q, k, v = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 12, 16), torch.randn(1, 2, 12, 16)
+        >>> slot_attention(q, k, v, q_start=9, window=4).shape
         torch.Size([1, 4, 3, 16])
     """
-    arguments = _arguments(q, k, v, q_start, valid, row_start, scale, window, chunk, softcap, sinks, implementation)
+    arguments = _arguments(
+        q, k, v, q_start, valid, row_start, scale, window, chunk, softcap, sinks, implementation
+    )
     return ops.slot_attention(*arguments)[0]
 
 
@@ -69,8 +72,8 @@ def slot_attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return `(out, lse)` for a hand-written backward; options as `slot_attention`.
 
-    lse [B, Hq, C] is the log of the denominator (-inf where it is empty), float32, or float64 for float64 inputs. It
-    carries no gradient: use `slot_attention` under autograd.
+    lse [B, Hq, C] is the log of the denominator (-inf where it is empty), float32, or float64 for float64
+    inputs. It carries no gradient: use `slot_attention` under autograd.
     """
     return ops.slot_attention(*_arguments_of(q, k, v, implementation, options))
 
@@ -87,14 +90,20 @@ def slot_attention_backward(
     implementation: str = "auto",
     **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Return `(dq, dk, dv, dsinks)` from what `slot_attention_forward` returned; dsinks is None without sinks.
+    """Return `(dq, dk, dv, dsinks)` from the results of `slot_attention_forward`; dsinks None without sinks.
 
     Args:
         grad: gradient of `out`.
-        into: `(dk, dv)` buffers of k's and v's shapes and any kernel dtype (float32 accumulators, say). This call's key
-            gradients are **added** to them in place, only where some query sees the key, and they are what is returned: a
-            reverse loop over chunks sums into one pair of buffers instead of adding N-column tensors.
-        options: exactly those given to `slot_attention_forward`.
+        q: as given to the forward, like k and v.
+        k: see q.
+        v: see q.
+        out: returned by the forward, like lse.
+        lse: see out.
+        into: `(dk, dv)` buffers shaped as k and v, of any dtype (float32 accumulators, say). This call's key
+            gradients are **added** to them in place, touching only keys that some query may see, and they are
+            what is returned: a reverse loop over chunks sums into one pair of buffers.
+        implementation: as given to the forward.
+        options: exactly those given to the forward.
     """
     arguments = _arguments_of(q, k, v, implementation, options)
     if into is None:
@@ -112,7 +121,9 @@ def slot_attention_naive(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Ten
     return naive.forward(Problem(*_arguments_of(q, k, v, "naive", options)[:-1]))[0]
 
 
-def _arguments_of(q: Tensor, k: Tensor, v: Tensor, implementation: str, options: dict[str, Any]) -> tuple[Any, ...]:
+def _arguments_of(
+    q: Tensor, k: Tensor, v: Tensor, implementation: str, options: dict[str, Any]
+) -> tuple[Any, ...]:
     known = ("q_start", "valid", "row_start", "scale", "window", "chunk", "softcap", "sinks")
     if unknown := sorted(set(options) - set(known)):
         raise TypeError(f"slot_attention: unknown option {unknown[0]!r}, expected some of {known}")
@@ -135,7 +146,7 @@ def _arguments(
     sinks: Tensor | None,
     implementation: str,
 ) -> tuple[Any, ...]:
-    """Check everything that needs no data and return the op's positional arguments: Problem's fields, implementation."""
+    """Check everything that needs no data; return Problem's fields and the implementation."""
     check_name("slot_attention", implementation)
     if not q.dim() == k.dim() == v.dim() == 4:
         raise _unexpected("q, k, v", "4 dimensions each", f"{q.dim()}, {k.dim()}, {v.dim()}")
@@ -177,7 +188,9 @@ def _arguments(
 def _check_accumulator(name: str, buffer: Tensor, like: Tensor) -> None:
     _check_shape(name, buffer, tuple(like.shape))
     if buffer.stride(-1) != 1 or buffer.requires_grad:
-        raise _unexpected(name, "a buffer without gradient whose last axis is contiguous", f"stride {buffer.stride()}")
+        raise _unexpected(
+            name, "a buffer without gradient whose last axis is contiguous", f"stride {buffer.stride()}"
+        )
 
 
 def _check_shape(name: str, x: Tensor, expected: tuple[int, ...]) -> None:

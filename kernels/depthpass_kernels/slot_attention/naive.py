@@ -1,7 +1,7 @@
 """Slot attention in plain torch: the reference of the kernel, and what runs on the CPU.
 
-Dense, in the accumulation dtype (float32, or float64 for float64 inputs). `forward` is differentiable as it stands;
-`backward` is the hand-written gradient that the registered op uses, so the two check each other.
+Dense, in the accumulation dtype (float32, or float64 for float64 inputs). `forward` is differentiable as it
+stands; `backward` is the hand-written gradient that the registered op uses, so the two check each other.
 """
 
 import torch
@@ -33,7 +33,7 @@ def _chunk_index(column: Tensor, origin: Tensor | int, chunk: int) -> Tensor:
 
 
 def key_span(problem: Problem) -> tuple[int, int]:
-    """Return the half-open range of key columns that some query may see; all of them when the start is a tensor."""
+    """Return the half-open range of keys that some query may see; all of them when the start is a tensor."""
     p = problem
     if p.q_offset is not None:
         return 0, p.k.shape[2]
@@ -120,6 +120,9 @@ def backward(
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
-    """Return dsinks [Hq] from sinks [Hq], lse and delta [B, Hq, C]: a sink's value vector is zero, so -p_sink * delta."""
+    """Return dsinks [Hq] from sinks [Hq], lse and delta [B, Hq, C].
+
+    The value vector of a sink is zero, which leaves -p_sink * delta.
+    """
     share = torch.exp(sinks.to(lse.dtype)[None, :, None] - torch.where(lse == NEVER, 0, lse))
     return -(share * delta).sum((0, 2))

@@ -18,7 +18,7 @@ class Problem:
         valid: [B, N] bool; False keys are never attended.
         row_start: [B] first real column of each row, the origin of `chunk`; None means 0.
         sinks: [Hq] one more logit per head, in the denominator only.
-        q_offset: one-element integer tensor added to `q_start`, for graphs whose position moves; None means 0.
+        q_offset: one-element integer tensor added to `q_start`, for a position that moves; None means 0.
         q_start: column of the first query.
         scale: factor on q·k.
         window: a query sees the last `window` columns, itself included.
@@ -45,14 +45,14 @@ class Problem:
         return self.q.shape[1] // self.k.shape[1]
 
     def with_unit_strides(self) -> "Problem":
-        """Return the same problem with the last axis of q, k, v and valid contiguous, copying only what is not."""
+        """Return the problem with the last axis of q, k, v and valid contiguous, copying only what is not."""
         valid = None if self.valid is None else unit_stride(self.valid)
         return replace(self, q=unit_stride(self.q), k=unit_stride(self.k), v=unit_stride(self.v), valid=valid)
 
-    # Layouts of what an implementation returns. They depend on shapes alone, so fake kernels predict the strides.
+    # Layouts of results depend on shapes alone, so that fake kernels predict the strides.
 
     def new_output(self) -> Tensor:
-        """Allocate [B, Hq, C, Dv] as a view of [B, C, Hq, Dv], so that the usual `transpose(1, 2)` is contiguous."""
+        """Allocate [B, Hq, C, Dv] as a view of [B, C, Hq, Dv]: the usual `transpose(1, 2)` is contiguous."""
         batch, heads, length, _ = self.q.shape
         return self.q.new_empty(batch, length, heads, self.v.shape[-1]).transpose(1, 2)
 

@@ -1,11 +1,13 @@
 """Slot attention as Triton kernels: forward (with split keys), dq, dk/dv.
 
-Imported only when a kernel runs. All accumulation is in float32, nothing uses atomics, so results repeat bit for bit.
+Imported only when a kernel runs. All accumulation is in float32, nothing uses atomics, so results repeat bit
+for bit.
 
-Layout. A program owns one (row, key head) pair and a tile of its *packed* queries: packed row `r` is query `r // G` of
-head `r % G` in the group, so a chunk of 4 queries with 8 heads per key head fills a 32-row tile, and the rows of a tile
-are in column order. Query column i sees the keys of one interval, `first(i) <= j <= i`, minus the invalid ones: window
-and chunk only move `first`. Both ends rise with i, which gives the key blocks (or query tiles) a program must visit.
+Layout. A program owns one (row, key head) pair and a tile of its *packed* queries: packed row `r` is query `r
+// G` of head `r % G` in the group, so a chunk of 4 queries with 8 heads per key head fills a 32-row tile, and
+the rows of a tile are in column order. Query column i sees the keys of one interval, `first(i) <= j <= i`,
+minus the invalid ones: window and chunk only move `first`. Both ends rise with i, which gives the key blocks
+(or query tiles) a program must visit.
 
 `UP` makes every operand float32 after its load. The interpreter needs it: numpy has no bfloat16 arithmetic.
 """
@@ -28,7 +30,7 @@ VARYING = ["q_start", "length", "n_keys"]
 
 @triton.jit
 def _origin(ROW_START, row, CHUNK: tl.constexpr):
-    """First column of a chunk, reduced to [0, CHUNK) so that every division below is of non-negative numbers."""
+    """First column of a chunk, reduced to [0, CHUNK): all divisions below are of non-negative numbers."""
     if CHUNK > 0 and ROW_START is not None:
         start = tl.load(ROW_START + row).to(tl.int32) % CHUNK
         return (start + CHUNK) % CHUNK
@@ -66,7 +68,7 @@ def _query_start(Q_OFFSET, q_start):
 
 @triton.jit
 def _load(base, index, stride, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr):
-    """Load rows `index` of a matrix with `WIDTH` contiguous columns as [len(index), BLOCK]; masked rows read 0."""
+    """Load rows `index` of a matrix with `WIDTH` contiguous columns as [.., BLOCK]; masked rows read 0."""
     d = tl.arange(0, BLOCK)
     mask = mask[:, None]
     if BLOCK != WIDTH:
@@ -265,7 +267,7 @@ def dkv_kernel(
     SOFTCAP: tl.constexpr, ACCUMULATE: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key block, summed over the queries and heads that see it; written or added in place."""
+    """dk and dv of one key block, over the queries and heads that see it; written, or added in place."""
     block, pair = tl.program_id(0), tl.program_id(1)
     row, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
     q_start = _query_start(Q_OFFSET, q_start)
@@ -315,7 +317,7 @@ def dkv_kernel(
 
 
 def forward(problem: Problem, splits: int | None = None) -> tuple[Tensor, Tensor]:
-    """Return out [B, Hq, C, Dv] and the log-sum-exp [B, Hq, C]; `splits` overrides the number of key shares."""
+    """Return out [B, Hq, C, Dv] and the log-sum-exp [B, Hq, C]; `splits` overrides `key_splits`."""
     problem = problem.with_unit_strides()
     out, lse = problem.new_output(), problem.new_lse()
     for launch in plan_forward(problem, out, lse, splits):
@@ -336,7 +338,7 @@ def backward(
 
 
 def plan_forward(problem: Problem, out: Tensor, lse: Tensor, splits: int | None = None) -> list[Launch]:
-    """Return the launches of the forward: one kernel, or partial outputs over `splits` key shares and their merge."""
+    """Return the launches of the forward: one kernel, or partial outputs over key shares and their merge."""
     p = problem
     batch, heads, length, _ = p.q.shape
     tile = forward_tile(p)
@@ -345,12 +347,21 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, splits: int | None 
     common, kernel_args = _common(p), dict(SPLITS=splits, **_blocks(p, tile))
     if splits == 1:
         args = dict(
-            OUT=out, LSE=lse, SINKS=p.sinks, o_s=0, lse_s=0, **_strides("v", p.v), **_strides("o", out), **common
+            OUT=out,
+            LSE=lse,
+            SINKS=p.sinks,
+            o_s=0,
+            lse_s=0,
+            **_strides("v", p.v),
+            **_strides("o", out),
+            **common,
         )
         return [Launch(forward_kernel, (*grid, 1), args | kernel_args, tile)]
     partial = torch.empty(splits, *lse.shape, p.v.shape[-1], dtype=lse.dtype, device=lse.device)
     partial_lse = lse.new_empty(splits, *lse.shape)
-    scratch = dict(OUT=partial, LSE=partial_lse, SINKS=None, o_s=partial.stride(0), lse_s=partial_lse.stride(0))
+    scratch = dict(
+        OUT=partial, LSE=partial_lse, SINKS=None, o_s=partial.stride(0), lse_s=partial_lse.stride(0)
+    )
     scratch |= _strides("v", p.v) | _strides("o", partial[0])
     combine = dict(
         PARTIAL=partial, PARTIAL_LSE=partial_lse, OUT=out, LSE=lse, SINKS=p.sinks, heads=heads, length=length,
@@ -374,7 +385,7 @@ def plan_backward(
     dv: Tensor,
     accumulate: bool = False,
 ) -> list[Launch]:
-    """Return the two launches of the backward, in order: the first writes the `delta` that the second reads."""
+    """Return the two launches of the backward, in order: the first writes the `delta` the second reads."""
     p = problem
     batch, _, length, _ = p.q.shape
     pairs = batch * p.k.shape[1]
@@ -390,19 +401,20 @@ def plan_backward(
     ]
 
 
-# Blocks by the wider head dimension. Chosen by compiling: on sm_80, sm_90 and sm_100 nothing spills with every option on,
-# and shared memory fits cards with 99 KiB too. Not tuned for speed: that needs a GPU. Float32 operands are multiplied in
-# full precision, on the FMA units, so their tiles are small.
+# Blocks by the wider head dimension, chosen by compiling: with 16-bit operands nothing spills on sm_80, sm_90
+# and sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards. Not tuned for speed:
+# that needs a GPU. Float32 operands are multiplied in full precision on the FMA units, so their tiles are
+# small (dq spills a little above 64).
 
 
 def forward_tile(problem: Problem) -> Tile:
     """Blocks of the forward kernel."""
     width, rows = _width(problem), _packed_rows(problem)
     if problem.q.element_size() == 4:
-        return Tile(min(rows, 32), 32 if width <= 64 else 16, warps=4, stages=1)
+        return Tile(min(rows, 32 if width <= 128 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
     if width <= 128:
         m = min(rows, 128)
-        return Tile(m, 64 if width <= 64 or m != 64 else 32, warps=8 if m == 128 else 4)
+        return Tile(m, 32 if width == 128 and m == 64 else 64, warps=8 if m in (32, 128) else 4)
     return Tile(min(rows, 64), 32, warps=8 if rows >= 64 else 4)
 
 
@@ -410,7 +422,7 @@ def dq_tile(problem: Problem) -> Tile:
     """Blocks of the dq kernel."""
     width, rows = _width(problem), _packed_rows(problem)
     if problem.q.element_size() == 4:
-        return Tile(min(rows, 32), 32 if width <= 64 else 16, warps=4, stages=1)
+        return Tile(min(rows, 32 if width <= 64 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
     if width <= 128:
         return Tile(min(rows, 64), 64 if width <= 64 else 32, warps=4)
     return Tile(min(rows, 64), 16, warps=8 if rows >= 64 else 4)
@@ -420,18 +432,23 @@ def dkv_tile(problem: Problem) -> Tile:
     """Blocks of the dk/dv kernel."""
     width, rows = _width(problem), _packed_rows(problem)
     if problem.q.element_size() == 4:
-        return Tile(16, 32 if width <= 64 else 16, warps=4, stages=1)
+        return Tile(16, 16, warps=4, stages=1)
     if width <= 128:
         return Tile(min(rows, 32), 64, warps=4 if width <= 64 else 8)
     return Tile(min(rows, 32), 32, warps=8, stages=1)
 
 
 def key_splits(problem: Problem, tile: Tile, programs: int) -> int:
-    """Return into how many shares to cut the keys so that a short chunk over a long prefix fills the GPU (not measured)."""
+    """Return into how many shares to cut the keys, so that few queries over many keys fill the GPU.
+
+    Two programs per processor, each with at least four key blocks: a guess, not measured.
+    """
     if problem.q.device.type != "cuda" or not torch.cuda.is_available():
         return 1
     processors = torch.cuda.get_device_properties(problem.q.device).multi_processor_count
-    reach = [problem.k.shape[2]] + [w + problem.q.shape[2] for w in (problem.window, problem.chunk) if w is not None]
+    reach = [problem.k.shape[2]] + [
+        w + problem.q.shape[2] for w in (problem.window, problem.chunk) if w is not None
+    ]
     return max(1, min(cdiv(2 * processors, max(1, programs)), min(reach) // (4 * tile.n), 32))
 
 
@@ -447,10 +464,12 @@ def _common(problem: Problem) -> dict[str, object]:
     p = problem
     return dict(
         Q=p.q, K=p.k, V=p.v,
-        VALID=None if p.valid is None else p.valid.view(torch.uint8), valid_b=0 if p.valid is None else p.valid.stride(0),
+        VALID=None if p.valid is None else p.valid.view(torch.uint8),
+        valid_b=0 if p.valid is None else p.valid.stride(0),
         ROW_START=p.row_start, Q_OFFSET=p.q_offset, q_start=p.q_start, scale=p.scale,
         key_heads=p.k.shape[1], length=p.q.shape[2], n_keys=p.k.shape[2],
-        G=p.group, WINDOW=p.window or 0, CHUNK=p.chunk or 0, SOFTCAP=p.softcap or 0.0, UP=triton.knobs.runtime.interpret,
+        G=p.group, WINDOW=p.window or 0, CHUNK=p.chunk or 0, SOFTCAP=p.softcap or 0.0,
+        UP=triton.knobs.runtime.interpret,
         **_strides("q", p.q), **_strides("k", p.k),
     )  # fmt: skip
 
@@ -463,4 +482,3 @@ def _blocks(problem: Problem, tile: Tile) -> dict[str, int]:
 def _strides(name: str, x: Tensor) -> dict[str, int]:
     axes = "bhc" if name in ("q", "o", "g", "dq") else "bhn"
     return {f"{name}_{axis}": x.stride(i) for i, axis in enumerate(axes)}
-

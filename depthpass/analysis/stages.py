@@ -1,0 +1,220 @@
+"""The max-plus system of a program: what each value waits for, solved in stages.
+
+Two facts make the unrolled graph a small periodic one:
+
+- Shifting a path by one token gives a path, so a longest path never gets shorter towards later tokens, and attention to
+  earlier tokens is dominated by attention to the own one. Attention therefore counts as an arc of distance 0.
+- A top-k route waits for every token of the row. Its own depth is a number that depends on the row only; what follows
+  is the longest path *from* the route, added to it. So every such route begins a stage of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from depthpass.analysis.dependence import cycles, dependences
+from depthpass.analysis.growth import ZERO, Growth, maximum, total
+from depthpass.analysis.maxplus import Node, Recurrence, solve
+from depthpass.errors import PassError
+from depthpass.ir.program import Op, Program, reads_slots, writes_slot
+from depthpass.ir.verify import infer
+
+
+@dataclass(frozen=True)
+class Step:
+    """One visit on a critical path.
+
+    Attributes:
+        visit: value name of the visit, without ``%``.
+        block: physical block.
+        token: position in the row, from 0; pad tokens follow the real ones.
+    """
+
+    visit: str
+    block: int
+    token: int
+
+    def __str__(self) -> str:
+        return f"%{self.visit} (block {self.block}) at token {self.token}"
+
+
+Key = str | tuple[str, int]
+"""A value at token i, or (value, k): the value at the k-th pad token after the row's last real token i."""
+
+
+class Stages:
+    """The dependence system of a program, solved once per stage: from the sources, and from each top-k route.
+
+    Attributes:
+        pads_apart: whether pad tokens differ from real ones in what they depend on, so that each is a node of its own.
+            Otherwise they simply lengthen the row.
+    """
+
+    def __init__(self, program: Program, weights: Mapping[int, int]) -> None:
+        self.program = program
+        self.types = infer(program)
+        for cycle in cycles(program):
+            if late := [v for v in cycle if _waits(program.defs[v])]:
+                raise PassError(
+                    f"depth: the top-k route %{late[0]} lies on a delay cycle, so it needs tokens that need its own "
+                    "result. Use rule threshold or choice, or move the delay."
+                )
+        self.reads: dict[str, list[tuple[str, int]]] = {o.name: [] for o in program.ops if o.name}
+        for d in dependences(program):
+            self.reads[d.target].append((d.source, d.distance))
+        self.routes = tuple(o.name for o in program.ops if _waits(o))
+        self.writers = {writes_slot(o): o for o in program.visits}
+        self.pads_apart = any(
+            (o.kind == "pad" and self._computed(o.args[0])) or (o.kind == "block" and self._outlives_keys(o))
+            for o in program.ops
+        )
+        self.nodes = self._nodes(weights)
+        self.arcs = {node.name: node for node in self.nodes}
+        self.sources = frozenset(
+            node.name for node in self.nodes if not node.arcs and node.name not in self.routes
+        )
+        self._solved: dict[str | None, tuple[dict[object, Growth], tuple[Recurrence, ...]]] = {}
+        self._rows: dict[str, Growth] = {}
+
+    def _outlives_keys(self, visit: Op) -> bool:
+        """Whether a visit runs on pad tokens that a slot it reads does not have."""
+        pads = self.pads(visit.name)
+        return any(self.pads(self.writers[s].args[0]) < pads for s in reads_slots(visit))
+
+    def _computed(self, value: str) -> bool:
+        """Whether a value depends on more than its own token's embedding."""
+        kinds = {self.program.defs[v].kind for v in self.ancestors(value)}
+        return not kinds <= {"embed", "zeros", "noise", "pad"}
+
+    def ancestors(self, value: str) -> frozenset[str]:
+        """Values that a value depends on, itself included."""
+        seen, todo = {value}, [value]
+        while todo:
+            for u, _ in self.reads[todo.pop()]:
+                if u not in seen:
+                    seen.add(u)
+                    todo.append(u)
+        return frozenset(seen)
+
+    def pads(self, value: str) -> int:
+        return self.types[value].pads
+
+    def _nodes(self, weights: Mapping[int, int]) -> tuple[Node, ...]:
+        real, later = [], []
+        for o in self.program.ops:
+            if not o.name:
+                continue
+            arcs = () if o.name in self.routes else tuple(dict.fromkeys(self.reads[o.name]))
+            weight = weights[o["index"]] if o.kind == "block" else 0
+            absent = self.types[o.name].absent
+            real.append(Node(o.name, arcs, weight, absent))
+            if self.pads_apart:
+                later += [
+                    (k, Node((o.name, k), self._pad_arcs(o, arcs, k), weight, max(absent - k, 0)))
+                    for k in range(1, self.pads(o.name) + 1)
+                ]
+        later.sort(key=lambda pair: pair[0])
+        return tuple(real) + tuple(node for _, node in later)
+
+    def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, int], ...], k: int) -> tuple[tuple[Key, int], ...]:
+        """What a value at the k-th pad token reads; distances count back from the last real token."""
+        if o.kind != "block":
+            return tuple(_at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
+        # Pads may break the order of depths along the row, so attention reads every earlier token here.
+        found = [_at(o.args[0], k)]
+        for slot in reads_slots(o):
+            source = self.writers[slot].args[0]
+            window = o["window"] if slot == o["slot"] else None
+            first = 0 if window is None else max(0, k + 1 - window)
+            found += [_at(source, j) for j in range(first, min(k, self.pads(source)) + 1)]
+        return tuple(dict.fromkeys(found))
+
+    def solved(self, stage: str | None) -> dict[object, Growth]:
+        """Longest paths to every node that start at the sources (None), or at a top-k route."""
+        if stage not in self._solved:
+            starts = self.sources if stage is None else frozenset(self._keys(stage))
+            self._solved[stage] = solve(self.nodes, starts)
+        return self._solved[stage][0]
+
+    def _keys(self, value: str) -> list[Key]:
+        pads = range(1, self.pads(value) + 1) if self.pads_apart else ()
+        return [value, *((value, k) for k in pads)]
+
+    def _ends(self, value: str, stage: str | None) -> list[tuple[Key, Growth]]:
+        """Keys at which a row's longest path may end, with their growth over n - 1."""
+        found = self.solved(stage)
+        if self.pads_apart:
+            return [(k, found[k]) for k in self._keys(value)]
+        return [(value, found[value].advanced(self.pads(value)))]
+
+    def _before(self, value: str) -> list[str | None]:
+        """Stages whose paths reach a value."""
+        return [s for s in (None, *self.routes) if s != value and any(g.reachable for _, g in self._ends(value, s))]
+
+    def base(self, stage: str | None) -> Growth:
+        """Depth at which a stage begins, over n - 1: a top-k route needs all its arguments at all tokens."""
+        if stage is None:
+            return ZERO
+        return maximum(self.row(a) for a in self.program.defs[stage].args)
+
+    def row(self, value: str) -> Growth:
+        """Largest depth of a value over the tokens of a row, over n - 1."""
+        if value not in self._rows:
+            ends = [] if value not in self.routes else [self.base(value)]
+            ends += [total(self.base(s), g) for s in self._before(value) for _, g in self._ends(value, s)]
+            self._rows[value] = maximum(ends)
+        return self._rows[value]
+
+    def recurrences(self, target: str) -> tuple[Recurrence, ...]:
+        """Proofs of all stages that a value needs, for the cycles that it depends on."""
+        needed = self.ancestors(target)
+        for stage in (None, *self.routes):
+            if stage is None or stage in needed:
+                self.solved(stage)
+        return tuple(dict.fromkeys(r for _, found in self._solved.values() for r in found if set(r.nodes) <= needed))
+
+    def path(self, value: str, n: int) -> Iterator[Step]:
+        """Visits of a longest path from its end, found by walking back through values that account for each other."""
+        last = n - 1
+        while True:
+            if value in self.routes:
+                value = self._deepest(self.program.defs[value].args, last)
+                continue
+            stage, key, i = self._end(value, last)
+            found = self.solved(stage)
+            node = self.arcs[key]
+            while True:
+                op = self.program.defs[key if isinstance(key, str) else key[0]]
+                if op.kind == "block":
+                    yield Step(op.name, op["index"], i if isinstance(key, str) else i + key[1])
+                if op.name == stage or not node.arcs:
+                    break
+                need = found[key].at(i) - node.weight
+                key, i = next((u, i - d) for u, d in node.arcs if found[u].at(i - d) == need)
+                node = self.arcs[key]
+            if stage is None:
+                return
+            value = stage
+
+    def _deepest(self, values: tuple[str, ...], last: int) -> str:
+        return max(values, key=lambda v: self.row(v).at(last))
+
+    def _end(self, value: str, last: int) -> tuple[str | None, Key, int]:
+        """(stage, key, token) at which a longest path of a row ends."""
+        stage, key, _ = max(
+            ((s, k, self.base(s).at(last) + g.at(last)) for s in self._before(value) for k, g in self._ends(value, s)),
+            key=lambda end: end[2],
+        )
+        return stage, key, last if self.pads_apart else last + self.pads(value)
+
+
+def _at(value: str, k: int) -> tuple[Key, int]:
+    """Arc to a value k tokens after the last real one; to that one or an earlier one for k <= 0."""
+    return ((value, k), 0) if k > 0 else (value, -k)
+
+
+def _waits(o: Op) -> bool:
+    """Whether an op needs every token of the row."""
+    return o.kind == "route" and o["rule"] == "topk"
+

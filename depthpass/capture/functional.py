@@ -1,0 +1,125 @@
+"""Replace in-place ops of an exported graph by their functional forms.
+
+``torch.export`` leaves in-place ops of the stock code in the graph. A block's graph must not write the streams it is
+given (a delay or another visit may still read them), and cutting a graph at its results would lose a write whose own
+result nobody uses. Values are unchanged: each functional form runs the same kernel on a fresh output.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from depthpass.capture.legality import place
+from depthpass.errors import UnsupportedModelError
+
+_SCATTERS = {
+    torch.ops.aten.slice.Tensor: torch.ops.aten.slice_scatter.default,
+    torch.ops.aten.select.int: torch.ops.aten.select_scatter.default,
+}
+"""Views of part of a tensor, and the op that puts such a part back."""
+
+# Ops that may return their input itself although their schema does not say so.
+_MAY_ALIAS = {"aten::type_as", "aten::dropout", "aten::alpha_dropout", "aten::feature_dropout", "aten::lift_fresh"}
+
+
+def functionalise(module: fx.GraphModule, writable: frozenset[str] = frozenset()) -> int:
+    """Make a graph and its subgraphs functional, in place; return how many ops were replaced.
+
+    Args:
+        writable: names of placeholders that may be written (the call's own arguments, not parameters or buffers).
+
+    Raises:
+        UnsupportedModelError: a write cannot be followed: to a parameter, or to a tensor that is also read through
+            another view later.
+    """
+    changed = 0
+    for child in module.children():
+        if isinstance(child, fx.GraphModule):
+            changed += functionalise(child)
+    order = {node: i for i, node in enumerate(module.graph.nodes)}
+    shares: dict[fx.Node, set[fx.Node]] = {}
+    for node in module.graph.nodes:
+        shares[node] = _aliases(node, shares)
+        if _is_write(node):
+            _replace(node, shares, order, writable)
+            changed += 1
+    if changed:
+        module.graph.lint()
+        module.recompile()
+    return changed
+
+
+def _is_write(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def _is_fresh(target: object) -> bool:
+    """Whether an op makes new tensors."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    return target._schema.name not in _MAY_ALIAS and not any(r.alias_info for r in target._schema.returns)
+
+
+def _aliases(node: fx.Node, shares: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
+    """Nodes whose storage a node may share; the set is shared by all its members."""
+    sources = [] if _is_fresh(node.target) else node.all_input_nodes
+    if isinstance(node.target, torch._ops.OpOverload) and sources:
+        # The first argument, unless the schema names another: views and in-place ops share no other storage.
+        shared = [a.alias_info is not None for a in node.target._schema.arguments]
+        sources = [v for v, is_shared in zip(node.args, shared if any(shared) else [True]) if is_shared]
+        sources = [v for v in sources if isinstance(v, fx.Node)]
+    if node.target is operator.getitem and _is_fresh(node.args[0].target):
+        # Results of one op are apart from each other: only a second look at the same one shares its storage.
+        sources = [n for n in node.args[0].users if n in shares and n.args == node.args]
+    merged = {node}
+    for source in sources:
+        merged |= shares.get(source, {source})
+    for member in merged:
+        shares[member] = merged
+    return merged
+
+
+def _replace(
+    node: fx.Node, shares: dict[fx.Node, set[fx.Node]], order: dict[fx.Node, int], writable: frozenset[str]
+) -> None:
+    schema = node.target._schema
+    written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
+    overload = getattr(packet, schema.overload_name or "default", None)
+    if written != [schema.arguments[0].name] or overload is None or not schema.name.endswith("_"):
+        raise UnsupportedModelError(f"{place(node)}: writes {', '.join(written)} in place; no functional form is known.")
+    chain = _views(node.args[0])
+    for member in shares.get(node.args[0], set(chain)) - {node}:
+        if member.op in ("placeholder", "get_attr") and member.name not in writable:
+            raise UnsupportedModelError(
+                f"{place(node)}: writes {member.name!r} in place, which is a parameter, a buffer or an outside value; "
+                "a forward pass must not change what the next call sees."
+            )
+        if member not in chain and any(order[user] > order[node] and user not in chain for user in member.users):
+            raise UnsupportedModelError(
+                f"{place(node)}: writes a view of {member.name!r}, which is read again later through another view; assign "
+                "to a new tensor instead (torch.where, torch.cat, torch.index_put)."
+            )
+    node.target = overload
+    new, after = node, order[node]
+    for i, old in enumerate(chain):
+        if i > 0:
+            # What was written is part of a larger tensor: put it back there.
+            view = chain[i - 1]
+            with node.graph.inserting_after(new):
+                new = node.graph.call_function(_SCATTERS[view.target], (old, new, *view.args[1:]), dict(view.kwargs))
+            new.meta = {**node.meta, "val": old.meta["val"]}
+            order[new] = after
+        shares[new] = {new}
+        old.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: order[user] > after and user is not new)
+
+
+def _views(target: fx.Node) -> list[fx.Node]:
+    """A written tensor, what it is a slice of, what that is a slice of, and so on."""
+    chain = [target]
+    while chain[-1].target in _SCATTERS:
+        chain.append(chain[-1].args[0])
+    return chain

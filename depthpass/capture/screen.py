@@ -1,0 +1,92 @@
+"""What can be told about a model before it is traced: refuse by name what the capture could not treat soundly."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from depthpass.capture.attention import attention_style
+from depthpass.errors import UnsupportedModelError
+
+_TRACED_ROPE = {
+    "dynamic": "rescales every token's angles with the longest position of the call",
+    "longrope": "switches every token's angles when a row grows past its original length",
+}
+_FLAGS = ("output_router_logits", "output_attentions", "output_hidden_states")
+
+
+def find_layers(model: nn.Module) -> str:
+    """Module path of the list of decoder blocks: the outermost module list with ``num_hidden_layers`` entries.
+
+    Raises:
+        UnsupportedModelError: there is no such list, or more than one; or the model is no decoder of transformers.
+    """
+    config = getattr(model, "config", None)
+    name = type(model).__name__
+    if config is None or not hasattr(model, "get_input_embeddings") or not hasattr(config, "get_text_config"):
+        raise UnsupportedModelError(
+            f"expected a transformers decoder, got {name}: depthpass rewrites PreTrainedModel decoders "
+            "(AutoModelForCausalLM and their like) and torch.compile graphs of them."
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(
+            f"{name} is an encoder-decoder: its blocks also read the encoder's output, while only the hidden stream may "
+            "flow from block to block. Use a decoder-only model."
+        )
+    text = config.get_text_config(decoder=True)
+    count = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    found = [n for n, m in lists.items() if len(m) == count]
+    outer = [n for n in found if not any(n.startswith(o + ".") for o in found)]
+    if len(outer) != 1:
+        have = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
+        raise UnsupportedModelError(
+            f"{name}: expected one list of {count} blocks (config.num_hidden_layers), found "
+            f"{' and '.join(outer) or 'none'}; module lists of the model: {have}."
+        )
+    return outer[0]
+
+
+def screen(model: nn.Module, static: dict[str, object]) -> None:
+    """Refuse models and calls that cannot be captured, by their modules and config.
+
+    Args:
+        static: keyword arguments of the call that are no tensors.
+
+    Raises:
+        UnsupportedModelError: says which layer, config field or argument, and why.
+    """
+    layers = find_layers(model)
+    name = type(model).__name__
+    attention_style(model)
+    config = model.config.get_text_config(decoder=True)
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if own is not None and getattr(own, "is_causal", True) is False:
+            raise UnsupportedModelError(
+                f"{name}: config.is_causal=False makes its attention bidirectional; a token that sees later tokens has "
+                "no place in a token loop. Expected a causal decoder."
+            )
+    for path, module in model.named_modules():
+        for kind in _rope_types(module):
+            if kind in _TRACED_ROPE:
+                raise UnsupportedModelError(
+                    f"{path} ({type(module).__name__}): rope type {kind!r} {_TRACED_ROPE[kind]}, so that a token's "
+                    "table depends on later tokens. Expected a fixed table: 'default', 'linear', 'yarn', 'llama3', ... "
+                    "(set config.rope_parameters)."
+                )
+    for flag in _FLAGS:
+        if static.get(flag, getattr(config, flag, False)):
+            raise UnsupportedModelError(
+                f"{flag}=True: these values would leave the blocks besides the hidden stream, which is all that may flow "
+                f"from block to block. Set {flag}=False."
+            )
+    if static.get("use_cache"):
+        raise UnsupportedModelError("use_cache=True: caching is done by depthpass; capture without it.")
+    if not len(model.get_submodule(layers)):
+        raise UnsupportedModelError(f"{name}: {layers} is empty; expected at least one block.")
+
+
+def _rope_types(module: nn.Module) -> list[str]:
+    value = getattr(module, "rope_type", None)
+    found = list(value.values()) if isinstance(value, dict) else [value]
+    return ["dynamic" if "dynamic" in kind else kind for kind in found if isinstance(kind, str)]

@@ -1,0 +1,47 @@
+"""What a trace hands to the outliner: one ATen graph of a whole model, marked at the ports of its blocks.
+
+Both routes make one: :mod:`depthpass.capture.export` from a module, :mod:`depthpass.capture.dynamo` from the graph that
+Dynamo hands to a ``torch.compile`` backend.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A traced model and where its blocks are.
+
+    Attributes:
+        module: the graph; parameters and buffers are placeholders, the ops ``depthpass::enter``, ``leave`` and ``final``
+            stand at the ports of the blocks, ``depthpass::attend`` and ``depthpass::mask`` at attention calls.
+        kinds: kind of each placeholder, and the full name of the parameter, buffer or constant it stands for.
+        constants: values of the placeholders of kind ``CONSTANT_TENSOR``, by that name.
+        written: buffers that the forward pass writes.
+        out_spec: tree of the model's outputs.
+        layers: module path of the list of blocks, e.g. ``model.layers``.
+        count: number of blocks.
+    """
+
+    module: fx.GraphModule
+    kinds: dict[str, tuple[InputKind, str | None]]
+    constants: dict[str, torch.Tensor]
+    written: tuple[str, ...]
+    out_spec: pytree.TreeSpec
+    layers: str
+    count: int
+
+
+def from_export(program: torch.export.ExportedProgram, layers: str, count: int) -> Traced:
+    """What ``torch.export`` traced, as a :class:`Traced`."""
+    signature = program.graph_signature
+    return Traced(
+        program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, dict(program.constants),
+        tuple(signature.buffers_to_mutate.values()), program.call_spec.out_spec, layers, count,
+    )

@@ -1,0 +1,408 @@
+"""The command line: ``depthpass report | show | compare | sweep | doctor | calibrate | demo``.
+
+Exit codes: 0 done, 1 the answer is no (``doctor`` found a problem), 2 bad input; errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from depthpass.errors import DepthpassError, InputError, SpecError, did_you_mean
+
+if TYPE_CHECKING:
+    from depthpass.analysis.roofline import Ceilings
+    from depthpass.analysis.tasks import TaskDAG
+    from depthpass.ir import Program
+    from depthpass.passes import Pass
+
+COMMANDS = ("report", "show", "compare", "sweep", "doctor", "calibrate", "demo")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: arguments without the program name; None = those of the process.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        args = _parser().parse_args(argv)
+        return args.run(args)
+    except SystemExit as stop:
+        # argparse has already printed help or a usage error.
+        return stop.code if isinstance(stop.code, int) else 2
+    except BrokenPipeError:
+        # The reader has gone (`depthpass ... | head`); keep the interpreter from complaining about it at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (DepthpassError, OSError) as error:
+        print(f"depthpass: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("depthpass: interrupted", file=sys.stderr)
+        return 130
+
+
+class _Parser(argparse.ArgumentParser):
+    """Adds the nearest spelling to usage errors."""
+
+    def error(self, message: str) -> Any:
+        hint = ""
+        if "unrecognized" in message or "invalid choice" in message:
+            # "unrecognized arguments: --sec-len 5" or "... invalid choice: 'repotr' (choose from ...)"
+            given = message.rpartition(": ")[2].split(" ")[0].strip("'").split("=")[0]
+            hint = did_you_mean(given, [*COMMANDS, *self._options()])
+        super().error(message + hint)
+
+    def _options(self) -> list[str]:
+        """Options of this parser and of its commands."""
+        found = [s for a in self._actions for s in a.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found += [s for p in action.choices.values() for a in p._actions for s in a.option_strings]
+        return found
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="depthpass", description="Depth, cost and schedule of rewired transformers.",
+                     allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        return sub
+
+    p = add("report", _report, "Depth, schedule, state and cost of a spec on a model, from its config alone.")
+    _config(p, optional=True)
+    _spec(p)
+    p.add_argument("--program", metavar="FILE", help="a program text to report on instead of a spec")
+    _sizes(p)
+    p.add_argument("--task", metavar="NAME:SIZE[,SIZE]", help="hold a computation against the depth, e.g. parity:64")
+    _form(p, "json", "markdown", "dot")
+    p.add_argument("--html", metavar="FILE", help="also write one self-contained HTML page")
+
+    p = add("show", _show, "The program text before and after each pass.")
+    _config(p)
+    _spec(p)
+    _form(p, "json")
+
+    p = add("compare", _compare, "Several specs side by side.")
+    _config(p)
+    p.add_argument("specs", nargs="+", metavar="SPEC", help="file, YAML text, preset name, or 'stock'")
+    _sizes(p)
+    _form(p, "json", "markdown")
+
+    p = add("sweep", _sweep, "One spec at several groups: what depth costs.")
+    _config(p)
+    _spec(p, group=False)
+    p.add_argument("--group", required=True, type=_positive_list, metavar="N,N,...", help="groups in tokens")
+    _sizes(p, chunk=False)
+    _form(p, "json", "markdown")
+    p.add_argument("--plot", metavar="FILE", help="also write depth and serial calls against the group as SVG")
+
+    p = add("doctor", _doctor, "Versions, devices, and whether a config can be treated.")
+    _config(p, optional=True)
+    _form(p, "json")
+
+    p = add("calibrate", _calibrate, "Measure this machine's FLOP and byte rates, for --ceilings.")
+    p.add_argument("--device", default="cpu", help="a torch device (default: cpu)")
+    p.add_argument("--dtype", default="bfloat16", help="bfloat16, float16 or float32 (default: bfloat16)")
+    p.add_argument("--out", metavar="FILE", help="also write a file for --ceilings")
+    _form(p, "json")
+
+    p = add("demo", _demo, "Transform a small model, check it, report on it, train it a little, generate; no download.")
+    p.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    return parser
+
+
+def _config(p: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    p.add_argument("config", nargs="?" if optional else None, metavar="CONFIG",
+                   help="a config.json or a folder that holds one; nothing is downloaded")
+
+
+def _spec(p: argparse.ArgumentParser, *, group: bool = True) -> None:
+    p.add_argument("--spec", metavar="FILE|YAML", help="passes as a .yaml or .json file, or as text")
+    p.add_argument("--preset", metavar="NAME", help="a published TurboConn layout: llama-1b, llama-8b, sparse")
+    if group:
+        p.add_argument("--group", type=_positive, metavar="N", help="delay in tokens, instead of the spec's own")
+
+
+def _sizes(p: argparse.ArgumentParser, *, chunk: bool = True) -> None:
+    p.add_argument("--seq-len", type=_positive, default=1024, metavar="N", help="tokens per row (default: 1024)")
+    p.add_argument("--batch", type=_positive, default=1, metavar="B", help="rows (default: 1)")
+    if chunk:
+        p.add_argument("--chunk", type=_positive, metavar="C", help="smaller chunks than the largest legal ones")
+    p.add_argument("--no-cost", action="store_true", help="skip the cost analysis, which captures the model")
+    p.add_argument("--ceilings", metavar="DEVICE|FILE|F,W",
+                   help="bound times: a known device (a100, h100, h200), a file of calibrate, or FLOP/s,byte/s")
+
+
+def _form(p: argparse.ArgumentParser, *forms: str) -> None:
+    group = p.add_mutually_exclusive_group()
+    for form in forms:
+        group.add_argument(f"--{form}", action="store_const", const=form, dest="form", help=f"print {form.upper()}")
+
+
+def _positive(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return value
+
+
+def _positive_list(text: str) -> list[int]:
+    return [_positive(part.strip()) for part in text.split(",")]
+
+
+# Commands.
+
+
+def _report(args: argparse.Namespace) -> int:
+    passes, program = _passes(args), _program_text(args)
+    if args.config is None and program is None:
+        raise InputError("report: expected the path of a config.json, or --program FILE, got neither.")
+    options = _options(args) | {"task": _task(args.task)}
+    made = _subject(args.config).report(passes, program=program, **options)
+    if args.html:
+        _write(args.html, made.to_html())
+    _emit(made, args.form)
+    return 0
+
+
+def _show(args: argparse.Namespace) -> int:
+    from depthpass.ir import plain
+    from depthpass.passes import apply_spec
+
+    passes, subject = _passes(args), _subject(args.config)
+    # Not before the arguments are known to be right: it imports transformers.
+    from depthpass.hf.transform import context_of
+
+    ctx = context_of(subject.stock)
+    stock = plain(ctx.model, ctx.blocks, ctx.width)
+    shown: list[tuple[str, Program]] = [("stock", stock)]
+    if passes is not None:
+        apply_spec(stock, passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
+    if args.form == "json":
+        print(json.dumps([{"after": label, "program": str(p)} for label, p in shown], indent=2))
+    else:
+        print("\n\n".join(f"# {label if label == 'stock' else 'after ' + label}\n{p}" for label, p in shown))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from depthpass.report.tables import compare
+
+    specs = [(name, _named_spec(name)) for name in args.specs]
+    names = [Path(name).stem if Path(name).suffix else name for name in args.specs]
+    if len(set(names)) < len(names):
+        names = list(args.specs)
+    pairs = [(name, spec) for name, (_, spec) in zip(names, specs)]
+    _emit(compare(_subject(args.config), pairs, **_options(args)), args.form)
+    return 0
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from depthpass.report.tables import sweep
+
+    passes = _passes(args)
+    if passes is None:
+        raise SpecError("sweep: expected --spec or --preset, got neither.")
+    table = sweep(_subject(args.config), passes, args.group, **_options(args))
+    if args.plot:
+        _write(args.plot, table.to_svg())
+    _emit(table, args.form)
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from depthpass.doctor import examine
+
+    findings = examine(args.config)
+    if args.form == "json":
+        print(json.dumps([{"topic": f.topic, "result": f.result, "ok": f.ok} for f in findings], indent=2))
+    else:
+        marks = {True: "ok", False: "NO", None: "  "}
+        print("\n".join(f"{marks[f.ok]}  {f.topic:<20} {f.result}" for f in findings))
+    return 1 if any(f.ok is False for f in findings) else 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from depthpass.analysis.roofline import ceilings
+
+    found = ceilings(args.device, _dtype(args.dtype))
+    data = json.dumps({name: value for name, value, _ in found.rows()}, indent=2)
+    if args.out:
+        _write(args.out, data + "\n")
+    if args.form == "json":
+        print(data)
+    else:
+        print("\n".join(f"{name:<12} {value if isinstance(value, str) else f'{value:.4g}'} {unit}".rstrip()
+                        for name, value, unit in found.rows()))
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from depthpass.demo import run_demo
+
+    return int(run_demo(args.options) or 0)
+
+
+# What commands share.
+
+
+def _subject(config: str | None) -> Any:
+    from depthpass.report.subject import Subject
+
+    return Subject.of(config)
+
+
+def _options(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "seq_len": args.seq_len, "batch": args.batch, "chunk": getattr(args, "chunk", None), "cost": not args.no_cost,
+        "ceilings": _ceilings(args.ceilings),
+    }
+
+
+def _passes(args: argparse.Namespace) -> list[Pass] | None:
+    """The spec of --spec or --preset, with --group put in; None without either."""
+    from depthpass.report.tables import with_group
+    from depthpass.spec import load_spec
+
+    group = args.group if isinstance(args.group, int) else None
+    if args.spec is not None and args.preset is not None:
+        raise SpecError("--preset: expected either --spec or --preset, got both.")
+    if args.spec is None and args.preset is None:
+        if group is not None:
+            raise SpecError("--group: expected --spec or --preset beside it, got neither.")
+        return None
+    passes = list(load_spec(_preset(args.preset) if args.preset is not None else args.spec or ""))
+    if group is None:
+        return passes
+    changed = with_group(passes, group)
+    if not any(hasattr(p, "group") for p in passes):
+        raise SpecError(f"--group: no pass of the spec has a group, got {', '.join(p.name for p in passes)}.")
+    return changed
+
+
+def _preset(name: str) -> Pass:
+    from depthpass.passes.turboconn import PRESETS, TurboConn
+
+    if name not in PRESETS:
+        raise SpecError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}.{did_you_mean(name, PRESETS)}")
+    return TurboConn(preset=name)  # type: ignore[arg-type]
+
+
+def _named_spec(text: str) -> Any:
+    """A spec of ``compare``: stock, a preset, a file or YAML text."""
+    from depthpass.passes.turboconn import PRESETS
+    from depthpass.spec import load_spec
+
+    if text == "stock":
+        return None
+    return load_spec(_preset(text) if text in PRESETS else text)
+
+
+def _program_text(args: argparse.Namespace) -> str | None:
+    if args.program is None:
+        return None
+    if args.spec is not None or args.preset is not None:
+        raise SpecError("--program: expected a spec or a program, got both.")
+    return _read(args.program, "program")
+
+
+def _task(text: str | None) -> TaskDAG | None:
+    if text is None:
+        return None
+    from depthpass.analysis.tasks import task
+
+    name, _, sizes = text.partition(":")
+    try:
+        return task(name, *(int(s) for s in sizes.split(",") if s))
+    except ValueError as error:
+        if isinstance(error, DepthpassError):
+            raise
+        raise InputError(
+            f"--task: expected NAME:SIZE such as parity:64 or edit_distance:30,30, got {text!r}."
+        ) from None
+
+
+def _ceilings(text: str | None) -> Ceilings | None:
+    """A known device, a file written by ``calibrate``, or two numbers."""
+    if text is None:
+        return None
+    from depthpass.analysis.roofline import Ceilings, assumed
+
+    numbers = _numbers(text)
+    if numbers is not None:
+        return Ceilings("given", _dtype("bfloat16"), *numbers, source="given on the command line", assumed=True)
+    if not text.endswith(".json"):
+        return assumed(text)
+    try:
+        data = json.loads(_read(text, "ceilings"))
+        return Ceilings(data["device"], _dtype(data["dtype"]), data["FLOP rate"], data["weight rate"], data["source"],
+                        assumed=False)
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"ceilings file {text!r}: expected what 'depthpass calibrate --out' writes, got "
+                         f"{type(error).__name__}: {error}.") from None
+
+
+def _numbers(text: str) -> tuple[float, float] | None:
+    try:
+        flops, rate = (float(part) for part in text.split(","))
+    except ValueError:
+        return None
+    return flops, rate
+
+
+def _dtype(name: str) -> Any:
+    import torch
+
+    known = ("bfloat16", "float16", "float32")
+    if name not in known:
+        raise InputError(f"dtype: expected one of {', '.join(known)}, got {name!r}.{did_you_mean(name, known)}")
+    return getattr(torch, name)
+
+
+def _read(path: str, what: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        folder = Path(path).parent
+        near = did_you_mean(Path(path).name, [p.name for p in folder.iterdir()] if folder.is_dir() else [])
+        raise InputError(f"{what} file {path!r} cannot be read: {reason}.{near}") from None
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{path!r} cannot be written: {error.strerror}.") from None
+
+
+def _emit(made: Any, form: str | None) -> None:
+    """Print a report or a table: a chosen form, rich text on a terminal, plain text elsewhere."""
+    if form is not None:
+        print(getattr(made, f"to_{form}")())
+    elif sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(made)
+    else:
+        print(made)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,69 @@
+"""``attach``: put the new parameters of a spec on a stock model, for the ``torch.compile`` backend to use."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection
+
+from torch import nn
+
+from depthpass.errors import SpecError
+from depthpass.hf.model import PREFIX, DepthModel
+from depthpass.hf.parameters import build
+from depthpass.hf.transform import _inner, prepare
+from depthpass.spec import dump_spec, load_spec, spec_hash
+
+_ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models with attached parameters that are alive: where the backend looks for the owner of a graph's parameters."""
+
+
+def attach(model: nn.Module, spec) -> nn.Module:
+    """Create the new parameters of ``spec`` on a stock model, under ``model.depth``, and return the model.
+
+    Its forward stays the stock one; ``torch.compile(model, backend="depthpass")`` runs the spec with these parameters.
+    Make the optimizer afterwards, so that it sees them::
+
+        model = dp.attach(model, dp.TurboConn(group=4))
+        compiled = torch.compile(model, backend="depthpass", dynamic=True)
+
+    Attaching an equal spec again changes nothing.
+
+    Args:
+        model: a transformers decoder (with or without PEFT adapters); it gains the submodule ``depth``.
+        spec: a pass, a list of passes, or their YAML/JSON form.
+
+    Raises:
+        SpecError, PassError: the spec cannot be applied, or another one is attached; nothing has been changed.
+        UnsupportedModelError: the model cannot be treated; nothing has been changed.
+    """
+    inner = _inner(model)
+    if isinstance(inner, DepthModel):
+        raise SpecError(
+            f"attach: this {type(inner).__name__} is already transformed and runs its spec by itself. Call "
+            "dp.restore(model) first to use the torch.compile backend."
+        )
+    passes = load_spec(spec)
+    found = attached_spec(inner)
+    if found is None:
+        runtime = prepare(inner, passes, None)
+        made = build(runtime.program, next(inner.parameters())).train(inner.training)
+        made.spec = runtime.spec
+        inner.add_module(PREFIX, made)
+    elif spec_hash(found) != spec_hash(passes):
+        raise SpecError(
+            f"attach: this {type(inner).__name__} has parameters of another spec attached ({found['passes']}, now "
+            f"{dump_spec(passes)['passes']}). Delete them first: del model.{PREFIX}."
+        )
+    _ATTACHED.add(inner)
+    return model
+
+
+def attached_spec(model: nn.Module) -> dict | None:
+    """The spec whose parameters are attached to a model, as plain data; None without any."""
+    return getattr(getattr(model, PREFIX, None), "spec", None)
+
+
+def owners(parameters: Collection[nn.Parameter]) -> list[nn.Module]:
+    """The living models with attached parameters that hold one of these very parameters."""
+    wanted = {id(p) for p in parameters}
+    return [m for m in _ATTACHED if any(id(p) in wanted for p in m.parameters())]

@@ -1,0 +1,176 @@
+"""What a program means: a reference interpreter, token by token on demand, for one row without padding.
+
+It has no schedule, no chunks and no caches: the value of an op at a token is computed when something asks for it and
+remembered. Slow and short on purpose; lowerings are tested against it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from depthpass.errors import LoweringError
+from depthpass.ir.program import Op, Program, writes_slot
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "tanh": torch.tanh,
+    "gelu": torch.nn.functional.gelu, "relu": torch.relu,
+}
+
+
+class Block(Protocol):
+    """A block seen from one token."""
+
+    def keys(self, x: Tensor, position: int) -> Any:
+        """What later tokens attend to: computed from the block's input at this position."""
+        ...
+
+    def __call__(
+        self, x: Tensor, position: int, keys: Sequence[Any], own: Sequence[Any] = (), gate: str = ""
+    ) -> Tensor:
+        """The block's output.
+
+        Args:
+            x: its input, ``[width]``.
+            position: of the token in the row.
+            keys: keys of the slot the visit reads, in order, this token's included.
+            own: for a gated visit the last ``window`` of its own keys, to be mixed in with ``gate``.
+            gate: name of the gate's parameters; empty for a visit without one.
+        """
+        ...
+
+
+class Interpretation:
+    """Values of a program on one row.
+
+    Args:
+        program: a verified program without ``pad``, LoRA and modulation, which depend on the model.
+        embed: ``[tokens, width]``.
+        blocks: one per physical block.
+        norm: the stock final norm, for one token.
+        parameters: the program's new parameters by name (see :func:`depthpass.ir.parameters`).
+        noise: ``[tokens, width]`` of standard deviation 1, read by every ``noise``.
+    """
+
+    def __init__(
+        self, program: Program, embed: Tensor, blocks: Sequence[Block], norm: Callable[[Tensor], Tensor],
+        parameters: Mapping[str, Tensor] | None = None, noise: Tensor | None = None,
+    ) -> None:
+        self.program, self.embed, self.blocks, self.norm = program, embed, blocks, norm
+        self.parameters, self.noise = parameters or {}, noise
+        self.tokens = len(embed)
+        self._writers = {writes_slot(v): v for v in program.visits}
+        self._memo: dict[tuple[str, int], Any] = {}
+        self._stored: dict[tuple[int, int], Any] = {}
+        self._best: dict[str, frozenset[int]] = {}
+
+    def output(self) -> Tensor:
+        """The stream that goes to the head, ``[tokens, width]``."""
+        return self.stream(self.program.output)
+
+    def stream(self, name: str) -> Tensor:
+        """A value that every token has, ``[tokens, width]``."""
+        return torch.stack([self.value(name, i) for i in range(self.tokens)])
+
+    def value(self, name: str, i: int) -> Any:
+        """A value at one token; None where it is absent or not routed."""
+        if (name, i) not in self._memo:
+            o = self.program.defs[name]
+            self._memo[name, i] = self._routed(o, i) if o.kind == "route" else self._compute(o, i)
+        return self._memo[name, i]
+
+    def _compute(self, o: Op, i: int) -> Tensor | None:
+        if o.kind == "delay":
+            return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
+        if o.kind == "gather":
+            return self.value(o.args[0], i) if self.value(o.args[1], i) else None
+        if o.kind == "scatter":
+            base, routed = self.value(o.args[0], i), self.value(o.args[2], i)
+            update = self.value(o.args[1], i) if routed else None
+            return base if update is None else update if o["mode"] == "replace" else base + update
+        args = [self.value(a, i) for a in o.args]
+        if o.kind == "add":
+            there = [a for a in args if a is not None]
+            return reduce(torch.add, there) if there else None
+        if any(a is None for a in args):
+            return None
+        return self._visit(o, args[0], i) if o.kind == "block" else self._local(o, args, i)
+
+    def _local(self, o: Op, args: list[Tensor], i: int) -> Tensor:
+        """Ops that work on each token alone."""
+        weight = self.parameters.get(f"{o['name']}.weight") if o.kind in ("linear", "weigh", "rms") else None
+        match o.kind:
+            case "embed":
+                return self.embed[i]
+            case "zeros":
+                return self.embed.new_zeros(o["width"] or self.program.width)
+            case "noise" if self.noise is not None:
+                return o["std"] * self.noise[i, : o["width"] or self.program.width]
+            case "linear" if weight is not None:
+                product = weight @ torch.cat(args)
+                return product + self.parameters[f"{o['name']}.bias"] if o["bias"] else product
+            case "weigh" if weight is not None:
+                return weight * args[0]
+            case "scale":
+                return o["by"] * args[0]
+            case "mul":
+                return args[0] * args[1]
+            case "act":
+                return _ACTIVATIONS[o["fn"]](args[0])
+            case "rms":
+                normed = args[0] * torch.rsqrt(args[0].square().mean() + o["eps"])
+                return normed if weight is None else normed * weight
+            case "norm":
+                return self.norm(args[0])
+            case "select":
+                return self._select(o, args)
+        raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters or noise, or pads.")
+
+    def _visit(self, o: Op, x: Tensor, i: int) -> Tensor:
+        if o["lora"] or o["modulate"]:
+            raise LoweringError(f"the interpreter cannot run %{o.name}: LoRA and modulation depend on the model.")
+        block = self.blocks[o["index"]]
+        if o["gate"] is None:
+            return block(x, i, self._keys(o["slot"] if o["keys"] is None else o["keys"], i))
+        return block(x, i, self._keys(o["keys"], i), self._keys(o["slot"], i)[-o["window"] :], o["gate"])
+
+    def _keys(self, slot: int, i: int) -> list[Any]:
+        """Keys in a slot up to token i: those of the tokens that its visit ran for."""
+        writer = self._writers[slot]
+        block, found = self.blocks[writer["index"]], []
+        for j in range(i + 1):
+            if (x := self.value(writer.args[0], j)) is not None:
+                if (slot, j) not in self._stored:
+                    self._stored[slot, j] = block.keys(x, j)
+                found.append(self._stored[slot, j])
+        return found
+
+    def _routed(self, o: Op, i: int) -> bool:
+        """Whether a route takes token i; only ``topk`` looks at other tokens."""
+        if len(o.args) == 2 and not self.value(o.args[1], i):
+            return False
+        if o["rule"] == "threshold":
+            return self.value(o.args[0], i).item() >= o["threshold"]
+        if o["rule"] == "choice":
+            return int(self.value(o.args[0], i).argmax()) + 1 >= o["depth"]
+        if o.name not in self._best:
+            inside = [j for j in range(self.tokens) if len(o.args) == 1 or self.value(o.args[1], j)]
+            share = o["capacity"] * self.tokens
+            k = max(1, math.ceil(share) if o["rounding"] == "ceil" else int(share))
+            # Ties go to the lowest index: sorting is stable.
+            self._best[o.name] = frozenset(sorted(inside, key=lambda j: -self.value(o.args[0], j).item())[:k])
+        return i in self._best[o.name]
+
+    def _select(self, o: Op, args: list[Tensor]) -> Tensor:
+        half = len(args) // 2
+        left, reached = 1.0, 0.0
+        for state, gate in zip(args[: half - 1], args[half:], strict=False):
+            reached, left = reached + left * gate.item(), left * (1 - gate.item())
+            if reached >= o["cdf"]:
+                return state
+        return args[half - 1]

@@ -1,0 +1,54 @@
+"""Pad tokens as parallel workspace (arXiv 2505.18948)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from depthpass.errors import PassError
+from depthpass.ir.program import Op, Program, op
+from depthpass.passes.base import Context, Numerics, Pass, require
+
+
+@dataclass(frozen=True)
+class Pad(Pass):
+    """Append pad tokens to every row as parallel workspace; they are dropped again before the head.
+
+    rewrite:
+        pad(tokens=8)
+        `%0 = embed` ..                        `output %9`
+        `%0 = embed` `%1 = pad 8 (%0)` ..  `%10 = trim 8 (%9)` `output %10`
+
+    Identity: ``tokens`` = 0.
+
+    Args:
+        tokens: pads per row.
+    """
+
+    name: ClassVar[str] = "pad"
+    numerics: ClassVar[Numerics] = "changing"
+
+    tokens: int
+
+    def validate(self) -> None:
+        require(self.tokens >= 0, "pad.tokens", "at least 0", self.tokens)
+
+    def apply(self, program: Program, ctx: Context) -> Program:
+        for o in program:
+            if o.kind in ("zeros", "noise", "pad"):
+                raise PassError(f"pad: expected a program whose streams all start from the embedding, got %{o.name} = "
+                                f"{o.kind}. A state of its own does not know the pads.")
+        if self.tokens == 0:
+            return program
+        for o in [o for o in program if o.kind == "embed"]:
+            (name,) = program.fresh()
+            padded = op("pad", o.name, name=name, tokens=self.tokens)
+            program = program.insert_after(o.name, [padded]).replace_uses(o.name, name)
+        ops: list[Op] = []
+        for o in program:
+            if o.kind in ("tap", "output"):
+                name = str(int(program.fresh()[0]) + len(ops))
+                ops.append(op("trim", o.args[0], name=name, tokens=self.tokens))
+                o = replace(o, args=(name,))
+            ops.append(o)
+        return replace(program, ops=tuple(ops))

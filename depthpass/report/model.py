@@ -1,0 +1,323 @@
+"""The report: one immutable object that every rendering is made from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+from depthpass.analysis.depth import Depth, Step, depth
+from depthpass.errors import SpecError
+from depthpass.ir.program import Program, reads_slots, writes_slot
+from depthpass.ir.verify import infer, parameters
+from depthpass.report.numbers import Number, Section
+from depthpass.schedule.regions import Schedule
+
+if TYPE_CHECKING:
+    import sympy
+
+    from depthpass.analysis.complexity import Statement
+    from depthpass.analysis.cost import Cost
+    from depthpass.analysis.roofline import Ceilings
+    from depthpass.analysis.tasks import Sufficiency, TaskDAG
+    from depthpass.hf.facts import ModelFacts
+
+PATH_STEPS = 2000
+"""Visits of the critical path that a report keeps, counted from its end."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Part of a critical path that stays at one token.
+
+    Attributes:
+        token: position in the row, from 0.
+        visits: value names of the visits, in order.
+        blocks: their physical blocks.
+    """
+
+    token: int
+    visits: tuple[str, ...]
+    blocks: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"token {self.token}: blocks {_ranges(self.blocks)}"
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a program computes, how deep it is, how it is scheduled and what it keeps, at ``seq_len`` and ``batch``.
+
+    ``print`` it, show it in a notebook, or render it: :meth:`to_json`, :meth:`to_markdown`, :meth:`to_dot`,
+    :meth:`to_html`. All renderings show the same :attr:`sections`.
+
+    Attributes:
+        program: the rewritten program; ``str(program)`` is its text.
+        schedule: regions and chunk.
+        depths: depth of the output (name None) and of each tap.
+        seq_len: n, real tokens of each row.
+        batch: rows.
+        facts: facts of the stock model; None for a program alone.
+        spec: the passes that made the program, as plain data; None when not known.
+        cost: cost analysis; None when it was not asked for.
+        complexity: what is proven about programs like this one; None when it was not asked for.
+        ceilings: of the machine that times are bounded for; None = no times.
+        task: a computation held against the depth at n; None when it was not asked for.
+    """
+
+    program: Program
+    schedule: Schedule
+    depths: Mapping[str | None, Depth]
+    seq_len: int
+    batch: int
+    facts: ModelFacts | None = None
+    spec: Mapping[str, Any] | None = None
+    cost: Cost | None = None
+    complexity: tuple[Statement, ...] | None = None
+    ceilings: Ceilings | None = None
+    task: TaskDAG | None = None
+
+    @property
+    def model(self) -> str:
+        """Class name of the stock model."""
+        return self.program.model
+
+    @property
+    def depth(self) -> sympy.Expr:
+        """Depth of the final output in block visits, closed form in n."""
+        return self.depths[None].formula
+
+    def depth_at(self, n: int) -> int:
+        """Depth of the final output for a row of n tokens, in block visits."""
+        return self.depths[None].at(n)
+
+    @property
+    def visits(self) -> int:
+        """Block visits of the program per token."""
+        return len(self.program.visits)
+
+    @property
+    def serial_blocks(self) -> int:
+        """Visits that lie on a delay cycle and run chunk by chunk."""
+        return self.schedule.serial_visits
+
+    @property
+    def chunk(self) -> int | None:
+        """Tokens that a serial region runs together; None when nothing is serial."""
+        return self.schedule.chunk
+
+    @property
+    def recursions(self) -> int:
+        """Steps of the token loop: ceil(n / chunk), 1 when nothing is serial."""
+        return -(-self.seq_len // self.chunk) if self.chunk else 1
+
+    @property
+    def serial_block_calls(self) -> int:
+        """Block calls one after another for the whole row, every chunk of a serial region counted."""
+        return self.schedule.steps(self.seq_len)
+
+    @cached_property
+    def new_parameters(self) -> int:
+        """Elements of the parameters that passes added; those sized from the model's own blocks are not included."""
+        total = 0
+        for p in parameters(self.program).values():
+            size = 1
+            for d in p.shape:
+                size *= d
+            total += size
+        return total
+
+    @property
+    def unsized_parameters(self) -> tuple[str, ...]:
+        """Names of gates, per-visit LoRA and modulation, whose parameters are sized when the model is transformed."""
+        keys = ("gate", "lora", "modulate")
+        return tuple(dict.fromkeys(o[k] for o in self.program.visits for k in keys if o[k] is not None))
+
+    @cached_property
+    def delay_lines(self) -> dict[str, tuple[int, int]]:
+        """Delayed streams: name to (tokens kept, width). Delays of one stream share one line."""
+        types = infer(self.program)
+        lines: dict[str, tuple[int, int]] = {}
+        for o in self.program.ops:
+            if o.kind == "delay":
+                tokens, width = lines.get(o.args[0], (0, types[o.args[0]].width))
+                lines[o.args[0]] = max(tokens, o["tokens"]), width
+        return lines
+
+    @property
+    def delay_line_values(self) -> int:
+        """Values that all delay lines hold, for one row."""
+        return sum(tokens * width for tokens, width in self.delay_lines.values())
+
+    @cached_property
+    def slot_tokens(self) -> dict[int, int]:
+        """Tokens that each slot keeps at n: all, or the widest window when every reader looks through one."""
+        kept: dict[int, int] = {}
+        for o in self.program.visits:
+            for slot in reads_slots(o):
+                windowed = o["gate"] is not None and slot == o["slot"]
+                tokens = min(self.seq_len, o["window"]) if windowed else self.seq_len
+                kept[slot] = max(kept.get(slot, 0), tokens)
+        return kept
+
+    @cached_property
+    def kv_bytes(self) -> int | None:
+        """Bytes of all KV slots at n for the whole batch; None when the model's head facts are not known."""
+        if self.cost is not None:
+            return int(self.cost.at("KV bytes", self.seq_len, self.batch))
+        if self.facts is None or self.facts.kv_widths is None:
+            return None
+        widths, size = self.facts.kv_widths, self.facts.itemsize
+        writers = {writes_slot(o): o["index"] for o in self.program.visits}
+        return self.batch * size * sum(t * widths[writers[s]] for s, t in self.slot_tokens.items())
+
+    @cached_property
+    def critical_path(self) -> tuple[Segment, ...]:
+        """The end of one longest path at n, at most ``PATH_STEPS`` visits, token by token."""
+        return segments(self.depths[None].critical_path(self.seq_len, last=PATH_STEPS))
+
+    @property
+    def path_is_whole(self) -> bool:
+        """Whether :attr:`critical_path` starts at the path's beginning."""
+        return sum(len(s.visits) for s in self.critical_path) == self.depth_at(self.seq_len)
+
+    @cached_property
+    def sufficiency(self) -> Sufficiency | None:
+        """Whether the depth and the tokens at n cover the task; None without a task."""
+        if self.task is None:
+            return None
+        from depthpass.analysis.tasks import sufficient
+
+        pads = infer(self.program)[self.program.output].pads
+        return sufficient(self.task, self.depth_at(self.seq_len), tokens=self.seq_len + pads)
+
+    @cached_property
+    def sections(self) -> tuple[Section, ...]:
+        """Every number of the report, with unit and note, in the order in which it is shown."""
+        from depthpass.report.sections import sections
+
+        return sections(self)
+
+    def number(self, key: str) -> Number:
+        """A number by its JSON key, e.g. ``depth_at_n``."""
+        return next(x for s in self.sections for x in s.numbers if x.key == key)
+
+    @cached_property
+    def not_counted(self) -> tuple[str, ...]:
+        """What the numbers leave out."""
+        from depthpass.report.sections import not_counted
+
+        return not_counted(self)
+
+    def __str__(self) -> str:
+        from depthpass.report.text import to_text
+
+        return to_text(self)
+
+    def __rich__(self) -> object:
+        from depthpass.report.terminal import to_rich
+
+        return to_rich(self)
+
+    def _repr_html_(self) -> str:
+        from depthpass.report.html import to_fragment
+
+        return to_fragment(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data with a versioned schema; see ``docs/report.md``."""
+        from depthpass.report.data import to_dict
+
+        return to_dict(self)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """:meth:`to_dict` as JSON text."""
+        import json
+
+        return json.dumps(self.to_dict(), indent=indent, allow_nan=False)
+
+    def to_markdown(self) -> str:
+        """Markdown with tables and the program text."""
+        from depthpass.report.text import to_markdown
+
+        return to_markdown(self)
+
+    def to_dot(self) -> str:
+        """The program as a Graphviz graph: delays dashed, serial regions boxed, the critical path bold."""
+        from depthpass.report.dot import to_dot
+
+        return to_dot(self)
+
+    def to_html(self) -> str:
+        """One self-contained HTML page with a picture of the program, tables and charts; needs no network."""
+        from depthpass.report.html import to_page
+
+        return to_page(self)
+
+
+def build_report(
+    program: Program,
+    schedule: Schedule,
+    facts: ModelFacts | None,
+    seq_len: int,
+    batch: int,
+    cost: Cost | None = None,
+    complexity: Sequence[Statement] | None = None,
+    *,
+    spec: Mapping[str, Any] | None = None,
+    ceilings: Ceilings | None = None,
+    task: TaskDAG | None = None,
+) -> Report:
+    """Analyse a program and collect the results.
+
+    Args:
+        program: a verified program.
+        schedule: its schedule.
+        facts: facts of the stock model, or None for a program alone.
+        seq_len: n, real tokens of each row.
+        batch: rows.
+        cost, complexity: optional sections, analysed by the caller.
+        spec: the passes that made the program, as plain data.
+        ceilings: of a machine, for lower bounds of times; needs ``cost``.
+        task: a computation to hold against the depth.
+
+    Raises:
+        SpecError: a length or batch below 1, or facts of another model.
+        PassError: no closed form of the depth exists; see :func:`depthpass.analysis.depth.depth`.
+    """
+    for name, value in (("seq_len", seq_len), ("batch", batch)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise SpecError(f"{name}: expected an integer of at least 1, got {value!r}.")
+    if facts is not None and (facts.blocks, facts.width) != (program.blocks, program.width):
+        raise SpecError(
+            f"report: the program is for {program.blocks} blocks of width {program.width}, the model has "
+            f"{facts.blocks} of width {facts.width}. Build the program for this model."
+        )
+    if ceilings is not None and cost is None:
+        raise SpecError("ceilings: times need the cost analysis; leave ceilings out or ask for cost.")
+    outputs = [None, *(o["name"] for o in program.taps)]
+    depths = {name: depth(program, name) for name in outputs}
+    proven = None if complexity is None else tuple(complexity)
+    return Report(program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task)
+
+
+def segments(steps: Sequence[Step]) -> tuple[Segment, ...]:
+    """A path cut where it changes the token."""
+    return tuple(
+        Segment(token, tuple(s.visit for s in part), tuple(s.block for s in part))
+        for token, group in groupby(steps, key=lambda s: s.token)
+        if (part := list(group))
+    )
+
+
+def _ranges(blocks: Sequence[int]) -> str:
+    """Blocks as text, runs of consecutive ones joined: ``0..3, 2, 3..5``."""
+    runs: list[list[int]] = []
+    for b in blocks:
+        if runs and b == runs[-1][-1] + 1:
+            runs[-1].append(b)
+        else:
+            runs.append([b])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)

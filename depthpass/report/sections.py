@@ -1,0 +1,191 @@
+"""The numbers of a report, section by section, and what they leave out."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from depthpass.analysis.closed_form import format_formula
+from depthpass.analysis.depth import Weight, depth
+from depthpass.ir.program import plain as stock_program
+from depthpass.report.numbers import Number, Section
+from depthpass.schedule.regions import schedule
+
+if TYPE_CHECKING:
+    from depthpass.report.model import Report
+
+FORMULA_LIMIT = 160
+"""Longest closed form that is printed in full, in characters."""
+
+SHOWN_ABOVE = {"parameters new", "KV slots", "KV bytes", "delay line bytes", "serial block calls", "serial steps"}
+"""Quantities of the cost analysis that other sections show."""
+
+NOT_COUNTED = (
+    "Depth counts block visits; embedding, norms, head and new linear maps, gates and routers weigh 0. It is the "
+    "longest path of the unrolled graph: an upper bound on the serial steps that one input needs.",
+    "Depth is that of one forward pass over n given tokens; tokens that generate() feeds back add their own passes.",
+)
+
+
+def sections(report: Report) -> tuple[Section, ...]:
+    """All sections in the order in which they are shown."""
+    found = [_model(report), _depth(report), _schedule(report), _state(report)]
+    if report.cost is not None:
+        found += _cost(report)
+    if report.sufficiency is not None:
+        found.append(_task(report))
+    return tuple(found)
+
+
+def _model(report: Report) -> Section:
+    p, facts = report.program, report.facts
+    found = [
+        Number("blocks", "physical blocks", p.blocks, "blocks"),
+        Number("width", "width of the hidden stream", p.width, "values"),
+        Number("visits", "block visits per token", report.visits, "visits", stock=p.blocks),
+    ]
+    if facts is not None:
+        found += [
+            Number("stock_parameters", "parameters of the stock model", facts.parameters, "parameters",
+                   "tied ones count once"),
+            Number("dtype", "weights", facts.dtype, "", f"{facts.itemsize} bytes each"),
+        ]
+    found.append(
+        Number("new_parameters", "new parameters", report.new_parameters, "parameters",
+               f"plus those of {', '.join(report.unsized_parameters)}" if report.unsized_parameters else "")
+    )
+    return Section("Model", tuple(found))
+
+
+def _depth(report: Report) -> Section:
+    n, main = report.seq_len, report.depths[None]
+    blocks = report.program.blocks
+    found = [
+        Number("depth", "depth", _formula(report, None), "block visits", "exact for every n of at least 1"),
+        Number("depth_at_n", f"depth at n = {n}", main.at(n), "block visits", stock=blocks),
+        Number("depth_rate", "growth", main.rate, "block visits per token", "in the long run"),
+    ]
+    counted: tuple[tuple[Weight, str], ...] = (("attention", "attention layers"), ("mlp", "MLPs"))
+    for weight, unit in counted:
+        weighed = depth(report.program, weight=weight)
+        found.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
+    for tap, d in report.depths.items():
+        if tap is not None:
+            found += [
+                Number(f"depth.{tap}", f"depth of tap {tap}", _formula(report, tap), "block visits"),
+                Number(f"depth_at_n.{tap}", f"depth of tap {tap} at n = {n}", d.at(n), "block visits"),
+            ]
+    return Section("Depth", tuple(found))
+
+
+def _formula(report: Report, output: str | None) -> str:
+    text = format_formula(report.depths[output].formula)
+    if len(text) <= FORMULA_LIMIT:
+        return text
+    rate = report.depths[output].rate
+    return f"{rate}*n + a bounded remainder; {len(text)} characters in full, see report.depths[{output!r}].formula"
+
+
+def _schedule(report: Report) -> Section:
+    p, n = report.program, report.seq_len
+    stock = schedule(stock_program(p.model, p.blocks, p.width))
+    chunk = report.chunk
+    return Section("Schedule", (
+        Number("serial_blocks", "serial blocks", report.serial_blocks, "block visits",
+               "on a delay cycle; all others run over the whole row at once", out_of=report.visits),
+        Number("chunk", "chunk", chunk if chunk is not None else "the whole row", "tokens" if chunk is not None else "",
+               "tokens that a serial region runs together"),
+        Number("recursions", "recursions", report.recursions, "steps of the token loop", "ceil(n / chunk)", stock=1),
+        Number("serial_block_calls", "serial block calls", report.serial_block_calls, "block calls",
+               "one after another for the whole row", stock=stock.steps(n)),
+    ))
+
+
+def _state(report: Report) -> Section:
+    p, n = report.program, report.seq_len
+    values = report.delay_line_values
+    found = [Number("cache_slots", "cache slots", len(p.slots), "slots", "one per visit that keeps keys and values",
+                    stock=p.blocks)]
+    if report.kv_bytes is not None:
+        note = f"keys and values of {report.batch} rows"
+        if report.cost is not None:
+            note += ", as far as windows and chunks still see them"
+        found.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=_stock_kv_bytes(report)))
+    found.append(Number("delay_line_values", "delay lines", values, "values per row",
+                        f"{len(report.delay_lines)} streams" if report.delay_lines else ""))
+    if report.facts is not None:
+        found.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",
+                            f"{report.batch} rows, independent of n"))
+    return Section(f"State after n = {n} tokens", tuple(found))
+
+
+def _stock_kv_bytes(report: Report) -> int | None:
+    if report.cost is not None:
+        return int((report.cost.stock or report.cost).at("KV bytes", report.seq_len, report.batch))
+    facts = report.facts
+    if facts is None or facts.kv_widths is None:
+        return None
+    return report.batch * report.seq_len * facts.itemsize * sum(facts.kv_widths)
+
+
+def _cost(report: Report) -> list[Section]:
+    cost, n, batch = report.cost, report.seq_len, report.batch
+    assert cost is not None
+    parts = [replace(r, name=f"FLOPs forward, {r.name}") for r in cost.flop_rows(n, batch)]
+    rows = [*parts, *(r for r in cost.rows(n, batch) if r.name not in SHOWN_ABOVE)]
+    table = [Section(
+        f"Cost at n = {n}, {batch} rows",
+        tuple(Number(_key(r.name), r.name, r.value, _plural(r.unit), r.note, r.stock) for r in rows),
+    )]
+    if report.ceilings is not None:
+        stock = (cost.stock or cost).floor(report.ceilings, n, batch).rows()
+        bound = cost.floor(report.ceilings, n, batch).rows()
+        machine = f"{report.ceilings.device}, {report.ceilings.source}"
+        times = tuple(
+            Number(_key(name), name, value, unit, "", was) for (name, value, unit), (_, was, _) in zip(bound, stock)
+        )
+        table.append(Section(f"Least times on {machine}", times))
+    return table
+
+
+def _task(report: Report) -> Section:
+    s = report.sufficiency
+    assert s is not None
+    return Section(f"Task: {s.task}", (
+        Number("task_needed_depth", "depth it needs", s.needed_depth, "rounds"),
+        Number("task_available_depth", "depth at hand", s.available_depth, "block visits"),
+        Number("task_missing_depth", "missing", s.missing_depth, "block visits"),
+        Number("task_needed_tokens", "tokens it needs at once", s.needed_tokens, "tokens"),
+        Number("task_sufficient", "sufficient", "yes" if s.sufficient else "no", "",
+               "a necessary condition; says nothing about what training finds"),
+    ))
+
+
+def _key(name: str) -> str:
+    return "cost_" + re.sub(r"\W+", "_", name.lower()).strip("_")
+
+
+def _plural(unit: str) -> str:
+    return f"{unit}s" if unit and unit not in ("FLOP", "s") and not unit.endswith("s") else unit
+
+
+def not_counted(report: Report) -> tuple[str, ...]:
+    """What the numbers of this report leave out."""
+    found = [*NOT_COUNTED]
+    if any(d.notes for d in report.depths.values()):
+        found.append("Routes choose tokens by their data; depth is the longest over all choices.")
+    if report.unsized_parameters:
+        found.append("New parameters leave out attention gates, per-visit LoRA and modulation: they are sized from the "
+                     "model's blocks when it is transformed.")
+    if report.cost is None:
+        found.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")
+        found.append("No FLOPs, weight traffic, activations or times: ask for the cost analysis.")
+    else:
+        found += report.cost.notes
+    if report.kv_bytes is None:
+        found.append("KV bytes: the head counts of this model are not known.")
+    facts = report.facts
+    if facts is not None and facts.max_positions is not None and report.seq_len > facts.max_positions:
+        found.append(f"n = {report.seq_len} is beyond the {facts.max_positions} positions that the config is made for.")
+    return tuple(found)

@@ -1,0 +1,126 @@
+"""What is reported on: a model or config, read and captured once, with as many specs as wanted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from depthpass.errors import SpecError
+from depthpass.ir import Program, parse_program, plain, verify
+from depthpass.report.model import Report, build_report
+from depthpass.schedule import schedule
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from depthpass.analysis.complexity import Statement
+    from depthpass.analysis.cost import ModelCost
+    from depthpass.analysis.roofline import Ceilings
+    from depthpass.analysis.tasks import TaskDAG
+    from depthpass.hf.facts import ModelFacts
+    from depthpass.spec import SpecLike
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A stock model to report on.
+
+    Attributes:
+        stock: the model, on the meta device when it comes from a config; None for programs without a model.
+        own: program, plan and chunk of a model that was given transformed; it takes no other spec.
+    """
+
+    stock: nn.Module | None
+    own: tuple[Program, dict[str, Any], int | None] | None = None
+
+    @classmethod
+    def of(cls, source: Any) -> Subject:
+        """Read a model or config; see :func:`depthpass.report.report` for the forms."""
+        if source is None:
+            return cls(None)
+        from depthpass.hf.facts import stock_model
+
+        if getattr(source, "depth_program", None) is None:
+            return cls(stock_model(source))
+        from depthpass.hf.transform import restore
+
+        return cls(stock_model(restore(source)), (source.depth_program, source.depth_spec, source.depth_schedule.chunk))
+
+    @cached_property
+    def facts(self) -> ModelFacts | None:
+        """Facts of the stock model."""
+        from depthpass.hf.facts import model_facts
+
+        return None if self.stock is None else model_facts(self.stock)
+
+    @cached_property
+    def cost(self) -> ModelCost | None:
+        """Cost of the stock model's parts; captures it on the meta device."""
+        from depthpass.analysis.cost import model_cost
+
+        return None if self.stock is None else model_cost(self.stock)
+
+    def program(self, spec: SpecLike | None, given: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
+        """The program to report on, and its passes as plain data."""
+        from depthpass.passes import apply_spec
+        from depthpass.spec import dump_spec, load_spec
+
+        if spec is not None and given is not None:
+            raise SpecError("program: expected a spec or a program, got both.")
+        if self.own is not None:
+            if spec is not None or given is not None:
+                raise SpecError("spec: expected none, the model is already transformed and has its own. Report on the "
+                                "stock model, dp.restore(model), to try another spec.")
+            return self.own[0], self.own[1]
+        if given is not None:
+            return verify(parse_program(given) if isinstance(given, str) else given), None
+        if self.stock is None:
+            raise SpecError("report: expected a model, a config or a program, got none of them.")
+        from depthpass.hf.transform import context_of
+
+        ctx = context_of(self.stock)
+        program = plain(ctx.model, ctx.blocks, ctx.width)
+        if spec is None:
+            return program, None
+        passes = load_spec(spec)
+        return apply_spec(program, passes, ctx), dump_spec(passes)
+
+    def report(
+        self,
+        spec: SpecLike | None = None,
+        *,
+        program: Program | str | None = None,
+        seq_len: int = 1024,
+        batch: int = 1,
+        chunk: int | None = None,
+        cost: bool = True,
+        ceilings: Ceilings | None = None,
+        task: TaskDAG | None = None,
+    ) -> Report:
+        """Report on one spec or program; arguments as for :func:`depthpass.report.report`."""
+        for name, value in (("seq_len", seq_len), ("batch", batch)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SpecError(f"{name}: expected an integer of at least 1, got {value!r}.")
+        made, plan = self.program(spec, program)
+        chunk = chunk if chunk is not None or self.own is None else self.own[2]
+        regions, counted = schedule(made, chunk), None
+        if cost and self.cost is not None:
+            from depthpass.analysis.cost import cost as count
+
+            counted = count(made, self.cost, chunk=chunk)
+        precision = self.facts.dtype if self.facts is not None else "fixed"
+        return build_report(
+            made, regions, self.facts, seq_len, batch, counted, proven(made, precision), spec=plan, ceilings=ceilings,
+            task=task,
+        )
+
+
+def proven(program: Program, precision: str) -> list[Statement]:
+    """What is proven about programs of this kind; a program has a fixed number of loops and pads."""
+    from depthpass.analysis.complexity import complexity
+    from depthpass.ir import infer
+
+    kinds = {o.kind for o in program.ops}
+    pads = infer(program)[program.output].pads
+    return complexity(1, pads, precision, delay_edges="delay" in kinds, token_routing="route" in kinds)

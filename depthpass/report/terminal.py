@@ -1,0 +1,59 @@
+"""The report for a terminal, with rich."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from depthpass.report.numbers import Section
+from depthpass.report.text import heading, path_lines, spec_line
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from depthpass.report.model import Report
+
+KEY_NUMBERS = {"depth", "depth_at_n", "serial_blocks", "new_parameters"}
+
+
+def to_rich(report: Report) -> Group:
+    """A renderable: one table per section, then path, statements and what is not counted."""
+    parts: list[RenderableType] = [
+        Text(heading(report), style="bold"),
+        Text(f"spec: {spec_line(report)}"),
+        Text(f"at n = {report.seq_len} tokens per row, {report.batch} rows"),
+    ]
+    for section in report.sections:
+        parts += [_title(section.title), _table(section)]
+    parts += [_title(f"Critical path (one of the longest, at n = {report.seq_len})"), _list(path_lines(report))]
+    if report.complexity is not None:
+        parts += [_title("What is proven about such programs"), _list([f"- {s}" for s in report.complexity])]
+    parts += [_title("Not counted"), _list([f"- {line}" for line in report.not_counted], style="dim")]
+    return Group(*parts)
+
+
+def _title(text: str) -> Text:
+    return Text(f"\n{text}", style="bold cyan")
+
+
+def _table(section: Section) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(min_width=22, overflow="fold")
+    table.add_column(overflow="fold")
+    table.add_column(style="dim", overflow="fold")
+    for x in section.numbers:
+        value = Text(x.text, style="bold green" if x.key in KEY_NUMBERS else "")
+        table.add_row(escape(x.label), value, escape(x.remark))
+    return table
+
+
+def _list(lines: list[str], style: str = "") -> Table:
+    table = Table.grid(padding=(0, 0, 0, 2))
+    table.add_column(style=style, overflow="fold")
+    for line in lines:
+        table.add_row(escape(line))
+    return table

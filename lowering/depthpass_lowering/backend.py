@@ -1,0 +1,301 @@
+"""``torch.compile(model, backend="depthpass", options={"spec": spec})``: run a depth program in the place of the graph."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor, fx, nn
+
+from depthpass.errors import InputError, SpecError, UnsupportedModelError, did_you_mean
+from depthpass.ir.program import Program, plain
+from depthpass.ir.verify import infer, parameters
+from depthpass.passes.base import Pass
+from depthpass.passes.pipeline import apply_spec
+from depthpass.schedule.regions import Schedule, schedule
+from depthpass.spec import SpecLike, load_spec, spec_hash
+
+NAME = "depthpass"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What ``torch.compile(..., options={...})`` may say.
+
+    Attributes:
+        spec: what to run; may be left out when the model has a spec attached.
+        inner: the compiler for the code between attention calls: the name of a ``torch.compile`` backend or a
+            backend itself; ``eager`` runs it as it is.
+        chunk: run serial regions in smaller chunks than the largest legal one (same numbers).
+    """
+
+    spec: SpecLike | None = None
+    inner: str | Callable = "eager"
+    chunk: int | None = None
+
+    @classmethod
+    def read(cls, given: Mapping[str, object] | None) -> Options:
+        """Check options before anything is compiled.
+
+        Raises:
+            SpecError: an unknown key, or an inner compiler that does not exist.
+        """
+        known = [f.name for f in fields(cls)]
+        for key in given or ():
+            if key not in known:
+                raise SpecError(
+                    f"options: unknown key {key!r}.{did_you_mean(str(key), known)} Keys: {', '.join(known)}."
+                )
+        options = cls(**(given or {}))
+        valid = sorted({*torch._dynamo.list_backends(exclude_tags=()), "eager"} - {NAME})
+        if isinstance(options.inner, str) and options.inner not in valid:
+            raise SpecError(
+                f"options.inner: expected the name of a torch.compile backend, got {options.inner!r}."
+                f"{did_you_mean(options.inner, valid)} Backends: {', '.join(valid)}."
+            )
+        if not isinstance(options.inner, str) and (not callable(options.inner) or options.inner is depthpass_backend):
+            raise SpecError(f"options.inner: expected the name of a torch.compile backend or another backend, got "
+                            f"{options.inner!r}.")
+        return options
+
+
+def depthpass_backend(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[object],
+    *,
+    options: Mapping[str, object] | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """Dynamo backend: recapture the graph of a decoder, rewrite its program by a spec, run that instead.
+
+    Covers training and scoring of whole forward passes, with code around them (a loss). The new parameters are those
+    that :func:`depthpass.attach` created on the model.
+
+    Args:
+        gm: Dynamo's graph.
+        example_inputs: the arguments it is compiled for.
+        options: see :class:`Options`.
+        mode: refused; modes are inductor's.
+
+    Raises:
+        SpecError, PassError: the options or the spec cannot be honoured.
+        UnsupportedModelError: the graph cannot be treated; says what and why. ``torch.compile`` shows these errors
+            inside its ``BackendCompilerFailed``.
+    """
+    settings = Options.read(options)
+    if mode not in (None, "default"):
+        raise SpecError(f"mode: expected none, got {mode!r}; modes are inductor's. Leave it out.")
+    from depthpass.capture.dynamo import capture_graph
+
+    model = _model_of(gm, example_inputs)
+    depth, program, plan = _planned(model, settings, example_inputs)
+    if torch._dynamo.config.automatic_dynamic_shapes or not torch._dynamo.config.assume_static_by_default:
+        _ask_for_dynamic(gm, example_inputs, model)
+    try:
+        captured = capture_graph(gm, example_inputs, model)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{type(model).__name__}, compiled with backend 'depthpass': {error}") from error
+    if len(captured.capture.blocks) != program.blocks:
+        raise UnsupportedModelError(f"the program is for {program.blocks} blocks, the graph has {len(captured.capture.blocks)}.")
+    return _Compiled(captured, program, plan, depth, settings.inner)
+
+
+class _Compiled:
+    """What runs in the place of the graph: same arguments, same flat results."""
+
+    def __init__(self, captured, program: Program, plan: Schedule, depth: nn.Module, inner: str | Callable):
+        self.captured, self.plan, self.depth, self.inner = captured, plan, depth, inner
+        self.types = infer(program)
+        self.runners: dict[fx.GraphModule, Callable] = {}
+
+    def __call__(self, *args):
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.graph_host import Columns, GraphHost
+        from depthpass_lowering.state import State
+
+        c = self.captured
+        inputs = {name: args[i] for name, i in c.inputs.items()}
+        valid = self._validity(inputs)
+        name, dim = c.tokens
+        host = GraphHost(c.capture, {n: args[i] for n, i in c.parameters.items()}, self.depth, self._runner)
+        hidden, *sides = host.part(c.capture.prologue, inputs, visit=Columns(inputs[name].shape[dim]))
+        host.extras = sides
+        streams, _ = run(
+            self.plan, host, hidden, sides, c.capture.side_axes, State(), valid, keep=False, types=self.types
+        )
+        return host.part(c.capture.head, inputs, streams["output"])
+
+    def _runner(self, gm: fx.GraphModule) -> Callable:
+        if self.inner == "eager":
+            return gm
+        if gm not in self.runners:
+            from depthpass_lowering.segments import Segmented, compile_segment
+
+            self.runners[gm] = Segmented(gm, lambda piece: compile_segment(piece, self.inner))
+        return self.runners[gm]
+
+    def _validity(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
+        """Which tokens are real, ``[batch, tokens]``; None when all are."""
+        c = self.captured
+        if c.positions is not None and bool((inputs[c.positions].diff(dim=-1) != 1).any()):
+            raise InputError(
+                f"{c.labels[c.positions]}: restarts inside a row (packed sequences) without an attention_mask; packed rows "
+                "are not supported. Put one sequence in each row."
+            )
+        if c.valid is None:
+            return None
+        valid = inputs[c.valid].bool()
+        if bool(valid.all()):
+            return None
+        if empty := (~valid.any(-1)).nonzero().flatten().tolist():
+            raise InputError(
+                f"{c.labels[c.valid]}: row {empty[0]} is padding only; every row needs at least one real token."
+            )
+        return valid
+
+
+# Which model, which parameters ---------------------------------------------------------------------------------------
+
+_SCORING: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = weakref.WeakKeyDictionary()
+"""New parameters of models without attached ones, by spec: all compiled graphs of a model share them."""
+
+
+def _planned(
+    model: nn.Module, settings: Options, arguments: Sequence[object]
+) -> tuple[nn.Module, Program, Schedule]:
+    """The new parameters, the program and its schedule."""
+    from depthpass.hf.attach import attached_spec
+    from depthpass.hf.transform import context_of
+
+    attached = attached_spec(model)
+    if settings.spec is None and attached is None:
+        raise SpecError(
+            "options: expected a 'spec', got none. Write torch.compile(model, backend='depthpass', options={'spec': "
+            "dp.TurboConn(group=4)}), or dp.attach(model, spec) first."
+        )
+    passes: tuple[Pass, ...] = load_spec(attached if settings.spec is None else settings.spec)
+    if attached is not None and spec_hash(attached) != spec_hash(passes):
+        raise SpecError(
+            "options.spec: expected the spec that is attached to the model, got another one. Leave 'spec' out, or del "
+            "model.depth and attach the new one."
+        )
+    context = context_of(model)
+    program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
+    if program.taps:
+        raise SpecError(
+            f"the spec hands out {', '.join(t['name'] for t in program.taps)} besides the model's own outputs, which a "
+            "compiled graph cannot return. Use dp.transform(model, spec)."
+        )
+    plan = schedule(program, settings.chunk)
+    if attached is not None:
+        return model.depth, program, plan
+    return _unattached(model, passes, program, arguments), program, plan
+
+
+def _unattached(model: nn.Module, passes, program: Program, arguments: Sequence[object]) -> nn.Module:
+    """New parameters that live in the compiled function only; refused where they would have to be trained."""
+    from depthpass.hf.parameters import build
+
+    key = spec_hash(passes)
+    names = sorted(parameters(program, infer(program)))
+    if names and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
+        raise SpecError(
+            f"the spec has {len(names)} new parameters ({names[0]}, ...) and the model none attached, so that no optimizer "
+            "could train them. Call dp.attach(model, spec) before making the optimizer and compiling; for scoring call "
+            "the compiled model under torch.no_grad()."
+        )
+    made = _SCORING.setdefault(model, {})
+    if key not in made:
+        made[key] = build(program, next(model.parameters())).requires_grad_(False)
+        if names:
+            warnings.warn(
+                f"the {len(names)} new parameters of the spec exist only inside the compiled function, at their initial "
+                "values; call dp.attach(model, spec) to hold, train and save them on the model.",
+                UserWarning, stacklevel=2,
+            )
+    return made[key]
+
+
+def _model_of(gm: fx.GraphModule, arguments: Sequence[object]) -> nn.Module:
+    """The transformers model whose parameters are arguments of a graph.
+
+    Raises:
+        UnsupportedModelError: none, or several.
+    """
+    from depthpass.hf.attach import owners
+
+    held = [a for a in arguments if isinstance(a, nn.Parameter)]
+    if not held:
+        raise UnsupportedModelError(
+            "a graph without any parameter of a model: expected a whole forward pass in one graph. A graph break cut it, or "
+            "code around the model was compiled apart from it; find the cause with fullgraph=True, and compile the model "
+            "itself."
+        )
+    found = _models_in_scope(gm, held) or owners(held)
+    if len(found) != 1:
+        names = ", ".join(type(m).__name__ for m in found) or "none"
+        raise UnsupportedModelError(
+            f"expected one transformers decoder that holds the parameters of this graph, got {names}. Call dp.attach(model, "
+            "spec) on the model, and compile one model at a time."
+        )
+    return found[0]
+
+
+def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[nn.Module]:
+    """Decoders found at the variables of the compiled frame that Dynamo lifted the parameters from."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    from depthpass.capture.screen import find_layers
+
+    try:
+        output = InstructionTranslator.current_tx().output
+        scopes = {"L": output.local_scope, "G": output.global_scope}
+    except AttributeError:  # another torch keeps them elsewhere: attached models are still found
+        return []
+    wanted = {id(p) for p in held}
+    roots = []
+    for node in gm.graph.nodes:
+        source = getattr(getattr(node, "_dynamo_source", None), "name", "")
+        if match := re.match(r"([LG])\['(\w+)'\]", source() if callable(source) else source):
+            root = scopes[match[1]].get(match[2])
+            if isinstance(root, nn.Module) and root not in roots:
+                roots.append(root)
+    found: list[nn.Module] = []
+    for root in roots:
+        for module in root.modules():
+            try:
+                find_layers(module)
+            except UnsupportedModelError:
+                continue
+            if any(id(p) in wanted for p in module.parameters()):
+                found.append(module)
+                break
+    return found
+
+
+def _ask_for_dynamic(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Module) -> None:
+    """Let Dynamo trace again with symbolic batch and tokens when it has fixed them for want of a second example.
+
+    Dynamo makes a size symbolic only after it has changed once, or when it is marked; a token loop needs it from the
+    first call on.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+
+    own = {id(t) for t in (*model.parameters(), *model.buffers())}
+    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    marked = False
+    for node, value in zip(placeholders, arguments, strict=True):
+        if not isinstance(value, Tensor) or id(value) in own or value.dim() not in (2, 3):
+            continue
+        shape = node.meta["example_value"].shape
+        known = getattr(value, "_dynamo_weak_dynamic_indices", set()) | getattr(value, "_dynamo_static_indices", set())
+        for dim in (0, 1):
+            if isinstance(shape[dim], int) and shape[dim] > 1 and dim not in known:
+                torch._dynamo.maybe_mark_dynamic(value, dim)
+                marked = True
+    if marked:
+        raise TensorifyScalarRestartAnalysis(restart_reason="depthpass needs symbolic batch and tokens")

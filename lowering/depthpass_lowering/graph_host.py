@@ -1,0 +1,73 @@
+"""Runs program ops on a captured Dynamo graph: parameters come as arguments of the call, not from modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from depthpass.capture.model import Capture, Part, Site
+from depthpass.errors import LoweringError
+from depthpass_lowering.attention import sdpa_attention
+
+Runner = Callable[[fx.GraphModule], Callable]
+"""Gives the callable to run a captured graph with: the graph itself, or its compiled segments."""
+
+
+class GraphHost:
+    """One call's :class:`depthpass_lowering.eager.Host`.
+
+    Args:
+        captured: the capture.
+        values: parameters and buffers of the model by full name.
+        depth: the module that holds the new parameters.
+        runner: how graphs are run.
+    """
+
+    def __init__(self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner):
+        self.captured, self.values, self.depth, self.runner = captured, values, depth, runner
+        self.extras: Sequence[Tensor] = ()
+
+    def part(self, part: Part, inputs: Mapping[str, Tensor], *streams: Tensor, visit=None):
+        """Run the prologue, norm or head."""
+        params = [part.constants[p] if p in part.constants else self.values[p] for p in part.params]
+        extras = [self.extras[e] for e in part.extras]
+        return self.runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
+
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        block = self.captured.blocks[index]
+        prefix = f"{self.captured.layers}.{index}."
+        params = [
+            block.constants[p] if p in block.constants else self.values[p[1:] if p.startswith("/") else prefix + p]
+            for p in block.template.params
+        ]
+        return self.runner(block.template.graph)(visit, hidden, *sides, *params)
+
+    def sides_of(self, index: int) -> tuple[int, ...]:
+        return self.captured.blocks[index].sides
+
+    def sites_of(self, index: int) -> tuple[Site, ...]:
+        return self.captured.blocks[index].template.sites
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        return self.part(self.captured.norm, {}, hidden)
+
+    def module(self, name: str) -> nn.Module:
+        return self.depth.get_submodule(name)
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        raise LoweringError(f"block {index}: a graph of torch.compile has no module {path!r} to call.")
+
+    def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
+        return sdpa_attention(q, k, v, mask, causal, site.scale, site.dropout)
+
+
+class Columns:
+    """Answers the prologue's question for token indices."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def columns(self, device: torch.device) -> Tensor:
+        return torch.arange(self.count, device=device)

@@ -1,0 +1,26 @@
+"""The ladder: rungs by name. Each computes what the rung below computes; none replaces another silently."""
+
+from __future__ import annotations
+
+from depthpass.errors import SpecError, did_you_mean
+from depthpass_lowering.eager import Run
+
+RUNGS = ("auto", "eager", "scheduled")
+"""``eager``: op by op, autograd (the oracle). ``scheduled``: in-place keys and values, hand-scheduled backward with sunk
+weight gradients. ``auto``: the highest rung that is legal for each region of each call; ``report`` says which."""
+
+
+def check_rung(name: str) -> str:
+    """Return ``name`` or raise SpecError."""
+    if name not in RUNGS:
+        raise SpecError(f"lowering: expected one of {', '.join(RUNGS)}, got {name!r}.{did_you_mean(str(name), RUNGS)}")
+    return name
+
+
+def rung(name: str) -> type[Run]:
+    """The run class of a rung."""
+    if check_rung(name) == "eager":
+        return Run
+    from depthpass_lowering.scheduled import ScheduledRun, StrictScheduledRun
+
+    return StrictScheduledRun if name == "scheduled" else ScheduledRun

@@ -1,0 +1,271 @@
+"""L3: serial regions with a hand-scheduled backward pass.
+
+Forward: keys and values go into static buffers in place. Backward: a reverse loop computes activation gradients only;
+key and value gradients are accumulated in place, and every weight gradient is one product after the loop. The result
+equals the eager rung up to the order of summation.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from depthpass.capture.model import Site, Template
+from depthpass.errors import LoweringError
+from depthpass.ir.program import Op, writes_slot
+from depthpass.schedule.regions import Region
+from depthpass_lowering.attention import Masks
+from depthpass_lowering.buffers import Buffer, Use
+from depthpass_lowering.eager import Run, RunningVisit
+from depthpass_lowering.fx_passes.sink import sink_linears_pass
+from depthpass_lowering.sink import Sink, sunk_linear
+from depthpass_lowering.state import Slot, Span
+
+_SUNK: dict[int, tuple[Template, fx.GraphModule]] = {}
+
+
+def sunk_graph(template: Template) -> fx.GraphModule:
+    """The template's graph with sunk weight gradients, made once per template."""
+    if id(template) not in _SUNK or _SUNK[id(template)][0] is not template:
+        _SUNK[id(template)] = (template, sink_linears_pass(template.graph)[0])
+    return _SUNK[id(template)][1]
+
+
+class ScheduledRun(Run):
+    """As :class:`~depthpass_lowering.eager.Run`, serial regions by the hand-written schedule where it is legal."""
+
+    def _region(self, region: Region, later: set[str]) -> None:
+        if not region.serial or self.refuse(region) is not None:
+            return super()._region(region, later)
+        wanted = [o.name for o in region.ops if o.name in later]
+        inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
+        parameters = _parameters(region, self.host)
+        if not torch.is_grad_enabled():
+            job = _Job(self, region, inputs, wanted, {})
+            self.env |= job.loop(inputs)
+            job.store()
+            return None
+        job = _Job(self, region, inputs, wanted, parameters)
+        out = _RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
+        self.env |= dict(zip(wanted, out))
+        return None
+
+    def refuse(self, region: Region) -> str | None:
+        """Why a region cannot be hand-scheduled in this call, or None."""
+        if torch.is_grad_enabled():
+            if self.keep:
+                return "a cache is kept while gradients are recorded"
+            if self.state.length:
+                return "gradients are recorded on top of a cache"
+            used = {i for o in region.visits for i in self.host.sides_of(o["index"])}
+            if any(self.sides[i].requires_grad for i in used):
+                return "a side input of the blocks is trained"
+        for o in region.visits:
+            if reason := self.host.refuses_schedule(o["index"]):
+                return reason
+            if torch.is_grad_enabled() and any(s.dropout for s in self.host.sites_of(o["index"])):
+                return "attention dropout is on"
+        unknown = {o.kind for o in region.ops} - {"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms"}
+        return f"op {min(unknown)} in a serial region" if unknown else None
+
+
+class StrictScheduledRun(ScheduledRun):
+    """As :class:`ScheduledRun`, but a region that cannot be hand-scheduled is an error."""
+
+    def refuse(self, region: Region) -> str | None:
+        reason = super().refuse(region)
+        if reason is not None:
+            raise LoweringError(
+                f"lowering 'scheduled' cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
+            )
+        return None
+
+
+class _Job:
+    """One region of one forward pass: its loop, buffers and sink."""
+
+    def __init__(self, run: Run, region: Region, inputs, wanted: list[str], parameters: dict[int, Tensor]):
+        self.run, self.region, self.wanted, self.names = run, region, wanted, list(inputs)
+        self.parameters = parameters
+        self.sink = Sink()
+        self.buffers: dict[int, list[Buffer]] = {}
+
+    def loop(self, inputs: dict[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
+        run, host = self.run, self.run.host
+        inner = _Loop(run, _SunkHost(host, self.sink, leaves or {}), self)
+        return inner._loop(self.region, inputs, set(self.wanted), keep=False)
+
+    def slot(self, number: int, sites: Sequence[Site]) -> list[Buffer]:
+        if number not in self.buffers:
+            before = self.run.state.slots.get(number)
+            self.buffers[number] = [
+                Buffer(None if before is None else (before.keys[i], before.values[i]), self.run.length + self.run.count)
+                for i in range(len(sites))
+            ]
+        return self.buffers[number]
+
+    def store(self) -> None:
+        """Hand the buffers over as slots, for a later call or region."""
+        for number, buffers in self.buffers.items():
+            self.run.state.slots[number] = Slot(tuple(b.k for b in buffers), tuple(b.v for b in buffers))
+
+
+class _Loop(Run):
+    """The chunk loop of a job: shares the outer run's state, runs visits on buffers."""
+
+    def __init__(self, outer: Run, host: _SunkHost, job: _Job):
+        self.__dict__ |= outer.__dict__
+        self.host, self.job = host, job
+
+    def _visit(self, o: Op, span: Span, masks: Masks, keep: bool) -> RunningVisit:
+        return _BufferedVisit(o, self.host, self.job, span, masks)
+
+
+class _BufferedVisit(RunningVisit):
+    """A visit whose slots are buffers."""
+
+    def __init__(self, op: Op, host: _SunkHost, job: _Job, span: Span, masks: Masks):
+        self.op, self.host, self.job, self.span, self.masks = op, host, job, span, masks
+        self.index = op["index"]
+        self.sites = host.sites_of(self.index)
+        self.made = {}
+        self.hidden = None
+
+    def commit(self) -> None:
+        """Buffers are written by the attention itself."""
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        site, keys = self.sites[number], self.op["keys"]
+        own = keys is None or self.op["gate"] is not None
+        near = None
+        if own:
+            window = site.window if self.op["gate"] is None else min(self.op["window"], site.window or self.op["window"])
+            near = self._use(writes_slot(self.op), number, window, True)(q, k, v, sinks)
+        if keys is None:
+            return near
+        far = self._use(keys, number, site.window, False)(q, k, v, sinks)
+        return far if near is None else self._mix(q, far, near)
+
+    def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
+        buffer = self.job.slot(slot, self.sites)[number]
+        mask, causal = self.masks.get(window, self.sites[number].chunk)
+        low = 0 if window is None else max(0, self.span.start - window + 1)
+        if mask is not None and low:
+            mask = mask[..., low:]
+        site = self.sites[number]
+
+        def attend(q, k, v, sinks):
+            return self.host.attention(self.index, site, q, k, v, mask, causal, sinks)
+
+        return Use(buffer, self.span.start, self.span.count, low, write, attend)
+
+
+class _SunkHost:
+    """Runs blocks on their sunk graphs with stand-ins for the parameters; everything else as the host does."""
+
+    def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
+        self.host, self.sink, self.leaves = host, sink, leaves
+        self.modules: dict[str, nn.Module] = {}
+        self.params: dict[int, list[Tensor]] = {}
+
+    def leaf(self, parameter: Tensor) -> Tensor:
+        return self.leaves.get(id(parameter), parameter)
+
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.host.bound(index)
+        if index not in self.params:
+            self.params[index] = [self.leaf(p) for p in params]
+        return sunk_graph(template)(self.sink, visit, hidden, *sides, *self.params[index])
+
+    def module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            self.modules[name] = stand_in(self.host.module(name), self.leaf, self.sink)
+        return self.modules[name]
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        key = f"{index}/{path}"
+        if key not in self.modules:
+            self.modules[key] = stand_in(self.host.stock_module(index, path), self.leaf, self.sink)
+        return self.modules[key](*args)
+
+    def __getattr__(self, name: str):
+        return getattr(self.host, name)
+
+
+def stand_in(module: nn.Module, leaf, sink: Sink) -> nn.Module:
+    """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
+    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+        return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
+    made = copy.copy(module)
+    made.__dict__ = dict(module.__dict__)
+    made._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
+    made._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
+    return made
+
+
+class _LinearStandIn(nn.Module):
+    """A linear map on given tensors, its weight gradient sunk."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, sink: Sink):
+        super().__init__()
+        self.tensors = (weight, bias)
+        self.sink = sink
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sunk_linear(self.sink, x, *self.tensors)
+
+
+def _parameters(region: Region, host) -> dict[int, Tensor]:
+    """Every parameter the region's ops read, once each, by id."""
+    found: dict[int, Tensor] = {}
+    for o in region.ops:
+        if o.kind == "block":
+            tensors = list(host.bound(o["index"])[1])
+            for path in host.submodules_of(o["index"]):
+                tensors += host.stock_module(o["index"], path).parameters()
+            if o["gate"]:
+                tensors += host.module(o["gate"]).parameters()
+        elif o.kind in ("linear", "weigh", "rms") and o["name"]:
+            tensors = list(host.module(o["name"]).parameters())
+        else:
+            continue
+        found |= {id(t): t for t in tensors if t.requires_grad}
+    return found
+
+
+class _RegionFunction(torch.autograd.Function):
+    """A whole serial region as one node of the outer graph, so that hooks on parameters fire once, with the total."""
+
+    @staticmethod
+    def forward(ctx, job: _Job, count: int, *tensors: Tensor):
+        leaves = {key: t.detach().requires_grad_() for key, t in zip(job.parameters, tensors[:count])}
+        streams = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors[count:]]
+        with torch.enable_grad():
+            out = job.loop(dict(zip(job.names, streams)), leaves)
+        outs = [out[name] for name in job.wanted]
+        ctx.job, ctx.outs, ctx.leaves, ctx.streams = job, outs, leaves, streams
+        return tuple(o.detach() for o in outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        if ctx.outs is None:
+            raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
+                               "forward again, or use lowering='eager' with retain_graph=True.")
+        job, leaves, streams = ctx.job, ctx.leaves, ctx.streams
+        pairs = [(o, g) for o, g in zip(ctx.outs, grads) if o.requires_grad and g is not None]
+        sources = [*leaves.values(), *streams]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True
+        )
+        ctx.outs = ctx.streams = None
+        sunk = job.sink.finish()
+        weights = []
+        for leaf, g in zip(leaves.values(), found):
+            extra = sunk.get(id(leaf))
+            weights.append(g if extra is None else extra if g is None else g + extra)
+        return (None, None, *weights, *found[len(leaves) :])

@@ -1,0 +1,118 @@
+"""Compile a captured graph piece by piece: attention stays a call on the running visit, what lies between is compiled.
+
+A block's graph asks its visit for attention, so it cannot be compiled as a whole. It is cut at these calls into segments
+without side effects, and each segment goes to the inner compiler once per template, for any number of tokens.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, fx
+
+Compiler = Callable[[fx.GraphModule], Callable]
+
+
+def compile_segment(gm: fx.GraphModule, backend: str | Callable) -> Callable:
+    """Compile a segment with a Dynamo backend; batch and tokens stay dynamic."""
+    dynamic = [
+        [d for d, s in enumerate(n.meta["val"].shape) if isinstance(s, torch.SymInt)]
+        if isinstance(n.meta.get("val"), Tensor) else []
+        for n in gm.graph.nodes if n.op == "placeholder"
+    ]
+    compiled = torch.compile(gm, backend=backend, fullgraph=True)
+
+    def run(*args):
+        for a, dims in zip(args, dynamic):
+            for d in dims:
+                if a.shape[d] > 1:
+                    torch._dynamo.maybe_mark_dynamic(a, d)
+        return compiled(*args)
+
+    return run
+
+
+class Segmented:
+    """A captured graph ``(visit, *tensors)`` whose segments are compiled; called as the graph itself.
+
+    Args:
+        gm: a template or part of a capture.
+        compiler: compiles one segment.
+    """
+
+    def __init__(self, gm: fx.GraphModule, compiler: Compiler):
+        self.gm, self.compiler = gm, compiler
+        self.nodes = list(gm.graph.nodes)
+        self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
+        self.result = self.nodes[-1].args[0]
+        self.again = _repeatable(self.nodes)
+        # Steps in order: a compiled segment with its inputs and outputs, or a node to run as it is.
+        self.steps: list[tuple[Callable | fx.Node, list[fx.Node], list[fx.Node]]] = []
+        visit = self.placeholders[0]
+        stage: dict[fx.Node, int] = dict.fromkeys(self.placeholders, 0)
+        calls: dict[int, list[fx.Node]] = {}
+        work: dict[int, list[fx.Node]] = {}
+        for n in self.nodes[len(self.placeholders) : -1]:
+            at = max((stage[a] for a in n.all_input_nodes if a not in self.again), default=0)
+            stage[n] = at
+            if visit in n.all_input_nodes:
+                calls.setdefault(at, []).append(n)
+                stage[n] = at + 1
+            elif n not in self.again:
+                work.setdefault(at, []).append(n)
+        for k in range(max(stage.values()) + 1):
+            self._add_segment(work.get(k, []))
+            for call in calls.get(k, []):
+                self.steps += [(n, [], [n]) for n in self._needed([call], {call})]
+
+    def _add_segment(self, nodes: list[fx.Node]) -> None:
+        own = set(nodes)
+        outs = [n for n in nodes if any(u not in own for u in n.users)]
+        if not outs:
+            return
+        needed = self._needed(outs, own)
+        ins = list(dict.fromkeys(a for n in needed for a in n.all_input_nodes if a not in needed))
+        graph = fx.Graph()
+        env = {a: graph.placeholder(a.name) for a in ins}
+        for a in ins:
+            env[a].meta = dict(a.meta)
+        for n in needed:
+            env[n] = graph.node_copy(n, env.__getitem__)
+        graph.output(tuple(env[n] for n in outs))
+        self.steps.append((self.compiler(fx.GraphModule(self.gm, graph)), ins, outs))
+
+    def _needed(self, outs: list[fx.Node], own: set[fx.Node]) -> list[fx.Node]:
+        """What a segment runs, in order: its own nodes, and the sizes and constants they read."""
+        found: set[fx.Node] = set()
+        stack = list(outs)
+        while stack:
+            n = stack.pop()
+            if n not in found and (n in own or n in self.again):
+                found.add(n)
+                stack += n.all_input_nodes
+        return [n for n in self.nodes if n in found]
+
+    def __call__(self, *args):
+        env: dict[fx.Node, object] = dict(zip(self.placeholders, args, strict=True))
+        for what, ins, outs in self.steps:
+            if not isinstance(what, fx.Node):
+                env.update(zip(outs, what(*(env[i] for i in ins)), strict=True))
+            elif what.op == "get_attr":
+                env[what] = getattr(self.gm, str(what.target))
+            else:
+                a, kw = fx.node.map_arg((what.args, what.kwargs), env.__getitem__)
+                env[what] = what.target(*a, **kw)
+        return fx.node.map_arg(self.result, env.__getitem__)
+
+
+def _repeatable(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """Sizes and constants: cheaper to work out in every segment than to hand on as numbers, which would be fixed."""
+    found: set[fx.Node] = set()
+    for n in nodes:
+        if n.op == "get_attr" or n.target is torch.ops.aten.sym_size.int or (
+            n.target in (operator.add, operator.mul) and all(a in found for a in n.all_input_nodes)
+        ):
+            found.add(n)
+    return found

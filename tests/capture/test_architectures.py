@@ -1,0 +1,148 @@
+"""All supported architectures: the captured pieces, run by hand, are the stock model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import zoo
+from capture.dense_run import captured, inputs, model, run
+
+from depthpass.capture import capture
+
+W, C = zoo.WINDOW, zoo.WINDOW
+FULL = (None, None)
+# Per architecture: templates, and (window, chunk) of each block. Two blocks, full attention, one template unless listed.
+KINDS = {
+    "mistral": (1, [(W, None)] * 2),
+    "mixtral": (1, [(W, None)] * 2),
+    "starcoder2": (1, [(W, None)] * 2),
+    "gemma2": (2, [(W, None), FULL]),
+    "gemma3_text": (2, [(W, None), FULL]),
+    "gpt_oss": (2, [(W, None), FULL]),
+    "cohere2": (2, [(W, None)] * 3 + [FULL]),
+    "olmo3": (2, [(W, None)] * 3 + [FULL]),
+    "exaone4": (2, [(W, None)] * 3 + [FULL]),
+    "smollm3": (2, [FULL] * 4),
+    "llama4_text": (None, [(None, C)] * 3 + [FULL]),
+}
+
+
+@pytest.mark.parametrize("name", zoo.SUPPORTED)
+def test_blocks_and_masks(name):
+    found = captured(name)
+    templates, kinds = KINDS.get(name, (1, [FULL] * 2))
+    assert [[(s.window, s.chunk) for s in b.template.sites] for b in found.blocks] == [[k] for k in kinds]
+    if templates is not None:
+        assert len(found.templates) == templates
+    assert found.width == 32
+    for template in found.templates:
+        (site,) = template.sites
+        attention = model(name).get_submodule(f"{found.layers}.0.{site.path}")
+        assert "Attention" in type(attention).__name__
+        assert (site.heads, site.key_dim, site.value_dim) == (4, 8, 8)
+
+
+@pytest.mark.parametrize("name", zoo.SUPPORTED)
+@pytest.mark.parametrize(("lengths", "side"), [([1], "left"), ([9, 3], "left"), ([2, 3, 3, 3, 1], "right")])
+def test_pieces_are_the_stock_model(name, lengths, side):
+    """One capture, made from 2 rows of 7 tokens, for every size and padding; logits of real tokens and the loss."""
+    built, found, batch = model(name), captured(name), inputs(name, lengths, side, seed=len(lengths))
+    with torch.no_grad():
+        want = built(**batch, use_cache=False)
+        got = run(built, found, batch)
+    assert type(got) is type(want)
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-5, atol=1e-5)
+    if max(lengths) > 1:
+        torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3_text"])
+def test_gradients_reach_the_models_own_parameters(name):
+    built, found, batch = model(name), captured(name), inputs(name, [9, 3])
+    parameters = dict(built.named_parameters())
+    want = torch.autograd.grad(built(**batch).loss, parameters.values(), allow_unused=True)
+    got = torch.autograd.grad(run(built, found, batch).loss, parameters.values(), allow_unused=True)
+    for n, a, b in zip(parameters, got, want):
+        assert (a is None) == (b is None), n
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=n)
+
+
+def test_a_capture_of_one_row_serves_many():
+    """The batch is symbolic even when the example has a single row and a single token."""
+    built = model("llama")
+    found = capture(built, inputs("llama", [1]), {})
+    batch = inputs("llama", [4, 9, 2])
+    with torch.no_grad():
+        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+
+
+def test_arguments_of_the_loss_are_inputs_of_the_head():
+    built, batch = model("llama"), inputs("llama", [4, 9])
+    batch["num_items_in_batch"] = torch.tensor(5)
+    found = capture(built, batch, {})
+    assert set(found.head.inputs) == {"labels", "num_items_in_batch"}
+    batch["num_items_in_batch"] = torch.tensor(7)
+    with torch.no_grad():
+        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+
+
+def test_embeddings_instead_of_ids():
+    built, batch = model("qwen3"), inputs("qwen3", [4, 9])
+    batch["inputs_embeds"] = torch.randn(2, 9, 32)
+    del batch["input_ids"]
+    found = capture(built, batch, {})
+    assert "inputs_embeds" in found.prologue.inputs
+    with torch.no_grad():
+        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+
+
+def test_a_shared_table_of_positions_is_taken_for_all_rows():
+    built, batch = model("llama"), inputs("llama", [9, 9])
+    batch["position_ids"] = torch.arange(3, 12)[None]
+    found = capture(built, batch, {})
+    with torch.no_grad():
+        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+
+
+def test_sequence_classification_head():
+    from transformers import AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    built = AutoModelForSequenceClassification.from_config(zoo.config("llama", 2, num_labels=3)).eval()
+    batch = zoo.batch([4, 9], "right")
+    found = capture(built, batch, {})
+    with torch.no_grad():
+        torch.testing.assert_close(run(built, found, batch).logits, built(**batch).logits)
+
+
+def test_the_model_is_left_as_it_was():
+    built = model("llama")
+    before = {k: v.clone() for k, v in built.state_dict().items()}
+    config, hooks = built.config.to_dict(), [len(m._forward_hooks) for m in built.modules()]
+    capture(built, zoo.batch([3]), {})
+    assert built.config.to_dict() == config
+    assert built.config._attn_implementation == "sdpa"
+    assert [len(m._forward_hooks) for m in built.modules()] == hooks
+    assert "forward" not in vars(built)
+    assert all(torch.equal(before[k], v) for k, v in built.state_dict().items())
+
+
+def test_captures_of_transformed_attention_keep_the_written_keys():
+    """DeepSeek's keys are written in two halves into an empty tensor: both writes must be in the graph."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(
+        "deepseek_v3", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
+        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=16,
+        max_position_embeddings=128,
+    )).eval()
+    batch = zoo.batch([9, 3])
+    found = capture(built, batch, {})
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        got, want = run(built, found, batch).logits, built(**batch).logits
+    torch.testing.assert_close(got[real], want[real], rtol=1e-5, atol=1e-5)
