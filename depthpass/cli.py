@@ -120,7 +120,8 @@ def _parser() -> argparse.ArgumentParser:
     _form(p, "json")
 
     p = add("demo", _demo, "Transform a small model, check it, report on it, train it a little, generate; no download.")
-    p.add_argument("options", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    p.add_argument("--steps", type=_positive, default=60, help="training steps (default: 60)")
+    p.add_argument("--group", type=_positive, default=4, help="group of the bridges (default: 4)")
     return parser
 
 
@@ -256,7 +257,7 @@ def _calibrate(args: argparse.Namespace) -> int:
 def _demo(args: argparse.Namespace) -> int:
     from depthpass.demo import run_demo
 
-    return int(run_demo(args.options) or 0)
+    return run_demo(steps=args.steps, group=args.group)
 
 
 # What commands share.

@@ -8,7 +8,6 @@ later tokens.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -192,8 +191,3 @@ def _certified(
             if best + n.weight != own[i]:
                 return False
     return True
-
-
-def common_period(recurrences: Sequence[Recurrence]) -> int:
-    """Smallest number of tokens after which every recurrence has repeated."""
-    return math.lcm(*(r.period for r in recurrences))

@@ -7,6 +7,7 @@ registered here. None of the ops ever runs: the outliner replaces each by a call
 
 from __future__ import annotations
 
+import functools
 import inspect
 import types
 from collections.abc import Callable
@@ -254,6 +255,7 @@ def attention_style(model: nn.Module) -> str:
     return style
 
 
+@functools.cache
 def signature_names(fn: Callable) -> tuple[str, ...]:
     """Names of a forward's own parameters, ``**kwargs`` left out."""
     return tuple(

@@ -132,6 +132,19 @@ def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     return examples, dims
 
 
+class _ForwardError(Exception):
+    """Carries an error of the model's own code through ``torch.export``."""
+
+    @property
+    def partial_fx_graph(self):
+        # torch.export hangs the half-made graph here and prints all of it; the error names the layer instead.
+        raise AttributeError
+
+    @partial_fx_graph.setter
+    def partial_fx_graph(self, graph):
+        pass
+
+
 @contextmanager
 def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
     """Give a model's forward exactly these keyword arguments.
@@ -143,7 +156,10 @@ def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
     replaced = model.__dict__.get("forward")
 
     def forward(**given):
-        return stock(**given)
+        try:
+            return stock(**given)
+        except Exception as error:
+            raise _ForwardError from error
 
     forward.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in names]

@@ -401,6 +401,9 @@ class _Builder:
         return tuple(str(n.target) for n in self.graph.nodes if n.op == "get_attr")
 
     def finish(self, result) -> fx.GraphModule:
+        for source, node in self.env.items():
+            if isinstance(node, fx.Node) and node.op == "placeholder":
+                node.meta.setdefault("val", source.meta.get("val"))
         self.graph.output(result)
         self.graph.eliminate_dead_code()
         gm = fx.GraphModule(self.owner.traced.module, self.graph)

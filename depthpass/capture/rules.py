@@ -127,6 +127,13 @@ def reshape(call: Call) -> Axes:
     return regroup(call.tensors()[0], call.size)
 
 
+def squeeze(call: Call) -> Axes:
+    axes = call.axes("self")
+    for d in _dims(call, len(axes)):
+        _plain(axes[d], "would drop, when there is only one, the dimension of")
+    return reshape(call)
+
+
 def view(call: Call) -> Axes:
     """``view`` to a shape, or to a dtype of the same width."""
     if "dtype" in call.args and call.tensors()[0] and len(call.size) != len(call.tensors()[0]):
@@ -548,7 +555,8 @@ _TABLE: dict[str, Rule] = {
     "where masked_fill multiply subtract divide true_divide floor_divide rsub complex polar fill copy log_sigmoid "
     "special_expit ldexp native_dropout": elementwise,
     # Same entries in the same order.
-    "reshape _unsafe_view view_as reshape_as flatten unflatten squeeze unsqueeze ravel atleast_1d atleast_2d": reshape,
+    "reshape _unsafe_view view_as reshape_as flatten unflatten unsqueeze ravel": reshape,
+    "squeeze": squeeze,
     "view": view,
     "transpose swapaxes swapdims t mT matrix_H adjoint": transpose,
     "permute": permute,

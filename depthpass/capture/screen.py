@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import nn
 
 from depthpass.capture.attention import attention_style
+from depthpass.capture.explain import dispatches
 from depthpass.errors import UnsupportedModelError
 
 _TRACED_ROPE = {
     "dynamic": "rescales every token's angles with the longest position of the call",
     "longrope": "switches every token's angles when a row grows past its original length",
 }
+_LOCAL = re.compile("norm|mlp|feed.?forward|ffn|moe|expert|dropout|embed|identity|^linear$", re.IGNORECASE)
 _FLAGS = ("output_router_logits", "output_attentions", "output_hidden_states")
 
 
@@ -66,6 +70,13 @@ def screen(model: nn.Module, static: dict[str, object]) -> None:
                 f"{name}: config.is_causal=False makes its attention bidirectional; a token that sees later tokens has "
                 "no place in a token loop. Expected a causal decoder."
             )
+    # Tracing would find these too, after minutes of unrolled recurrences.
+    if getattr(model, "_is_stateful", False) and (mixers := _mixers(model, layers)):
+        raise UnsupportedModelError(
+            f"{name}: {', '.join(mixers)} carries a state along the tokens besides keys and values (state-space, recurrent "
+            "or linear-attention layers); a program cannot chunk or delay it yet. Use a model whose blocks mix tokens by "
+            "attention only."
+        )
     for path, module in model.named_modules():
         for kind in _rope_types(module):
             if kind in _TRACED_ROPE:
@@ -84,6 +95,17 @@ def screen(model: nn.Module, static: dict[str, object]) -> None:
         raise UnsupportedModelError("use_cache=True: caching is done by depthpass; capture without it.")
     if not len(model.get_submodule(layers)):
         raise UnsupportedModelError(f"{name}: {layers} is empty; expected at least one block.")
+
+
+def _mixers(model: nn.Module, layers: str) -> list[str]:
+    """Modules of the blocks that are neither attention nor token-local by name: the first of each class."""
+    found: dict[str, str] = {}
+    for i, block in enumerate(model.get_submodule(layers)):
+        for child, module in block.named_children():
+            kind = type(module).__name__
+            if not _LOCAL.search(kind) and not any(dispatches(type(m)) for m in module.modules()):
+                found.setdefault(kind, f"{layers}.{i}.{child} ({kind})")
+    return list(found.values())
 
 
 def _rope_types(module: nn.Module) -> list[str]:

@@ -46,7 +46,7 @@ def attach(model: nn.Module, spec) -> nn.Module:
     found = attached_spec(inner)
     if found is None:
         runtime = prepare(inner, passes, None)
-        made = build(runtime.program, next(inner.parameters())).train(inner.training)
+        made = build(runtime.program, next(inner.parameters()), inner.config).train(inner.training)
         made.spec = runtime.spec
         inner.add_module(PREFIX, made)
     elif spec_hash(found) != spec_hash(passes):
@@ -60,7 +60,16 @@ def attach(model: nn.Module, spec) -> nn.Module:
 
 def attached_spec(model: nn.Module) -> dict | None:
     """The spec whose parameters are attached to a model, as plain data; None without any."""
-    return getattr(getattr(model, PREFIX, None), "spec", None)
+    return getattr(depth_of(getattr(model, PREFIX, None)), "spec", None)
+
+
+def depth_of(module: nn.Module | None) -> nn.Module | None:
+    """The new parameters in force: PEFT wraps them in ``modules_to_save`` and trains a copy."""
+    saved = getattr(module, "modules_to_save", None)
+    if saved is None:
+        return module
+    active = [a for a in getattr(module, "active_adapters", ()) if a in saved]
+    return saved[active[0]] if active else module.original_module
 
 
 def owners(parameters: Collection[nn.Parameter]) -> list[nn.Module]:

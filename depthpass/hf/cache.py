@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,8 +33,14 @@ class DepthCache(Cache):
         super().__init__(layers=[])
         from depthpass_lowering.state import State
 
+        # Inside a PEFT wrapper it is still the transformed model that runs, and asks whose cache this is.
+        wrapped = getattr(model, "get_base_model", None)
+        model = wrapped() if callable(wrapped) else model
         if not hasattr(model, "depth_program"):
-            raise CacheError(f"DepthCache: expected a transformed model, got {type(model).__name__}.")
+            raise CacheError(
+                f"DepthCache: expected a transformed model, got {type(model).__name__}. Call dp.transform(model, spec) "
+                "first."
+            )
         self._owner = weakref.ref(model)
         self.state: State = State(record=record)
 
@@ -111,16 +118,19 @@ class DepthCache(Cache):
         self.state = self.state.map(lambda t: t.repeat_interleave(repeats, 0))
 
     def activate_past_recording(self) -> None:
-        """Keep whole delay lines from now on, so that tokens can be taken back."""
-        self.state.record = True
+        """Keep whole delay lines from now on, so that later tokens can be taken back."""
+        if not self.state.record:
+            self.state = replace(self.state, record=True, since=self.state.length)
 
     def crop(self, max_length: int) -> None:
-        """Drop the newest tokens: keep ``max_length`` of them, or drop ``-max_length`` when negative.
+        """Drop the newest tokens: ``-max_length`` of them when negative, all after the first ``max_length`` when positive.
+
+        Zero drops nothing, as in transformers; :meth:`reset` drops everything.
 
         Raises:
             CacheError: the delay lines no longer hold the tokens before the new end.
         """
-        new = self.state.length + max_length if max_length < 0 else max_length
+        new = self.state.length + max_length if max_length <= 0 else max_length
         if new >= self.state.length:
             return
         if new < 0:

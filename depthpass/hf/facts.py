@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -96,7 +96,7 @@ def stock_model(source: ModelLike) -> nn.Module:
     if isinstance(source, nn.Module):
         # A PEFT wrapper holds the transformers model.
         base = getattr(source, "get_base_model", None)
-        return base() if callable(base) else source
+        return cast(nn.Module, base()) if callable(base) else source
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     config = source if isinstance(source, PreTrainedConfig) else _config(source)

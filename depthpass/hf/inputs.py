@@ -15,7 +15,7 @@ _IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "pas
             "position_ids"}
 _REFUSED_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _EMBEDS = ("input_ids", "inputs_embeds")
-_TOKEN_INPUTS = ("labels", "token_type_ids", "mm_token_type_ids")
+_TENSORS = ("labels", "token_type_ids", "mm_token_type_ids", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -58,6 +58,10 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
         raise InputError(f"expected exactly one of input_ids and inputs_embeds, got {source or 'neither'}.")
     tokens = given[source[0]]
     want = 2 if source[0] == "input_ids" else 3
+    if not isinstance(tokens, Tensor):
+        raise InputError(f"{source[0]}: expected a tensor, got {type(tokens).__name__}. Tokenize with return_tensors='pt'.")
+    if tokens.is_floating_point() != (want == 3):
+        raise InputError(f"{source[0]}: expected {'integers' if want == 2 else 'floats'}, got {tokens.dtype}.")
     if tokens.dim() != want or tokens.shape[0] == 0 or tokens.shape[1] == 0:
         raise InputError(
             f"{source[0]}: expected a non-empty tensor of {want} dimensions [batch, tokens{', width' * (want - 2)}], "
@@ -90,7 +94,7 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
                              f"{did_you_mean(name, known)}")
         if name == "num_items_in_batch":
             tensors[name] = torch.as_tensor(value, device=device)
-        elif name in _TOKEN_INPUTS and isinstance(value, Tensor):
+        elif name in _TENSORS and isinstance(value, Tensor):
             tensors[name] = value
         elif value is not False:
             raise InputError(f"{name}: not supported on a transformed model.")
@@ -100,13 +104,16 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
     if use_cache is None:
         use_cache = cache is not None or (bool(getattr(config, "use_cache", False)) and not model.training)
     return_dict = given.get("return_dict", getattr(config, "return_dict", True))
-    keep = _logits_to_keep(names, given)
-    if keep is not None and "labels" in tensors:
-        raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
+    keep = _logits_to_keep(names, given, new)
+    if "labels" in tensors and "logits_to_keep" in names:  # a language model: one label per token
+        if keep is not None:
+            raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
+        if (shape := tuple(tensors["labels"].shape)) != (batch, new):
+            raise InputError(f"labels: expected shape {(batch, new)}, got {shape}. The model shifts them by itself.")
     return Call(tensors, valid, past, cache, bool(use_cache), bool(return_dict), keep)
 
 
-def _logits_to_keep(names: tuple[str, ...], given: dict[str, object]) -> slice | Tensor | None:
+def _logits_to_keep(names: tuple[str, ...], given: dict[str, object], new: int) -> slice | Tensor | None:
     value = given.get("logits_to_keep", 0)
     if isinstance(value, int) and value == 0:
         return None
@@ -116,6 +123,11 @@ def _logits_to_keep(names: tuple[str, ...], given: dict[str, object]) -> slice |
         if value < 0:
             raise InputError(f"logits_to_keep: expected at least 0, got {value}.")
         return slice(-value, None)
+    if not isinstance(value, Tensor) or value.dim() != 1 or value.is_floating_point():
+        got = f"a tensor {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else repr(value)
+        raise InputError(f"logits_to_keep: expected an integer or a tensor of token indices [kept], got {got}.")
+    if value.dtype != torch.bool and value.numel() and not -new <= (far := int(value[value.abs().argmax()])) < new:
+        raise InputError(f"logits_to_keep: expected token indices in 0..{new - 1}, got {far}.")
     return value
 
 

@@ -20,6 +20,7 @@ from depthpass.capture.attention import signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.hf.watch import Binding, Watch
 from depthpass.ir.program import Program
 from depthpass.ir.verify import Type, infer
 from depthpass.schedule.regions import Schedule
@@ -42,6 +43,9 @@ class Runtime:
         spec: the passes that were applied, as a plain mapping.
         lowering: rung of the ladder that runs serial regions.
         captures: one per call signature, made on first use.
+        bindings: the live tensors that each part and block of a capture reads, by its id.
+        watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
+        heads: taps by name: whether they are handed out as logits.
     """
 
     spec: dict
@@ -51,10 +55,14 @@ class Runtime:
     position_table: int | None
     lowering: str = "auto"
     types: dict[str, Type] = field(init=False)
+    heads: dict[str, bool] = field(init=False)
     captures: dict[tuple, Capture] = field(default_factory=dict)
+    bindings: dict[int, list[Binding]] = field(default_factory=dict)
+    watches: list[Watch] = field(default_factory=list)
 
     def __post_init__(self):
         self.types = infer(self.program)
+        self.heads = {o["name"]: bool(o["head"]) for o in self.program.taps}
 
     def __deepcopy__(self, memo):
         # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
@@ -85,23 +93,14 @@ def attention_style(model: nn.Module) -> str:
 class BlockCall:
     """What a block is called with besides the hidden stream: see :func:`block_forward`."""
 
-    __slots__ = ("block", "root", "sides", "visit")
+    __slots__ = ("block", "host", "sides", "visit")
 
-    def __init__(self, block: Block, visit, sides: Sequence[Tensor], root: nn.Module):
-        self.block, self.visit, self.sides, self.root = block, visit, sides, root
+    def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
+        self.block, self.visit, self.sides, self.host = block, visit, sides, host
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        params = bound_tensors(self.block, layer, self.root)
+        params = self.host.tensors(self.block, layer)
         return self.block.template.graph(self.visit, hidden, *self.sides, *params)
-
-
-def bound_tensors(block: Block, layer: nn.Module, root: nn.Module) -> list[Tensor]:
-    """The tensors a block's graph is bound to, in the order of its inputs."""
-    return [
-        attribute(root, p[1:]) if p.startswith("/") else
-        block.constants[p] if p in block.constants else attribute(layer, p)
-        for p in block.template.params
-    ]
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -116,13 +115,6 @@ def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
     return call.run(layer, hidden)
 
 
-def attribute(module: nn.Module, path: str) -> Tensor:
-    """A parameter or buffer by its dotted path."""
-    for part in path.split("."):
-        module = getattr(module, part)
-    return module
-
-
 class StockHost:
     """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.eager.Host`)."""
 
@@ -131,15 +123,29 @@ class StockHost:
         self.layers = model.get_submodule(captured.layers)
         self.extras = sides
         self.style = attention_style(model)
+        self.training = model.training
         self.modules: dict[str, nn.Module] = {}
 
+    def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
+        """The live tensors that a block or part reads, in the order of its graph's inputs."""
+        bindings = self.model._depth.bindings
+        found = bindings.get(id(owner))
+        if found is None:
+            names = owner.params if isinstance(owner, Part) else owner.template.params
+            found = bindings[id(owner)] = [
+                functools.partial(owner.constants.__getitem__, p) if p in owner.constants else
+                Binding(self.model, p[1:]) if p.startswith("/") else Binding(module, p)
+                for p in names
+            ]
+        return [read() for read in found]
+
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
-        params = [part.constants[p] if p in part.constants else attribute(self.model, p) for p in part.params]
+        params = self.tensors(part, self.model)
         extras = [self.extras[e] for e in part.extras]
         return part.graph(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self.model))
+        return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self))
 
     def sides_of(self, index: int) -> tuple[int, ...]:
         return self.captured.blocks[index].sides
@@ -170,7 +176,7 @@ class StockHost:
 
     def bound(self, index: int) -> tuple[Template, list[Tensor]]:
         block = self.captured.blocks[index]
-        return block.template, bound_tensors(block, self.layers[index], self.model)
+        return block.template, self.tensors(block, self.layers[index])
 
     def submodules_of(self, index: int) -> tuple[str, ...]:
         graph = self.captured.blocks[index].template.graph.graph
@@ -222,6 +228,9 @@ class DepthModel:
         depth_program: the :class:`~depthpass.ir.program.Program` that runs.
         depth_schedule: how it is scheduled.
         depth_spec: the passes, as a plain mapping.
+
+    The outputs of a program with taps have one more attribute, ``outputs.taps``: the streams ``[batch, tokens, width]``
+    (or logits) by name. The output class stays the stock one, and ``return_dict=False`` leaves taps out.
     """
 
     _depth: Runtime
@@ -272,11 +281,16 @@ class DepthModel:
             runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types,
             runtime.lowering,
         )
-        last = streams.pop("output")
         if call.keep is not None:
-            last = last[:, call.keep]
-        flat = host.part(captured.head, call.tensors, last)
-        output = pytree.tree_unflatten(list(flat), captured.out_spec)
+            streams = {name: x[:, call.keep] for name, x in streams.items()}
+        outputs = {
+            name: pytree.tree_unflatten(list(host.part(captured.head, call.tensors, x)), captured.out_spec)
+            for name, x in streams.items() if name == "output" or runtime.heads[name]
+        }
+        output = outputs.pop("output")
+        if runtime.heads:
+            # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
+            output.taps = {n: outputs[n].logits if head else streams[n] for n, head in runtime.heads.items()}
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.state = state
@@ -288,7 +302,7 @@ class DepthModel:
         """The capture for this call signature, made on first use."""
         key = (
             tuple((n, t.dtype, t.dim(), t.device) for n, t in sorted(call.tensors.items())),
-            "use_cache" in names, fingerprint(self),
+            "use_cache" in names, self._watched(),
         )
         runtime = self._depth
         found = runtime.captures.get(key)
@@ -300,9 +314,17 @@ class DepthModel:
                     runtime.captures[key] = found
         return found
 
+    def _watched(self) -> tuple:
+        watches = self._depth.watches
+        if not watches or not watches[-1].current():
+            watches.append(Watch(self))
+        return watches[-1].key
+
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
         stock = stock_copy(self)
         static = {"use_cache": False} if "use_cache" in names else {}
+        # Heads without the argument ask the config. The copy's config is its own.
+        stock.config.get_text_config(decoder=True).use_cache = False
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.enable_grad():
             found = capture(stock, tensors, static)
         if len(found.blocks) != self._depth.program.blocks:
@@ -317,13 +339,20 @@ class DepthModel:
         given = model_kwargs.get("past_key_values")
         if isinstance(mask := model_kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
             check_rows(mask)
+        if generation_config.use_cache is not False and (future := reads_future(self.depth_program)):
+            raise InputError(
+                f"generate: {future} chooses tokens with scores of later tokens, so a token's logits change when more "
+                "follow and decoding is not what was trained. Use mode='threshold' for generation; with use_cache=False "
+                "the rule is applied afresh to the row so far at every step."
+            )
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise InputError(
                     f"cache_implementation={generation_config.cache_implementation!r}: a transformed model keeps its "
                     "own DepthCache (one slot per visit and delay lines); leave cache_implementation unset."
                 )
-            model_kwargs["past_key_values"] = DepthCache(self)
+            # An assistant's tokens are taken back when the model it drafts for disagrees.
+            model_kwargs["past_key_values"] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
@@ -367,6 +396,11 @@ class DepthModel:
         return (_rebuild, (type(self)._stock_class,), *made[2:])
 
 
+def reads_future(program: Program) -> str | None:
+    """The first op of a program that needs later tokens of the row, or None: then decoding equals scoring."""
+    return next((f"%{o.name} = route topk" for o in program if o.kind == "route" and o["rule"] == "topk"), None)
+
+
 def _rebuild(stock_class: type) -> nn.Module:
     cls = depth_class(stock_class)
     return cls.__new__(cls)
@@ -376,9 +410,11 @@ def _rebuild(stock_class: type) -> nn.Module:
 def depth_class(stock: type) -> type:
     """The class of transformed models of a stock class; it keeps the stock class's name."""
 
+    signature = inspect.signature(stock.forward)
+
     @functools.wraps(stock.forward)
     def forward(self, *args, **kwargs):
-        bound = inspect.signature(stock.forward).bind_partial(self, *args, **kwargs)
+        bound = signature.bind_partial(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
@@ -389,26 +425,8 @@ def depth_class(stock: type) -> type:
         "forward": torch.compiler.disable(forward), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
-    body["forward"].__signature__ = inspect.signature(stock.forward)
+    body["forward"].__signature__ = signature
     return type(stock.__name__, (DepthModel, stock), body)
-
-
-def fingerprint(model: nn.Module) -> tuple:
-    """What a capture depends on: the module tree, modes, dtypes, devices and adapter switches."""
-    found = []
-    for module in model.modules():
-        first = next((p for p in module._parameters.values() if p is not None), None)
-        entry = (id(module), module.training) if first is None else (
-            id(module), module.training, first.dtype, first.device, len(module._parameters)
-        )
-        if hasattr(module, "merged_adapters"):
-            scaling = getattr(module, "scaling", None)
-            entry += (
-                module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters),
-                tuple(scaling.items()) if isinstance(scaling, dict) else None,
-            )
-        found.append(entry)
-    return tuple(found)
 
 
 def stock_copy(model: nn.Module) -> nn.Module:

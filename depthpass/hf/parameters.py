@@ -32,15 +32,61 @@ class Weigh(nn.Module):
         return x * self.weight
 
 
-def build(program: Program, like: torch.Tensor) -> DepthParameters:
+class QueryGate(nn.Module):
+    """A score per token and head from the rotated query: ``q_h . w_h + b_h`` (PLT, IQuest-Coder-Loop).
+
+    Starts at zero, which mixes both sides of a gated visit in equal parts.
+    """
+
+    def __init__(self, heads: int, dim: int, like: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(like.new_zeros(heads, dim))
+        self.bias = nn.Parameter(like.new_zeros(heads))
+
+    def forward(self, query: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, heads, dim]`` -> ``[batch, tokens, heads]``."""
+        if query.shape[2:] != self.weight.shape:
+            raise UnsupportedModelError(
+                f"attention gate: expected queries of {tuple(self.weight.shape)} (heads, size) as the config says, got "
+                f"{tuple(query.shape[2:])}. Use gate='hidden', or kv='own'."
+            )
+        return (query * self.weight).sum(-1) + self.bias
+
+
+class HiddenGate(nn.Module):
+    """A score per token and head from the block's input: ``W rmsnorm(x) + b`` (LoopCoder-V2). Starts at zero."""
+
+    def __init__(self, heads: int, width: int, like: torch.Tensor, eps: float = 1e-6):
+        super().__init__()
+        self.norm = Weigh(width, 1.0).to(device=like.device, dtype=like.dtype)
+        self.weight = nn.Parameter(like.new_zeros(heads, width))
+        self.bias = nn.Parameter(like.new_zeros(heads))
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, width]`` -> ``[batch, tokens, heads]``."""
+        normed = self.norm(x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps))
+        return nn.functional.linear(normed, self.weight, self.bias)
+
+
+def build(program: Program, like: torch.Tensor, config=None) -> DepthParameters:
     """Create the new parameters of a program.
 
     Args:
         like: a parameter of the stock model; the new ones get its dtype and device.
+        config: the stock model's config; only programs with attention gates need it.
+
+    Raises:
+        UnsupportedModelError: the config does not say how many heads a gate needs, or of what size.
     """
     types = infer(program)
     declared = parameters(program, types)
     root = DepthParameters(str(program))
+    for o in program.visits:
+        if o["gate"] and not _has(root, o["gate"]):
+            heads, dim = _heads(config)
+            gate = QueryGate(heads, dim, like) if o["gate_input"] == "query" else HiddenGate(heads, program.width, like)
+            _attach(root, o["gate"], gate)
     for o in program.ops:
         name = o["name"] if o.kind in ("linear", "weigh", "rms") else None
         if not name or _has(root, name):
@@ -54,6 +100,19 @@ def build(program: Program, like: torch.Tensor) -> DepthParameters:
             module = Weigh(weight.shape[0], float(weight.fill)).to(like.device)
         _attach(root, name, module.to(dtype=like.dtype))
     return root
+
+
+def _heads(config) -> tuple[int, int]:
+    """Number and size of the query heads of every block."""
+    text = None if config is None else config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or heads < 1:
+        raise UnsupportedModelError(
+            f"attention gates: expected a config with one number of attention heads, got {heads!r} in "
+            f"{type(config).__name__}. Use kv='own' or kv='first', which have no gates."
+        )
+    dim = getattr(text, "head_dim", None)
+    return heads, dim if isinstance(dim, int) else text.hidden_size // heads
 
 
 def _initialise(module: nn.Linear, std: float, identity: bool) -> None:

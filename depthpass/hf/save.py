@@ -12,11 +12,12 @@ from pathlib import Path
 
 import transformers
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from depthpass.errors import InputError, SpecError, did_you_mean
 from depthpass.hf.model import PREFIX, depth_class
+from depthpass.hf.transform import check_one_device
 
 _FIELDS = ("spec", "chunk")
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
@@ -36,6 +37,7 @@ def from_pretrained(path: str | os.PathLike, **kwargs) -> nn.Module:
     Raises:
         SpecError: not a depthpass checkpoint, or its weights under ``depth.`` are not those of its spec.
         InputError: ``use_safetensors=False`` was asked for.
+        UnsupportedModelError: ``device_map`` spreads the model over several devices.
     """
     if kwargs.setdefault("use_safetensors", True) is not True:
         raise InputError(f"use_safetensors: expected True, got {kwargs['use_safetensors']!r}; transformed models are "
@@ -59,6 +61,7 @@ def from_pretrained(path: str | os.PathLike, **kwargs) -> nn.Module:
         path, output_loading_info=True, **kwargs
     )
     _check_keys(info, str(path))
+    check_one_device(model)
     return (model, info) if wanted else model
 
 
@@ -69,7 +72,7 @@ def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | No
         SpecError: it holds none, or something this version does not know.
     """
     held = config.get("depthpass") if isinstance(config, dict) else getattr(config, "depthpass", None)
-    if not held:
+    if held is None:
         raise SpecError(
             f"{where}: expected a config with a depthpass spec, got one without: this is a stock model. Load it with "
             "its stock class (AutoModelForCausalLM.from_pretrained) and call dp.transform(model, spec)."
@@ -88,12 +91,12 @@ def _stock_class(settings: dict, where: str) -> type:
     for name in settings.get("architectures") or ():
         if (found := getattr(transformers, name, None)) is not None:
             return found
-    config = transformers.CONFIG_MAPPING.get(settings.get("model_type"), None)
-    if config is not None and config in MODEL_FOR_CAUSAL_LM_MAPPING:
+    kind = settings.get("model_type")
+    if kind in CONFIG_MAPPING and (config := CONFIG_MAPPING[kind]) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return MODEL_FOR_CAUSAL_LM_MAPPING[config]
     raise SpecError(
         f"{where}: config.architectures: expected the name of a transformers class, got "
-        f"{settings.get('architectures')!r} (model type {settings.get('model_type')!r}). Load the stock model yourself, "
+        f"{settings.get('architectures')!r} (model type {kind!r}). Load the stock model yourself, "
         "then dp.transform(model, spec) and load_state_dict."
     )
 

@@ -34,6 +34,7 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str
     Raises:
         SpecError, PassError: the spec cannot be applied to this model; nothing has been changed.
         UnsupportedModelError: the model cannot be treated; nothing has been changed.
+        LoweringError: the program can be reported but not run yet; nothing has been changed.
     """
     inner = _inner(model)
     if isinstance(inner, DepthModel):
@@ -57,27 +58,36 @@ def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
     """Everything that can fail, before anything is changed.
 
     Raises:
-        SpecError, PassError, UnsupportedModelError: as :func:`transform`.
+        SpecError, PassError, UnsupportedModelError, LoweringError: as :func:`transform`.
     """
     passes = load_spec(spec)
     context = context_of(model)
     attention_style(model)
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
-    if len(devices := set(getattr(model, "hf_device_map", {}).values())) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over {', '.join(sorted(map(str, devices)))} by its device_map; a "
-            "transformed model runs on one device. Load it with device_map={'': device}."
-        )
+    check_one_device(model)
     program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
+    from depthpass_lowering.eager import check_program
+
+    check_program(program)
     return Runtime(
         dump_spec(passes), program, schedule(program, chunk), find_layers(model), position_table(model)
     )
 
 
+def check_one_device(model: nn.Module) -> None:
+    """Raise UnsupportedModelError for a model whose device map names several devices."""
+    # Its hooks move what a block is called with, but neither a block's tables nor its keys and values.
+    if len(devices := {str(d) for d in getattr(model, "hf_device_map", {}).values()}) > 1:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is spread over {', '.join(sorted(devices))} by its device_map; a transformed model "
+            "runs on one device. Load it with device_map={'': device}."
+        )
+
+
 def install(model: nn.Module, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
-    model.add_module(PREFIX, build(runtime.program, next(model.parameters())))
+    model.add_module(PREFIX, build(runtime.program, next(model.parameters()), model.config))
     model.depth.train(model.training)
     model._depth = runtime
     for layer in model.get_submodule(runtime.layers):

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from depthpass.analysis.depth import Depth, Step, depth
 from depthpass.errors import SpecError
 from depthpass.ir.program import Program, reads_slots, writes_slot
-from depthpass.ir.verify import infer, parameters
+from depthpass.ir.verify import Type, infer, parameters
 from depthpass.report.numbers import Number, Section
-from depthpass.schedule.regions import Schedule
+from depthpass.schedule.regions import Region, Schedule
 
 if TYPE_CHECKING:
     import sympy
@@ -43,7 +43,7 @@ class Segment:
     blocks: tuple[int, ...]
 
     def __str__(self) -> str:
-        return f"token {self.token}: blocks {_ranges(self.blocks)}"
+        return f"token {self.token}: {'block' if len(self.blocks) == 1 else 'blocks'} {_ranges(self.blocks)}"
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,30 @@ class Report:
 
     @property
     def recursions(self) -> int:
-        """Steps of the token loop: ceil(n / chunk), 1 when nothing is serial."""
-        return -(-self.seq_len // self.chunk) if self.chunk else 1
+        """Steps of the longest token loop: ceil(n / chunk), pads included; 1 when nothing is serial."""
+        return max((self._steps(r) for r in self.schedule.regions), default=1)
 
     @property
     def serial_block_calls(self) -> int:
         """Block calls one after another for the whole row, every chunk of a serial region counted."""
-        return self.schedule.steps(self.seq_len)
+        return sum(len(r.visits) * self._steps(r) for r in self.schedule.regions)
+
+    @cached_property
+    def types(self) -> dict[str, Type]:
+        """Type of every value."""
+        return infer(self.program)
+
+    @property
+    def serial_pads(self) -> int:
+        """Pad tokens that a token loop runs over besides the real ones."""
+        loops = self.schedule.serial_regions
+        return max((self.types[o.name].pads for r in loops for o in r.ops if o.name), default=0)
+
+    def _steps(self, region: Region) -> int:
+        if region.chunk is None:
+            return 1
+        pads = max(self.types[o.name].pads for o in region.ops if o.name)
+        return -(-(self.seq_len + pads) // region.chunk)
 
     @cached_property
     def new_parameters(self) -> int:
@@ -138,11 +155,10 @@ class Report:
     @cached_property
     def delay_lines(self) -> dict[str, tuple[int, int]]:
         """Delayed streams: name to (tokens kept, width). Delays of one stream share one line."""
-        types = infer(self.program)
         lines: dict[str, tuple[int, int]] = {}
         for o in self.program.ops:
             if o.kind == "delay":
-                tokens, width = lines.get(o.args[0], (0, types[o.args[0]].width))
+                tokens, width = lines.get(o.args[0], (0, self.types[o.args[0]].width))
                 lines[o.args[0]] = max(tokens, o["tokens"]), width
         return lines
 
@@ -154,11 +170,12 @@ class Report:
     @cached_property
     def slot_tokens(self) -> dict[int, int]:
         """Tokens that each slot keeps at n: all, or the widest window when every reader looks through one."""
+        written = {writes_slot(o): self.seq_len + self.types[o.name].pads for o in self.program.visits}
         kept: dict[int, int] = {}
         for o in self.program.visits:
             for slot in reads_slots(o):
                 windowed = o["gate"] is not None and slot == o["slot"]
-                tokens = min(self.seq_len, o["window"]) if windowed else self.seq_len
+                tokens = min(written[slot], o["window"]) if windowed else written[slot]
                 kept[slot] = max(kept.get(slot, 0), tokens)
         return kept
 
@@ -190,7 +207,7 @@ class Report:
             return None
         from depthpass.analysis.tasks import sufficient
 
-        pads = infer(self.program)[self.program.output].pads
+        pads = self.types[self.program.output].pads
         return sufficient(self.task, self.depth_at(self.seq_len), tokens=self.seq_len + pads)
 
     @cached_property

@@ -75,7 +75,13 @@ def _target(program: Program, delay: Op, column: dict[str, int]) -> int:
 
 
 class _Grid:
-    """Places of columns and rows."""
+    """Places of columns and rows.
+
+    Attributes:
+        real: real tokens of the row that is drawn; its pads follow.
+        tokens: tokens drawn, ``hidden`` more pads are left out.
+        step: tokens per line of the picture.
+    """
 
     def __init__(self, report: Report) -> None:
         self.columns = report.visits
@@ -87,7 +93,11 @@ class _Grid:
             self.step = chunk if self.by_chunk else 1
             wanted = CHUNKS if self.by_chunk else min(CHUNKS * chunk, MAX_ROWS)
             self.rows = min(wanted, -(-report.seq_len // self.step))
-        self.tokens = min(self.rows * self.step, report.seq_len)
+        pads = report.types[report.program.output].pads
+        self.real = max(1, min(self.rows * self.step - pads, report.seq_len))
+        self.rows = min(self.rows, -(-(self.real + pads) // self.step))
+        self.tokens = min(self.rows * self.step, self.real + pads)
+        self.hidden = self.real + pads - self.tokens
         self.pitch = max(14.0, min(40.0, (WIDEST - LEFT - 60) / max(self.columns, 1)))
         self.cell = self.pitch - (8 if self.pitch > 24 else 4)
         self.width = round(LEFT + self.pitch * self.columns + 70)
@@ -104,7 +114,7 @@ class _Grid:
 
     def label(self, row: int) -> str:
         if not self.by_chunk:
-            return f"token {row}"
+            return f"token {row}" if row < self.real else f"pad {row - self.real + 1}"
         return f"{row * self.step}..{min((row + 1) * self.step, self.tokens) - 1}"
 
 
@@ -116,11 +126,11 @@ def picture(report: Report) -> str:
     """An SVG element and its caption."""
     grid = _Grid(report)
     serial = {o.name for r in report.schedule.serial_regions for o in r.visits}
-    path = segments(report.depths[None].critical_path(grid.tokens))
+    path = tuple(s for s in segments(report.depths[None].critical_path(grid.real)) if s.token < grid.tokens)
     on_path = {(v, s.token // grid.step) for s in path for v in s.visits}
     parts = [
         f'<svg class="dp-picture" viewBox="0 0 {grid.width} {grid.height}" '
-        f'style="min-width:{min(grid.width, 640)}px;max-width:{grid.width}px" role="img" '
+        f'style="width:{grid.width}px" role="img" '
         f'aria-label="{report.visits} block visits by {grid.tokens} tokens">',
         '<defs><marker id="dp-arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" markerHeight="5" '
         'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" class="dp-arrowhead"/></marker></defs>',
@@ -221,4 +231,8 @@ def _caption(report: Report, grid: _Grid) -> str:
     edges = delay_edges(report.program)
     if edges:
         text += f"Thin lines: the {len(edges)} delays, drawn from the first token only. "
-    return text + f"Thick: a longest path of these {grid.tokens} tokens, {report.depth_at(grid.tokens)} block visits."
+    pads = grid.tokens + grid.hidden - grid.real
+    row = f"a row of {grid.real} tokens" + (f" and {pads} pads" if pads else "")
+    if grid.hidden:
+        row += f" ({grid.hidden} of them not drawn)"
+    return text + f"Thick: a longest path of {row}, {report.depth_at(grid.real)} block visits."

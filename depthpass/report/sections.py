@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from depthpass.analysis.closed_form import format_formula
-from depthpass.analysis.depth import Weight, depth
+from depthpass.analysis.depth import WEIGHTS, depth
 from depthpass.ir.program import plain as stock_program
 from depthpass.report.numbers import Number, Section
 from depthpass.schedule.regions import schedule
@@ -66,9 +66,9 @@ def _depth(report: Report) -> Section:
         Number("depth_at_n", f"depth at n = {n}", main.at(n), "block visits", stock=blocks),
         Number("depth_rate", "growth", main.rate, "block visits per token", "in the long run"),
     ]
-    counted: tuple[tuple[Weight, str], ...] = (("attention", "attention layers"), ("mlp", "MLPs"))
+    counted: tuple[tuple[Literal["attention", "mlp"], str], ...] = (("attention", "attention layers"), ("mlp", "MLPs"))
     for weight, unit in counted:
-        weighed = depth(report.program, weight=weight)
+        weighed = main if WEIGHTS[weight] == WEIGHTS["visits"] else depth(report.program, weight=weight)
         found.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
     for tap, d in report.depths.items():
         if tap is not None:
@@ -96,10 +96,16 @@ def _schedule(report: Report) -> Section:
                "on a delay cycle; all others run over the whole row at once", out_of=report.visits),
         Number("chunk", "chunk", chunk if chunk is not None else "the whole row", "tokens" if chunk is not None else "",
                "tokens that a serial region runs together"),
-        Number("recursions", "recursions", report.recursions, "steps of the token loop", "ceil(n / chunk)", stock=1),
+        Number("recursions", "recursions", report.recursions, "steps of the token loop", _loop_note(report), stock=1),
         Number("serial_block_calls", "serial block calls", report.serial_block_calls, "block calls",
                "one after another for the whole row", stock=stock.steps(n)),
     ))
+
+
+def _loop_note(report: Report) -> str:
+    if not report.serial_blocks:
+        return "no token loop"
+    return f"ceil((n + {report.serial_pads} pads) / chunk)" if report.serial_pads else "ceil(n / chunk)"
 
 
 def _state(report: Report) -> Section:
@@ -113,7 +119,7 @@ def _state(report: Report) -> Section:
             note += ", as far as windows and chunks still see them"
         found.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=_stock_kv_bytes(report)))
     found.append(Number("delay_line_values", "delay lines", values, "values per row",
-                        f"{len(report.delay_lines)} streams" if report.delay_lines else ""))
+                        f"delayed streams: {len(report.delay_lines)}"))
     if report.facts is not None:
         found.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",
                             f"{report.batch} rows, independent of n"))

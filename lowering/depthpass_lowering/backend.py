@@ -91,6 +91,9 @@ def depthpass_backend(
         raise SpecError(f"mode: expected none, got {mode!r}; modes are inductor's. Leave it out.")
     from depthpass.capture.dynamo import capture_graph
 
+    if _holds_no_model(gm, example_inputs):
+        inner = settings.inner
+        return torch._dynamo.lookup_backend(inner)(gm, example_inputs) if isinstance(inner, str) else inner(gm, example_inputs)
     model = _model_of(gm, example_inputs)
     depth, program, plan = _planned(model, settings, example_inputs)
     if torch._dynamo.config.automatic_dynamic_shapes or not torch._dynamo.config.assume_static_by_default:
@@ -113,6 +116,7 @@ class _Compiled:
         self.runners: dict[fx.GraphModule, Callable] = {}
 
     def __call__(self, *args):
+        from depthpass.hf.attach import depth_of
         from depthpass_lowering.eager import run
         from depthpass_lowering.graph_host import Columns, GraphHost
         from depthpass_lowering.state import State
@@ -121,17 +125,17 @@ class _Compiled:
         inputs = {name: args[i] for name, i in c.inputs.items()}
         valid = self._validity(inputs)
         name, dim = c.tokens
-        host = GraphHost(c.capture, {n: args[i] for n, i in c.parameters.items()}, self.depth, self._runner)
+        runner = None if self.inner == "eager" else self._runner
+        host = GraphHost(c.capture, {n: args[i] for n, i in c.parameters.items()}, depth_of(self.depth), runner)
         hidden, *sides = host.part(c.capture.prologue, inputs, visit=Columns(inputs[name].shape[dim]))
         host.extras = sides
         streams, _ = run(
-            self.plan, host, hidden, sides, c.capture.side_axes, State(), valid, keep=False, types=self.types
+            self.plan, host, hidden, sides, c.capture.side_axes, State(), valid, keep=False, types=self.types,
+            lowering="auto",
         )
         return host.part(c.capture.head, inputs, streams["output"])
 
     def _runner(self, gm: fx.GraphModule) -> Callable:
-        if self.inner == "eager":
-            return gm
         if gm not in self.runners:
             from depthpass_lowering.segments import Segmented, compile_segment
 
@@ -169,7 +173,9 @@ def _planned(
 ) -> tuple[nn.Module, Program, Schedule]:
     """The new parameters, the program and its schedule."""
     from depthpass.hf.attach import attached_spec
+    from depthpass.hf.inputs import warn_frozen
     from depthpass.hf.transform import context_of
+    from depthpass_lowering.eager import check_program
 
     attached = attached_spec(model)
     if settings.spec is None and attached is None:
@@ -185,6 +191,7 @@ def _planned(
         )
     context = context_of(model)
     program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
+    check_program(program)
     if program.taps:
         raise SpecError(
             f"the spec hands out {', '.join(t['name'] for t in program.taps)} besides the model's own outputs, which a "
@@ -192,6 +199,7 @@ def _planned(
         )
     plan = schedule(program, settings.chunk)
     if attached is not None:
+        warn_frozen(model)
         return model.depth, program, plan
     return _unattached(model, passes, program, arguments), program, plan
 
@@ -210,7 +218,7 @@ def _unattached(model: nn.Module, passes, program: Program, arguments: Sequence[
         )
     made = _SCORING.setdefault(model, {})
     if key not in made:
-        made[key] = build(program, next(model.parameters())).requires_grad_(False)
+        made[key] = build(program, next(model.parameters()), model.config).requires_grad_(False)
         if names:
             warnings.warn(
                 f"the {len(names)} new parameters of the spec exist only inside the compiled function, at their initial "
@@ -218,6 +226,16 @@ def _unattached(model: nn.Module, passes, program: Program, arguments: Sequence[
                 UserWarning, stacklevel=2,
             )
     return made[key]
+
+
+def _holds_no_model(gm: fx.GraphModule, arguments: Sequence[object]) -> bool:
+    """Whether a graph is code around the model that a graph break has cut off, such as a loss: it runs as it is.
+
+    A piece of the model itself is no such case: blocks that are not all in one graph are refused where they are.
+    """
+    return not any(isinstance(a, nn.Parameter) for a in arguments) and all(
+        n.op in ("placeholder", "output", "call_function", "call_method") for n in gm.graph.nodes
+    )
 
 
 def _model_of(gm: fx.GraphModule, arguments: Sequence[object]) -> nn.Module:
@@ -229,12 +247,6 @@ def _model_of(gm: fx.GraphModule, arguments: Sequence[object]) -> nn.Module:
     from depthpass.hf.attach import owners
 
     held = [a for a in arguments if isinstance(a, nn.Parameter)]
-    if not held:
-        raise UnsupportedModelError(
-            "a graph without any parameter of a model: expected a whole forward pass in one graph. A graph break cut it, or "
-            "code around the model was compiled apart from it; find the cause with fullgraph=True, and compile the model "
-            "itself."
-        )
     found = _models_in_scope(gm, held) or owners(held)
     if len(found) != 1:
         names = ", ".join(type(m).__name__ for m in found) or "none"

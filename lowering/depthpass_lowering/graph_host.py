@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Capture, Part, Site
+from depthpass.capture.model import Capture, Part, Site, Template
 from depthpass.errors import LoweringError
 from depthpass_lowering.attention import sdpa_attention
 
@@ -22,11 +22,12 @@ class GraphHost:
         captured: the capture.
         values: parameters and buffers of the model by full name.
         depth: the module that holds the new parameters.
-        runner: how graphs are run.
+        runner: how graphs are run; None = as they are.
     """
 
-    def __init__(self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner):
-        self.captured, self.values, self.depth, self.runner = captured, values, depth, runner
+    def __init__(self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner | None):
+        self.captured, self.values, self.depth = captured, values, depth
+        self.compiled, self.runner = runner is not None, runner or (lambda graph: graph)
         self.extras: Sequence[Tensor] = ()
 
     def part(self, part: Part, inputs: Mapping[str, Tensor], *streams: Tensor, visit=None):
@@ -36,13 +37,19 @@ class GraphHost:
         return self.runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.bound(index)
+        return self.runner(template.graph)(visit, hidden, *sides, *params)
+
+    def bound(self, index: int) -> tuple[Template, list[Tensor]]:
         block = self.captured.blocks[index]
         prefix = f"{self.captured.layers}.{index}."
-        params = [
+        return block.template, [
             block.constants[p] if p in block.constants else self.values[p[1:] if p.startswith("/") else prefix + p]
             for p in block.template.params
         ]
-        return self.runner(block.template.graph)(visit, hidden, *sides, *params)
+
+    def refuses_schedule(self, index: int) -> str | None:
+        return "an inner compiler runs the blocks" if self.compiled else None
 
     def sides_of(self, index: int) -> tuple[int, ...]:
         return self.captured.blocks[index].sides
@@ -56,8 +63,14 @@ class GraphHost:
     def module(self, name: str) -> nn.Module:
         return self.depth.get_submodule(name)
 
-    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+    def submodules_of(self, index: int) -> tuple[str, ...]:
+        return ()
+
+    def stock_module(self, index: int, path: str) -> nn.Module:
         raise LoweringError(f"block {index}: a graph of torch.compile has no module {path!r} to call.")
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        return self.stock_module(index, path)(*args)
 
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
         return sdpa_attention(q, k, v, mask, causal, site.scale, site.dropout)

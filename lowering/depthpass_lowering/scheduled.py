@@ -8,6 +8,7 @@ equals the eager rung up to the order of summation.
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Sequence
 
 import torch
@@ -24,14 +25,14 @@ from depthpass_lowering.fx_passes.sink import sink_linears_pass
 from depthpass_lowering.sink import Sink, sunk_linear
 from depthpass_lowering.state import Slot, Span
 
-_SUNK: dict[int, tuple[Template, fx.GraphModule]] = {}
+_SUNK: weakref.WeakKeyDictionary[Template, fx.GraphModule] = weakref.WeakKeyDictionary()
 
 
 def sunk_graph(template: Template) -> fx.GraphModule:
     """The template's graph with sunk weight gradients, made once per template."""
-    if id(template) not in _SUNK or _SUNK[id(template)][0] is not template:
-        _SUNK[id(template)] = (template, sink_linears_pass(template.graph)[0])
-    return _SUNK[id(template)][1]
+    if template not in _SUNK:
+        _SUNK[template] = sink_linears_pass(template.graph)[0]
+    return _SUNK[template]
 
 
 class ScheduledRun(Run):
@@ -68,6 +69,10 @@ class ScheduledRun(Run):
                 return reason
             if torch.is_grad_enabled() and any(s.dropout for s in self.host.sites_of(o["index"])):
                 return "attention dropout is on"
+        here = {writes_slot(o) for o in region.visits}
+        for o in self.program.visits:
+            if o["keys"] is not None and (o in region.visits) != (o["keys"] in here):
+                return f"block {o['index']} shares the keys of slot {o['keys']} across the border of the token loop"
         unknown = {o.kind for o in region.ops} - {"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms"}
         return f"op {min(unknown)} in a serial region" if unknown else None
 
@@ -107,6 +112,15 @@ class _Job:
                 for i in range(len(sites))
             ]
         return self.buffers[number]
+
+    def release(self) -> None:
+        """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
+        for buffers in self.buffers.values():
+            for buffer in buffers:
+                buffer.token = None
+        for o in self.region.ops:
+            if o.kind == "delay":
+                self.run.state.lines.pop(o.name, None)
 
     def store(self) -> None:
         """Hand the buffers over as slots, for a later call or region."""
@@ -156,10 +170,11 @@ class _BufferedVisit(RunningVisit):
         low = 0 if window is None else max(0, self.span.start - window + 1)
         if mask is not None and low:
             mask = mask[..., low:]
-        site = self.sites[number]
+        # Not a closure over the visit: it is kept until the backward pass, and the visit knows the whole run.
+        host, index, site = self.host, self.index, self.sites[number]
 
         def attend(q, k, v, sinks):
-            return self.host.attention(self.index, site, q, k, v, mask, causal, sinks)
+            return host.attention(index, site, q, k, v, mask, causal, sinks)
 
         return Use(buffer, self.span.start, self.span.count, low, write, attend)
 
@@ -247,7 +262,10 @@ class _RegionFunction(torch.autograd.Function):
         with torch.enable_grad():
             out = job.loop(dict(zip(job.names, streams)), leaves)
         outs = [out[name] for name in job.wanted]
-        ctx.job, ctx.outs, ctx.leaves, ctx.streams = job, outs, leaves, streams
+        # The job knows the run and the run will hold this node's outputs: keeping it here would be a cycle that no
+        # collector sees. The backward pass needs the sink alone.
+        job.release()
+        ctx.sink, ctx.outs, ctx.leaves, ctx.streams = job.sink, outs, leaves, streams
         return tuple(o.detach() for o in outs)
 
     @staticmethod
@@ -256,14 +274,14 @@ class _RegionFunction(torch.autograd.Function):
         if ctx.outs is None:
             raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
                                "forward again, or use lowering='eager' with retain_graph=True.")
-        job, leaves, streams = ctx.job, ctx.leaves, ctx.streams
+        sink, leaves, streams = ctx.sink, ctx.leaves, ctx.streams
         pairs = [(o, g) for o, g in zip(ctx.outs, grads) if o.requires_grad and g is not None]
         sources = [*leaves.values(), *streams]
         found = torch.autograd.grad(
             [o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True
         )
-        ctx.outs = ctx.streams = None
-        sunk = job.sink.finish()
+        ctx.outs = ctx.streams = ctx.leaves = None
+        sunk = sink.finish()
         weights = []
         for leaf, g in zip(leaves.values(), found):
             extra = sunk.get(id(leaf))

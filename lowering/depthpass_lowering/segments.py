@@ -16,22 +16,33 @@ Compiler = Callable[[fx.GraphModule], Callable]
 
 
 def compile_segment(gm: fx.GraphModule, backend: str | Callable) -> Callable:
-    """Compile a segment with a Dynamo backend; batch and tokens stay dynamic."""
-    dynamic = [
-        [d for d, s in enumerate(n.meta["val"].shape) if isinstance(s, torch.SymInt)]
-        if isinstance(n.meta.get("val"), Tensor) else []
-        for n in gm.graph.nodes if n.op == "placeholder"
-    ]
-    compiled = torch.compile(gm, backend=backend, fullgraph=True)
+    """Compile a segment with a Dynamo backend, once for all numbers of rows and tokens above one."""
+    dynamic = [_symbolic_dims(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
+    compiled = torch.compile(gm, backend=backend)
 
-    def run(*args):
+    def run(*args: Tensor):
+        args = tuple(_packed(a) if dims else a for a, dims in zip(args, dynamic))
         for a, dims in zip(args, dynamic):
-            for d in dims:
-                if a.shape[d] > 1:
-                    torch._dynamo.maybe_mark_dynamic(a, d)
+            torch._dynamo.maybe_mark_dynamic(a, [d for d in dims if a.shape[d] > 1])
         return compiled(*args)
 
     return run
+
+
+def _packed(x: Tensor) -> Tensor:
+    """A tensor with the strides that follow from its shape.
+
+    A chunk cut out of a row has the strides of the row, on which the inner compiler would specialise; ``contiguous`` lets
+    those of dimensions of size 1 pass.
+    """
+    steps = [1]
+    for size in reversed(x.shape[1:]):
+        steps.append(steps[-1] * max(size, 1))
+    return x if list(x.stride()) == steps[::-1] else x.clone(memory_format=torch.contiguous_format)
+
+
+def _symbolic_dims(value: object) -> list[int]:
+    return [d for d, s in enumerate(value.shape) if isinstance(s, torch.SymInt)] if isinstance(value, Tensor) else []
 
 
 class Segmented:

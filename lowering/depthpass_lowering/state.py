@@ -44,6 +44,7 @@ class State:
         lines: by delay name: the source stream at the last real tokens of each row, ``[batch, >= n, width]``, most
             recent last; zeros where a row has fewer.
         record: keep whole delay lines instead of the last n tokens, so that tokens can be taken back (crop).
+        since: columns seen when recording began: how far back tokens can be taken.
     """
 
     length: int = 0
@@ -51,6 +52,7 @@ class State:
     slots: dict[int, Slot] = field(default_factory=dict)
     lines: dict[str, Tensor] = field(default_factory=dict)
     record: bool = False
+    since: int = 0
 
     def fork(self) -> State:
         """A state that can be advanced without changing this one (tensors are shared, never written in place)."""
@@ -61,6 +63,7 @@ class State:
         return State(
             self.length, None if self.valid is None else fn(self.valid),
             {k: s.map(fn) for k, s in self.slots.items()}, {k: fn(t) for k, t in self.lines.items()}, self.record,
+            self.since,
         )
 
     def nbytes(self) -> tuple[int, int]:
@@ -80,6 +83,11 @@ def crop(state: State, length: int) -> State:
             f"crop: the delay lines only hold the last tokens of each row, so {state.length - length} tokens cannot be "
             "taken back. Make the cache with DepthCache(model, record=True)."
         )
+    if state.lines and length < state.since:
+        raise CacheError(
+            f"crop: the delay lines were recorded from token {state.since} on, so only tokens after it can be taken back, "
+            f"not all after {length}. Make the cache with DepthCache(model, record=True) to record from the start."
+        )
     dropped = state.length - length
     valid = state.valid
     lines = {}
@@ -95,9 +103,10 @@ def crop(state: State, length: int) -> State:
     slots = {}
     for number, slot in state.slots.items():
         if slot.columns is not None:
-            raise CacheError("crop: slots of routed visits hold a different number of tokens per row; not supported.")
+            raise CacheError("crop: a slot of a routed or windowed visit does not hold every token. Windowed ones do with "
+                             "DepthCache(model, record=True); routed ones cannot be cropped.")
         slots[number] = slot.map(lambda t: t[:, :, :length])
-    return State(length, None if valid is None else valid[:, :length], slots, lines, True)
+    return State(length, None if valid is None else valid[:, :length], slots, lines, state.record, state.since)
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,15 @@ import zoo
 from cost_models import llama_1b, llama_on_meta, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
-from depthpass.analysis.cost import AttentionSite, Experts, count, model_cost
+from depthpass.analysis.cost import AttentionSite, Experts, cost, count, model_cost
 from depthpass.analysis.cost.model import block_kinds, shortened
 from depthpass.analysis.cost.symbols import B, n
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import UnsupportedModelError
+from depthpass.ir import plain
 
 BATCH, TOKENS = 2, 19
-FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "gemma3_text", "olmo2", "cohere", "qwen3_moe", "gpt_oss", "llama4_text"]
+FAMILIES = ["llama", "gpt2", "gemma2", "qwen3_moe", "llama4_text"]
 
 
 def at(expr, batch=BATCH, tokens=TOKENS):
@@ -34,14 +35,14 @@ def forward_flops(model, *, backward=False):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_count_equals_torchs_flop_counter(name):
-    model = zoo.model(name, layers=2)
+    model = zoo.model(name, layers=2 if name == "gemma2" else 1)
     counted = sum(p.count.total_flops("dense") for p in model_cost(model).parts)
     assert at(counted) == forward_flops(model)
 
 
 def test_count_on_the_meta_device_equals_the_flop_counter_there():
     """Fused attention is counted by torch on the meta device only."""
-    model = zoo.model("opt", layers=2).to("meta")
+    model = zoo.model("opt", layers=1).to("meta")
     counted = sum(p.count.total_flops("dense") for p in model_cost(model).parts)
     with FlopCounterMode(display=False) as counter:
         model(input_ids=torch.zeros(BATCH, TOKENS, dtype=torch.long, device="meta"), use_cache=False)
@@ -51,26 +52,25 @@ def test_count_on_the_meta_device_equals_the_flop_counter_there():
 
 def test_llama_equals_the_hand_formula():
     """Per token and block: q, o = 2*d*d each, k, v = 2*d*kv each, three MLP matrices of 2*d*f; head 2*d*V."""
-    cost, d, kv, f, vocabulary, heads = llama_1b(), 2048, 512, 8192, 128256, 32
-    block = cost.blocks[5].count
+    model, d, kv, f, vocabulary, heads = llama_1b(), 2048, 512, 8192, 128256, 32
+    block = model.blocks[5].count
     assert block.gemm_flops["projection"] == 2 * (2 * d * d + 2 * d * kv) * B * n
     assert block.gemm_flops["mlp"] == 6 * d * f * B * n
     assert block.key_value_flops == 4 * d * kv * B * n
     assert block.flops("dense")["attention"] == 4 * B * n**2 * d
     assert sp.expand(block.flops("visible")["attention"] - 4 * B * d * n * (n + 1) / 2) == 0
-    assert cost.head.count.gemm_flops == {"head": 2 * d * vocabulary * B * n}
-    assert cost.blocks[0].count.sites == (AttentionSite(heads, 8, 64, 64),)
-    assert cost.vocabulary == vocabulary
-    assert cost.parameters == 1_235_814_400
-    assert cost.blocks[0].weights.total == 60_817_408 + 2 * d  # norms
-    assert cost.norm.weights.total == d
-    assert cost.itemsize == 2
+    assert model.head.count.gemm_flops == {"head": 2 * d * vocabulary * B * n}
+    assert model.blocks[0].count.sites == (AttentionSite(heads, 8, 64, 64),)
+    assert model.vocabulary == vocabulary
+    assert model.parameters == 1_235_814_400
+    assert model.blocks[0].weights.total == 60_817_408 + 2 * d  # norms
+    assert model.norm.weights.total == d
+    assert model.itemsize == 2
 
 
 def test_elementwise_operations_are_counted_apart():
     """A SiLU and a product on the MLP's inner stream, two residual sums, rotary on queries and keys."""
-    cost = tiny()
-    element = cost.blocks[0].count.elementwise_flops
+    element = tiny().blocks[0].count.elementwise_flops
     assert element["mlp"] == 2 * 48 * B * n
     assert element["residual"] == 2 * 32 * B * n
     # x*cos + rotate_half(x)*sin: two products, a sum, half a negation, on 4 query and 2 key heads of 8.
@@ -79,19 +79,21 @@ def test_elementwise_operations_are_counted_apart():
     assert element["norm"] == 2 * (4 * 32 + 2) * B * n
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "smollm3", "llama4_text", "qwen3_moe"])
+@pytest.mark.parametrize("name", [
+    "gemma3_text", *(pytest.param(x, marks=pytest.mark.slow) for x in ("llama4_text", "qwen3_moe", "smollm3")),
+])
 def test_a_shortened_model_gives_the_numbers_of_the_full_one(name):
     """Counting one block of each kind equals counting every block."""
     extra = {"mlp_only_layers": [1]} if name == "qwen3_moe" else {}
-    model = zoo.model(name, layers=5, **extra)
+    model = zoo.model(name, layers=4 if name in ("llama4_text", "smollm3") else 3, **extra)
     layers = find_layers(model)
     kinds = block_kinds(model, layers)
-    assert len(set(kinds)) < 5, "nothing was shared"
+    assert len(set(kinds)) < len(kinds), "nothing was shared"
     short = model_cost(model)
     import depthpass.analysis.cost.model as module
 
     original = module.block_kinds
-    module.block_kinds = lambda model, layers: tuple(range(5))  # every block is its own kind
+    module.block_kinds = lambda model, layers: tuple(range(len(kinds)))  # every block is its own kind
     try:
         full = model_cost(model)
     finally:
@@ -122,14 +124,14 @@ def test_shortening_leaves_the_model_alone():
     model_cost(model)
     assert before == (list(model.model.layers), list(model.config.layer_types), model.config.num_hidden_layers)
     assert model.config._attn_implementation == attention
-    assert next(model.parameters()).device.type == "cpu"
+    assert all(p.device.type == "cpu" for p in model.parameters())
 
 
 def test_windows_and_chunks_are_found_on_the_blocks():
     sites = [b.count.sites[0] for b in tiny("gemma2").blocks]
     assert [s.window for s in sites] == [zoo.WINDOW, None] * 2
-    sites = [b.count.sites[0] for b in tiny("llama4_text").blocks]
-    assert [s.chunk for s in sites] == [zoo.WINDOW] * 3 + [None]
+    sites = [b.count.sites[0] for b in tiny("llama4_text", layers=1).blocks]
+    assert [s.chunk for s in sites] == [zoo.WINDOW]
 
 
 @pytest.mark.parametrize("window", [None, 1, 3, 7, 50])
@@ -158,7 +160,7 @@ def test_experts_are_counted_as_routed():
     assert block.weights.read(10_000) == block.weights.total
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "olmo2", "gemma"])
+@pytest.mark.parametrize("name", ["llama", "gemma"])
 def test_activation_bytes_agree_with_what_autograd_saves(name):
     """An estimate, and a close one: everything autograd packs, parameters aside, once per storage."""
     model = zoo.model(name, layers=3, num_key_value_heads=4)
@@ -173,11 +175,10 @@ def test_activation_bytes_agree_with_what_autograd_saves(name):
 
     ids = torch.randint(3, zoo.VOCABULARY, (2, 40))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = model(input_ids=ids, use_cache=False)
+        out = model(input_ids=ids, position_ids=torch.arange(40).expand(2, 40), use_cache=False)
     assert out.logits.requires_grad
-    cost = model_cost(model)
-    memory = sum(p.count.memory.saved_bytes for p in cost.parts)
-    assert at(memory, 2, 40) == pytest.approx(sum(size for size, _ in kept.values()), rel=0.02)
+    estimate = cost(plain(type(model).__name__, 3, 32), model_cost(model)).at("activation bytes kept", 40, 2)
+    assert estimate == pytest.approx(sum(size for size, _ in kept.values()), rel=0.02)
 
 
 def test_peak_memory_of_a_block_is_its_widest_moment():
@@ -190,7 +191,7 @@ def test_peak_memory_of_a_block_is_its_widest_moment():
 
 def test_count_reads_an_exported_graph_directly():
     """The same numbers without depthpass' capture: torch.export of a stock model with fused attention."""
-    model = zoo.model("llama", layers=2).to("meta")
+    model = zoo.model("llama", layers=1).to("meta")
     tokens = torch.export.Dim("tokens", min=1)
     ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
     program = torch.export.export(
@@ -198,10 +199,10 @@ def test_count_reads_an_exported_graph_directly():
         dynamic_shapes={"input_ids": {0: torch.export.Dim("batch", min=1), 1: tokens}, "use_cache": None}, strict=False,
     )
     found = count(program.graph_module, part="head")
-    whole = sum(p.count.total_flops("dense") for p in tiny(layers=2).parts)
+    whole = sum(p.count.total_flops("dense") for p in tiny(layers=1).parts)
     assert sp.expand(found.total_flops("dense") - whole) == 0
-    assert len(found.sites) == 2
-    assert found.gemm_flops["mlp"] == 2 * 6 * 32 * 48 * B * n
+    assert len(found.sites) == 1
+    assert found.gemm_flops["mlp"] == 6 * 32 * 48 * B * n
 
 
 def test_count_covers_the_matmul_ops_of_other_models():

@@ -165,7 +165,7 @@ RECURSIONS = {
 def test_turboconn_recursions_on_parity_follow_from_its_recipe():
     """Lengths U(1..70) in batches of 64, two tokens per bit and 16 around: the longest row decides.
 
-    Printed are means over the 6,000 batches of one pass over 384k samples: within two standard errors of the exact mean.
+    Printed are means over the 6,000 batches of one pass over 384k samples: two standard errors from the exact mean.
     """
     bits = longest_of({k: Fraction(1, 70) for k in range(1, 71)}, 64)
     lengths = {2 * k + 16: p for k, p in bits.items()}

@@ -155,3 +155,29 @@ def test_solved_systems_equal_long_simulations(seed: int) -> None:
 def test_nodes_that_no_path_reaches_are_said_so() -> None:
     found, recurrences = solve([Node("a", ()), Node("b", (("b", 1),), 1)], frozenset(["a"]))
     assert found["b"] == UNREACHED and not recurrences
+
+
+@pytest.mark.parametrize("height", [40, 50])
+def test_an_input_that_jumps_after_the_first_pattern_is_not_missed(height: int) -> None:
+    """b grows by 1 per token; at token 10 its input jumps above it, though it is no faster in the long run."""
+    nodes = [
+        Node("s", ()),
+        Node("a", (("s", 0), ("a", 50)), height),
+        Node("j", (("s", 0), ("a", 10))),
+        Node("b", (("j", 0), ("b", 1)), 1),
+    ]
+    found, recurrences = solve(nodes, frozenset(["s"]))
+    expected, last = [], 0
+    for i in range(400):
+        jump = height * (1 + (i - 10) // 50) if i >= 10 else 0
+        last = max(jump, last) + 1
+        expected.append(last)
+    assert [found["b"].at(i) for i in range(400)] == expected
+    assert {r.nodes: r.cycle_ratio for r in recurrences} == {("a",): Fraction(height, 50), ("b",): Fraction(1)}
+
+
+def test_cycles_driven_from_outside_are_marked() -> None:
+    nodes = [Node("s", ()), Node("a", (("s", 0), ("a", 1)), 3), Node("b", (("a", 0), ("b", 2)), 1)]
+    found, recurrences = solve(nodes, frozenset(["s"]))
+    assert [r.driven for r in recurrences] == [False, True]
+    assert found["b"].rate == 3

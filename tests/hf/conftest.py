@@ -4,22 +4,49 @@ import pytest
 
 import depthpass.hf.model
 
+_ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
-@pytest.fixture(scope="module")
-def one_capture():
-    """Capture equal stock models only once; what runs on the captures stays each model's own."""
-    kept = {}
+
+def _signature(model, tensors, static):
+    settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
+    return (
+        repr(sorted(settings.items(), key=str)), tuple((n, type(m), m.training) for n, m in model.named_modules()),
+        tuple((n, p.shape, p.dtype) for n, p in model.named_parameters()),
+        tuple((n, t.dtype, t.dim()) for n, t in sorted(tensors.items())), tuple(static),
+    )
+
+
+@pytest.fixture(scope="session")
+def _kept():
+    return {}
+
+
+@pytest.fixture
+def one_capture(_kept, monkeypatch):
+    """Capture equal stock models only once in a test run; what runs on the captures stays each model's own.
+
+    A capture is a pure function of what the key holds, and takes most of the time of these tests.
+    """
     real = depthpass.hf.model.capture
 
     def capture(model, tensors, static):
-        key = (
-            model.config.to_json_string(), type(model), model.training, next(model.parameters()).dtype,
-            tuple((n, t.dtype, t.dim()) for n, t in sorted(tensors.items())), tuple(static),
-        )
-        if key not in kept:
-            kept[key] = real(model, tensors, static)
-        return kept[key]
+        key = _signature(model, tensors, static)
+        if key not in _kept:
+            _kept[key] = real(model, tensors, static)
+        return _kept[key]
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(depthpass.hf.model, "capture", capture)
-        yield kept
+    monkeypatch.setattr(depthpass.hf.model, "capture", capture)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """A list that grows by one entry per capture."""
+    made = []
+    real = depthpass.hf.model.capture
+
+    def capture(model, tensors, static):
+        made.append(tuple(tensors))
+        return real(model, tensors, static)
+
+    monkeypatch.setattr(depthpass.hf.model, "capture", capture)
+    return made

@@ -8,10 +8,11 @@ import zoo
 from turbos import GROUP, enliven, spec, stock_of, turbo_of
 
 LENGTHS = [8, 5, 7]
+pytestmark = pytest.mark.usefixtures("one_capture")
 
 
 @pytest.fixture(scope="module", params=zoo.SUPPORTED)
-def models(request, one_capture):
+def models(request):
     stock = stock_of(request.param)
     return stock, turbo_of(stock)
 

@@ -1,7 +1,8 @@
 """Kernel tests: shared cases on the path, and child processes for Triton.
 
-Triton's interpreter and its compiler cannot share a process (the interpreter patches `triton.language` for good), and the
-interpreter must be chosen before the first import. So each runs in a child, which prints one JSON object per line.
+Triton's interpreter and its compiler cannot share a process (the interpreter patches `triton.language` for
+good), and the interpreter must be chosen before the first import. So each runs in a child, which prints one
+JSON object per line.
 """
 
 import importlib.util

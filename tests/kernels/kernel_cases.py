@@ -1,4 +1,4 @@
-"""Cases shared by the reference tests and the interpreter: operands from a description, and an error measure."""
+"""Cases shared by the reference and kernel tests: operands from a description, and an error measure."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,7 +31,9 @@ class Attention:
         draw = torch.Generator("cpu").manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
-            return on_default(torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu").to(dtype))
+            return on_default(
+                torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu").to(dtype)
+            )
 
         batch = len(self.starts)
         operands = {
@@ -90,7 +92,7 @@ def leaves(operands: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rms_error(got: Tensor, want: Tensor) -> float:
-    """Return the RMS of the difference over the RMS of `want` (of 1 where `want` is zero); NaN if `got` holds NaN."""
+    """Return the RMS of the difference over that of `want` (over 1 if that is zero); NaN if `got` has NaN."""
     got, want = got.double(), want.double()
     size = want.square().mean().sqrt()
     return ((got - want).square().mean().sqrt() / (size if size > 0 else 1)).item()
@@ -109,12 +111,16 @@ class Bridge:
     gain: float = 0.3
     norm_offset: float = 0.0
 
-    def build(self, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
+    def build(
+        self, dtype: torch.dtype, seed: int = 0
+    ) -> tuple[dict[str, Tensor], dict[str, Any], list[Tensor]]:
         """Return the differentiable operands by name, the other options, and gradients of y and z."""
         draw = torch.Generator("cpu").manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
-            return on_default(torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu").to(dtype))
+            return on_default(
+                torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu").to(dtype)
+            )
 
         operands = {"x": random(*self.shape, self.dim), "c": random(*self.shape, self.rank)}
         operands["up_weight"] = random(self.dim, self.rank)

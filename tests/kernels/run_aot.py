@@ -1,7 +1,7 @@
 """Child process: compile the Triton kernels for one architecture, no GPU needed, and print what came out.
 
-Started by test_triton.py without TRITON_INTERPRET, with 80, 90 or 100. One JSON object per kernel. The launches are the
-ones a real call would make, planned on meta tensors.
+Started by test_triton.py without TRITON_INTERPRET, with 80, 90 or 100. One JSON object per kernel. The
+launches are the ones a real call would make, planned on meta tensors.
 """
 
 import json
@@ -59,7 +59,9 @@ def attention_launches(p: Problem, splits: int = 1, accumulate: bool = False) ->
 
 def bridge_launches(rows: int, dim: int, rank: int) -> list[Launch]:
     present = empty(rows, dtype=torch.bool)
-    p = BridgeIn(empty(rows, dim), empty(rows, rank), empty(dim, rank), empty(dim), present, empty(dim), 0.1, 1e-5, 0.0)
+    p = BridgeIn(
+        empty(rows, dim), empty(rows, rank), empty(dim, rank), empty(dim), present, empty(dim), 0.1, 1e-5, 0.0
+    )
     y, z, rstd = p.new_outputs()
     partial = empty(bridge_kernels.MAX_PARTIALS, dim, dtype=torch.float32)
     return [
@@ -69,7 +71,7 @@ def bridge_launches(rows: int, dim: int, rank: int) -> list[Launch]:
 
 
 def launches(arch: int) -> Iterator[tuple[str, Launch]]:
-    """What to compile, by name. The chunk of 64 fills the large tiles, 4 and 1 (decoding) take the small ones."""
+    """What to compile, by name. A chunk of 64 fills the large tiles; 4, and 1 (decoding), the small."""
     for width in (64, 128):
         for launch in attention_launches(attention(width, 64, everything=True)):
             yield f"head_dim {width}", launch
@@ -81,7 +83,10 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         yield "head_dim 128, chunk of 4, causal only", launch
     for launch in attention_launches(attention(128, 1, everything=True), splits=8)[:2]:
         yield "head_dim 128, one token, 8 shares", launch
-    yield "head_dim 64, into float32 buffers", attention_launches(attention(64, 64, True), accumulate=True)[-1]
+    yield (
+        "head_dim 64, into float32 buffers",
+        attention_launches(attention(64, 64, True), accumulate=True)[-1],
+    )
     for launch in attention_launches(attention(96, 64, True, torch.float16)):
         yield "head_dim 96, float16", launch
 
@@ -99,7 +104,9 @@ def main() -> None:
         found = {key.lower(): int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         record = {"name": name, "kernel": launch.kernel.__name__, "rows": launch.tile.m, "cubin": len(cubin)}
         record |= {"shared": compiled.metadata.shared, "matrix": [m for m in MATRIX if m in ptx]}
-        print(json.dumps(record | found | {"copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx))}), flush=True)
+        print(
+            json.dumps(record | found | {"copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx))}), flush=True
+        )
 
 
 if __name__ == "__main__":

@@ -38,7 +38,9 @@ def oracle(
     return stacked, stacked / (size**2 + eps).sqrt() * (norm_offset + norm_weight)
 
 
-def grads(outputs: tuple[Tensor, Tensor | None], inputs: dict[str, Tensor], weights: list[Tensor]) -> dict[str, Tensor]:
+def grads(
+    outputs: tuple[Tensor, Tensor | None], inputs: dict[str, Tensor], weights: list[Tensor]
+) -> dict[str, Tensor]:
     """Gradients through both outputs together."""
     pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o is not None]
     found = torch.autograd.grad([o for o, _ in pairs], list(inputs.values()), [w for _, w in pairs])
@@ -65,7 +67,9 @@ def test_gradient_through_one_output(output: int) -> None:
     exact, inputs = leaves(operands), leaves(operands)
     used = [n for n in inputs if output == 1 or n != "norm_weight"]
     want = torch.autograd.grad(oracle(**exact, **options)[output], [exact[n] for n in used], weights[output])
-    got = torch.autograd.grad(bridge_in(**inputs, **options)[output], [inputs[n] for n in used], weights[output])
+    got = torch.autograd.grad(
+        bridge_in(**inputs, **options)[output], [inputs[n] for n in used], weights[output]
+    )
     assert all(rms_error(g, w) < 1e-12 for g, w in zip(got, want, strict=True))
 
 
@@ -111,10 +115,14 @@ def test_several_bridges_equal_one_after_another() -> None:
         safe = c if p is None else torch.where(p[..., None], c, 0)
         want, _ = oracle(want, safe, w, b, present=p, gain=g)
     assert rms_error(y, want) < 1e-12
-    assert rms_error(z, oracle(want, want[..., :1], torch.zeros(10, 1, dtype=F64), norm_weight=norm)[1]) < 1e-12
+    assert (
+        rms_error(z, oracle(want, want[..., :1], torch.zeros(10, 1, dtype=F64), norm_weight=norm)[1]) < 1e-12
+    )
     inputs = [x, *arguments["c"], *arguments["up_weight"], arguments["up_bias"][0], arguments["gain"][1]]
     pull = torch.randn_like(y)
-    for got, expected in zip(torch.autograd.grad(y, inputs, pull), torch.autograd.grad(want, inputs, pull), strict=True):
+    for got, expected in zip(
+        torch.autograd.grad(y, inputs, pull), torch.autograd.grad(want, inputs, pull), strict=True
+    ):
         assert rms_error(got, expected) < 1e-12
 
 
@@ -163,13 +171,18 @@ BAD = {
     "present: expected dtype": dict(present=torch.ones(2, 5)),
     "norm_weight: expected shape": dict(norm_weight=torch.ones(5)),
     "implementation: expected one of": dict(implementation="fast"),
+    "gain: expected one value": dict(gain=[0.1]),
     "up_weight: expected a sequence of 1": dict(c=[torch.zeros(2, 5, 3)]),
-    "present: expected 1 entries": dict(c=[torch.zeros(2, 5, 3)], up_weight=[torch.zeros(8, 3)], present=[None, None]),
+    "present: expected 1 entries": dict(
+        c=[torch.zeros(2, 5, 3)], up_weight=[torch.zeros(8, 3)], present=[None, None]
+    ),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments(message: str) -> None:
-    arguments: dict[str, Any] = dict(x=torch.zeros(2, 5, 8), c=torch.zeros(2, 5, 3), up_weight=torch.zeros(8, 3))
+    arguments: dict[str, Any] = dict(
+        x=torch.zeros(2, 5, 8), c=torch.zeros(2, 5, 3), up_weight=torch.zeros(8, 3)
+    )
     with pytest.raises(ValueError, match=message):
         bridge_in(**arguments | BAD[message])

@@ -37,7 +37,9 @@ def test_attention_op_is_well_formed(name: str) -> None:
     grads = (torch.randn_like(out), out, lse)
     torch.library.opcheck(ops.slot_attention_backward, (*grads, *arguments), test_utils=CHECKS)
     into = torch.zeros_like(arguments[1]), torch.zeros_like(arguments[2])
-    torch.library.opcheck(ops.slot_attention_backward_accumulate, (*grads, *into, *arguments), test_utils=CHECKS)
+    torch.library.opcheck(
+        ops.slot_attention_backward_accumulate, (*grads, *into, *arguments), test_utils=CHECKS
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "no_norm"])
@@ -86,7 +88,9 @@ def test_moving_start_keeps_one_graph() -> None:
 
 def test_exports_with_symbolic_sizes() -> None:
     class Step(torch.nn.Module):
-        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+        def forward(
+            self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, valid: torch.Tensor
+        ) -> torch.Tensor:
             return slot_attention(q, k, v, q_start=k.shape[2] - q.shape[2], valid=valid, window=7)
 
     def inputs(batch: int, length: int, keys: int) -> tuple[torch.Tensor, ...]:
@@ -126,7 +130,9 @@ def test_asking_for_triton_without_a_gpu_raises() -> None:
         bridge_in(x, x, torch.zeros(16, 16), implementation="triton")
 
 
-@pytest.mark.skipif(not select.triton_installed(), reason="the other reasons come after 'triton is not installed'")
+@pytest.mark.skipif(
+    not select.triton_installed(), reason="the other reasons come after 'triton is not installed'"
+)
 def test_triton_names_what_it_cannot_take() -> None:
     assert "float64" in str(select.obstacle(torch.zeros(1, dtype=torch.float64)))
     wide = torch.zeros(1, 1, 1, 320)
@@ -179,9 +185,14 @@ def test_auto_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_needs_torch_alone() -> None:
-    probe = "import sys, depthpass_kernels; print([m for m in ('triton', 'transformers', 'depthpass') if m in sys.modules])"
-    command = [sys.executable, "-c", probe]
-    done = subprocess.run(command, env={"PYTHONPATH": str(ROOT / "kernels")}, capture_output=True, text=True, check=True)
+    probe = """
+import sys, torch
+before = set(sys.modules)
+import depthpass_kernels
+print([m for m in ("triton", "transformers", "depthpass") if m in set(sys.modules) - before])
+"""
+    command, env = [sys.executable, "-c", probe], {"PYTHONPATH": str(ROOT / "kernels")}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 

@@ -59,7 +59,9 @@ def oracle(
     return torch.stack(out).unflatten(0, (batch, heads, length))
 
 
-def compare(case: Attention, function: Any, dtype: torch.dtype = F64, tolerance: float = 1e-12, **more: Any) -> None:
+def compare(
+    case: Attention, function: Any, dtype: torch.dtype = F64, tolerance: float = 1e-12, **more: Any
+) -> None:
     """Check values and every gradient of `function` against the oracle on the same (rounded) operands."""
     operands, options, grad = case.build(dtype)
     exact, given_ = leaves({n: x.to(F64) for n, x in operands.items()}), leaves(operands)
@@ -78,7 +80,9 @@ def test_equals_loop(case: Attention, function: Any, nan_memory: None) -> None:
     compare(case, function)
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)]
+)
 def test_dtypes(dtype: torch.dtype, tolerance: float) -> None:
     compare(ATTENTION["everything"], slot_attention, dtype, tolerance)
 
@@ -164,7 +168,8 @@ def test_any_chunking_is_the_same(size: int) -> None:
     whole = slot_attention(**operands, **options)
     q = operands.pop("q")
     parts = [
-        slot_attention(q[:, :, at : at + size], **operands, **options | {"q_start": at}) for at in range(0, 23, size)
+        slot_attention(q[:, :, at : at + size], **operands, **options | {"q_start": at})
+        for at in range(0, 23, size)
     ]
     assert rms_error(torch.cat(parts, 2), whole) < 1e-14
 
@@ -221,7 +226,9 @@ BAD = {
 
 @pytest.mark.parametrize("message", BAD)
 def test_bad_arguments(message: str) -> None:
-    shapes: dict[str, Any] = dict(q=(2, 4, 5, 20), k=(2, 2, 44, 20), v=(2, 2, 44, 20), q_start=33) | BAD[message]
+    shapes: dict[str, Any] = (
+        dict(q=(2, 4, 5, 20), k=(2, 2, 44, 20), v=(2, 2, 44, 20), q_start=33) | BAD[message]
+    )
     arguments = {n: torch.zeros(x) if n in ("q", "k", "v") else x for n, x in shapes.items()}
     with pytest.raises(ValueError, match=message.replace("+", r"\+")):
         slot_attention(**arguments)

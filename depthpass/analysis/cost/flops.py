@@ -15,7 +15,7 @@ block itself. Softmax, scaling and masking inside a captured attention call are 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import sympy as sp
@@ -92,6 +92,7 @@ def count(
     inputs: Mapping[str, Sequence[object]] | None = None,
     sites: Sequence[AttentionSite] = (),
     experts: Mapping[str, Experts] | None = None,
+    buffers: Collection[str] = (),
     symbols: tuple[sp.Expr, sp.Expr] | None = None,
 ) -> Count:
     """Count an ATen graph whose nodes carry fake tensors in ``meta["val"]``.
@@ -103,13 +104,14 @@ def count(
         inputs: shapes of placeholders without a fake tensor, by name (in the trace's symbols, or in ``B`` and ``n``).
         sites: attention calls by index, for captured graphs whose calls name them.
         experts: sizes of expert layers by module path, for captured graphs that call them.
+        buffers: names of placeholders that hold buffers, which need no gradient.
         symbols: the trace's symbols for the batch and the tokens; found from the shapes when left out.
 
     Raises:
         UnsupportedModelError: sizes that are neither the batch nor the tokens, or a captured call without its sizes.
     """
     counter = _Counter(graph, part, inputs or {}, sites, experts or {}, symbols)
-    return counter.run()
+    return counter.run(buffers)
 
 
 def trace_symbols(graph: fx.Graph | fx.GraphModule) -> tuple[sp.Expr, sp.Expr] | None:
@@ -158,7 +160,7 @@ class _Counter:
             raise UnsupportedModelError(f"cost: expected a fake tensor on {node!r} (meta['val']), got none.")
         return found
 
-    def run(self) -> Count:
+    def run(self, buffers: Collection[str] = ()) -> Count:
         serves_keys = self._key_value_nodes()
         key_value = sp.Integer(0)
         for node in self.graph.nodes:
@@ -175,7 +177,7 @@ class _Counter:
         return Count(
             {c: sp.expand(v) for c, v in self.gemm.items()}, sp.expand(key_value), tuple(self.sites),
             {c: sp.expand(v) for c, v in self.element.items() if v != 0}, tuple(self.expert_calls),
-            memory(self.graph, self.shape), tuple(self.uncounted),
+            memory(self.graph, self.shape, buffers), tuple(self.uncounted),
         )
 
     def _add(self, where: dict[str, sp.Expr], name: str, flops: sp.Expr) -> None:

@@ -8,7 +8,7 @@ and the allocator's rounding are not counted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import sympy as sp
@@ -42,7 +42,7 @@ class Memory:
     """Activation bytes in B and n.
 
     Attributes:
-        saved_bytes: kept from forward to backward.
+        saved_bytes: kept from forward to backward, inputs other than the hidden stream left out.
         peak_bytes: candidates of the largest sum of values alive at once; the peak is their maximum.
         result_bytes: the graph's own result.
     """
@@ -56,15 +56,25 @@ class Memory:
         return sp.Max(*self.peak_bytes) if self.peak_bytes else sp.Integer(0)
 
 
-def memory(graph: fx.Graph, shape: Callable[[fx.Node], tuple[sp.Expr, ...] | None]) -> Memory:
-    """Estimate the activation bytes of one run of a graph."""
-    run = _Run(graph, shape)
+def memory(
+    graph: fx.Graph, shape: Callable[[fx.Node], tuple[sp.Expr, ...] | None], buffers: Collection[str] = ()
+) -> Memory:
+    """Estimate the activation bytes of one run of a graph.
+
+    Args:
+        graph: with fake tensors in ``meta["val"]``.
+        shape: shape of a node's value in B and n.
+        buffers: names of placeholders that hold tensors of the model which never need a gradient.
+    """
+    run = _Run(graph, shape, frozenset(buffers))
     return Memory(run.saved(), run.peaks(), run.results())
 
 
 class _Run:
-    def __init__(self, graph: fx.Graph, shape: Callable[[fx.Node], tuple[sp.Expr, ...] | None]) -> None:
-        self.graph, self.shape = graph, shape
+    def __init__(
+        self, graph: fx.Graph, shape: Callable[[fx.Node], tuple[sp.Expr, ...] | None], buffers: frozenset[str]
+    ) -> None:
+        self.graph, self.shape, self.buffers = graph, shape, buffers
         self.base: dict[fx.Node, fx.Node] = {}
         self.dtype_size = next((table.itemsize(x) for x in graph.nodes if table.itemsize(x)), 4)
         self.differentiable: set[fx.Node] = set()
@@ -98,7 +108,8 @@ class _Run:
 
     def _carries_gradient(self, node: fx.Node) -> bool:
         if node.op == "placeholder":
-            return node.name == "hidden" or _is_parameter(node)
+            trains = _is_parameter(node) and node.name not in self.buffers and not node.name.startswith("b_")
+            return node.name == "hidden" or trains
         if node.op != "call_function":
             return False
         value = node.meta.get("val")
@@ -142,7 +153,9 @@ class _Run:
             if node.target is calls.attend or node.target in table.SDPA:
                 out = self.shape(node)
                 extra += 4 * table.numel(out[:3]) if out else 0
-        return sp.expand(sum((self.bytes(v) for v in kept if not _is_parameter(v)), extra))
+        # Side inputs of a block (rotary tables) are shared by all blocks: whoever made them counts them.
+        own = (v for v in kept if v.op != "placeholder" or v.name == "hidden")
+        return sp.expand(sum((self.bytes(v) for v in own), extra))
 
     def peaks(self) -> tuple[sp.Expr, ...]:
         last: dict[fx.Node, int] = {}

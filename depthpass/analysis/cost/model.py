@@ -7,6 +7,7 @@ those of the full model; a 32-block config takes as long as one with as many blo
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,30 +123,31 @@ def model_cost(model: nn.Module) -> ModelCost:
         UnsupportedModelError: the model cannot be captured; says what stands in the way.
     """
     from depthpass.capture import capture
-    from depthpass.capture.export import find_layers, sharing_copy
+    from depthpass.capture.export import find_layers
 
     layers = find_layers(model)
     kinds = block_kinds(model, layers)
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     chosen = sorted(first.values())
-    short = shortened(_on_meta(sharing_copy(model)), layers, chosen)
+    short = shortened(_meta_copy(model), layers, chosen)
     captured = capture(short, example_inputs(short), {})
+    tensors = {**dict(short.named_parameters(remove_duplicate=False)), **dict(short.named_buffers())}
     full = _block_list(model, layers)
     counted = {
-        kinds[i]: _count_block(captured.blocks[at], full[i], captured.width) for at, i in enumerate(chosen)
+        kinds[i]: _count_block(captured.blocks[at], full[i], tensors, captured.width) for at, i in enumerate(chosen)
     }
     blocks = tuple(
         PartCost(f"block {i}", counted[kind], _weights(full[i], counted[kind]), kind) for i, kind in enumerate(kinds)
     )
-    embeddings = cast(Any, model).get_input_embeddings().weight.shape
-    tensors = {**dict(short.named_parameters(remove_duplicate=False)), **dict(short.named_buffers())}
+    embeddings = cast(Any, model).get_input_embeddings().weight.shape[0]
     around = {
         part: _count_part(part, getattr(captured, name), tensors, captured.width)
         for part, name in (("embed", "prologue"), ("norm", "norm"), ("head", "head"))
     }
     head = around["head"].count.gemm_flops.get("head", sp.Integer(0))
+    outputs = sp.cancel(head / (2 * B * n * captured.width))
     return ModelCost(
-        type(model).__name__, captured.width, int(head / (2 * B * n * captured.width)) or int(embeddings[0]),
+        type(model).__name__, captured.width, int(outputs) if outputs.is_Integer and outputs > 0 else int(embeddings),
         next(model.parameters()).dtype, around["embed"], blocks, around["norm"], around["head"],
         sum({id(p): p.numel() for p in model.parameters()}.values()),
     )
@@ -160,9 +162,14 @@ def example_inputs(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: torch.ones_like(ids) for k in ("input_ids", "attention_mask", "position_ids") if k in taken}
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
-    """A private copy as meta tensors: capture needs shapes only."""
-    return model.to("meta")
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A private copy whose parameters and buffers have shapes only; tied ones stay tied."""
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad)
+        for p in model.parameters()
+    }
+    memo |= {id(b): torch.empty_like(b, device="meta") for b in model.buffers()}
+    return copy.deepcopy(model, memo)
 
 
 def block_kinds(model: nn.Module, layers: str) -> tuple[int, ...]:
@@ -225,17 +232,29 @@ def _block_list(model: nn.Module, layers: str) -> list[nn.Module]:
     return list(cast(nn.ModuleList, model.get_submodule(layers)))
 
 
-def _count_block(block, module: nn.Module, width: int) -> Count:
+def _count_block(block: Any, module: nn.Module, tensors: Mapping[str, torch.Tensor], width: int) -> Count:
     template = block.template
+    held: dict[str, torch.Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    root = {f"/{k}": t for k, t in tensors.items()}
+    sites = [AttentionSite(s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window, s.chunk) for s in template.sites]
+    shapes, buffers = _inputs(template.params, {**root, **held, **block.constants}, width)
+    return count(template.graph, inputs=shapes, sites=sites, experts=expert_sizes(module), buffers=buffers)
+
+
+def _inputs(
+    params: Sequence[str], held: Mapping[str, torch.Tensor], width: int
+) -> tuple[dict[str, Sequence[object]], list[str]]:
+    """Shapes of the placeholders of a captured graph, and which of them are no parameters."""
     shapes: dict[str, Sequence[object]] = {"hidden": (B, n, width)}
-    named = {**dict(module.named_parameters()), **dict(module.named_buffers()), **block.constants}
-    for name in template.params:
-        if name in named:
-            shapes["p_" + name.replace(".", "_")] = tuple(named[name].shape)
-    sites = [
-        AttentionSite(s.heads, s.kv_heads, s.key_dim, s.value_dim, s.window, s.chunk) for s in template.sites
-    ]
-    return count(template.graph, inputs=shapes, sites=sites, experts=expert_sizes(module))
+    buffers = []
+    for name in params:
+        if name not in held:
+            raise UnsupportedModelError(f"cost: a graph reads {name!r}, expected a parameter or buffer of the model.")
+        placeholder = "p_" + name.replace(".", "_").replace("/", "root_")
+        shapes[placeholder] = tuple(held[name].shape)
+        if not isinstance(held[name], nn.Parameter):
+            buffers.append(placeholder)
+    return shapes, buffers
 
 
 def expert_sizes(module: nn.Module) -> dict[str, Experts]:
@@ -258,20 +277,10 @@ def _weights(module: nn.Module, counted: Count) -> Weights:
     return Weights(total - expert, expert, next(iter(stacked.values())).experts, max(counted.expert_calls))
 
 
-def _count_part(part: str, captured, tensors: Mapping[str, torch.Tensor], width: int) -> PartCost:
-    shapes: dict[str, Sequence[object]] = {"hidden": (B, n, width)}
-    named = {**tensors, **captured.constants}
-    for name in captured.params:
-        if name not in named:
-            raise UnsupportedModelError(
-                f"cost: the {part} reads {name!r}, expected a parameter or buffer of the model."
-            )
-        shapes["p_" + name.replace(".", "_")] = tuple(named[name].shape)
-    for name in captured.inputs:
-        shapes["in_" + name] = (B, n)
-    found = count(captured.graph, part=part, inputs=shapes, experts={})
-    return PartCost(part, found, Weights(sum(named[p].numel() for p in captured.params if _is_weight(named[p]))))
-
-
-def _is_weight(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, nn.Parameter)
+def _count_part(part: str, captured: Any, tensors: Mapping[str, torch.Tensor], width: int) -> PartCost:
+    held = {**tensors, **captured.constants}
+    shapes, buffers = _inputs(captured.params, held, width)
+    shapes |= {"in_" + name: (B, n) for name in captured.inputs}
+    found = count(captured.graph, part=part, inputs=shapes, buffers=buffers)
+    weights = [held[p] for p in captured.params if isinstance(held[p], nn.Parameter)]
+    return PartCost(part, found, Weights(sum(w.numel() for w in weights)))

@@ -109,9 +109,9 @@ MOVEMENT = frozenset((
     "scalar_tensor", "sym_size", "sym_numel", "item", "topk", "sort", "argmax", "argmin", "one_hot", "histc",
     "bincount", "dropout", "diff", "nonzero", "tril", "triu", "expand_as", "view_as", "index_select",
     "lift_fresh_copy", "lift_fresh", "as_strided", "movedim", "numel", "_assert_tensor_metadata", "_assert_scalar",
-    "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", "meshgrid", "eye", "all", "any", "mT", "mH", "T", "H", "numpy_T", "adjoint",
-    "is_nonzero", "floor_divide", "outer_index", "isin", "unfold", "fill_", "searchsorted", "view_as_real",
-    "view_as_complex", "scatter_",
+    "_assert_async", "sym_constrain_range_for_size", "sym_constrain_range", "meshgrid", "eye", "all", "any", "mT",
+    "mH", "T", "H", "numpy_T", "adjoint", "is_nonzero", "floor_divide", "outer_index", "isin", "unfold", "fill_",
+    "searchsorted", "view_as_real", "view_as_complex", "scatter_",
 ))
 """Ops that move or choose data: no FLOPs."""
 

@@ -180,5 +180,5 @@ class Cost:
         ]
 
     def floor(self, machine: Ceilings, tokens: int, batch: int = 1, *, sink: bool = True) -> Floor:
-        """Roofline seconds of a forward pass, a training step and a decoded token."""
+        """Roofline seconds of a forward pass, a training step and a decoded token, in the dtype of the ceilings."""
         return floor(self.work, machine, tokens=tokens, batch=batch, sink=sink)

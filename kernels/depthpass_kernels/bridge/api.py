@@ -1,6 +1,7 @@
 """`bridge_in` and `bridge_out`, as callers see them: argument checks and folding, then the registered op."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,8 @@ from depthpass_kernels import ops
 from depthpass_kernels.select import check_name
 
 ALIGNMENT = 8
+
+Operands = tuple[Tensor, Tensor, Tensor | None, float, Tensor | None]
 
 
 def bridge_in(
@@ -62,27 +65,13 @@ def bridge_in(
         (torch.Size([2, 4, 8]), torch.Size([2, 4, 8]))
     """
     check_name("bridge_in", implementation)
-    if not isinstance(c, Tensor):
-        weights = _per_bridge("up_weight", up_weight, len(c))
-        biases = _per_bridge("up_bias", up_bias, len(c))
-        up_weight = fold_weights(weights, biases)
-        gains, presents = _per_bridge("gain", gain, len(c)), _per_bridge("present", present, len(c))
-        c = fold_streams(c, gains, presents, [bias is not None for bias in biases])
-        up_bias, gain, present = None, 1.0, None
-    elif isinstance(gain, Tensor):
-        c, gain = _absent_to_zero(c, present) * gain, 1.0
-    _check(x, c, up_weight, up_bias, present, norm_weight)
+    if isinstance(c, Tensor):
+        stream, weight, bias, factor, mask = _one(c, up_weight, up_bias, gain, present)
+    else:
+        stream, weight, bias, factor, mask = _folded(c, up_weight, up_bias, gain, present)
+    _check(x, stream, weight, bias, mask, norm_weight)
     y, z, _ = ops.bridge_in(
-        x,
-        c,
-        up_weight,
-        up_bias,
-        present,
-        norm_weight,
-        float(gain),
-        float(eps),
-        float(norm_offset),
-        implementation,
+        x, stream, weight, bias, mask, norm_weight, factor, float(eps), float(norm_offset), implementation
     )
     return y, None if norm_weight is None else z
 
@@ -132,16 +121,33 @@ def _absent_to_zero(c: Tensor, present: Tensor | None) -> Tensor:
     return c if present is None else torch.where(present[..., None], c, 0)
 
 
-def _per_bridge(name: str, value: object, count: int) -> list:
-    """Return one entry per bridge; a single tensor, number or None is shared (a weight or bias cannot be)."""
+def _one(c: Tensor, weight: Any, bias: Any, gain: Any, present: Any) -> Operands:
+    """Return the operands of one bridge; a tensor gain moves into the stream, where autograd sees it."""
+    named = {"up_weight": weight, "up_bias": bias, "gain": gain, "present": present}
+    for name, value in named.items():
+        if isinstance(value, Sequence):
+            raise ValueError(f"bridge_in: {name}: expected one value, as c is one tensor, got a sequence")
+    if isinstance(gain, Tensor):
+        c, gain = _absent_to_zero(c, present) * gain, 1.0
+    return c, weight, bias, float(gain), present
+
+
+def _folded(c: Sequence[Tensor], weight: Any, bias: Any, gain: Any, present: Any) -> Operands:
+    """Return several bridges as the operands of one."""
+    biases = _per_bridge("up_bias", bias, len(c))
+    gains, presents = _per_bridge("gain", gain, len(c)), _per_bridge("present", present, len(c))
+    folded = fold_weights(_per_bridge("up_weight", weight, len(c)), biases)
+    return fold_streams(c, gains, presents, [bias is not None for bias in biases]), folded, None, 1.0, None
+
+
+def _per_bridge(name: str, value: Any, count: int) -> list[Any]:
+    """Return one entry per bridge; a gain, a mask or None may be shared, a weight or a bias cannot."""
     if isinstance(value, Sequence):
         if len(value) != count:
             raise ValueError(f"bridge_in: {name}: expected {count} entries, as many as c, got {len(value)}")
         return list(value)
     if name == "up_weight" or (name == "up_bias" and value is not None):
-        raise ValueError(
-            f"bridge_in: {name}: expected a sequence of {count}, as c is one, got {type(value).__name__}"
-        )
+        raise ValueError(f"bridge_in: {name}: expected a sequence of {count}, as c is one, got one value")
     return [value] * count
 
 

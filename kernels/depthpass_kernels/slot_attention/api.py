@@ -10,6 +10,8 @@ from depthpass_kernels.select import check_name
 from depthpass_kernels.slot_attention import naive
 from depthpass_kernels.slot_attention.problem import Problem
 
+OPTIONS = ("q_start", "valid", "row_start", "scale", "window", "chunk", "softcap", "sinks")
+
 
 def slot_attention(
     q: Tensor,
@@ -61,10 +63,9 @@ def slot_attention(
         >>> slot_attention(q, k, v, q_start=9, window=4).shape
         torch.Size([1, 4, 3, 16])
     """
-    arguments = _arguments(
-        q, k, v, q_start, valid, row_start, scale, window, chunk, softcap, sinks, implementation
-    )
-    return ops.slot_attention(*arguments)[0]
+    check_name("slot_attention", implementation)
+    problem = _problem(q, k, v, q_start, valid, row_start, scale, window, chunk, softcap, sinks)
+    return ops.slot_attention(*problem, implementation)[0]
 
 
 def slot_attention_forward(
@@ -75,7 +76,8 @@ def slot_attention_forward(
     lse [B, Hq, C] is the log of the denominator (-inf where it is empty), float32, or float64 for float64
     inputs. It carries no gradient: use `slot_attention` under autograd.
     """
-    return ops.slot_attention(*_arguments_of(q, k, v, implementation, options))
+    check_name("slot_attention", implementation)
+    return ops.slot_attention(*_problem_of(q, k, v, options), implementation)
 
 
 def slot_attention_backward(
@@ -105,49 +107,45 @@ def slot_attention_backward(
         implementation: as given to the forward.
         options: exactly those given to the forward.
     """
-    arguments = _arguments_of(q, k, v, implementation, options)
+    check_name("slot_attention", implementation)
+    problem = _problem_of(q, k, v, options)
     if into is None:
-        dq, dk, dv, dsinks = ops.slot_attention_backward(grad, out, lse, *arguments)
+        dq, dk, dv, dsinks = ops.slot_attention_backward(grad, out, lse, *problem, implementation)
     else:
         dk, dv = into
         _check_accumulator("into[0]", dk, k)
         _check_accumulator("into[1]", dv, v)
-        dq, dsinks = ops.slot_attention_backward_accumulate(grad, out, lse, dk, dv, *arguments)
-    return dq, dk, dv, None if options.get("sinks") is None else dsinks
+        dq, dsinks = ops.slot_attention_backward_accumulate(grad, out, lse, dk, dv, *problem, implementation)
+    return dq, dk, dv, None if problem.sinks is None else dsinks
 
 
 def slot_attention_naive(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
     """Compute `slot_attention` in plain differentiable torch ops, which a compiler can see and fuse."""
-    return naive.forward(Problem(*_arguments_of(q, k, v, "naive", options)[:-1]))[0]
+    return naive.forward(_problem_of(q, k, v, options))[0]
 
 
-def _arguments_of(
-    q: Tensor, k: Tensor, v: Tensor, implementation: str, options: dict[str, Any]
-) -> tuple[Any, ...]:
-    known = ("q_start", "valid", "row_start", "scale", "window", "chunk", "softcap", "sinks")
-    if unknown := sorted(set(options) - set(known)):
-        raise TypeError(f"slot_attention: unknown option {unknown[0]!r}, expected some of {known}")
+def _problem_of(q: Tensor, k: Tensor, v: Tensor, options: dict[str, Any]) -> Problem:
+    if unknown := sorted(set(options) - set(OPTIONS)):
+        raise TypeError(f"slot_attention: unknown option {unknown[0]!r}, expected some of {OPTIONS}")
     if "q_start" not in options:
         raise TypeError("slot_attention: q_start is required: the column of the first query")
-    return _arguments(q, k, v, *(options.get(name) for name in known), implementation)
+    return _problem(q, k, v, **options)
 
 
-def _arguments(
+def _problem(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     q_start: int | Tensor,
-    valid: Tensor | None,
-    row_start: Tensor | None,
-    scale: float | None,
-    window: int | None,
-    chunk: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    implementation: str,
-) -> tuple[Any, ...]:
-    """Check everything that needs no data; return Problem's fields and the implementation."""
-    check_name("slot_attention", implementation)
+    valid: Tensor | None = None,
+    row_start: Tensor | None = None,
+    scale: float | None = None,
+    window: int | None = None,
+    chunk: int | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Problem:
+    """Check everything that needs no data."""
     if not q.dim() == k.dim() == v.dim() == 4:
         raise _unexpected("q, k, v", "4 dimensions each", f"{q.dim()}, {k.dim()}, {v.dim()}")
     if not q.is_floating_point() or not q.dtype == k.dtype == v.dtype:
@@ -181,8 +179,8 @@ def _arguments(
             raise _unexpected(name, "at least 1, or None", value)
     if softcap is not None and softcap <= 0:
         raise _unexpected("softcap", "a positive number, or None", softcap)
-    scale = width**-0.5 if scale is None else float(scale)
-    return q, k, v, valid, row_start, sinks, q_offset, q_start, scale, window, chunk, softcap, implementation
+    factor = width**-0.5 if scale is None else float(scale)
+    return Problem(q, k, v, valid, row_start, sinks, q_offset, q_start, factor, window, chunk, softcap)
 
 
 def _check_accumulator(name: str, buffer: Tensor, like: Tensor) -> None:

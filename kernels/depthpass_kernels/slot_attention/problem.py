@@ -1,15 +1,14 @@
 """The operands of one slot-attention call, shared by the reference, the kernels and the registered ops."""
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from torch import Tensor
 
 from depthpass_kernels.operands import accumulation_dtype, unit_stride
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Operands and options of one call.
+class Problem(NamedTuple):
+    """Operands and options of one call, in the order of the registered ops.
 
     Args:
         q: [B, Hq, C, D] queries; query c stands at column `q_start + q_offset + c`.
@@ -47,7 +46,7 @@ class Problem:
     def with_unit_strides(self) -> "Problem":
         """Return the problem with the last axis of q, k, v and valid contiguous, copying only what is not."""
         valid = None if self.valid is None else unit_stride(self.valid)
-        return replace(self, q=unit_stride(self.q), k=unit_stride(self.k), v=unit_stride(self.v), valid=valid)
+        return self._replace(q=unit_stride(self.q), k=unit_stride(self.k), v=unit_stride(self.v), valid=valid)
 
     # Layouts of results depend on shapes alone, so that fake kernels predict the strides.
 

@@ -12,6 +12,9 @@ minus the invalid ones: window and chunk only move `first`. Both ends rise with 
 `UP` makes every operand float32 after its load. The interpreter needs it: numpy has no bfloat16 arithmetic.
 """
 
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false
+# (a kernel's constexpr arguments are plain values to its caller, which triton's types do not say)
+
 import torch
 import triton
 import triton.language as tl

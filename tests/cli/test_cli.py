@@ -1,0 +1,227 @@
+"""The command line, in process: what it prints, where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import zoo
+
+from depthpass import cli
+
+BRIDGE = "{pass: turboconn, bridges: [[5, 1]], group: 2, rank: 3}"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A six-block llama of width 32."""
+    folder = tmp_path_factory.mktemp("model")
+    zoo.config("llama", layers=6).save_pretrained(folder)
+    return str(folder / "config.json")
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]):
+    """Run a command: (exit code, standard output, standard error)."""
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        code = cli.main([str(a) for a in args])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+def test_report_in_text(run, config: str) -> None:
+    code, out, err = run("report", config, "--spec", BRIDGE, "--seq-len", 21, "--batch", 3, "--no-cost")
+    assert (code, err) == (0, "")
+    assert re.search(r"depth at n = 21 +46 block visits", out)
+    assert re.search(r"serial blocks +4 of 6 block visits", out)
+    assert "21 tokens per row, 3 rows" in out
+
+
+def test_report_with_cost_and_times(run, config: str) -> None:
+    code, out, _ = run("report", config, "--spec", BRIDGE, "--seq-len", 21, "--ceilings", "1e12,1e11", "--json")
+    data = json.loads(out)
+    assert code == 0
+    assert data["numbers"]["cost_floor_forward"]["value"] > 0
+    assert data["cost_formulas"]["FLOPs forward"]["unit"] == "FLOP"
+
+
+def test_json_is_all_there_is_on_standard_output(run, config: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    code, out, _ = run("report", config, "--spec", BRIDGE, "--seq-len", 8, "--no-cost", "--json", "--html", page)
+    assert code == 0 and json.loads(out)["depth"]["output"]["at_n"] == 6 + 3 * 4
+    assert page.read_text().startswith("<!doctype html>")
+
+
+def test_markdown_and_dot(run, config: str) -> None:
+    assert run("report", config, "--spec", BRIDGE, "--no-cost", "--markdown")[1].startswith("# depthpass report: Llama")
+    assert run("report", config, "--spec", BRIDGE, "--no-cost", "--dot")[1].startswith('digraph "LlamaForCausalLM" {')
+
+
+def test_group_and_preset(run, config: str) -> None:
+    out = run("report", config, "--preset", "sparse", "--group", 3, "--no-cost", "--seq-len", 10, "--json")[1]
+    sparse = json.loads(out)
+    assert sparse["depth"]["output"]["formula"] == "6 + 5*floor((n - 1)/3)"
+    given = json.loads(run("report", config, "--spec", BRIDGE, "--group", 7, "--no-cost", "--json")[1])
+    assert given["numbers"]["chunk"]["value"] == 7
+
+
+def test_program_files(run, config: str, tmp_path: Path) -> None:
+    file = tmp_path / "program.txt"
+    file.write_text("program M blocks=6 width=32\n %0 = embed\n %1 = block 5 (%0) slot 0\n output %1\n")
+    on_model = json.loads(run("report", config, "--program", file, "--no-cost", "--json")[1])
+    assert on_model["depth"]["output"]["at_n"] == 1 and on_model["from_config"] is True
+    assert json.loads(run("report", "--program", file, "--json")[1])["from_config"] is None
+
+
+def test_tasks(run, config: str) -> None:
+    out = run("report", config, "--no-cost", "--seq-len", 64, "--task", "edit_distance:10,10")[1]
+    assert re.search(r"depth it needs +19 rounds", out) and re.search(r"missing +13 block visits", out)
+
+
+def test_show_prints_the_program_around_each_pass(run, config: str) -> None:
+    code, out, _ = run("show", config, "--spec", f"[{{pass: identity}}, {BRIDGE}]")
+    assert code == 0
+    titles = [line.split("(")[0] for line in out.splitlines() if line.startswith("#")]
+    assert titles == ["# stock", "# after identity", "# after turboconn"]
+    assert out.count("program LlamaForCausalLM blocks=6 width=32") == 3
+    shown = json.loads(run("show", config, "--spec", BRIDGE, "--json")[1])
+    assert "delay 2" in shown[1]["program"] and "delay" not in shown[0]["program"]
+
+
+def test_compare(run, config: str, tmp_path: Path) -> None:
+    file = tmp_path / "long.yaml"
+    file.write_text("pass: turboconn\nbridges: [[5, 0]]\ngroup: 4\n")
+    code, out, _ = run("compare", config, "stock", "sparse", file, "--no-cost", "--seq-len", 9)
+    assert code == 0
+    assert out.splitlines()[2].split() == ["stock", "sparse", "long", "unit"]
+    assert re.search(r"depth at n = 9 +6 +16 +16  block visits", out)
+
+
+def test_sweep(run, config: str, tmp_path: Path) -> None:
+    plot = tmp_path / "plot.svg"
+    code, out, _ = run(
+        "sweep", config, "--spec", BRIDGE, "--group", "1,2,4", "--seq-len", 9, "--no-cost", "--plot", plot
+    )
+    assert code == 0
+    assert re.search(r"depth at n = 9 +38 +22 +14  block visits", out)
+    assert plot.read_text().startswith("<svg xmlns")
+
+
+def test_doctor(run, config: str) -> None:
+    code, out, _ = run("doctor", config)
+    assert code == 0
+    assert re.search(r"ok  blocks +6 of width 32 at model.layers", out)
+    assert re.search(r"ok  capture +works: 1 different blocks, 6 attention calls", out)
+    topics = {f["topic"]: f for f in json.loads(run("doctor", "--json")[1])}
+    assert topics["torch"]["ok"] is True and "capture" not in topics
+
+
+def test_doctor_says_no(run, tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({"model_type": "bloom", "n_layer": 2, "hidden_size": 16, "n_head": 2, "vocab_size": 50}))
+    code, out, _ = run("doctor", file)
+    assert code == 1 and re.search(r"NO  capture +refused: ", out)
+
+
+def test_calibrate_writes_what_report_reads(run, config: str, tmp_path: Path, monkeypatch) -> None:
+    from depthpass.analysis import roofline
+
+    measured = roofline.assumed("h200")
+    monkeypatch.setattr(roofline, "ceilings", lambda device, dtype: measured)
+    file = tmp_path / "machine.json"
+    code, out, _ = run("calibrate", "--out", file)
+    assert code == 0 and "FLOP/s" in out
+    data = json.loads(run("report", config, "--ceilings", file, "--seq-len", 9, "--json")[1])
+    assert data["ceilings"]["flops_per_s"] == measured.flops_per_s
+
+
+def test_demo_is_imported_when_asked_for(run, monkeypatch) -> None:
+    fake = types.ModuleType("depthpass.demo")
+    fake.run_demo = lambda steps, group: 10 * steps + group  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "depthpass.demo", fake)
+    assert run("demo", "--steps", "3", "--group", "2")[0] == 32
+    assert run("demo", "--steps", "-3")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["report"], "expected the path of a config.json"),
+        (["repotr"], "Did you mean 'report'?"),
+        (["report", "CONFIG", "--sec-len", "5"], "Did you mean '--seq-len'?"),
+        (["report", "CONFIG", "--seq-len", "-5"], "expected an integer of at least 1, got '-5'"),
+        (["report", "CONFIG", "--batch", "0"], "expected an integer of at least 1, got '0'"),
+        (["report", "CONFIG", "--seq-len", "many"], "got 'many'"),
+        (["report", "nowhere/config.json"], "cannot be read"),
+        (["report", "CONFIG", "--spec", "missing.yaml"], "missing.yaml' cannot be read"),
+        (["report", "CONFIG", "--spec", "{pass: turbocon}"], "Did you mean 'turboconn'?"),
+        (["report", "CONFIG", "--spec", "{pass: turboconn, gruop: 3}"], "Did you mean 'group'?"),
+        (["report", "CONFIG", "--spec", "{pass: turboconn, group: 0}"], "turboconn.group"),
+        (["report", "CONFIG", "--preset", "llama-1"], "Did you mean 'llama-1b'?"),
+        (["report", "CONFIG", "--preset", "llama-1b"], "expected a program of at least"),
+        (["report", "CONFIG", "--preset", "sparse", "--spec", "{pass: identity}"], "got both"),
+        (["report", "CONFIG", "--group", "3"], "--spec or --preset"),
+        (["report", "CONFIG", "--spec", "{pass: identity}", "--group", "3"], "no pass of the spec has a group"),
+        (["report", "CONFIG", "--preset", "sparse", "--chunk", "9", "--no-cost"], "chunk: expected at most 4"),
+        (["report", "CONFIG", "--program", "missing.txt"], "program file 'missing.txt' cannot be read"),
+        (["report", "CONFIG", "--ceilings", "h20", "--preset", "sparse"], "Did you mean 'h200'?"),
+        (["report", "CONFIG", "--ceilings", "missing.json"], "ceilings file 'missing.json' cannot be read"),
+        (["report", "CONFIG", "--ceilings", "h200", "--no-cost"], "times need the cost analysis"),
+        (["report", "CONFIG", "--task", "party:3"], "Did you mean 'parity'?"),
+        (["report", "CONFIG", "--task", "parity:x"], "expected NAME:SIZE"),
+        (["report", "CONFIG", "--task", "parity:0"], "expected an integer of at least 1"),
+        (["report", "CONFIG", "--no-cost", "--html", "nowhere/page.html"], "'nowhere/page.html' cannot be written"),
+        (["sweep", "CONFIG", "--group", "1,2"], "expected --spec or --preset"),
+        (["sweep", "CONFIG", "--preset", "sparse", "--group", "1,0"], "got '0'"),
+        (["sweep", "CONFIG", "--preset", "sparse", "--group", "2,2", "--no-cost"], "expected different numbers"),
+        (["sweep", "CONFIG", "--spec", "{pass: identity}", "--group", "2"], "field 'group'"),
+        (["compare", "CONFIG", "sprase"], "spec text"),
+        (["show", "CONFIG", "--preset", "sparse", "--json", "--dot"], "unrecognized arguments: --dot"),
+        (["doctor", "nowhere.json"], "cannot be read"),
+        (["calibrate", "--dtype", "float8"], "expected one of bfloat16"),
+        (["calibrate", "--device", "tpu9"], "expected a torch device"),
+        ([], "required: COMMAND"),
+    ],
+)
+def test_bad_input_is_one_clear_message(run, config: str, args: list[str], message: str) -> None:
+    code, out, err = run(*(config if a == "CONFIG" else a for a in args))
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_help_is_no_error(run) -> None:
+    code, out, _ = run("report", "--help")
+    assert code == 0 and "--seq-len" in out
+
+
+@pytest.mark.slow
+def test_as_a_process(tmp_path: Path) -> None:
+    """Standard output is pure JSON also where transformers writes its warnings, and a closed pipe is no error."""
+    shape = {
+        "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "intermediate_size": 8192,
+        "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+        "vocab_size": 128256, "max_position_embeddings": 131072, "tie_word_embeddings": True, "dtype": "bfloat16",
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(shape))
+    root = Path(cli.__file__).parents[1]
+    paths = os.pathsep.join(str(root / p) for p in (".", "lowering", "kernels"))
+    command = [sys.executable, "-m", "depthpass.cli", "report", str(file), "--preset", "llama-1b", "--seq-len", "155"]
+    done = subprocess.run(
+        [*command, "--json"], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    numbers = json.loads(done.stdout)["numbers"]
+    assert (numbers["serial_blocks"]["value"], numbers["serial_blocks"]["out_of"]) == (14, 16)
+    assert numbers["depth_at_n"]["value"] == 548

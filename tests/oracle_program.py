@@ -1,0 +1,335 @@
+"""Naive oracles of whole programs: the stock model's own blocks, one token of one row at a time, no depthpass.
+
+The blocks' attention is replaced by :func:`_attend`, a softmax over a Python list of keys that belongs to one visit. Every
+system below is written down as in its paper, in the fewest lines.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from oracle import blocks_of
+
+NAME = "depthpass_oracle"
+
+
+class Keys(list):
+    """Keys and values of one visit: ``(k [kv_heads, dim], v [kv_heads, dim], column)`` per token it ran for."""
+
+    def read(self, q: Tensor, scale: float, window: int | None) -> Tensor:
+        """Softmax attention of one query ``[heads, dim]`` at the newest column."""
+        last = self[-1][2]
+        seen = [(k, v) for k, v, c in self if window is None or c > last - window]
+        share = q.shape[0] // seen[0][0].shape[0]
+        k, v = (torch.stack(t, 1).repeat_interleave(share, 0) for t in zip(*seen, strict=True))
+        return torch.softmax(torch.einsum("hd,hnd->hn", q, k) * scale, -1)[:, None].matmul(v)[:, 0]
+
+
+Visit = Callable[[Tensor, Tensor, Tensor, float, "int | None", int], Tensor]
+"""What a visit does with one token's (q, k, v, scale, the layer's window, column): the attention's result."""
+
+_running: list[tuple[Visit, int]] = []
+
+
+def own(keys: Keys) -> Visit:
+    """A visit with a slot of its own."""
+    def visit(q, k, v, scale, window, column):
+        keys.append((k, v, column))
+        return keys.read(q, scale, window)
+
+    return visit
+
+
+def shared(keys: Keys) -> Visit:
+    """A visit that reads the keys of another one, which has run for this token already."""
+    def visit(q, k, v, scale, window, column):
+        seen = Keys(e for e in keys if e[2] <= column)
+        return seen.read(q, scale, window)
+
+    return visit
+
+
+def gated(first: Keys, ring: Keys, size: int, gate: Callable[[Tensor], Tensor]) -> Visit:
+    """PLT: g * Attn(q, first loop's keys) + (1 - g) * Attn(q, own last ``size`` keys)."""
+    def visit(q, k, v, scale, window, column):
+        ring.append((k, v, column))
+        del ring[:-size]
+        g = torch.sigmoid(gate(q))[:, None]
+        return g * first.read(q, scale, window) + (1 - g) * ring.read(q, scale, window)
+
+    return visit
+
+
+def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
+    if not _running:
+        # Whole rows are run to record calls and to apply the head; what the blocks then give is not used.
+        return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
+    visit, column = _running[-1]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return visit(query[0, :, 0], key[0, :, 0], value[0, :, 0], scale, sliding_window, column)[None, None], None
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+
+
+@contextmanager
+def oracle_attention(model: nn.Module):
+    """The stock model with list attention for the time of a ``with``."""
+    found = model.config._attn_implementation
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(found)
+
+
+class Row:
+    """One row without padding: its embeddings, its blocks one token at a time, its head.
+
+    Args:
+        ids, positions: ``[tokens]``.
+    """
+
+    def __init__(self, model: nn.Module, ids: Tensor, positions: Tensor):
+        self.model, self.ids, self.positions = model, ids, positions
+        self.blocks = blocks_of(model)
+        self.calls: list[tuple[tuple, dict]] = []
+
+        def record(module, args, kwargs):
+            self.calls.append((args, kwargs))
+
+        handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in self.blocks]
+        self._forward()
+        for h in handles:
+            h.remove()
+        args, kwargs = self.calls[0]
+        self.embed = (args[0] if args else kwargs["hidden_states"])[0]
+        self.tokens = len(ids)
+
+    def _forward(self):
+        return self.model(input_ids=self.ids[None], position_ids=self.positions[None], use_cache=False)
+
+    def block(self, index: int, x: Tensor, i: int, visit: Visit) -> Tensor:
+        """Stock block ``index`` on token i, ``[width]``; the visit answers its attention."""
+        args, kwargs = self.calls[index]
+
+        def at(value):
+            if isinstance(value, tuple | list):
+                return type(value)(at(v) for v in value)
+            if isinstance(value, Tensor):
+                axis = next((d for d in range(1, value.dim()) if value.shape[d] == self.tokens), None)
+                return value if axis is None else value.narrow(axis, i, 1)
+            return value
+
+        kwargs = {k: at(v) for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")}
+        _running.append((visit, i))
+        try:
+            out = self.blocks[index](x[None, None], *(at(a) for a in args[1:]), **kwargs)
+        finally:
+            _running.pop()
+        return (out[0] if isinstance(out, tuple) else out)[0, 0]
+
+    def norm(self, x: Tensor) -> Tensor:
+        base = self.model.base_model
+        return (base.norm if hasattr(base, "norm") else base.ln_f)(x)
+
+    def logits(self, stream: Tensor) -> Tensor:
+        """What the stock model makes of a stream ``[tokens, width]`` after its last block."""
+        def put(module, args, output):
+            return (stream[None], *output[1:]) if isinstance(output, tuple) else stream[None]
+
+        handle = self.blocks[-1].register_forward_hook(put)
+        try:
+            return self._forward().logits[0]
+        finally:
+            handle.remove()
+
+
+def layer_program(row: Row, layers: Sequence[int]) -> Tensor:
+    """Any list of visits; every visit has its own keys."""
+    slots = [Keys() for _ in layers]
+    out = []
+    for i in range(row.tokens):
+        x = row.embed[i]
+        for index, keys in zip(layers, slots, strict=True):
+            x = row.block(index, x, i, own(keys))
+        out.append(x)
+    return torch.stack(out)
+
+
+def loop(
+    row: Row, start: int, end: int, times: int, *, damped=False, inject=None, state="input", kv="own", adapter=None,
+    noise=None, norms=(),
+) -> list[Tensor]:
+    """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last."""
+    n, slots = len(row.blocks), {}
+    streams = [[] for _ in range(times)]
+
+    def visit(key, first):
+        keys = slots.setdefault(key, Keys())
+        return own(keys) if first is None else shared(slots[first])
+
+    for i in range(row.tokens):
+        e = row.embed[i]
+        for b in range(start):
+            e = row.block(b, e, i, visit(b, None))
+        s = {"input": e, "zeros": torch.zeros_like(e), "noise": None if noise is None else noise[i]}[state]
+        for t in range(times):
+            if t and "loop" in norms:
+                s = row.norm(s)
+            x = s + e if inject == "add" and s is not e else s
+            if inject == "concat":
+                weight, bias = adapter
+                x = weight @ torch.cat((s, e)) + bias
+            for b in range(start, end):
+                x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
+            s = s + (x - s) / times if damped and times > 1 else x
+            y = row.norm(s) if "out" in norms else s
+            for b in range(end, n):
+                y = row.block(b, y, i, visit((t, b, "coda"), None))
+            streams[t].append(y)
+    return [torch.stack(x) for x in streams]
+
+
+def parallel_loop(
+    row: Row, loops: int, window: int, mix, gates: Sequence[Callable[[Tensor, Tensor], Tensor]], *, per_loop=False,
+    shift=1, kv="gated",
+) -> Tensor:
+    """PLT, token by token; ``gates[l](q, x)`` gives one score per head from the query or from the block's input."""
+    n, (a, b) = len(row.blocks), mix
+    keys = {(r, l): Keys() for r in range(loops) for l in range(n)}
+    last, out = [], []
+    for i in range(row.tokens):
+        here = []
+        for r in range(loops):
+            x = row.embed[i]
+            if r:
+                source = here if shift == 0 else last[i - shift] if i >= shift else None
+                x = a * row.embed[i] + (0 if source is None else b * source[r - 1])
+            for l in range(n):
+                if r == 0 or kv == "own":
+                    visit = own(keys[r, l])
+                elif kv == "first":
+                    visit = shared(keys[0, l])
+                else:
+                    visit = gated(keys[0, l], keys[r, l], window, lambda q, l=l, x=x: gates[l](q, x))
+                x = row.block(l, x, i, visit)
+            here.append(row.norm(x) if per_loop else x)
+            final = x
+        last.append(here)
+        out.append(final)
+    return torch.stack(out)
+
+
+def best(scores: Sequence[float], among: Sequence[int], k: int) -> list[int]:
+    """The k best tokens, ties to the earlier one, in order."""
+    return sorted(sorted(among, key=lambda j: (-scores[j], j))[:k])
+
+
+def mixture(
+    row: Row, start: int, end: int, recursions: int, routers: Sequence[Tensor], *, mode="topk", kv="own",
+    combine="paper", alpha=0.1, strength: Sequence[Tensor] = (), capacity: Sequence[float] | None = None,
+) -> tuple[Tensor, list[list[int]]]:
+    """Mixture-of-Recursions, expert choice; returns the stream and the active tokens of every recursion."""
+    n, everyone = len(row.blocks), list(range(row.tokens))
+    streams = list(row.embed)
+    slots = {b: Keys() for b in range(n)}
+    for b in range(start):
+        streams = [row.block(b, x, i, own(slots[b])) for i, x in enumerate(streams)]
+    active, taken = everyone, []
+    first = {b: Keys() for b in range(start, end)}
+    for r in range(1, recursions + 1):
+        keys = first if r == 1 else {b: Keys() for b in range(start, end)}
+        weights = None
+        if r > 1 or combine == "paper":
+            chance = [torch.sigmoid(x @ routers[r - 1].flatten()) for x in streams]
+            share = capacity[r - 1] if capacity else (recursions - r + 1) / recursions
+            if mode == "topk":
+                active = best([c.item() for c in chance], active, max(1, int(share * row.tokens)))
+            elif not (r == 1 and kv == "first"):
+                active = [i for i in active if chance[i] >= 0.5]
+            weights = [(alpha if combine == "paper" else strength[r - 1]) * c for c in chance]
+        taken.append(active)
+        new = list(streams)
+        for i in active:
+            y = streams[i]
+            for b in range(start, end):
+                y = row.block(b, y, i, shared(first[b]) if kv == "first" and r > 1 else own(keys[b]))
+            if weights is None:
+                new[i] = y
+            else:
+                new[i] = streams[i] + weights[i] * (y - streams[i] if combine == "delta" else y)
+        streams = new
+    for b in range(end, n):
+        streams = [row.block(b, x, i, own(slots[b])) for i, x in enumerate(streams)]
+    return torch.stack(streams), taken
+
+
+def inner_thinking(
+    row: Row, layers: Sequence[int], steps: int, routers: dict, phi: dict, *, mode="topk", ratio=0.7, alpha=1.0,
+    bypass="none",
+) -> Tensor:
+    """ITT: one full pass of a block, then steps - 1 routed ones whose queries see the keys of all current states."""
+    streams = list(row.embed)
+    for b in range(len(row.blocks)):
+        keys = Keys()
+        streams = [row.block(b, x, i, own(keys)) for i, x in enumerate(streams)]
+        if b not in layers:
+            continue
+        acc, cur = [phi[b, 0] * y for y in streams], streams
+        for t in range(1, steps):
+            w = [torch.sigmoid(x @ routers[b, t].flatten()) for x in cur]
+            scores = [v.item() for v in w]
+            k = math.ceil(ratio * row.tokens)
+            chosen = best(scores, range(row.tokens), k) if mode == "topk" else [i for i, v in enumerate(scores) if v >= 0.5]
+            keys = Keys()
+            z = [row.block(b, x, i, own(keys)) for i, x in enumerate(cur)]
+            acc = [
+                a + phi[b, t] * alpha * w[i] * z[i] if i in chosen
+                else a + phi[b, t] * cur[i] if bypass == "literal" else a
+                for i, a in enumerate(acc)
+            ]
+            cur = acc
+        streams = cur
+    return torch.stack(streams)
+
+
+def compare(stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8) -> None:
+    """Outputs and every gradient of a transformed model against an oracle, row by row.
+
+    Args:
+        want: ``(row, parameters by name) -> stream`` after the last block; called under :func:`oracle_attention`.
+    """
+    ids, mask = batch["input_ids"], batch["attention_mask"].bool()
+    columns = torch.arange(ids.shape[1])
+    stock.zero_grad(), made.zero_grad()
+    got = made(**batch).logits
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(5), dtype=got.dtype)
+    (got * weight)[mask].sum().backward()
+    mine = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
+    stock.zero_grad(), made.zero_grad()
+    values = {n: p.detach().clone().requires_grad_() for n, p in made.depth.named_parameters()}
+    loss = 0.0
+    with oracle_attention(stock):
+        for r in range(len(ids)):
+            real = mask[r]
+            row = Row(stock, ids[r, real], columns[real])
+            logits = row.logits(want(row, values))
+            torch.testing.assert_close(got[r, real], logits, rtol=1e-9, atol=1e-9)
+            loss = loss + (logits * weight[r, real]).sum()
+        loss.backward()
+    theirs = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
+    theirs |= {f"depth.{n}": v.grad for n, v in values.items() if v.grad is not None}
+    assert mine.keys() == theirs.keys(), sorted(mine.keys() ^ theirs.keys())
+    for n, g in theirs.items():
+        # Gemma multiplies by its norm weights in float32 whatever the model's dtype.
+        tolerance = 1e-6 if "gemma" in type(stock).__name__.lower() and "norm" in n else limit
+        assert (mine[n] - g).abs().max() <= tolerance * g.abs().max().clamp_min(1e-12), n

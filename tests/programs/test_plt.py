@@ -1,0 +1,117 @@
+"""Parallel loops on stock models against a token-by-token oracle: float64, outputs and all gradients."""
+
+import pytest
+import torch
+
+import depthpass as dp
+import oracle_program as oracle
+import zoo
+from turbos import enliven
+
+LENGTHS = [7, 4]
+
+
+def made(name, spec, layers=2):
+    stock = enliven(zoo.model(name, layers, dtype=torch.float64), std=0.2)
+    model = dp.transform(stock, spec)
+    enliven(model.depth, seed=1, std=0.3, least=1)
+    return stock, model
+
+
+def gates(p, layers=2, hidden=False):
+    """The gates as the papers write them, on the new parameters by name."""
+    def gate(name):
+        def query(q, x):
+            return (q * p[f"{name}.weight"]).sum(-1) + p[f"{name}.bias"]
+
+        def normed(q, x):
+            h = x * torch.rsqrt(x.square().mean() + 1e-6) * p[f"{name}.norm.weight"]
+            return p[f"{name}.weight"] @ h + p[f"{name}.bias"]
+
+        return normed if hidden else query
+
+    return [gate(f"parallel_loop.v{l}.gate") for l in range(layers)]
+
+
+SETTINGS = {
+    "paper": {"loops": 3, "window": 3},
+    "one_key": {"loops": 2, "window": 1, "mix": (0.7, 0.5)},
+    "long_window": {"loops": 2, "window": 64, "shift": 2},
+    "first_keys": {"loops": 2, "kv": "first"},
+    "own_keys": {"loops": 2, "kv": "own"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [("llama", s) for s in SETTINGS] + [(n, s) for n in ("qwen3", "gpt2", "gemma3_text") for s in ("paper", "one_key")],
+)
+def test_outputs_and_gradients_equal_the_oracle(name, setting):
+    options = SETTINGS[setting]
+    spec = dp.ParallelLoop(**options)
+    stock, model = made(name, spec)
+
+    def want(row, p):
+        return oracle.parallel_loop(
+            row, spec.loops, spec.window, spec.mix, gates(p), shift=spec.shift, kv=spec.kv
+        )
+
+    oracle.compare(stock, model, zoo.batch(LENGTHS), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_published_presets(name):
+    for spec in (dp.ParallelLoop.loopcoder_v2(window=3), dp.ParallelLoop.iquest(window=3)):
+        stock, model = made(name, spec)
+
+        def want(row, p, spec=spec):
+            return oracle.parallel_loop(
+                row, 2, 3, spec.mix, gates(p, hidden=spec.gate == "hidden"), per_loop=spec.normalize == "loop",
+                shift=spec.shift,
+            )
+
+        oracle.compare(stock, model, zoo.batch(LENGTHS, "right"), want)
+
+
+def test_identity_settings_equal_stock():
+    stock = enliven(zoo.model("llama", 2, dtype=torch.float64))
+    batch = zoo.batch(LENGTHS)
+    real = batch["attention_mask"].bool()
+    with torch.no_grad():
+        want = stock(**batch).logits[real]
+        assert torch.equal(dp.transform(stock, dp.ParallelLoop(loops=1))(**batch).logits[real], want)
+        same = dp.transform(stock, dp.ParallelLoop(loops=3, mix=(1.0, 0.0), window=2))
+        # Half of every later loop's attention is a window of two keys: not the stock model yet.
+        assert (same(**batch).logits[real] - want).abs().max() > 1e-3
+        for gate in (same.depth.parallel_loop.v0.gate, same.depth.parallel_loop.v1.gate):
+            gate.bias.fill_(50.0)
+        torch.testing.assert_close(same(**batch).logits[real], want, rtol=1e-12, atol=1e-12)
+
+
+def test_gates_start_at_one_half_and_are_saved(tmp_path):
+    stock = enliven(zoo.model("llama", 2))
+    model = dp.transform(stock, dp.ParallelLoop(loops=2, gate="hidden"))
+    shapes = {n: tuple(p.shape) for n, p in model.depth.named_parameters()}
+    assert shapes == {
+        f"parallel_loop.v{v}.gate.{n}": s
+        for v in (0, 1) for n, s in (("weight", (4, 32)), ("bias", (4,)), ("norm.weight", (32,)))
+    }
+    assert torch.sigmoid(model.depth.parallel_loop.v0.gate(torch.randn(1, 3, 32))).eq(0.5).all()
+    enliven(model.depth, seed=2, least=1)
+    model.save_pretrained(tmp_path)
+    loaded = dp.from_pretrained(tmp_path)
+    batch = zoo.batch([6, 6])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_gate_needs_one_number_of_heads():
+    from depthpass.hf.parameters import build
+
+    class Unknown:
+        def get_text_config(self, decoder):
+            return self
+
+    program = dp.transform(zoo.model("llama", 2), dp.ParallelLoop(loops=2)).depth_program
+    with pytest.raises(dp.UnsupportedModelError, match="kv='own'"):
+        build(program, torch.zeros(1), Unknown())

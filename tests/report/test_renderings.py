@@ -1,0 +1,228 @@
+"""Every rendering shows the same numbers; each form is well-formed by itself."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from fractions import Fraction
+from html.parser import HTMLParser
+
+import pytest
+from rich.console import Console
+
+from depthpass.ir import parse_program
+from depthpass.report import Report, build_report
+from depthpass.report.chart import ticks
+from depthpass.report.numbers import Number, plain, with_unit
+from depthpass.report.picture import delay_edges
+from depthpass.report.tables import compare, sweep
+from depthpass.schedule import schedule
+from tests.analysis.systems import bridged, parallel_loops
+from tests.report.subjects import BAND, band, small, subject
+
+VOID = {"meta", "br", "col", "link", "img"}
+
+
+class Page(HTMLParser):
+    """Collects tags and checks that they nest."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    def of_class(self, name: str) -> list[dict[str, str | None]]:
+        return [a for _, a in self.tags if name in (a.get("class") or "").split()]
+
+
+def numbers(report: Report) -> list[Number]:
+    return [x for s in report.sections for x in s.numbers]
+
+
+@pytest.mark.parametrize("made", [band, small], ids=["band", "small"])
+def test_every_number_has_a_unit(made) -> None:
+    for x in numbers(made()):
+        assert x.unit or isinstance(x.value, str), x.key
+    assert len({x.key for x in numbers(made())}) == len(numbers(made()))
+    assert made().not_counted
+
+
+def test_plain_text(golden) -> None:
+    golden(str(small()))
+
+
+def test_text_says_what_matters() -> None:
+    text = str(band())
+    assert re.search(r"serial blocks +14 of 16 block visits", text)
+    assert re.search(r"depth +16 \+ 14\*floor\(\(n - 1\)/4\) block visits", text)
+    assert re.search(r"depth at n = 155 +548 block visits +\(stock 16, ratio 34.25\)", text)
+    assert "... 33 more tokens, 462 block visits (every 4 tokens)" in text
+
+
+def test_all_forms_show_every_number() -> None:
+    made = band()
+    console = Console(width=300, record=True, file=io.StringIO())
+    console.print(made)
+    page = "".join(Page(made.to_html()).words)
+    for form in (str(made), console.export_text(), made.to_markdown(), page):
+        for x in numbers(made):
+            assert x.label in form and plain(x.value) in form, x.key
+        for line in made.not_counted:
+            assert line in form
+
+
+def test_json_has_a_schema_and_plain_values() -> None:
+    data = json.loads(band().to_json())
+    assert (data["schema"], data["version"], data["model"]) == ("depthpass.report", 1, "LlamaForCausalLM")
+    assert data["depth"]["output"] == {
+        "formula": "16 + 14*floor((n - 1)/4)", "at_n": 548, "rate": "7/2", "unit": "block visits",
+        "rate_unit": "block visits per token", "cycle_ratio": "7/2", "cycle": data["depth"]["output"]["cycle"],
+        "proof": data["depth"]["output"]["proof"],
+    }
+    assert data["depth"]["output"]["proof"][0]["period"] == 4
+    assert data["numbers"]["serial_blocks"] | {"note": ""} == {
+        "label": "serial blocks", "value": 14, "unit": "block visits", "section": "Schedule", "out_of": 16, "note": "",
+    }
+    assert data["numbers"]["kv_bytes"]["stock"] == data["numbers"]["kv_bytes"]["value"] == 40_632_320
+    assert data["spec"]["passes"][0]["pass"] == "turboconn"
+    assert [len(r["visits"]) for r in data["regions"] if r["schedule"] == "serial"] == [14]
+    assert parse_program(data["program"]).without_notes() == band().program.without_notes()
+    assert sum(len(s["visits"]) for s in data["critical_path"]["segments"]) == 548
+
+
+def test_markdown_tables_have_equal_columns() -> None:
+    rows = [line for line in band().to_markdown().splitlines() if line.startswith("|")]
+    assert {line.replace("\\|", "").count("|") for line in rows} == {6}
+    assert len([r for r in rows if not r.startswith(("| |", "|--"))]) == len(numbers(band()))
+
+
+def test_html_is_one_file_that_needs_nothing_else() -> None:
+    text = band().to_html()
+    page = Page(text)
+    assert not page.open
+    assert not {"script", "link", "img", "iframe", "object"} & {tag for tag, _ in page.tags}
+    assert not re.search(r"https?:|url\((?!#)|@import|\bsrc=", text)
+    assert not Page(band()._repr_html_()).open
+
+
+def test_html_picture_shows_region_and_critical_path() -> None:
+    """12 tokens, 16 visits, the serial region over columns 1..14, the path of 12 tokens in the warm colour."""
+    page = Page(band().to_html())
+    assert len(page.of_class("dp-cell")) == 12 * 16
+    assert len(page.of_class("dp-hot")) == band().depth_at(12) == 44
+    assert len(page.of_class("dp-region")) == 1
+    assert len(page.of_class("dp-chunk")) == 2
+    assert len(page.of_class("dp-delay")) == 15
+    region, cells = page.of_class("dp-region")[0], page.of_class("dp-cell")[:16]
+    left, width = float(region["x"]), float(region["width"])
+    inside = [left < float(c["x"]) < left + width for c in cells]
+    assert inside == [False] + [True] * 14 + [False]
+
+
+def test_wide_chunks_get_one_row_each() -> None:
+    made = subject().report("{pass: turboconn, preset: llama-1b, group: 64}", seq_len=1000, cost=False)
+    page = Page(made.to_html())
+    assert len(page.of_class("dp-cell")) == 3 * 16
+    assert len(page.of_class("dp-hot")) == made.depth_at(192) == 16 + 2 * 14
+
+
+@pytest.mark.parametrize(("pads", "rows"), [(3, 9), (256, 20)])
+def test_pads_are_rows_too(pads: int, rows: int) -> None:
+    """Three chunks of 3 tokens, or as many rows as fit; nothing is drawn below the last one."""
+    program = bridged(4, [(3, 0, 3 if pads == 3 else 10)], pads=pads)
+    made = build_report(program, schedule(program), None, 40, 1)
+    page = Page(made.to_html())
+    assert len(page.of_class("dp-cell")) == 4 * rows
+    height = float(page.of_class("dp-picture")[0]["viewbox"].split()[3])
+    drawn = [float(y) for a in page.of_class("dp-critical") for y in re.findall(r" ([\d.]+)(?:C|H|$)", a["d"])]
+    assert drawn and max(drawn) < height
+    assert f"and {pads} pads" in "".join(page.words)
+
+
+def test_where_delays_are_drawn() -> None:
+    edges = delay_edges(bridged(5, [(3, 1, 2), (4, 0, 2)]))
+    assert {(e.source, e.target, e.tokens) for e in edges} == {(3, 2, 2), (4, 1, 2)}
+    edges = delay_edges(bridged(5, [(4, 0, 1)], on_input=True))
+    assert {(e.source, e.target, e.tokens) for e in edges} == {(4, 0, 1)}
+    edges = delay_edges(parallel_loops(2, 3))
+    assert {(e.source, e.target) for e in edges} == {(1, 2), (3, 4)}
+
+
+def test_dot_has_every_op_and_marks_delays_and_path() -> None:
+    made = band()
+    text = made.to_dot()
+    nodes = dict(re.findall(r'^ *"([^"]+)" \[label="([^"]*)"', text, re.M))
+    assert len(nodes) == len(made.program.ops)
+    assert text.count('style="dashed"') == 15
+    assert text.count("subgraph cluster") == 1
+    bold = set(re.findall(r'^ *"(\w+)" \[label=.*penwidth', text, re.M))
+    assert bold == {v for s in made.critical_path for v in s.visits}
+    assert text.count("{") == text.count("}")
+
+
+def test_closed_forms_that_fill_a_screen_are_summed_up() -> None:
+    program = bridged(32, [(31, 0, 64), (30, 1, 59)])
+    made = build_report(program, schedule(program), None, 300, 1)
+    shown = made.number("depth").value
+    assert shown.startswith("29/59*n + a bounded remainder") and len(shown) < 160
+    assert json.loads(made.to_json())["depth"]["output"]["formula"].startswith("{32 if n <= 59")
+
+
+def test_comparison() -> None:
+    table = compare(subject(), [("stock", None), ("band", BAND)], seq_len=155, cost=False)
+    rows = {label: (unit, values) for label, unit, values in table.rows}
+    assert rows["depth at n = 155"] == ("block visits", (16, 548))
+    assert rows["chunk"] == ("tokens", ("the whole row", 4))
+    assert [len(line) for line in table.cells()] == [4] * (len(table.rows) + 1)
+    assert json.loads(table.to_json())["columns"] == ["stock", "band"]
+    assert "| depth at n = 155 | 16 | 548 | block visits |" in table.to_markdown()
+    assert re.search(r"depth at n = 155 +16 +548  block visits", str(table))
+
+
+def test_sweep_over_groups() -> None:
+    table = sweep(subject(), BAND, [1, 2, 4, 8, 16], seq_len=155, cost=False)
+    rows = {label: values for label, _, values in table.rows}
+    assert rows["depth at n = 155"] == tuple(16 + 14 * (154 // g) for g in (1, 2, 4, 8, 16))
+    assert rows["recursions"] == tuple(-(-155 // g) for g in (1, 2, 4, 8, 16))
+    assert rows["growth"] == tuple(Fraction(14, g) for g in (1, 2, 4, 8, 16))
+    page = Page(table.to_svg())
+    assert not page.open and len(page.of_class("dp-mark")) == 10
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0, "bytes", "0 bytes"),
+        (1023, "bytes", "1,023 bytes"),
+        (1024, "bytes", "1,024 bytes (1.0 KiB)"),
+        (3 << 40, "bytes", "3,298,534,883,328 bytes (3.0 TiB)"),
+        (0.000123456, "s", "0.0001235 s"),
+        (Fraction(7, 2), "per token", "7/2 per token"),
+        (3e12, "FLOP", "3e+12 FLOP"),
+    ],
+)
+def test_numbers_in_words(value, unit: str, text: str) -> None:
+    assert with_unit(value, unit) == text
+
+
+@pytest.mark.parametrize(("top", "found"), [(548, [0, 200, 400, 600]), (1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, [0, 1])])
+def test_ticks_reach_the_top(top: float, found: list[float]) -> None:
+    assert ticks(top) == pytest.approx(found)
