@@ -23,6 +23,7 @@ _PUBLIC = {
     "load_spec": "depthpass.spec",
     "dump_spec": "depthpass.spec",
     "attach": "depthpass.hf.attach",
+    "gradients": "depthpass.analysis.gradients",
     **dict.fromkeys(
         ("DepthpassError", "SpecError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError", "InputError",
          "CacheError", "LoweringError"),

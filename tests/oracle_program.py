@@ -1,7 +1,7 @@
 """Naive oracles of whole programs: the stock model's own blocks, one token of one row at a time, no depthpass.
 
-The blocks' attention is replaced by :func:`_attend`, a softmax over a Python list of keys that belongs to one visit. Every
-system below is written down as in its paper, in the fewest lines.
+The blocks' attention is replaced by :func:`_attend`, a softmax over a Python list of keys that belongs to one visit.
+Every system below is written down as in its paper, in the fewest lines.
 """
 
 from __future__ import annotations
@@ -203,9 +203,9 @@ def parallel_loop(
     row: Row, loops: int, window: int, mix, gates: Sequence[Callable[[Tensor, Tensor], Tensor]], *, per_loop=False,
     shift=1, kv="gated",
 ) -> Tensor:
-    """PLT, token by token; ``gates[l](q, x)`` gives one score per head from the query or from the block's input."""
+    """PLT, token by token; ``gates[p](q, x)`` gives one score per head from the query or from the block's input."""
     n, (a, b) = len(row.blocks), mix
-    keys = {(r, l): Keys() for r in range(loops) for l in range(n)}
+    keys = {(r, p): Keys() for r in range(loops) for p in range(n)}
     last, out = [], []
     for i in range(row.tokens):
         here = []
@@ -214,14 +214,14 @@ def parallel_loop(
             if r:
                 source = here if shift == 0 else last[i - shift] if i >= shift else None
                 x = a * row.embed[i] + (0 if source is None else b * source[r - 1])
-            for l in range(n):
+            for p in range(n):
                 if r == 0 or kv == "own":
-                    visit = own(keys[r, l])
+                    visit = own(keys[r, p])
                 elif kv == "first":
-                    visit = shared(keys[0, l])
+                    visit = shared(keys[0, p])
                 else:
-                    visit = gated(keys[0, l], keys[r, l], window, lambda q, l=l, x=x: gates[l](q, x))
-                x = row.block(l, x, i, visit)
+                    visit = gated(keys[0, p], keys[r, p], window, lambda q, p=p, x=x: gates[p](q, x))
+                x = row.block(p, x, i, visit)
             here.append(row.norm(x) if per_loop else x)
             final = x
         last.append(here)
@@ -288,8 +288,9 @@ def inner_thinking(
         for t in range(1, steps):
             w = [torch.sigmoid(x @ routers[b, t].flatten()) for x in cur]
             scores = [v.item() for v in w]
-            k = math.ceil(ratio * row.tokens)
-            chosen = best(scores, range(row.tokens), k) if mode == "topk" else [i for i, v in enumerate(scores) if v >= 0.5]
+            chosen = [i for i, v in enumerate(scores) if v >= 0.5]
+            if mode == "topk":
+                chosen = best(scores, range(row.tokens), math.ceil(ratio * row.tokens))
             keys = Keys()
             z = [row.block(b, x, i, own(keys)) for i, x in enumerate(cur)]
             acc = [

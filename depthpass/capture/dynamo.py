@@ -141,8 +141,8 @@ def _sizes_from_inputs(graph: fx.Graph, inputs: dict[str, int]) -> None:
         )
         if held is None:
             raise UnsupportedModelError(
-                f"the graph takes the number {node.name} = {size} as an argument, and no tensor has this size; expected "
-                "numbers to be constants or sizes."
+                f"the graph takes the number {node.meta['argument']} = {size} as an argument, and no tensor has this size; "
+                "expected numbers to be constants or sizes. Pass it as a tensor."
             )
         with graph.inserting_after(last):
             read = graph.call_function(torch.ops.aten.sym_size.int, held)
@@ -156,10 +156,16 @@ def _sizes(graph: fx.Graph, inputs: dict[str, int]) -> tuple[sympy.Expr, sympy.S
     shape = enter.meta["val"].shape
     batch, tokens = (s.node.expr if isinstance(s, torch.SymInt) else sympy.Integer(s) for s in shape[:2])
     if not isinstance(tokens, sympy.Symbol):
+        dense = [n for n in graph.nodes if n.op == "placeholder" and n.name in inputs and n.meta["val"].dim() > 3]
+        if dense:
+            raise UnsupportedModelError(
+                f"{dense[0].meta['argument']}: expected [batch, tokens], got shape {tuple(dense[0].meta['val'].shape)}. Dense "
+                "masks are not supported: masks are made from the validity of each token."
+            )
         raise UnsupportedModelError(
-            f"the number of tokens is fixed to {tokens} in this graph; expected a dynamic sequence dimension, which a "
-            "serial region is cut along. Use torch.compile(..., dynamic=None or True), or call "
-            "torch._dynamo.maybe_mark_dynamic(tensor, 1) on every input; a row of a single token is always fixed: pad it "
+            f"the number of tokens is fixed to {tokens} in this graph; expected a dynamic sequence dimension, along which the "
+            "tokens are cut into chunks. Leave out dynamic=False and mark_static, or call "
+            "torch._dynamo.maybe_mark_dynamic(tensor, 1) on every input. A row of a single token is always fixed: pad it "
             "to two."
         )
     for node in graph.nodes:

@@ -129,7 +129,7 @@ def _first_entry(members: list[set[fx.Node]], width: int) -> fx.Node:
     found = [
         a for a in outside - later
         if isinstance(v := a.meta.get("val"), torch.Tensor) and v.dim() == 3 and v.shape[2] == width
-        and v.is_floating_point()
+        and v.is_floating_point() and not a.meta.get("parameter")
     ]
     if len(found) != 1:
         raise UnsupportedModelError(

@@ -46,7 +46,7 @@ def attach(model: nn.Module, spec) -> nn.Module:
     found = attached_spec(inner)
     if found is None:
         runtime = prepare(inner, passes, None)
-        made = build(runtime.program, next(inner.parameters()), inner.config).train(inner.training)
+        made = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
         made.spec = runtime.spec
         inner.add_module(PREFIX, made)
     elif spec_hash(found) != spec_hash(passes):

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
-from depthpass.hf.watch import Binding, Watch
+from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
 from depthpass.ir.program import Program
 from depthpass.ir.verify import Type, infer
 from depthpass.schedule.regions import Schedule
@@ -99,7 +100,7 @@ class BlockCall:
         self.block, self.visit, self.sides, self.host = block, visit, sides, host
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        params = self.host.tensors(self.block, layer)
+        params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
         return self.block.template.graph(self.visit, hidden, *self.sides, *params)
 
 
@@ -117,6 +118,8 @@ def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
 
 class StockHost:
     """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.eager.Host`)."""
+
+    adapts = True
 
     def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
         self.model, self.captured = model, captured
@@ -290,7 +293,7 @@ class DepthModel:
         output = outputs.pop("output")
         if runtime.heads:
             # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
-            output.taps = {n: outputs[n].logits if head else streams[n] for n, head in runtime.heads.items()}
+            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in runtime.heads.items()}
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.state = state
@@ -317,11 +320,12 @@ class DepthModel:
     def _watched(self) -> tuple:
         watches = self._depth.watches
         if not watches or not watches[-1].current():
+            check_hooks(self, self._depth.layers)
             watches.append(Watch(self))
         return watches[-1].key
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
-        stock = stock_copy(self)
+        stock = without_hooks(stock_copy(self))
         static = {"use_cache": False} if "use_cache" in names else {}
         # Heads without the argument ask the config. The copy's config is its own.
         stock.config.get_text_config(decoder=True).use_cache = False
@@ -356,19 +360,10 @@ class DepthModel:
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs=None):
-        """As the stock method; only non-reentrant checkpoints keep the gradients of the recurrence.
-
-        Raises:
-            InputError: ``use_reentrant=True`` was asked for.
-        """
-        options = dict(gradient_checkpointing_kwargs or {})
-        if options.setdefault("use_reentrant", False):
-            raise InputError(
-                "gradient_checkpointing_kwargs: use_reentrant=True would lose the gradient through keys, values and "
-                "delays, which leave a block besides its output. Use {'use_reentrant': False}."
-            )
-        return super().gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
+        if enable:
+            gradient_checkpointing_func = not_reentrant(gradient_checkpointing_func)
+        return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
@@ -396,9 +391,34 @@ class DepthModel:
         return (_rebuild, (type(self)._stock_class,), *made[2:])
 
 
+def _logits(output, tap: str) -> Tensor:
+    """Logits that the stock head made of a tap."""
+    if getattr(output, "logits", None) is None:
+        raise UnsupportedModelError(
+            f"tap {tap!r}: asks for logits, but this model's outputs have {', '.join(output.keys())} only. Use a model with "
+            "a head, or head=False."
+        )
+    return output.logits
+
+
 def reads_future(program: Program) -> str | None:
     """The first op of a program that needs later tokens of the row, or None: then decoding equals scoring."""
     return next((f"%{o.name} = route topk" for o in program if o.kind == "route" and o["rule"] == "topk"), None)
+
+
+def not_reentrant(function):
+    """A checkpoint function that keeps the gradients of the recurrence.
+
+    Raises:
+        InputError: ``use_reentrant=True`` was asked for.
+    """
+    chosen = getattr(function, "keywords", {}).get("use_reentrant")
+    if chosen:
+        raise InputError(
+            "gradient_checkpointing_kwargs: use_reentrant=True would lose the gradient through keys, values and delays, "
+            "which leave a block besides its output. Use {'use_reentrant': False}."
+        )
+    return functools.partial(function, use_reentrant=False) if chosen is None else function
 
 
 def _rebuild(stock_class: type) -> nn.Module:

@@ -69,24 +69,47 @@ class HiddenGate(nn.Module):
         return nn.functional.linear(normed, self.weight, self.bias)
 
 
-def build(program: Program, like: torch.Tensor, config=None) -> DepthParameters:
+class LowRank(nn.Module):
+    """A low-rank update of one stock matrix, for one visit: ``B A``, zero at the start because B is.
+
+    Args:
+        weight: the stock matrix, whatever its layout (``[out, in]``, or ``[in, out]`` in GPT-2).
+    """
+
+    def __init__(self, weight: torch.Tensor, rank: int, like: torch.Tensor):
+        super().__init__()
+        self.a = nn.Parameter(like.new_empty(rank, weight.shape[1]))
+        self.b = nn.Parameter(like.new_zeros(weight.shape[0], rank))
+        if not self.a.is_meta:
+            nn.init.normal_(self.a, 0.0, 0.02)
+
+    def delta(self) -> torch.Tensor:
+        """The update, of the stock matrix's shape."""
+        return self.b @ self.a
+
+
+def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) -> DepthParameters:
     """Create the new parameters of a program.
 
     Args:
         like: a parameter of the stock model; the new ones get its dtype and device.
-        config: the stock model's config; only programs with attention gates need it.
+        model: the stock model; only programs with attention gates or per-visit LoRA need it, for its sizes.
 
     Raises:
-        UnsupportedModelError: the config does not say how many heads a gate needs, or of what size.
+        UnsupportedModelError: the config does not say how many heads a gate needs, or of what size; a block without
+            linear maps for LoRA to update.
     """
     types = infer(program)
     declared = parameters(program, types)
     root = DepthParameters(str(program))
     for o in program.visits:
         if o["gate"] and not _has(root, o["gate"]):
-            heads, dim = _heads(config)
+            heads, dim = _heads(getattr(model, "config", None))
             gate = QueryGate(heads, dim, like) if o["gate_input"] == "query" else HiddenGate(heads, program.width, like)
             _attach(root, o["gate"], gate)
+        if o["lora"] and not _has(root, o["lora"]):
+            for path, matrix in _matrices(model, o["index"]):
+                _attach(root, f"{o['lora']}.{path}", LowRank(matrix.weight, o["lora_rank"], like))
     for o in program.ops:
         name = o["name"] if o.kind in ("linear", "weigh", "rms") else None
         if not name or _has(root, name):
@@ -113,6 +136,23 @@ def _heads(config) -> tuple[int, int]:
         )
     dim = getattr(text, "head_dim", None)
     return heads, dim if isinstance(dim, int) else text.hidden_size // heads
+
+
+def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Module]]:
+    """Linear maps of a block by path, under any PEFT wrapping."""
+    from depthpass.capture.export import find_layers
+
+    block = None if model is None else model.get_submodule(find_layers(model))[index]
+    # GPT-2's Conv1D is a linear map with its matrix transposed.
+    found = [] if block is None else [
+        (path.removesuffix(".base_layer"), m) for path, m in block.named_modules()
+        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and "lora_" not in path
+    ]
+    if not found:
+        raise UnsupportedModelError(
+            f"per-visit LoRA: block {index} of {type(model).__name__} has no linear maps to update. Leave lora_rank out."
+        )
+    return found
 
 
 def _initialise(module: nn.Linear, std: float, identity: bool) -> None:

@@ -10,7 +10,16 @@ from torch import nn
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.inputs import position_table
-from depthpass.hf.model import PREFIX, DepthModel, Runtime, attention_style, block_forward, depth_class, stock_copy
+from depthpass.hf.model import (
+    PREFIX,
+    DepthModel,
+    Runtime,
+    attention_style,
+    block_forward,
+    depth_class,
+    not_reentrant,
+    stock_copy,
+)
 from depthpass.hf.parameters import build
 from depthpass.ir.program import plain
 from depthpass.passes.base import Context
@@ -66,6 +75,9 @@ def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
     check_one_device(model)
+    for module in model.modules():
+        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
+            not_reentrant(module._gradient_checkpointing_func)
     program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
     from depthpass_lowering.eager import check_program
 
@@ -87,7 +99,7 @@ def check_one_device(model: nn.Module) -> None:
 
 def install(model: nn.Module, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
-    model.add_module(PREFIX, build(runtime.program, next(model.parameters()), model.config))
+    model.add_module(PREFIX, build(runtime.program, next(model.parameters()), model))
     model.depth.train(model.training)
     model._depth = runtime
     for layer in model.get_submodule(runtime.layers):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from depthpass.errors import UnsupportedModelError
 
 
 class Watch:
-    """What a capture depends on: the module tree, modes, dtypes, devices and adapter switches.
+    """What a capture depends on: the module tree, modes, dtypes, devices, hooks, dropout and adapter switches.
 
     Attributes:
         key: hashable; equal keys mean that a capture may be reused.
@@ -17,13 +20,15 @@ class Watch:
         self.modules = modules  # kept alive, so that no id below is ever reused
         self.children = [(m._modules, tuple(m._modules.items())) for m in modules if m._modules]
         self.modes = tuple(m.training for m in modules)
+        self.hooks = tuple(has_hooks(m) for m in modules)
+        self.rates = [(m, m.p) for m in modules if isinstance(m, _DropoutNd)]
         self.parameters = [
             (m._parameters, k, p.dtype, p.device, len(m._parameters))
             for m in modules for k, p in m._parameters.items() if p is not None
         ]
         self.adapters = [(m, adapter_state(m)) for m in modules if hasattr(m, "merged_adapters")]
         self.key = (
-            tuple(map(id, modules)), self.modes,
+            tuple(map(id, modules)), self.modes, tuple(p for _, p in self.rates),
             tuple((k, dtype, device) for _, k, dtype, device, _ in self.parameters), tuple(s for _, s in self.adapters),
         )
 
@@ -35,14 +40,53 @@ class Watch:
             for name, child in items:
                 if table.get(name) is not child:
                     return False
-        for module, mode in zip(self.modules, self.modes):
-            if module.training is not mode:
+        for module, mode, hooks in zip(self.modules, self.modes, self.hooks):
+            if module.training is not mode or has_hooks(module) is not hooks:
                 return False
         for table, name, dtype, device, count in self.parameters:
             p = table.get(name)
             if p is None or p.dtype is not dtype or p.device != device or len(table) != count:
                 return False
-        return all(adapter_state(m) == state for m, state in self.adapters)
+        return all(m.p == p for m, p in self.rates) and all(adapter_state(m) == state for m, state in self.adapters)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def check_hooks(model: nn.Module, layers: str) -> None:
+    """Refuse hooks that would never run: only the model itself and its blocks are called as modules.
+
+    Raises:
+        UnsupportedModelError: a module inside a block, or before or after the blocks, has a hook.
+    """
+    blocks = {id(b) for b in model.get_submodule(layers)}
+    for name, module in model.named_modules():
+        if module is model or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
+            continue
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(),
+                 *module._backward_hooks.values(), *module._backward_pre_hooks.values()]
+        # transformers and PEFT make the embeddings require gradients for reentrant checkpoints, which are refused.
+        if all(getattr(h, "__name__", "").startswith("make_inputs_require_grad") for h in hooks):
+            continue
+        raise UnsupportedModelError(
+            f"{name} has a hook, which a transformed model would never run: its blocks run as captured graphs. Register "
+            "it on a block or on the model, or remove it."
+        )
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """Make a private copy traceable: no hooks (a block's own run when it is called) and no checkpoints."""
+    for module in model.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                      module._backward_pre_hooks):
+            table.clear()
+        if getattr(module, "gradient_checkpointing", False):
+            module.gradient_checkpointing = False
+    return model
 
 
 def adapter_state(module: nn.Module) -> tuple:

@@ -152,7 +152,7 @@ def _group_charts(report: Report) -> list[tuple[str, str]]:
     limit = min(r.limit or 1 for r in report.schedule.serial_regions)
     groups = sorted({1, *(2**i for i in range(limit.bit_length()) if 2**i <= limit), limit})
     n, rest = report.seq_len, report.visits - report.serial_blocks
-    calls = tuple((g, report.serial_blocks * -(-n // g) + rest) for g in groups)
+    calls = tuple((g, report.serial_blocks * -(-(n + report.serial_pads) // g) + rest) for g in groups)
     found = [("Serial block calls against the chunk size",
               line_chart([Series("calls", calls)], "chunk (tokens)", "block calls per row", marks=True))]
     if report.cost is not None:

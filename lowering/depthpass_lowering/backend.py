@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import warnings
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 
@@ -13,11 +10,13 @@ from torch import Tensor, fx, nn
 
 from depthpass.errors import InputError, SpecError, UnsupportedModelError, did_you_mean
 from depthpass.ir.program import Program, plain
-from depthpass.ir.verify import infer, parameters
+from depthpass.ir.verify import infer
 from depthpass.passes.base import Pass
 from depthpass.passes.pipeline import apply_spec
 from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import SpecLike, load_spec, spec_hash
+from depthpass_lowering.dynamo_models import holds_no_model, model_of, scoring_parameters
+from depthpass_lowering.dynamo_sizes import restart_with_symbolic_sizes
 
 NAME = "depthpass"
 
@@ -51,11 +50,12 @@ class Options:
                     f"options: unknown key {key!r}.{did_you_mean(str(key), known)} Keys: {', '.join(known)}."
                 )
         options = cls(**(given or {}))
-        valid = sorted({*torch._dynamo.list_backends(exclude_tags=()), "eager"} - {NAME})
+        valid = {*torch._dynamo.list_backends(exclude_tags=()), "eager"} - {NAME}
         if isinstance(options.inner, str) and options.inner not in valid:
+            usual = ["eager", "aot_eager", *torch._dynamo.list_backends()]
             raise SpecError(
                 f"options.inner: expected the name of a torch.compile backend, got {options.inner!r}."
-                f"{did_you_mean(options.inner, valid)} Backends: {', '.join(valid)}."
+                f"{did_you_mean(options.inner, valid)} Backends: {', '.join(b for b in usual if b in valid)}."
             )
         if not isinstance(options.inner, str) and (not callable(options.inner) or options.inner is depthpass_backend):
             raise SpecError(f"options.inner: expected the name of a torch.compile backend or another backend, got "
@@ -91,13 +91,12 @@ def depthpass_backend(
         raise SpecError(f"mode: expected none, got {mode!r}; modes are inductor's. Leave it out.")
     from depthpass.capture.dynamo import capture_graph
 
-    if _holds_no_model(gm, example_inputs):
+    if holds_no_model(gm, example_inputs):
         inner = settings.inner
-        return torch._dynamo.lookup_backend(inner)(gm, example_inputs) if isinstance(inner, str) else inner(gm, example_inputs)
-    model = _model_of(gm, example_inputs)
-    depth, program, plan = _planned(model, settings, example_inputs)
-    if torch._dynamo.config.automatic_dynamic_shapes or not torch._dynamo.config.assume_static_by_default:
-        _ask_for_dynamic(gm, example_inputs, model)
+        return (torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner)(gm, example_inputs)
+    model, owner = model_of(gm, example_inputs)
+    depth, program, plan = _planned(model, owner, settings, example_inputs)
+    restart_with_symbolic_sizes(gm, example_inputs, model)
     try:
         captured = capture_graph(gm, example_inputs, model)
     except UnsupportedModelError as error:
@@ -162,14 +161,8 @@ class _Compiled:
         return valid
 
 
-# Which model, which parameters ---------------------------------------------------------------------------------------
-
-_SCORING: weakref.WeakKeyDictionary[nn.Module, dict[str, nn.Module]] = weakref.WeakKeyDictionary()
-"""New parameters of models without attached ones, by spec: all compiled graphs of a model share them."""
-
-
 def _planned(
-    model: nn.Module, settings: Options, arguments: Sequence[object]
+    model: nn.Module, owner: nn.Module, settings: Options, arguments: Sequence[object]
 ) -> tuple[nn.Module, Program, Schedule]:
     """The new parameters, the program and its schedule."""
     from depthpass.hf.attach import attached_spec
@@ -177,7 +170,7 @@ def _planned(
     from depthpass.hf.transform import context_of
     from depthpass_lowering.eager import check_program
 
-    attached = attached_spec(model)
+    attached = attached_spec(owner)
     if settings.spec is None and attached is None:
         raise SpecError(
             "options: expected a 'spec', got none. Write torch.compile(model, backend='depthpass', options={'spec': "
@@ -199,115 +192,6 @@ def _planned(
         )
     plan = schedule(program, settings.chunk)
     if attached is not None:
-        warn_frozen(model)
-        return model.depth, program, plan
-    return _unattached(model, passes, program, arguments), program, plan
-
-
-def _unattached(model: nn.Module, passes, program: Program, arguments: Sequence[object]) -> nn.Module:
-    """New parameters that live in the compiled function only; refused where they would have to be trained."""
-    from depthpass.hf.parameters import build
-
-    key = spec_hash(passes)
-    names = sorted(parameters(program, infer(program)))
-    if names and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        raise SpecError(
-            f"the spec has {len(names)} new parameters ({names[0]}, ...) and the model none attached, so that no optimizer "
-            "could train them. Call dp.attach(model, spec) before making the optimizer and compiling; for scoring call "
-            "the compiled model under torch.no_grad()."
-        )
-    made = _SCORING.setdefault(model, {})
-    if key not in made:
-        made[key] = build(program, next(model.parameters()), model.config).requires_grad_(False)
-        if names:
-            warnings.warn(
-                f"the {len(names)} new parameters of the spec exist only inside the compiled function, at their initial "
-                "values; call dp.attach(model, spec) to hold, train and save them on the model.",
-                UserWarning, stacklevel=2,
-            )
-    return made[key]
-
-
-def _holds_no_model(gm: fx.GraphModule, arguments: Sequence[object]) -> bool:
-    """Whether a graph is code around the model that a graph break has cut off, such as a loss: it runs as it is.
-
-    A piece of the model itself is no such case: blocks that are not all in one graph are refused where they are.
-    """
-    return not any(isinstance(a, nn.Parameter) for a in arguments) and all(
-        n.op in ("placeholder", "output", "call_function", "call_method") for n in gm.graph.nodes
-    )
-
-
-def _model_of(gm: fx.GraphModule, arguments: Sequence[object]) -> nn.Module:
-    """The transformers model whose parameters are arguments of a graph.
-
-    Raises:
-        UnsupportedModelError: none, or several.
-    """
-    from depthpass.hf.attach import owners
-
-    held = [a for a in arguments if isinstance(a, nn.Parameter)]
-    found = _models_in_scope(gm, held) or owners(held)
-    if len(found) != 1:
-        names = ", ".join(type(m).__name__ for m in found) or "none"
-        raise UnsupportedModelError(
-            f"expected one transformers decoder that holds the parameters of this graph, got {names}. Call dp.attach(model, "
-            "spec) on the model, and compile one model at a time."
-        )
-    return found[0]
-
-
-def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[nn.Module]:
-    """Decoders found at the variables of the compiled frame that Dynamo lifted the parameters from."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    from depthpass.capture.screen import find_layers
-
-    try:
-        output = InstructionTranslator.current_tx().output
-        scopes = {"L": output.local_scope, "G": output.global_scope}
-    except AttributeError:  # another torch keeps them elsewhere: attached models are still found
-        return []
-    wanted = {id(p) for p in held}
-    roots = []
-    for node in gm.graph.nodes:
-        source = getattr(getattr(node, "_dynamo_source", None), "name", "")
-        if match := re.match(r"([LG])\['(\w+)'\]", source() if callable(source) else source):
-            root = scopes[match[1]].get(match[2])
-            if isinstance(root, nn.Module) and root not in roots:
-                roots.append(root)
-    found: list[nn.Module] = []
-    for root in roots:
-        for module in root.modules():
-            try:
-                find_layers(module)
-            except UnsupportedModelError:
-                continue
-            if any(id(p) in wanted for p in module.parameters()):
-                found.append(module)
-                break
-    return found
-
-
-def _ask_for_dynamic(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Module) -> None:
-    """Let Dynamo trace again with symbolic batch and tokens when it has fixed them for want of a second example.
-
-    Dynamo makes a size symbolic only after it has changed once, or when it is marked; a token loop needs it from the
-    first call on.
-    """
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
-
-    own = {id(t) for t in (*model.parameters(), *model.buffers())}
-    placeholders = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    marked = False
-    for node, value in zip(placeholders, arguments, strict=True):
-        if not isinstance(value, Tensor) or id(value) in own or value.dim() not in (2, 3):
-            continue
-        shape = node.meta["example_value"].shape
-        known = getattr(value, "_dynamo_weak_dynamic_indices", set()) | getattr(value, "_dynamo_static_indices", set())
-        for dim in (0, 1):
-            if isinstance(shape[dim], int) and shape[dim] > 1 and dim not in known:
-                torch._dynamo.maybe_mark_dynamic(value, dim)
-                marked = True
-    if marked:
-        raise TensorifyScalarRestartAnalysis(restart_reason="depthpass needs symbolic batch and tokens")
+        warn_frozen(owner)
+        return owner.depth, program, plan
+    return scoring_parameters(model, spec_hash(passes), program, arguments), program, plan

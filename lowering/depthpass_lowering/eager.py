@@ -147,6 +147,25 @@ class RunningVisit:
     def submodule(self, path: str, *args: Tensor) -> Tensor:
         return self.host.submodule(self.index, path, *args)
 
+    def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors a block is bound to, with this visit's own low-rank updates added."""
+        if self.op["lora"] is None:
+            return tensors
+        # PEFT moves a wrapped weight one level down.
+        place = {name.replace(".base_layer.", "."): i for i, name in enumerate(names)}
+        adapted = list(tensors)
+        for path, update in self.host.module(self.op["lora"]).named_modules():
+            if not hasattr(update, "delta"):
+                continue
+            i = place.get(f"{path}.weight")
+            if i is None:
+                raise LoweringError(
+                    f"per-visit LoRA {self.op['lora']!r}: {path} of block {self.index} is not read by its graph (it "
+                    "belongs to an experts layer, which runs as a whole). Leave lora_rank out for this model."
+                )
+            adapted[i] = adapted[i] + update.delta()
+        return adapted
+
     def columns(self, device: torch.device) -> Tensor:
         return torch.arange(self.span.start, self.span.start + self.span.count, device=device)
 
@@ -439,6 +458,7 @@ class Run:
         raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
 
     def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
+        self._check_lora(o)
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.read)
         visit.hidden = x
         y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
@@ -456,6 +476,7 @@ class Run:
         self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
     ) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
+        self._check_lora(o)
         if route.count == 0:
             return x
         used = self.host.sides_of(o["index"])
@@ -473,9 +494,15 @@ class Run:
         else:
             visit.hidden = x.index_select(0, route.rows)
             tables = [t.index_select(0, route.rows) for t in tables]
-            y = x.index_copy(0, route.rows, self.host.block(o["index"], visit, visit.hidden, tables))
+            y = self.host.block(o["index"], visit, visit.hidden, tables)
+            y = x.to(y.dtype).index_copy(0, route.rows, y)
         visit.commit()
         return y
+
+    def _check_lora(self, o: Op) -> None:
+        if o["lora"] and not getattr(self.host, "adapts", False):
+            raise LoweringError(f"block {o['index']} has a LoRA of its own for each visit, which only transformed models "
+                                "run. Use dp.transform(model, spec) instead of the torch.compile backend.")
 
     def _route(self, o: Op, local: dict, span: Span) -> Route:
         score = local[o.args[0]]
@@ -533,7 +560,8 @@ def unsupported_ops(program: Program) -> list[str]:
     """What of a program cannot run on a model, one line each; empty when all of it can."""
     found = [f"%{o.name} = {o.kind}" for o in program if o.kind not in RUNS]
     for o in program.visits:
-        found += [f"%{o.name} = block {o['index']} with {key} {o[key]}" for key in ("lora", "modulate") if o[key]]
+        if o["modulate"]:
+            found.append(f"%{o.name} = block {o['index']} with modulate {o['modulate']}")
     return found
 
 
@@ -547,7 +575,7 @@ def check_program(program: Program) -> None:
         raise LoweringError(
             f"this program can be reported but not run on a model yet: {'; '.join(found[:3])}"
             f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Leave out what adds it "
-            "(the pass pad; lora_rank and timestep of loop)."
+            "(the pass pad; timestep of loop)."
         )
 
 

@@ -65,6 +65,8 @@ class ScheduledRun(Run):
             if any(self.sides[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"
         for o in region.visits:
+            if o["lora"]:
+                return f"block {o['index']} has a LoRA of its own for each visit"
             if reason := self.host.refuses_schedule(o["index"]):
                 return reason
             if torch.is_grad_enabled() and any(s.dropout for s in self.host.sites_of(o["index"])):

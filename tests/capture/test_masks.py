@@ -64,20 +64,19 @@ class Predicate:
         return k <= q
 
 
-PACKED = mu.packed_sequence_compatibility_function(
-    CAUSAL, torch.tensor([[0, 1, 2, 0, 1]]), torch.tensor([[0, 0, 0, 1, 1]])
-)
+def packed(function):
+    return mu.and_masks(mu.packed_sequence_mask_function(torch.tensor([[0, 0, 0, 1, 1]])), function)
+
+
 REFUSED = {
     "bidirectional": (mu.bidirectional_mask_function, None, "bidirectional_mask_function lets tokens see later tokens"),
     "bidirectional window": (mu.sliding_window_bidirectional_mask_function(4), 4, "lets tokens see later tokens"),
     "fixed prefix": (fixed_prefix(3), None, "lets tokens see later tokens"),
     # With zeros in its place this one would look causal.
     "prefix per row": (prefix(torch.tensor([3, 2])), None, r"depends on a tensor of shape \(2,\)"),
-    "packed": (PACKED, None, "packed sequences from position_ids"),
+    "packed": (packed(CAUSAL), None, "packed sequences from position_ids"),
     "packed window": (
-        mu.packed_sequence_compatibility_function(
-            mu.sliding_window_causal_mask_function(4), torch.zeros(1, 5), torch.zeros(1, 5)
-        ), 4, "packed sequences from position_ids",
+        packed(mu.sliding_window_causal_mask_function(4)), 4, "packed sequences from position_ids"
     ),
     "image blocks": (
         mu.or_masks(CAUSAL, mu.blockwise_overlay(torch.zeros(2, 9, dtype=torch.long))), None, "image blocks"

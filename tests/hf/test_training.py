@@ -47,11 +47,25 @@ def test_reentrant_checkpointing_is_refused():
     with pytest.raises(InputError, match=r"use_reentrant=True would lose .* Use \{'use_reentrant': False\}"):
         turbo.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     assert not turbo.is_gradient_checkpointing
-    # Checkpointing of the stock model, enabled before the transform, carries over under the same rule.
+    # The same rule for checkpoints that the stock model has been given.
     stock = stock_of("llama").train()
     stock.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(InputError, match="use_reentrant"):
-        dp.transform(stock, spec())(**BATCH, labels=LABELS)
+        dp.transform(stock, spec())
+
+
+def test_checkpointing_enabled_before_the_first_call():
+    _, want = gradients(turbo_of(stock_of("llama")).train())
+    stock = stock_of("llama").train()
+    stock.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"preserve_rng_state": False, "use_reentrant": False})
+    early = turbo_of(stock)
+    late = turbo_of(stock_of("llama")).train()
+    enable = getattr(late, "activation_checkpointing_enable", late.gradient_checkpointing_enable)
+    enable(every_n_layers=2)
+    assert [layer.gradient_checkpointing for layer in late.model.layers] == [True, False, True]
+    for turbo in (early, late):
+        for n, g in gradients(turbo)[1].items():
+            torch.testing.assert_close(g, want[n], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("one_capture")

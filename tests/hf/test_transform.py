@@ -211,3 +211,32 @@ def test_a_changed_module_is_captured_again():
     again = dp.transform(stock, turbo.depth_spec)
     again.depth.load_state_dict(turbo.depth.state_dict())
     assert torch.equal(logits(turbo), logits(again)) and not torch.equal(logits(turbo), before)
+
+
+def test_hooks_on_blocks_and_model_run_once():
+    stock = stock_of("llama")
+    stock.model.layers[1].register_forward_hook(lambda module, args, out: out + 1)
+    stock.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, "logits_to_keep": 2}), with_kwargs=True)
+    same = dp.transform(stock, dp.Identity())
+    assert torch.equal(logits(same)[:, 1:], logits(stock)[:, 1:]) and logits(same).shape[1] == 2
+    turbo, seen = turbo_of(stock_of("llama")), []
+    plain = logits(turbo)
+    for block in turbo.model.layers:
+        block.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
+    assert torch.equal(logits(turbo), plain)
+    assert seen == [(2, 7, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 1, 32)]
+    turbo.model.layers[0].register_forward_hook(lambda module, args, out: out * 0)
+    assert not torch.equal(logits(turbo), plain)
+
+
+def test_hooks_that_would_never_run_are_refused():
+    turbo = turbo_of(stock_of("llama"))
+    logits(turbo)
+    for name in ("model.layers.1.mlp", "model.embed_tokens", "lm_head", "model"):
+        for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
+            handle = getattr(turbo.get_submodule(name), register)(lambda *a: None)
+            with pytest.raises(dp.UnsupportedModelError, match=f"^{name} has a hook, .*Register it on a block"):
+                logits(turbo)
+            handle.remove()
+    turbo.enable_input_require_grads()
+    assert torch.isfinite(logits(turbo)).all()

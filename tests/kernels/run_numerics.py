@@ -35,7 +35,7 @@ LONG = replace(ATTENTION["everything"], keys=150, q_start=140, holes=(90,), wind
 
 @triton.jit
 def count(X):
-    for i in range(0, tl.program_id(0) + 2):
+    for i in range(tl.program_id(0) + 2):
         tl.store(X + i, 1)
 
 

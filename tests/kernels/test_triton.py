@@ -45,8 +45,8 @@ def test_compiles_ahead_of_time(child: Child, arch: int, tmp_path: Path) -> None
     }
     for record in records:
         assert record["cubin"] > 0 and record["shared"] <= SHARED[arch], record
-        # Spills show as STACK; LOCAL stays 0 even when hundreds of bytes spill. ptxas parks up to four registers
-        # to reach the next occupancy step, which is no spill to worry about.
+        # Spills show as STACK; LOCAL stays 0 even when hundreds of bytes spill. ptxas parks up to four
+        # registers to reach the next occupancy step, which is no spill to worry about.
         assert record["local"] == 0 and record["stack"] <= 16, record
         if record["kernel"] in ("forward_kernel", "dq_kernel", "dkv_kernel", "up_kernel"):
             small = record["rows"] < 64 and record["kernel"] != "dkv_kernel"

@@ -22,6 +22,16 @@ PROGRAMS = {
     "mor": dp.MixtureOfRecursions(recursions=3, mode="threshold", combine="delta"),
     "mor_shared": dp.MixtureOfRecursions(recursions=2, mode="threshold", kv="first"),
     "itt": dp.InnerThinking(steps=3, mode="threshold", bypass="literal"),
+    # Several passes on one program.
+    "shared_mor_on_a_list": [
+        dp.LayerProgram([0, 1, 2, 1]), dp.MixtureOfRecursions(recursions=3, mode="threshold", combine="delta", kv="first"),
+    ],
+    "feedback_around_thinking": [
+        dp.InnerThinking(steps=2, mode="threshold", layers=(1,)), dp.TurboConn(bridges=[(3, 0)], group=3, rank=4),
+    ],
+    "feedback_around_noise": [
+        dp.Loop(start=1, end=2, times=2, inject="add", state="noise"), dp.TurboConn(bridges=[(3, 1)], group=2, rank=4),
+    ],
 }
 
 
@@ -53,7 +63,7 @@ def same_with_and_without_cache(model, lengths, **options):
     return cached
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [p for p in PROGRAMS if not isinstance(PROGRAMS[p], list)])
 def test_greedy_on_left_padded_rows(program):
     model = made("llama", PROGRAMS[program])
     cached = same_with_and_without_cache(model, [7, 4])
@@ -79,7 +89,11 @@ def test_other_attention_and_models(program, style):
         same_with_and_without_cache(made("gpt2", PROGRAMS[program], style), [6, 6])
 
 
-@pytest.mark.parametrize("program", ["plt", "mor", "itt", "noise", "damped_first_keys"])
+@pytest.mark.parametrize(
+    "program",
+    ["plt", "mor", "itt", "noise", "damped_first_keys", "shared_mor_on_a_list", "feedback_around_thinking",
+     "feedback_around_noise"],
+)
 def test_every_split_into_calls_is_the_whole_row(program):
     model = made("llama", PROGRAMS[program])
     batch = zoo.batch([8, 5, 6])
@@ -115,13 +129,13 @@ def test_later_loops_of_plt_keep_a_window_of_keys_only():
         torch.testing.assert_close(again, model(input_ids=ids).logits[:, 5:], rtol=1e-8, atol=1e-8)
 
 
-def test_assisted_style_sampling_with_a_seed():
+def test_sampling_with_a_seed():
     model = made("llama", PROGRAMS["mor"])
     batch = zoo.batch([6, 4])
     drawn = []
-    for use_cache in (True, False):
+    for cached in (True, False):
         torch.manual_seed(3)
-        drawn.append(model.generate(**batch, max_new_tokens=NEW, do_sample=True, eos_token_id=None, use_cache=use_cache))
+        drawn.append(model.generate(**batch, max_new_tokens=NEW, do_sample=True, eos_token_id=None, use_cache=cached))
     assert torch.equal(*drawn)
 
 

@@ -101,6 +101,9 @@ def test_stream_taps_and_the_logit_lens():
     torch.testing.assert_close(out.taps["lens.v0"], lens, rtol=1e-9, atol=1e-9)
     assert isinstance(model(**batch, return_dict=False), tuple)
     assert not hasattr(dp.transform(stock, dp.Identity())(**batch), "taps")
+    headless = dp.transform(stock.transformer, dp.Taps(at=[0], head=True))
+    with pytest.raises(dp.UnsupportedModelError, match="last_hidden_state"):
+        headless(**batch)
 
 
 def test_grad_is_the_sum_over_visits():
@@ -140,7 +143,7 @@ def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
 
 @pytest.mark.parametrize(
     ("spec", "word"),
-    [(dp.Pad(4), "pad"), (dp.Loop(0, 1, 2, lora_rank=2), "lora"), (dp.Loop(0, 1, 2, timestep=True), "modulate")],
+    [(dp.Pad(4), "pad"), (dp.Loop(0, 1, 2, timestep=True), "modulate")],
 )
 def test_what_cannot_run_is_refused_before_anything_is_made(spec, word):
     stock = zoo.model("llama", 2)
@@ -176,3 +179,34 @@ def test_keys_shared_across_the_border_of_a_token_loop(bridge, lowering):
                   past_key_values=cache).logits for i in range(max(LENGTHS))
         ]
     torch.testing.assert_close(torch.cat(steps, 1)[real], found[0][0], rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_every_visit_has_a_lora_of_its_own(name):
+    """Equal to a stack of separate blocks, each with its update merged: relaxed recursive transformers."""
+    stock, model = made(name, dp.Identity())
+    model = dp.transform(stock, dp.Loop(start=1, end=2, times=2, lora_rank=3))
+    batch = zoo.batch(LENGTHS)
+    real = batch["attention_mask"].bool()
+    plain = dp.transform(stock, dp.Loop(start=1, end=2, times=2))
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=0, atol=0)
+    enliven(model.depth, seed=3, std=0.3, least=1)
+    unrolled = zoo.model(name, 4, dtype=torch.float64)
+    layers = oracle.blocks_of(unrolled)
+    state = [dict(b.state_dict()) for b in oracle.blocks_of(stock)]
+    for block, visit in zip(layers, [(0, None), (1, 0), (1, 1), (2, None)], strict=True):
+        block.load_state_dict(state[visit[0]])
+        if visit[1] is not None:
+            updates = model.depth.get_submodule(f"loop.t{visit[1]}.v1.lora")
+            for path, low in updates.named_modules():
+                if hasattr(low, "delta"):
+                    block.get_submodule(path).weight.data += low.delta().data
+    rest = {k: v for k, v in stock.state_dict().items() if ".layers." not in k and ".h." not in k}
+    unrolled.load_state_dict(rest, strict=False)
+    with torch.no_grad():
+        want = unrolled(**batch).logits[real]
+        got = model(**batch).logits
+        assert (got - plain(**batch).logits)[real].abs().max() > 1e-2
+        torch.testing.assert_close(got[real], want, rtol=1e-9, atol=1e-9)
+    model(**batch).logits[real].square().sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.depth.parameters())

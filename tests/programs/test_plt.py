@@ -30,7 +30,7 @@ def gates(p, layers=2, hidden=False):
 
         return normed if hidden else query
 
-    return [gate(f"parallel_loop.v{l}.gate") for l in range(layers)]
+    return [gate(f"parallel_loop.v{v}.gate") for v in range(layers)]
 
 
 SETTINGS = {
@@ -109,6 +109,10 @@ def test_a_gate_needs_one_number_of_heads():
     from depthpass.hf.parameters import build
 
     class Unknown:
+        @property
+        def config(self):
+            return self
+
         def get_text_config(self, decoder):
             return self
 
