@@ -113,7 +113,7 @@ def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Mod
     if not isinstance(output.args[0], list | tuple):
         output.args = ((output.args[0],),)
     spec = pytree.tree_structure(tuple(output.args[0]))
-    captured = outline(Traced(module, kinds, {}, (), spec, layers, count))
+    captured = outline(Traced(module, kinds, {}, (), spec, layers, count, whole_rows=True))
     valid, positions = _one(masks, "valid"), _one(masks, "positions")
     return DynamoCapture(
         captured, parameters, inputs, labels, valid and valid.name, positions and positions.name, (held[0].name, held[1])

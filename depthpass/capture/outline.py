@@ -81,7 +81,9 @@ class _Outliner:
         norm = self._part("norm", leaves[self.count - 1], [finals[0].args[0]])
         output = next(n for n in self.graph.nodes if n.op == "output")
         head = self._part("head", finals[0], list(output.args[0]), local=False)
-        prologue = self._part("prologue", None, [enters[0].args[0], *self.side_nodes])
+        prologue = self._part(
+            "prologue", None, [enters[0].args[0], *self.side_nodes], local=not self.traced.whole_rows
+        )
         axes = tuple(self._token_axis(n) for n in self.side_nodes)
         return Capture(
             prologue, axes, tuple(blocks), norm, head, self.layers, hidden.shape[2], self.traced.out_spec

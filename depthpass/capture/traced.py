@@ -27,6 +27,7 @@ class Traced:
         out_spec: tree of the model's outputs.
         layers: module path of the list of blocks, e.g. ``model.layers``.
         count: number of blocks.
+        whole_rows: what stands before the first block always sees whole rows, so it may count their tokens.
     """
 
     module: fx.GraphModule
@@ -36,6 +37,7 @@ class Traced:
     out_spec: pytree.TreeSpec
     layers: str
     count: int
+    whole_rows: bool = False
 
 
 def from_export(program: torch.export.ExportedProgram, layers: str, count: int) -> Traced:

@@ -100,9 +100,10 @@ def depthpass_backend(
     try:
         captured = capture_graph(gm, example_inputs, model)
     except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{type(model).__name__}, compiled with backend 'depthpass': {error}") from error
-    if len(captured.capture.blocks) != program.blocks:
-        raise UnsupportedModelError(f"the program is for {program.blocks} blocks, the graph has {len(captured.capture.blocks)}.")
+        other = "" if "dp.transform" in str(error) else " dp.transform(model, spec) captures the module instead."
+        raise UnsupportedModelError(
+            f"{type(model).__name__}, compiled with backend 'depthpass': {error}{other}"
+        ) from error
     return _Compiled(captured, program, plan, depth, settings.inner)
 
 
