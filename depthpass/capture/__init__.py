@@ -32,6 +32,9 @@ def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str
         static = {**static, "use_cache": False}
     private = sharing_copy(model)
     for module in private.modules():
+        # Some models only look at their config, whatever their forward is told.
+        if hasattr(config := getattr(module, "config", None), "use_cache"):
+            config.use_cache = False
         if hasattr(module, "gradient_checkpointing"):
             module.gradient_checkpointing = False
     return outline(trace(private, tensors, static))

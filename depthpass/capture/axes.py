@@ -40,13 +40,6 @@ def has_stream(dim: Dim) -> bool:
     return any(not isinstance(f, int) for f in dim)
 
 
-def number(dim: Dim) -> int:
-    """Size of a dimension that runs over neither rows nor tokens."""
-    if has_stream(dim):
-        raise AxisError(f"expects a plain dimension, got {show_dim(dim)}")
-    return dim[0] if dim else 1
-
-
 def join(*dims: Dim) -> Dim:
     """One dimension that runs over several, the first slowest."""
     out: list[Factor] = []
@@ -91,7 +84,9 @@ def _take(left: list[Factor], size: sympy.Expr, axes: Axes, sizes: Sequence[symp
             taken.append(head)
             rest = rest / head
             continue
-        raise AxisError(f"reshapes {show(axes)} to {show_sizes(sizes)}, which tears tokens apart or mixes them with channels")
+        raise AxisError(
+            f"reshapes {show(axes)} to {show_sizes(sizes)}, which tears tokens apart or mixes them with channels"
+        )
     return join(tuple(taken))
 
 

@@ -114,8 +114,8 @@ def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     for name, t in tensors.items():
         if t.dim() > 2 and name != "inputs_embeds":
             raise InputError(
-                f"{name}: expected [batch, tokens], got shape {tuple(t.shape)}. Dense masks are not supported: masks are made "
-                "from the validity of each token."
+                f"{name}: expected [batch, tokens], got shape {tuple(t.shape)}. Dense masks are not supported: masks are "
+                "made from the validity of each token."
             )
         shape = list(t.shape)
         dynamic: dict[int, object] = {}

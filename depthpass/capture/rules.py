@@ -23,7 +23,6 @@ from depthpass.capture.axes import (
     has_stream,
     join,
     normal,
-    number,
     regroup,
     show,
     show_dim,

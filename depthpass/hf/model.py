@@ -161,14 +161,7 @@ class StockHost:
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:
-            found = self.model.depth
-            # PEFT wraps modules_to_save: the copy it trains is the one to run.
-            if hasattr(found, "modules_to_save"):
-                active = getattr(found, "active_adapters", None) or [getattr(found, "active_adapter", None)]
-                found = found.modules_to_save[active[0]] if active and active[0] in found.modules_to_save else (
-                    found.original_module
-                )
-            self.modules[name] = found.get_submodule(name)
+            self.modules[name] = depth_module(self.model).get_submodule(name)
         return self.modules[name]
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
@@ -211,6 +204,19 @@ class StockHost:
             module = copy.copy(module)
             module._parameters = {**module._parameters, "sinks": sinks}
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
+
+
+def depth_module(model: nn.Module) -> nn.Module:
+    """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter."""
+    found = model.depth
+    if not hasattr(found, "modules_to_save"):
+        return found
+    active = [a for a in found.active_adapters if a in found.modules_to_save]
+    if len(active) > 1:
+        raise UnsupportedModelError(
+            f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
+        )
+    return found.original_module if found.disable_adapters or not active else found.modules_to_save[active[0]]
 
 
 class _Prologue:
@@ -449,12 +455,22 @@ def depth_class(stock: type) -> type:
     return type(stock.__name__, (DepthModel, stock), body)
 
 
+def drop_wrapped_forward(model: nn.Module) -> None:
+    """Remove the forward that accelerate's mixed precision (Trainer with bf16) leaves on a model that it trained.
+
+    It calls the forward of the class the model had then; the next ``prepare`` wraps anew.
+    """
+    if model.__dict__.pop("_original_forward", None) is not None:
+        model.__dict__.pop("forward", None)
+
+
 def stock_copy(model: nn.Module) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
     from depthpass.capture.export import sharing_copy
 
     copied = sharing_copy(model)
     copied.__class__ = type(model)._stock_class
+    drop_wrapped_forward(copied)
     for layer in copied.get_submodule(model._depth.layers):
         layer.__dict__.pop("forward", None)
     del copied._depth

@@ -17,6 +17,8 @@ from depthpass.hf.model import (
     attention_style,
     block_forward,
     depth_class,
+    depth_module,
+    drop_wrapped_forward,
     not_reentrant,
     stock_copy,
 )
@@ -58,6 +60,7 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str
     whole = sharing_copy(model)
     made = _inner(whole)
     made.__class__ = depth_class(type(inner))
+    drop_wrapped_forward(made)
     install(made, runtime)
     made.config.depthpass = {"spec": runtime.spec, **({} if chunk is None else {"chunk": chunk})}
     return whole
@@ -75,6 +78,12 @@ def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
     check_one_device(model)
+    for module in (model, *model.get_submodule(find_layers(model))):
+        if "forward" in module.__dict__ and "_original_forward" not in module.__dict__:
+            raise UnsupportedModelError(
+                f"this {type(module).__name__} has a forward of its own that its class does not know (patched by another "
+                "library, or by an accelerate hook); a transformed model would not run it. Undo the patch first."
+            )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             not_reentrant(module._gradient_checkpointing_func)
@@ -152,4 +161,4 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def new_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
     """The parameters that a transform has added, for an optimizer group of their own."""
-    return list(_inner(model).depth.parameters())
+    return list(depth_module(_inner(model)).parameters())

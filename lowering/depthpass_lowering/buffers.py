@@ -80,6 +80,9 @@ class _InPlaceAttention(torch.autograd.Function):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
         ctx.use = use
+        # A backward pass usually runs outside of autocast: what it recomputes has to run as it did here.
+        device = q.device.type
+        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         ctx.save_for_backward(q, sinks)
         return use.attend(q, *use.view(), sinks), token.new_empty(0)
 
@@ -88,7 +91,7 @@ class _InPlaceAttention(torch.autograd.Function):
         q, sinks = ctx.saved_tensors
         use: Use = ctx.use
         high = use.start + use.count
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(*ctx.autocast):
             leaves = [t.detach().requires_grad_() for t in (q, *use.view())]
             if sinks is not None:
                 leaves.append(sinks.detach().requires_grad_())

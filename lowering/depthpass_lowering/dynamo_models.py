@@ -73,8 +73,11 @@ def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[n
 
 def _outermost_decoder(root: nn.Module) -> nn.Module | None:
     from depthpass.capture.screen import find_layers
+    from depthpass.hf.transform import _inner
 
     for module in root.modules():
+        # A PEFT wrapper hands on the attributes of the decoder inside it.
+        module = _inner(module)
         try:
             find_layers(module)
         except UnsupportedModelError:
@@ -103,7 +106,7 @@ def scoring_parameters(model: nn.Module, key: str, program: Program, arguments: 
         )
     made = _SCORING.setdefault(model, {})
     if key not in made:
-        made[key] = build(program, next(model.parameters()), model.config).requires_grad_(False)
+        made[key] = build(program, next(model.parameters()), model).requires_grad_(False)
         if names:
             warnings.warn(
                 f"the {len(names)} new parameters of the spec exist only inside the compiled function, at their initial "

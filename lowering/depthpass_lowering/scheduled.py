@@ -229,11 +229,12 @@ class _LinearStandIn(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None, sink: Sink):
         super().__init__()
-        self.tensors = (weight, bias)
+        # Under their usual names: a wrapper such as LoRA looks at the weight of the layer it wraps.
+        self.weight, self.bias = weight, bias
         self.sink = sink
 
     def forward(self, x: Tensor) -> Tensor:
-        return sunk_linear(self.sink, x, *self.tensors)
+        return sunk_linear(self.sink, x, self.weight, self.bias)
 
 
 def _parameters(region: Region, host) -> dict[int, Tensor]:

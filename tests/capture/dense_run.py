@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 
 import torch
 import zoo
@@ -119,7 +118,3 @@ def run_block(built: nn.Module, layer: nn.Module, block: Block, hidden: Tensor, 
 
 def attribute(module: nn.Module, path: str) -> Tensor:
     return functools.reduce(getattr, path.split("."), module)
-
-
-def first(tree) -> Tensor:
-    return operator.itemgetter(0)(tree)

@@ -129,20 +129,11 @@ def test_the_model_is_left_as_it_was():
     assert all(torch.equal(before[k], v) for k, v in built.state_dict().items())
 
 
-def test_captures_of_transformed_attention_keep_the_written_keys():
-    """DeepSeek's keys are written in two halves into an empty tensor: both writes must be in the graph."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    built = AutoModelForCausalLM.from_config(AutoConfig.for_model(
-        "deepseek_v3", vocab_size=97, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8, v_head_dim=8, n_routed_experts=4,
-        num_experts_per_tok=2, n_group=1, topk_group=1, first_k_dense_replace=1, moe_intermediate_size=16,
-        max_position_embeddings=128,
-    )).eval()
-    batch = zoo.batch([9, 3])
-    found = capture(built, batch, {})
-    real = batch["attention_mask"].bool()
-    with torch.no_grad():
-        got, want = run(built, found, batch).logits, built(**batch).logits
-    torch.testing.assert_close(got[real], want[real], rtol=1e-5, atol=1e-5)
+def test_training_mode_keeps_dropout():
+    built = zoo.model("gpt2", 2, attn_pdrop=0.25, resid_pdrop=0.5).train()
+    found = capture(built, inputs("gpt2", [7, 4]), {})
+    assert [s.dropout for s in found.templates[0].sites] == [0.25]
+    drops = [n for n in found.templates[0].graph.graph.nodes if "dropout" in str(n.target)]
+    assert [n.args[1:] for n in drops] == [(0.5, True)] * 2
+    built.eval()
+    assert [s.dropout for s in capture(built, inputs("gpt2", [7, 4]), {}).templates[0].sites] == [0.0]

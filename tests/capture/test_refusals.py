@@ -38,7 +38,8 @@ REFUSED = {
     "falcon": (lambda: lm("falcon", **BASE, alibi=False), ["(FalconAttention)", ITSELF]),
     "lfm2": (lambda: lm("lfm2", **BASE | {"num_hidden_layers": 2}, num_key_value_heads=2,
                         layer_types=["conv", "full_attention"]),
-             ["block 0", "model.layers.0.conv (Lfm2ShortConv)", "aten.conv1d", "modeling_lfm2.py", "convolves over the tokens"]),
+             ["block 0", "model.layers.0.conv (Lfm2ShortConv)", "aten.conv1d", "modeling_lfm2.py",
+              "convolves over the tokens"]),
     "mamba2": (lambda: lm("mamba2", vocab_size=97, hidden_size=32, num_hidden_layers=1, state_size=8, num_heads=4,
                           head_dim=16, n_groups=1),
                ["backbone.layers.0.mixer (Mamba2Mixer)", STATE]),
@@ -133,7 +134,7 @@ def test_unknown_attention_arguments_are_refused_not_dropped():
         is_causal = True
 
     x = torch.zeros(1, 1, 2, 4)
-    with pytest.raises(UnsupportedModelError, match="SomeAttention: passes attention arguments.*position_bias"):
+    with pytest.raises(UnsupportedModelError, match=r"SomeAttention: passes attention arguments.*position_bias"):
         capture_attention(SomeAttention(), x, x, x, torch.ones(1, 2), position_bias=torch.zeros(1))
     with pytest.raises(UnsupportedModelError, match="SomeAttention: expected causal attention"):
         capture_attention(SomeAttention(), x, x, x, torch.ones(1, 2), is_causal=False)

@@ -3,6 +3,7 @@
 import pytest
 
 import depthpass.hf.model
+from depthpass.hf.watch import adapter_state
 
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -10,10 +11,15 @@ _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version
 def _signature(model, tensors, static):
     settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
     return (
-        repr(sorted(settings.items(), key=str)), tuple((n, type(m), m.training) for n, m in model.named_modules()),
+        repr(sorted(settings.items(), key=str)), tuple((n, _kind(m)) for n, m in model.named_modules()),
         tuple((n, p.shape, p.dtype) for n, p in model.named_parameters()),
         tuple((n, t.dtype, t.dim()) for n, t in sorted(tensors.items())), tuple(static),
     )
+
+
+def _kind(module):
+    adapter = adapter_state(module) if hasattr(module, "merged_adapters") else None
+    return type(module), module.training, module.__dict__.get("p"), adapter
 
 
 @pytest.fixture(scope="session")

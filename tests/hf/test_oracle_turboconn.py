@@ -13,7 +13,7 @@ LENGTHS = [11, 7, 10]
 
 
 def both(name: str, side: str):
-    stock = zoo.model(name, layers=6, dtype=torch.float64)
+    stock = zoo.model(name, layers=5, dtype=torch.float64)
     turbo = dp.transform(stock, dp.TurboConn(bridges=BRIDGES, group=GROUP, rank=RANK, alpha=ALPHA))
     values = oracle.random_bridges(stock.config.hidden_size, BRIDGES, RANK)
     turbo.depth.load_state_dict({k: v.detach() for k, v in values.items()})

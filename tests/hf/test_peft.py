@@ -12,6 +12,7 @@ peft = pytest.importorskip("peft")
 
 BATCH = zoo.batch([8, 5])
 LABELS = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -100)
+pytestmark = pytest.mark.usefixtures("one_capture")
 TARGETS = {"llama": ["q_proj", "v_proj", "down_proj"], "gpt2": ["c_attn", "c_proj"], "mixtral": ["q_proj", "o_proj"]}
 
 

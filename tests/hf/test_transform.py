@@ -1,6 +1,7 @@
 """What ``transform`` and ``restore`` leave alone, share and copy."""
 
 import copy
+import functools
 import inspect
 import io
 import pickle
@@ -240,3 +241,12 @@ def test_hooks_that_would_never_run_are_refused():
             handle.remove()
     turbo.enable_input_require_grads()
     assert torch.isfinite(logits(turbo)).all()
+
+
+def test_a_patched_forward_is_refused():
+    for path in ("", "model.layers.1"):
+        stock = stock_of("llama")
+        module = stock.get_submodule(path)
+        module.forward = functools.partial(type(module).forward, module)
+        with pytest.raises(dp.UnsupportedModelError, match=f"this {type(module).__name__} has a forward of its own"):
+            dp.transform(stock, spec())

@@ -9,10 +9,15 @@ import depthpass.hf.model
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_capture():
+@pytest.fixture(scope="session")
+def kept():
+    """Captures by architecture, for all modules of this folder."""
+    return {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_capture(kept):
     """Capture equal stock models only once; what runs on the captures stays each model's own."""
-    kept = {}
     real = depthpass.hf.model.capture
 
     def capture(model, tensors, static):
@@ -27,4 +32,4 @@ def one_capture():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(depthpass.hf.model, "capture", capture)
-        yield kept
+        yield

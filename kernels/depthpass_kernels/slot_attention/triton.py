@@ -32,6 +32,12 @@ VARYING = ["q_start", "length", "n_keys"]
 
 
 @triton.jit
+def _program(tiles):
+    """Split the first grid axis, the only one without a small limit; neighbours in it share keys."""
+    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
+
+
+@triton.jit
 def _origin(ROW_START, row, CHUNK: tl.constexpr):
     """First column of a chunk, reduced to [0, CHUNK): all divisions below are of non-negative numbers."""
     if CHUNK > 0 and ROW_START is not None:
@@ -127,7 +133,8 @@ def forward_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one query tile over one of SPLITS shares of its key blocks."""
-    tile, pair, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, pair = _program(tl.cdiv(length * G, BM))
+    split = tl.program_id(1)
     row, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
     q_start = _query_start(Q_OFFSET, q_start)
     origin = _origin(ROW_START, row, CHUNK)
@@ -222,7 +229,7 @@ def dq_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile; also writes delta = sum(grad * out) for the key pass."""
-    tile, pair = tl.program_id(0), tl.program_id(1)
+    tile, pair = _program(tl.cdiv(length * G, BM))
     row, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
     q_start = _query_start(Q_OFFSET, q_start)
     origin = _origin(ROW_START, row, CHUNK)
@@ -271,7 +278,7 @@ def dkv_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, UP: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key block, over the queries and heads that see it; written, or added in place."""
-    block, pair = tl.program_id(0), tl.program_id(1)
+    block, pair = _program(tl.cdiv(n_keys, BN))
     row, key_head = (pair // key_heads).to(tl.int64), (pair % key_heads).to(tl.int64)
     q_start = _query_start(Q_OFFSET, q_start)
     origin = _origin(ROW_START, row, CHUNK)
@@ -345,21 +352,13 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, splits: int | None 
     p = problem
     batch, heads, length, _ = p.q.shape
     tile = forward_tile(p)
-    grid = (cdiv(p.group * length, tile.m), batch * p.k.shape[1])
-    splits = key_splits(p, tile, grid[0] * grid[1]) if splits is None else splits
+    programs = cdiv(p.group * length, tile.m) * batch * p.k.shape[1]
+    splits = key_splits(p, tile, programs) if splits is None else splits
     common, kernel_args = _common(p), dict(SPLITS=splits, **_blocks(p, tile))
     if splits == 1:
-        args = dict(
-            OUT=out,
-            LSE=lse,
-            SINKS=p.sinks,
-            o_s=0,
-            lse_s=0,
-            **_strides("v", p.v),
-            **_strides("o", out),
-            **common,
-        )
-        return [Launch(forward_kernel, (*grid, 1), args | kernel_args, tile)]
+        args = common | dict(OUT=out, LSE=lse, SINKS=p.sinks, o_s=0, lse_s=0)
+        args |= _strides("v", p.v) | _strides("o", out) | kernel_args
+        return [Launch(forward_kernel, (programs, 1), args, tile)]
     partial = torch.empty(splits, *lse.shape, p.v.shape[-1], dtype=lse.dtype, device=lse.device)
     partial_lse = lse.new_empty(splits, *lse.shape)
     scratch = dict(
@@ -372,7 +371,7 @@ def plan_forward(problem: Problem, out: Tensor, lse: Tensor, splits: int | None 
         SPLITS=splits, DV=p.v.shape[-1], BS=1 << (splits - 1).bit_length(), BDV=power_of_two(p.v.shape[-1]),
     )  # fmt: skip
     return [
-        Launch(forward_kernel, (*grid, splits), common | scratch | kernel_args, tile),
+        Launch(forward_kernel, (programs, splits), common | scratch | kernel_args, tile),
         Launch(combine_kernel, (batch * heads * length,), combine, Tile(1, 1, warps=1, stages=1)),
     ]
 
@@ -399,15 +398,15 @@ def plan_backward(
     k_args = dict(GRAD=grad, LSE=lse, DELTA=delta, DK=dk, DV_OUT=dv, ACCUMULATE=accumulate)
     k_args |= _strides("dk", dk) | _strides("dv", dv) | _blocks(p, k_tile)
     return [
-        Launch(dq_kernel, (cdiv(p.group * length, q_tile.m), pairs), shared | q_args, q_tile),
-        Launch(dkv_kernel, (cdiv(p.k.shape[2], k_tile.n), pairs), shared | k_args, k_tile),
+        Launch(dq_kernel, (cdiv(p.group * length, q_tile.m) * pairs,), shared | q_args, q_tile),
+        Launch(dkv_kernel, (cdiv(p.k.shape[2], k_tile.n) * pairs,), shared | k_args, k_tile),
     ]
 
 
 # Blocks by the wider head dimension, chosen by compiling with triton 3.6 and 3.9: with 16-bit operands nothing
-# spills on sm_80, sm_90 and sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards. Not
-# tuned for speed: that needs a GPU. Float32 operands are multiplied in full precision on the FMA units, so their
-# tiles are small (dq spills a little above 64).
+# spills on sm_80, sm_90 and sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards.
+# Not tuned for speed: that needs a GPU. Float32 operands are multiplied in full precision on the FMA units,
+# so their tiles are small (dq spills a little above 64).
 
 
 def forward_tile(problem: Problem) -> Tile:

@@ -1,0 +1,171 @@
+"""The compiled model computes what the transformed one computes: outputs and every gradient."""
+
+import warnings
+
+import pytest
+import torch
+
+import depthpass as dp
+import zoo
+from depthpass_lowering.backend import depthpass_backend
+
+pytestmark = pytest.mark.compile
+
+SPEC = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=4, rank=4)
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+class Counted:
+    """The backend, counting the graphs it compiles."""
+
+    def __init__(self):
+        self.compiled = 0
+
+    def __call__(self, gm, arguments, **options):
+        made = depthpass_backend(gm, arguments, **options)
+        self.compiled += 1
+        return made
+
+
+def pair(name, layers=3, dtype=torch.float64, **overrides):
+    """A model with attached random parameters, and a transformed one with equal parameters of its own."""
+    model, other = (zoo.model(name, layers=layers, dtype=dtype, **overrides) for _ in range(2))
+    turbo = dp.transform(other, SPEC)
+    dp.attach(model, SPEC)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in model.depth.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * 0.3)
+    turbo.depth.load_state_dict(model.depth.state_dict())
+    return model, turbo
+
+
+def inputs(lengths, side="left", labels=False, mark=True):
+    batch = zoo.batch(lengths, side)
+    if labels:
+        batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    for tensor in batch.values() if mark else ():
+        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
+    return batch
+
+
+def gradients(model, output, mask):
+    """Gradients of the loss, or of a fixed random form of the real tokens' logits."""
+    weight = torch.randn(output.logits.shape, generator=torch.Generator().manual_seed(1), dtype=output.logits.dtype)
+    model.zero_grad()
+    loss = output.get("loss")
+    (loss if loss is not None else (output.logits * weight)[mask].sum()).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(model, turbo, compiled, batch, rtol):
+    got, want = compiled(**batch, use_cache=False), turbo(**batch, use_cache=False)
+    assert type(got) is type(want)
+    mask = batch["attention_mask"].bool()
+    torch.testing.assert_close(got.logits[mask], want.logits[mask], rtol=rtol, atol=rtol)
+    mine, theirs = gradients(model, got, mask), gradients(turbo, want, mask)
+    assert mine.keys() == theirs.keys() and any(n.startswith("depth.") for n in mine)
+    for name, g in theirs.items():
+        assert (mine[name] - g).abs().max() <= 10 * rtol * g.abs().max().clamp_min(1e-12), name
+    if "labels" in batch:
+        torch.testing.assert_close(got.loss, want.loss, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize(("name", "side", "labels"), [
+    ("llama", "left", True), ("qwen3", "right", False), ("gpt2", "left", False), ("gemma3_text", "left", True),
+    ("mistral", "right", True),
+])
+def test_training_equals_transform_at_every_length_with_one_graph(name, side, labels):
+    model, turbo = pair(name)
+    backend = Counted()
+    compiled = torch.compile(model, backend=backend)
+    # Windows of 4 tokens; rows of other numbers, lengths no multiple of the group, one batch without padding.
+    for lengths in ([11, 7], [5, 8, 2], [6, 6]):
+        assert_equal(model, turbo, compiled, inputs(lengths, side, labels), rtol=1e-12)
+    assert backend.compiled == 1
+
+
+def test_sizes_become_symbolic_without_marks_and_with_dynamic_true():
+    model, turbo = pair("llama", layers=3)
+    for dynamic in (None, True):
+        torch._dynamo.reset()
+        backend = Counted()
+        compiled = torch.compile(model, backend=backend, dynamic=dynamic)
+        for lengths in ([7, 4], [10, 10]):
+            assert_equal(model, turbo, compiled, inputs(lengths, mark=False), rtol=1e-12)
+        assert backend.compiled == 1
+
+
+def test_code_around_the_model_and_explicit_positions():
+    model, turbo = pair("llama")
+
+    @torch.compile(backend=depthpass_backend, options={"chunk": 2})
+    def step(model, ids, positions):
+        return model(input_ids=ids, position_ids=positions, use_cache=False).logits.pow(2).mean()
+
+    ids = inputs([9, 9])["input_ids"]
+    positions = torch.arange(4, 13).expand(2, -1).contiguous()
+    for tensor in (ids, positions):
+        torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
+    got, want = step(model, ids, positions), turbo(input_ids=ids, position_ids=positions).logits.pow(2).mean()
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+    with pytest.raises(dp.InputError, match=r"position_ids: restarts inside a row"):
+        step(model, ids, positions % 7)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_inner_compilers_equal_eager(inner):
+    model, turbo = pair("llama", dtype=torch.float32)
+    compiled = torch.compile(model, backend=depthpass_backend, options={"inner": inner})
+    for lengths in ([8, 6], [12, 12, 12]):
+        assert_equal(model, turbo, compiled, inputs(lengths), rtol=3e-6)
+
+
+def test_scoring_without_attached_parameters_warns_and_equals_stock():
+    model = zoo.model("gemma3_text", layers=3)
+    batch = inputs([9, 6])
+    mask = batch["attention_mask"].bool()
+    with torch.no_grad():
+        want = model(**batch, use_cache=False).logits
+        compiled = torch.compile(model, backend=depthpass_backend, options={"spec": SPEC})
+        with pytest.warns(UserWarning, match=r"8 new parameters of the spec exist only inside the compiled function.*dp\.attach"):
+            got = compiled(**batch, use_cache=False).logits
+        torch.testing.assert_close(got[mask], want[mask], rtol=1e-5, atol=1e-6)
+    assert not hasattr(model, "depth")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            compiled(**inputs([4, 8]), use_cache=False)
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"new parameters \(depth\.turboconn.*dp\.attach"):
+        compiled(**batch, use_cache=False)
+
+
+def test_specs_without_new_parameters_train_unattached():
+    model = zoo.model("llama", layers=3, dtype=torch.float64)
+    batch = inputs([7, 5])
+    mask = batch["attention_mask"].bool()
+    compiled = torch.compile(model, backend=depthpass_backend, options={"spec": "pass: identity"})
+    got = compiled(**batch, use_cache=False)
+    mine = gradients(model, got, mask)
+    want = model(**batch, use_cache=False)
+    theirs = gradients(model, want, mask)
+    torch.testing.assert_close(got.logits[mask], want.logits[mask], rtol=1e-12, atol=1e-12)
+    for name, g in theirs.items():
+        torch.testing.assert_close(mine[name], g, rtol=1e-9, atol=1e-9)
+
+
+def test_blocks_visited_twice_equal_transform():
+    spec = {"pass": "layer_program", "layers": [0, 1, 0, 1, 2]}
+    model = zoo.model("llama", layers=3, dtype=torch.float64)
+    turbo = dp.transform(model, spec)
+    batch = inputs([7, 5])
+    mask = batch["attention_mask"].bool()
+    compiled = torch.compile(model, backend=depthpass_backend, options={"spec": spec})
+    got, want = compiled(**batch, use_cache=False).logits[mask], turbo(**batch, use_cache=False).logits[mask]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
