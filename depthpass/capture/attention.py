@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from depthpass.errors import UnsupportedModelError, did_you_mean
 
@@ -140,7 +141,7 @@ def recognise_mask(mask_function: Callable, local_size: int | None) -> tuple[int
     constants: set[int] = set()
     # Chunked predicates close over the number of pads of each row, a traced tensor: probe them as if there were none.
     predicate = _without_padding(mask_function, constants)
-    with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
+    with unset_fake_temporarily(), _disable_current_modes():
         points = torch.tensor(_probes(constants | {local_size or 8}))
         queries, keys = points[:, None], points[None, :]
         seen = _probe(predicate, queries, keys, name)
@@ -215,7 +216,7 @@ def _without_padding(fn: object, constants: set[int]) -> object:
     for variable, cell in zip(fn.__code__.co_freevars, fn.__closure__):
         value = cell.cell_contents
         if chunked and variable == "left_padding":
-            with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
+            with unset_fake_temporarily(), _disable_current_modes():
                 cells.append(types.CellType(torch.zeros(_ROWS, dtype=torch.long)))
         else:
             cells.append(types.CellType(_without_padding(value, constants)))

@@ -8,6 +8,7 @@ result nobody uses. Values are unchanged: each functional form runs the same ker
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -52,28 +53,32 @@ def functionalise(module: fx.GraphModule, writable: frozenset[str] = frozenset()
     return changed
 
 
+def _schema(node: fx.Node) -> Any:
+    return node.target._schema if isinstance(node.target, torch._ops.OpOverload) else None
+
+
 def _is_write(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable
 
 
-def _is_fresh(target: object) -> bool:
+def _is_fresh(node: fx.Node) -> bool:
     """Whether an op makes new tensors."""
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    return target._schema.name not in _MAY_ALIAS and not any(r.alias_info for r in target._schema.returns)
+    schema = _schema(node)
+    return schema is not None and schema.name not in _MAY_ALIAS and not any(r.alias_info for r in schema.returns)
 
 
 def _aliases(node: fx.Node, shares: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]:
     """Nodes whose storage a node may share; the set is shared by all its members."""
-    sources = [] if _is_fresh(node.target) else node.all_input_nodes
-    if isinstance(node.target, torch._ops.OpOverload) and sources:
+    sources = [] if _is_fresh(node) else node.all_input_nodes
+    if _schema(node) is not None and sources:
         # The first argument, unless the schema names another: views and in-place ops share no other storage.
-        shared = [a.alias_info is not None for a in node.target._schema.arguments]
+        shared = [a.alias_info is not None for a in _schema(node).arguments]
         sources = [v for v, is_shared in zip(node.args, shared if any(shared) else [True]) if is_shared]
         sources = [v for v in sources if isinstance(v, fx.Node)]
-    if node.target is operator.getitem and _is_fresh(node.args[0].target):
+    if node.target is operator.getitem and _is_fresh(node.all_input_nodes[0]):
         # Results of one op are apart from each other: only a second look at the same one shares its storage.
-        sources = [n for n in node.args[0].users if n in shares and n.args == node.args]
+        sources = [n for n in node.all_input_nodes[0].users if n in shares and n.args == node.args]
     merged = {node}
     for source in sources:
         merged |= shares.get(source, {source})
@@ -85,7 +90,7 @@ def _aliases(node: fx.Node, shares: dict[fx.Node, set[fx.Node]]) -> set[fx.Node]
 def _replace(
     node: fx.Node, shares: dict[fx.Node, set[fx.Node]], order: dict[fx.Node, int], writable: frozenset[str]
 ) -> None:
-    schema = node.target._schema
+    schema = _schema(node)
     written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
     packet = getattr(torch.ops.aten, schema.name.removeprefix("aten::").removesuffix("_"), None)
     overload = getattr(packet, schema.overload_name or "default", None)

@@ -12,6 +12,7 @@ import operator
 import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import sympy
 import torch
@@ -117,7 +118,7 @@ class _Check:
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._wrapper(node, known)
         value = node.meta.get("val")
-        schema = node.target._schema
+        schema: Any = node.target._schema
         if value is None or schema.name.startswith("aten::_assert"):
             return None
         args = _arguments(node)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -48,8 +49,8 @@ class Call:
     """
 
     node: fx.Node
-    args: dict[str, object]
-    known: dict[fx.Node, Result]
+    args: dict[str, Any]
+    known: dict[fx.Node, Any]
     sizes: tuple[tuple[sympy.Expr, ...], ...]
     nested: bool
 
@@ -432,7 +433,8 @@ def linear(call: Call) -> Axes:
     x, weight = call.axes("input"), call.axes("weight")
     _contract(x[-1], weight[-1])
     out = _product(x[:-1] + weight[:-1])
-    return broadcast(out, call.maybe("bias")) if call.maybe("bias") else out
+    bias = call.maybe("bias")
+    return broadcast(out, bias) if bias else out
 
 
 def add_product(call: Call) -> Axes:
@@ -453,13 +455,13 @@ def einsum(call: Call) -> Axes:
     if "." in equation or "->" not in equation:
         raise AxisError(f"has an equation {equation!r} with an ellipsis or an implied result, which is not followed")
     left, out = equation.split("->")
-    letters: dict[str, Axes] = {}
+    letters: dict[str, list[Axes]] = {}
     for names, axes in zip(left.split(","), operands):
         if len(set(names)) != len(names):
             raise AxisError(f"takes a diagonal ({equation!r})")
         for name, dim in zip(names, axes):
-            letters[name] = letters.get(name, ()) + ((dim,) if dim else ())
-    dims = {name: broadcast(*((d,) for d in found))[0] if found else () for name, found in letters.items()}
+            letters.setdefault(name, []).append((dim,))
+    dims = {name: broadcast(*found)[0] for name, found in letters.items()}
     for name, dim in dims.items():
         if name not in out:
             _plain(dim, "sums over")

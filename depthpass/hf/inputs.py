@@ -209,11 +209,13 @@ def position_table(model: nn.Module) -> int | None:
 
 def warn_frozen(model: nn.Module) -> None:
     """Warn when training with every new parameter frozen, as PEFT leaves them."""
+    if not model.training or not torch.is_grad_enabled():
+        return
     parameters = list(model.depth.parameters())
-    if model.training and torch.is_grad_enabled() and parameters and not any(p.requires_grad for p in parameters):
-        if any(p.requires_grad for p in model.parameters()):
-            warnings.warn(
-                "the new parameters of this transformed model are frozen (PEFT freezes everything it did not add). To "
-                "train them with the adapter, pass modules_to_save=['depth'] in the PEFT config, or set "
-                "requires_grad_(True) on model.depth.", UserWarning, stacklevel=3,
-            )
+    frozen = parameters and not any(p.requires_grad for p in parameters)
+    if frozen and any(p.requires_grad for p in model.parameters()):
+        warnings.warn(
+            "the new parameters of this transformed model are frozen (PEFT freezes everything it did not add). To "
+            "train them with the adapter, pass modules_to_save=['depth'] in the PEFT config, or set "
+            "requires_grad_(True) on model.depth.", UserWarning, stacklevel=3,
+        )

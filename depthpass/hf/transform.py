@@ -23,6 +23,7 @@ from depthpass.hf.model import (
     stock_copy,
 )
 from depthpass.hf.parameters import build
+from depthpass.hf.watch import drop_capturing_hooks
 from depthpass.ir.program import plain
 from depthpass.passes.base import Context
 from depthpass.passes.pipeline import apply_spec
@@ -111,6 +112,7 @@ def install(model: nn.Module, runtime: Runtime) -> None:
     model.add_module(PREFIX, build(runtime.program, next(model.parameters()), model))
     model.depth.train(model.training)
     model._depth = runtime
+    drop_capturing_hooks(model)
     for layer in model.get_submodule(runtime.layers):
         # Not a bound method: pickle would look it up by name on the layer.
         layer.forward = functools.partial(block_forward, layer)

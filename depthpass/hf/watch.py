@@ -78,6 +78,18 @@ def check_hooks(model: nn.Module, layers: str) -> None:
         )
 
 
+def drop_capturing_hooks(model: nn.Module) -> None:
+    """Remove the hooks that transformers leaves on a model after one call with ``output_hidden_states=True``.
+
+    They only fill those outputs, which a transformed model does not hand out. The model must be a copy: the stock model
+    keeps its own, and installs them again when it is asked for the outputs.
+    """
+    for module in model.modules():
+        for key in [k for k, h in module._forward_hooks.items() if getattr(h, "__name__", "") == "output_capturing_hook"]:
+            del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
 def without_hooks(model: nn.Module) -> nn.Module:
     """Make a private copy traceable: no hooks (a block's own run when it is called) and no checkpoints."""
     for module in model.modules():

@@ -214,7 +214,7 @@ def test_lora_with_checkpoints_and_dropout():
 def test_mixed_adapter_batches_are_refused():
     model = after().eval()
     model.add_adapter("other", lora(modules_to_save=["depth"]))
-    with pytest.raises((dp.UnsupportedModelError, ValueError), match="hook|adapter_names"):
+    with pytest.raises((dp.UnsupportedModelError, ValueError), match=r"hook|adapter_names"):
         model(**BATCH, adapter_names=["default", "other"])
 
 

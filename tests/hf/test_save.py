@@ -67,9 +67,8 @@ def test_round_trip(turbo, tmp_path, size):
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
     assert torch.equal(logits(loaded), logits(turbo)) and loaded.depth_schedule.chunk == 2
     assert str(loaded.depth_program) == str(turbo.depth_program)
-    assert torch.equal(
-        loaded.generate(**BATCH, max_new_tokens=5, do_sample=False), turbo.generate(**BATCH, max_new_tokens=5, do_sample=False)
-    )
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(loaded.generate(**BATCH, **options), turbo.generate(**BATCH, **options))
     # The class of the model reads its own checkpoints, too.
     assert torch.equal(logits(type(turbo).from_pretrained(tmp_path)), logits(turbo))
 
@@ -93,19 +92,18 @@ def test_a_restored_model_is_saved_as_a_stock_model(turbo, tmp_path):
 
 def test_in_a_fresh_process(turbo, tmp_path):
     turbo.save_pretrained(tmp_path / "model", max_shard_size="9KB")
-    torch.save(logits(turbo), tmp_path / "logits.pt")
+    torch.save((dict(BATCH), logits(turbo)), tmp_path / "example.pt")
     script = """
 import sys, torch
 import depthpass as dp
 assert "transformers" not in sys.modules
 model = dp.from_pretrained(sys.argv[1] + "/model")
 assert model.lm_head.weight is model.model.embed_tokens.weight
-want = torch.load(sys.argv[1] + "/logits.pt")
+batch, want = torch.load(sys.argv[1] + "/example.pt")
 with torch.no_grad():
-    got = model(input_ids=torch.tensor(%s), attention_mask=torch.tensor(%s)).logits
-assert torch.equal(got, want)
+    assert torch.equal(model(**batch).logits, want)
 print("equal", type(model).__name__)
-""" % (BATCH["input_ids"].tolist(), BATCH["attention_mask"].tolist())
+"""
     root = Path(__file__).parents[2]
     places = [str(root), str(root / "lowering"), str(root / "kernels")]
     done = subprocess.run(
@@ -137,7 +135,7 @@ def test_a_model_over_several_devices_is_refused(turbo, tmp_path):
     turbo.save_pretrained(tmp_path)
     stock = dp.restore(turbo)
     stock.hf_device_map = {"model": "cpu", "lm_head": "disk"}
-    with pytest.raises(dp.UnsupportedModelError, match="spread over cpu, disk by its device_map.*one device"):
+    with pytest.raises(dp.UnsupportedModelError, match=r"spread over cpu, disk by its device_map.*one device"):
         dp.transform(stock, spec())
     places = {"model.embed_tokens": "cpu", "model": "cpu", "lm_head": "cpu", "depth": "disk"}
     with pytest.raises(dp.UnsupportedModelError, match="spread over cpu, disk"):
@@ -219,7 +217,7 @@ def test_other_checkpoints_are_refused(turbo, tmp_path):
         dp.from_pretrained(tmp_path / "nowhere")
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(SpecError, match="holds a PEFT adapter, not a model.*PeftModel.from_pretrained"):
+    with pytest.raises(SpecError, match=r"holds a PEFT adapter, not a model.*PeftModel.from_pretrained"):
         dp.from_pretrained(tmp_path / "adapter")
 
 
@@ -245,9 +243,9 @@ def test_a_config_that_does_not_fit_is_refused(turbo, tmp_path, change, message)
 def test_weights_of_other_shapes_are_refused(turbo, tmp_path):
     turbo.save_pretrained(tmp_path)
     edit(tmp_path, lambda c: c["depthpass"]["spec"]["passes"][0].update(rank=5))
-    with pytest.raises((SpecError, RuntimeError), match="size mismatch|shape|mismatch"):
+    with pytest.raises((SpecError, RuntimeError), match="mismatch"):
         dp.from_pretrained(tmp_path)
-    with pytest.raises(SpecError, match="do not have the shapes of the spec: depth.turboconn.s2_d0.down"):
+    with pytest.raises(SpecError, match=r"do not have the shapes of the spec: depth.turboconn.s2_d0.down"):
         dp.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 

@@ -81,23 +81,22 @@ def test_trains_saves_and_resumes(tmp_path, captures):
 
 
 @pytest.mark.usefixtures("one_capture")
-def test_learns_as_a_plain_loop_does(tmp_path):
+def test_takes_the_steps_of_a_plain_loop(tmp_path):
     turbo, twin = turbo_of(stock_of("llama")), turbo_of(stock_of("llama"))
-    t = trainer(turbo, tmp_path, max_steps=2, save_strategy="no", gradient_accumulation_steps=1, max_grad_norm=0.0,
-                optim="sgd", weight_decay=0.0)
+    t = trainer(turbo, tmp_path, max_steps=3, save_strategy="no", optim="sgd", weight_decay=0.0, max_grad_norm=0.0)
+    batches = []
+    t.data_collator = lambda rows: (batches.append(collate(rows)), batches[-1])[1]
     t.train()
     optimizer = torch.optim.SGD(twin.train().parameters(), lr=1e-2)
-    for batch, _ in zip(t.get_train_dataloader(), range(2)):
-        pass
-    torch.manual_seed(0)
-    order = [b["input_ids"] for b in trainer(twin, tmp_path / "twin", max_steps=2).get_train_dataloader()]
-    assert order[0].shape[0] == 2
-    for ids in order[:2]:
-        mask = (ids != 0).long()
-        twin(input_ids=ids, attention_mask=mask, labels=ids.masked_fill(mask == 0, -100)).loss.backward()
+    for step in range(3):
+        pair_of = batches[2 * step : 2 * step + 2]  # accumulated: the loss is the mean over both batches' tokens
+        items = sum(int((b["labels"][:, 1:] != -100).sum()) for b in pair_of)
+        for batch in pair_of:
+            twin(**batch, num_items_in_batch=items).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses(t)[0] == pytest.approx(losses(t)[0])
+    for (n, p), q in zip(turbo.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6, msg=n)
 
 
 @pytest.mark.usefixtures("one_capture")
@@ -118,8 +117,8 @@ def test_options(tmp_path, more):
     assert "forward" not in stock.__dict__
     again = dp.transform(stock, turbo.depth_spec)
     again.depth.load_state_dict(turbo.depth.state_dict())
-    torch.testing.assert_close(logits(again)[1, 3:], logits(turbo)[1, 3:], rtol=3e-2, atol=3e-2)
-    assert (logits(again) - logits(stock))[1, 3:].abs().max() > 0.1
+    torch.testing.assert_close(logits(again)[1, 3:], logits(turbo)[1, 3:], rtol=0.1, atol=0.1)
+    assert (logits(again) - logits(stock))[1, 3:].abs().max() > 1
 
 
 @pytest.mark.usefixtures("one_capture")
@@ -127,7 +126,7 @@ def test_a_stock_model_that_was_trained_in_mixed_precision_can_be_transformed(tm
     stock = stock_of("llama")
     trainer(stock, tmp_path, max_steps=1, save_strategy="no", bf16=True).train()
     turbo = turbo_of(stock)
-    assert (logits(turbo) - logits(stock)).abs().max() > 0.1
+    assert (logits(turbo) - logits(stock)).abs().max() > 1
 
 
 @pytest.mark.usefixtures("one_capture")

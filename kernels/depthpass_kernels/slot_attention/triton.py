@@ -403,10 +403,10 @@ def plan_backward(
     ]
 
 
-# Blocks by the wider head dimension, chosen by compiling with triton 3.6 and 3.9: with 16-bit operands nothing
-# spills on sm_80, sm_90 and sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards.
-# Not tuned for speed: that needs a GPU. Float32 operands are multiplied in full precision on the FMA units,
-# so their tiles are small (dq spills a little above 64).
+# Blocks by the wider head dimension, chosen by compiling with triton 3.6 and 3.9: with 16-bit operands none
+# spills on sm_80, sm_90, sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards. Not
+# tuned for speed: that needs a GPU. Float32 operands are multiplied in full precision on the FMA units, so
+# their tiles are small (dq spills a little above 64).
 
 
 def forward_tile(problem: Problem) -> Tile:
