@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 
 import torch
+from oracle import blocks_of
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
-
-from oracle import blocks_of
 
 NAME = "depthpass_oracle"
 

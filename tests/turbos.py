@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
+import zoo
 from torch import nn
 
 import depthpass as dp
-import zoo
 
 BRIDGES = [(2, 0), (2, 1)]
 GROUP = 3

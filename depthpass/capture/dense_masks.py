@@ -98,7 +98,7 @@ def evaluate(
         elif node.op == "placeholder":  # only its shape is read
             env[node] = torch.zeros([_number(s, sizes) for s in size.shape], dtype=size.dtype)
         elif node.op == "get_attr":
-            env[node] = _attribute(node)
+            env[node] = _attribute(node).cpu()
         else:
             swap = _computes(node)
             args = [value(a, swap) for a in node.args]
@@ -232,8 +232,8 @@ def _computes(node: fx.Node) -> bool:
     return torch.Tag.pointwise in node.target.tags or name in ("floor_divide", "remainder", "fmod", "div", "bitwise_and")
 
 
-def _attribute(node: fx.Node) -> object:
-    found: object = node.graph.owning_module
+def _attribute(node: fx.Node) -> Tensor:
+    found = node.graph.owning_module
     for part in str(node.target).split("."):
         found = getattr(found, part)
     return found

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import sympy
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
@@ -78,46 +79,50 @@ def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Mod
             "dp.transform(model, spec)."
         )
     layers = find_layers(model)
-    names = _names(model)
-    before = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    labels = argument_names([n for n in gm.graph.nodes if n.op == "placeholder"])
     module = retrace(gm)
     graph = module.graph
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    kinds: dict[str, tuple[InputKind, str | None]] = {}
-    parameters: dict[str, int] = {}
-    inputs: dict[str, int] = {}
-    labels: dict[str, str] = {}
-    for i, (node, value, label) in enumerate(zip(placeholders, arguments, argument_names(before))):
-        node.meta["argument"] = label
-        if isinstance(value, Tensor) and id(value) in names:
-            name = names[id(value)]
-            node.meta["parameter"] = name
-            kind = InputKind.PARAMETER if isinstance(value, nn.Parameter) else InputKind.BUFFER
-            kinds[node.name], parameters[name] = (kind, name), i
-            continue
-        node._rename(label)
-        kinds[node.name] = (InputKind.USER_INPUT, None)
-        if isinstance(value, Tensor):
-            inputs[node.name], labels[node.name] = i, label
+    kinds, parameters, inputs = _bind(graph, arguments, labels, model)
     relative_stacks(graph, layers)
-    count = len(model.get_submodule(layers))
-    width = model.config.get_text_config(decoder=True).hidden_size
     _sizes_from_inputs(graph, inputs)
     graph.eliminate_dead_code()
-    mark_ports(graph, layers, count, width)
+    count = len(model.get_submodule(layers))
+    mark_ports(graph, layers, count, model.config.get_text_config(decoder=True).hidden_size)
     batch, tokens, held = _sizes(graph, inputs)
     masks = _take_attention(graph, batch, tokens, layers, held[0])
     graph.eliminate_dead_code()
     functionalise(module, frozenset(inputs))
     output = next(n for n in graph.nodes if n.op == "output")
-    if not isinstance(output.args[0], list | tuple):
-        output.args = ((output.args[0],),)
     spec = pytree.tree_structure(tuple(output.args[0]))
     captured = outline(Traced(module, kinds, {}, (), spec, layers, count, whole_rows=True))
     valid, positions = _one(masks, "valid"), _one(masks, "positions")
     return DynamoCapture(
-        captured, parameters, inputs, labels, valid and valid.name, positions and positions.name, (held[0].name, held[1])
+        captured, parameters, inputs, {name: labels[i] for name, i in inputs.items()}, valid and valid.name,
+        positions and positions.name, (held[0].name, held[1]),
     )
+
+
+def _bind(
+    graph: fx.Graph, arguments: Sequence[object], labels: Sequence[str], model: nn.Module
+) -> tuple[dict[str, tuple[InputKind, str | None]], dict[str, int], dict[str, int]]:
+    """Tell the model's parameters and buffers from the caller's tensors: kinds, parameters and inputs by name."""
+    names = _names(model)
+    kinds: dict[str, tuple[InputKind, str | None]] = {}
+    parameters: dict[str, int] = {}
+    inputs: dict[str, int] = {}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for i, (node, value, label) in enumerate(zip(placeholders, arguments, labels, strict=True)):
+        node.meta["argument"] = label
+        if isinstance(value, Tensor) and id(value) in names:
+            name = node.meta["parameter"] = names[id(value)]
+            kinds[node.name] = (InputKind.PARAMETER if isinstance(value, nn.Parameter) else InputKind.BUFFER, name)
+            parameters[name] = i
+            continue
+        node._rename(label)
+        kinds[node.name] = (InputKind.USER_INPUT, None)
+        if isinstance(value, Tensor):
+            inputs[node.name] = i
+    return kinds, parameters, inputs
 
 
 def _names(model: nn.Module) -> dict[int, str]:
@@ -238,8 +243,6 @@ def _unrepeated(repeated: fx.Node, heads: int, sizes: dict[sympy.Symbol, int]) -
         if len(shape) == 4 and isinstance(shape[1], int) and 0 < shape[1] < heads and heads % shape[1] == 0:
             small = [int(s.node.expr.xreplace(sizes)) if isinstance(s, torch.SymInt) else s for s in shape]
             sample = torch.arange(float(torch.Size(small).numel())).view(small)
-            from torch._subclasses.fake_tensor import unset_fake_temporarily
-
             with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
                 same = torch.equal(
                     evaluate(repeated, {source: sample}, sizes), sample.repeat_interleave(heads // small[1], 1)

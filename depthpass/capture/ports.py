@@ -91,7 +91,7 @@ def _find(graph: fx.Graph, layers: str, count: int, width: int) -> Ports:
     entries = [first]
     for i in range(1, count):
         carriers = {a for n in members[i] for a in n.all_input_nodes if a in stream and a not in members[i]}
-        outside = sorted((a.name for a in carriers if a not in members[i - 1]))
+        outside = sorted(a.name for a in carriers if a not in members[i - 1])
         if len(carriers) != 1 or outside:
             names = ", ".join(sorted(a.name for a in carriers)) or "nothing"
             raise UnsupportedModelError(
@@ -180,7 +180,7 @@ def _descendants(graph: fx.Graph, source: fx.Node) -> set[fx.Node]:
     for node in graph.nodes:
         if not found.isdisjoint(node.all_input_nodes) and not _is_size(node):
             found.add(node)
-    return found - {source} | {source}
+    return found
 
 
 def _is_size(node: fx.Node) -> bool:

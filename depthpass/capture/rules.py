@@ -552,9 +552,9 @@ _TABLE: dict[str, Rule] = {
     # Casts, copies and tensors shaped like another.
     "to type_as _to_copy contiguous alias detach clone lift_fresh lift_fresh_copy dropout alpha_dropout bernoulli real "
     "imag conj resolve_conj resolve_neg zero zeros_like ones_like full_like empty_like rand_like randn_like": keep,
-    # Elementwise ops that torch does not tag.
+    # Elementwise ops that torch does not tag, or did not in 2.11.
     "where masked_fill multiply subtract divide true_divide floor_divide rsub complex polar fill copy log_sigmoid "
-    "special_expit ldexp native_dropout": elementwise,
+    "special_expit ldexp native_dropout leaky_relu": elementwise,
     # Same entries in the same order.
     "reshape _unsafe_view view_as reshape_as flatten unflatten unsqueeze ravel": reshape,
     "squeeze": squeeze,

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
-from depthpass.capture.attention import signature_names
+from depthpass.capture.attention import attention_style, signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
@@ -28,9 +28,6 @@ from depthpass.schedule.regions import Schedule
 
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
-
-STYLES = ("sdpa", "eager")
-"""Attention implementations whose numerics are kept."""
 
 # torch.export is not safe to run in two threads at once, whatever the models.
 _CAPTURING = threading.Lock()
@@ -74,21 +71,6 @@ class Runtime:
         return Runtime, (
             self.spec, self.program, self.schedule, self.layers, self.position_table, self.lowering
         )
-
-
-def attention_style(model: nn.Module) -> str:
-    """The stock attention implementation whose numerics are kept: ``sdpa`` or ``eager``.
-
-    Raises:
-        UnsupportedModelError: any other implementation.
-    """
-    style = model.config._attn_implementation or "eager"
-    if style not in STYLES:
-        raise UnsupportedModelError(
-            f"attention implementation {style!r}: expected one of {', '.join(STYLES)}. Load the model with "
-            "attn_implementation='sdpa'; depthpass runs attention itself."
-        )
-    return style
 
 
 class BlockCall:

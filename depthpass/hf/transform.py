@@ -7,6 +7,7 @@ import functools
 import torch
 from torch import nn
 
+from depthpass.capture.attention import attention_style
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.inputs import position_table
@@ -14,7 +15,6 @@ from depthpass.hf.model import (
     PREFIX,
     DepthModel,
     Runtime,
-    attention_style,
     block_forward,
     depth_class,
     depth_module,

@@ -95,7 +95,7 @@ def depthpass_backend(
         inner = settings.inner
         return (torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner)(gm, example_inputs)
     model, owner = model_of(gm, example_inputs)
-    depth, program, plan = _planned(model, owner, settings, example_inputs)
+    depth, program, plan = planned(model, owner, settings, example_inputs)
     restart_with_symbolic_sizes(gm, example_inputs, model)
     try:
         captured = capture_graph(gm, example_inputs, model)
@@ -162,7 +162,7 @@ class _Compiled:
         return valid
 
 
-def _planned(
+def planned(
     model: nn.Module, owner: nn.Module, settings: Options, arguments: Sequence[object]
 ) -> tuple[nn.Module, Program, Schedule]:
     """The new parameters, the program and its schedule."""

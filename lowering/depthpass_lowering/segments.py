@@ -7,6 +7,7 @@ without side effects, and each segment goes to the inner compiler once per templ
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable, Iterable
 
 import torch
@@ -24,7 +25,10 @@ def compile_segment(gm: fx.GraphModule, backend: str | Callable) -> Callable:
         args = tuple(_packed(a) if dims else a for a, dims in zip(args, dynamic))
         for a, dims in zip(args, dynamic):
             torch._dynamo.maybe_mark_dynamic(a, [d for d in dims if a.shape[d] > 1])
-        return compiled(*args)
+        with warnings.catch_warnings():
+            # Dynamo looks at .grad of every input; those of a segment are results of others.
+            warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            return compiled(*args)
 
     return run
 

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+import zoo
 
 import depthpass as dp
-import zoo
 
 SPEC = dp.TurboConn(bridges=[(1, 0)], group=2, rank=3)
 

@@ -4,10 +4,10 @@ import warnings
 
 import pytest
 import torch
-
-import depthpass as dp
 import zoo
 from depthpass_lowering.backend import depthpass_backend
+
+import depthpass as dp
 
 pytestmark = pytest.mark.compile
 
@@ -115,7 +115,7 @@ def test_code_around_the_model_and_explicit_positions():
         torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
     got, want = step(model, ids, positions), turbo(input_ids=ids, position_ids=positions).logits.pow(2).mean()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    with pytest.raises(dp.InputError, match=r"position_ids: restarts inside a row"):
+    with pytest.raises(dp.InputError, match=r"positions: restarts inside a row"):
         step(model, ids, positions % 7)
 
 

@@ -3,9 +3,8 @@
 import operator
 
 import torch
-from torch import fx
-
 from depthpass_lowering.segments import Segmented
+from torch import fx
 
 aten = torch.ops.aten
 

@@ -2,17 +2,17 @@
 
 import pytest
 import torch
+import zoo
 from transformers import (
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from turbos import GROUP, enliven, pair, spec, stock_of, turbo_of
 
 import depthpass as dp
-import zoo
 from depthpass.errors import CacheError, InputError
-from turbos import GROUP, enliven, pair, spec, stock_of, turbo_of
 
 NAMES = ["llama", "gpt2", "gemma3_text", "opt", "mixtral"]
 pytestmark = pytest.mark.usefixtures("one_capture")

@@ -1,9 +1,9 @@
 """A stock model keeps hooks after one call with output_hidden_states=True; they must not be in the way."""
 
 import torch
+import zoo
 
 import depthpass as dp
-import zoo
 
 
 def test_a_model_that_was_asked_for_hidden_states_transforms_and_keeps_its_own_hooks():

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+import zoo
 from transformers import DynamicCache, StaticCache
+from turbos import GROUP, pair, turbo_of
 
 import depthpass as dp
-import zoo
 from depthpass.errors import CacheError, InputError
-from turbos import GROUP, pair, turbo_of
 
 NAMES = ["llama", "gpt2", "gemma3_text", "gpt_oss", "llama4_text", "opt", "mixtral"]
 NEW = 2 * GROUP + 2

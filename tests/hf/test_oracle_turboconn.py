@@ -1,11 +1,11 @@
 """TurboConn against a token-by-token oracle on the stock model: float64, random bridges, outputs and all gradients."""
 
+import oracle
 import pytest
 import torch
+import zoo
 
 import depthpass as dp
-import oracle
-import zoo
 
 BRIDGES = [(4, 1), (3, 0), (4, 3)]
 GROUP, RANK, ALPHA = 3, 5, 40.0

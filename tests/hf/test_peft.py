@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+import zoo
+from turbos import enliven, pair, spec, stock_of, turbo_of
 
 import depthpass as dp
-import zoo
 from depthpass.errors import SpecError
-from turbos import enliven, pair, spec, stock_of, turbo_of
 
 peft = pytest.importorskip("peft")
 

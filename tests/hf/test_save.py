@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+import zoo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from turbos import enliven, spec, stock_of, turbo_of
 
 import depthpass as dp
-import zoo
 from depthpass.errors import InputError, SpecError
-from turbos import enliven, spec, stock_of, turbo_of
 
 BATCH = zoo.batch([8, 5])
 pytestmark = pytest.mark.usefixtures("one_capture")

@@ -4,11 +4,11 @@ import warnings
 
 import pytest
 import torch
+import zoo
 from transformers import Trainer, TrainingArguments
+from turbos import pair, stock_of, turbo_of
 
 import depthpass as dp
-import zoo
-from turbos import pair, stock_of, turbo_of
 
 pytest.importorskip("accelerate")
 

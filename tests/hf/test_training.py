@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+import zoo
+from turbos import pair, spec, stock_of, turbo_of
 
 import depthpass as dp
-import zoo
 from depthpass.errors import InputError
-from turbos import pair, spec, stock_of, turbo_of
 
 BATCH = zoo.batch([9, 6])
 LABELS = BATCH["input_ids"].masked_fill(BATCH["attention_mask"] == 0, -100)

@@ -8,13 +8,13 @@ import pickle
 
 import pytest
 import torch
+import zoo
 from torch import nn
 from transformers import LlamaForCausalLM
+from turbos import enliven, pair, spec, stock_of, turbo_of
 
 import depthpass as dp
-import zoo
 from depthpass.errors import SpecError
-from turbos import enliven, pair, spec, stock_of, turbo_of
 
 NAMES = ["llama", "gpt2", "gpt_oss"]
 BATCH = zoo.batch([7, 4])

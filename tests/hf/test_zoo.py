@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import depthpass as dp
 import zoo
 from turbos import GROUP, enliven, spec, stock_of, turbo_of
+
+import depthpass as dp
 
 LENGTHS = [8, 5, 7]
 pytestmark = pytest.mark.usefixtures("one_capture")

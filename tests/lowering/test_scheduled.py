@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
+import zoo
+from depthpass_lowering.buffers import Buffer
 
 import depthpass as dp
-import zoo
 from depthpass.errors import LoweringError, SpecError
-from depthpass_lowering.buffers import Buffer
 
 SPEC = dp.TurboConn(bridges=[(3, 1), (2, 0), (3, 2)], group=3, rank=5)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-
-import depthpass as dp
 import zoo
 from turbos import enliven
+
+import depthpass as dp
 
 NEW = 6
 PROGRAMS = {

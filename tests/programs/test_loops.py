@@ -1,13 +1,13 @@
 """Layer programs and loops on stock models against the naive oracle: float64, outputs and all gradients."""
 
+import oracle_program as oracle
 import pytest
 import torch
-
-import depthpass as dp
-import oracle_program as oracle
 import zoo
 from depthpass_lowering.noise import noise
 from turbos import enliven
+
+import depthpass as dp
 
 LENGTHS = [8, 5]
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral"]

@@ -1,12 +1,12 @@
 """Parallel loops on stock models against a token-by-token oracle: float64, outputs and all gradients."""
 
+import oracle_program as oracle
 import pytest
 import torch
-
-import depthpass as dp
-import oracle_program as oracle
 import zoo
 from turbos import enliven
+
+import depthpass as dp
 
 LENGTHS = [7, 4]
 

@@ -1,14 +1,14 @@
 """Routed recurrence on stock models against a token-by-token oracle: float64, outputs and all gradients."""
 
+import oracle_program as oracle
 import pytest
 import torch
-
-import depthpass as dp
-import oracle_program as oracle
 import zoo
-from depthpass.ir.program import op
 from depthpass_lowering.routes import Route, choose
 from turbos import enliven
+
+import depthpass as dp
+from depthpass.ir.program import op
 
 LENGTHS = [8, 5]
 
