@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from depthpass.errors import UnsupportedModelError
 
@@ -55,7 +57,7 @@ def recognise(mask: fx.Node, batch: sympy.Expr, tokens: sympy.Symbol, where: str
     nodes = _ancestors(mask)
     leaf = _leaf(nodes, mask, where)
     probe = _Probe(mask, nodes, leaf, batch, tokens, where)
-    with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes(), torch.no_grad():
+    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
         found = probe.match(as_validity=leaf is not None)
         if found is not None:
             return DenseMask(*found, valid=leaf)
@@ -76,9 +78,9 @@ def evaluate(
         sizes: values of the symbols of the shapes.
         scalars: whole numbers to put in the place of others, in arithmetic and comparisons.
     """
-    env: dict[fx.Node, object] = dict(given)
+    env: dict[fx.Node, Any] = dict(given)
 
-    def value(a: object, swap: bool) -> object:
+    def value(a: Any, swap: bool) -> Any:
         if isinstance(a, fx.Node):
             return env[a]
         if isinstance(a, torch.device):
@@ -92,7 +94,8 @@ def evaluate(
     for node in _ancestors(root, stop=set(given)):
         if node in env:
             continue
-        size = node.meta.get("val")
+        target: Any = node.target
+        size: Any = node.meta.get("val")
         if isinstance(size, torch.SymInt):
             env[node] = _number(size, sizes)
         elif node.op == "placeholder":  # only its shape is read
@@ -102,7 +105,7 @@ def evaluate(
         else:
             swap = _computes(node)
             args = [value(a, swap) for a in node.args]
-            env[node] = node.target(*args, **{k: value(a, swap) for k, a in node.kwargs.items()})
+            env[node] = target(*args, **{k: value(a, swap) for k, a in node.kwargs.items()})
     return env[root]
 
 
@@ -153,6 +156,7 @@ class _Probe:
 
     def _paddings(self) -> Iterable[tuple[Tensor, Tensor]]:
         """Values of the argument and the validity they mean: none, left, right, both, holes."""
+        assert self.leaf is not None
         column = torch.arange(self.count)[None].expand(self.rows, -1)
         row = torch.arange(self.rows)[:, None]
         n = self.count
@@ -174,7 +178,7 @@ class _Probe:
 
     def _run(self, given: Tensor | None) -> Tensor | None:
         start = {}
-        if given is not None:
+        if given is not None and self.leaf is not None:
             # Positions may be one row for all.
             start[self.leaf] = given[: 1 if self.leaf.meta["val"].shape[0] == 1 else None].clone()
         try:
@@ -233,7 +237,7 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _attribute(node: fx.Node) -> Tensor:
-    found = node.graph.owning_module
+    found: Any = node.graph.owning_module
     for part in str(node.target).split("."):
         found = getattr(found, part)
     return found

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from depthpass.capture import attention as _ops  # noqa: F401  (defines the marker ops)
 from depthpass.capture.dense_masks import DenseMask, evaluate, recognise
@@ -71,7 +73,8 @@ def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Mod
             contains something that cannot be treated soundly.
     """
     screen(model, {})
-    style = model.config._attn_implementation
+    config: Any = model.config
+    style = config._attn_implementation
     if style != "sdpa":
         raise UnsupportedModelError(
             f"attention implementation {style!r}: expected 'sdpa' in a torch.compile graph, where attention is found by its "
@@ -86,8 +89,8 @@ def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Mod
     relative_stacks(graph, layers)
     _sizes_from_inputs(graph, inputs)
     graph.eliminate_dead_code()
-    count = len(model.get_submodule(layers))
-    mark_ports(graph, layers, count, model.config.get_text_config(decoder=True).hidden_size)
+    count = len(list(model.get_submodule(layers).children()))
+    mark_ports(graph, layers, count, config.get_text_config(decoder=True).hidden_size)
     batch, tokens, held = _sizes(graph, inputs)
     masks = _take_attention(graph, batch, tokens, layers, held[0])
     graph.eliminate_dead_code()
@@ -164,12 +167,12 @@ def _sizes(graph: fx.Graph, inputs: dict[str, int]) -> tuple[sympy.Expr, sympy.S
         dense = [n for n in graph.nodes if n.op == "placeholder" and n.name in inputs and n.meta["val"].dim() > 3]
         if dense:
             raise UnsupportedModelError(
-                f"{dense[0].meta['argument']}: expected [batch, tokens], got shape {tuple(dense[0].meta['val'].shape)}. Dense "
-                "masks are not supported: masks are made from the validity of each token."
+                f"{dense[0].meta['argument']}: expected [batch, tokens], got shape {tuple(dense[0].meta['val'].shape)}. "
+                "Dense masks are not supported: masks are made from the validity of each token."
             )
         raise UnsupportedModelError(
-            f"the number of tokens is fixed to {tokens} in this graph; expected a dynamic sequence dimension, along which the "
-            "tokens are cut into chunks. Leave out dynamic=False and mark_static, or call "
+            f"the number of tokens is fixed to {tokens} in this graph; expected a dynamic sequence dimension, along which "
+            "the tokens are cut into chunks. Leave out dynamic=False and mark_static, or call "
             "torch._dynamo.maybe_mark_dynamic(tensor, 1) on every input. A row of a single token is always fixed: pad it "
             "to two."
         )
@@ -202,7 +205,7 @@ def _take_attention(
             )
         if k.meta["val"].shape[2] != q.meta["val"].shape[2]:
             raise UnsupportedModelError(f"{where}: {node.name} has more keys than queries: {CACHE}")
-        if mask not in known:
+        if mask is not None and mask not in known:
             known[mask] = recognise(mask, batch, tokens, where)
         found = known[mask]
         used.append(found)
@@ -229,12 +232,13 @@ def _take_attention(
 
 def _arguments(node: fx.Node) -> list:
     """Arguments of an attention op in the order of its schema, defaults filled in."""
-    schema = node.target._schema.arguments
+    target: Any = node.target
+    schema = target._schema.arguments
     given = dict(zip((a.name for a in schema), node.args)) | dict(node.kwargs)
     return [given.get(a.name, a.default_value) for a in schema]
 
 
-def _unrepeated(repeated: fx.Node, heads: int, sizes: dict[sympy.Symbol, int]) -> fx.Node:
+def _unrepeated(repeated: fx.Node, heads: int, sizes: dict[Any, int]) -> fx.Node:
     """Keys before each head was repeated for the query heads that share it, or the node itself."""
     source = repeated
     while source.target in _VIEWS and isinstance(source.args[0], fx.Node):
@@ -243,7 +247,7 @@ def _unrepeated(repeated: fx.Node, heads: int, sizes: dict[sympy.Symbol, int]) -
         if len(shape) == 4 and isinstance(shape[1], int) and 0 < shape[1] < heads and heads % shape[1] == 0:
             small = [int(s.node.expr.xreplace(sizes)) if isinstance(s, torch.SymInt) else s for s in shape]
             sample = torch.arange(float(torch.Size(small).numel())).view(small)
-            with unset_fake_temporarily(), torch.utils._python_dispatch._disable_current_modes():
+            with unset_fake_temporarily(), _disable_current_modes():
                 same = torch.equal(
                     evaluate(repeated, {source: sample}, sizes), sample.repeat_interleave(heads // small[1], 1)
                 )

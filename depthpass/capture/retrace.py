@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
@@ -38,11 +40,11 @@ def retrace(gm: fx.GraphModule) -> fx.GraphModule:
     """
     for node in gm.graph.nodes:
         _check(node)
-    values = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
-    mode = next(v.fake_mode for v in values if isinstance(v, torch.Tensor))
-    device = next(v.device.type for v in values if isinstance(v, torch.Tensor))
+    values: list[Any] = [n.meta["example_value"] for n in gm.graph.nodes if n.op == "placeholder"]
+    first = next(v for v in values if isinstance(v, FakeTensor))
     # An outer autocast is in force again when the graph runs: the graph itself must not hold its casts.
-    with fx_traceback.preserve_node_meta(), mode, torch.autocast(device, enabled=False), torch.enable_grad():
+    uncast = torch.autocast(first.device.type, enabled=False)
+    with fx_traceback.preserve_node_meta(), first.fake_mode, uncast, torch.enable_grad():
         return make_fx(_Retrace(gm).run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
 
 
@@ -50,7 +52,8 @@ def _check(node: fx.Node) -> None:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         hint = next((h for key, h in _HINTS.items() if key in str(node.target)), "")
         raise UnsupportedModelError(
-            f"the graph calls the higher-order op {str(node.target)!r} ({node.name}); expected plain ops only. {hint}".strip()
+            f"the graph calls the higher-order op {str(node.target)!r} ({node.name}); expected plain ops only. "
+            f"{hint}".strip()
         )
     if node.op == "call_module":
         raise UnsupportedModelError(
@@ -122,9 +125,13 @@ def argument_names(placeholders: Sequence[fx.Node]) -> list[str]:
     """What the caller calls each argument: the last name of Dynamo's source, ``L['kwargs']['labels']`` -> ``labels``."""
     names: list[str] = []
     for node in placeholders:
-        source = getattr(node, "_dynamo_source", None)
-        text = getattr(source, "name", node.name)
-        found = re.findall(r"\w+", text() if callable(text) else text)
+        found = re.findall(r"\w+", source_name(node))
         name = found[-1] if found and not found[-1].isdigit() else node.name
         names.append(name if name not in names else node.name)
     return names
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """Where Dynamo took an argument from, as Python code over ``L`` (locals) and ``G`` (globals) of the frame."""
+    name: Any = getattr(getattr(placeholder, "_dynamo_source", None), "name", placeholder.name)
+    return str(name() if callable(name) else name)  # a method in older versions of torch

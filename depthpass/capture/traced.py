@@ -34,7 +34,7 @@ class Traced:
     kinds: dict[str, tuple[InputKind, str | None]]
     constants: dict[str, torch.Tensor]
     written: tuple[str, ...]
-    out_spec: pytree.TreeSpec
+    out_spec: pytree.TreeSpec | None
     layers: str
     count: int
     whole_rows: bool = False
@@ -43,7 +43,8 @@ class Traced:
 def from_export(program: torch.export.ExportedProgram, layers: str, count: int) -> Traced:
     """What ``torch.export`` traced, as a :class:`Traced`."""
     signature = program.graph_signature
+    constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
     return Traced(
-        program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, dict(program.constants),
+        program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, constants,
         tuple(signature.buffers_to_mutate.values()), program.call_spec.out_spec, layers, count,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection
+from typing import Any
 
 from torch import nn
 
@@ -24,7 +25,7 @@ def attach(model: nn.Module, spec) -> nn.Module:
     Make the optimizer afterwards, so that it sees them::
 
         model = dp.attach(model, dp.TurboConn(group=4))
-        compiled = torch.compile(model, backend="depthpass", dynamic=True)
+        compiled = torch.compile(model, backend="depthpass")
 
     Attaching an equal spec again changes nothing.
 
@@ -46,7 +47,7 @@ def attach(model: nn.Module, spec) -> nn.Module:
     found = attached_spec(inner)
     if found is None:
         runtime = prepare(inner, passes, None)
-        made = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
+        made: Any = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
         made.spec = runtime.spec
         inner.add_module(PREFIX, made)
     elif spec_hash(found) != spec_hash(passes):
@@ -63,7 +64,7 @@ def attached_spec(model: nn.Module) -> dict | None:
     return getattr(depth_of(getattr(model, PREFIX, None)), "spec", None)
 
 
-def depth_of(module: nn.Module | None) -> nn.Module | None:
+def depth_of(module: Any) -> Any:
     """The new parameters in force: PEFT wraps them in ``modules_to_save`` and trains a copy."""
     saved = getattr(module, "modules_to_save", None)
     if saved is None:

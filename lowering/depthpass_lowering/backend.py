@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from depthpass.errors import InputError, SpecError, UnsupportedModelError, did_you_mean
+from depthpass.errors import InputError, LoweringError, SpecError, UnsupportedModelError, did_you_mean
 from depthpass.ir.program import Program, plain
 from depthpass.ir.verify import infer
 from depthpass.passes.base import Pass
@@ -37,7 +39,7 @@ class Options:
     chunk: int | None = None
 
     @classmethod
-    def read(cls, given: Mapping[str, object] | None) -> Options:
+    def read(cls, given: Mapping[str, Any] | None) -> Options:
         """Check options before anything is compiled.
 
         Raises:
@@ -65,9 +67,9 @@ class Options:
 
 def depthpass_backend(
     gm: fx.GraphModule,
-    example_inputs: Sequence[object],
+    example_inputs: Sequence[Any],
     *,
-    options: Mapping[str, object] | None = None,
+    options: Mapping[str, Any] | None = None,
     mode: str | None = None,
 ) -> Callable:
     """Dynamo backend: recapture the graph of a decoder, rewrite its program by a spec, run that instead.
@@ -92,8 +94,8 @@ def depthpass_backend(
     from depthpass.capture.dynamo import capture_graph
 
     if holds_no_model(gm, example_inputs):
-        inner = settings.inner
-        return (torch._dynamo.lookup_backend(inner) if isinstance(inner, str) else inner)(gm, example_inputs)
+        inner: Any = torch._dynamo.lookup_backend(settings.inner) if isinstance(settings.inner, str) else settings.inner
+        return inner(gm, example_inputs)
     model, owner = model_of(gm, example_inputs)
     depth, program, plan = planned(model, owner, settings, example_inputs)
     restart_with_symbolic_sizes(gm, example_inputs, model)
@@ -104,14 +106,15 @@ def depthpass_backend(
         raise UnsupportedModelError(
             f"{type(model).__name__}, compiled with backend 'depthpass': {error}{other}"
         ) from error
-    return _Compiled(captured, program, plan, depth, settings.inner)
+    return _Compiled(captured, program, plan, owner, depth, settings.inner)
 
 
 class _Compiled:
     """What runs in the place of the graph: same arguments, same flat results."""
 
-    def __init__(self, captured, program: Program, plan: Schedule, depth: nn.Module, inner: str | Callable):
+    def __init__(self, captured, program: Program, plan: Schedule, owner: nn.Module, depth: nn.Module, inner):
         self.captured, self.plan, self.depth, self.inner = captured, plan, depth, inner
+        self.owner, self.attached = weakref.ref(owner), getattr(owner, "depth", None)
         self.types = infer(program)
         self.runners: dict[fx.GraphModule, Callable] = {}
 
@@ -122,6 +125,11 @@ class _Compiled:
         from depthpass_lowering.state import State
 
         c = self.captured
+        if getattr(self.owner(), "depth", None) is not self.attached:
+            raise LoweringError(
+                "the parameters attached to the model changed after it was compiled; expected model.depth to stay. Call "
+                "torch.compiler.reset(), so that the next call compiles anew."
+            )
         inputs = {name: args[i] for name, i in c.inputs.items()}
         valid = self._validity(inputs)
         name, dim = c.tokens
@@ -163,7 +171,7 @@ class _Compiled:
 
 
 def planned(
-    model: nn.Module, owner: nn.Module, settings: Options, arguments: Sequence[object]
+    model: nn.Module, owner: Any, settings: Options, arguments: Sequence[Any]
 ) -> tuple[nn.Module, Program, Schedule]:
     """The new parameters, the program and its schedule."""
     from depthpass.hf.attach import attached_spec
@@ -177,7 +185,8 @@ def planned(
             "options: expected a 'spec', got none. Write torch.compile(model, backend='depthpass', options={'spec': "
             "dp.TurboConn(group=4)}), or dp.attach(model, spec) first."
         )
-    passes: tuple[Pass, ...] = load_spec(attached if settings.spec is None else settings.spec)
+    wanted: Any = attached if settings.spec is None else settings.spec
+    passes: tuple[Pass, ...] = load_spec(wanted)
     if attached is not None and spec_hash(attached) != spec_hash(passes):
         raise SpecError(
             "options.spec: expected the spec that is attached to the model, got another one. Leave 'spec' out, or del "

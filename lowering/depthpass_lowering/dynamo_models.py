@@ -6,6 +6,7 @@ import re
 import warnings
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -55,6 +56,8 @@ def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[n
     """Decoders found at the variables of the compiled frame that Dynamo lifted the parameters from."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
+    from depthpass.capture.retrace import source_name
+
     try:
         output = InstructionTranslator.current_tx().output
         scopes = {"L": output.local_scope, "G": output.global_scope}
@@ -62,8 +65,7 @@ def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[n
         return []
     roots: list[nn.Module] = []
     for node in gm.graph.nodes:
-        source = getattr(getattr(node, "_dynamo_source", None), "name", "")
-        if match := re.match(r"([LG])\['(\w+)'\]", source() if callable(source) else source):
+        if node.op == "placeholder" and (match := re.match(r"([LG])\['(\w+)'\]", source_name(node))):
             root = scopes[match[1]].get(match[2])
             if isinstance(root, nn.Module) and not any(root is r for r in roots):
                 roots.append(root)
@@ -86,7 +88,7 @@ def _outermost_decoder(root: nn.Module) -> nn.Module | None:
     return None
 
 
-def scoring_parameters(model: nn.Module, key: str, program: Program, arguments: Sequence[object]) -> nn.Module:
+def scoring_parameters(model: nn.Module, key: str, program: Program, arguments: Sequence[Any]) -> nn.Module:
     """New parameters that live in the compiled function only.
 
     Args:

@@ -43,10 +43,9 @@ def _fix_number(value: object) -> bool:
     """Ask for a Python float that became an input to be a constant; whether that is new."""
     from torch._dynamo.symbolic_convert import TensorifyState
 
-    symbol = getattr(getattr(getattr(value, "item_memo", None), "node", None), "_expr", None)
-    if not isinstance(getattr(value, "item_memo", None), torch.SymFloat) or not hasattr(symbol, "name"):
+    number = getattr(value, "item_memo", None)
+    name = getattr(number.node._expr, "name", None) if isinstance(number, torch.SymFloat) else None
+    if name is None or TensorifyState.should_specialize(name):
         return False
-    if TensorifyState.should_specialize(symbol.name):
-        return False
-    TensorifyState.specialize(symbol.name)
+    TensorifyState.specialize(name)
     return True

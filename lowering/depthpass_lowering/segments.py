@@ -9,9 +9,11 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 Compiler = Callable[[fx.GraphModule], Callable]
 
@@ -110,16 +112,17 @@ class Segmented:
         return [n for n in self.nodes if n in found]
 
     def __call__(self, *args):
-        env: dict[fx.Node, object] = dict(zip(self.placeholders, args, strict=True))
+        env: dict[fx.Node, Any] = dict(zip(self.placeholders, args, strict=True))
         for what, ins, outs in self.steps:
             if not isinstance(what, fx.Node):
                 env.update(zip(outs, what(*(env[i] for i in ins)), strict=True))
             elif what.op == "get_attr":
                 env[what] = getattr(self.gm, str(what.target))
             else:
-                a, kw = fx.node.map_arg((what.args, what.kwargs), env.__getitem__)
-                env[what] = what.target(*a, **kw)
-        return fx.node.map_arg(self.result, env.__getitem__)
+                a, kw = map_arg((what.args, what.kwargs), env.__getitem__)
+                target: Any = what.target
+                env[what] = target(*a, **kw)
+        return map_arg(self.result, env.__getitem__)
 
 
 def _repeatable(nodes: Iterable[fx.Node]) -> set[fx.Node]:

@@ -11,7 +11,9 @@ import depthpass as dp
 
 pytestmark = pytest.mark.compile
 
-SPEC = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=4, rank=4)
+
+def spec_of(layers):
+    return dp.TurboConn(bridges=[(source, 0) for source in range(1, layers)], group=4, rank=4)
 
 
 @pytest.fixture(autouse=True)
@@ -33,11 +35,11 @@ class Counted:
         return made
 
 
-def pair(name, layers=3, dtype=torch.float64, **overrides):
+def pair(name, layers=2, dtype=torch.float64):
     """A model with attached random parameters, and a transformed one with equal parameters of its own."""
-    model, other = (zoo.model(name, layers=layers, dtype=dtype, **overrides) for _ in range(2))
-    turbo = dp.transform(other, SPEC)
-    dp.attach(model, SPEC)
+    model, other = (zoo.model(name, layers=layers, dtype=dtype) for _ in range(2))
+    turbo = dp.transform(other, spec_of(layers))
+    dp.attach(model, spec_of(layers))
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for p in model.depth.parameters():
@@ -79,10 +81,10 @@ def assert_equal(model, turbo, compiled, batch, rtol):
 
 @pytest.mark.parametrize(("name", "side", "labels"), [
     ("llama", "left", True), ("qwen3", "right", False), ("gpt2", "left", False), ("gemma3_text", "left", True),
-    ("mistral", "right", True),
+    ("mistral", "right", False),
 ])
 def test_training_equals_transform_at_every_length_with_one_graph(name, side, labels):
-    model, turbo = pair(name)
+    model, turbo = pair(name, layers=3 if name in ("llama", "gemma3_text") else 2)
     backend = Counted()
     compiled = torch.compile(model, backend=backend)
     # Windows of 4 tokens; rows of other numbers, lengths no multiple of the group, one batch without padding.
@@ -92,7 +94,7 @@ def test_training_equals_transform_at_every_length_with_one_graph(name, side, la
 
 
 def test_sizes_become_symbolic_without_marks_and_with_dynamic_true():
-    model, turbo = pair("llama", layers=3)
+    model, turbo = pair("llama")
     for dynamic in (None, True):
         torch._dynamo.reset()
         backend = Counted()
@@ -128,13 +130,13 @@ def test_inner_compilers_equal_eager(inner):
 
 
 def test_scoring_without_attached_parameters_warns_and_equals_stock():
-    model = zoo.model("gemma3_text", layers=3)
+    model, spec = zoo.model("gemma3_text", layers=2), spec_of(2)
     batch = inputs([9, 6])
     mask = batch["attention_mask"].bool()
     with torch.no_grad():
         want = model(**batch, use_cache=False).logits
-        compiled = torch.compile(model, backend=depthpass_backend, options={"spec": SPEC})
-        with pytest.warns(UserWarning, match=r"8 new parameters of the spec exist only inside the compiled function.*dp\.attach"):
+        compiled = torch.compile(model, backend=depthpass_backend, options={"spec": spec})
+        with pytest.warns(UserWarning, match=r"4 new parameters of the spec exist only inside the compiled.*dp\.attach"):
             got = compiled(**batch, use_cache=False).logits
         torch.testing.assert_close(got[mask], want[mask], rtol=1e-5, atol=1e-6)
     assert not hasattr(model, "depth")
@@ -142,12 +144,13 @@ def test_scoring_without_attached_parameters_warns_and_equals_stock():
         warnings.simplefilter("error")
         with torch.no_grad():
             compiled(**inputs([4, 8]), use_cache=False)
-    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"new parameters \(depth\.turboconn.*dp\.attach"):
+    dp.attach(model, spec)
+    with torch.no_grad(), pytest.raises(dp.LoweringError, match=r"changed after it was compiled.*torch\.compiler\.reset"):
         compiled(**batch, use_cache=False)
 
 
 def test_specs_without_new_parameters_train_unattached():
-    model = zoo.model("llama", layers=3, dtype=torch.float64)
+    model = zoo.model("llama", layers=2, dtype=torch.float64)
     batch = inputs([7, 5])
     mask = batch["attention_mask"].bool()
     compiled = torch.compile(model, backend=depthpass_backend, options={"spec": "pass: identity"})
@@ -161,8 +164,8 @@ def test_specs_without_new_parameters_train_unattached():
 
 
 def test_blocks_visited_twice_equal_transform():
-    spec = {"pass": "layer_program", "layers": [0, 1, 0, 1, 2]}
-    model = zoo.model("llama", layers=3, dtype=torch.float64)
+    spec = {"pass": "layer_program", "layers": [0, 1, 0, 1]}
+    model = zoo.model("llama", layers=2, dtype=torch.float64)
     turbo = dp.transform(model, spec)
     batch = inputs([7, 5])
     mask = batch["attention_mask"].bool()

@@ -1,5 +1,7 @@
 """Shared by the Hugging Face tests."""
 
+import json
+
 import pytest
 
 import depthpass.hf.model
@@ -11,7 +13,7 @@ _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version
 def _signature(model, tensors, static):
     settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
     return (
-        repr(sorted(settings.items(), key=str)), tuple((n, _kind(m)) for n, m in model.named_modules()),
+        json.dumps(settings, sort_keys=True, default=str), tuple((n, _kind(m)) for n, m in model.named_modules()),
         tuple((n, p.shape, p.dtype) for n, p in model.named_parameters()),
         tuple((n, t.dtype, t.dim()) for n, t in sorted(tensors.items())), tuple(static),
     )

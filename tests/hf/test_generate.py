@@ -189,6 +189,7 @@ def test_prompt_lookup_and_assistants_give_greedy_tokens(turbo):
     assert torch.equal(run(stock, {"input_ids": ids}, assistant_model=turbo)[0], plain)
 
 
+@pytest.mark.parametrize("turbo", ["gpt2", "gemma3_text", "opt"], indirect=True)
 def test_generates_from_embeddings(turbo):
     batch = zoo.batch([7, 4], seed=8)
     embeds = turbo.get_input_embeddings()(batch["input_ids"]).detach()

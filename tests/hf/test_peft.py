@@ -59,8 +59,7 @@ def merged(name="llama"):
     return turbo_of(stock).eval()
 
 
-@pytest.mark.parametrize("made", [before, after])
-@pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize(("made", "name"), [(before, "llama"), (after, "llama"), (before, "gpt2"), (after, "mixtral")])
 def test_trains_together_with_the_bridges(made, name):
     model = made(name)
     assert isinstance(model, peft.PeftModel) and isinstance(model.get_base_model(), dp.DepthModel)

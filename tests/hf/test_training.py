@@ -69,8 +69,10 @@ def test_checkpointing_enabled_before_the_first_call():
 
 
 @pytest.mark.usefixtures("one_capture")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize(("name", "dtype"), [
+    ("llama", torch.bfloat16), ("llama", torch.float16), ("gpt2", torch.float16), ("gemma3_text", torch.bfloat16),
+    ("mixtral", torch.bfloat16),
+], ids=str)
 def test_half_precision(name, dtype):
     stock, turbo = pair(name)
     half = dp.transform(stock_of(name).to(dtype), spec())
@@ -92,7 +94,7 @@ def test_half_precision(name, dtype):
 
 
 @pytest.mark.usefixtures("one_capture")
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt2", "mixtral"])
 def test_autocast(name):
     stock, turbo = stock_of(name), None
     same, turbo = dp.transform(stock, dp.Identity()), turbo_of(stock)
