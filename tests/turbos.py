@@ -36,7 +36,10 @@ def turbo_of(stock: nn.Module, **overrides) -> nn.Module:
 
 
 def stock_of(name: str, layers: int = 3, **overrides) -> nn.Module:
-    return enliven(zoo.model(name, layers, **overrides))
+    stock = enliven(zoo.model(name, layers, **overrides))
+    if name == "gemma2":  # some versions of transformers start it with sdpa, which drops its softcap
+        stock.set_attn_implementation("eager")
+    return stock
 
 
 @functools.cache

@@ -262,10 +262,12 @@ class DepthModel:
         warn_frozen(self)
         captured = self._captured(call, names)
         prologue = StockHost(self, captured, ())
-        count = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"].shape[1]
-        hidden, *sides = prologue.part(
-            captured.prologue, call.tensors, visit=_Prologue(call.past, count)
-        )
+        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
+        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden, *sides = prologue.part(
+                captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1])
+            )
         host = StockHost(self, captured, sides)
         state = call.cache.state if call.cache is not None else State()
         streams, state = run(

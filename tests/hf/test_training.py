@@ -99,10 +99,14 @@ def test_autocast(name):
     stock, turbo = stock_of(name), None
     same, turbo = dp.transform(stock, dp.Identity()), turbo_of(stock)
     real = BATCH["attention_mask"].bool()
+    long = zoo.batch([120, 120])  # angles of far positions need every bit
     with torch.no_grad():
         exact, exact_turbo = stock(**BATCH).logits, turbo(**BATCH).logits
+        exact_long = stock(**long).logits
         with torch.autocast("cpu", torch.bfloat16):
             want, got, moved = stock(**BATCH), same(**BATCH), turbo(**BATCH)
+            far = (same(**long).logits - exact_long).float().pow(2).mean()
+            assert 0 < far < 4 * (stock(**long).logits - exact_long).float().pow(2).mean()
     assert got.logits.dtype == want.logits.dtype == moved.logits.dtype
     usual = (want.logits - exact)[real].float().pow(2).mean().sqrt()
     for a, b in ((got.logits, exact), (moved.logits, exact_turbo)):
