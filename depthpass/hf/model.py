@@ -99,7 +99,7 @@ def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
 
 
 class StockHost:
-    """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.eager.Host`)."""
+    """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.host.Host`)."""
 
     adapts = True
 

@@ -89,7 +89,7 @@ def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             not_reentrant(module._gradient_checkpointing_func)
     program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
-    from depthpass_lowering.eager import check_program
+    from depthpass_lowering.supported import check_program
 
     check_program(program)
     return Runtime(

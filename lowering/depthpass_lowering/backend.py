@@ -177,7 +177,7 @@ def planned(
     from depthpass.hf.attach import attached_spec
     from depthpass.hf.inputs import warn_frozen
     from depthpass.hf.transform import context_of
-    from depthpass_lowering.eager import check_program
+    from depthpass_lowering.supported import check_program
 
     attached = attached_spec(owner)
     if settings.spec is None and attached is None:

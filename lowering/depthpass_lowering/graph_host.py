@@ -16,7 +16,7 @@ Runner = Callable[[fx.GraphModule], Callable]
 
 
 class GraphHost:
-    """One call's :class:`depthpass_lowering.eager.Host`.
+    """One call's :class:`depthpass_lowering.host.Host`.
 
     Args:
         captured: the capture.

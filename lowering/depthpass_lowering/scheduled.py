@@ -20,10 +20,11 @@ from depthpass.ir.program import Op, writes_slot
 from depthpass.schedule.regions import Region
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.buffers import Buffer, Use
-from depthpass_lowering.eager import Run, RunningVisit
+from depthpass_lowering.eager import Run
 from depthpass_lowering.fx_passes.sink import sink_linears_pass
 from depthpass_lowering.sink import Sink, sunk_linear
 from depthpass_lowering.state import Slot, Span
+from depthpass_lowering.visits import RunningVisit
 
 _SUNK: weakref.WeakKeyDictionary[Template, fx.GraphModule] = weakref.WeakKeyDictionary()
 

@@ -1,0 +1,47 @@
+"""What the lowering asks of the modules a program runs on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+from torch import Tensor, nn
+
+from depthpass.capture.model import Site, Template
+
+if TYPE_CHECKING:
+    from depthpass_lowering.visits import RunningVisit
+
+
+class Host(Protocol):
+    """The stock modules a program runs on; implemented by the Hugging Face layer and by the compiler backend."""
+
+    def block(self, index: int, visit: RunningVisit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor: ...
+
+    def sides_of(self, index: int) -> tuple[int, ...]: ...
+
+    def sites_of(self, index: int) -> tuple[Site, ...]: ...
+
+    def norm(self, hidden: Tensor) -> Tensor: ...
+
+    def module(self, name: str) -> nn.Module:
+        """A new module of the program, by its name under ``depth.``."""
+        ...
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor: ...
+
+    def bound(self, index: int) -> tuple[Template, list[Tensor]]:
+        """Template of a block and the tensors it is bound to, in the order of the graph's inputs."""
+        ...
+
+    def submodules_of(self, index: int) -> tuple[str, ...]:
+        """Paths of the stock submodules that a block's graph calls."""
+        ...
+
+    def stock_module(self, index: int, path: str) -> nn.Module: ...
+
+    def refuses_schedule(self, index: int) -> str | None:
+        """Why a block must run as a module (hooks, checkpointing), or None."""
+        ...
+
+    def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor: ...

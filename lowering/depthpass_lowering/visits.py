@@ -1,0 +1,221 @@
+"""Visits: one block over one span of tokens, or over the routed tokens of a span, against its slot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from depthpass.errors import LoweringError
+from depthpass.ir.program import Op, writes_slot
+from depthpass_lowering.attention import Masks, column_mask
+from depthpass_lowering.host import Host
+from depthpass_lowering.routes import Route, stored
+from depthpass_lowering.state import Slot, Span, State
+
+
+class RunningVisit:
+    """One visit of one span: answers the calls of a block's graph (:class:`depthpass.capture.calls.Visit`).
+
+    The slot is read when the visit is made, so running the block again (activation checkpointing) gives the same.
+
+    Attributes:
+        ring: how many of its own last keys a gated visit has to keep; None = all.
+    """
+
+    ring: int | None = None
+
+    def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool):
+        self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
+        self.index = op["index"]
+        self.sites = host.sites_of(self.index)
+        self.before = state.slots.get(op["slot"]) if writes_slot(op) is not None else None
+        self.shared = None if op["keys"] is None else _until(state.slots[op["keys"]], span.start + span.count)
+        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        self.hidden: Tensor | None = None
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        site = self.sites[number]
+        far = None
+        if self.shared is not None:
+            far = self._attention(number, q, self.shared.keys[number], self.shared.values[number], sinks,
+                                  self._mask(self._shared_columns(), site.window, site.chunk))
+            if self.op["gate"] is None:
+                return far
+        if self.before is not None:
+            k = torch.cat((self.before.keys[number], k), 2)
+            v = torch.cat((self.before.values[number], v), 2)
+        elif self.keep:
+            # As a stock cache stores them; the strides decide the last bits of a matrix product.
+            k, v = k.contiguous(), v.contiguous()
+        if self.state is not None:
+            self.made[number] = (k, v)
+        window = site.window if far is None else min(self.op["window"], site.window or self.op["window"])
+        near = self._attention(number, q, k, v, sinks, self._mask(self._own_columns(), window, site.chunk))
+        return near if far is None else self._mix(q, far, near)
+
+    def _attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
+        return self.host.attention(self.index, self.sites[number], q, k, v, *mask, sinks)
+
+    def _shared_columns(self) -> tuple[Tensor, Tensor | None] | None:
+        """Columns and validity of the shared keys; None = every column in order."""
+        slot = self.shared
+        return None if slot.columns is None else (slot.columns, _validity(slot, self.masks.valid))
+
+    def _own_columns(self) -> tuple[Tensor, Tensor | None] | None:
+        """The same for the visit's own keys, this span's included."""
+        if self.before is None or self.before.columns is None:
+            return None
+        new = torch.arange(self.span.start, self.span.start + self.span.count, device=self.before.columns.device)
+        columns = torch.cat((self.before.columns, new.expand(len(self.before.columns), -1)), 1)
+        valid = self.masks.valid
+        return columns, None if valid is None else valid.gather(1, columns)
+
+    def _mask(
+        self, where: tuple[Tensor, Tensor | None] | None, window: int | None, chunk: int | None
+    ) -> tuple[Tensor | None, bool]:
+        """Mask of the span's queries against keys at the given columns, and SDPA's causal flag."""
+        if where is None:
+            return self.masks.get(window, chunk)
+        columns, valid = where
+        q = torch.arange(self.span.start, self.span.start + self.span.count, device=columns.device)[None, :, None]
+        return column_mask(q, columns[:, None], window, chunk, valid, self.masks.row_start)[:, None], False
+
+    def _mix(self, q: Tensor, far: Tensor, near: Tensor) -> Tensor:
+        """PLT: g * Attn(shared keys) + (1 - g) * Attn(own last W keys), per head and token, before o_proj."""
+        gate = self.host.module(self.op["gate"])
+        score = gate(q.transpose(1, 2)) if self.op["gate_input"] == "query" else gate(self.hidden)
+        if score.shape != far.shape[:3]:
+            raise LoweringError(
+                f"gate {self.op['gate']!r} of block {self.index}: expected a score per token and head, "
+                f"{tuple(far.shape[:3])}, got {tuple(score.shape)}: its attention has other heads than the config says. "
+                "Use kv='own' or kv='first'."
+            )
+        g = torch.sigmoid(score)[..., None].to(far.dtype)
+        return g * far + (1 - g) * near
+
+    def submodule(self, path: str, *args: Tensor) -> Tensor:
+        return self.host.submodule(self.index, path, *args)
+
+    def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
+        """The tensors a block is bound to, with this visit's own low-rank updates added."""
+        if self.op["lora"] is None:
+            return tensors
+        # PEFT moves a wrapped weight one level down.
+        place = {name.replace(".base_layer.", "."): i for i, name in enumerate(names)}
+        adapted = list(tensors)
+        for path, update in self.host.module(self.op["lora"]).named_modules():
+            if not hasattr(update, "delta"):
+                continue
+            i = place.get(f"{path}.weight")
+            if i is None:
+                raise LoweringError(
+                    f"per-visit LoRA {self.op['lora']!r}: {path} of block {self.index} is not read by its graph (it "
+                    "belongs to an experts layer, which runs as a whole). Leave lora_rank out for this model."
+                )
+            adapted[i] = adapted[i] + update.delta()
+        return adapted
+
+    def columns(self, device: torch.device) -> Tensor:
+        return torch.arange(self.span.start, self.span.start + self.span.count, device=device)
+
+    def commit(self) -> None:
+        """Store the slot; called once, after the block has run.
+
+        Afterwards the visit forgets the state: an activation checkpoint keeps the visit, and through it would keep its own
+        graph alive for ever.
+        """
+        state, made = self.state, self.made
+        self.state, self.made = None, {}
+        if not self.keep or not made:
+            return
+        order = range(len(self.sites))
+        where = self._own_columns()
+        slot = Slot(
+            tuple(made[i][0] for i in order), tuple(made[i][1] for i in order), None if where is None else where[0],
+        )
+        state.slots[self.op["slot"]] = slot if self.ring is None else _last(slot, self.ring)
+
+
+class RoutedVisit(RunningVisit):
+    """A visit of the routed tokens of a span, on the rows that send any.
+
+    Attributes:
+        at: columns of the tokens, ``[rows, k]``.
+        real: which of them are routed and not fillers, ``[rows, k]``; None = all.
+        rows: the rows that run; None = all.
+    """
+
+    def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool, route: Route):
+        super().__init__(op, host, state, span, masks, keep)
+        self.all_before, self.rows, self.batch = self.before, route.rows, len(route.chosen)
+        self.at, self.real = self._pick(route.index + span.start), self._pick(route.real)
+        if self.rows is not None:
+            self.before = None if self.before is None else self.before.map(self._pick)
+            self.shared = None if self.shared is None else self.shared.map(self._pick)
+
+    def _pick(self, t: Tensor | None) -> Tensor | None:
+        return t if t is None or self.rows is None else t.index_select(0, self.rows)
+
+    def _shared_columns(self) -> tuple[Tensor, Tensor | None]:
+        slot, valid = self.shared, self._pick(self.masks.valid)
+        if slot.columns is None:
+            # All columns in order: the whole state, this span included.
+            return torch.arange(slot.keys[0].shape[2], device=self.at.device)[None], valid
+        return slot.columns, _validity(slot, valid)
+
+    def _own_columns(self) -> tuple[Tensor, Tensor]:
+        new = torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real
+        if self.before is None:
+            return self.at, new
+        return torch.cat((self.before.columns, self.at), 1), torch.cat((self.before.valid, new), 1)
+
+    def _mask(self, where, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        columns, valid = where
+        start = self._pick(self.masks.row_start)
+        return column_mask(self.at[..., None], columns[:, None], window, chunk, valid, start)[:, None], False
+
+    def columns(self, device: torch.device) -> Tensor:
+        raise LoweringError(
+            f"block {self.index} counts the columns of its tokens itself, so it cannot run on routed tokens. "
+            "Leave this block out of the routed stack."
+        )
+
+    def commit(self) -> None:
+        if not self.keep or not self.made:
+            return
+        count = self.at.shape[1]
+        new = Slot(
+            tuple(self.made[i][0][:, :, -count:] for i in range(len(self.sites))),
+            tuple(self.made[i][1][:, :, -count:] for i in range(len(self.sites))),
+            self.at, torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real,
+        )
+        self.state.slots[self.op["slot"]] = stored(self.all_before, new, self.rows, self.batch)
+
+
+def _until(slot: Slot, end: int) -> Slot:
+    """A slot's entries before column ``end``: a region that ran before a token loop has written every token's."""
+    if slot.columns is not None or slot.keys[0].shape[2] <= end:
+        return slot
+    return slot.map(lambda t: t[:, :, :end])
+
+
+def _validity(slot: Slot, valid: Tensor | None) -> Tensor | None:
+    """Which entries of a slot with columns are real."""
+    if slot.valid is not None:
+        return slot.valid
+    return None if valid is None else valid.gather(1, slot.columns)
+
+
+def _last(slot: Slot, count: int) -> Slot:
+    """The last ``count`` entries of a slot that holds every column up to the last one."""
+    n, batch = slot.keys[0].shape[2], slot.keys[0].shape[0]
+    columns = slot.columns
+    if columns is None:
+        if n <= count:
+            return slot
+        columns = torch.arange(n, device=slot.keys[0].device).expand(batch, -1)
+    # Copies, so that the long prefix is freed.
+    keys, values = (tuple(t[:, :, -count:].contiguous() for t in side) for side in (slot.keys, slot.values))
+    return Slot(keys, values, columns[:, -count:].contiguous())
