@@ -47,6 +47,11 @@ def slot_attention(
 ) -> tuple[Tensor, Tensor]:
     """Return out [B, Hq, C, Dv] and lse [B, Hq, C]."""
     problem = Problem(q, k, v, valid, row_start, sinks, q_offset, q_start, scale, window, chunk, softcap)
+    return attention_forward(problem, implementation)
+
+
+def attention_forward(problem: Problem, implementation: str) -> tuple[Tensor, Tensor]:
+    """What the op runs."""
     chosen = _attention_implementation(problem, implementation)
     if problem.q.numel() == 0:
         return problem.new_output().zero_(), problem.new_lse()
@@ -130,6 +135,13 @@ def slot_attention_backward_accumulate(
 ) -> tuple[Tensor, Tensor]:
     """Add this call's key gradients to dk and dv; return dq, dsinks."""
     problem = Problem(q, k, v, valid, row_start, sinks, q_offset, q_start, scale, window, chunk, softcap)
+    return attention_backward_accumulate(problem, grad, out, lse, dk, dv, implementation)
+
+
+def attention_backward_accumulate(
+    problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, dk: Tensor, dv: Tensor, implementation: str
+) -> tuple[Tensor, Tensor]:
+    """What the op runs."""
     chosen = _attention_implementation(problem, implementation)
     if problem.q.numel() == 0:
         return problem.new_dq(), _sink_gradient(problem, None)

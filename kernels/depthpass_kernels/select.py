@@ -63,6 +63,11 @@ def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def traced() -> bool:
+    """Whether somebody records or interprets ops, so that a call has to appear as one registered op."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
 def interpreted() -> bool:
     """Whether triton runs its kernels in the CPU interpreter (imports triton)."""
     from triton import knobs

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Any
 
 import torch
+from depthpass_kernels import slot_attention_backward, slot_attention_forward
 from torch import Tensor
 
 
@@ -35,71 +36,83 @@ class Buffer:
         self.k[:, :, start : start + k.shape[2]] = k
         self.v[:, :, start : start + v.shape[2]] = v
 
-    def accumulate(self, gk: Tensor, gv: Tensor, low: int, high: int) -> None:
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Accumulators beside keys and values, in at least float32."""
         if self.gk is None:
-            self.gk, self.gv = torch.zeros_like(self.k), torch.zeros_like(self.v)
-        self.gk[:, :, low:high] += gk
-        self.gv[:, :, low:high] += gv
+            dtype = torch.promote_types(self.k.dtype, torch.float32)
+            self.gk, self.gv = torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
+        return self.gk, self.gv
 
 
 class Use:
-    """One attention over a buffer: which columns, which mask, and the function that computes it."""
+    """One attention over a buffer: whose columns, from where, and the options of the attention.
 
-    __slots__ = ("attend", "buffer", "count", "low", "start", "write")
+    Args:
+        options: of :func:`depthpass_kernels.slot_attention_forward`, without the sinks.
+        write: whether the span's keys and values belong into this buffer.
+    """
 
-    def __init__(self, buffer: Buffer, start: int, count: int, low: int, write: bool, attend: Callable):
-        self.buffer, self.start, self.count, self.low, self.write, self.attend = (
-            buffer, start, count, low, write, attend
-        )
+    __slots__ = ("buffer", "count", "options", "start", "write")
+
+    def __init__(self, buffer: Buffer, start: int, count: int, write: bool, options: dict[str, Any]):
+        self.buffer, self.start, self.count, self.write, self.options = buffer, start, count, write, options
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        """Attention of the span's queries; writes the span's own keys and values first when this is their slot."""
+        """Attention of the span's queries, ``[B, H, C, D]`` -> ``[B, C, H, Dv]``.
+
+        Writes the span's own keys and values first when this is their slot.
+        """
+        device = q.device.type
+        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+            # As autocast does to the operands of SDPA; rotary tables have made float32 of some of them.
+            dtype = torch.get_autocast_dtype(device)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
         if not torch.is_grad_enabled():
             if self.write:
                 self.buffer.write(k, v, self.start)
-            return self.attend(q, *self.view(), sinks)
+            return self.attend(q, sinks)[0].transpose(1, 2)
         token = self.buffer.token if self.buffer.token is not None else q.new_empty(0)
         out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
-        return out
+        return out.transpose(1, 2)
 
-    def view(self) -> tuple[Tensor, Tensor]:
-        high = self.start + self.count
-        return self.buffer.k[:, :, self.low : high], self.buffer.v[:, :, self.low : high]
+    def attend(self, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention and the log of its denominator."""
+        return slot_attention_forward(q, *self.columns(self.buffer.k, self.buffer.v), sinks=sinks, **self.options)
+
+    def columns(self, *sides: Tensor) -> tuple[Tensor, ...]:
+        """Buffers up to the last query's column."""
+        return tuple(t[:, :, : self.start + self.count] for t in sides)
 
 
 class _InPlaceAttention(torch.autograd.Function):
     """Attention over a buffer that is written in place.
 
-    Nothing of the buffer is saved: a column's content never changes once written, so the backward pass reads it again
-    and recomputes the (small) attention of its chunk. Gradients of keys and values are accumulated in the buffer; when
-    the columns of a chunk come up, every later use has added its part, because the token chains the uses.
+    Nothing of the buffer is saved: a column's content never changes once written, so the backward pass reads it again.
+    Gradients of keys and values are accumulated in the buffer; when the columns of a chunk come up, every later use has
+    added its part, because the token chains the uses.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, token, use: Use):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
+        out, lse = use.attend(q, sinks)
         ctx.use = use
-        # A backward pass usually runs outside of autocast: what it recomputes has to run as it did here.
-        device = q.device.type
-        ctx.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
-        ctx.save_for_backward(q, sinks)
-        return use.attend(q, *use.view(), sinks), token.new_empty(0)
+        ctx.save_for_backward(q, sinks, out, lse)
+        return out, token.new_empty(0)
 
     @staticmethod
     def backward(ctx, grad, grad_token):
-        q, sinks = ctx.saved_tensors
+        q, sinks, out, lse = ctx.saved_tensors
         use: Use = ctx.use
-        high = use.start + use.count
-        with torch.enable_grad(), torch.autocast(*ctx.autocast):
-            leaves = [t.detach().requires_grad_() for t in (q, *use.view())]
-            if sinks is not None:
-                leaves.append(sinks.detach().requires_grad_())
-            out = use.attend(*leaves[:3], leaves[3] if sinks is not None else None)
-            gq, gk, gv, *gs = torch.autograd.grad(out, leaves, grad)
-        use.buffer.accumulate(gk, gv, use.low, high)
+        buffer = use.buffer
+        dq, _, _, dsinks = slot_attention_backward(
+            grad, q, *use.columns(buffer.k, buffer.v), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
+            **use.options,
+        )
         own_k = own_v = None
         if use.write:
-            own_k = use.buffer.gk[:, :, use.start : high].clone()
-            own_v = use.buffer.gv[:, :, use.start : high].clone()
-        return gq, own_k, own_v, gs[0] if gs else None, grad.new_zeros(0), None
+            own_k, own_v = (
+                g[:, :, use.start : use.start + use.count].to(t.dtype) for g, t in zip(buffer.gradients(), (buffer.k, buffer.v))
+            )
+        return dq, own_k, own_v, dsinks, grad.new_zeros(0), None

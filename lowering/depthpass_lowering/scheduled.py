@@ -168,18 +168,13 @@ class _BufferedVisit(RunningVisit):
         return far if near is None else self._mix(q, far, near)
 
     def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
-        buffer = self.job.slot(slot, self.sites)[number]
-        mask, causal = self.masks.get(window, self.sites[number].chunk)
-        low = 0 if window is None else max(0, self.span.start - window + 1)
-        if mask is not None and low:
-            mask = mask[..., low:]
-        # Not a closure over the visit: it is kept until the backward pass, and the visit knows the whole run.
-        host, index, site = self.host, self.index, self.sites[number]
-
-        def attend(q, k, v, sinks):
-            return host.attention(index, site, q, k, v, mask, causal, sinks)
-
-        return Use(buffer, self.span.start, self.span.count, low, write, attend)
+        site, masks = self.sites[number], self.masks
+        # Nothing of the visit itself: the options are kept until the backward pass, and the visit knows the whole run.
+        options = {
+            "q_start": self.span.start, "valid": masks.valid, "row_start": masks.row_start if site.chunk else None,
+            "scale": site.scale, "window": window, "chunk": site.chunk, "softcap": site.softcap,
+        }
+        return Use(self.job.slot(slot, self.sites)[number], self.span.start, self.span.count, write, options)
 
 
 class _SunkHost:

@@ -1,8 +1,8 @@
 """Weight-gradient sinking: the token loop keeps activation gradients only, one product per weight runs after it.
 
 By linearity ``sum_c X_c^T G_c = [X_1; ..; X_n]^T [G_1; ..; G_n]``: instead of one small product per chunk, which reads and
-writes the whole accumulator each time, the operands are kept and multiplied once (arXiv 1604.01946; the B/W split of
-arXiv 2401.10241).
+writes the whole accumulator each time, the operands of many chunks are kept and multiplied together (arXiv 1604.01946; the
+B/W split of arXiv 2401.10241).
 """
 
 from __future__ import annotations
@@ -12,20 +12,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+FLUSH = 512
+"""Rows gathered before they are multiplied: enough for a product at full rate, few enough to stay in the heap."""
+
+
 class Sink:
-    """Operands of the weight gradients of one backward pass, by weight."""
+    """Operands of the weight gradients of one backward pass, by weight, multiplied every ``FLUSH`` rows."""
 
     def __init__(self) -> None:
-        self._x: dict[int, list[Tensor]] = {}
-        self._g: dict[int, list[Tensor]] = {}
-        self._weight: dict[int, tuple[Tensor, Tensor | None, bool]] = {}
+        self._waiting: dict[int, _Operands] = {}
+        self._sums: dict[int, Tensor] = {}
         self._cast: dict[int, Tensor] = {}
+        # What was joined last: q, k and v (gate and up) read the same activations.
+        self._joined: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
 
     def add(self, weight: Tensor, bias: Tensor | None, transposed: bool, x: Tensor, g: Tensor) -> None:
-        key = id(weight)
-        self._weight[key] = (weight, bias, transposed)
-        self._x.setdefault(key, []).append(x)
-        self._g.setdefault(key, []).append(g)
+        """Keep the operands of one product's weight gradient.
+
+        Args:
+            x: the product's input, ``[..., in]``; g: gradient of its result, ``[..., out]``.
+        """
+        held = self._waiting.setdefault(id(weight), _Operands(weight, bias, transposed))
+        held.x.append(x)
+        held.g.append(g)
+        held.rows += x.numel() // x.shape[-1]
+        if held.rows >= FLUSH:
+            self._flush(held)
 
     def cast(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
         """A parameter in autocast's dtype, cast once per loop."""
@@ -37,22 +49,51 @@ class Sink:
 
     def finish(self) -> dict[int, Tensor]:
         """Gradients by id of the weight or bias; empties the sink."""
-        joined: dict[tuple[int, ...], Tensor] = {}
-        found: dict[int, Tensor] = {}
-        for key, (weight, bias, transposed) in self._weight.items():
-            xs, gs = self._x[key], self._g[key]
-            # q, k and v (gate and up) read the same activations: they are joined once.
-            shared = tuple(map(id, xs))
-            if shared not in joined:
-                joined[shared] = _rows(xs)
-            x, g = joined[shared], _rows(gs)
-            if weight.requires_grad:
-                product = x.t() @ g if transposed else g.t() @ x
-                found[key] = product.to(weight.dtype)
-            if bias is not None and bias.requires_grad:
-                found[id(bias)] = found.get(id(bias), 0) + g.sum(0).to(bias.dtype)
-        self._x.clear(), self._g.clear(), self._weight.clear(), self._cast.clear()
+        for held in self._waiting.values():
+            self._flush(held)
+        found = {
+            id(t): self._sums[id(t)].to(t.dtype)
+            for held in self._waiting.values() for t in (held.weight, held.bias) if t is not None and id(t) in self._sums
+        }
+        self.__init__()
         return found
+
+    def _flush(self, held: _Operands) -> None:
+        if not held.rows:
+            return
+        key = tuple(map(id, held.x))
+        if self._joined[0] != key:
+            self._joined = (key, _rows(held.x))
+        x, g = self._joined[1], _rows(held.g)
+        if held.weight.requires_grad:
+            self._multiply(held.weight, *((x.t(), g) if held.transposed else (g.t(), x)))
+        if held.bias is not None and held.bias.requires_grad:
+            self._sums[id(held.bias)] = self._sums.get(id(held.bias), 0) + g.sum(0)
+        held.x, held.g, held.rows = [], [], 0
+
+    def _multiply(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
+        total = self._sums.get(id(weight))
+        if total is None:
+            self._sums[id(weight)] = a @ b
+        elif total.dtype == a.dtype:
+            total.addmm_(a, b)
+        else:
+            total += a @ b
+        if weight.dtype != a.dtype:
+            # Sums of low-precision products stay in the weight's own precision.
+            self._sums[id(weight)] = self._sums[id(weight)].to(weight.dtype)
+
+
+class _Operands:
+    """What one weight waits for."""
+
+    __slots__ = ("bias", "g", "rows", "transposed", "weight", "x")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, transposed: bool):
+        self.weight, self.bias, self.transposed = weight, bias, transposed
+        self.x: list[Tensor] = []
+        self.g: list[Tensor] = []
+        self.rows = 0
 
 
 def _rows(parts: list[Tensor]) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from depthpass_kernels import ops
-from depthpass_kernels.select import check_name
+from depthpass_kernels.select import check_name, traced
 from depthpass_kernels.slot_attention import naive
 from depthpass_kernels.slot_attention.problem import Problem
 
@@ -77,7 +77,12 @@ def slot_attention_forward(
     inputs. It carries no gradient: use `slot_attention` under autograd.
     """
     check_name("slot_attention", implementation)
-    return ops.slot_attention(*_problem_of(q, k, v, options), implementation)
+    problem = _problem_of(q, k, v, options)
+    # A registered op costs tens of microseconds a call, as much as a small chunk's attention itself.
+    if traced():
+        return ops.slot_attention(*problem, implementation)
+    with torch.no_grad():
+        return ops.attention_forward(problem, implementation)
 
 
 def slot_attention_backward(
@@ -115,7 +120,10 @@ def slot_attention_backward(
         dk, dv = into
         _check_accumulator("into[0]", dk, k)
         _check_accumulator("into[1]", dv, v)
-        dq, dsinks = ops.slot_attention_backward_accumulate(grad, out, lse, dk, dv, *problem, implementation)
+        if traced():
+            dq, dsinks = ops.slot_attention_backward_accumulate(grad, out, lse, dk, dv, *problem, implementation)
+        else:
+            dq, dsinks = ops.attention_backward_accumulate(problem, grad, out, lse, dk, dv, implementation)
     return dq, dk, dv, None if problem.sinks is None else dsinks
 
 

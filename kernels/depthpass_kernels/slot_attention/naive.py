@@ -41,6 +41,11 @@ def key_span(problem: Problem) -> tuple[int, int]:
     return (max(0, p.q_start - min(reach) + 1) if reach else 0), p.q_start + p.q.shape[2]
 
 
+def every_key_is_seen(problem: Problem) -> bool:
+    """Whether each key of the span is seen by some query, so that none has to be hidden from the products."""
+    return problem.valid is None and problem.chunk is None and problem.q_offset is None
+
+
 class _Scores:
     """Operands in the accumulation dtype, grouped by key head, and their masked logits [B, Hkv, G, C, N']."""
 
@@ -50,12 +55,14 @@ class _Scores:
         self.group = p.group
         self.span = low, high = key_span(p)
         mask = visibility(p, low, high)
-        # What no query sees may be uninitialised memory, and 0 * NaN would leak it.
-        seen = mask.any(1)[:, None, :, None]
-        self.k = torch.where(seen, p.k[:, :, low:high].to(acc), 0)
-        self.v = torch.where(seen, p.v[:, :, low:high].to(acc), 0)
-        self.q = self.fold(p.q.to(acc))
-        logits = per_key_head(self.q, self.k.mT) * p.scale
+        self.k, self.v = p.k[:, :, low:high].to(acc), p.v[:, :, low:high].to(acc)
+        if not every_key_is_seen(problem):
+            # What no query sees may be uninitialised memory, and 0 * NaN would leak it.
+            seen = mask.any(1)[:, None, :, None]
+            self.k, self.v = torch.where(seen, self.k, 0), torch.where(seen, self.v, 0)
+        # The scale goes to the short side of the product.
+        self.q = self.fold(p.q.to(acc) * p.scale)
+        logits = per_key_head(self.q, self.k.mT)
         self.slope = None
         if p.softcap is not None:
             squashed = torch.tanh(logits / p.softcap)
@@ -80,6 +87,11 @@ def over_queries(a: Tensor, b: Tensor) -> Tensor:
 def forward(problem: Problem) -> tuple[Tensor, Tensor]:
     """Return out [B, Hq, C, Dv] and the log-sum-exp [B, Hq, C] (sinks included; -inf where it is empty)."""
     s = _Scores(problem)
+    if problem.sinks is None and every_key_is_seen(problem):
+        # Every query sees its own key at least: no denominator is empty.
+        lse = torch.logsumexp(s.logits, -1, keepdim=True)
+        out = per_key_head(torch.exp(s.logits - lse), s.v)
+        return out.flatten(1, 2).to(problem.q.dtype), lse.squeeze(-1).flatten(1, 2)
     top = s.logits.amax(-1, keepdim=True)
     sink = None
     if problem.sinks is not None:
@@ -104,14 +116,15 @@ def backward(
     With p = exp(logit - lse) and delta = sum(grad * out): dv = pᵀ grad, dlogit = p (grad vᵀ - delta).
     """
     s = _Scores(problem)
-    p = torch.exp(s.logits - s.fold(torch.where(lse == NEVER, 0, lse))[..., None])
+    finite = lse if problem.valid is None else torch.where(lse == NEVER, 0, lse)
+    p = torch.exp(s.logits - s.fold(finite)[..., None])
     grad = s.fold(grad.to(lse.dtype))
     delta = (grad * s.fold(out.to(lse.dtype))).sum(-1, keepdim=True)
     dlogits = p * (per_key_head(grad, s.v.mT) - delta)
     if s.slope is not None:
         dlogits = dlogits * s.slope
     dq = per_key_head(dlogits, s.k) * problem.scale
-    dk = over_queries(dlogits, s.q) * problem.scale
+    dk = over_queries(dlogits, s.q)
     dv = over_queries(p, grad)
     dsinks = None
     if problem.sinks is not None:
