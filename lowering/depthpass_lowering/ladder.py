@@ -5,9 +5,9 @@ from __future__ import annotations
 from depthpass.errors import SpecError, did_you_mean
 from depthpass_lowering.eager import Run
 
-RUNGS = ("auto", "eager", "scheduled")
+RUNGS = ("auto", "eager", "scheduled", "inductor")
 """``eager``: op by op, autograd (the oracle). ``scheduled``: in-place keys and values, hand-scheduled backward with sunk
-weight gradients. ``auto``: the highest rung that is legal for each region of each call; ``report`` says which."""
+weight gradients. ``inductor``: the same with the blocks' segments compiled. ``auto``: the highest rung that is legal for each region of each call; ``report`` says which."""
 
 
 def check_rung(name: str) -> str:
@@ -21,6 +21,10 @@ def rung(name: str) -> type[Run]:
     """The run class of a rung."""
     if check_rung(name) == "eager":
         return Run
+    if name == "inductor":
+        from depthpass_lowering.compiled import CompiledRun
+
+        return CompiledRun
     from depthpass_lowering.scheduled import ScheduledRun, StrictScheduledRun
 
     return StrictScheduledRun if name == "scheduled" else ScheduledRun

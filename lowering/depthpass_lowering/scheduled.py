@@ -46,14 +46,18 @@ class ScheduledRun(Run):
         inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
         parameters = _parameters(region, self.host)
         if not torch.is_grad_enabled():
-            job = _Job(self, region, inputs, wanted, {})
+            job = Job(self, region, inputs, wanted, {})
             self.env |= job.loop(inputs)
             job.store()
             return None
-        job = _Job(self, region, inputs, wanted, parameters)
+        job = Job(self, region, inputs, wanted, parameters)
         out = _RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
         self.env |= dict(zip(wanted, out))
         return None
+
+    def sunk_host(self, job: Job, leaves: dict[int, Tensor]) -> SunkHost:
+        """What runs the blocks of a job's token loop."""
+        return SunkHost(self.host, job.sink, leaves)
 
     def refuse(self, region: Region) -> str | None:
         """Why a region cannot be hand-scheduled in this call, or None."""
@@ -92,19 +96,19 @@ class StrictScheduledRun(ScheduledRun):
         return None
 
 
-class _Job:
+class Job:
     """One region of one forward pass: its loop, buffers and sink."""
 
     def __init__(self, run: Run, region: Region, inputs, wanted: list[str], parameters: dict[int, Tensor]):
         self.run, self.region, self.wanted, self.names = run, region, wanted, list(inputs)
         self.parameters = parameters
-        self.sink = Sink()
+        self.sink = Sink(uses=-(-run.count // region.chunk))
         self.buffers: dict[int, list[Buffer]] = {}
 
     def loop(self, inputs: dict[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
         run, host = self.run, self.run.host
-        inner = _Loop(run, _SunkHost(host, self.sink, leaves or {}), self)
+        inner = _Loop(run, run.sunk_host(self, leaves or {}), self)
         return inner._loop(self.region, inputs, set(self.wanted), keep=False)
 
     def slot(self, number: int, sites: Sequence[Site]) -> list[Buffer]:
@@ -118,6 +122,7 @@ class _Job:
 
     def release(self) -> None:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
+        self.sink.products.forget()
         for buffers in self.buffers.values():
             for buffer in buffers:
                 buffer.token = None
@@ -134,7 +139,7 @@ class _Job:
 class _Loop(Run):
     """The chunk loop of a job: shares the outer run's state, runs visits on buffers."""
 
-    def __init__(self, outer: Run, host: _SunkHost, job: _Job):
+    def __init__(self, outer: Run, host: SunkHost, job: Job):
         self.__dict__ |= outer.__dict__
         self.host, self.job = host, job
 
@@ -145,7 +150,7 @@ class _Loop(Run):
 class _BufferedVisit(RunningVisit):
     """A visit whose slots are buffers."""
 
-    def __init__(self, op: Op, host: _SunkHost, job: _Job, span: Span, masks: Masks):
+    def __init__(self, op: Op, host: SunkHost, job: Job, span: Span, masks: Masks):
         self.op, self.host, self.job, self.span, self.masks = op, host, job, span, masks
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
@@ -177,7 +182,7 @@ class _BufferedVisit(RunningVisit):
         return Use(self.job.slot(slot, self.sites)[number], self.span.start, self.span.count, write, options)
 
 
-class _SunkHost:
+class SunkHost:
     """Runs blocks on their sunk graphs with stand-ins for the parameters; everything else as the host does."""
 
     def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
@@ -189,10 +194,15 @@ class _SunkHost:
         return self.leaves.get(id(parameter), parameter)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.bound_leaves(index)
+        return sunk_graph(template)(self.sink, visit, hidden, *sides, *params)
+
+    def bound_leaves(self, index: int) -> tuple[Template, list[Tensor]]:
+        """Template of a block and the stand-ins for what it is bound to."""
         template, params = self.host.bound(index)
         if index not in self.params:
             self.params[index] = [self.leaf(p) for p in params]
-        return sunk_graph(template)(self.sink, visit, hidden, *sides, *self.params[index])
+        return template, self.params[index]
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -255,7 +265,7 @@ class _RegionFunction(torch.autograd.Function):
     """A whole serial region as one node of the outer graph, so that hooks on parameters fire once, with the total."""
 
     @staticmethod
-    def forward(ctx, job: _Job, count: int, *tensors: Tensor):
+    def forward(ctx, job: Job, count: int, *tensors: Tensor):
         leaves = {key: t.detach().requires_grad_() for key, t in zip(job.parameters, tensors[:count])}
         streams = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors[count:]]
         with torch.enable_grad():

@@ -111,11 +111,12 @@ class Segmented:
                 stack += n.all_input_nodes
         return [n for n in self.nodes if n in found]
 
-    def __call__(self, *args):
+    def __call__(self, *args, lead: tuple = ()):
+        """Run the graph; ``lead`` goes in front of the inputs of every compiled segment."""
         env: dict[fx.Node, Any] = dict(zip(self.placeholders, args, strict=True))
         for what, ins, outs in self.steps:
             if not isinstance(what, fx.Node):
-                env.update(zip(outs, what(*(env[i] for i in ins)), strict=True))
+                env.update(zip(outs, what(*lead, *(env[i] for i in ins)), strict=True))
             elif what.op == "get_attr":
                 env[what] = getattr(self.gm, str(what.target))
             else:

@@ -11,20 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass_lowering.products import Products, contraction
+
 
 FLUSH = 512
 """Rows gathered before they are multiplied: enough for a product at full rate, few enough to stay in the heap."""
 
 
 class Sink:
-    """Operands of the weight gradients of one backward pass, by weight, multiplied every ``FLUSH`` rows."""
+    """Operands of the weight gradients of one backward pass, by weight, multiplied every ``FLUSH`` rows.
 
-    def __init__(self) -> None:
+    Args:
+        uses: how often the loop multiplies each weight, in each direction.
+    """
+
+    def __init__(self, uses: int = 0) -> None:
+        self.products = Products(uses)
         self._waiting: dict[int, _Operands] = {}
         self._sums: dict[int, Tensor] = {}
         self._cast: dict[int, Tensor] = {}
         # What was joined last: q, k and v (gate and up) read the same activations.
-        self._joined: tuple[tuple[int, ...], Tensor] = ((), torch.empty(0))
+        self._joined: tuple[list[Tensor], Tensor] = ([], torch.empty(0))
 
     def add(self, weight: Tensor, bias: Tensor | None, transposed: bool, x: Tensor, g: Tensor) -> None:
         """Keep the operands of one product's weight gradient.
@@ -55,33 +62,28 @@ class Sink:
             id(t): self._sums[id(t)].to(t.dtype)
             for held in self._waiting.values() for t in (held.weight, held.bias) if t is not None and id(t) in self._sums
         }
-        self.__init__()
+        self.__init__(self.products.uses)
         return found
 
     def _flush(self, held: _Operands) -> None:
         if not held.rows:
             return
-        key = tuple(map(id, held.x))
-        if self._joined[0] != key:
-            self._joined = (key, _rows(held.x))
-        x, g = self._joined[1], _rows(held.g)
+        parts, x = self._joined
+        if len(parts) != len(held.x) or any(a is not b for a, b in zip(parts, held.x)):
+            x = _rows(held.x)
+            self._joined = held.x, x
+        g = _rows(held.g)
         if held.weight.requires_grad:
-            self._multiply(held.weight, *((x.t(), g) if held.transposed else (g.t(), x)))
+            self._multiply(held.weight, *((x, g) if held.transposed else (g, x)))
         if held.bias is not None and held.bias.requires_grad:
             self._sums[id(held.bias)] = self._sums.get(id(held.bias), 0) + g.sum(0)
         held.x, held.g, held.rows = [], [], 0
 
     def _multiply(self, weight: Tensor, a: Tensor, b: Tensor) -> None:
+        # Sums of low-precision products stay in the weight's own precision.
+        part = contraction(a, b).to(weight.dtype)
         total = self._sums.get(id(weight))
-        if total is None:
-            self._sums[id(weight)] = a @ b
-        elif total.dtype == a.dtype:
-            total.addmm_(a, b)
-        else:
-            total += a @ b
-        if weight.dtype != a.dtype:
-            # Sums of low-precision products stay in the weight's own precision.
-            self._sums[id(weight)] = self._sums[id(weight)].to(weight.dtype)
+        self._sums[id(weight)] = part if total is None else total.add_(part)
 
 
 class _Operands:
@@ -108,16 +110,20 @@ class _SunkLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, holder: tuple) -> Tensor:
         _, weight, bias, transposed, dtype = holder
         ctx.holder = holder
-        ctx.save_for_backward(x)
+        trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+        ctx.save_for_backward(x if trains else None)
         return _product(holder, x, weight, bias, transposed, dtype)
 
     @staticmethod
     def backward(ctx, g: Tensor):
         (x,) = ctx.saved_tensors
         sink, weight, bias, transposed, dtype = ctx.holder
-        sink.add(weight, bias, transposed, x, g)
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            sink.add(weight, bias, transposed, x, g)
         w = weight if dtype is None else sink.cast(weight, dtype)
-        gx = F.linear(g, w if transposed else w.t()) if ctx.needs_input_grad[0] else None
+        gx = None
+        if ctx.needs_input_grad[0]:
+            gx = sink.products.linear(g, w) if transposed else sink.products.transposed(g, w)
         return gx, None
 
 
@@ -126,9 +132,7 @@ def _product(holder, x, weight, bias, transposed, dtype):
     if dtype is not None:
         weight = sink.cast(weight, dtype)
         bias = None if bias is None else sink.cast(bias, dtype)
-    if not transposed:
-        return F.linear(x, weight, bias)
-    return torch.addmm(bias, x, weight) if x.dim() == 2 else x @ weight + bias
+    return sink.products.transposed(x, weight, bias) if transposed else sink.products.linear(x, weight, bias)
 
 
 def sunk_linear(sink: Sink, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool = False) -> Tensor:
@@ -138,13 +142,13 @@ def sunk_linear(sink: Sink, x: Tensor, weight: Tensor, bias: Tensor | None, tran
         x: ``[..., in]``.
         weight: ``[out, in]``, or ``[in, out]`` when ``transposed``.
     """
-    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if not trains or not torch.is_grad_enabled():
-        if not transposed:
-            return F.linear(x, weight, bias)
-        return torch.addmm(bias, x, weight)
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not torch.is_grad_enabled() and dtype is None:
+        return _product((sink,), x, weight, bias, transposed, None)
+    trains = weight.requires_grad or (bias is not None and bias.requires_grad)
+    if not torch.is_grad_enabled() or not (trains or x.requires_grad):
+        return torch.addmm(bias, x, weight) if transposed else F.linear(x, weight, bias)
     if dtype is not None and x.dtype != torch.float64:
         return _SunkLinear.apply(x.to(dtype), (sink, weight, bias, transposed, dtype))
     return _SunkLinear.apply(x, (sink, weight, bias, transposed, None))

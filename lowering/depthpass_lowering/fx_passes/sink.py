@@ -27,7 +27,7 @@ def sink_linears_pass(gm: fx.GraphModule, sink: fx.Node | None = None) -> tuple[
     parameters = {n for n in gm.graph.nodes if n.op == "placeholder" and n.name.startswith("p_")}
     count = 0
     for node in gm.graph.nodes:
-        match = _match(node, parameters)
+        match = match_product(node, parameters)
         if match is None:
             env[node] = graph.node_copy(node, lambda n: env[n])
             continue
@@ -41,7 +41,7 @@ def sink_linears_pass(gm: fx.GraphModule, sink: fx.Node | None = None) -> tuple[
     return made, count
 
 
-def _match(node: fx.Node, parameters: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+def match_product(node: fx.Node, parameters: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """``(x, weight, bias, whether weight is [in, out])`` of a product with a parameter, or None."""
     if node.target is aten.linear.default and node.args[1] in parameters:
         bias = node.args[2] if len(node.args) > 2 else None
