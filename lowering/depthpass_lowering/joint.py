@@ -38,7 +38,8 @@ class Joint:
 
     Attributes:
         forward: inputs -> results, operands x of the products, then what the backward pass needs.
-        backward: (None = nothing to train) what it needs, then gradients of the results -> gradients of ``wants``, then of the products' results.
+        backward: what it needs, then gradients of the results -> gradients of ``wants``, then of the products' results.
+            None = nothing to train.
         results: how many results.
         differentiable: which results have a gradient.
         wants: which inputs get a gradient (activations and parameters that are no weight of a product).
@@ -143,7 +144,8 @@ def _flatten(gm: fx.GraphModule) -> None:
     """Give a traced graph a flat signature and a flat tuple of results, as the partitioner expects."""
     gm.graph.set_codegen(fx.graph.CodeGen())
     out = gm.graph.output_node()
-    out.args = (tuple(x for side in out.args[0] for x in side),) if isinstance(out.args[0][0], (list, tuple)) else out.args
+    if isinstance(out.args[0][0], (list, tuple)):
+        out.args = (tuple(x for side in out.args[0] for x in side),)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

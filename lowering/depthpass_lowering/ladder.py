@@ -7,7 +7,8 @@ from depthpass_lowering.eager import Run
 
 RUNGS = ("auto", "eager", "scheduled", "inductor")
 """``eager``: op by op, autograd (the oracle). ``scheduled``: in-place keys and values, hand-scheduled backward with sunk
-weight gradients. ``inductor``: the same with the blocks' segments compiled. ``auto``: the highest rung that is legal for each region of each call; ``report`` says which."""
+weight gradients. ``inductor``: the same with the blocks' segments compiled. ``auto``: scheduled where that is legal for a
+region of a call, eager elsewhere. The others are errors where they are not legal."""
 
 
 def check_rung(name: str) -> str:

@@ -107,7 +107,7 @@ class Job:
 
     def loop(self, inputs: dict[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
-        run, host = self.run, self.run.host
+        run = self.run
         inner = _Loop(run, run.sunk_host(self, leaves or {}), self)
         return inner._loop(self.region, inputs, set(self.wanted), keep=False)
 

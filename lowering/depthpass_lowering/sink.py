@@ -13,7 +13,6 @@ from torch import Tensor
 
 from depthpass_lowering.products import Products, contraction
 
-
 FLUSH = 512
 """Rows gathered before they are multiplied: enough for a product at full rate, few enough to stay in the heap."""
 
