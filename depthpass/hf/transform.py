@@ -31,7 +31,9 @@ from depthpass.schedule.regions import schedule
 from depthpass.spec import dump_spec, load_spec
 
 
-def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str = "auto") -> nn.Module:
+def transform(
+    model: nn.Module, spec, *, chunk: int | None = None, lowering: str = "auto", stack: bool = True
+) -> nn.Module:
     """Return ``model`` rewired by ``spec``: same class, same parameters, plus the new ones under ``depth.``.
 
     The given model is left untouched; both share every stock parameter.
@@ -42,6 +44,7 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str
         chunk: run serial regions in smaller chunks than the largest legal one (same numbers).
         lowering: how serial regions run. ``eager``: op by op. ``scheduled``: keys and values in place, weight gradients
             in one product after the loop; an error where that is not possible. ``auto``: scheduled where possible.
+        stack: run visits of one block that do not wait for each other as one call when decoding (same numbers).
 
     Raises:
         SpecError, PassError: the spec cannot be applied to this model; nothing has been changed.
@@ -56,7 +59,7 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str
         )
     from depthpass_lowering.ladder import check_rung
 
-    runtime = prepare(inner, spec, chunk)
+    runtime = prepare(inner, spec, chunk, stack)
     runtime.lowering = check_rung(lowering)
     whole = sharing_copy(model)
     made = _inner(whole)
@@ -67,7 +70,7 @@ def transform(model: nn.Module, spec, *, chunk: int | None = None, lowering: str
     return whole
 
 
-def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
+def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Runtime:
     """Everything that can fail, before anything is changed.
 
     Raises:
@@ -93,7 +96,7 @@ def prepare(model: nn.Module, spec, chunk: int | None) -> Runtime:
 
     check_program(program)
     return Runtime(
-        dump_spec(passes), program, schedule(program, chunk), find_layers(model), position_table(model)
+        dump_spec(passes), program, schedule(program, chunk, stack), find_layers(model), position_table(model)
     )
 
 

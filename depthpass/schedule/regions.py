@@ -8,12 +8,15 @@ through a delay, so any chunking up to that size computes the same numbers.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import networkx as nx
 
 from depthpass.analysis.dependence import back_delays, cycles, dependences
 from depthpass.errors import PassError, SpecError
 from depthpass.ir.program import Op, Program
+from depthpass.ir.verify import infer
+from depthpass.schedule.stacking import Step, steps
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,16 @@ class Region:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Regions in execution order."""
+    """Regions in execution order.
+
+    Attributes:
+        stacked: orders of small steps in which visits of one block run as one call, smallest step first; empty when
+            there is nothing to stack.
+    """
 
     program: Program
     regions: tuple[Region, ...]
+    stacked: tuple[Step, ...] = ()
 
     @property
     def serial_regions(self) -> tuple[Region, ...]:
@@ -60,17 +69,42 @@ class Schedule:
         """Smallest chunk of any serial region; None when nothing is serial."""
         return min((r.chunk for r in self.serial_regions), default=None)
 
+    def step(self, tokens: int) -> Step | None:
+        """The order with stacked visits for a step of so many new tokens, or None: region by region."""
+        return next((s for s in self.stacked if tokens <= s.tokens), None)
+
+    @cached_property
+    def reads(self) -> tuple[tuple[str, ...], ...]:
+        """Per region, the values its ops read, with the routes that say which tokens they hold."""
+        types = infer(self.program)
+        found = []
+        for region in self.regions:
+            names = {a for o in region.ops for a in o.args}
+            found.append(tuple(sorted(names | {t for a in names if (t := types[a].tokens)})))
+        return tuple(found)
+
+    @cached_property
+    def results(self) -> tuple[frozenset[str], ...]:
+        """Per region, the values that later regions read."""
+        found: list[frozenset[str]] = []
+        later: frozenset[str] = frozenset()
+        for region, read in zip(reversed(self.regions), reversed(self.reads)):
+            found.append(later & {o.name for o in region.ops if o.name})
+            later |= frozenset(read)
+        return tuple(reversed(found))
+
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""
         return sum(len(r.visits) * (-(-tokens // r.chunk) if r.serial else 1) for r in self.regions)
 
 
-def schedule(program: Program, chunk: int | None = None) -> Schedule:
+def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> Schedule:
     """Derive the schedule of a program.
 
     Args:
         program: a verified program.
         chunk: ask for a smaller chunk than the largest legal one (same numbers, less memory at once).
+        stack: stack visits in small steps where that is legal (same numbers, fewer block calls).
 
     Raises:
         SpecError: ``chunk`` is below 1 or above the smallest delay of a cycle.
@@ -120,4 +154,4 @@ def schedule(program: Program, chunk: int | None = None) -> Schedule:
         regions.append(Region(tuple(nodes[key]), chunk or limit, limit))
     if parallel:
         regions.append(Region(tuple(parallel)))
-    return Schedule(program, tuple(regions))
+    return Schedule(program, tuple(regions), steps(program) if stack else ())

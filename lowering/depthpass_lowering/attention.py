@@ -28,20 +28,30 @@ class Masks:
     device: torch.device
     _made: dict = field(default_factory=dict)
 
-    def get(self, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
-        """``(mask, is_causal)``: a bool mask ``[batch or 1, 1, queries, keys]`` or None, and SDPA's causal flag."""
-        if (window, chunk) not in self._made:
-            self._made[window, chunk] = self._make(window, chunk)
-        return self._made[window, chunk]
+    def get(self, window: int | None, chunk: int | None, first: int = 0) -> tuple[Tensor | None, bool]:
+        """``(mask, is_causal)``: a bool mask ``[batch or 1, 1, queries, keys]`` or None, and SDPA's causal flag.
 
-    def _make(self, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        Args:
+            first: column of the first key.
+        """
+        key = window, chunk, first
+        if key not in self._made:
+            self._made[key] = self._make(window, chunk, first)
+        return self._made[key]
+
+    def last(self, keys: int) -> Tensor | None:
+        """Which of the last keys are real, ``[batch, 1, 1, keys]``; None = all."""
+        return None if self.valid is None else self.valid[:, None, None, self.valid.shape[1] - keys :]
+
+    def _make(self, window: int | None, chunk: int | None, first: int) -> tuple[Tensor | None, bool]:
         keys = self.start + self.count
         local = window if window is not None else chunk
         if self.valid is None and (local is None or keys < local) and (self.count == 1 or self.start == 0):
             return None, self.count > 1
         q = torch.arange(self.start, keys, device=self.device)[:, None]
-        k = torch.arange(keys, device=self.device)[None, :]
-        return column_mask(q[None], k[None], window, chunk, self.valid, self.row_start)[:, None], False
+        k = torch.arange(first, keys, device=self.device)[None, :]
+        valid = self.valid if self.valid is None or not first else self.valid[:, first:]
+        return column_mask(q[None], k[None], window, chunk, valid, self.row_start)[:, None], False
 
     @property
     def row_start(self) -> Tensor | None:

@@ -13,11 +13,11 @@ class Buffer:
     """Keys and values of one attention call of one slot over all columns of a forward pass.
 
     Attributes:
-        k, v: ``[batch, kv_heads, columns, dim]``; columns up to the running one are written.
+        k, v: ``[batch, kv_heads, columns, dim]``; columns from ``first`` up to the running one are written.
     """
 
-    def __init__(self, before: tuple[Tensor, Tensor] | None, columns: int):
-        self.before, self.columns = before, columns
+    def __init__(self, before: tuple[Tensor, Tensor] | None, columns: int, first: int = 0):
+        self.before, self.columns, self.first = before, columns, first
         self.k: Tensor | None = None
         self.v: Tensor | None = None
         self.gk: Tensor | None = None
@@ -31,8 +31,8 @@ class Buffer:
             self.k = k.new_empty(k.shape[0], k.shape[1], self.columns, k.shape[3])
             self.v = v.new_empty(v.shape[0], v.shape[1], self.columns, v.shape[3])
             if self.before is not None:
-                past = self.before[0].shape[2]
-                self.k[:, :, :past], self.v[:, :, :past] = self.before
+                past = slice(self.first, self.first + self.before[0].shape[2])
+                self.k[:, :, past], self.v[:, :, past] = self.before
         self.k[:, :, start : start + k.shape[2]] = k
         self.v[:, :, start : start + v.shape[2]] = v
 

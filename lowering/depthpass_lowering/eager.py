@@ -6,7 +6,7 @@ regions see all m tokens at once, serial regions run in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,10 +17,12 @@ from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.verify import Type, infer
 from depthpass.schedule.regions import Region, Schedule
+from depthpass.schedule.stacking import Step
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
 from depthpass_lowering.noise import noise
 from depthpass_lowering.routes import Route, choose
+from depthpass_lowering.stacked import StackedVisit
 from depthpass_lowering.state import Span, State, push_delay, read_delay, spans
 from depthpass_lowering.visits import RoutedVisit, RunningVisit
 
@@ -70,31 +72,70 @@ class Run:
         self.types = types or infer(self.program)
         self.length, self.count = state.length, hidden.shape[1]
         self.read = {o["keys"] for o in self.program.visits} - {None}
-        self.parallel = {o.name for r in schedule.regions if not r.serial for o in r.visits}
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
 
     def run(self) -> tuple[dict[str, Tensor], State]:
-        needed = [self._needed(r) for r in self.schedule.regions]
-        for i, region in enumerate(self.schedule.regions):
-            later = set().union(*needed[i + 1 :]) if needed[i + 1 :] else set()
-            self._region(region, later)
+        step = self._step()
+        if step is not None:
+            self._run_step(step)
+        else:
+            for region, reads, results in zip(self.schedule.regions, self.schedule.reads, self.schedule.results):
+                self._region(region, reads, results)
         self.state.length += self.count
         self.state.valid = self.valid
         return self.out, self.state
 
-    def _needed(self, region: Region) -> set[str]:
-        """Values a region reads, with the routes that say which tokens they hold."""
-        names = {a for o in region.ops for a in o.args}
-        return names | {t for a in names if (t := self.types[a].tokens)}
+    def _step(self) -> Step | None:
+        """The order with stacked visits for this call, or None: region by region."""
+        if torch.is_grad_enabled():
+            return None
+        step = self.schedule.step(self.count)
+        return step if step is not None and all(self._rows_stack(stack[0]) for stack in step.stacks) else None
 
-    def _region(self, region: Region, later: set[str]) -> None:
-        inputs = {a: self.env[a] for a in sorted(self._needed(region)) if a in self.env}
+    def _rows_stack(self, o: Op) -> bool:
+        """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
+        batch = self.hidden.shape[0]
+        tables = ((self.sides[s], self.side_axes[s]) for s in self.host.sides_of(o["index"]))
+        return batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != batch for t, axis in tables)
+
+    def _run_step(self, step: Step) -> None:
+        """All ops over all new tokens in the order of a step, stacks as one call each."""
+        (span,) = spans(self.length, self.count, self.valid, None, None)
+        masks, tables = Masks(self.length, self.count, self.valid, self.hidden.device), self.sides
+        for item in step.items:
+            if len(item) > 1:
+                self._stack(item, span, masks, tables)
+            else:
+                self._one(item[0], self.env, span, masks, tables, self.keep)
+        self._push(self.program, self.env, span)
+
+    def _stack(self, stack: tuple[Op, ...], span: Span, masks: Masks, tables) -> None:
+        """Visits of one block as rows of one call."""
+        self._check_lora(stack[0])
+        index, count = stack[0]["index"], len(stack)
+        visits = []
+        for o in stack:
+            visits.append(self._visit(o, span, masks, self.keep or writes_slot(o) in self.read))
+            visits[-1].hidden = self.env[o.args[0]]
+        stacked = StackedVisit(visits)
+        stacked.hidden = torch.cat([v.hidden for v in visits])
+        sides = []
+        for s in self.host.sides_of(index):
+            t, axis = tables[s], self.side_axes[s]
+            # A table without a batch dimension, or with one row for all, serves every row.
+            sides.append(t if axis in (0, None) or t.shape[0] == 1 else torch.cat([t] * count))
+        y = self.host.block(index, stacked, stacked.hidden, sides)
+        stacked.commit()
+        self.env |= zip((o.name for o in stack), y.unflatten(0, (count, -1)))
+
+    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
+        inputs = {a: self.env[a] for a in reads if a in self.env}
         # Slots of parallel regions are only needed by a later call; those of serial ones by the next chunk.
         keep = self.keep or region.serial
-        self.env |= self._loop(region, inputs, {o.name for o in region.ops if o.name in later}, keep)
+        self.env |= self._loop(region, inputs, results, keep)
 
-    def _loop(self, region: Region, inputs: dict[str, Tensor], wanted: set[str], keep: bool) -> dict[str, Tensor]:
+    def _loop(self, region: Region, inputs: dict[str, Tensor], wanted: Collection[str], keep: bool) -> dict[str, Tensor]:
         """Run a region chunk by chunk; returns the wanted streams over all tokens."""
         cut = spans(self.length, self.count, self.valid, None, region.chunk)
         sizes = [span.count for span in cut]
@@ -111,24 +152,31 @@ class Run:
             )
             tables = [parts[i] for parts in sides]
             for o in region.ops:
-                if o.kind == "delay":
-                    line = self._line(o, self.hidden)
-                    local[o.name] = read_delay(line, local.get(o.args[0]), o["tokens"], span)
-                elif o.kind == "route":
-                    local[o.name] = self._route(o, local, span)
-                elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
-                    local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
-                else:
-                    result = self._op(o, [local[x] for x in o.args], span, masks, tables, keep)
-                    if o.name:
-                        local[o.name] = result
-            for o in region.ops:
-                if o.kind == "delay":
-                    line = self._line(o, self.hidden)
-                    self.state.lines[o.name] = push_delay(line, local[o.args[0]], o["tokens"], span, self.state.record)
+                self._one(o, local, span, masks, tables, keep)
+            self._push(region.ops, local, span)
             for name, parts in done.items():
                 parts.append(self._whole(name, local))
         return self._joined(done)
+
+    def _one(self, o: Op, local: dict, span: Span, masks: Masks, tables, keep: bool) -> None:
+        """Run one op on a span; ``local`` holds the span's values."""
+        if o.kind == "delay":
+            local[o.name] = read_delay(self._line(o, self.hidden), local.get(o.args[0]), o["tokens"], span)
+        elif o.kind == "route":
+            local[o.name] = self._route(o, local, span)
+        elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
+            local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
+        else:
+            result = self._op(o, [local[x] for x in o.args], span, masks, tables, keep)
+            if o.name:
+                local[o.name] = result
+
+    def _push(self, ops: Iterable[Op], local: dict, span: Span) -> None:
+        """Let every delay line forget what is too old and keep the span's tokens."""
+        for o in ops:
+            if o.kind == "delay":
+                line = self._line(o, self.hidden)
+                self.state.lines[o.name] = push_delay(line, local[o.args[0]], o["tokens"], span, self.state.record)
 
     def _split(self, inputs: dict, sizes: list[int]) -> dict[str, Sequence]:
         """Every input cut into spans; routed streams are spread over the tokens, cut and gathered again."""
@@ -226,10 +274,14 @@ class Run:
 
     def _visit(self, o: Op, span: Span, masks: Masks, keep: bool) -> RunningVisit:
         visit = RunningVisit(o, self.host, self.state, span, masks, keep)
-        # A slot that others read, that a token loop appends to, or that may be cropped is kept whole.
-        if o["gate"] is not None and o["slot"] not in self.read and o.name in self.parallel and not self.state.record:
-            visit.ring = o["window"]
+        visit.ring = self.ring(o)
         return visit
+
+    def ring(self, o: Op) -> int | None:
+        """How many of its own last keys a visit has to keep; None = all."""
+        # A slot that others read or that may be cropped is kept whole.
+        whole = o["gate"] is None or o["slot"] in self.read or self.state.record
+        return None if whole else o["window"]
 
     def _routed_block(
         self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool

@@ -39,10 +39,13 @@ def sunk_graph(template: Template) -> fx.GraphModule:
 class ScheduledRun(Run):
     """As :class:`~depthpass_lowering.eager.Run`, serial regions by the hand-written schedule where it is legal."""
 
-    def _region(self, region: Region, later: set[str]) -> None:
+    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
         if not region.serial or self.refuse(region) is not None:
-            return super()._region(region, later)
-        wanted = [o.name for o in region.ops if o.name in later]
+            return super()._region(region, reads, results)
+        if self.count <= region.chunk and not torch.is_grad_enabled():
+            # One chunk and nothing to go back over: the eager rung writes keys in place as well.
+            return super()._region(region, reads, results)
+        wanted = [o.name for o in region.ops if o.name in results]
         inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
         parameters = _parameters(region, self.host)
         if not torch.is_grad_enabled():
@@ -115,7 +118,10 @@ class Job:
         if number not in self.buffers:
             before = self.run.state.slots.get(number)
             self.buffers[number] = [
-                Buffer(None if before is None else (before.keys[i], before.values[i]), self.run.length + self.run.count)
+                Buffer(
+                    None if before is None else (before.keys[i], before.values[i]), self.run.length + self.run.count,
+                    0 if before is None else before.first,
+                )
                 for i in range(len(sites))
             ]
         return self.buffers[number]
@@ -132,8 +138,11 @@ class Job:
 
     def store(self) -> None:
         """Hand the buffers over as slots, for a later call or region."""
+        rings = {o["slot"]: self.run.ring(o) for o in self.region.visits}
         for number, buffers in self.buffers.items():
-            self.run.state.slots[number] = Slot(tuple(b.k for b in buffers), tuple(b.v for b in buffers))
+            slot = Slot(tuple(b.k for b in buffers), tuple(b.v for b in buffers))
+            ring = rings.get(number)
+            self.run.state.slots[number] = slot if ring is None else slot.last(ring)
 
 
 class _Loop(Run):
@@ -170,7 +179,7 @@ class _BufferedVisit(RunningVisit):
         if keys is None:
             return near
         far = self._use(keys, number, site.window, False)(q, k, v, sinks)
-        return far if near is None else self._mix(q, far, near)
+        return far if near is None else self.mix(q, self.hidden, far, near)
 
     def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
         site, masks = self.sites[number], self.masks

@@ -10,6 +10,27 @@ from torch import Tensor
 
 from depthpass.errors import CacheError
 
+ROOM = 64
+"""Columns a slot grows by. What is held beyond the columns in use is less than that, and a slot is copied once in as many
+tokens."""
+
+
+@dataclass(eq=False)
+class Room:
+    """Keys and values with free columns behind those in use, shared by the slots that grew out of one another.
+
+    A column is written once: a slot may only grow in place where no other slot has grown before, so what an earlier state
+    sees never changes.
+
+    Attributes:
+        k, v: ``[batch, kv_heads, capacity, dim]``.
+        used: columns written.
+    """
+
+    k: Tensor
+    v: Tensor
+    used: int
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -17,20 +38,78 @@ class Slot:
 
     Attributes:
         keys, values: ``[batch, kv_heads, n, dim]`` per attention call.
-        columns: column of each key in its row, ``[batch, n]``; None = all tokens in order (``0..n-1``).
+        columns: column of each key in its row, ``[batch, n]``; None = tokens in order, ``first .. first+n-1``.
         valid: which entries are real, ``[batch, n]``; None with ``columns`` None = the state's own validity.
+        first: column of the first entry where ``columns`` is None.
+        places: per attention call, where its entries end in a room; None = nothing to grow into.
     """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
     columns: Tensor | None = None
     valid: Tensor | None = None
+    first: int = 0
+    places: tuple[Place | None, ...] | None = None
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Slot:
         return Slot(
             tuple(map(fn, self.keys)), tuple(map(fn, self.values)),
-            None if self.columns is None else fn(self.columns), None if self.valid is None else fn(self.valid),
+            None if self.columns is None else fn(self.columns), None if self.valid is None else fn(self.valid), self.first,
         )
+
+    def grown(self, number: int, k: Tensor, v: Tensor) -> Grown:
+        """The entries of one attention call with new ones behind them: in place where that is safe, else copied."""
+        old_k, old_v = self.keys[number], self.values[number]
+        if torch.is_grad_enabled():
+            return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), None
+        n, m = old_k.shape[2], k.shape[2]
+        place = None if self.places is None else self.places[number]
+        if place is None or not place.takes(k, v):
+            room = Room(_wider(old_k, k), _wider(old_v, v), n)
+            room.k[:, :, :n], room.v[:, :, :n] = old_k, old_v
+            place = Place(room, n)
+        room, end = place.room, place.end + m
+        room.k[:, :, place.end : end], room.v[:, :, place.end : end], room.used = k, v, end
+        return room.k[:, :, end - n - m : end], room.v[:, :, end - n - m : end], Place(room, end)
+
+    def last(self, count: int) -> Slot:
+        """The last ``count`` entries of a slot of tokens in order, in memory of their own unless they grow."""
+        n = self.keys[0].shape[2]
+        if n <= count:
+            return self
+        cut = replace(self.map(lambda t: t[:, :, n - count :]), first=self.first + n - count)
+        if self.places is not None and all(p is not None and p.room.k.shape[2] < count + 2 * ROOM for p in self.places):
+            return replace(cut, places=self.places)
+        # Copies, so that the long prefix is freed.
+        return cut.map(lambda t: t.contiguous())
+
+
+Grown = tuple[Tensor, Tensor, "Place | None"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """The entries of a room before column ``end``."""
+
+    room: Room
+    end: int
+
+    def takes(self, k: Tensor, v: Tensor) -> bool:
+        """Whether new columns can be written right behind: nothing has been, they fit, and they need no wider type."""
+        room = self.room
+        return (
+            self.end == room.used and self.end + k.shape[2] <= room.k.shape[2]
+            and torch.promote_types(room.k.dtype, k.dtype) == room.k.dtype
+            and torch.promote_types(room.v.dtype, v.dtype) == room.v.dtype
+            # A tensor made in inference mode cannot be written when that is over.
+            and (torch.is_inference_mode_enabled() or not room.k.is_inference())
+        )
+
+
+def _wider(old: Tensor, new: Tensor) -> Tensor:
+    """Memory for both and up to ``ROOM - 1`` more columns."""
+    columns = -(-(old.shape[2] + new.shape[2]) // ROOM) * ROOM
+    return new.new_empty(*old.shape[:2], columns, old.shape[3], dtype=torch.promote_types(old.dtype, new.dtype))
 
 
 @dataclass
@@ -102,7 +181,7 @@ def crop(state: State, length: int) -> State:
         lines[name] = torch.where((index >= 0)[..., None], found, found.new_zeros(()))
     slots = {}
     for number, slot in state.slots.items():
-        if slot.columns is not None:
+        if slot.columns is not None or slot.first:
             raise CacheError("crop: a slot of a routed or windowed visit does not hold every token. Windowed ones do with "
                              "DepthCache(model, record=True); routed ones cannot be cropped.")
         slots[number] = slot.map(lambda t: t[:, :, :length])

@@ -12,7 +12,7 @@ from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.attention import Masks, column_mask
 from depthpass_lowering.host import Host
 from depthpass_lowering.routes import Route, stored
-from depthpass_lowering.state import Slot, Span, State
+from depthpass_lowering.state import Grown, Slot, Span, State
 
 
 class RunningVisit:
@@ -22,41 +22,65 @@ class RunningVisit:
 
     Attributes:
         ring: how many of its own last keys a gated visit has to keep; None = all.
+        in_order: whether its own keys are those of the last tokens, without gaps.
     """
 
     ring: int | None = None
+    in_order = True
 
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool):
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
         self.before = state.slots.get(op["slot"]) if writes_slot(op) is not None else None
-        self.shared = None if op["keys"] is None else _until(state.slots[op["keys"]], span.start + span.count)
-        self.made: dict[int, tuple[Tensor, Tensor]] = {}
+        # The writer of the shared keys may run in the same call (:class:`StackedVisit`): then they are not there yet.
+        shared = None if op["keys"] is None else state.slots.get(op["keys"])
+        self.shared = None if shared is None else _until(shared, span.start + span.count)
+        self.made: dict[int, Grown] = {}
         self.hidden: Tensor | None = None
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        site = self.sites[number]
-        far = None
-        if self.shared is not None:
-            far = self._attention(number, q, self.shared.keys[number], self.shared.values[number], sinks,
-                                  self._mask(self._shared_columns(), site.window, site.chunk))
-            if self.op["gate"] is None:
-                return far
+        shared, gated = self.op["keys"] is not None, self.op["gate"] is not None
+        own = self.extend(number, k, v) if gated or not shared else None
+        if not shared:
+            return self.attention(number, q, *own, sinks, self._own_mask(*self.limits(number)))
+        far = self.attention(
+            number, q, self.shared.keys[number], self.shared.values[number], sinks, self.shared_mask(number)
+        )
+        return self.mix(q, self.hidden, far, self.near(number, q, *own, sinks)) if gated else far
+
+    def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The visit's own keys and values, this span's last."""
+        place = None
         if self.before is not None:
-            k = torch.cat((self.before.keys[number], k), 2)
-            v = torch.cat((self.before.values[number], v), 2)
+            k, v, place = self.before.grown(number, k, v)
         elif self.keep:
             # As a stock cache stores them; the strides decide the last bits of a matrix product.
             k, v = k.contiguous(), v.contiguous()
         if self.state is not None:
-            self.made[number] = (k, v)
-        window = site.window if far is None else min(self.op["window"], site.window or self.op["window"])
-        near = self._attention(number, q, k, v, sinks, self._mask(self._own_columns(), window, site.chunk))
-        return near if far is None else self._mix(q, far, near)
+            self.made[number] = k, v, place
+        return k, v
 
-    def _attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
+    def near(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        """A gated visit's attention to its own last keys."""
+        site = self.sites[number]
+        window = min(self.op["window"], site.window or self.op["window"])
+        if self.span.count == 1 and site.chunk is None and self.in_order:
+            # One token sees its whole window, but for pads.
+            k, v = k[:, :, -window:], v[:, :, -window:]
+            return self.attention(number, q, k, v, sinks, (self.masks.last(k.shape[2]), False))
+        return self.attention(number, q, k, v, sinks, self._own_mask(window, site.chunk))
+
+    def limits(self, number: int) -> tuple[int | None, int | None]:
+        """Window and chunk of the block itself."""
+        return self.sites[number].window, self.sites[number].chunk
+
+    def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
         return self.host.attention(self.index, self.sites[number], q, k, v, *mask, sinks)
+
+    def shared_mask(self, number: int) -> tuple[Tensor | None, bool]:
+        """Mask of the span's queries against the shared keys, and SDPA's causal flag."""
+        return self._mask(self._shared_columns(), *self.limits(number))
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None] | None:
         """Columns and validity of the shared keys; None = every column in order."""
@@ -65,12 +89,17 @@ class RunningVisit:
 
     def _own_columns(self) -> tuple[Tensor, Tensor | None] | None:
         """The same for the visit's own keys, this span's included."""
-        if self.before is None or self.before.columns is None:
-            return None
-        new = torch.arange(self.span.start, self.span.start + self.span.count, device=self.before.columns.device)
-        columns = torch.cat((self.before.columns, new.expand(len(self.before.columns), -1)), 1)
-        valid = self.masks.valid
-        return columns, None if valid is None else valid.gather(1, columns)
+        return None
+
+    @property
+    def _first(self) -> int:
+        """Column of the visit's first key, where they are in order."""
+        return 0 if self.before is None else self.before.first
+
+    def _own_mask(self, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        """Mask of the span's queries against the visit's own keys, and SDPA's causal flag."""
+        where = self._own_columns()
+        return self.masks.get(window, chunk, self._first) if where is None else self._mask(where, window, chunk)
 
     def _mask(
         self, where: tuple[Tensor, Tensor | None] | None, window: int | None, chunk: int | None
@@ -82,18 +111,17 @@ class RunningVisit:
         q = torch.arange(self.span.start, self.span.start + self.span.count, device=columns.device)[None, :, None]
         return column_mask(q, columns[:, None], window, chunk, valid, self.masks.row_start)[:, None], False
 
-    def _mix(self, q: Tensor, far: Tensor, near: Tensor) -> Tensor:
+    def mix(self, q: Tensor, hidden: Tensor, far: Tensor, near: Tensor) -> Tensor:
         """PLT: g * Attn(shared keys) + (1 - g) * Attn(own last W keys), per head and token, before o_proj."""
         gate = self.host.module(self.op["gate"])
-        score = gate(q.transpose(1, 2)) if self.op["gate_input"] == "query" else gate(self.hidden)
+        score = gate(q.transpose(1, 2)) if self.op["gate_input"] == "query" else gate(hidden)
         if score.shape != far.shape[:3]:
             raise LoweringError(
                 f"gate {self.op['gate']!r} of block {self.index}: expected a score per token and head, "
                 f"{tuple(far.shape[:3])}, got {tuple(score.shape)}: its attention has other heads than the config says. "
                 "Use kv='own' or kv='first'."
             )
-        g = torch.sigmoid(score)[..., None].to(far.dtype)
-        return g * far + (1 - g) * near
+        return torch.lerp(near, far, torch.sigmoid(score)[..., None].to(far.dtype))
 
     def submodule(self, path: str, *args: Tensor) -> Tensor:
         return self.host.submodule(self.index, path, *args)
@@ -133,9 +161,10 @@ class RunningVisit:
         order = range(len(self.sites))
         where = self._own_columns()
         slot = Slot(
-            tuple(made[i][0] for i in order), tuple(made[i][1] for i in order), None if where is None else where[0],
+            tuple(made[i][0] for i in order), tuple(made[i][1] for i in order), None if where is None else where[0], None,
+            self._first, tuple(made[i][2] for i in order),
         )
-        state.slots[self.op["slot"]] = slot if self.ring is None else _last(slot, self.ring)
+        state.slots[self.op["slot"]] = slot if self.ring is None else slot.last(self.ring)
 
 
 class RoutedVisit(RunningVisit):
@@ -147,6 +176,8 @@ class RoutedVisit(RunningVisit):
         rows: the rows that run; None = all.
     """
 
+    in_order = False
+
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool, route: Route):
         super().__init__(op, host, state, span, masks, keep)
         self.all_before, self.rows, self.batch = self.before, route.rows, len(route.chosen)
@@ -157,6 +188,10 @@ class RoutedVisit(RunningVisit):
 
     def _pick(self, t: Tensor | None) -> Tensor | None:
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
+
+    def shared_mask(self, number: int) -> tuple[Tensor | None, bool]:
+        """Mask of the span's queries against the shared keys, and SDPA's causal flag."""
+        return self._mask(self._shared_columns(), *self.limits(number))
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None]:
         slot, valid = self.shared, self._pick(self.masks.valid)
@@ -206,16 +241,3 @@ def _validity(slot: Slot, valid: Tensor | None) -> Tensor | None:
     if slot.valid is not None:
         return slot.valid
     return None if valid is None else valid.gather(1, slot.columns)
-
-
-def _last(slot: Slot, count: int) -> Slot:
-    """The last ``count`` entries of a slot that holds every column up to the last one."""
-    n, batch = slot.keys[0].shape[2], slot.keys[0].shape[0]
-    columns = slot.columns
-    if columns is None:
-        if n <= count:
-            return slot
-        columns = torch.arange(n, device=slot.keys[0].device).expand(batch, -1)
-    # Copies, so that the long prefix is freed.
-    keys, values = (tuple(t[:, :, -count:].contiguous() for t in side) for side in (slot.keys, slot.values))
-    return Slot(keys, values, columns[:, -count:].contiguous())

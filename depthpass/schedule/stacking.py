@@ -1,0 +1,124 @@
+"""Visit stacking: visits of one block that an incremental step may run as rows of one call.
+
+In a step of m new tokens a delay of at least m tokens reads what earlier steps left, so it orders nothing. Visits of one
+physical block without a path between them then only differ in their rows, and a call with all their rows reads the
+block's weights once. A visit that reads another one's keys may stand in the same call, behind it: the call writes the
+keys before it reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from depthpass.ir.program import Op, Program
+from depthpass.ir.verify import infer
+
+MAX_TOKENS = 8
+"""Largest step that is stacked. Up to about 8 rows a matrix product costs what its weights cost to read; beyond, rows
+are paid for one by one and a larger call saves nothing."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a step of at most ``tokens`` new tokens runs.
+
+    Attributes:
+        tokens: largest number of new tokens the order is legal for.
+        items: ops in execution order; an item of several ops is a *stack*: visits of one block that run as one call, the
+            writer of a slot before its readers.
+    """
+
+    tokens: int
+    items: tuple[tuple[Op, ...], ...]
+
+    @property
+    def stacks(self) -> tuple[tuple[Op, ...], ...]:
+        """The sets of visits that run as one call."""
+        return tuple(item for item in self.items if len(item) > 1)
+
+    @property
+    def calls(self) -> int:
+        """Block calls of the step, one after another."""
+        return sum(item[0].kind == "block" for item in self.items)
+
+
+def steps(program: Program) -> tuple[Step, ...]:
+    """The steps of a program in which something is stacked, smallest first; empty when there is nothing to stack.
+
+    Args:
+        program: a verified program.
+    """
+    if any(o.kind in ("pad", "trim") for o in program.ops):
+        return ()
+    delays = {min(o["tokens"], MAX_TOKENS) for o in program.ops if o.kind == "delay"}
+    found = [step for m in sorted(delays | {MAX_TOKENS}) if (step := _Planner(program, m).step()) and step.stacks]
+    # Where a larger step allows the same sets, one order serves both.
+    return tuple(
+        s for i, s in enumerate(found) if i + 1 == len(found) or _names(s) != _names(found[i + 1])
+    )
+
+
+def _names(step: Step) -> set[frozenset[str]]:
+    return {frozenset(o.name for o in stack) for stack in step.stacks}
+
+
+class _Planner:
+    """List scheduling of one step: of the visits that are ready, run the block that no later visit could still join."""
+
+    def __init__(self, program: Program, tokens: int):
+        self.ops, self.tokens = program.ops, tokens
+        types, index = infer(program), program.index
+        writers = {o["slot"]: index[o.name] for o in program.visits}
+        self.before: list[set[int]] = []
+        self.keys: dict[int, int] = {}
+        self.group: dict[int, object] = {}
+        for i, o in enumerate(self.ops):
+            ignored = o.kind == "delay" and o["tokens"] >= tokens
+            self.before.append(set() if ignored else {index[a] for a in o.args})
+            if o.kind == "block":
+                if o["keys"] is not None:
+                    self.keys[i] = writers[o["keys"]]
+                # Routed tokens differ from visit to visit.
+                routed = types[o.args[0]].tokens is not None
+                self.group[i] = i if routed else (o["index"], o["lora"], o["modulate"], o["step"])
+
+    def step(self) -> Step | None:
+        """The order, or None when the step cannot run in one piece: some cycle has a delay below its tokens."""
+        done: set[int] = set()
+        items: list[tuple[Op, ...]] = []
+        while len(done) < len(self.ops):
+            ready = [i for i in range(len(self.ops)) if i not in done and self.before[i] <= done]
+            simple = [i for i in ready if i not in self.group]
+            if simple:
+                items += [(self.ops[i],) for i in simple]
+                done.update(simple)
+                continue
+            sets = self._sets(ready, done)
+            if not sets:
+                return None
+            best = min(sets, key=lambda s: (self._missed(s, done), min(s)))
+            items.append(tuple(self.ops[i] for i in best))
+            done.update(best)
+        return Step(self.tokens, tuple(items))
+
+    def _sets(self, ready: Sequence[int], done: set[int]) -> list[list[int]]:
+        """The ready visits by block; readers of keys that are not there yet only together with their writer."""
+        found: dict[object, list[int]] = {}
+        for i in ready:
+            members = found.setdefault(self.group[i], [])
+            writer = self.keys.get(i)
+            if writer is None or writer in done or writer in members:
+                members.append(i)
+        return [members for members in found.values() if members]
+
+    def _missed(self, chosen: list[int], done: set[int]) -> int:
+        """Visits of the same block that could stand in one call with the chosen ones if those waited."""
+        behind = set(chosen)
+        for i in range(len(self.ops)):
+            if i in done or i in behind:
+                continue
+            if self.before[i] & behind:
+                behind.add(i)
+        group = self.group[chosen[0]]
+        return sum(g == group and i not in done and i not in behind for i, g in self.group.items())
