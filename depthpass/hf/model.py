@@ -43,6 +43,7 @@ class Runtime:
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
+        tokens: compiled steps of one decoded token, by what they were compiled for.
         heads: taps by name: whether they are handed out as logits.
     """
 
@@ -57,6 +58,7 @@ class Runtime:
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
+    tokens: dict[tuple, object] = field(default_factory=dict)
 
     def __post_init__(self):
         self.types = infer(self.program)
@@ -253,33 +255,18 @@ class DepthModel:
 
     def _run_program(self, arguments: dict[str, object]):
         """Forward pass of the program; ``arguments`` by the stock forward's parameter names."""
-        from depthpass_lowering.eager import run
         from depthpass_lowering.state import State
+
+        from depthpass.hf.step import advance_token
 
         runtime = self._depth
         names = signature_names(type(self)._stock_forward)
         call = normalise(self, names, arguments)
         warn_frozen(self)
         captured = self._captured(call, names)
-        prologue = StockHost(self, captured, ())
-        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
-        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
-        with torch.autocast(tokens.device.type, enabled=False):
-            hidden, *sides = prologue.part(
-                captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1])
-            )
-        host = StockHost(self, captured, sides)
         state = call.cache.state if call.cache is not None else State()
-        streams, state = run(
-            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types,
-            runtime.lowering,
-        )
-        if call.keep is not None:
-            streams = {name: x[:, call.keep] for name, x in streams.items()}
-        outputs = {
-            name: pytree.tree_unflatten(list(host.part(captured.head, call.tensors, x)), captured.out_spec)
-            for name, x in streams.items() if name == "output" or runtime.heads[name]
-        }
+        heads, streams, state = advance_token(self, captured, call, state) or self._advance(captured, call, state)
+        outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
         output = outputs.pop("output")
         if runtime.heads:
             # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
@@ -290,6 +277,35 @@ class DepthModel:
             if "past_key_values" in getattr(output, "__dataclass_fields__", {}):
                 output["past_key_values"] = cache
         return output if call.return_dict else output.to_tuple()
+
+    def _advance(self, captured: Capture, call: Call, state) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], object]:
+        """Advance a state by the tokens of a call.
+
+        Returns:
+            what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
+        """
+        from depthpass_lowering.eager import run
+
+        runtime = self._depth
+        prologue = StockHost(self, captured, ())
+        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
+        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
+        with torch.autocast(tokens.device.type, enabled=False):
+            hidden, *sides = prologue.part(
+                captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1])
+            )
+        host = StockHost(self, captured, sides)
+        streams, state = run(
+            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types,
+            runtime.lowering,
+        )
+        if call.keep is not None:
+            streams = {name: x[:, call.keep] for name, x in streams.items()}
+        heads = {
+            name: list(host.part(captured.head, call.tensors, x))
+            for name, x in streams.items() if name == "output" or runtime.heads[name]
+        }
+        return heads, streams, state
 
     def _captured(self, call: Call, names: tuple[str, ...]) -> Capture:
         """The capture for this call signature, made on first use."""

@@ -101,14 +101,18 @@ class Run:
 
     def _run_step(self, step: Step) -> None:
         """All ops over all new tokens in the order of a step, stacks as one call each."""
-        (span,) = spans(self.length, self.count, self.valid, None, None)
-        masks, tables = Masks(self.length, self.count, self.valid, self.hidden.device), self.sides
+        (span, masks), tables = self._at_once(), self.sides
         for item in step.items:
             if len(item) > 1:
                 self._stack(item, span, masks, tables)
             else:
                 self._one(item[0], self.env, span, masks, tables, self.keep)
         self._push(self.program, self.env, span)
+
+    def _at_once(self) -> tuple[Span, Masks]:
+        """All new tokens as one span, and its masks."""
+        (span,) = spans(self.length, self.count, self.valid, None, None)
+        return span, Masks(self.length, self.count, self.valid, self.hidden.device)
 
     def _stack(self, stack: tuple[Op, ...], span: Span, masks: Masks, tables) -> None:
         """Visits of one block as rows of one call."""

@@ -228,9 +228,9 @@ class SunkHost:
         return getattr(self.host, name)
 
 
-def stand_in(module: nn.Module, leaf, sink: Sink) -> nn.Module:
+def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
     """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
-    if type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+    if sink is not None and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
     made = copy.copy(module)
     made.__dict__ = dict(module.__dict__)

@@ -1,0 +1,198 @@
+"""Decoding one token as one compiled graph: embedding, blocks, head and the new entries of the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from depthpass.capture import Block, Capture, Part
+from depthpass.hf.inputs import Call
+from depthpass.hf.model import StockHost, depth_module
+
+if TYPE_CHECKING:
+    from depthpass_lowering.state import State
+    from depthpass_lowering.step import Rooms
+
+Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
+
+
+def advance_token(model: nn.Module, captured: Capture, call: Call, state: State) -> Advanced | None:
+    """Advance a state by one token with the compiled step, or return None: this call is none for it.
+
+    Only the rung ``inductor`` compiles, and only calls of one token behind a cache, without gradients.
+
+    Returns:
+        as ``DepthModel._advance``.
+    """
+    runtime = model._depth
+    if runtime.lowering != "inductor" or refusal_of(model, captured, call, state) is not None:
+        return None
+    from depthpass_lowering.state import State
+    from depthpass_lowering.step import Rooms, StepSlots, capacity
+
+    length = state.length
+    rooms = Rooms.of(state, capacity(length + 1))
+    valid = None
+    if call.valid is not None:
+        valid = nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
+    batch = next(iter(call.tensors.values())).shape[0]
+    names = sorted(call.tensors)
+    # The compiled code expects the strides it was made for.
+    lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
+    key = (
+        id(captured), batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
+        tuple(lines), tuple((n, call.tensors[n].shape) for n in names),
+    )
+    step = runtime.tokens.get(key)
+    weights = live_tensors(model, captured)
+    device = rooms.tensors()[0].device
+    at = torch.tensor([length], device=device)
+    rank = at.expand(batch, 1) if call.valid is None else call.valid[:, :length].sum(-1, keepdim=True)
+    inputs = [
+        *(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *rooms.tensors(), *lines.values(),
+        *weights,
+    ]
+    if step is None:
+        step = runtime.tokens[key] = compile_step(model, captured, names, valid is not None, rooms, list(lines), weights, inputs)
+    made = iter(step.run(*inputs))
+    rooms.used = length + 1
+    heads = {name: [next(made) for _ in range(count)] for name, count in step.heads.items()}
+    streams = {name: next(made) for name in step.streams}
+    new_lines = dict(zip(lines, made, strict=True))
+    return heads, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
+
+
+def refusal_of(model: nn.Module, captured: Capture, call: Call, state: State) -> str | None:
+    """Why a call is not a compiled step, or None."""
+    from depthpass_lowering.step import refusal
+
+    runtime, tokens = model._depth, next(iter(call.tensors.values()))
+    visited = {o["index"] for o in runtime.program.visits}
+    if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record:
+        return "not a step behind a cache without gradients"
+    wanted = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
+    if not set(call.tensors) <= wanted or tokens.shape[1] != 1 or isinstance(call.keep, Tensor):
+        return "not one token"
+    if call.valid is not None and not bool(call.valid[:, -1].all()):
+        return "the token is padding in some row"
+    if torch.is_autocast_enabled(tokens.device.type):
+        return "autocast is on"
+    if any(slot.columns is not None for slot in state.slots.values()):
+        return "a slot holds routed tokens"
+    host = StockHost(model, captured, ())
+    return refusal(runtime.program) or next((r for i in sorted(visited) if (r := host.refuses_schedule(i))), None)
+
+
+@dataclass(frozen=True)
+class CompiledStep:
+    """A compiled step.
+
+    Attributes:
+        run: inputs -> head results, streams of taps, new delay lines; writes the rooms in place.
+        heads: how many results the head makes of each output, by name.
+        streams: taps without a head.
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    heads: dict[str, int]
+    streams: tuple[str, ...]
+
+
+def live_tensors(model: nn.Module, captured: Capture) -> list[Tensor]:
+    """Every parameter and buffer that a step reads, once each, as they are now."""
+    host = StockHost(model, captured, ())
+    found: dict[int, Tensor] = {}
+    for part in (captured.prologue, captured.norm, captured.head):
+        found |= {id(t): t for t in host.tensors(part, model)}
+    for index in sorted({o["index"] for o in model._depth.program.visits}):
+        found |= {id(t): t for t in host.bound(index)[1]}
+        for path in host.submodules_of(index):
+            module = host.stock_module(index, path)
+            found |= {id(t): t for t in (*module.parameters(), *module.buffers())}
+    found |= {id(t): t for t in depth_module(model).parameters()}
+    return list(found.values())
+
+
+class _StepHost(StockHost):
+    """Runs a step that is being traced: parameters are the trace's inputs, columns a tensor."""
+
+    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
+        super().__init__(model, captured, sides)
+        self.leaves, self.at, self.training = leaves, at, False
+        self.stand_ins: dict[str, nn.Module] = {}
+
+    def leaf(self, t: Tensor) -> Tensor:
+        return self.leaves.get(id(t), t)
+
+    def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
+        return [self.leaf(t) for t in super().tensors(owner, module)]
+
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.bound(index)
+        return template.graph(visit, hidden, *sides, *visit.adapt(template.params, params))
+
+    def module(self, name: str) -> nn.Module:
+        return self._stand_in(f"/{name}", super().module(name))
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        return self._stand_in(f"{index}/{path}", self.stock_module(index, path))(*args)
+
+    def columns(self, device: torch.device) -> Tensor:
+        """As a visit: the prologue asks where its tokens stand."""
+        return self.at
+
+    def _stand_in(self, key: str, module: nn.Module) -> nn.Module:
+        from depthpass_lowering.scheduled import stand_in
+
+        if key not in self.stand_ins:
+            self.stand_ins[key] = stand_in(module, self.leaf)
+        return self.stand_ins[key]
+
+
+def compile_step(
+    model: nn.Module, captured: Capture, names: list[str], padded: bool, rooms: Rooms, lines: list[str],
+    weights: list[Tensor], inputs: list[Tensor],
+) -> CompiledStep:
+    """Trace one token through the program and compile it.
+
+    Args:
+        inputs: token tensors by ``names``, column, rank, validity if ``padded``, rooms, delay lines, weights.
+    """
+    from depthpass_lowering.step import StepRun
+
+    runtime = model._depth
+    heads: dict[str, int] = {}
+    streams: list[str] = []
+
+    def token(*flat: Tensor) -> list[Tensor]:
+        left = iter(flat)
+        tensors = {n: next(left) for n in names}
+        at, rank = next(left), next(left)
+        valid = next(left) if padded else None
+        held = rooms.like([next(left) for _ in rooms.tensors()])
+        state_lines = {n: next(left) for n in lines}
+        leaves = {id(w): t for w, t in zip(weights, left, strict=True)}
+        host = _StepHost(model, captured, (), leaves, at)
+        hidden, *sides = host.part(captured.prologue, tensors, visit=host)
+        host.extras = sides
+        run = StepRun(
+            runtime.schedule, host, hidden, sides, captured.side_axes, held, state_lines, valid, at, rank, runtime.types
+        )
+        out, state = run.run()
+        parts = {n: list(host.part(captured.head, tensors, x)) for n, x in out.items() if n == "output" or runtime.heads[n]}
+        plain = [n for n in out if n not in parts]
+        heads.update({n: len(p) for n, p in parts.items()})
+        streams[:] = plain
+        return [*(t for p in parts.values() for t in p), *(out[n] for n in plain), *(state.lines[n] for n in lines)]
+
+    with torch.no_grad():
+        graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        compiled = torch._inductor.compile(graph, inputs)
+    return CompiledStep(compiled, heads, tuple(streams))
+
+
