@@ -1,0 +1,94 @@
+"""One decoded token: stock eager and compiled, each rung, parallel loops; milliseconds per token at batch 1.
+
+    python benchmarks/decode.py [--json out.json] [--width 512] [--blocks 8] [--context 128]
+
+Stock compiled is ``torch.compile`` of the stock forward over transformers' static cache.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from harness import Result, compare, machine, save
+from transformers import DynamicCache, StaticCache
+from turboconn import build
+
+import depthpass as dp
+
+TOKENS = 16
+
+
+def stock_tokens(model, ids, compiled: bool):
+    """A function that decodes ``TOKENS`` tokens behind a prompt that is cached already."""
+    config, length = model.config, ids.shape[1]
+    forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+    cache = StaticCache(config=config, max_cache_len=256) if compiled else DynamicCache(config=config)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    token = ids[:, -1:].clone()
+
+    @torch.no_grad()
+    def run():
+        for step in range(TOKENS):
+            at = torch.tensor([[length + step]])
+            forward(input_ids=token, position_ids=at, past_key_values=cache, use_cache=True)
+        if not compiled:
+            cache.crop(-TOKENS)
+            return
+        for layer in cache.layers:
+            layer.cumulative_length.fill_(length)
+
+    return run
+
+
+def our_tokens(model, ids):
+    cache = dp.DepthCache(model)
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+    token, start = ids[:, -1:].clone(), cache.state
+
+    @torch.no_grad()
+    def run():
+        for _ in range(TOKENS):
+            model(input_ids=token, past_key_values=cache, use_cache=True)
+        cache.state = start
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--bridges", default="6-0,6-2")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    stock = build(args.width, args.blocks).eval().to(getattr(torch, args.dtype))
+    ids = torch.randint(3, 1024, (1, args.context))
+    bridges = [tuple(map(int, b.split("-"))) for b in args.bridges.split(",")]
+    spec = dp.TurboConn(bridges=bridges, group=args.group)
+    runs = {
+        "stock compiled": stock_tokens(stock, ids, compiled=True), "stock eager": stock_tokens(stock, ids, compiled=False),
+    }
+    for lowering in ("eager", "inductor"):
+        runs[f"turboconn {lowering}"] = our_tokens(dp.transform(stock, spec, lowering=lowering), ids)
+    runs["identity inductor"] = our_tokens(dp.transform(stock, dp.Identity(), lowering="inductor"), ids)
+    from depthpass.analysis.roofline import ceilings
+
+    measured = ceilings("cpu", getattr(torch, args.dtype))
+    weights = sum(p.nbytes for n, p in stock.named_parameters() if "embed" not in n)
+    setting = {
+        "machine": machine("cpu"), "width": args.width, "blocks": args.blocks, "context": args.context, "batch": 1,
+        "dtype": args.dtype, "reading the weights": f"{weights / measured.bytes_per_s * 1e3:.2f} ms",
+    }
+    times = {label: seconds / TOKENS for label, seconds in compare(runs, args.repeat).items()}
+    save([Result("one decoded token", setting, "stock compiled", times)], args.json)
+
+
+if __name__ == "__main__":
+    main()

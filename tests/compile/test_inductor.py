@@ -1,0 +1,123 @@
+"""The compiled rung against the eager one: float64 gradients, one compilation for all blocks and chunks, decoded tokens."""
+
+import copy
+
+import pytest
+import torch
+import zoo
+from depthpass_lowering.compiled import compiled_template
+from depthpass_lowering.joint import Joint
+
+import depthpass as dp
+from depthpass.errors import LoweringError
+
+pytestmark = pytest.mark.compile
+
+SPEC = dp.TurboConn(bridges=[(2, 0), (2, 1)], group=3, rank=5)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """GPT-2 (no float32 norms inside, so that float64 agrees to the last digits) on both rungs, random bridges."""
+    stock = zoo.model("gpt2", 3, dtype=torch.float64)
+    eager, compiled = (dp.transform(stock, SPEC, lowering=rung) for rung in ("eager", "inductor"))
+    torch.manual_seed(5)
+    values = {k: 0.3 * torch.randn(v.shape, dtype=v.dtype) for k, v in eager.depth.state_dict().items()}
+    eager.depth.load_state_dict(values)
+    compiled.depth.load_state_dict(values)
+    return eager, compiled
+
+
+def step(model, batch):
+    model.zero_grad()
+    out = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100), use_cache=False)
+    out.loss.backward()
+    real = batch["attention_mask"].bool()
+    return out.logits[real].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def compilations(model) -> list[Joint]:
+    """All compiled segments of a model's templates."""
+    templates = {b.template for c in model._depth.captures.values() for b in c.blocks}
+    return [
+        joint for t in templates for segment, *_ in compiled_template(t).steps if hasattr(segment, "made")
+        for joint in segment.made.values()
+    ]
+
+
+def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(models):
+    eager, compiled = models
+    for count, lengths in ((2, [11, 7]), (2, [8, 8]), (2, [15, 3])):  # 11 and 8 leave a shorter last chunk
+        batch = zoo.batch(lengths)
+        (logits, grads), (logits_c, grads_c) = step(eager, batch), step(compiled, batch)
+        torch.testing.assert_close(logits_c, logits, rtol=1e-12, atol=1e-12)
+        assert grads_c.keys() == grads.keys()
+        for name, g in grads.items():
+            assert (grads_c[name] - g).abs().max() <= 1e-10 * g.abs().max().clamp_min(1e-12), name
+        # One for each side of the attention call, whatever the block, chunk and length.
+        assert len(compilations(compiled)) == count
+
+
+def test_weights_are_read_anew_at_every_call(models):
+    eager, compiled = models
+    batch = zoo.batch([9, 9])
+    with torch.no_grad():
+        for p in compiled.parameters():  # the stock parameters are those of the eager model
+            p.mul_(1.01)
+        for name, p in eager.depth.named_parameters():
+            p.copy_(compiled.depth.get_parameter(name))
+    assert torch.allclose(step(compiled, batch)[0], step(eager, batch)[0], atol=1e-12)
+
+
+def test_a_decoded_token_is_one_graph_and_equals_the_eager_rung(models):
+    eager, compiled = models
+    batch = zoo.batch([7, 4])
+    found = []
+    with torch.no_grad():
+        for model in (eager, compiled):
+            cache, mask = dp.DepthCache(model), batch["attention_mask"]
+            logits = [model(**batch, past_key_values=cache, use_cache=True).logits[:, -1]]
+            for token in (5, 9, 7):
+                mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+                ids = torch.tensor([[token], [token + 1]])
+                logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
+            found.append(torch.stack(logits))
+            assert len(cache.state.slots) == 3 and cache.state.slots[1].keys[0].shape[2] == 10
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    assert len(compiled._depth.tokens) == 1 and not eager._depth.tokens
+    for options in ({"batch": batch}, {"batch": {k: t[1:] for k, t in batch.items()}, "num_beams": 2}):
+        rows = options.pop("batch")
+        a, b = (m.generate(**rows, max_new_tokens=5, do_sample=False, **options) for m in models)
+        assert torch.equal(a, b)
+    assert len(compiled._depth.tokens) == 1  # two rows each time, so one graph
+
+
+def test_a_state_that_was_left_behind_does_not_write_into_rooms_that_went_on(models):
+    _, compiled = models
+    batch = zoo.batch([7, 4])
+    ids, mask = torch.randint(3, 90, (2, 4)), batch["attention_mask"]
+
+    @torch.no_grad()
+    def advance(cache, column):
+        seen = torch.cat([mask, mask.new_ones(2, cache.get_seq_length() - 6)], 1)
+        return compiled(input_ids=ids[:, column : column + 1], attention_mask=seen, past_key_values=cache).logits
+
+    with torch.no_grad():
+        cache = dp.DepthCache(compiled)
+        compiled(**batch, past_key_values=cache)
+        advance(cache, 0)
+        fork = copy.copy(cache)  # the same rooms
+        first = advance(cache, 1)
+        advance(fork, 3)
+        went_on = advance(cache, 2)
+        whole = torch.cat([batch["input_ids"], ids[:, :3]], 1), torch.cat([mask, mask.new_ones(2, 3)], 1)
+        expected = compiled(input_ids=whole[0], attention_mask=whole[1], use_cache=False).logits[:, -2:]
+    torch.testing.assert_close(torch.cat([first, went_on], 1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_cannot_be_compiled_is_said(models):
+    _, compiled = models
+    with pytest.raises(LoweringError, match="'inductor' cannot run this call: autocast is on"):
+        with torch.autocast("cpu", torch.bfloat16):
+            compiled.float()(**zoo.batch([5]), use_cache=False)
+    compiled.double()
