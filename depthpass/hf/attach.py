@@ -48,7 +48,7 @@ def attach(model: nn.Module, spec) -> nn.Module:
     if found is None:
         runtime = prepare(inner, passes, None)
         made: Any = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
-        made.spec = runtime.spec
+        made.spec = runtime.plan.spec
         inner.add_module(PREFIX, made)
     elif spec_hash(found) != spec_hash(passes):
         raise SpecError(

@@ -21,9 +21,9 @@ from depthpass.capture.attention import attention_style, signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
 from depthpass.ir.program import Program
-from depthpass.ir.verify import Type, infer
 from depthpass.schedule.regions import Schedule
 
 PREFIX = "depth"
@@ -38,29 +38,29 @@ class Runtime:
     """What a transformed model knows besides its parameters; shared by nothing.
 
     Attributes:
-        spec: the passes that were applied, as a plain mapping.
+        plans: what may run, and which plan does.
         lowering: rung of the ladder that runs serial regions.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
-        heads: taps by name: whether they are handed out as logits.
     """
 
-    spec: dict
-    program: Program
-    schedule: Schedule
+    plans: Plans
     layers: str
     position_table: int | None
     lowering: str = "auto"
-    types: dict[str, Type] = field(init=False)
-    heads: dict[str, bool] = field(init=False)
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
 
-    def __post_init__(self):
-        self.types = infer(self.program)
-        self.heads = {o["name"]: bool(o["head"]) for o in self.program.taps}
+    @property
+    def plan(self) -> Plan:
+        """The plan in force in this thread."""
+        return self.plans.current
+
+    @property
+    def program(self) -> Program:
+        return self.plan.program
 
     def __deepcopy__(self, memo):
         # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
@@ -68,9 +68,14 @@ class Runtime:
         return build(*arguments)
 
     def __reduce__(self):
-        return Runtime, (
-            self.spec, self.program, self.schedule, self.layers, self.position_table, self.lowering
-        )
+        return _runtime, (self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering)
+
+
+def _runtime(home: Plan, default: Plan, *rest) -> Runtime:
+    """A runtime with plans of its own: what is in force for one model says nothing about its copies."""
+    made = Runtime(Plans(home), *rest)
+    made.plans.default = made.plans.kept[default.key] = default
+    return made
 
 
 class BlockCall:
@@ -235,9 +240,11 @@ class DepthModel:
         from depthpass.hf.save import spec_of
         from depthpass.hf.transform import install, prepare
 
-        spec, chunk = spec_of(config, type(self).__name__)
+        spec, chunk, home = spec_of(config, type(self).__name__)
         super().__init__(config, *args, **kwargs)
-        install(self, prepare(self, spec, chunk))
+        install(self, prepare(self, spec if home is None else home, chunk))
+        if home is not None:
+            self._depth.plans.default = self._depth.plans.of(self, spec, chunk)
 
     @property
     def depth_program(self) -> Program:
@@ -245,18 +252,18 @@ class DepthModel:
 
     @property
     def depth_schedule(self) -> Schedule:
-        return self._depth.schedule
+        return self._depth.plan.schedule
 
     @property
     def depth_spec(self) -> dict:
-        return self._depth.spec
+        return self._depth.plan.spec
 
     def _run_program(self, arguments: dict[str, object]):
         """Forward pass of the program; ``arguments`` by the stock forward's parameter names."""
         from depthpass_lowering.eager import run
         from depthpass_lowering.state import State
 
-        runtime = self._depth
+        runtime, plan = self._depth, self._depth.plan
         names = signature_names(type(self)._stock_forward)
         call = normalise(self, names, arguments)
         warn_frozen(self)
@@ -271,22 +278,22 @@ class DepthModel:
         host = StockHost(self, captured, sides)
         state = call.cache.state if call.cache is not None else State()
         streams, state = run(
-            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types,
+            plan.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, plan.types,
             runtime.lowering,
         )
         if call.keep is not None:
             streams = {name: x[:, call.keep] for name, x in streams.items()}
         outputs = {
             name: pytree.tree_unflatten(list(host.part(captured.head, call.tensors, x)), captured.out_spec)
-            for name, x in streams.items() if name == "output" or runtime.heads[name]
+            for name, x in streams.items() if name == "output" or plan.heads[name]
         }
         output = outputs.pop("output")
-        if runtime.heads:
+        if plan.heads:
             # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
-            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in runtime.heads.items()}
+            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in plan.heads.items()}
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
-            cache.state = state
+            cache.keep(plan.meaning, state)
             if "past_key_values" in getattr(output, "__dataclass_fields__", {}):
                 output["past_key_values"] = cache
         return output if call.return_dict else output.to_tuple()
@@ -364,17 +371,18 @@ class DepthModel:
             InputError: ``safe_serialization=False`` was asked for (only safetensors are written), or
                 ``save_directory`` is a file.
         """
-        from depthpass.hf.save import replacing
+        from depthpass.hf.save import configured, replacing
 
         if kwargs.get("safe_serialization") is False:
             raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
                              "only. Leave the argument out.")
-        if not is_main_process or kwargs.get("distributed_checkpoint"):
-            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        with replacing(save_directory) as folder:
-            if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
-                kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            super().save_pretrained(folder, is_main_process, *args, **kwargs)
+        with configured(self):
+            if not is_main_process or kwargs.get("distributed_checkpoint"):
+                return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            with replacing(save_directory) as folder:
+                if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
+                    kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+                super().save_pretrained(folder, is_main_process, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)

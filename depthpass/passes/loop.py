@@ -59,6 +59,7 @@ class Loop(Pass):
     name: ClassVar[str] = "loop"
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("times",)
+    loop_field: ClassVar[str | None] = "times"
 
     start: int = 0
     end: int | None = None
