@@ -55,19 +55,22 @@ class DepthCache(Cache):
         )
 
     def check_owner(self, model) -> None:
-        """Raise CacheError unless the cache was made for ``model`` and filled by the program that runs now."""
+        """Raise CacheError unless the cache was made for ``model``."""
         if self._owner() is not model:
             raise CacheError(
                 "past_key_values: this DepthCache belongs to another model. Make one with dp.DepthCache(model), "
                 "or let generate() make it."
             )
-        now = model._depth.plan.meaning
+
+    def check_program(self, now: Program) -> None:
+        """Raise CacheError unless the program that runs now has filled the cache."""
         if self.state.length and self.program is not now and self.program != now:
             raise CacheError(
                 f"past_key_values: this DepthCache holds {self.state.length} tokens of another program of this model "
                 f"({len(self.program.visits)} visits, {len(self.program.slots)} slots; now {len(now.visits)} visits, "
-                f"{len(now.slots)} slots): the model was switched after it was filled. Switch back, or make a new cache "
-                "with dp.DepthCache(model) and run the prompt again."
+                f"{len(now.slots)} slots): the model was switched after it was filled, or its loop count is drawn or follows "
+                "the row's tokens. Switch back, fix the count with dp.using, or make a new cache with dp.DepthCache(model) "
+                "and run the prompt again."
             )
 
     def keep(self, program: Program, state: State) -> None:

@@ -20,6 +20,7 @@ from depthpass.capture import Block, Capture, Part, Site, Template, calls, captu
 from depthpass.capture.attention import attention_style, signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
+from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
@@ -43,6 +44,7 @@ class Runtime:
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
+        ran: the plan that ran last (of its first rows), for ledgers; never read to decide what runs.
     """
 
     plans: Plans
@@ -52,6 +54,7 @@ class Runtime:
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
+    ran: Plan | None = None
 
     @property
     def plan(self) -> Plan:
@@ -263,10 +266,16 @@ class DepthModel:
         from depthpass_lowering.eager import run
         from depthpass_lowering.state import State
 
-        runtime, plan = self._depth, self._depth.plan
+        runtime = self._depth
         names = signature_names(type(self)._stock_forward)
         call = normalise(self, names, arguments)
         warn_frozen(self)
+        groups = runtime.plans.running(self, call)
+        plan = runtime.ran = groups[0][0]
+        if call.cache is not None:
+            call.cache.check_program(plan.meaning)
+        if len(groups) > 1:
+            call = without_cache(call, arguments, [p.program for p, _ in groups])
         captured = self._captured(call, names)
         prologue = StockHost(self, captured, ())
         tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
@@ -277,10 +286,13 @@ class DepthModel:
             )
         host = StockHost(self, captured, sides)
         state = call.cache.state if call.cache is not None else State()
-        streams, state = run(
-            plan.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, plan.types,
-            runtime.lowering,
-        )
+        if len(groups) > 1:
+            streams = self._by_rows(groups, captured, hidden, sides, call.valid)
+        else:
+            streams, state = run(
+                plan.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, plan.types,
+                runtime.lowering,
+            )
         if call.keep is not None:
             streams = {name: x[:, call.keep] for name, x in streams.items()}
         outputs = {
@@ -297,6 +309,25 @@ class DepthModel:
             if "past_key_values" in getattr(output, "__dataclass_fields__", {}):
                 output["past_key_values"] = cache
         return output if call.return_dict else output.to_tuple()
+
+    def _by_rows(self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None):
+        """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.state import State
+
+        parts = []
+        for plan, rows in groups:
+            mine = [
+                s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s
+                for s, axis in zip(sides, captured.side_axes)
+            ]
+            streams, _ = run(
+                plan.schedule, StockHost(self, captured, mine), hidden.index_select(0, rows), mine, captured.side_axes,
+                State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
+            )
+            parts.append(streams)
+        back = torch.argsort(torch.cat([rows for _, rows in groups]))
+        return {name: torch.cat([p[name] for p in parts]).index_select(0, back) for name in parts[0]}
 
     def _captured(self, call: Call, names: tuple[str, ...]) -> Capture:
         """The capture for this call signature, made on first use."""
@@ -346,6 +377,8 @@ class DepthModel:
                 "follow and decoding is not what was trained. Use mode='threshold' for generation; with use_cache=False "
                 "the rule is applied afresh to the row so far at every step."
             )
+        if generation_config.use_cache is not False and "length" in self._depth.plan.varies:
+            check_growth(self, model_kwargs, generation_config.max_length)
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise InputError(

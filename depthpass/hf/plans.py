@@ -9,6 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,6 +22,9 @@ from depthpass.passes.base import Context, Pass
 from depthpass.passes.pipeline import apply_spec
 from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import dump_spec, load_spec, spec_hash
+
+if TYPE_CHECKING:
+    from depthpass.hf.inputs import Call
 
 KEPT = 1024
 """Plans that a model remembers, the most recently used ones."""
@@ -35,9 +39,10 @@ class Plan:
     Attributes:
         key: hash of the spec and the chunk: equal for equal plans.
         passes, spec: the passes, and the same as plain data.
-        program: what runs, verified.
+        program: what runs, verified; with loop counts that vary, what runs in evaluation (and at 1024 tokens).
         schedule: its regions.
         chunk: the chunk that was asked for; None = the largest legal one.
+        largest: the program whose new parameters serve every count that can occur.
         types: of every value.
         heads: taps by name: whether they are handed out as logits.
     """
@@ -48,6 +53,7 @@ class Plan:
     program: Program
     schedule: Schedule
     chunk: int | None
+    largest: Program
     types: dict[str, Type] = field(init=False, repr=False)
     heads: dict[str, bool] = field(init=False)
 
@@ -56,12 +62,17 @@ class Plan:
         object.__setattr__(self, "heads", {o["name"]: bool(o["head"]) for o in self.program.taps})
 
     def __reduce__(self):
-        return Plan, (self.key, self.passes, self.spec, self.program, self.schedule, self.chunk)
+        return Plan, (self.key, self.passes, self.spec, self.program, self.schedule, self.chunk, self.largest)
 
     @cached_property
     def meaning(self) -> Program:
         """The program without provenance: equal for specs that make the same program."""
         return self.program.without_notes()
+
+    @property
+    def varies(self) -> frozenset[str]:
+        """How loop counts vary: ``drawn`` for each call in training, or with the row's ``length``."""
+        return frozenset(p.varies for p in self.passes if p.varies is not None)
 
     def config(self) -> dict:
         """The entry of a model's config that loads this plan again."""
@@ -78,9 +89,13 @@ def plan(spec, context: Context, chunk: int | None) -> Plan:
     from depthpass_lowering.supported import check_program
 
     passes = load_spec(spec)
-    program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
+    stock = plain(context.model, context.blocks, context.width)
+    program = largest = apply_spec(stock, [p.settled() for p in passes], context)
     check_program(program)
-    return Plan((spec_hash(passes), chunk), passes, dump_spec(passes), program, schedule(program, chunk), chunk)
+    if any(p.varies for p in passes):
+        largest = apply_spec(stock, [p.settled(most=True) for p in passes], context)
+    key = (spec_hash(passes), chunk)
+    return Plan(key, passes, dump_spec(passes), program, schedule(program, chunk), chunk, largest)
 
 
 class Plans:
@@ -128,6 +143,29 @@ class Plans:
         return found
 
 
+    def running(self, model: nn.Module, call: Call) -> list[tuple[Plan, torch.Tensor | None]]:
+        """What a call runs: one plan for all rows, or one for each group of rows (by index) of equal loop counts.
+
+        A count that is drawn is drawn once per call, for all rows.
+        """
+        now = self.current
+        if not now.varies:
+            return [(now, None)]
+        drawn = [p.settled(drawn=model.training) if p.varies == "drawn" else p for p in now.passes]
+        if "length" not in now.varies:
+            return [(self.of(model, drawn, now.chunk), None)]
+        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
+        columns = call.past + tokens.shape[1]
+        counts = [columns] * len(tokens) if call.valid is None else call.valid.sum(-1).tolist()
+        groups: dict[Plan, list[int]] = {}
+        for row, n in enumerate(counts):
+            passes = [p.settled(tokens=n) for p in drawn]
+            groups.setdefault(self.of(model, passes, now.chunk), []).append(row)
+        if len(groups) == 1:
+            return [(next(iter(groups)), None)]
+        return [(made, torch.tensor(rows, device=tokens.device)) for made, rows in groups.items()]
+
+
 _using: ContextVar[Mapping[int, Plan]] = ContextVar("depthpass_using", default=MappingProxyType({}))
 """Plans in force by id of :class:`Plans`, in this thread or task only; never changed in place."""
 
@@ -161,7 +199,7 @@ def check_parameters(model: nn.Module, wanted: Plan) -> None:
     from depthpass.hf.model import depth_module
 
     held = {k: t.shape for k, t in depth_module(model).state_dict().items()}
-    needed = sizes(model, wanted.program)
+    needed = sizes(model, wanted.largest)
     lacking = [k for k, shape in needed.items() if held.get(k) != shape]
     if lacking:
         more = f" and {len(lacking) - 3} more" if len(lacking) > 3 else ""

@@ -75,7 +75,7 @@ def configured(model: nn.Module) -> Iterator[None]:
     """
     plans, before = model._depth.plans, model.config.depthpass
     held = plans.current.config()
-    if sizes(model, plans.current.program) != sizes(model, plans.home.program):
+    if sizes(model, plans.current.largest) != sizes(model, plans.home.largest):
         held["parameters"] = plans.home.spec
     model.config.depthpass = held
     try:

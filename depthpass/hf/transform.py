@@ -104,7 +104,7 @@ def check_one_device(model: nn.Module) -> None:
 
 def install(model: nn.Module, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
-    model.add_module(PREFIX, build(runtime.program, next(model.parameters()), model))
+    model.add_module(PREFIX, build(runtime.plan.largest, next(model.parameters()), model))
     model.depth.train(model.training)
     model._depth = runtime
     drop_capturing_hooks(model)

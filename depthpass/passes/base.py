@@ -81,6 +81,21 @@ class Pass:
             SpecError: naming the field, what was expected, what was given and what to do.
         """
 
+    @property
+    def varies(self) -> Literal["drawn", "length"] | None:
+        """Whether the pass stands for several: its loop count is ``drawn`` in training, or follows the row's ``length``."""
+        return None
+
+    def settled(self, *, tokens: int | None = None, drawn: bool = False, most: bool = False) -> Self:
+        """The pass with a loop count that is a number; itself when it has one.
+
+        Args:
+            tokens: real tokens of the row, for a count that depends on them.
+            drawn: draw the count now, from torch's default generator, instead of taking the one for evaluation.
+            most: the largest count that can be drawn.
+        """
+        return self
+
     def with_loops(self, times: Any) -> Self:
         """The same pass with another number of iterations.
 
