@@ -44,7 +44,7 @@ class Runtime:
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
-        ran: the plan that ran last (of its first rows), for ledgers; never read to decide what runs.
+        ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
     """
 
     plans: Plans
@@ -54,7 +54,7 @@ class Runtime:
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
-    ran: Plan | None = None
+    ran: tuple[tuple[Program, int], ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -258,6 +258,11 @@ class DepthModel:
         return self._depth.plan.schedule
 
     @property
+    def depth_ran(self) -> tuple[tuple[Program, int], ...]:
+        """The programs that the last call ran, with their numbers of rows: counts that are drawn or follow n show here."""
+        return self._depth.ran
+
+    @property
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
@@ -271,7 +276,7 @@ class DepthModel:
         call = normalise(self, names, arguments)
         warn_frozen(self)
         groups = runtime.plans.running(self, call)
-        plan = runtime.ran = groups[0][0]
+        plan = groups[0][0]
         if call.cache is not None:
             call.cache.check_program(plan.meaning)
         if len(groups) > 1:
@@ -300,6 +305,7 @@ class DepthModel:
             for name, x in streams.items() if name == "output" or plan.heads[name]
         }
         output = outputs.pop("output")
+        runtime.ran = tuple((p.program, len(hidden) if rows is None else len(rows)) for p, rows in groups)
         if plan.heads:
             # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
             output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in plan.heads.items()}

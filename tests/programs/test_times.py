@@ -31,7 +31,7 @@ def test_a_range_is_drawn_in_training_and_fixed_in_evaluation():
         torch.manual_seed(seed)
         got = model(**batch).logits
         (t,) = [t for t, want in fixed.items() if torch.equal(got, want)]
-        assert len(model._depth.ran.program.visits) == 2 + t
+        assert [(len(p.visits), rows) for p, rows in model.depth_ran] == [(2 + t, 2)]
         seen.append(t)
         torch.manual_seed(seed)
         assert torch.equal(model(**batch).logits, got)
