@@ -42,6 +42,7 @@ class Plan:
         program: what runs, verified; with loop counts that vary, what runs in evaluation (and at 1024 tokens).
         schedule: its regions.
         chunk: the chunk that was asked for; None = the largest legal one.
+        stack: whether independent visits of one block run as one call when decoding.
         largest: the program whose new parameters serve every count that can occur.
         types: of every value.
         heads: taps by name: whether they are handed out as logits.
@@ -53,6 +54,7 @@ class Plan:
     program: Program
     schedule: Schedule
     chunk: int | None
+    stack: bool
     largest: Program
     types: dict[str, Type] = field(init=False, repr=False)
     heads: dict[str, bool] = field(init=False)
@@ -62,7 +64,7 @@ class Plan:
         object.__setattr__(self, "heads", {o["name"]: bool(o["head"]) for o in self.program.taps})
 
     def __reduce__(self):
-        return Plan, (self.key, self.passes, self.spec, self.program, self.schedule, self.chunk, self.largest)
+        return Plan, (self.key, self.passes, self.spec, self.program, self.schedule, self.chunk, self.stack, self.largest)
 
     @cached_property
     def meaning(self) -> Program:
@@ -79,7 +81,7 @@ class Plan:
         return {"spec": self.spec, **({} if self.chunk is None else {"chunk": self.chunk})}
 
 
-def plan(spec, context: Context, chunk: int | None) -> Plan:
+def plan(spec, context: Context, chunk: int | None, stack: bool = True) -> Plan:
     """Apply a spec; everything that can fail happens here.
 
     Raises:
@@ -95,7 +97,7 @@ def plan(spec, context: Context, chunk: int | None) -> Plan:
     if any(p.varies for p in passes):
         largest = apply_spec(stock, [p.settled(most=True) for p in passes], context)
     key = (spec_hash(passes), chunk)
-    return Plan(key, passes, dump_spec(passes), program, schedule(program, chunk), chunk, largest)
+    return Plan(key, passes, dump_spec(passes), program, schedule(program, chunk, stack), chunk, stack, largest)
 
 
 class Plans:
@@ -134,7 +136,7 @@ class Plans:
         with _MAKING:
             found = self.kept.get(key)
             if found is None:
-                found = plan(spec, context_of(model), chunk)
+                found = plan(spec, context_of(model), chunk, self.home.stack)
                 check_parameters(model, found)
                 self.kept[key] = found
                 while len(self.kept) > KEPT:

@@ -89,7 +89,7 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             not_reentrant(module._gradient_checkpointing_func)
-    return Runtime(Plans(plan(passes, context, chunk)), find_layers(model), position_table(model))
+    return Runtime(Plans(plan(passes, context, chunk, stack)), find_layers(model), position_table(model))
 
 
 def check_one_device(model: nn.Module) -> None:
