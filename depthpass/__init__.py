@@ -30,6 +30,9 @@ _PUBLIC = {
     "load_spec": "depthpass.spec",
     "dump_spec": "depthpass.spec",
     "attach": "depthpass.hf.attach",
+    "logit_lens": "depthpass.analysis.lens",
+    "aligned_targets": "depthpass.losses",
+    "relay_loss": "depthpass.losses",
     "gradients": "depthpass.analysis.gradients",
     **dict.fromkeys(
         ("DepthpassError", "SpecError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError", "InputError",
