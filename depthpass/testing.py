@@ -134,11 +134,13 @@ class _Builder:
         return self.emit("add", self.emit("scale", x, by=0.5), old)
 
     def elementwise(self, x: str) -> str:
-        what = self.pick("scale", "weigh", "rms", "rms_gain", "act", "gated", "sum")
+        what = self.pick("scale", "weigh", "rms", "rms_gain", "act", "gated", "sum", "detach")
         if what == "scale":
             return self.emit("scale", x, by=self.pick(-1.0, 0.25))
         if what == "act":
             return self.emit("act", x, fn=self.pick(*ACTIVATIONS))
+        if what == "detach":
+            return self.emit("detach", x)
         if what == "gated":
             return self.emit("mul", x, self.score(x))
         if what == "sum":

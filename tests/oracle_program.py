@@ -166,9 +166,12 @@ def layer_program(row: Row, layers: Sequence[int]) -> Tensor:
 
 def loop(
     row: Row, start: int, end: int, times: int, *, damped=False, inject=None, state="input", kv="own", adapter=None,
-    noise=None, norms=(),
+    noise=None, norms=(), bptt=None,
 ) -> list[Tensor]:
-    """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last."""
+    """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last.
+
+    ``bptt``: the state that enters the last so many iterations is detached.
+    """
     n, slots = len(row.blocks), {}
     streams = [[] for _ in range(times)]
 
@@ -184,6 +187,7 @@ def loop(
         for t in range(times):
             if t and "loop" in norms:
                 s = row.norm(s)
+            s = s.detach() if bptt is not None and t == times - bptt else s
             x = s + e if inject == "add" and s is not e else s
             if inject == "concat":
                 weight, bias = adapter

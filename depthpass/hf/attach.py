@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from depthpass.errors import SpecError
 from depthpass.hf.model import PREFIX, DepthModel
 from depthpass.hf.parameters import build
 from depthpass.hf.transform import _inner, prepare
+from depthpass.passes.base import Pass
 from depthpass.spec import dump_spec, load_spec, spec_hash
 
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -46,9 +47,10 @@ def attach(model: nn.Module, spec) -> nn.Module:
     passes = load_spec(spec)
     found = attached_spec(inner)
     if found is None:
+        check_fixed(passes)
         runtime = prepare(inner, passes, None)
         made: Any = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
-        made.spec = runtime.spec
+        made.spec = runtime.plan.spec
         inner.add_module(PREFIX, made)
     elif spec_hash(found) != spec_hash(passes):
         raise SpecError(
@@ -57,6 +59,18 @@ def attach(model: nn.Module, spec) -> nn.Module:
         )
     _ATTACHED.add(inner)
     return model
+
+
+def check_fixed(passes: Sequence[Pass]) -> None:
+    """Refuse loop counts that a compiled graph cannot change.
+
+    Raises:
+        SpecError: naming the pass.
+    """
+    for p in passes:
+        if p.varies is not None:
+            raise SpecError(f"{p.label}: expected a fixed loop count, got one that varies; the torch.compile backend compiles "
+                            "one program. Use dp.transform(model, spec).")
 
 
 def attached_spec(model: nn.Module) -> dict | None:

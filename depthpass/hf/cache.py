@@ -14,6 +14,8 @@ from depthpass.errors import CacheError
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
 
+    from depthpass.ir.program import Program
+
 
 class DepthCache(Cache):
     """KV slots and delay lines of one batch of rows, for one transformed model.
@@ -43,6 +45,7 @@ class DepthCache(Cache):
             )
         self._owner = weakref.ref(model)
         self.state: State = State(record=record)
+        self.program: Program | None = None
 
     def __repr__(self) -> str:
         kv, lines = self.state.nbytes()
@@ -58,6 +61,21 @@ class DepthCache(Cache):
                 "past_key_values: this DepthCache belongs to another model. Make one with dp.DepthCache(model), "
                 "or let generate() make it."
             )
+
+    def check_program(self, now: Program) -> None:
+        """Raise CacheError unless the program that runs now has filled the cache."""
+        if self.state.length and self.program is not now and self.program != now:
+            raise CacheError(
+                f"past_key_values: this DepthCache holds {self.state.length} tokens of another program of this model "
+                f"({len(self.program.visits)} visits, {len(self.program.slots)} slots; now {len(now.visits)} visits, "
+                f"{len(now.slots)} slots): the model was switched after it was filled, or its loop count is drawn or follows "
+                "the row's tokens. Switch back, fix the count with dp.using, or make a new cache with dp.DepthCache(model) "
+                "and run the prompt again."
+            )
+
+    def keep(self, program: Program, state: State) -> None:
+        """Take the state that a call of ``program`` has left."""
+        self.program, self.state = program, state
 
     # What transformers asks of a cache.
 

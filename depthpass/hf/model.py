@@ -20,10 +20,11 @@ from depthpass.capture import Block, Capture, Part, Site, Template, calls, captu
 from depthpass.capture.attention import attention_style, signature_names
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
+from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
 from depthpass.ir.program import Program
-from depthpass.ir.verify import Type, infer
 from depthpass.schedule.regions import Schedule
 
 PREFIX = "depth"
@@ -38,31 +39,33 @@ class Runtime:
     """What a transformed model knows besides its parameters; shared by nothing.
 
     Attributes:
-        spec: the passes that were applied, as a plain mapping.
+        plans: what may run, and which plan does.
         lowering: rung of the ladder that runs serial regions.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
         tokens: compiled steps of one decoded token, by what they were compiled for.
-        heads: taps by name: whether they are handed out as logits.
+        ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
     """
 
-    spec: dict
-    program: Program
-    schedule: Schedule
+    plans: Plans
     layers: str
     position_table: int | None
     lowering: str = "auto"
-    types: dict[str, Type] = field(init=False)
-    heads: dict[str, bool] = field(init=False)
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
+    ran: tuple[tuple[Program, int], ...] = ()
 
-    def __post_init__(self):
-        self.types = infer(self.program)
-        self.heads = {o["name"]: bool(o["head"]) for o in self.program.taps}
+    @property
+    def plan(self) -> Plan:
+        """The plan in force in this thread."""
+        return self.plans.current
+
+    @property
+    def program(self) -> Program:
+        return self.plan.program
 
     def __deepcopy__(self, memo):
         # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
@@ -70,9 +73,14 @@ class Runtime:
         return build(*arguments)
 
     def __reduce__(self):
-        return Runtime, (
-            self.spec, self.program, self.schedule, self.layers, self.position_table, self.lowering
-        )
+        return _runtime, (self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering)
+
+
+def _runtime(home: Plan, default: Plan, *rest) -> Runtime:
+    """A runtime with plans of its own: what is in force for one model says nothing about its copies."""
+    made = Runtime(Plans(home), *rest)
+    made.plans.default = made.plans.kept[default.key] = default
+    return made
 
 
 class BlockCall:
@@ -237,9 +245,11 @@ class DepthModel:
         from depthpass.hf.save import spec_of
         from depthpass.hf.transform import install, prepare
 
-        spec, chunk = spec_of(config, type(self).__name__)
+        spec, chunk, home = spec_of(config, type(self).__name__)
         super().__init__(config, *args, **kwargs)
-        install(self, prepare(self, spec, chunk))
+        install(self, prepare(self, spec if home is None else home, chunk))
+        if home is not None:
+            self._depth.plans.default = self._depth.plans.of(self, spec, chunk)
 
     @property
     def depth_program(self) -> Program:
@@ -247,11 +257,16 @@ class DepthModel:
 
     @property
     def depth_schedule(self) -> Schedule:
-        return self._depth.schedule
+        return self._depth.plan.schedule
+
+    @property
+    def depth_ran(self) -> tuple[tuple[Program, int], ...]:
+        """The programs that the last call ran, with their numbers of rows: counts that are drawn or follow n show here."""
+        return self._depth.ran
 
     @property
     def depth_spec(self) -> dict:
-        return self._depth.spec
+        return self._depth.plan.spec
 
     def _run_program(self, arguments: dict[str, object]):
         """Forward pass of the program; ``arguments`` by the stock forward's parameter names."""
@@ -263,30 +278,43 @@ class DepthModel:
         names = signature_names(type(self)._stock_forward)
         call = normalise(self, names, arguments)
         warn_frozen(self)
+        groups = runtime.plans.running(self, call)
+        plan = groups[0][0]
+        if call.cache is not None:
+            call.cache.check_program(plan.meaning)
+        if len(groups) > 1:
+            call = without_cache(call, arguments, [p.program for p, _ in groups])
         captured = self._captured(call, names)
         state = call.cache.state if call.cache is not None else State()
-        heads, streams, state = advance_token(self, captured, call, state) or self._advance(captured, call, state)
+        heads, streams, state = (
+            advance_token(self, plan, captured, call, state) or self._advance(groups, captured, call, state)
+        )
         outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
         output = outputs.pop("output")
-        if runtime.heads:
+        batch = next(iter(call.tensors.values())).shape[0]
+        runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
+        if plan.heads:
             # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
-            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in runtime.heads.items()}
+            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in plan.heads.items()}
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
-            cache.state = state
+            cache.keep(plan.meaning, state)
             if "past_key_values" in getattr(output, "__dataclass_fields__", {}):
                 output["past_key_values"] = cache
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, captured: Capture, call: Call, state) -> tuple[dict[str, list[Tensor]], dict[str, Tensor], object]:
+    def _advance(self, groups, captured: Capture, call: Call, state):
         """Advance a state by the tokens of a call.
+
+        Args:
+            groups: plans with the rows that run them; one plan for all rows, or no cache.
 
         Returns:
             what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
         """
         from depthpass_lowering.eager import run
 
-        runtime = self._depth
+        runtime, plan = self._depth, groups[0][0]
         prologue = StockHost(self, captured, ())
         tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
@@ -295,17 +323,39 @@ class DepthModel:
                 captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1])
             )
         host = StockHost(self, captured, sides)
-        streams, state = run(
-            runtime.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, runtime.types,
-            runtime.lowering,
-        )
+        if len(groups) > 1:
+            streams = self._by_rows(groups, captured, hidden, sides, call.valid)
+        else:
+            streams, state = run(
+                plan.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, plan.types,
+                runtime.lowering,
+            )
         if call.keep is not None:
             streams = {name: x[:, call.keep] for name, x in streams.items()}
         heads = {
             name: list(host.part(captured.head, call.tensors, x))
-            for name, x in streams.items() if name == "output" or runtime.heads[name]
+            for name, x in streams.items() if name == "output" or plan.heads[name]
         }
         return heads, streams, state
+
+    def _by_rows(self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None):
+        """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.state import State
+
+        parts = []
+        for plan, rows in groups:
+            mine = [
+                s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s
+                for s, axis in zip(sides, captured.side_axes)
+            ]
+            streams, _ = run(
+                plan.schedule, StockHost(self, captured, mine), hidden.index_select(0, rows), mine, captured.side_axes,
+                State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
+            )
+            parts.append(streams)
+        back = torch.argsort(torch.cat([rows for _, rows in groups]))
+        return {name: torch.cat([p[name] for p in parts]).index_select(0, back) for name in parts[0]}
 
     def _captured(self, call: Call, names: tuple[str, ...]) -> Capture:
         """The capture for this call signature, made on first use."""
@@ -355,6 +405,8 @@ class DepthModel:
                 "follow and decoding is not what was trained. Use mode='threshold' for generation; with use_cache=False "
                 "the rule is applied afresh to the row so far at every step."
             )
+        if generation_config.use_cache is not False and "length" in self._depth.plan.varies:
+            check_growth(self, model_kwargs, generation_config.max_length)
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise InputError(
@@ -380,17 +432,18 @@ class DepthModel:
             InputError: ``safe_serialization=False`` was asked for (only safetensors are written), or
                 ``save_directory`` is a file.
         """
-        from depthpass.hf.save import replacing
+        from depthpass.hf.save import configured, replacing
 
         if kwargs.get("safe_serialization") is False:
             raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
                              "only. Leave the argument out.")
-        if not is_main_process or kwargs.get("distributed_checkpoint"):
-            return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
-        with replacing(save_directory) as folder:
-            if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
-                kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
-            super().save_pretrained(folder, is_main_process, *args, **kwargs)
+        with configured(self):
+            if not is_main_process or kwargs.get("distributed_checkpoint"):
+                return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+            with replacing(save_directory) as folder:
+                if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
+                    kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
+                super().save_pretrained(folder, is_main_process, *args, **kwargs)
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)

@@ -17,9 +17,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from depthpass.errors import InputError, SpecError, did_you_mean
 from depthpass.hf.model import PREFIX, depth_class
+from depthpass.hf.plans import sizes
 from depthpass.hf.transform import check_one_device
 
-_FIELDS = ("spec", "chunk")
+_FIELDS = ("spec", "chunk", "parameters")
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
@@ -65,8 +66,26 @@ def from_pretrained(path: str | os.PathLike, **kwargs) -> nn.Module:
     return (model, info) if wanted else model
 
 
-def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | None]:
-    """The spec and the chunk that a config holds.
+@contextmanager
+def configured(model: nn.Module) -> Iterator[None]:
+    """Let a transformed model's config say what is in force here, for the time of a save.
+
+    A model that was switched to a spec with fewer parameters keeps them all, so its config also names the spec that they
+    were made for.
+    """
+    plans, before = model._depth.plans, model.config.depthpass
+    held = plans.current.config()
+    if sizes(model, plans.current.largest) != sizes(model, plans.home.largest):
+        held["parameters"] = plans.home.spec
+    model.config.depthpass = held
+    try:
+        yield
+    finally:
+        model.config.depthpass = before
+
+
+def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | None, dict | None]:
+    """The spec and the chunk that a config holds, and the spec that the parameters were made for if it is another one.
 
     Raises:
         SpecError: it holds none, or something this version does not know.
@@ -83,7 +102,7 @@ def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | No
         if key not in _FIELDS:
             raise SpecError(f"{where}: config.depthpass: unknown field {key!r}.{did_you_mean(key, _FIELDS)} "
                             f"Fields: {', '.join(_FIELDS)}. A newer depthpass may have written it: update depthpass.")
-    return held["spec"], held.get("chunk")
+    return held["spec"], held.get("chunk"), held.get("parameters")
 
 
 def _stock_class(settings: dict, where: str) -> type:

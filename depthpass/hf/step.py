@@ -13,6 +13,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from depthpass.capture import Block, Capture, Part
 from depthpass.hf.inputs import Call
 from depthpass.hf.model import StockHost, depth_module
+from depthpass.hf.plans import Plan
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
 
 
-def advance_token(model: nn.Module, captured: Capture, call: Call, state: State) -> Advanced | None:
+def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
     """Advance a state by one token with the compiled step, or return None: this call is none for it.
 
     Only the rung ``inductor`` compiles, and only calls of one token behind a cache, without gradients.
@@ -30,7 +31,7 @@ def advance_token(model: nn.Module, captured: Capture, call: Call, state: State)
         as ``DepthModel._advance``.
     """
     runtime = model._depth
-    if runtime.lowering != "inductor" or refusal_of(model, captured, call, state) is not None:
+    if runtime.lowering != "inductor" or refusal_of(model, plan, captured, call, state) is not None:
         return None
     from depthpass_lowering.state import State
     from depthpass_lowering.step import Rooms, StepSlots, capacity
@@ -45,20 +46,21 @@ def advance_token(model: nn.Module, captured: Capture, call: Call, state: State)
     # The compiled code expects the strides it was made for.
     lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
     key = (
-        id(captured), batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
+        id(captured), plan.meaning, batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
         tuple(lines), tuple((n, call.tensors[n].shape) for n in names),
     )
     step = runtime.tokens.get(key)
-    weights = live_tensors(model, captured)
+    weights = live_tensors(model, plan, captured)
     device = rooms.tensors()[0].device
     at = torch.tensor([length], device=device)
     rank = at.expand(batch, 1) if call.valid is None else call.valid[:, :length].sum(-1, keepdim=True)
     inputs = [
-        *(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *rooms.tensors(), *lines.values(),
-        *weights,
+        *(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *rooms.tensors(),
+        *lines.values(), *weights,
     ]
     if step is None:
-        step = runtime.tokens[key] = compile_step(model, captured, names, valid is not None, rooms, list(lines), weights, inputs)
+        step = compile_step(model, plan, captured, names, valid is not None, rooms, list(lines), weights, inputs)
+        runtime.tokens[key] = step
     made = iter(step.run(*inputs))
     rooms.used = length + 1
     heads = {name: [next(made) for _ in range(count)] for name, count in step.heads.items()}
@@ -67,12 +69,12 @@ def advance_token(model: nn.Module, captured: Capture, call: Call, state: State)
     return heads, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
 
 
-def refusal_of(model: nn.Module, captured: Capture, call: Call, state: State) -> str | None:
+def refusal_of(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> str | None:
     """Why a call is not a compiled step, or None."""
     from depthpass_lowering.step import refusal
 
-    runtime, tokens = model._depth, next(iter(call.tensors.values()))
-    visited = {o["index"] for o in runtime.program.visits}
+    tokens = next(iter(call.tensors.values()))
+    visited = {o["index"] for o in plan.program.visits}
     if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record:
         return "not a step behind a cache without gradients"
     wanted = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
@@ -85,7 +87,7 @@ def refusal_of(model: nn.Module, captured: Capture, call: Call, state: State) ->
     if any(slot.columns is not None for slot in state.slots.values()):
         return "a slot holds routed tokens"
     host = StockHost(model, captured, ())
-    return refusal(runtime.program) or next((r for i in sorted(visited) if (r := host.refuses_schedule(i))), None)
+    return refusal(plan.program) or next((r for i in sorted(visited) if (r := host.refuses_schedule(i))), None)
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,13 @@ class CompiledStep:
     streams: tuple[str, ...]
 
 
-def live_tensors(model: nn.Module, captured: Capture) -> list[Tensor]:
+def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor]:
     """Every parameter and buffer that a step reads, once each, as they are now."""
     host = StockHost(model, captured, ())
     found: dict[int, Tensor] = {}
     for part in (captured.prologue, captured.norm, captured.head):
         found |= {id(t): t for t in host.tensors(part, model)}
-    for index in sorted({o["index"] for o in model._depth.program.visits}):
+    for index in sorted({o["index"] for o in plan.program.visits}):
         found |= {id(t): t for t in host.bound(index)[1]}
         for path in host.submodules_of(index):
             module = host.stock_module(index, path)
@@ -155,7 +157,7 @@ class _StepHost(StockHost):
 
 
 def compile_step(
-    model: nn.Module, captured: Capture, names: list[str], padded: bool, rooms: Rooms, lines: list[str],
+    model: nn.Module, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: Rooms, lines: list[str],
     weights: list[Tensor], inputs: list[Tensor],
 ) -> CompiledStep:
     """Trace one token through the program and compile it.
@@ -165,7 +167,6 @@ def compile_step(
     """
     from depthpass_lowering.step import StepRun
 
-    runtime = model._depth
     heads: dict[str, int] = {}
     streams: list[str] = []
 
@@ -181,10 +182,10 @@ def compile_step(
         hidden, *sides = host.part(captured.prologue, tensors, visit=host)
         host.extras = sides
         run = StepRun(
-            runtime.schedule, host, hidden, sides, captured.side_axes, held, state_lines, valid, at, rank, runtime.types
+            plan.schedule, host, hidden, sides, captured.side_axes, held, state_lines, valid, at, rank, plan.types
         )
         out, state = run.run()
-        parts = {n: list(host.part(captured.head, tensors, x)) for n, x in out.items() if n == "output" or runtime.heads[n]}
+        parts = {n: list(host.part(captured.head, tensors, x)) for n, x in out.items() if n == "output" or plan.heads[n]}
         plain = [n for n in out if n not in parts]
         heads.update({n: len(p) for n, p in parts.items()})
         streams[:] = plain

@@ -23,12 +23,10 @@ from depthpass.hf.model import (
     stock_copy,
 )
 from depthpass.hf.parameters import build
+from depthpass.hf.plans import Plans, plan
 from depthpass.hf.watch import drop_capturing_hooks
-from depthpass.ir.program import plain
 from depthpass.passes.base import Context
-from depthpass.passes.pipeline import apply_spec
-from depthpass.schedule.regions import schedule
-from depthpass.spec import dump_spec, load_spec
+from depthpass.spec import load_spec
 
 
 def transform(
@@ -66,7 +64,7 @@ def transform(
     made.__class__ = depth_class(type(inner))
     drop_wrapped_forward(made)
     install(made, runtime)
-    made.config.depthpass = {"spec": runtime.spec, **({} if chunk is None else {"chunk": chunk})}
+    made.config.depthpass = runtime.plan.config()
     return whole
 
 
@@ -91,13 +89,7 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             not_reentrant(module._gradient_checkpointing_func)
-    program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
-    from depthpass_lowering.supported import check_program
-
-    check_program(program)
-    return Runtime(
-        dump_spec(passes), program, schedule(program, chunk, stack), find_layers(model), position_table(model)
-    )
+    return Runtime(Plans(plan(passes, context, chunk, stack)), find_layers(model), position_table(model))
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -112,7 +104,7 @@ def check_one_device(model: nn.Module) -> None:
 
 def install(model: nn.Module, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
-    model.add_module(PREFIX, build(runtime.program, next(model.parameters()), model))
+    model.add_module(PREFIX, build(runtime.plan.largest, next(model.parameters()), model))
     model.depth.train(model.training)
     model._depth = runtime
     drop_capturing_hooks(model)

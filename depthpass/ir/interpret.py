@@ -127,6 +127,8 @@ class Interpretation:
                 return normed if weight is None else normed * weight
             case "norm":
                 return self.norm(args[0])
+            case "detach":
+                return args[0].detach()
             case "select":
                 return self._select(o, args)
         raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters or noise, or pads.")

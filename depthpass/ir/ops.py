@@ -28,6 +28,7 @@ gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
 pad, trim    append m pad tokens to every row, drop them again
 select       of T candidate streams with exit gates, the first whose cumulative exit probability reaches ``cdf``
+detach       the same stream, through which no gradient flows back
 tap          name a stream so that it is handed out with the outputs (``head true``: as logits)
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
@@ -130,6 +131,7 @@ OPS: dict[str, OpDef] = {
         _def("trim", "tokens", tokens=_REQ_INT, token_local=False),
         _def("select", "rule", (2, None), rule=AttrDef(str, required=True, choices=("cdf",)),
              cdf=AttrDef(float, required=True)),
+        _def("detach"),
         _def("tap", "name", name=_REQ_NAME, head=AttrDef(bool, False), defines=False),
         _def("output", defines=False),
     )

@@ -110,6 +110,25 @@ class Program:
     def taps(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "tap")
 
+    @cached_property
+    def stopped(self) -> frozenset[str]:
+        """Values that no gradient reaches: whatever the outputs depend on through a ``detach`` only."""
+        if all(o.kind != "detach" for o in self.ops):
+            return frozenset()
+        writers = {writes_slot(o): o.name for o in self.visits}
+        reached: set[str] = set()
+        todo = [a for o in self.ops if not o.name for a in o.args]
+        while todo:
+            o = self.defs[todo.pop()]
+            if o.name in reached:
+                continue
+            reached.add(o.name)
+            if o.kind != "detach":
+                todo += o.args
+            if o.kind == "block":
+                todo += [writers[s] for s in reads_slots(o)]
+        return frozenset(o.name for o in self.ops if o.name and o.name not in reached)
+
     def users(self, name: str) -> tuple[Op, ...]:
         """Ops that read a value."""
         return tuple(o for o in self.ops if name in o.args)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from depthpass.errors import SpecError
 from depthpass.ir.program import Program
@@ -53,11 +53,13 @@ class Pass:
         numerics: what the pass may do to the numbers when its new parameters are at their initial values or its
             options at their identity setting is said in its docstring; this is what it does in general.
         shown: options that provenance comments show even at their defaults.
+        loop_field: the option that counts iterations, which :func:`depthpass.set_loops` changes; None = no loop.
     """
 
     name: ClassVar[str] = ""
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ()
+    loop_field: ClassVar[str | None] = None
 
     def __post_init__(self) -> None:
         types = self.field_types()
@@ -78,6 +80,31 @@ class Pass:
         Raises:
             SpecError: naming the field, what was expected, what was given and what to do.
         """
+
+    @property
+    def varies(self) -> Literal["drawn", "length"] | None:
+        """Whether the pass stands for several: its loop count is ``drawn`` in training, or follows the row's ``length``."""
+        return None
+
+    def settled(self, *, tokens: int | None = None, drawn: bool = False, most: bool = False) -> Self:
+        """The pass with a loop count that is a number; itself when it has one.
+
+        Args:
+            tokens: real tokens of the row, for a count that depends on them.
+            drawn: draw the count now, from torch's default generator, instead of taking the one for evaluation.
+            most: the largest count that can be drawn.
+        """
+        return self
+
+    def with_loops(self, times: Any) -> Self:
+        """The same pass with another number of iterations.
+
+        Raises:
+            SpecError: it has no iterations, or cannot have that many.
+        """
+        if self.loop_field is None:
+            raise SpecError(f"{self.name}: expected a pass with a loop count, got one without.")
+        return replace(self, **{self.loop_field: times})
 
     def apply(self, program: Program, ctx: Context) -> Program:
         """Return the rewritten program; pure.

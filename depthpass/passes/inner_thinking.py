@@ -50,6 +50,7 @@ class InnerThinking(Pass):
     name: ClassVar[str] = "inner_thinking"
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("steps",)
+    loop_field: ClassVar[str | None] = "steps"
 
     layers: tuple[int, ...] | None = None
     steps: int = 3

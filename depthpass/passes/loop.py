@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.layer_program import check_range
 from depthpass.passes.streams import Builder, straight, with_slots
+from depthpass.passes.times import SHOWN, count_at, draw
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,15 @@ class Loop(Pass):
     Args:
         start: first position of the core.
         end: one past its last position; None = the end of the stack.
-        times: T.
+        times: T. A range ``[low, high]`` is drawn from for every call in training mode, as in Huginn:
+            r ~ Poisson(LogNormal(ln mean - sigma^2/2, sigma)) + 1, clipped to the range; evaluation takes ``eval_times``.
+            An expression in n, the real tokens of a row, such as ``ceil(2*log2(n)**1)`` gives each row its own T (at least
+            1); a cache holds rows of one T and refuses tokens that would change it.
+        mean: of the rate that is drawn; None = the middle of the range less one, so that r is in the middle on average.
+        sigma: standard deviation of its logarithm.
+        eval_times: T outside of training when it is drawn; None = the rounded mean plus one.
+        bptt: gradients flow through the last so many iterations only: the state that enters them is detached. (Keys
+            that iterations share stay attached.)
         damped: add 1/T of the change of each iteration only.
         inject: give e to every iteration: ``add`` it to s, or ``concat`` both through a learned adapter.
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
@@ -59,10 +68,11 @@ class Loop(Pass):
     name: ClassVar[str] = "loop"
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("times",)
+    loop_field: ClassVar[str | None] = "times"
 
     start: int = 0
     end: int | None = None
-    times: int = 2
+    times: int | tuple[int, int] | str = 2
     damped: bool = False
     inject: Literal["add", "concat"] | None = None
     state: Literal["input", "zeros", "noise"] = "input"
@@ -75,12 +85,16 @@ class Loop(Pass):
     normalize: Literal["last", "loop"] = "last"
     out_norm: bool = False
     scope: str = "loop"
+    mean: float | None = None
+    sigma: float = 0.5
+    eval_times: int | None = None
+    bptt: int | None = None
 
     def validate(self) -> None:
         require(self.start >= 0, "loop.start", "a position of at least 0", self.start)
         require(self.end is None or self.end > self.start, "loop.end", f"a position above start={self.start}", self.end,
                 "Ranges are half-open.")
-        require(self.times >= 1, "loop.times", "at least 1", self.times)
+        self._check_times()
         require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
                 f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
@@ -89,11 +103,58 @@ class Loop(Pass):
         known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last") and not count
         require(known, "loop.kv", "own, first, last or mod:k", self.kv)
         require(self.exit is None or 0 < self.exit <= 1, "loop.exit", "a probability in (0, 1]", self.exit)
-        require(self.exit is None or self.times > 1, "loop.times", "at least 2 with an exit", self.times)
+        least = self.times if isinstance(self.times, int) else self.times[0] if isinstance(self.times, tuple) else 1
+        require(self.exit is None or least > 1, "loop.times", "at least 2 with an exit", self.times)
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
         require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
 
+    def _check_times(self) -> None:
+        times = self.times
+        if isinstance(times, tuple):
+            low, high = times
+            require(1 <= low <= high, "loop.times", "a range [low, high] with 1 <= low <= high", list(times))
+        elif isinstance(times, str):
+            count_at(times, SHOWN)
+            for name in ("taps", "exit", "lora_rank"):
+                value = getattr(self, name)
+                require(not value, f"loop.{name}", f"nothing beside times={times!r}", value,
+                        "Rows of one batch would have different ones. Use a number or a range.")
+        else:
+            require(times >= 1, "loop.times", "at least 1", times)
+        for name in ("mean", "eval_times"):
+            value = getattr(self, name)
+            require(value is None or isinstance(times, tuple), f"loop.{name}", "a range of times beside it", times)
+        require(self.sigma == 0.5 or isinstance(times, tuple), "loop.sigma", "a range of times beside it", times)
+        require(self.mean is None or self.mean > 0, "loop.mean", "a positive number", self.mean)
+        require(self.sigma >= 0, "loop.sigma", "at least 0", self.sigma)
+        require(self.eval_times is None or self.eval_times >= 1, "loop.eval_times", "at least 1", self.eval_times)
+        require(self.bptt is None or self.bptt >= 1, "loop.bptt", "at least 1 iteration", self.bptt)
+
+    @property
+    def varies(self) -> Literal["drawn", "length"] | None:
+        return "drawn" if isinstance(self.times, tuple) else "length" if isinstance(self.times, str) else None
+
+    def with_loops(self, times: int | tuple[int, int] | str) -> Self:
+        """Another T; what belongs to a range of them goes with it."""
+        if isinstance(times, tuple | list | range):
+            return replace(self, times=times)
+        return replace(self, times=times, mean=None, sigma=0.5, eval_times=None)
+
+    def settled(self, *, tokens: int | None = None, drawn: bool = False, most: bool = False) -> Self:
+        if isinstance(self.times, int):
+            return self
+        if isinstance(self.times, str):
+            return replace(self, times=count_at(self.times, SHOWN if tokens is None else tokens))
+        low, high = self.times
+        # Poisson(0) + 1 = 1: a mean of next to nothing stands for ranges around 1.
+        mean = max((low + high) / 2 - 1, 1e-6) if self.mean is None else self.mean
+        fixed = self.eval_times or min(max(round(mean) + 1, low), high)
+        times = max(high, fixed) if most else draw(mean, self.sigma, low, high) if drawn else fixed
+        return replace(self, times=times, mean=None, sigma=0.5, eval_times=None)
+
     def apply(self, program: Program, ctx: Context) -> Program:
+        if not isinstance(self.times, int):
+            return self.settled().apply(program, ctx)
         if self.kv not in ("own", "first"):
             raise PassError(f"loop.kv: the policy {self.kv!r} is not supported yet: what it reads depends on how the "
                             "tokens were split into calls, which a program does not say. Use own or first.")
@@ -127,6 +188,8 @@ class Loop(Pass):
         for t in range(self.times):
             if t and self.normalize == "loop":
                 s = build.norm(s)
+            if t and self.times - t == self.bptt:
+                s = build.emit("detach", s)
             x = self._injected(build, s, e)
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}

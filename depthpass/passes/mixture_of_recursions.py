@@ -49,6 +49,7 @@ class MixtureOfRecursions(Pass):
     name: ClassVar[str] = "mixture_of_recursions"
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("recursions",)
+    loop_field: ClassVar[str | None] = "recursions"
 
     start: int = 1
     end: int | None = None

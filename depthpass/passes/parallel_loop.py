@@ -48,6 +48,7 @@ class ParallelLoop(Pass):
     name: ClassVar[str] = "parallel_loop"
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("loops",)
+    loop_field: ClassVar[str | None] = "loops"
 
     loops: int = 2
     window: int = 64

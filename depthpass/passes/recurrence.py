@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Self
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Program
@@ -31,8 +32,13 @@ class IntraLayerRecurrence(Pass):
 
     name: ClassVar[str] = "intra_layer_recurrence"
     numerics: ClassVar[Numerics] = "changing"
+    loop_field: ClassVar[str | None] = "reuse"
 
     reuse: tuple[int, ...]
+
+    def with_loops(self, times: int | Sequence[int]) -> Self:
+        """One count per visit, or one number for every visit."""
+        return replace(self, reuse=(times,) * len(self.reuse) if isinstance(times, int) else times)
 
     def validate(self) -> None:
         require(len(self.reuse) > 0 and min(self.reuse) >= 1, "intra_layer_recurrence.reuse", "counts of at least 1",
@@ -65,6 +71,7 @@ class Repeat(Pass):
     name: ClassVar[str] = "repeat"
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("times",)
+    loop_field: ClassVar[str | None] = "times"
 
     start: int
     end: int

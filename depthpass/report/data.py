@@ -28,7 +28,7 @@ def to_dict(report: Report) -> dict[str, Any]:
         "seq_len": {"value": report.seq_len, "unit": "tokens per row"},
         "batch": {"value": report.batch, "unit": "rows"},
         "program": str(report.program),
-        "depth": {name or "output": _depth(report, d) for name, d in report.depths.items()},
+        "depth": {name or "output": _depth(report, name, d) for name, d in report.depths.items()},
         "numbers": {x.key: _number(x, s.title) for s in report.sections for x in s.numbers},
         "regions": [
             {"schedule": "serial" if r.serial else "parallel", "chunk": r.chunk, "largest_chunk": r.limit,
@@ -62,9 +62,9 @@ def to_dict(report: Report) -> dict[str, Any]:
     return found
 
 
-def _depth(report: Report, d: Depth) -> dict[str, Any]:
+def _depth(report: Report, name: str | None, d: Depth) -> dict[str, Any]:
     return {
-        "formula": format_formula(d.formula),
+        "formula": format_formula(report.depth if name is None else d.formula),
         "at_n": d.at(report.seq_len),
         "rate": as_json(d.rate),
         "unit": "block visits",

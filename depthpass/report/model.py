@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
     from depthpass.analysis.tasks import Sufficiency, TaskDAG
     from depthpass.hf.facts import ModelFacts
+    from depthpass.report.lengths import Lengths
 
 PATH_STEPS = 2000
 """Visits of the critical path that a report keeps, counted from its end."""
@@ -65,6 +66,7 @@ class Report:
         complexity: what is proven about programs like this one; None when it was not asked for.
         ceilings: of the machine that times are bounded for; None = no times.
         task: a computation held against the depth at n; None when it was not asked for.
+        lengths: how loop counts vary; None when all are fixed. The program is the one at ``seq_len``, in evaluation.
     """
 
     program: Program
@@ -78,6 +80,7 @@ class Report:
     complexity: tuple[Statement, ...] | None = None
     ceilings: Ceilings | None = None
     task: TaskDAG | None = None
+    lengths: Lengths | None = None
 
     @property
     def model(self) -> str:
@@ -86,12 +89,16 @@ class Report:
 
     @property
     def depth(self) -> sympy.Expr:
-        """Depth of the final output in block visits, closed form in n."""
-        return self.depths[None].formula
+        """Depth of the final output in block visits, closed form in n.
+
+        Where the loop count follows n and the depth is not affine in it: the form at the loop count of ``seq_len``.
+        """
+        found = None if self.lengths is None else self.lengths.formula
+        return self.depths[None].formula if found is None else found
 
     def depth_at(self, n: int) -> int:
         """Depth of the final output for a row of n tokens, in block visits."""
-        return self.depths[None].at(n)
+        return self.depths[None].at(n) if self.lengths is None else self.lengths.depth_at(n)
 
     @property
     def visits(self) -> int:
@@ -286,6 +293,7 @@ def build_report(
     spec: Mapping[str, Any] | None = None,
     ceilings: Ceilings | None = None,
     task: TaskDAG | None = None,
+    lengths: Lengths | None = None,
 ) -> Report:
     """Analyse a program and collect the results.
 
@@ -299,6 +307,7 @@ def build_report(
         spec: the passes that made the program, as plain data.
         ceilings: of a machine, for lower bounds of times; needs ``cost``.
         task: a computation to hold against the depth.
+        lengths: how loop counts vary, for a spec in which they do.
 
     Raises:
         SpecError: a length or batch below 1, or facts of another model.
@@ -317,7 +326,7 @@ def build_report(
     outputs = [None, *(o["name"] for o in program.taps)]
     depths = {name: depth(program, name) for name in outputs}
     proven = None if complexity is None else tuple(complexity)
-    return Report(program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task)
+    return Report(program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths)
 
 
 def segments(steps: Sequence[Step]) -> tuple[Segment, ...]:

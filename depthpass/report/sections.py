@@ -61,10 +61,17 @@ def _model(report: Report) -> Section:
 def _depth(report: Report) -> Section:
     n, main = report.seq_len, report.depths[None]
     blocks = report.program.blocks
+    varying = report.lengths
+    whole = varying is None or varying.formula is not None or not varying.follows_length
+    exact = "exact for every n of at least 1" if whole else f"at the loop count of n = {n} only"
     found = [
-        Number("depth", "depth", _formula(report, None), "block visits", "exact for every n of at least 1"),
+        Number(f"loops.{name}", f"iterations of {name}", rule, "") for name, rule in (varying.rules if varying else ())
+    ]
+    found += [
+        Number("depth", "depth", _formula(report, None), "block visits", exact),
         Number("depth_at_n", f"depth at n = {n}", main.at(n), "block visits", stock=blocks),
-        Number("depth_rate", "growth", main.rate, "block visits per token", "in the long run"),
+        Number("depth_rate", "growth", main.rate, "block visits per token",
+               "in the long run" if varying is None else "in the long run, at this loop count"),
     ]
     counted: tuple[tuple[Literal["attention", "mlp"], str], ...] = (("attention", "attention layers"), ("mlp", "MLPs"))
     for weight, unit in counted:
@@ -80,7 +87,7 @@ def _depth(report: Report) -> Section:
 
 
 def _formula(report: Report, output: str | None) -> str:
-    text = format_formula(report.depths[output].formula)
+    text = format_formula(report.depth if output is None else report.depths[output].formula)
     if len(text) <= FORMULA_LIMIT:
         return text
     rate = report.depths[output].rate

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
     from depthpass.analysis.tasks import TaskDAG
     from depthpass.hf.facts import ModelFacts
+    from depthpass.report.lengths import Lengths
     from depthpass.spec import SpecLike
 
 
@@ -103,6 +104,9 @@ class Subject:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name}: expected an integer of at least 1, got {value!r}.")
         made, plan = self.program(spec, program)
+        varying = None if plan is None or self.stock is None else self._lengths(plan)
+        if varying is not None:
+            made = varying.at(seq_len)
         chunk = chunk if chunk is not None or self.own is None else self.own[2]
         regions, counted = schedule(made, chunk), None
         if cost and self.cost is not None:
@@ -110,17 +114,32 @@ class Subject:
 
             counted = count(made, self.cost, chunk=chunk)
         precision = self.facts.dtype if self.facts is not None else "fixed"
+        claims = proven(made, precision, 1 if varying is None else varying.loops)
         return build_report(
-            made, regions, self.facts, seq_len, batch, counted, proven(made, precision), spec=plan, ceilings=ceilings,
-            task=task,
+            made, regions, self.facts, seq_len, batch, counted, claims, spec=plan, ceilings=ceilings, task=task,
+            lengths=varying,
         )
 
+    def _lengths(self, plan: dict[str, Any]) -> Lengths | None:
+        from depthpass.hf.transform import context_of
+        from depthpass.passes import apply_spec
+        from depthpass.report.lengths import lengths
+        from depthpass.spec import load_spec
 
-def proven(program: Program, precision: str) -> list[Statement]:
-    """What is proven about programs of this kind; a program has a fixed number of loops and pads."""
+        ctx = context_of(self.stock)
+        stock = plain(ctx.model, ctx.blocks, ctx.width)
+        return lengths(load_spec(plan), lambda passes: apply_spec(stock, list(passes), ctx))
+
+
+def proven(program: Program, precision: str, loops: Any = 1) -> list[Statement]:
+    """What is proven about programs of this kind.
+
+    Args:
+        loops: loop count in n; any constant is as good as 1.
+    """
     from depthpass.analysis.complexity import complexity
     from depthpass.ir import infer
 
     kinds = {o.kind for o in program.ops}
     pads = infer(program)[program.output].pads
-    return complexity(1, pads, precision, delay_edges="delay" in kinds, token_routing="route" in kinds)
+    return complexity(loops, pads, precision, delay_edges="delay" in kinds, token_routing="route" in kinds)

@@ -174,7 +174,7 @@ def planned(
     model: nn.Module, owner: Any, settings: Options, arguments: Sequence[Any]
 ) -> tuple[nn.Module, Program, Schedule]:
     """The new parameters, the program and its schedule."""
-    from depthpass.hf.attach import attached_spec
+    from depthpass.hf.attach import attached_spec, check_fixed
     from depthpass.hf.inputs import warn_frozen
     from depthpass.hf.transform import context_of
     from depthpass_lowering.supported import check_program
@@ -192,6 +192,7 @@ def planned(
             "options.spec: expected the spec that is attached to the model, got another one. Leave 'spec' out, or del "
             "model.depth and attach the new one."
         )
+    check_fixed(passes)
     context = context_of(model)
     program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
     check_program(program)

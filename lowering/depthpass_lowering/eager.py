@@ -260,6 +260,8 @@ class Run:
             return args[2].scatter(args[0], args[1], o["mode"])
         if kind == "select":
             return _select(args, o["cdf"])
+        if kind == "detach":
+            return args[0].detach()
         if kind == "output":
             self.out["output"] = args[0]
             return None
@@ -272,7 +274,9 @@ class Run:
         self._check_lora(o)
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.read)
         visit.hidden = x
-        y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
+        # Truncated backpropagation: what no gradient reaches is run without recording it.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and o.name not in self.program.stopped):
+            y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
         visit.commit()
         return y
 

@@ -107,26 +107,9 @@ def test_only_the_response_counts():
         model(input_ids=batch["input_ids"]).logits.detach().square().mean()))
 
 
-def looped_program():
-    from depthpass.ir import parse_program
-
-    return parse_program("\n".join([
-        "program LlamaForCausalLM blocks=4 width=32", "%0 = embed", "%1 = block 0 (%0) slot 0",
-        "%2 = block 1 (%1) slot 1", "%3 = block 2 (%2) slot 2", "%4 = block 1 (%3) slot 3", "%5 = block 2 (%4) slot 4",
-        "%6 = block 3 (%5) slot 5", "%7 = norm (%6)", "output %7",
-    ]))
-
-
 def test_visits_of_a_looped_program_add_up_to_grad():
     model, batch = zoo.model("llama", dtype=torch.float64), labelled()
-    looped = dp.transform(model, dp.TurboConn(bridges=((2, 0),), group=3, rank=4))
-    # The same model with its program replaced by one that visits blocks 1 and 2 twice.
-    from depthpass.ir import infer
-    from depthpass.schedule import schedule
-
-    runtime = looped._depth
-    runtime.program = looped_program()
-    runtime.schedule, runtime.types = schedule(runtime.program), infer(runtime.program)
+    looped = dp.transform(model, dp.LayerProgram([0, 1, 2, 1, 2, 3]))
     grads = backward(looped, batch)
     report = gradients(looped, batch, keep=True)
     names = {"1": 0, "2": 1, "3": 2, "4": 1, "5": 2, "6": 3}

@@ -25,6 +25,7 @@ def one_capture(kept):
         key = (
             repr(sorted(settings.items(), key=str)), type(model), model.training, next(model.parameters()).dtype,
             tuple((n, t.dtype, t.dim()) for n, t in sorted(tensors.items())), tuple(static),
+            tuple(n for n, _ in model.named_parameters()),
         )
         if key not in kept:
             kept[key] = real(model, tensors, static)

@@ -130,7 +130,8 @@ class _Builder:
         if self.trainable == "none":
             return {}
         times = 2 if self.trainable == "all" else 1
-        found: dict[str, sp.Expr] = {"new": 2 * self.new.flops}
+        stopped = self.program.stopped
+        found: dict[str, sp.Expr] = {"new": 2 * _sum(e for k, e in self.new.by_op.items() if k not in stopped)}
         for part, repeats in self.around[1:]:
             _add(found, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times * repeats)
         for v in self.visits:
@@ -145,7 +146,7 @@ class _Builder:
         if self.trainable == "none":
             return frozenset()
         if self.trainable == "all":
-            return frozenset(o.name for o in self.program.ops if o.name)
+            return frozenset(o.name for o in self.program.ops if o.name) - self.program.stopped
         readers: dict[str, list[str]] = {}
         for d in dependences(self.program):
             readers.setdefault(d.source, []).append(d.target)
@@ -156,7 +157,7 @@ class _Builder:
             if name not in seen:
                 seen.add(name)
                 todo += readers.get(name, [])
-        return frozenset(seen)
+        return frozenset(seen) - self.program.stopped
 
     def _decode(self, expected: bool) -> dict[str, sp.Expr]:
         found: dict[str, sp.Expr] = {"new": self.new.decode_flops(expected)}

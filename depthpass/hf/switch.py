@@ -1,0 +1,159 @@
+"""Change the program of a live model: other loop counts, other layer programs, per request.
+
+A switch makes no parameters, copies no weights and captures nothing: captures are of the stock blocks, which every
+program shares. Parameters keep their identity, so optimizer state and ``.grad`` survive. Programs are made once per spec
+and remembered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from depthpass.errors import SpecError, did_you_mean
+from depthpass.hf.model import DepthModel, depth_module
+from depthpass.hf.plans import Plan, Plans, Using
+from depthpass.passes.base import Pass
+
+if TYPE_CHECKING:
+    from depthpass.spec import SpecLike
+
+_SAME = object()
+
+
+def switch(model: nn.Module, spec: SpecLike, *, chunk: Any = _SAME) -> nn.Module:
+    """Let a transformed model run another spec from now on; returns the model.
+
+    Caches that were filled before are refused afterwards, unless the two specs make the same program; switching back is
+    free. ``save_pretrained`` saves the spec in force.
+
+    Args:
+        model: a transformed model, inside a PEFT wrapper or not.
+        spec: a pass, a list of passes, or their YAML/JSON form; ``Identity()`` for the stock model.
+        chunk: chunks of serial regions, as in :func:`depthpass.transform`; left out = as before where that is legal.
+
+    Raises:
+        SpecError: the model is not transformed, or the spec needs new parameters that it does not have; nothing changed.
+        PassError, LoweringError: the spec cannot be applied, or not be run; nothing changed.
+    """
+    inner = _transformed(model, "switch")
+    plans = inner._depth.plans
+    _adopt(inner, plans, _plan(inner, plans, spec, chunk))
+    return model
+
+
+def using(model: nn.Module, spec: SpecLike, *, chunk: Any = _SAME) -> AbstractContextManager[Plan]:
+    """Let a transformed model run another spec inside a ``with`` block, in this thread or task only::
+
+        with dp.using(model, dp.LayerProgram([0, 1, 1, 2])):
+            model.generate(ids)
+
+    Blocks nest, and threads that run one model with different specs at the same time do not see each other's. A thread
+    that is *started* inside a block starts with the model's own spec: open the block in the thread that runs the model.
+
+    Arguments and errors are those of :func:`switch`; nothing is changed when they are raised.
+    """
+    inner = _transformed(model, "using")
+    plans = inner._depth.plans
+    return Using(plans, _plan(inner, plans, spec, chunk))
+
+
+def set_loops(model: nn.Module, times: int | Sequence[int] | str, *, scope: str | int | None = None) -> nn.Module:
+    """Change the loop count of a live transformed model; returns the model.
+
+    Acts on the one pass of the spec that counts iterations: ``loop``, ``repeat``, ``parallel_loop``,
+    ``intra_layer_recurrence``, ``mixture_of_recursions``, ``inner_thinking``. Nothing is captured again, parameters keep
+    their identity, optimizers their state.
+
+    Args:
+        model: a transformed model, inside a PEFT wrapper or not.
+        times: T, at least 1, or whatever else the pass takes there. For ``intra_layer_recurrence`` one count per visit, or
+            one number for all of them.
+        scope: which pass, when the spec has several: its ``scope``, its name, or its place in the spec (from 0).
+
+    Raises:
+        SpecError: the model is not transformed, its spec has no loop or several, the count is not possible, or its
+            per-visit parameters (a LoRA for each iteration) do not exist; nothing has been changed.
+    """
+    inner = _transformed(model, "set_loops")
+    plans = inner._depth.plans
+    passes = list(plans.current.passes)
+    at = _loop(passes, scope)
+    passes[at] = passes[at].with_loops(times)
+    _adopt(inner, plans, _plan(inner, plans, passes, _SAME))
+    return model
+
+
+def loops_of(model: nn.Module, *, scope: str | int | None = None) -> Any:
+    """The loop count in force: an int, or what the pass was given instead of one.
+
+    Raises:
+        SpecError: as :func:`set_loops`.
+    """
+    passes = _transformed(model, "loops_of")._depth.plans.current.passes
+    found = passes[_loop(passes, scope)]
+    return getattr(found, str(found.loop_field))
+
+
+def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:
+    if chunk is not _SAME:
+        return plans.of(inner, spec, chunk)
+    before = plans.current.chunk
+    if before is not None:
+        # A chunk is a choice of speed: a program whose delays are shorter runs in its own largest chunks.
+        try:
+            return plans.of(inner, spec, before)
+        except SpecError as error:
+            if not str(error).startswith("chunk:"):
+                raise
+    return plans.of(inner, spec, None)
+
+
+def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
+    if plans.borrowed:
+        raise SpecError("a switch inside a dp.using block would end with it. Open another dp.using block instead.")
+    plans.default = wanted
+    inner.config.depthpass = wanted.config()
+    depth_module(inner).text = str(wanted.program)
+
+
+def _loop(passes: Sequence[Pass], scope: str | int | None) -> int:
+    """Place of the pass that counts iterations."""
+    found = [i for i, p in enumerate(passes) if p.loop_field is not None]
+    spec = ", ".join(p.label for p in passes)
+    if not found:
+        raise SpecError(f"set_loops: expected a spec with a loop, got {spec}. Call dp.switch(model, spec) with one.")
+    if scope is None:
+        if len(found) > 1:
+            names = ", ".join(repr(_names(passes[i])[0]) for i in found)
+            raise SpecError(f"set_loops: the spec has {len(found)} loops ({spec}). Say which with scope=, one of {names}, "
+                            f"or its place in the spec, one of {', '.join(map(str, found))}.")
+        return found[0]
+    if isinstance(scope, int) and not isinstance(scope, bool):
+        if scope not in found:
+            raise SpecError(f"set_loops.scope: expected the place of a loop in the spec, one of {found}, got {scope}.")
+        return scope
+    named = [i for i in found if scope in _names(passes[i])]
+    if len(named) != 1:
+        known = sorted({n for i in found for n in _names(passes[i])})
+        if named:
+            raise SpecError(f"set_loops.scope: {scope!r} fits {len(named)} passes; give the place in the spec, one of {named}.")
+        raise SpecError(f"set_loops.scope: expected one of {', '.join(known)}, got {scope!r}."
+                        f"{did_you_mean(str(scope), known)}")
+    return named[0]
+
+
+def _names(p: Pass) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((str(getattr(p, "scope", p.name)), p.name)))
+
+
+def _transformed(model: nn.Module, who: str) -> Any:
+    base = getattr(model, "get_base_model", None)
+    inner = base() if callable(base) else model
+    if not isinstance(inner, DepthModel):
+        raise SpecError(f"{who}: expected a transformed model, got a stock {type(inner).__name__}. Call "
+                        "dp.transform(model, spec) first.")
+    return inner

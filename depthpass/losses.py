@@ -1,0 +1,115 @@
+"""Losses on taps: RELAY's iteration-wise supervision (arXiv 2502.08482)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from depthpass.errors import InputError
+
+Rounds = Sequence[Sequence[Sequence[int] | Tensor]]
+
+
+def aligned_targets(
+    rounds: Rounds, columns: int, *, pad: int = 0, attention_mask: Tensor | None = None, iterations: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Targets of every iteration: round t of a row, right-aligned to the row's real tokens and padded on the left.
+
+    The mask keeps the real tokens of a round and the last pad before them (the model has to learn where a round begins).
+    Iterations that a row has no round for are masked out.
+
+    Args:
+        rounds: per row its rounds in order, each a list of token ids.
+        columns: columns of the batch.
+        pad: id that fills a round up.
+        attention_mask: ``[rows, columns]``; None = no padding in the inputs.
+        iterations: T; None = as many as the row with most rounds.
+
+    Returns:
+        targets and mask, ``[T, rows, columns]`` each.
+
+    Raises:
+        InputError: more rounds than iterations, an empty round, or one longer than its row.
+    """
+    most = max((len(r) for r in rounds), default=0)
+    times = most if iterations is None else iterations
+    if most == 0 or most > times:
+        raise InputError(f"rounds: expected 1 to {times} rounds per row, got {most}. A row needs at most as many rounds as the "
+                         "model has iterations.")
+    if attention_mask is not None and tuple(attention_mask.shape) != (len(rounds), columns):
+        raise InputError(f"attention_mask: expected shape {(len(rounds), columns)}, got {tuple(attention_mask.shape)}.")
+    device = None if attention_mask is None else attention_mask.device
+    targets = torch.full((times, len(rounds), columns), pad, dtype=torch.long, device=device)
+    mask = torch.zeros_like(targets, dtype=torch.bool)
+    for row, listed in enumerate(rounds):
+        real = torch.arange(columns) if attention_mask is None else attention_mask[row].nonzero().flatten().cpu()
+        for t, given in enumerate(listed):
+            tokens = torch.as_tensor(given, dtype=torch.long)
+            if not 0 < len(tokens) <= len(real):
+                raise InputError(f"rounds[{row}][{t}]: expected 1 to {len(real)} tokens (the row's real tokens), got "
+                                 f"{len(tokens)}. Pad the input, or split the round.")
+            at = real[len(real) - len(tokens) :]
+            targets[t, row, at.to(targets.device)] = tokens.to(targets.device)
+            mask[t, row, real[max(0, len(real) - len(tokens) - 1) :].to(mask.device)] = True
+    return targets, mask
+
+
+def relay_loss(
+    taps: Mapping[str, Tensor] | Any,
+    targets: Tensor,
+    mask: Tensor,
+    *,
+    weight: float = 1.0,
+    head: Callable[[Tensor], Tensor] | None = None,
+    scope: str | None = None,
+    reduction: Literal["sum", "mean"] = "sum",
+) -> Tensor:
+    """RELAY's auxiliary loss: weight / T * sum over iterations t of CE(tap t, targets[t]) on the mask.
+
+    Position i of tap t predicts ``targets[t, row, i]``: nothing is shifted. Add the answer's own loss to it::
+
+        out = model(input_ids=ids, labels=answers)
+        targets, mask = dp.aligned_targets(rounds, ids.shape[1], iterations=dp.loops_of(model))
+        (out.loss + dp.relay_loss(out, targets, mask, weight=0.1)).backward()
+
+    Args:
+        taps: a model's output, or its ``taps``: one per iteration, in order.
+        targets, mask: from :func:`aligned_targets`, ``[T, rows, columns]``.
+        weight: lambda.
+        head: a head of its own for the rounds, applied to every tap; None = the taps are logits.
+        scope: first part of the names of the taps to use (``loop`` for ``loop.t1``, ``loop.t2``, ...); None = all taps.
+        reduction: ``sum`` over the masked positions as published, or their ``mean``.
+
+    Raises:
+        InputError: no taps, another number of them than targets, or shapes that do not fit.
+    """
+    found = getattr(taps, "taps", taps)
+    if not isinstance(found, Mapping) or not found or hasattr(found, "to_tuple"):
+        raise InputError("relay_loss: expected taps, got an output without them. Use Loop(..., taps=True), or the pass taps.")
+    chosen = [(k, x) for k, x in found.items() if scope is None or re.fullmatch(rf"{re.escape(scope)}\.\w+", k)]
+    if len(chosen) != len(targets) or targets.shape != mask.shape:
+        raise InputError(f"relay_loss: expected targets and mask for {len(chosen)} taps ({', '.join(k for k, _ in chosen)}), "
+                         f"got shapes {tuple(targets.shape)} and {tuple(mask.shape)}. Pass iterations= to aligned_targets, or "
+                         "scope= to choose taps.")
+    if reduction not in ("sum", "mean"):
+        raise InputError(f"relay_loss: reduction: expected 'sum' or 'mean', got {reduction!r}.")
+    total = None
+    for (name, x), want, keep in zip(chosen, targets, mask):
+        logits = x if head is None else head(x)
+        if logits.shape[:2] != want.shape:
+            raise InputError(f"relay_loss: tap {name} has {tuple(logits.shape[:2])} rows and columns, its targets "
+                             f"{tuple(want.shape)}.")
+        if not bool(keep.any()):
+            continue
+        # float32 as in the stock losses, more if the logits have more.
+        precise = logits[keep].to(torch.promote_types(logits.dtype, torch.float32))
+        loss = F.cross_entropy(precise, want[keep].to(logits.device), reduction=reduction)
+        total = loss if total is None else total + loss
+    if total is None:
+        raise InputError("relay_loss: expected a mask with a token in it, got an empty one.")
+    return weight / len(targets) * total
