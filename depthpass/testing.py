@@ -110,8 +110,10 @@ class _Builder:
                 attrs |= {"gate": f"g{index}", "window": self.draw(st.integers(1, 4)),
                           "gate_input": self.pick("query", "hidden")}
         if "operands" in self.features and self.draw(st.booleans()):
+            timed = {"clock": "clock", "step": self.pick(0, 3), "base": self.pick(0.0, 1.0)}
             attrs |= self.pick(
-                {"lora": self.fresh_parameter(), "lora_rank": 2}, {"modulate": f"m{index}", "step": self.pick(0, 3)}
+                {"lora": self.fresh_parameter(), "lora_rank": 2}, {"modulate": self.fresh_parameter()},
+                {"modulate": f"m{index}", **timed},
             )
         slot = sum(o.kind == "block" for o in self.ops)
         name = self.emit("block", x, index=index, slot=slot, **attrs)

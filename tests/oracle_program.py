@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from oracle import blocks_of
@@ -166,9 +166,12 @@ def layer_program(row: Row, layers: Sequence[int]) -> Tensor:
 
 def loop(
     row: Row, start: int, end: int, times: int, *, damped=False, inject=None, state="input", kv="own", adapter=None,
-    noise=None, norms=(),
+    noise=None, norms=(), around=lambda t, b: nullcontext(),
 ) -> list[Tensor]:
-    """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last."""
+    """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last.
+
+    ``around(t, b)`` is a context in which block b runs in iteration t.
+    """
     n, slots = len(row.blocks), {}
     streams = [[] for _ in range(times)]
 
@@ -189,7 +192,8 @@ def loop(
                 weight, bias = adapter
                 x = weight @ torch.cat((s, e)) + bias
             for b in range(start, end):
-                x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
+                with around(t, b):
+                    x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
             s = s + (x - s) / times if damped and times > 1 else x
             y = row.norm(s) if "out" in norms else s
             for b in range(end, n):

@@ -83,7 +83,7 @@ class BlockCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return self.block.template.graph(self.visit, hidden, *self.sides, *params)
+        return self.visit.graph(self.block.template)(self.visit, hidden, *self.sides, *params)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):

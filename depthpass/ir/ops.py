@@ -10,7 +10,9 @@ embed        the stream that enters the first block of the stock model
 zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std`` (Huginn)
 block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
              of its own (shared KV); ``gate`` + ``window`` mix both, g*Attn(keys) + (1-g)*Attn(own last W) (PLT);
-             ``lora``, ``modulate`` name per-visit parameters
+             ``lora`` names a low-rank update; ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the
+             attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
+             the factors are a linear map of that time encoder at ``step``, else parameters of their own
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
@@ -103,7 +105,8 @@ OPS: dict[str, OpDef] = {
             "block", "index", token_local=False,
             index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
             gate_input=AttrDef(str, "query", choices=("query", "hidden")),
-            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), step=AttrDef(int, 0),
+            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), clock=AttrDef(str),
+            step=AttrDef(int, 0), base=AttrDef(float, 1.0),
         ),
         _def("delay", "tokens", tokens=_REQ_INT, forward_refs=True, token_local=False),
         _def(

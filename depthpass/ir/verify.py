@@ -15,7 +15,8 @@ NEVER = 1 << 40
 
 _NAME = re.compile(r"\w[\w.]*")
 _NEEDS = {
-    "block": {"window": "gate", "gate_input": "gate", "lora": "lora_rank", "lora_rank": "lora", "step": "modulate"},
+    "block": {"window": "gate", "gate_input": "gate", "lora": "lora_rank", "lora_rank": "lora",
+              "clock": "modulate", "step": "clock", "base": "modulate"},
 }
 _AT_LEAST = {
     "block": {"slot": 0, "keys": 0, "lora_rank": 1, "step": 0},
@@ -330,8 +331,8 @@ class Param:
 def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[str, Param]:
     """The new parameters of a program by name.
 
-    Parameters of attention gates, per-visit LoRA and modulation depend on the model's own shapes and are declared
-    by the op (``gate``, ``lora``, ``modulate``); the transform sizes them from the captured block.
+    Parameters of attention gates and per-visit LoRA depend on the model's own shapes and are declared
+    by the op (``gate``, ``lora``); the transform sizes them from the captured block.
 
     Raises:
         VerifyError: two ops share a name but not a shape.
@@ -357,4 +358,23 @@ def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[s
             add(o, Param(f"{o['name']}.weight", (types[o.args[0]].width,), fill=o["init"]))
         elif o.kind == "rms" and o["name"]:
             add(o, Param(f"{o['name']}.weight", (types[o.args[0]].width,), fill=1.0))
+        elif o.kind == "block" and o["modulate"]:
+            for param in _modulation(o, program.width):
+                add(o, param)
     return found
+
+
+TIME_WIDTH = 256
+"""Width of the sinusoid that a time encoder reads."""
+
+
+def _modulation(o: Op, width: int) -> list[Param]:
+    """Parameters of a modulated visit: its factors start at zero, a time encoder (two linear maps) as usual."""
+    name, clock = o["modulate"], o["clock"]
+    if clock is None:
+        return [Param(f"{name}.weight", (4, width))]
+    return [
+        Param(f"{name}.weight", (4 * width, width)), Param(f"{name}.bias", (4 * width,)),
+        Param(f"{clock}.rise.weight", (width, TIME_WIDTH), 0.02), Param(f"{clock}.rise.bias", (width,)),
+        Param(f"{clock}.mix.weight", (width, width), 0.02), Param(f"{clock}.mix.bias", (width,)),
+    ]

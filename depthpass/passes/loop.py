@@ -9,7 +9,7 @@ from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.layer_program import check_range
-from depthpass.passes.streams import Builder, straight, with_slots
+from depthpass.passes.streams import Builder, check_scope, modulation, straight, with_slots
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Loop(Pass):
     With ``inject="concat"`` the adapter starts as [0, I] on (s, e), so every iteration starts as core(e) and the new
     model equals the stock model at any ``times``. LoRA, modulation and exit gates start without effect.
 
-    Parameters, under ``scope``: ``inject``, ``exit``, ``t{t}.v{visit}.lora``, ``v{visit}.time``.
+    Parameters, under ``scope``: ``inject``, ``exit``, ``t{t}.v{visit}.lora``, ``t{t}.v{visit}.scale``,
+    ``v{visit}.time`` and ``clock`` (shared by all iterations).
 
     Args:
         start: first position of the core.
@@ -50,7 +51,11 @@ class Loop(Pass):
         exit: learn an exit gate after each iteration and take the first whose cumulative exit probability reaches
             this value (Ouro's q).
         lora_rank: rank of a LoRA of its own for every visit of the core.
-        timestep: modulate the visits of the core by the iteration number (adaLN-zero).
+        timestep: modulate the visits of the core by the iteration number t (adaLN): what attention and MLP read is
+            scaled by 1 + s(t), what they add is gated. ``identity`` (or True) gates with 1 + g in iteration 0 and with g
+            in later ones, so that the model starts as the stock model at any ``times``; ``zero`` gates with g always,
+            as published: the core starts as the identity, for training from scratch.
+        scales: give every visit of the core scales and gates of its own, as plain parameters, all starting as 1.
         normalize: apply the stock final norm only at the end, or to s between iterations as well (Ouro).
         out_norm: apply it to s before the coda as well (Huginn).
         scope: first part of the parameter and tap names; set it to apply the pass twice.
@@ -71,7 +76,8 @@ class Loop(Pass):
     taps: bool = False
     exit: float | None = None
     lora_rank: int | None = None
-    timestep: bool = False
+    timestep: bool | Literal["identity", "zero"] = False
+    scales: bool = False
     normalize: Literal["last", "loop"] = "last"
     out_norm: bool = False
     scope: str = "loop"
@@ -91,6 +97,8 @@ class Loop(Pass):
         require(self.exit is None or 0 < self.exit <= 1, "loop.exit", "a probability in (0, 1]", self.exit)
         require(self.exit is None or self.times > 1, "loop.times", "at least 2 with an exit", self.times)
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
+        require(not (self.timestep and self.scales), "loop.scales", "False with a timestep", self.scales,
+                "A time encoding already gives every visit scales and gates.")
         require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
 
     def apply(self, program: Program, ctx: Context) -> Program:
@@ -100,7 +108,7 @@ class Loop(Pass):
         visits = straight(program, self.name)
         end = len(visits) if self.end is None else self.end
         check_range("loop", self.start, end, len(visits))
-        self._check_scope(program)
+        check_scope("loop", self.scope, program)
         prelude, core, coda = visits[: self.start], visits[self.start : end], visits[end:]
         build = Builder(program)
         x = visits[0].args[0]
@@ -130,7 +138,7 @@ class Loop(Pass):
             x = self._injected(build, s, e)
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
-                x = build.visit(v, x, **shared, **self._operands(t, self.start + p))
+                x = build.visit(v, x, **shared, **modulation("loop", v, self._operands(t, self.start + p)))
                 if t == 0:
                     slots.append(build.slot_of(x))
             if self.damped and self.times > 1:
@@ -150,7 +158,10 @@ class Loop(Pass):
         if self.lora_rank is not None:
             found |= {"lora": f"{self.scope}.t{t}.v{visit}.lora", "lora_rank": self.lora_rank}
         if self.timestep:
-            found |= {"modulate": f"{self.scope}.v{visit}.time", "step": t}
+            base = 0.0 if t or self.timestep == "zero" else 1.0
+            found |= {"modulate": f"{self.scope}.v{visit}.time", "clock": f"{self.scope}.clock", "step": t, "base": base}
+        if self.scales:
+            found |= {"modulate": f"{self.scope}.t{t}.v{visit}.scale"}
         return found
 
     def _gate(self, build: Builder, state: str) -> str:
@@ -177,9 +188,3 @@ class Loop(Pass):
                 value = copied[value]
             new.append(op("tap", value, head=True).with_attrs(name=f"{self.scope}.t{t}"))
         return with_slots(replace(program, ops=(*program.ops[:-1], *new, program.ops[-1])))
-
-    def _check_scope(self, program: Program) -> None:
-        taken = {str(o[k]) for o in program for k in ("name", "lora", "modulate") if k in dict(o.attrs)}
-        if any(name.startswith(f"{self.scope}.") for name in taken):
-            raise PassError(f"loop.scope: the program already has parameters or taps under {self.scope!r}. "
-                            "Set scope='another_name' on one of the passes.")

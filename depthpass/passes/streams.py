@@ -120,6 +120,30 @@ class Builder:
         return with_slots(replace(program, ops=(*before, *self.ops, *after)))
 
 
+def check_scope(who: str, scope: str, program: Program) -> None:
+    """Refuse a scope that the program has parameters or taps under already.
+
+    Raises:
+        PassError: it has.
+    """
+    taken = {str(o[k]) for o in program for k in ("name", "lora", "modulate", "clock") if k in dict(o.attrs)}
+    if any(name.startswith(f"{scope}.") for name in taken):
+        raise PassError(f"{who}.scope: the program already has parameters or taps under {scope!r}. "
+                        "Set scope='another_name' on one of the passes.")
+
+
+def modulation(who: str, visit: Op, operands: dict[str, Any]) -> dict[str, Any]:
+    """The operands for a copy of a visit, unless they would take the place of scales that the visit has already.
+
+    Raises:
+        PassError: they would.
+    """
+    if "modulate" in operands and visit["modulate"] is not None:
+        raise PassError(f"{who}: %{visit.name} is already modulated by {visit['modulate']!r}, and a visit has one set of "
+                        "scales. Give timestep or scales to one of the passes only.")
+    return operands
+
+
 def with_slots(program: Program) -> Program:
     """Number the slots 0, 1, ... in the order of the visits that write them.
 

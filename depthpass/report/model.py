@@ -148,8 +148,8 @@ class Report:
 
     @property
     def unsized_parameters(self) -> tuple[str, ...]:
-        """Names of gates, per-visit LoRA and modulation, whose parameters are sized when the model is transformed."""
-        keys = ("gate", "lora", "modulate")
+        """Names of gates and per-visit LoRA, whose parameters are sized when the model is transformed."""
+        keys = ("gate", "lora")
         return tuple(dict.fromkeys(o[k] for o in self.program.visits for k in keys if o[k] is not None))
 
     @cached_property

@@ -182,7 +182,7 @@ def not_counted(report: Report) -> tuple[str, ...]:
     if any(d.notes for d in report.depths.values()):
         found.append("Routes choose tokens by their data; depth is the longest over all choices.")
     if report.unsized_parameters:
-        found.append("New parameters leave out attention gates, per-visit LoRA and modulation: they are sized from the "
+        found.append("New parameters leave out attention gates and per-visit LoRA: they are sized from the "
                      "model's blocks when it is transformed.")
     if report.cost is None:
         found.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")

@@ -74,6 +74,7 @@ class Run:
         self.read = {o["keys"] for o in self.program.visits} - {None}
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
+        self.factors: dict[str, dict[str, Tensor]] = {}
 
     def run(self) -> tuple[dict[str, Tensor], State]:
         step = self._step()
@@ -112,7 +113,7 @@ class Run:
 
     def _stack(self, stack: tuple[Op, ...], span: Span, masks: Masks, tables) -> None:
         """Visits of one block as rows of one call."""
-        self._check_lora(stack[0])
+        self._check_operands(stack[0])
         index, count = stack[0]["index"], len(stack)
         visits = []
         for o in stack:
@@ -265,7 +266,7 @@ class Run:
         raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
 
     def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
-        self._check_lora(o)
+        self._check_operands(o)
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.read)
         visit.hidden = x
         y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
@@ -274,7 +275,7 @@ class Run:
 
     def _visit(self, o: Op, span: Span, masks: Masks, keep: bool) -> RunningVisit:
         visit = RunningVisit(o, self.host, self.state, span, masks, keep)
-        visit.ring = self.ring(o)
+        visit.ring, visit.factors = self.ring(o), self._factors(o)
         return visit
 
     def ring(self, o: Op) -> int | None:
@@ -287,7 +288,7 @@ class Run:
         self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
     ) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
-        self._check_lora(o)
+        self._check_operands(o)
         if route.count == 0:
             return x
         used = self.host.sides_of(o["index"])
@@ -299,6 +300,7 @@ class Run:
             route = replace(route, rows=None)
         tables = [sides[s] if axis is None else route.table(sides[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.read, route)
+        visit.factors = self._factors(o)
         if route.rows is None:
             visit.hidden = x
             y = self.host.block(o["index"], visit, x, tables)
@@ -310,10 +312,25 @@ class Run:
         visit.commit()
         return y
 
-    def _check_lora(self, o: Op) -> None:
-        if o["lora"] and not getattr(self.host, "adapts", False):
-            raise LoweringError(f"block {o['index']} has a LoRA of its own for each visit, which only transformed models "
+    def _check_operands(self, o: Op) -> None:
+        if (o["lora"] or o["modulate"]) and not getattr(self.host, "adapts", False):
+            what = "a LoRA" if o["lora"] else "scales"
+            raise LoweringError(f"block {o['index']} has {what} of its own for each visit, which only transformed models "
                                 "run. Use dp.transform(model, spec) instead of the torch.compile backend.")
+
+    def _factors(self, o: Op) -> dict[str, Tensor] | None:
+        """What a modulated visit multiplies with, by place; made once per call, whatever the chunks."""
+        if o["modulate"] is None:
+            return None
+        if o.name not in self.factors:
+            make = self.host.module(o["modulate"])
+            made = make() if o["clock"] is None else make(self.host.module(o["clock"])(o["step"]))
+            gate_a, gate_m, scale_a, scale_m = made.unbind(0)
+            self.factors[o.name] = {
+                "gate_attention": o["base"] + gate_a, "gate_mlp": o["base"] + gate_m,
+                "read_attention": 1.0 + scale_a, "read_mlp": 1.0 + scale_m,
+            }
+        return self.factors[o.name]
 
     def _route(self, o: Op, local: dict, span: Span) -> Route:
         score = local[o.args[0]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.attention import Masks, column_mask
@@ -23,10 +24,12 @@ class RunningVisit:
     Attributes:
         ring: how many of its own last keys a gated visit has to keep; None = all.
         in_order: whether its own keys are those of the last tokens, without gaps.
+        factors: of a modulated visit, ``[width]`` by place.
     """
 
     ring: int | None = None
     in_order = True
+    factors: Mapping[str, Tensor] | None = None
 
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool):
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
@@ -125,6 +128,17 @@ class RunningVisit:
 
     def submodule(self, path: str, *args: Tensor) -> Tensor:
         return self.host.submodule(self.index, path, *args)
+
+    def graph(self, template: Template) -> fx.GraphModule:
+        """The graph of a block's template that this visit runs."""
+        if self.op["modulate"] is None:
+            return template.graph
+        from depthpass_lowering.fx_passes.modulate import modulated
+
+        return modulated(template, self.index)
+
+    def modulate(self, place: str, x: Tensor) -> Tensor:
+        return x * self.factors[place].to(x.dtype)
 
     def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
         """The tensors a block is bound to, with this visit's own low-rank updates added."""

@@ -74,7 +74,8 @@ RULES = {
     "gate without window": (
         "%a = block 0 (%e) slot 0; %b = block 0 (%a) slot 1 keys 0 gate x; output %b", "a gate needs keys"),
     "window without gate": ("%a = block 0 (%e) slot 0 window 2; output %a", "'window' means nothing without 'gate'"),
-    "step without modulate": ("%a = block 0 (%e) slot 0 step 2; output %a", "means nothing without 'modulate'"),
+    "step without clock": ("%a = block 0 (%e) slot 0 modulate m step 2; output %a", "means nothing without 'clock'"),
+    "clock without modulate": ("%a = block 0 (%e) slot 0 clock c; output %a", "means nothing without 'modulate'"),
     "lora without rank": ("%a = block 0 (%e) slot 0 lora x; output %a", "means nothing without 'lora_rank'"),
     "block of another width": ("%a = linear x (%e) out 4; %b = block 0 (%a) slot 0; output %b",
         "expected width 8, got width 4"),

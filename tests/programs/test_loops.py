@@ -147,7 +147,7 @@ def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
 
 @pytest.mark.parametrize(
     ("spec", "word"),
-    [(dp.Pad(4), "pad"), (dp.Loop(0, 1, 2, timestep=True), "modulate")],
+    [(dp.Pad(4), "pad"), (dp.Pad(1), "trim")],
 )
 def test_what_cannot_run_is_refused_before_anything_is_made(spec, word):
     stock = zoo.model("llama", 2)
