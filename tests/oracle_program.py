@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 
 import torch
 from oracle import blocks_of
@@ -50,6 +51,17 @@ def shared(keys: Keys) -> Visit:
     """A visit that reads the keys of another one, which has run for this token already."""
     def visit(q, k, v, scale, window, column):
         seen = Keys(e for e in keys if e[2] <= column)
+        return seen.read(q, scale, window)
+
+    return visit
+
+
+def split(keys: Keys, kept: Keys, ends: Sequence[int]) -> Visit:
+    """A visit that reads its own keys of the running call, and ``kept`` ones of the calls that ended before it."""
+    def visit(q, k, v, scale, window, column):
+        keys.append((k, v, column))
+        start = max((e for e in ends if e <= column), default=0)
+        seen = Keys([e for e in kept if e[2] < start] + [e for e in keys if e[2] >= start])
         return seen.read(q, scale, window)
 
     return visit
@@ -166,23 +178,30 @@ def layer_program(row: Row, layers: Sequence[int]) -> Tensor:
 
 def loop(
     row: Row, start: int, end: int, times: int, *, damped=False, inject=None, state="input", kv="own", adapter=None,
-    noise=None, norms=(), around=lambda t, b: nullcontext(),
+    noise=None, norms=(), around=lambda t, b: nullcontext(), calls: Sequence[int] = (),
 ) -> list[Tensor]:
     """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last.
 
-    ``around(t, b)`` is a context in which block b runs in iteration t.
+    ``around(t, b)`` is a context in which block b runs in iteration t. ``calls`` are the sizes of the calls that the
+    tokens come in (none = one call): with ``kv="last"`` or ``"mod:k"`` earlier calls' keys are those of another iteration.
     """
     n, slots = len(row.blocks), {}
     streams = [[] for _ in range(times)]
 
+    ends = list(accumulate(calls))
+
     def visit(key, first):
         keys = slots.setdefault(key, Keys())
+        if kv.startswith(("last", "mod")) and isinstance(key, tuple) and key[-1] != "coda" and key[0] is not None:
+            t, b = key
+            kept = times - 1 - (times - 1 - t) % (1 if kv == "last" else int(kv[4:]))
+            return split(keys, slots.setdefault((kept, b), Keys()), ends)
         return own(keys) if first is None else shared(slots[first])
 
     for i in range(row.tokens):
         e = row.embed[i]
         for b in range(start):
-            e = row.block(b, e, i, visit(b, None))
+            e = row.block(b, e, i, visit((None, b), None))
         s = {"input": e, "zeros": torch.zeros_like(e), "noise": None if noise is None else noise[i]}[state]
         for t in range(times):
             if t and "loop" in norms:

@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -338,6 +339,12 @@ class DepthModel:
                 f"generate: {future} chooses tokens with scores of later tokens, so a token's logits change when more "
                 "follow and decoding is not what was trained. Use mode='threshold' for generation; with use_cache=False "
                 "the rule is applied afresh to the row so far at every step."
+            )
+        if generation_config.use_cache is not False and self.depth_program.reads_calls:
+            warnings.warn(
+                "generate: with kv='last' or 'mod:k' a decoded token reads other keys of earlier tokens than it does when "
+                "the whole row is scored in one call, so what is generated is not what was trained, and depends on how "
+                "the tokens are split into calls. kv='own' and kv='first' have one meaning.", UserWarning, stacklevel=3,
             )
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):

@@ -19,7 +19,7 @@ _NEEDS = {
               "clock": "modulate", "step": "clock", "base": "modulate"},
 }
 _AT_LEAST = {
-    "block": {"slot": 0, "keys": 0, "lora_rank": 1, "step": 0},
+    "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
     "zeros": {"width": 1},
     "noise": {"width": 1, "std": 0.0},
     "linear": {"out": 1, "init": 0.0},
@@ -296,6 +296,8 @@ def _check_attrs(program: Program, o: Op) -> None:
 def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str, Type]) -> None:
     if o["gate"] is not None and (o["keys"] is None or o["window"] is None or o["window"] < 1):
         raise VerifyError(f"{_where(o)}: a gate needs keys (a slot) and a window of at least 1.")
+    if o["past"] is not None:
+        _check_past(o, writers.get(o["past"]), types)
     if o["keys"] is None:
         return
     writer = writers.get(o["keys"])
@@ -303,9 +305,30 @@ def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str
         raise VerifyError(f"{_where(o)}: reads slot {o['keys']}, which no visit writes.")
     if program.index[writer.name] > program.index[o.name]:
         raise VerifyError(f"{_where(o)}: reads slot {o['keys']} before %{writer.name} writes it.")
+    if writer["past"] is not None:
+        raise VerifyError(f"{_where(o)}: expected keys of a visit that keeps them, got slot {o['keys']} of %{writer.name}, "
+                          "which has a past.")
     if writer["index"] != o["index"]:
         raise VerifyError(f"{_where(o)}: expected keys of the same block {o['index']}, got slot {o['keys']}, which "
                           f"holds keys of block {writer['index']}.")
+
+
+def _check_past(o: Op, writer: Op | None, types: dict[str, Type]) -> None:
+    past = o["past"]
+    if o["keys"] is not None or o["gate"] is not None:
+        raise VerifyError(f"{_where(o)}: 'past' stands for earlier entries of the visit's own slot, so it goes with neither "
+                          "keys nor gate.")
+    if writer is None or writer is o:
+        got = "its own slot" if writer is o else f"slot {past}, which no visit writes"
+        raise VerifyError(f"{_where(o)}: expected the slot of another visit as past, got {got}.")
+    if writer["past"] is not None or writer["gate"] is not None:
+        raise VerifyError(f"{_where(o)}: expected a past slot that keeps every call's entries, got slot {past} of "
+                          f"%{writer.name}, which has a {'past' if writer['past'] is not None else 'window'} itself.")
+    if writer["index"] != o["index"]:
+        raise VerifyError(f"{_where(o)}: expected a past of the same block {o['index']}, got slot {past}, which holds keys "
+                          f"of block {writer['index']}.")
+    if types[writer.name] != types[o.name]:
+        raise VerifyError(f"{_where(o)}: expected a past over the same tokens, got slot {past} over others.")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.layer_program import check_range
@@ -44,8 +43,10 @@ class Loop(Pass):
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
         noise_std: standard deviation of the noise.
-        kv: keys of iteration t: its ``own`` slots, or those of the ``first`` iteration. (``last`` and ``mod:k``
-            depend on how tokens are split into calls and are not supported yet.)
+        kv: keys that iteration t reads: its ``own`` slots, those of the ``first`` iteration, or, of the tokens of earlier
+            calls, those of the ``last`` iteration or (``mod:k``) of the last one congruent to t modulo k; one slot per
+            block (k of them) then outlives a call. ``last`` and ``mod:k`` score a whole row as ``own`` does, and decode
+            another function.
         taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
             coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
         exit: learn an exit gate after each iteration and take the first whose cumulative exit probability reaches
@@ -102,9 +103,6 @@ class Loop(Pass):
         require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
 
     def apply(self, program: Program, ctx: Context) -> Program:
-        if self.kv not in ("own", "first"):
-            raise PassError(f"loop.kv: the policy {self.kv!r} is not supported yet: what it reads depends on how the "
-                            "tokens were split into calls, which a program does not say. Use own or first.")
         visits = straight(program, self.name)
         end = len(visits) if self.end is None else self.end
         check_range("loop", self.start, end, len(visits))
@@ -132,20 +130,34 @@ class Loop(Pass):
             s = build.emit("zeros") if self.state == "zeros" else build.emit("noise", std=self.noise_std)
         states: list[str] = []
         slots: list[int] = []
+        grid: list[list[str]] = []
         for t in range(self.times):
             if t and self.normalize == "loop":
                 s = build.norm(s)
             x = self._injected(build, s, e)
+            grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
                 x = build.visit(v, x, **shared, **modulation("loop", v, self._operands(t, self.start + p)))
+                grid[t].append(x)
                 if t == 0:
                     slots.append(build.slot_of(x))
             if self.damped and self.times > 1:
                 change = build.emit("add", x, build.emit("scale", s, by=-1.0))
                 x = build.emit("add", s, build.emit("scale", change, by=1.0 / self.times))
             states.append(s := x)
+        self._keep_last(build, grid)
         return states
+
+    def _keep_last(self, build: Builder, grid: list[list[str]]) -> None:
+        """``last`` and ``mod:k``: a visit reads earlier calls' entries in the slot of the iteration that keeps its own."""
+        if self.kv in ("own", "first"):
+            return
+        k, last = int(self.kv.removeprefix("mod:")) if self.kv != "last" else 1, len(grid) - 1
+        for t, names in enumerate(grid):
+            if (kept := last - (last - t) % k) != t:
+                for name, keeper in zip(names, grid[kept]):
+                    build.set(name, past=build.slot_of(keeper))
 
     def _injected(self, build: Builder, s: str, e: str) -> str:
         if self.inject == "concat":
@@ -174,7 +186,7 @@ class Loop(Pass):
         tail = [o for o in program.ops[at:-1] if o.kind != "tap"]
         new: list[Op] = []
         names = iter(program.fresh(len(states) * len(tail)))
-        slot = 1 + max(program.slots)
+        slot = 1 + max(o["slot"] for o in program.visits)
         for t, state in enumerate(states, 1):
             copied = {end: state}
             value = program.output

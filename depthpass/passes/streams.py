@@ -52,9 +52,10 @@ def straight(program: Program, who: str) -> tuple[Op, ...]:
     if not visits:
         raise PassError(f"{who}: expected a program with visits, got one without a block.")
     for here, after in zip(visits, (*visits[1:], None)):
-        if here["keys"] is not None:
+        if here["keys"] is not None or here["past"] is not None:
+            slot = here["past"] if here["keys"] is None else here["keys"]
             raise PassError(f"{who}: expected visits with their own keys, got %{here.name}, which reads slot "
-                            f"{here['keys']}. Put {who} before the pass that shares keys.")
+                            f"{slot}. Put {who} before the pass that shares keys.")
         others = [o for o in program.users(here.name) if o is not after] if after else []
         if after is not None and (after.args != (here.name,) or others):
             other = others[0] if others else program.defs[after.args[0]]
@@ -103,6 +104,10 @@ class Builder:
         self._kept.add(like.name)
         self.ops.append(copy)
         return copy.name
+
+    def set(self, value: str, **attrs: Any) -> None:
+        """Set attributes of an op appended before."""
+        self.ops = [o.with_attrs(**attrs) if o.name == value else o for o in self.ops]
 
     def slot_of(self, value: str) -> int:
         """Slot of a visit appended before."""
@@ -157,8 +162,8 @@ def with_slots(program: Program) -> Program:
     def number(o: Op) -> Op:
         if o.kind != "block":
             return o
-        keys = None if o["keys"] is None else new[o["keys"]]
-        return o.with_attrs(slot=keys if writes_slot(o) is None else new[o["slot"]], keys=keys)
+        keys, past = (None if o[k] is None else new[o[k]] for k in ("keys", "past"))
+        return o.with_attrs(slot=keys if writes_slot(o) is None else new[o["slot"]], keys=keys, past=past)
 
     return program.map_ops(number)
 

@@ -177,7 +177,7 @@ class Report:
                 windowed = o["gate"] is not None and slot == o["slot"]
                 tokens = min(written[slot], o["window"]) if windowed else written[slot]
                 kept[slot] = max(kept.get(slot, 0), tokens)
-        return kept
+        return {s: t for s, t in kept.items() if s in self.program.slots}
 
     @cached_property
     def kv_bytes(self) -> int | None:

@@ -72,17 +72,22 @@ class Run:
         self.types = types or infer(self.program)
         self.length, self.count = state.length, hidden.shape[1]
         self.read = {o["keys"] for o in self.program.visits} - {None}
+        self.passing = tuple(o for o in self.program.visits if o["past"] is not None)
+        self.looped = {o.name for r in schedule.serial_regions for o in r.visits} if self.passing else set()
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
 
     def run(self) -> tuple[dict[str, Tensor], State]:
+        self._recall()
         step = self._step()
         if step is not None:
             self._run_step(step)
         else:
             for region, reads, results in zip(self.schedule.regions, self.schedule.reads, self.schedule.results):
                 self._region(region, reads, results)
+        for o in self.passing:
+            self.state.slots.pop(o["slot"], None)
         self.state.length += self.count
         self.state.valid = self.valid
         return self.out, self.state
@@ -93,6 +98,13 @@ class Run:
             return None
         step = self.schedule.step(self.count)
         return step if step is not None and all(self._rows_stack(stack[0]) for stack in step.stacks) else None
+
+    def _recall(self) -> None:
+        """Start the slots of visits with a past from the entries that another visit has kept of earlier calls."""
+        kept = dict(self.state.slots)
+        for o in self.passing:
+            if o["past"] in kept:
+                self.state.slots[o["slot"]] = kept[o["past"]]
 
     def _rows_stack(self, o: Op) -> bool:
         """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
@@ -267,6 +279,8 @@ class Run:
 
     def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
         self._check_operands(o)
+        if o["past"] is not None and o.name not in self.looped:
+            keep = False
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.read)
         visit.hidden = x
         y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
