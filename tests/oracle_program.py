@@ -150,7 +150,8 @@ class Row:
 
     def norm(self, x: Tensor) -> Tensor:
         base = self.model.base_model
-        return (base.norm if hasattr(base, "norm") else base.ln_f)(x)
+        name = next(n for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
+        return base.get_submodule(name)(x)
 
     def logits(self, stream: Tensor) -> Tensor:
         """What the stock model makes of a stream ``[tokens, width]`` after its last block."""
@@ -219,6 +220,50 @@ def loop(
                 y = row.block(b, y, i, visit((t, b, "coda"), None))
             streams[t].append(y)
     return [torch.stack(x) for x in streams]
+
+
+def exits(
+    row: Row, start: int, end: int, times: int, limit: float, criterion: str, gate: Callable[[Tensor], Tensor], *,
+    kv="own", inject=None,
+) -> tuple[Tensor, list[int]]:
+    """A loop that tokens leave early; returns the stream after the coda and how many iterations each token ran.
+
+    ``gate(s)`` is the exit probability after a state. A token that left writes no keys in later iterations.
+    """
+    slots, out, ran = {}, [], []
+
+    def visit(key, first):
+        keys = slots.setdefault(key, Keys())
+        return own(keys) if first is None else shared(slots[first])
+
+    def distance(now, before):
+        if criterion == "state":
+            return (now - before).norm() / now.norm()
+        p, q = (torch.softmax(row.model.get_output_embeddings()(row.norm(s)), -1) for s in (now, before))
+        if criterion == "kl":
+            return (q * (q / p).log()).sum()
+        return (-(p * p.log()).sum() + (q * q.log()).sum()).abs()
+
+    for i in range(row.tokens):
+        e = row.embed[i]
+        for b in range(start):
+            e = row.block(b, e, i, visit(b, None))
+        s, survival = e, 1.0
+        for t in range(times):
+            x = s + e if inject == "add" and t else s
+            for b in range(start, end):
+                x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
+            before, s, count = s, x, t + 1
+            survival = survival * (1 - gate(s).item())
+            if criterion == "cdf" and 1 - survival >= limit:
+                break
+            if criterion != "cdf" and t and distance(s, before).item() < limit:
+                break
+        ran.append(count)
+        for b in range(end, len(row.blocks)):
+            s = row.block(b, s, i, visit((b, "coda"), None))
+        out.append(s)
+    return torch.stack(out), ran
 
 
 def parallel_loop(

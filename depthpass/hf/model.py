@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import attention_style, signature_names
+from depthpass.capture.head import logits_part
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
@@ -141,6 +142,9 @@ class StockHost:
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self.part(self.captured.norm, {}, hidden)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        return self.part(logits_part(self.captured), {}, normed)
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:

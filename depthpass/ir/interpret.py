@@ -57,16 +57,17 @@ class Interpretation:
         parameters: the program's new parameters by name (see :func:`depthpass.ir.parameters`).
         noise: ``[tokens, width]`` of standard deviation 1, read by every ``noise``.
         calls: sizes of the calls that the tokens came in; None = all in one.
+        head: the stock head, for one normed token; only ``logits`` needs it.
     """
 
     def __init__(
         self, program: Program, embed: Tensor, blocks: Sequence[Block], norm: Callable[[Tensor], Tensor],
         parameters: Mapping[str, Tensor] | None = None, noise: Tensor | None = None,
-        calls: Sequence[int] | None = None,
+        calls: Sequence[int] | None = None, head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.program, self.embed, self.blocks, self.norm = program, embed, blocks, norm
         self.parameters, self.noise = parameters or {}, noise
-        self.tokens = len(embed)
+        self.tokens, self.head = len(embed), head
         ends = list(accumulate(calls or (self.tokens,)))
         self._call_start = [max((e for e in ends if e <= i), default=0) for i in range(self.tokens)]
         self._writers = {writes_slot(v): v for v in program.visits}
@@ -132,9 +133,13 @@ class Interpretation:
                 return normed if weight is None else normed * weight
             case "norm":
                 return self.norm(args[0])
+            case "logits" if self.head is not None:
+                return self.head(args[0])
+            case "distance":
+                return _distance(o["rule"], *args)
             case "select":
                 return self._select(o, args)
-        raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters or noise, or pads.")
+        raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters, noise or a head, or pads.")
 
     def _visit(self, o: Op, x: Tensor, i: int) -> Tensor:
         if o["lora"] or o["modulate"]:
@@ -165,6 +170,8 @@ class Interpretation:
             return False
         if o["rule"] == "threshold":
             return self.value(o.args[0], i).item() >= o["threshold"]
+        if o["rule"] == "above":
+            return self.value(o.args[0], i).item() > o["threshold"]
         if o["rule"] == "choice":
             return int(self.value(o.args[0], i).argmax()) + 1 >= o["depth"]
         if o.name not in self._best:
@@ -183,3 +190,12 @@ class Interpretation:
             if reached >= o["cdf"]:
                 return state
         return args[half - 1]
+
+
+def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
+    if rule == "state":
+        return ((now - before).norm() / now.norm())[None]
+    p, q = torch.softmax(now, 0), torch.softmax(before, 0)
+    if rule == "kl":
+        return (q * (q.log() - p.log())).sum()[None]
+    return ((p * p.log()).sum() - (q * q.log()).sum()).abs()[None]

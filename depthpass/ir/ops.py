@@ -24,10 +24,13 @@ add, mul     sum, product; a stream of width 1 broadcasts; an absent summand add
 act          an elementwise function (sigmoid, silu, tanh, gelu)
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
+logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
+distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``), or of
+             logits KL(softmax before || softmax now) (``kl``), |entropy now - entropy before| (``entropy``)
 route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
-             ``capacity`` times the row's real tokens), those with a score of at least ``threshold``, those whose
-             largest score stands at place ``depth`` or later (from 1); a route as second argument is the set to
-             choose from
+             ``capacity`` times the row's real tokens), those with a score of at least ``threshold`` (rule
+             ``above``: of more than that), those whose largest score stands at place ``depth`` or later (from 1); a
+             route as second argument is the set to choose from
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
 pad, trim    append m pad tokens to every row, drop them again
@@ -45,7 +48,8 @@ from dataclasses import dataclass, field
 Attr = int | float | bool | str | tuple["Attr", ...]
 
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu")
-ROUTE_RULES = ("topk", "threshold", "choice")
+ROUTE_RULES = ("topk", "threshold", "above", "choice")
+DISTANCES = ("state", "kl", "entropy")
 SCATTER_MODES = ("add", "replace")
 
 
@@ -123,6 +127,8 @@ OPS: dict[str, OpDef] = {
         _def("act", "fn", fn=AttrDef(str, required=True, choices=ACTIVATIONS)),
         _def("rms", name=AttrDef(str), eps=AttrDef(float, 1e-6)),
         _def("norm"),
+        _def("logits", "width", width=_REQ_INT),
+        _def("distance", "rule", (2, 2), rule=AttrDef(str, required=True, choices=DISTANCES)),
         _def(
             "route", "rule", (1, 2), token_local=False,
             rule=AttrDef(str, required=True, choices=ROUTE_RULES),

@@ -21,6 +21,7 @@ _NEEDS = {
 _AT_LEAST = {
     "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
     "zeros": {"width": 1},
+    "logits": {"width": 1},
     "noise": {"width": 1, "std": 0.0},
     "linear": {"out": 1, "init": 0.0},
     "rms": {"eps": 0.0},
@@ -95,8 +96,9 @@ def _shapes(program: Program) -> dict[str, tuple[int, int]]:
 
 def _shape(program: Program, o: Op, args: list[tuple[int, int]]) -> tuple[int, int]:
     width = max((w for w, _ in args), default=program.width)
-    if o.kind in ("linear", "zeros", "noise", "route"):
-        width = 0 if o.kind == "route" else o["out"] if o.kind == "linear" else o["width"] or program.width
+    if o.kind in ("linear", "zeros", "noise", "route", "logits", "distance"):
+        fixed = {"route": 0, "distance": 1, "linear": o["out"] if o.kind == "linear" else 0}
+        width = fixed[o.kind] if o.kind in fixed else o["width"] or program.width
     pads = max((p for _, p in args), default=0)
     return width, 0 if o.kind == "trim" else pads + (o["tokens"] if o.kind == "pad" else 0)
 
@@ -152,6 +154,12 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
         _expect(first.absent == 0, o, "a stream that every token has",
                 f"one that is absent at the first {first.absent} tokens; add it to another stream first")
         return first
+    if kind == "logits":
+        _expect(first.width == program.width, o, f"width {program.width}", f"width {first.width}")
+        return Type(o["width"], first.tokens, absent, first.pads)
+    if kind == "distance":
+        _expect(len({a.width for a in args}) == 1, o, "equal widths", f"{[a.width for a in args]}")
+        return Type(1, first.tokens, absent, first.pads)
     if kind == "linear":
         return Type(o["out"], first.tokens, absent, first.pads)
     if kind == "add":
@@ -284,9 +292,10 @@ def _check_attrs(program: Program, o: Op) -> None:
     if o.kind in ("delay", "pad", "trim") and o["tokens"] < 1:
         raise VerifyError(f"{_where(o)}: expected at least 1 token, got {o['tokens']}; a cycle needs a delay.")
     if o.kind == "route":
-        for key, rule in (("capacity", "topk"), ("rounding", "topk"), ("threshold", "threshold"), ("depth", "choice")):
-            if key in dict(o.attrs) and o["rule"] != rule:
-                raise VerifyError(f"{_where(o)}: {key!r} belongs to rule {rule}, got rule {o['rule']}.")
+        for key, rule in (("capacity", "topk"), ("rounding", "topk"), ("threshold", "threshold above"),
+                          ("depth", "choice")):
+            if key in dict(o.attrs) and o["rule"] not in rule.split():
+                raise VerifyError(f"{_where(o)}: {key!r} belongs to rule {' or '.join(rule.split())}, got rule {o['rule']}.")
         if o["capacity"] is not None and not 0 < o["capacity"] <= 1:
             raise VerifyError(f"{_where(o)}: expected a capacity in (0, 1], got {o['capacity']}.")
     if o.kind == "select" and not 0 < o["cdf"] <= 1:

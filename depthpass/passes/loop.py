@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.exits import Exits
 from depthpass.passes.layer_program import check_range
 from depthpass.passes.streams import Builder, check_scope, modulation, straight, with_slots
 
@@ -49,8 +52,15 @@ class Loop(Pass):
             another function.
         taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
             coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
-        exit: learn an exit gate after each iteration and take the first whose cumulative exit probability reaches
-            this value (Ouro's q).
+        exit: let tokens leave the loop early, at this value of ``criterion``.
+        criterion: ``cdf``: a learned gate gives an exit probability after each iteration; a token leaves when their
+            cumulative probability reaches ``exit`` (Ouro's q). Huginn's compare an iteration with the one before, from the
+            second on; a token leaves when the distance is below ``exit``: ``state``: |s_t - s_(t-1)| / |s_t|; of
+            p_t = softmax(head(norm(s_t))) ``kl``: KL(p_(t-1) || p_t), or ``entropy``: |H(p_t) - H(p_(t-1))|.
+        skip: tokens that left take no further iteration: no work, and no keys in it, so that in iteration t (with
+            ``kv="own"``) a token sees the earlier tokens that ran iteration t. False (``cdf`` only): run all iterations
+            with all keys and pick states afterwards; with ``taps`` also hand out the gates' probabilities
+            ``{scope}.t{t}.exit``, to train them.
         lora_rank: rank of a LoRA of its own for every visit of the core.
         timestep: modulate the visits of the core by the iteration number t (adaLN): what attention and MLP read is
             scaled by 1 + s(t), what they add is gated. ``identity`` (or True) gates with 1 + g in iteration 0 and with g
@@ -76,6 +86,8 @@ class Loop(Pass):
     kv: str = "own"
     taps: bool = False
     exit: float | None = None
+    criterion: Literal["cdf", "state", "kl", "entropy"] = "cdf"
+    skip: bool = True
     lora_rank: int | None = None
     timestep: bool | Literal["identity", "zero"] = False
     scales: bool = False
@@ -95,12 +107,26 @@ class Loop(Pass):
         kind, _, count = self.kv.partition(":")
         known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last") and not count
         require(known, "loop.kv", "own, first, last or mod:k", self.kv)
-        require(self.exit is None or 0 < self.exit <= 1, "loop.exit", "a probability in (0, 1]", self.exit)
-        require(self.exit is None or self.times > 1, "loop.times", "at least 2 with an exit", self.times)
+        self._validate_exit()
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
         require(not (self.timestep and self.scales), "loop.scales", "False with a timestep", self.scales,
                 "A time encoding already gives every visit scales and gates.")
         require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
+
+    def _validate_exit(self) -> None:
+        if self.exit is None:
+            require(self.criterion == "cdf", "loop.exit", f"a value to leave at beside criterion={self.criterion!r}", None)
+            require(self.skip, "loop.exit", "a value to leave at beside skip=False", None)
+            return
+        cdf = self.criterion == "cdf"
+        require(0 < self.exit <= (1 if cdf else math.inf), "loop.exit", "a probability in (0, 1]" if cdf else
+                "a positive distance", self.exit)
+        require(self.times >= (2 if cdf else 3), "loop.times", "at least 2 with an exit" if cdf else
+                f"at least 3 with criterion={self.criterion!r}", self.times,
+                "" if cdf else "It compares two iterations, and there must be one left to skip.")
+        require(cdf or self.skip, "loop.skip", f"True with criterion={self.criterion!r}", self.skip)
+        require(not self.skip or self.kv in ("own", "first"), "loop.kv", "'own' or 'first' with an exit that skips visits",
+                self.kv, "The slot of a later iteration does not hold the tokens that left before it.")
 
     def apply(self, program: Program, ctx: Context) -> Program:
         visits = straight(program, self.name)
@@ -112,19 +138,32 @@ class Loop(Pass):
         x = visits[0].args[0]
         for v in prelude:
             x = build.visit(v, x)
-        states = self._iterate(build, core, x)
+        exits = self._exits(build, ctx)
+        states = self._iterate(build, core, x, exits)
         s = states[-1]
-        if self.exit is not None:
+        if self.exit is not None and exits is None:
             gates = [self._gate(build, state) for state in states]
             s = build.emit("select", *states, *gates, rule="cdf", cdf=self.exit)
+            for t, gate in enumerate(gates if self.taps else (), 1):
+                build.tap(f"{self.scope}.t{t}.exit", gate, head=False)
         y = build.norm(s) if self.out_norm else s
         for v in coda:
             y = build.visit(v, y)
         program = build.splice(visits, y)
         return self._tapped(program, states, s) if self.taps else program
 
-    def _iterate(self, build: Builder, core: tuple[Op, ...], e: str) -> list[str]:
-        """All iterations; the states after each."""
+    def _exits(self, build: Builder, ctx: Context) -> Exits | None:
+        """The routes of an exit that skips visits; None without one."""
+        if self.exit is None or not self.skip:
+            return None
+        vocabulary = ctx.facts.get("vocab_size")
+        if self.criterion in ("kl", "entropy") and not isinstance(vocabulary, int):
+            raise PassError(f"loop.criterion: {self.criterion!r} needs the size of the model's vocabulary, got {vocabulary!r} "
+                            f"for {ctx.model}. Use criterion='state' or 'cdf'.")
+        return Exits(build, self.criterion, self.exit, f"{self.scope}.exit", vocabulary)
+
+    def _iterate(self, build: Builder, core: tuple[Op, ...], e: str, exits: Exits | None) -> list[str]:
+        """All iterations; the states after each, of every token."""
         s = e
         if self.state != "input":
             s = build.emit("zeros") if self.state == "zeros" else build.emit("noise", std=self.noise_std)
@@ -132,9 +171,13 @@ class Loop(Pass):
         slots: list[int] = []
         grid: list[list[str]] = []
         for t in range(self.times):
+            whole, before, input_ = s, s, e
+            if exits is not None:
+                s = before = exits.enter(s)
+                input_ = exits.enter(e) if self.inject else e
             if t and self.normalize == "loop":
                 s = build.norm(s)
-            x = self._injected(build, s, e)
+            x = self._injected(build, s, input_)
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
@@ -145,6 +188,11 @@ class Loop(Pass):
             if self.damped and self.times > 1:
                 change = build.emit("add", x, build.emit("scale", s, by=-1.0))
                 x = build.emit("add", s, build.emit("scale", change, by=1.0 / self.times))
+            if exits is not None:
+                done = exits.put(whole, x)
+                if t < self.times - 1:
+                    exits.leave(x, before, t == self.times - 2)
+                x = done
             states.append(s := x)
         self._keep_last(build, grid)
         return states

@@ -173,6 +173,8 @@ class Run:
 
     def _one(self, o: Op, local: dict, span: Span, masks: Masks, tables, keep: bool) -> None:
         """Run one op on a span; ``local`` holds the span's values."""
+        if self._idle(o, local):
+            return
         if o.kind == "delay":
             local[o.name] = read_delay(self._line(o, self.hidden), local.get(o.args[0]), o["tokens"], span)
         elif o.kind == "route":
@@ -190,6 +192,21 @@ class Run:
             if o.kind == "delay":
                 line = self._line(o, self.hidden)
                 self.state.lines[o.name] = push_delay(line, local[o.args[0]], o["tokens"], span, self.state.record)
+
+    def _idle(self, o: Op, local: dict) -> bool:
+        """Whether an op works on a route that took no token of the span; its result, no token or none, is set then."""
+        if o.kind == "scatter" or not o.name:
+            return False
+        if o.kind == "route":
+            if len(o.args) == 1 or local[o.args[1]].count:
+                return False
+            local[o.name] = local[o.args[1]]
+            return True
+        kind = self.types[o.name]
+        if kind.tokens is None or local[kind.tokens].count:
+            return False
+        local[o.name] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
+        return True
 
     def _split(self, inputs: dict, sizes: list[int]) -> dict[str, Sequence]:
         """Every input cut into spans; routed streams are spread over the tokens, cut and gathered again."""
@@ -267,6 +284,10 @@ class Run:
             return args[1].gather(args[0])
         if kind == "scatter":
             return args[2].scatter(args[0], args[1], o["mode"])
+        if kind == "logits":
+            return self._logits(o, args[0])
+        if kind == "distance":
+            return distance(o["rule"], *args)
         if kind == "select":
             return _select(args, o["cdf"])
         if kind == "output":
@@ -354,6 +375,13 @@ class Run:
         outer = local[o.args[1]] if len(o.args) == 2 else None
         return choose(o, score, outer, span.valid, span.start)
 
+    def _logits(self, o: Op, normed: Tensor) -> Tensor:
+        found = self.host.logits(normed)
+        if found.shape[-1] != o["width"]:
+            raise LoweringError(f"%{o.name} = logits: expected a vocabulary of {o['width']}, got logits of "
+                                f"{found.shape[-1]}. Transform the model again after its vocabulary was resized.")
+        return found
+
     def _noise(self, o: Op, span: Span) -> Tensor:
         width = o["width"] or self.program.width
         # A host that does not say is scored, not trained.
@@ -392,3 +420,13 @@ def _select(args: list[Tensor], cdf: float) -> Tensor:
         exits = open_ & (reached >= cdf)
         out, open_ = torch.where(exits, state, out), open_ & ~exits
     return out
+
+
+def distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
+    """How far a stream has moved, ``[batch, tokens, 1]``: see the op ``distance``."""
+    if rule == "state":
+        return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    now, before = torch.log_softmax(now, -1), torch.log_softmax(before, -1)
+    if rule == "kl":
+        return (before.exp() * (before - now)).sum(-1, keepdim=True)
+    return ((now.exp() * now).sum(-1, keepdim=True) - (before.exp() * before).sum(-1, keepdim=True)).abs()

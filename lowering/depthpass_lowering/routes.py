@@ -47,12 +47,23 @@ class Route:
         """Entries per row, fillers included."""
         return self.index.shape[1]
 
+    @property
+    def everything(self) -> bool:
+        """Whether every token is chosen; then routed streams are the streams themselves."""
+        return self.real is None and self.count == self.chosen.shape[1]
+
     def gather(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` -> ``[batch, k, width]``."""
+        if self.everything:
+            return x
         return x.gather(1, self._wide(x))
 
     def scatter(self, base: Tensor, update: Tensor, mode: str) -> Tensor:
         """The base with the update added to (``add``) or put in the place of (``replace``) the chosen tokens."""
+        if not self.count:
+            return base
+        if self.everything:
+            return update.to(base.dtype) if mode == "replace" else base + update.to(base.dtype)
         wide = self._wide(update)
         if mode == "replace":
             if self.real is not None:
@@ -106,6 +117,8 @@ def choose(o: Op, score: Tensor, outer: Route | None, valid: Tensor | None, befo
         chosen = _best(o, score[..., 0], candidates, valid)
     elif o["rule"] == "threshold":
         chosen = score[..., 0] >= o["threshold"]
+    elif o["rule"] == "above":
+        chosen = score[..., 0] > o["threshold"]
     else:
         chosen = score.argmax(-1) + 1 >= o["depth"]
     return Route.of(chosen if candidates is None else chosen & candidates)
@@ -140,6 +153,8 @@ def stored(before: Slot | None, new: Slot, rows: Tensor | None, batch: int) -> S
 
         new = new.map(widen)
     joined = new if before is None else join(before, new)
+    if bool(joined.valid.all()):
+        return joined
     high = int(joined.valid.sum(-1).max())
     order = torch.argsort((~joined.valid).to(torch.uint8), dim=1, stable=True)[:, :high]
 

@@ -98,7 +98,7 @@ RULES = {
     "capacity of a threshold": ("%a = route threshold (%r) capacity 0.5; output %e", "'capacity' belongs to rule topk"),
     "capacity above 1": ("%a = route topk (%r) capacity 1.5; output %e", "a capacity in (0, 1], got 1.5"),
     "nest in a stream": ("%a = route threshold (%r, %e); output %e", "a route to nest in"),
-    "unknown rule": ("%a = route topp (%r); output %e", "'rule' must be one of topk, threshold, choice"),
+    "unknown rule": ("%a = route topp (%r); output %e", "'rule' must be one of topk, threshold, above, choice"),
     "unknown function": ("%a = act relu6 (%e); output %a", "'fn' must be one of"),
     "trim without pad": ("%a = trim 2 (%e); output %a", "expected 0 pad tokens to trim, got 2"),
     "different pads": ("%p = pad 2 (%e); %a = add (%p, %e); output %a", "arguments over the same tokens"),

@@ -71,6 +71,11 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
             by_op[o.name] = 2 * rows * inner * width
             elements[o.name] = inner * width + (width if o["bias"] else 0)
             saved += rows * inner
+        elif o.kind == "logits":
+            by_op[o.name] = 2 * rows * program.width * width
+            notes.append("not counted: weights that a head reads again for exit criteria")
+        elif o.kind == "distance":
+            elementwise += 6 * rows * types[o.args[0]].width
         elif o.kind == "add":
             elementwise += rows * width * (len(o.args) - 1)
         elif o.kind in _ELEMENTWISE:
