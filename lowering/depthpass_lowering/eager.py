@@ -324,8 +324,8 @@ class Run:
     ) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
         self._check_operands(o)
-        if route.count == 0:
-            return x
+        if route.everything and self._gapless(o, span):
+            return self._block(o, x, span, masks, sides, keep)
         used = self.host.sides_of(o["index"])
         axes = [self.side_axes[s] for s in used]
         if 0 in axes:
@@ -346,6 +346,15 @@ class Run:
             y = x.to(y.dtype).index_copy(0, route.rows, y)
         visit.commit()
         return y
+
+    def _gapless(self, o: Op, span: Span) -> bool:
+        """Whether every earlier token has taken a routed visit too, so that it may go on like any other."""
+        if writes_slot(o) is None:
+            return True
+        slot = self.state.slots.get(o["slot"])
+        if slot is None:
+            return span.start == 0
+        return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
 
     def _check_operands(self, o: Op) -> None:
         if (o["lora"] or o["modulate"]) and not getattr(self.host, "adapts", False):
