@@ -46,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--blocks", type=int, default=4)
+    parser.add_argument("--outer", type=int, default=0, help="blocks before and after the loop")
     parser.add_argument("--times", type=int, default=8)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=64)
@@ -54,14 +55,15 @@ def main() -> None:
     args = parser.parse_args()
     stock = build(args.width, args.blocks).eval()
     ids = torch.randint(3, 1024, (args.batch, args.tokens + 1))
-    core, half = {"start": 1, "end": args.blocks - 1, "times": args.times}, args.times // 2
-    visits = 2 + args.times * (args.blocks - 2)
+    inner, half = args.blocks - 2 * args.outer, args.times // 2
+    core = {"start": args.outer, "end": args.outer + inner, "times": args.times}
+    visits = 2 * args.outer + args.times * inner
     runs = {"all iterations": decode(dp.transform(stock, dp.Loop(**core)).eval(), ids)}
     for kv in ("own", "first"):
         for after in (half, args.times):
             model = constant_exit(dp.transform(stock, dp.Loop(**core, kv=kv, exit=0.5)).eval(), after)
             runs[f"exit after {after}, kv {kv}"] = decode(model, ids)
-    floor = (visits - (args.times - half) * (args.blocks - 2)) / visits
+    floor = (visits - (args.times - half) * inner) / visits
     setting = {"width": args.width, "blocks": args.blocks, "visits": visits, "batch": args.batch, "cached": args.tokens,
                "machine": machine("cpu")}
     save([Result("decode one token: exits after half of the iterations", setting, "all iterations",

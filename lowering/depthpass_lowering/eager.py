@@ -77,6 +77,7 @@ class Run:
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
+        self.nothing: dict[int, Tensor] = {}
 
     def run(self) -> tuple[dict[str, Tensor], State]:
         self._recall()
@@ -205,7 +206,9 @@ class Run:
         kind = self.types[o.name]
         if kind.tokens is None or local[kind.tokens].count:
             return False
-        local[o.name] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
+        if kind.width not in self.nothing:
+            self.nothing[kind.width] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
+        local[o.name] = self.nothing[kind.width]
         return True
 
     def _split(self, inputs: dict, sizes: list[int]) -> dict[str, Sequence]:
