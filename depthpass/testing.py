@@ -13,8 +13,8 @@ from depthpass.ir.program import Op, Program, op
 from depthpass.passes.turboconn import TurboConn
 
 FEATURES = (
-    "repeat", "bridge", "delay", "elementwise", "concat", "state", "keys", "gate", "operands", "threshold", "choice",
-    "topk", "nest", "select", "pad", "tap", "norm",
+    "repeat", "bridge", "delay", "elementwise", "concat", "state", "keys", "past", "gate", "operands", "threshold",
+    "choice", "topk", "nest", "select", "pad", "tap", "norm",
 )
 """What a random program may contain; ``bridge`` is a delay of a later value, ``delay`` one of an earlier value,
 ``state`` zeros and noise, ``operands`` per-visit LoRA and modulation, ``nest`` a route inside a route."""
@@ -109,15 +109,23 @@ class _Builder:
             if "gate" in self.features and self.draw(st.booleans()):
                 attrs |= {"gate": f"g{index}", "window": self.draw(st.integers(1, 4)),
                           "gate_input": self.pick("query", "hidden")}
+        elif shared and (kept := self.whole(index)) and "past" in self.features and self.draw(st.booleans()):
+            attrs["past"] = self.pick(*kept)
         if "operands" in self.features and self.draw(st.booleans()):
+            timed = {"clock": "clock", "step": self.pick(0, 3), "base": self.pick(0.0, 1.0)}
             attrs |= self.pick(
-                {"lora": self.fresh_parameter(), "lora_rank": 2}, {"modulate": f"m{index}", "step": self.pick(0, 3)}
+                {"lora": self.fresh_parameter(), "lora_rank": 2}, {"modulate": self.fresh_parameter()},
+                {"modulate": f"m{index}", **timed},
             )
         slot = sum(o.kind == "block" for o in self.ops)
         name = self.emit("block", x, index=index, slot=slot, **attrs)
-        if shared and ("keys" not in attrs or "gate" in attrs):
+        if (shared and not {"keys", "past"} & attrs.keys()) or "gate" in attrs:
             self.writers.append(self.ops[-1])
         return name
+
+    def whole(self, index: int) -> list[int]:
+        """Slots of a block that keep every token."""
+        return [w["slot"] for w in self.writers if w["index"] == index and w["gate"] is None]
 
     def bridge(self, x: str) -> str:
         rank = self.draw(st.none() | st.integers(1, 4))

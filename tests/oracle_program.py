@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 
 import torch
 from oracle import blocks_of
@@ -50,6 +51,17 @@ def shared(keys: Keys) -> Visit:
     """A visit that reads the keys of another one, which has run for this token already."""
     def visit(q, k, v, scale, window, column):
         seen = Keys(e for e in keys if e[2] <= column)
+        return seen.read(q, scale, window)
+
+    return visit
+
+
+def split(keys: Keys, kept: Keys, ends: Sequence[int]) -> Visit:
+    """A visit that reads its own keys of the running call, and ``kept`` ones of the calls that ended before it."""
+    def visit(q, k, v, scale, window, column):
+        keys.append((k, v, column))
+        start = max((e for e in ends if e <= column), default=0)
+        seen = Keys([e for e in kept if e[2] < start] + [e for e in keys if e[2] >= start])
         return seen.read(q, scale, window)
 
     return visit
@@ -138,7 +150,8 @@ class Row:
 
     def norm(self, x: Tensor) -> Tensor:
         base = self.model.base_model
-        return (base.norm if hasattr(base, "norm") else base.ln_f)(x)
+        name = next(n for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
+        return base.get_submodule(name)(x)
 
     def logits(self, stream: Tensor) -> Tensor:
         """What the stock model makes of a stream ``[tokens, width]`` after its last block."""
@@ -166,23 +179,31 @@ def layer_program(row: Row, layers: Sequence[int]) -> Tensor:
 
 def loop(
     row: Row, start: int, end: int, times: int, *, damped=False, inject=None, state="input", kv="own", adapter=None,
-    noise=None, norms=(), bptt=None,
+    noise=None, norms=(), bptt=None, around=lambda t, b: nullcontext(), calls: Sequence[int] = (),
 ) -> list[Tensor]:
     """Prelude, core ``times`` times, coda; the stream after the coda for every iteration's state, last one last.
 
-    ``bptt``: the state that enters the last so many iterations is detached.
+    ``bptt``: the state that enters the last so many iterations is detached. ``around(t, b)`` is a context in which block b
+    runs in iteration t. ``calls`` are the sizes of the calls that the tokens come in (none = one call): with ``kv="last"``
+    or ``"mod:k"`` earlier calls' keys are those of another iteration.
     """
     n, slots = len(row.blocks), {}
     streams = [[] for _ in range(times)]
 
+    ends = list(accumulate(calls))
+
     def visit(key, first):
         keys = slots.setdefault(key, Keys())
+        if kv.startswith(("last", "mod")) and isinstance(key, tuple) and key[-1] != "coda" and key[0] is not None:
+            t, b = key
+            kept = times - 1 - (times - 1 - t) % (1 if kv == "last" else int(kv[4:]))
+            return split(keys, slots.setdefault((kept, b), Keys()), ends)
         return own(keys) if first is None else shared(slots[first])
 
     for i in range(row.tokens):
         e = row.embed[i]
         for b in range(start):
-            e = row.block(b, e, i, visit(b, None))
+            e = row.block(b, e, i, visit((None, b), None))
         s = {"input": e, "zeros": torch.zeros_like(e), "noise": None if noise is None else noise[i]}[state]
         for t in range(times):
             if t and "loop" in norms:
@@ -193,13 +214,58 @@ def loop(
                 weight, bias = adapter
                 x = weight @ torch.cat((s, e)) + bias
             for b in range(start, end):
-                x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
+                with around(t, b):
+                    x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
             s = s + (x - s) / times if damped and times > 1 else x
             y = row.norm(s) if "out" in norms else s
             for b in range(end, n):
                 y = row.block(b, y, i, visit((t, b, "coda"), None))
             streams[t].append(y)
     return [torch.stack(x) for x in streams]
+
+
+def exits(
+    row: Row, start: int, end: int, times: int, limit: float, criterion: str, gate: Callable[[Tensor], Tensor], *,
+    kv="own", inject=None,
+) -> tuple[Tensor, list[int]]:
+    """A loop that tokens leave early; returns the stream after the coda and how many iterations each token ran.
+
+    ``gate(s)`` is the exit probability after a state. A token that left writes no keys in later iterations.
+    """
+    slots, out, ran = {}, [], []
+
+    def visit(key, first):
+        keys = slots.setdefault(key, Keys())
+        return own(keys) if first is None else shared(slots[first])
+
+    def distance(now, before):
+        if criterion == "state":
+            return (now - before).norm() / now.norm()
+        p, q = (torch.softmax(row.model.get_output_embeddings()(row.norm(s)), -1) for s in (now, before))
+        if criterion == "kl":
+            return (q * (q / p).log()).sum()
+        return (-(p * p.log()).sum() + (q * q.log()).sum()).abs()
+
+    for i in range(row.tokens):
+        e = row.embed[i]
+        for b in range(start):
+            e = row.block(b, e, i, visit(b, None))
+        s, survival = e, 1.0
+        for t in range(times):
+            x = s + e if inject == "add" and t else s
+            for b in range(start, end):
+                x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
+            before, s, count = s, x, t + 1
+            survival = survival * (1 - gate(s).item())
+            if criterion == "cdf" and 1 - survival >= limit:
+                break
+            if criterion != "cdf" and t and distance(s, before).item() < limit:
+                break
+        ran.append(count)
+        for b in range(end, len(row.blocks)):
+            s = row.block(b, s, i, visit((b, "coda"), None))
+        out.append(s)
+    return torch.stack(out), ran
 
 
 def parallel_loop(

@@ -6,7 +6,8 @@ key that a visit attends to is a node of its own, and every pair of tokens is an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import accumulate
 
 import networkx as nx
 
@@ -17,10 +18,13 @@ Node = tuple[str, str, int]
 """(``value``, name, token) or (``key``, slot, token)."""
 
 
-def unrolled(program: Program, n: int, weights: Mapping[int, int] | None = None) -> nx.DiGraph:
+def unrolled(
+    program: Program, n: int, weights: Mapping[int, int] | None = None, calls: Sequence[int] | None = None
+) -> nx.DiGraph:
     """Graph of all values at all tokens of a row of ``n`` real tokens and the program's pads.
 
     Nodes carry ``weight`` (1 for a visit, or the block's own from ``weights``); values that are absent have no node.
+    ``calls`` are the sizes of the calls that the tokens came in; None = all in one.
 
     Raises:
         SpecError: n below 1.
@@ -28,7 +32,7 @@ def unrolled(program: Program, n: int, weights: Mapping[int, int] | None = None)
     if n < 1:
         raise SpecError(f"n: expected at least 1 token, got {n}.")
     graph = nx.DiGraph()
-    row = _Row(program, n)
+    row = _Row(program, n, calls)
     for token in range(n + max(row.pads.values())):
         for o in program.ops:
             if not o.name or token >= n + row.pads[o.name]:
@@ -54,8 +58,10 @@ def unrolled(program: Program, n: int, weights: Mapping[int, int] | None = None)
 class _Row:
     """What each op of one row reads."""
 
-    def __init__(self, program: Program, n: int) -> None:
+    def __init__(self, program: Program, n: int, calls: Sequence[int] | None) -> None:
         self.program, self.n = program, n
+        ends = list(accumulate(calls or (n,)))
+        self.call_start = [max((e for e in ends if e <= t), default=0) for t in range(n)]
         self.present: set[Node] = set()
         self.pads = dict.fromkeys(program.defs, 0)
         self.key_input: dict[str, str] = {}
@@ -103,6 +109,9 @@ class _Row:
             yield from self._keys(f"slot {o['keys']}", 0, token)
         if not shared or o["gate"] is not None:
             first = 0 if o["window"] is None else max(0, token + 1 - o["window"])
+            if o["past"] is not None:
+                first = self.call_start[min(token, self.n - 1)]
+                yield from self._keys(f"slot {o['past']}", 0, first - 1)
             yield from self._keys(f"slot {o['slot']}", first, token)
 
     def _keys(self, slot: str, first: int, last: int) -> Iterator[Node]:
@@ -112,7 +121,8 @@ class _Row:
 
 
 def brute_depth(
-    program: Program, n: int, output: str | None = None, weights: Mapping[int, int] | None = None
+    program: Program, n: int, output: str | None = None, weights: Mapping[int, int] | None = None,
+    calls: Sequence[int] | None = None,
 ) -> int:
     """Longest path into any token of an output, by walking the unrolled graph.
 
@@ -121,12 +131,13 @@ def brute_depth(
         n: real tokens of the row.
         output: name of a tap, or None for the final stream.
         weights: what a visit counts, by physical block; 1 when None.
+        calls: sizes of the calls that the tokens came in; None = all in one.
 
     Raises:
         SpecError: n below 1, or a top-k route that waits for itself.
     """
     target = program.output if output is None else next(o.args[0] for o in program.taps if o["name"] == output)
-    graph = unrolled(program, n, weights)
+    graph = unrolled(program, n, weights, calls)
     if not nx.is_directed_acyclic_graph(graph):
         raise SpecError("the unrolled graph has a cycle: a top-k route waits for its own result.")
     longest: dict[Node, int] = {}

@@ -18,6 +18,7 @@ class Dependence:
         distance: in tokens, at least 0.
         kind: ``flow`` (an argument, the same token), ``delay`` (an argument, ``distance`` tokens earlier),
             ``attention`` (keys of a visit: this token and every earlier one, so distance 0 stands for 0, 1, 2, ...),
+            ``past`` (keys of the tokens of earlier calls, from another visit's slot),
             ``future`` (needs *later* tokens as well: sequence-level top-k routing).
     """
 
@@ -27,8 +28,12 @@ class Dependence:
     kind: str
 
 
-def dependences(program: Program) -> tuple[Dependence, ...]:
+def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]:
     """All dependences of a program, in program order of their targets.
+
+    Args:
+        calls: every token is a call of its own, so that a visit's ``past`` is read as well; otherwise all tokens are one
+            call, which has no past.
 
     A visit's keys and values are computed from the *input* of the visit that writes the slot, so an attention
     dependence starts at that input and never at the visit's result.
@@ -43,16 +48,21 @@ def dependences(program: Program) -> tuple[Dependence, ...]:
             found.append(Dependence(a, o.name, distance, "delay" if o.kind == "delay" else "flow"))
         if o.kind == "block":
             found += [Dependence(writers[s].args[0], o.name, 0, "attention") for s in reads_slots(o)]
+            if calls and o["past"] is not None:
+                found.append(Dependence(writers[o["past"]].args[0], o.name, 1, "past"))
         if o.kind == "route" and o["rule"] == "topk":
             found.append(Dependence(o.args[0], o.name, 0, "future"))
     return tuple(found)
 
 
-def cycles(program: Program) -> tuple[frozenset[str], ...]:
-    """The delay cycles: strongly connected components (with at least one dependence inside), in program order."""
+def cycles(program: Program, calls: bool = False) -> tuple[frozenset[str], ...]:
+    """The delay cycles: strongly connected components (with at least one dependence inside), in program order.
+
+    With ``calls`` also the cycles through a past.
+    """
     graph = nx.DiGraph()
     graph.add_nodes_from(o.name for o in program.ops if o.name)
-    graph.add_edges_from((d.source, d.target) for d in dependences(program))
+    graph.add_edges_from((d.source, d.target) for d in dependences(program, calls))
     found = [
         frozenset(c) for c in nx.strongly_connected_components(graph)
         if len(c) > 1 or any(graph.has_edge(v, v) for v in c)

@@ -8,7 +8,7 @@ choice that routes may make: an upper bound on the depth of one input's run.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
 from itertools import islice
@@ -104,29 +104,48 @@ class Depth:
         return format_formula(self.formula)
 
 
-def depth(program: Program, output: str | None = None, weight: Weight = "visits") -> Depth:
+def depth(program: Program, output: str | None = None, weight: Weight = "visits", calls: bool = False) -> Depth:
     """Exact depth of a program, for all n.
 
     Args:
         program: a verified program.
         output: name of a tap; None for the final stream.
         weight: what a visit counts; a mapping gives weights by physical block.
+        calls: count n *calls* of one token each instead of one call of n tokens. Only programs whose visits read the
+            ``past`` of another slot (KV policies ``last`` and ``mod:k``) can tell the difference. In a program without
+            delays a first call of any length counts as one, so a prompt and m decoded tokens are ``at(m + 1)``.
 
     Raises:
-        SpecError: no such tap, or no such weight.
+        SpecError: no such tap, or no such weight; ``calls`` for a program with pad tokens and delays.
         PassError: a top-k route lies on a delay cycle, or no closed form could be proved.
 
     >>> from depthpass.ir import plain
     >>> depth(plain("LlamaForCausalLM", blocks=16, width=64)).at(155)
     16
     """
-    target = _output_value(program, output)
-    stages = Stages(program, _weights(program, weight))
+    if calls and {"delay", "pad"} <= {o.kind for o in program}:
+        raise SpecError("calls: expected a program without pads or without delays; the pads of the first call lengthen "
+                        "delays over them in a way that one-token calls do not show.")
+    stages = Stages(_unpadded(program) if calls else program, _weights(program, weight), calls)
+    target = _output_value(stages.program, output)
     growth = stages.row(target)
     certificate = _certificate(stages.recurrences(target))
     routed = any(o.kind == "route" for o in program.ops if o.name in stages.ancestors(target))
     notes = ("routes: longest path over all choices of tokens",) if routed else ()
     return Depth(program, output, weight, growth, certificate, notes, stages)
+
+
+def _unpadded(program: Program) -> Program:
+    """The program without its pads: they belong to the first call, in which attention adds no depth along the row."""
+    gone = {o.name: o.args[0] for o in program if o.kind in ("pad", "trim")}
+
+    def source(name: str) -> str:
+        while name in gone:
+            name = gone[name]
+        return name
+
+    kept = (o for o in program if o.name not in gone)
+    return replace(program, ops=tuple(replace(o, args=tuple(map(source, o.args))) for o in kept))
 
 
 def _output_value(program: Program, output: str | None) -> str:

@@ -49,19 +49,21 @@ class Stages:
     Attributes:
         pads_apart: whether pad tokens differ from real ones in what they depend on, so that each is a node of its own.
             Otherwise they simply lengthen the row.
+
+    With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
     """
 
-    def __init__(self, program: Program, weights: Mapping[int, int]) -> None:
+    def __init__(self, program: Program, weights: Mapping[int, int], calls: bool = False) -> None:
         self.program = program
         self.types = infer(program)
-        for cycle in cycles(program):
+        for cycle in cycles(program, calls):
             if late := [v for v in cycle if _waits(program.defs[v])]:
                 raise PassError(
                     f"depth: the top-k route %{late[0]} lies on a delay cycle, so it needs tokens that need its own "
                     "result. Use rule threshold or choice, or move the delay."
                 )
         self.reads: dict[str, list[tuple[str, int]]] = {o.name: [] for o in program.ops if o.name}
-        for d in dependences(program):
+        for d in dependences(program, calls):
             self.reads[d.target].append((d.source, d.distance))
         self.routes = tuple(o.name for o in program.ops if _waits(o))
         self.writers = {writes_slot(o): o for o in program.visits}

@@ -18,6 +18,10 @@ class Visit(Protocol):
         """Call a stock submodule of the block (token-local by contract: mixture-of-experts layers)."""
         ...
 
+    def modulate(self, place: str, x: torch.Tensor) -> torch.Tensor:
+        """Scale what a residual branch reads (``read_attention``, ``read_mlp``) or adds (``gate_attention``, ``gate_mlp``)."""
+        ...
+
     def columns(self, device: torch.device) -> torch.Tensor:
         """Column of each token of this call in its row, ``[tokens]``."""
         ...
@@ -29,6 +33,10 @@ def attend(visit: Visit, site: int, q, k, v, sinks=None):
 
 def submodule(visit: Visit, path: str, *args):
     return visit.submodule(path, *args)
+
+
+def modulate(visit: Visit, place: str, x):
+    return visit.modulate(place, x)
 
 
 def columns(visit: Visit, device):

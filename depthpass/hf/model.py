@@ -8,6 +8,7 @@ import inspect
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import attention_style, signature_names
+from depthpass.capture.head import logits_part
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.growth import check_growth, without_cache
@@ -93,7 +95,7 @@ class BlockCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return self.block.template.graph(self.visit, hidden, *self.sides, *params)
+        return self.visit.graph(self.block.template)(self.visit, hidden, *self.sides, *params)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -150,6 +152,9 @@ class StockHost:
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self.part(self.captured.norm, {}, hidden)
+
+    def logits(self, normed: Tensor) -> Tensor:
+        return self.part(logits_part(self.captured), {}, normed)
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -407,6 +412,12 @@ class DepthModel:
             )
         if generation_config.use_cache is not False and "length" in self._depth.plan.varies:
             check_growth(self, model_kwargs, generation_config.max_length)
+        if generation_config.use_cache is not False and self.depth_program.reads_calls:
+            warnings.warn(
+                "generate: with kv='last' or 'mod:k' a decoded token reads other keys of earlier tokens than it does when "
+                "the whole row is scored in one call, so what is generated is not what was trained, and depends on how "
+                "the tokens are split into calls. kv='own' and kv='first' have one meaning.", UserWarning, stacklevel=3,
+            )
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise InputError(

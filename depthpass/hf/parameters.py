@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
 from depthpass.errors import UnsupportedModelError
 from depthpass.ir.program import Program
-from depthpass.ir.verify import infer, parameters
+from depthpass.ir.verify import TIME_WIDTH, infer, parameters
 
 
 class DepthParameters(nn.Module):
@@ -88,6 +90,47 @@ class LowRank(nn.Module):
         return self.b @ self.a
 
 
+class TimeEncoder(nn.Module):
+    """TE(t) = W silu(V [cos, sin](t) + b) + c: an iteration number as a vector ``[width]`` (TMLT, arXiv 2410.01405)."""
+
+    def __init__(self, width: int, like: torch.Tensor):
+        super().__init__()
+        self.rise = nn.Linear(TIME_WIDTH, width, device=like.device, dtype=like.dtype)
+        self.mix = nn.Linear(width, width, device=like.device, dtype=like.dtype)
+        for linear in (self.rise, self.mix):
+            _initialise(linear, 0.02, False)
+
+    def forward(self, step: int) -> torch.Tensor:
+        half = TIME_WIDTH // 2
+        # In double precision: the phase of a high frequency loses digits as the step grows.
+        phase = step * torch.exp(torch.arange(half, dtype=torch.float64) * (-math.log(10000.0) / half))
+        wave = torch.cat((phase.cos(), phase.sin())).to(self.rise.weight)
+        return self.mix(nn.functional.silu(self.rise(wave)))
+
+
+class TimeFactors(nn.Module):
+    """The four factors of a modulated visit, ``[4, width]``, from an encoded time. Starts at zero."""
+
+    def __init__(self, width: int, like: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(like.new_zeros(4 * width, width))
+        self.bias = nn.Parameter(like.new_zeros(4 * width))
+
+    def forward(self, time: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(nn.functional.silu(time), self.weight, self.bias).view(4, -1)
+
+
+class Factors(nn.Module):
+    """The four factors of a modulated visit, ``[4, width]``, as parameters. Starts at zero."""
+
+    def __init__(self, width: int, like: torch.Tensor):
+        super().__init__()
+        self.weight = nn.Parameter(like.new_zeros(4, width))
+
+    def forward(self) -> torch.Tensor:
+        return self.weight
+
+
 def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) -> DepthParameters:
     """Create the new parameters of a program.
 
@@ -110,6 +153,11 @@ def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) 
         if o["lora"] and not _has(root, o["lora"]):
             for path, matrix in _matrices(model, o["index"]):
                 _attach(root, f"{o['lora']}.{path}", LowRank(matrix.weight, o["lora_rank"], like))
+        if o["modulate"] and not _has(root, o["modulate"]):
+            kind = TimeFactors if o["clock"] else Factors
+            _attach(root, o["modulate"], kind(program.width, like))
+        if o["clock"] and not _has(root, o["clock"]):
+            _attach(root, o["clock"], TimeEncoder(program.width, like))
     for o in program.ops:
         name = o["name"] if o.kind in ("linear", "weigh", "rms") else None
         if not name or _has(root, name):

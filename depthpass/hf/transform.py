@@ -137,7 +137,7 @@ def context_of(model: nn.Module) -> Context:
     text = config.get_text_config(decoder=True)
     return Context(
         model=type(model).__name__, model_type=config.model_type, blocks=len(model.get_submodule(layers)),
-        width=text.hidden_size,
+        width=text.hidden_size, facts={"vocab_size": getattr(text, "vocab_size", None)},
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
+from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -55,15 +56,20 @@ class Interpretation:
         norm: the stock final norm, for one token.
         parameters: the program's new parameters by name (see :func:`depthpass.ir.parameters`).
         noise: ``[tokens, width]`` of standard deviation 1, read by every ``noise``.
+        calls: sizes of the calls that the tokens came in; None = all in one.
+        head: the stock head, for one normed token; only ``logits`` needs it.
     """
 
     def __init__(
         self, program: Program, embed: Tensor, blocks: Sequence[Block], norm: Callable[[Tensor], Tensor],
         parameters: Mapping[str, Tensor] | None = None, noise: Tensor | None = None,
+        calls: Sequence[int] | None = None, head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self.program, self.embed, self.blocks, self.norm = program, embed, blocks, norm
         self.parameters, self.noise = parameters or {}, noise
-        self.tokens = len(embed)
+        self.tokens, self.head = len(embed), head
+        ends = list(accumulate(calls or (self.tokens,)))
+        self._call_start = [max((e for e in ends if e <= i), default=0) for i in range(self.tokens)]
         self._writers = {writes_slot(v): v for v in program.visits}
         self._memo: dict[tuple[str, int], Any] = {}
         self._stored: dict[tuple[int, int], Any] = {}
@@ -129,23 +135,31 @@ class Interpretation:
                 return self.norm(args[0])
             case "detach":
                 return args[0].detach()
+            case "logits" if self.head is not None:
+                return self.head(args[0])
+            case "distance":
+                return _distance(o["rule"], *args)
             case "select":
                 return self._select(o, args)
-        raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters or noise, or pads.")
+        raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters, noise or a head, or pads.")
 
     def _visit(self, o: Op, x: Tensor, i: int) -> Tensor:
         if o["lora"] or o["modulate"]:
             raise LoweringError(f"the interpreter cannot run %{o.name}: LoRA and modulation depend on the model.")
         block = self.blocks[o["index"]]
         if o["gate"] is None:
-            return block(x, i, self._keys(o["slot"] if o["keys"] is None else o["keys"], i))
+            keys = self._keys(o["slot"] if o["keys"] is None else o["keys"], i)
+            if o["past"] is not None:
+                start = self._call_start[i]
+                keys = self._keys(o["past"], start - 1) + self._keys(o["slot"], i, start)
+            return block(x, i, keys)
         return block(x, i, self._keys(o["keys"], i), self._keys(o["slot"], i)[-o["window"] :], o["gate"])
 
-    def _keys(self, slot: int, i: int) -> list[Any]:
-        """Keys in a slot up to token i: those of the tokens that its visit ran for."""
+    def _keys(self, slot: int, i: int, first: int = 0) -> list[Any]:
+        """Keys in a slot from token ``first`` to token i: those of the tokens that its visit ran for."""
         writer = self._writers[slot]
         block, found = self.blocks[writer["index"]], []
-        for j in range(i + 1):
+        for j in range(first, i + 1):
             if (x := self.value(writer.args[0], j)) is not None:
                 if (slot, j) not in self._stored:
                     self._stored[slot, j] = block.keys(x, j)
@@ -158,6 +172,8 @@ class Interpretation:
             return False
         if o["rule"] == "threshold":
             return self.value(o.args[0], i).item() >= o["threshold"]
+        if o["rule"] == "above":
+            return self.value(o.args[0], i).item() > o["threshold"]
         if o["rule"] == "choice":
             return int(self.value(o.args[0], i).argmax()) + 1 >= o["depth"]
         if o.name not in self._best:
@@ -176,3 +192,12 @@ class Interpretation:
             if reached >= o["cdf"]:
                 return state
         return args[half - 1]
+
+
+def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
+    if rule == "state":
+        return ((now - before).norm() / now.norm())[None]
+    p, q = torch.softmax(now, 0), torch.softmax(before, 0)
+    if rule == "kl":
+        return (q * (q.log() - p.log())).sum()[None]
+    return ((p * p.log()).sum() - (q * q.log()).sum()).abs()[None]

@@ -9,8 +9,12 @@ kind         meaning (x, y are streams, r a route)
 embed        the stream that enters the first block of the stock model
 zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std`` (Huginn)
 block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
-             of its own (shared KV); ``gate`` + ``window`` mix both, g*Attn(keys) + (1-g)*Attn(own last W) (PLT);
-             ``lora``, ``modulate`` name per-visit parameters
+             of its own (shared KV); ``past`` names the slot whose entries of *earlier calls* it reads instead of its
+             own ones, which then do not outlive a call; ``gate`` + ``window`` mix ``keys`` and own ones,
+             g*Attn(keys) + (1-g)*Attn(own last W) (PLT);
+             ``lora`` names a low-rank update; ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the
+             attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
+             the factors are a linear map of that time encoder at ``step``, else parameters of their own
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
@@ -20,10 +24,13 @@ add, mul     sum, product; a stream of width 1 broadcasts; an absent summand add
 act          an elementwise function (sigmoid, silu, tanh, gelu)
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
+logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
+distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``), or of
+             logits KL(softmax before || softmax now) (``kl``), |entropy now - entropy before| (``entropy``)
 route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
-             ``capacity`` times the row's real tokens), those with a score of at least ``threshold``, those whose
-             largest score stands at place ``depth`` or later (from 1); a route as second argument is the set to
-             choose from
+             ``capacity`` times the row's real tokens), those with a score of at least ``threshold`` (rule
+             ``above``: of more than that), those whose largest score stands at place ``depth`` or later (from 1); a
+             route as second argument is the set to choose from
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
 pad, trim    append m pad tokens to every row, drop them again
@@ -42,7 +49,8 @@ from dataclasses import dataclass, field
 Attr = int | float | bool | str | tuple["Attr", ...]
 
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu")
-ROUTE_RULES = ("topk", "threshold", "choice")
+ROUTE_RULES = ("topk", "threshold", "above", "choice")
+DISTANCES = ("state", "kl", "entropy")
 SCATTER_MODES = ("add", "replace")
 
 
@@ -102,9 +110,10 @@ OPS: dict[str, OpDef] = {
         _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int)),
         _def(
             "block", "index", token_local=False,
-            index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
+            index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), past=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
             gate_input=AttrDef(str, "query", choices=("query", "hidden")),
-            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), step=AttrDef(int, 0),
+            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), clock=AttrDef(str),
+            step=AttrDef(int, 0), base=AttrDef(float, 1.0),
         ),
         _def("delay", "tokens", tokens=_REQ_INT, forward_refs=True, token_local=False),
         _def(
@@ -119,6 +128,8 @@ OPS: dict[str, OpDef] = {
         _def("act", "fn", fn=AttrDef(str, required=True, choices=ACTIVATIONS)),
         _def("rms", name=AttrDef(str), eps=AttrDef(float, 1e-6)),
         _def("norm"),
+        _def("logits", "width", width=_REQ_INT),
+        _def("distance", "rule", (2, 2), rule=AttrDef(str, required=True, choices=DISTANCES)),
         _def(
             "route", "rule", (1, 2), token_local=False,
             rule=AttrDef(str, required=True, choices=ROUTE_RULES),

@@ -99,8 +99,13 @@ class Program:
 
     @cached_property
     def slots(self) -> tuple[int, ...]:
-        """Slots that visits write, ascending: one KV cache each."""
-        return tuple(sorted({s for o in self.visits if (s := writes_slot(o)) is not None}))
+        """Slots that outlive a call, ascending: one KV cache each."""
+        return tuple(sorted({s for o in self.visits if (s := writes_slot(o)) is not None and o["past"] is None}))
+
+    @property
+    def reads_calls(self) -> bool:
+        """Whether what the program computes depends on how tokens are split into calls."""
+        return any(o["past"] is not None for o in self.visits)
 
     @property
     def output(self) -> str:

@@ -15,11 +15,13 @@ NEVER = 1 << 40
 
 _NAME = re.compile(r"\w[\w.]*")
 _NEEDS = {
-    "block": {"window": "gate", "gate_input": "gate", "lora": "lora_rank", "lora_rank": "lora", "step": "modulate"},
+    "block": {"window": "gate", "gate_input": "gate", "lora": "lora_rank", "lora_rank": "lora",
+              "clock": "modulate", "step": "clock", "base": "modulate"},
 }
 _AT_LEAST = {
-    "block": {"slot": 0, "keys": 0, "lora_rank": 1, "step": 0},
+    "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
     "zeros": {"width": 1},
+    "logits": {"width": 1},
     "noise": {"width": 1, "std": 0.0},
     "linear": {"out": 1, "init": 0.0},
     "rms": {"eps": 0.0},
@@ -94,8 +96,9 @@ def _shapes(program: Program) -> dict[str, tuple[int, int]]:
 
 def _shape(program: Program, o: Op, args: list[tuple[int, int]]) -> tuple[int, int]:
     width = max((w for w, _ in args), default=program.width)
-    if o.kind in ("linear", "zeros", "noise", "route"):
-        width = 0 if o.kind == "route" else o["out"] if o.kind == "linear" else o["width"] or program.width
+    if o.kind in ("linear", "zeros", "noise", "route", "logits", "distance"):
+        fixed = {"route": 0, "distance": 1, "linear": o["out"] if o.kind == "linear" else 0}
+        width = fixed[o.kind] if o.kind in fixed else o["width"] or program.width
     pads = max((p for _, p in args), default=0)
     return width, 0 if o.kind == "trim" else pads + (o["tokens"] if o.kind == "pad" else 0)
 
@@ -151,6 +154,12 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
         _expect(first.absent == 0, o, "a stream that every token has",
                 f"one that is absent at the first {first.absent} tokens; add it to another stream first")
         return first
+    if kind == "logits":
+        _expect(first.width == program.width, o, f"width {program.width}", f"width {first.width}")
+        return Type(o["width"], first.tokens, absent, first.pads)
+    if kind == "distance":
+        _expect(len({a.width for a in args}) == 1, o, "equal widths", f"{[a.width for a in args]}")
+        return Type(1, first.tokens, absent, first.pads)
     if kind == "linear":
         return Type(o["out"], first.tokens, absent, first.pads)
     if kind == "add":
@@ -283,9 +292,10 @@ def _check_attrs(program: Program, o: Op) -> None:
     if o.kind in ("delay", "pad", "trim") and o["tokens"] < 1:
         raise VerifyError(f"{_where(o)}: expected at least 1 token, got {o['tokens']}; a cycle needs a delay.")
     if o.kind == "route":
-        for key, rule in (("capacity", "topk"), ("rounding", "topk"), ("threshold", "threshold"), ("depth", "choice")):
-            if key in dict(o.attrs) and o["rule"] != rule:
-                raise VerifyError(f"{_where(o)}: {key!r} belongs to rule {rule}, got rule {o['rule']}.")
+        for key, rule in (("capacity", "topk"), ("rounding", "topk"), ("threshold", "threshold above"),
+                          ("depth", "choice")):
+            if key in dict(o.attrs) and o["rule"] not in rule.split():
+                raise VerifyError(f"{_where(o)}: {key!r} belongs to rule {' or '.join(rule.split())}, got rule {o['rule']}.")
         if o["capacity"] is not None and not 0 < o["capacity"] <= 1:
             raise VerifyError(f"{_where(o)}: expected a capacity in (0, 1], got {o['capacity']}.")
     if o.kind == "select" and not 0 < o["cdf"] <= 1:
@@ -295,6 +305,8 @@ def _check_attrs(program: Program, o: Op) -> None:
 def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str, Type]) -> None:
     if o["gate"] is not None and (o["keys"] is None or o["window"] is None or o["window"] < 1):
         raise VerifyError(f"{_where(o)}: a gate needs keys (a slot) and a window of at least 1.")
+    if o["past"] is not None:
+        _check_past(o, writers.get(o["past"]), types)
     if o["keys"] is None:
         return
     writer = writers.get(o["keys"])
@@ -302,9 +314,30 @@ def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str
         raise VerifyError(f"{_where(o)}: reads slot {o['keys']}, which no visit writes.")
     if program.index[writer.name] > program.index[o.name]:
         raise VerifyError(f"{_where(o)}: reads slot {o['keys']} before %{writer.name} writes it.")
+    if writer["past"] is not None:
+        raise VerifyError(f"{_where(o)}: expected keys of a visit that keeps them, got slot {o['keys']} of %{writer.name}, "
+                          "which has a past.")
     if writer["index"] != o["index"]:
         raise VerifyError(f"{_where(o)}: expected keys of the same block {o['index']}, got slot {o['keys']}, which "
                           f"holds keys of block {writer['index']}.")
+
+
+def _check_past(o: Op, writer: Op | None, types: dict[str, Type]) -> None:
+    past = o["past"]
+    if o["keys"] is not None or o["gate"] is not None:
+        raise VerifyError(f"{_where(o)}: 'past' stands for earlier entries of the visit's own slot, so it goes with neither "
+                          "keys nor gate.")
+    if writer is None or writer is o:
+        got = "its own slot" if writer is o else f"slot {past}, which no visit writes"
+        raise VerifyError(f"{_where(o)}: expected the slot of another visit as past, got {got}.")
+    if writer["past"] is not None or writer["gate"] is not None:
+        raise VerifyError(f"{_where(o)}: expected a past slot that keeps every call's entries, got slot {past} of "
+                          f"%{writer.name}, which has a {'past' if writer['past'] is not None else 'window'} itself.")
+    if writer["index"] != o["index"]:
+        raise VerifyError(f"{_where(o)}: expected a past of the same block {o['index']}, got slot {past}, which holds keys "
+                          f"of block {writer['index']}.")
+    if types[writer.name] != types[o.name]:
+        raise VerifyError(f"{_where(o)}: expected a past over the same tokens, got slot {past} over others.")
 
 
 @dataclass(frozen=True)
@@ -330,8 +363,8 @@ class Param:
 def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[str, Param]:
     """The new parameters of a program by name.
 
-    Parameters of attention gates, per-visit LoRA and modulation depend on the model's own shapes and are declared
-    by the op (``gate``, ``lora``, ``modulate``); the transform sizes them from the captured block.
+    Parameters of attention gates and per-visit LoRA depend on the model's own shapes and are declared
+    by the op (``gate``, ``lora``); the transform sizes them from the captured block.
 
     Raises:
         VerifyError: two ops share a name but not a shape.
@@ -357,4 +390,23 @@ def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[s
             add(o, Param(f"{o['name']}.weight", (types[o.args[0]].width,), fill=o["init"]))
         elif o.kind == "rms" and o["name"]:
             add(o, Param(f"{o['name']}.weight", (types[o.args[0]].width,), fill=1.0))
+        elif o.kind == "block" and o["modulate"]:
+            for param in _modulation(o, program.width):
+                add(o, param)
     return found
+
+
+TIME_WIDTH = 256
+"""Width of the sinusoid that a time encoder reads."""
+
+
+def _modulation(o: Op, width: int) -> list[Param]:
+    """Parameters of a modulated visit: its factors start at zero, a time encoder (two linear maps) as usual."""
+    name, clock = o["modulate"], o["clock"]
+    if clock is None:
+        return [Param(f"{name}.weight", (4, width))]
+    return [
+        Param(f"{name}.weight", (4 * width, width)), Param(f"{name}.bias", (4 * width,)),
+        Param(f"{clock}.rise.weight", (width, TIME_WIDTH), 0.02), Param(f"{clock}.rise.bias", (width,)),
+        Param(f"{clock}.mix.weight", (width, width), 0.02), Param(f"{clock}.mix.bias", (width,)),
+    ]

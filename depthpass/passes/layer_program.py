@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ import yaml
 from depthpass.errors import PassError, SpecError, did_you_mean
 from depthpass.ir.program import Program
 from depthpass.passes.base import Context, Numerics, Pass, require
-from depthpass.passes.streams import Builder, straight
+from depthpass.passes.streams import Builder, check_scope, modulation, straight
 
 _MERGEKIT = ("slices", "merge_method", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "name")
 """Fields of a mergekit config that say which blocks are visited, or nothing about depth at all."""
@@ -31,14 +31,20 @@ class LayerProgram(Pass):
     Args:
         layers: positions in the program's list of visits, which are block numbers in a stock model; any order, any
             number of times.
+        scales: give every visit a learned scale of what its attention and MLP read and a gate on what they add, all
+            starting as 1; parameters ``{scope}.p{place in the list}.scale``.
+        scope: first part of the parameter names.
     """
 
     name: ClassVar[str] = "layer_program"
     numerics: ClassVar[Numerics] = "changing"
 
     layers: tuple[int, ...]
+    scales: bool = False
+    scope: str = "layer_program"
 
     def validate(self) -> None:
+        require(self.scope.isidentifier(), "layer_program.scope", "a plain name of letters, digits and _", self.scope)
         require(len(self.layers) > 0, "layer_program.layers", "at least one visit", list(self.layers))
         require(min(self.layers) >= 0, "layer_program.layers", "block numbers of at least 0", min(self.layers))
 
@@ -117,10 +123,7 @@ class LayerProgram(Pass):
         visits = straight(program, self.name)
         if max(self.layers) >= len(visits):
             raise PassError(f"layer_program.layers: expected blocks in 0..{len(visits) - 1}, got {max(self.layers)}.")
-        builder, x = Builder(program), visits[0].args[0]
-        for position in self.layers:
-            x = builder.visit(visits[position], x)
-        return builder.splice(visits, x)
+        return visit_list(self.name, program, self.layers, range(len(self.layers)) if self.scales else (), self.scope)
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,18 @@ class Skip(Pass):
         if not left:
             raise PassError(f"skip: expected a range that leaves a visit, got all {count}.")
         return LayerProgram(left).apply(program, ctx)
+
+
+def visit_list(who: str, program: Program, layers: Sequence[int], scaled: Collection[int], scope: str) -> Program:
+    """The program with its visits in another order; those at the places ``scaled`` of the list get learned scales."""
+    visits = straight(program, who)
+    if scaled:
+        check_scope(who, scope, program)
+    builder, x = Builder(program), visits[0].args[0]
+    for place, position in enumerate(layers):
+        operands = {"modulate": f"{scope}.p{place}.scale"} if place in scaled else {}
+        x = builder.visit(visits[position], x, **modulation(who, visits[position], operands))
+    return builder.splice(visits, x)
 
 
 def check_range(who: str, start: int, end: int, visits: int) -> None:

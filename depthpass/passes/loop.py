@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.exits import Exits
 from depthpass.passes.layer_program import check_range
-from depthpass.passes.streams import Builder, straight, with_slots
+from depthpass.passes.streams import Builder, check_scope, modulation, straight, with_slots
 from depthpass.passes.times import SHOWN, count_at, draw
 
 
@@ -33,7 +35,8 @@ class Loop(Pass):
     With ``inject="concat"`` the adapter starts as [0, I] on (s, e), so every iteration starts as core(e) and the new
     model equals the stock model at any ``times``. LoRA, modulation and exit gates start without effect.
 
-    Parameters, under ``scope``: ``inject``, ``exit``, ``t{t}.v{visit}.lora``, ``v{visit}.time``.
+    Parameters, under ``scope``: ``inject``, ``exit``, ``t{t}.v{visit}.lora``, ``t{t}.v{visit}.scale``,
+    ``v{visit}.time`` and ``clock`` (shared by all iterations).
 
     Args:
         start: first position of the core.
@@ -52,14 +55,27 @@ class Loop(Pass):
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
         noise_std: standard deviation of the noise.
-        kv: keys of iteration t: its ``own`` slots, or those of the ``first`` iteration. (``last`` and ``mod:k``
-            depend on how tokens are split into calls and are not supported yet.)
+        kv: keys that iteration t reads: its ``own`` slots, those of the ``first`` iteration, or, of the tokens of earlier
+            calls, those of the ``last`` iteration or (``mod:k``) of the last one congruent to t modulo k; one slot per
+            block (k of them) then outlives a call. ``last`` and ``mod:k`` score a whole row as ``own`` does, and decode
+            another function.
         taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
             coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
-        exit: learn an exit gate after each iteration and take the first whose cumulative exit probability reaches
-            this value (Ouro's q).
+        exit: let tokens leave the loop early, at this value of ``criterion``.
+        criterion: ``cdf``: a learned gate gives an exit probability after each iteration; a token leaves when their
+            cumulative probability reaches ``exit`` (Ouro's q). Huginn's compare an iteration with the one before, from the
+            second on; a token leaves when the distance is below ``exit``: ``state``: |s_t - s_(t-1)| / |s_t|; of
+            p_t = softmax(head(norm(s_t))) ``kl``: KL(p_(t-1) || p_t), or ``entropy``: |H(p_t) - H(p_(t-1))|.
+        skip: tokens that left take no further iteration: no work, and no keys in it, so that in iteration t (with
+            ``kv="own"``) a token sees the earlier tokens that ran iteration t. False (``cdf`` only): run all iterations
+            with all keys and pick states afterwards; with ``taps`` also hand out the gates' probabilities
+            ``{scope}.t{t}.exit``, to train them.
         lora_rank: rank of a LoRA of its own for every visit of the core.
-        timestep: modulate the visits of the core by the iteration number (adaLN-zero).
+        timestep: modulate the visits of the core by the iteration number t (adaLN): what attention and MLP read is
+            scaled by 1 + s(t), what they add is gated. ``identity`` (or True) gates with 1 + g in iteration 0 and with g
+            in later ones, so that the model starts as the stock model at any ``times``; ``zero`` gates with g always,
+            as published: the core starts as the identity, for training from scratch.
+        scales: give every visit of the core scales and gates of its own, as plain parameters, all starting as 1.
         normalize: apply the stock final norm only at the end, or to s between iterations as well (Ouro).
         out_norm: apply it to s before the coda as well (Huginn).
         scope: first part of the parameter and tap names; set it to apply the pass twice.
@@ -80,8 +96,11 @@ class Loop(Pass):
     kv: str = "own"
     taps: bool = False
     exit: float | None = None
+    criterion: Literal["cdf", "state", "kl", "entropy"] = "cdf"
+    skip: bool = True
     lora_rank: int | None = None
-    timestep: bool = False
+    timestep: bool | Literal["identity", "zero"] = False
+    scales: bool = False
     normalize: Literal["last", "loop"] = "last"
     out_norm: bool = False
     scope: str = "loop"
@@ -102,10 +121,10 @@ class Loop(Pass):
         kind, _, count = self.kv.partition(":")
         known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last") and not count
         require(known, "loop.kv", "own, first, last or mod:k", self.kv)
-        require(self.exit is None or 0 < self.exit <= 1, "loop.exit", "a probability in (0, 1]", self.exit)
-        least = self.times if isinstance(self.times, int) else self.times[0] if isinstance(self.times, tuple) else 1
-        require(self.exit is None or least > 1, "loop.times", "at least 2 with an exit", self.times)
+        self._validate_exit()
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
+        require(not (self.timestep and self.scales), "loop.scales", "False with a timestep", self.scales,
+                "A time encoding already gives every visit scales and gates.")
         require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
 
     def _check_times(self) -> None:
@@ -152,55 +171,107 @@ class Loop(Pass):
         times = max(high, fixed) if most else draw(mean, self.sigma, low, high) if drawn else fixed
         return replace(self, times=times, mean=None, sigma=0.5, eval_times=None)
 
+    def _least(self) -> int:
+        """The smallest count that can occur."""
+        return self.times if isinstance(self.times, int) else self.times[0] if isinstance(self.times, tuple) else 1
+
+    def _validate_exit(self) -> None:
+        if self.exit is None:
+            require(self.criterion == "cdf", "loop.exit", f"a value to leave at beside criterion={self.criterion!r}", None)
+            require(self.skip, "loop.exit", "a value to leave at beside skip=False", None)
+            return
+        cdf = self.criterion == "cdf"
+        require(0 < self.exit <= (1 if cdf else math.inf), "loop.exit", "a probability in (0, 1]" if cdf else
+                "a positive distance", self.exit)
+        require(self._least() >= (2 if cdf else 3), "loop.times", "at least 2 with an exit" if cdf else
+                f"at least 3 with criterion={self.criterion!r}", self.times,
+                "" if cdf else "It compares two iterations, and there must be one left to skip.")
+        require(cdf or self.skip, "loop.skip", f"True with criterion={self.criterion!r}", self.skip)
+        require(not self.skip or self.kv in ("own", "first"), "loop.kv", "'own' or 'first' with an exit that skips visits",
+                self.kv, "The slot of a later iteration does not hold the tokens that left before it.")
+
     def apply(self, program: Program, ctx: Context) -> Program:
         if not isinstance(self.times, int):
             return self.settled().apply(program, ctx)
-        if self.kv not in ("own", "first"):
-            raise PassError(f"loop.kv: the policy {self.kv!r} is not supported yet: what it reads depends on how the "
-                            "tokens were split into calls, which a program does not say. Use own or first.")
         visits = straight(program, self.name)
         end = len(visits) if self.end is None else self.end
         check_range("loop", self.start, end, len(visits))
-        self._check_scope(program)
+        check_scope("loop", self.scope, program)
         prelude, core, coda = visits[: self.start], visits[self.start : end], visits[end:]
         build = Builder(program)
         x = visits[0].args[0]
         for v in prelude:
             x = build.visit(v, x)
-        states = self._iterate(build, core, x)
+        exits = self._exits(build, ctx)
+        states = self._iterate(build, core, x, exits)
         s = states[-1]
-        if self.exit is not None:
+        if self.exit is not None and exits is None:
             gates = [self._gate(build, state) for state in states]
             s = build.emit("select", *states, *gates, rule="cdf", cdf=self.exit)
+            for t, gate in enumerate(gates if self.taps else (), 1):
+                build.tap(f"{self.scope}.t{t}.exit", gate, head=False)
         y = build.norm(s) if self.out_norm else s
         for v in coda:
             y = build.visit(v, y)
         program = build.splice(visits, y)
         return self._tapped(program, states, s) if self.taps else program
 
-    def _iterate(self, build: Builder, core: tuple[Op, ...], e: str) -> list[str]:
-        """All iterations; the states after each."""
+    def _exits(self, build: Builder, ctx: Context) -> Exits | None:
+        """The routes of an exit that skips visits; None without one."""
+        if self.exit is None or not self.skip:
+            return None
+        vocabulary = ctx.facts.get("vocab_size")
+        if self.criterion in ("kl", "entropy") and not isinstance(vocabulary, int):
+            raise PassError(f"loop.criterion: {self.criterion!r} needs the size of the model's vocabulary, got {vocabulary!r} "
+                            f"for {ctx.model}. Use criterion='state' or 'cdf'.")
+        return Exits(build, self.criterion, self.exit, f"{self.scope}.exit", vocabulary)
+
+    def _iterate(self, build: Builder, core: tuple[Op, ...], e: str, exits: Exits | None) -> list[str]:
+        """All iterations; the states after each, of every token."""
         s = e
         if self.state != "input":
             s = build.emit("zeros") if self.state == "zeros" else build.emit("noise", std=self.noise_std)
         states: list[str] = []
         slots: list[int] = []
+        grid: list[list[str]] = []
         for t in range(self.times):
+            whole, before, input_ = s, s, e
+            if exits is not None:
+                s = before = exits.enter(s)
+                input_ = exits.enter(e) if self.inject else e
             if t and self.normalize == "loop":
                 s = build.norm(s)
             if t and self.times - t == self.bptt:
                 s = build.emit("detach", s)
-            x = self._injected(build, s, e)
+            x = self._injected(build, s, input_)
+            grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
-                x = build.visit(v, x, **shared, **self._operands(t, self.start + p))
+                x = build.visit(v, x, **shared, **modulation("loop", v, self._operands(t, self.start + p)))
+                grid[t].append(x)
                 if t == 0:
                     slots.append(build.slot_of(x))
             if self.damped and self.times > 1:
                 change = build.emit("add", x, build.emit("scale", s, by=-1.0))
                 x = build.emit("add", s, build.emit("scale", change, by=1.0 / self.times))
+            if exits is not None:
+                done = exits.put(whole, x)
+                if t < self.times - 1:
+                    exits.leave(x, before, t == self.times - 2)
+                x = done
             states.append(s := x)
+        self._keep_last(build, grid)
         return states
+
+    def _keep_last(self, build: Builder, grid: list[list[str]]) -> None:
+        """``last`` and ``mod:k``: a visit reads earlier calls' entries in the slot of the iteration that keeps its own."""
+        if self.kv in ("own", "first"):
+            return
+        k, last = int(self.kv.removeprefix("mod:")) if self.kv != "last" else 1, len(grid) - 1
+        for t, names in enumerate(grid):
+            if (kept := last - (last - t) % k) != t:
+                for name, keeper in zip(names, grid[kept]):
+                    build.set(name, past=build.slot_of(keeper))
 
     def _injected(self, build: Builder, s: str, e: str) -> str:
         if self.inject == "concat":
@@ -213,7 +284,10 @@ class Loop(Pass):
         if self.lora_rank is not None:
             found |= {"lora": f"{self.scope}.t{t}.v{visit}.lora", "lora_rank": self.lora_rank}
         if self.timestep:
-            found |= {"modulate": f"{self.scope}.v{visit}.time", "step": t}
+            base = 0.0 if t or self.timestep == "zero" else 1.0
+            found |= {"modulate": f"{self.scope}.v{visit}.time", "clock": f"{self.scope}.clock", "step": t, "base": base}
+        if self.scales:
+            found |= {"modulate": f"{self.scope}.t{t}.v{visit}.scale"}
         return found
 
     def _gate(self, build: Builder, state: str) -> str:
@@ -226,7 +300,7 @@ class Loop(Pass):
         tail = [o for o in program.ops[at:-1] if o.kind != "tap"]
         new: list[Op] = []
         names = iter(program.fresh(len(states) * len(tail)))
-        slot = 1 + max(program.slots)
+        slot = 1 + max(o["slot"] for o in program.visits)
         for t, state in enumerate(states, 1):
             copied = {end: state}
             value = program.output
@@ -240,9 +314,3 @@ class Loop(Pass):
                 value = copied[value]
             new.append(op("tap", value, head=True).with_attrs(name=f"{self.scope}.t{t}"))
         return with_slots(replace(program, ops=(*program.ops[:-1], *new, program.ops[-1])))
-
-    def _check_scope(self, program: Program) -> None:
-        taken = {str(o[k]) for o in program for k in ("name", "lora", "modulate") if k in dict(o.attrs)}
-        if any(name.startswith(f"{self.scope}.") for name in taken):
-            raise PassError(f"loop.scope: the program already has parameters or taps under {self.scope!r}. "
-                            "Set scope='another_name' on one of the passes.")

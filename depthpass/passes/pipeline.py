@@ -68,7 +68,7 @@ def _with_provenance(before: Program, after: Program, label: str) -> Program:
     old = before.defs
 
     def meaning(o: Op) -> tuple[object, ...]:
-        return (o.kind, *((k, v) for k, v in o.attrs if k not in ("slot", "keys")))
+        return (o.kind, *((k, v) for k, v in o.attrs if k not in ("slot", "keys", "past")))
 
     def note(o: Op) -> Op:
         was = old.get(o.name) if o.name else o if o in before.ops else None

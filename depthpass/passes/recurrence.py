@@ -9,7 +9,7 @@ from typing import ClassVar, Self
 from depthpass.errors import PassError
 from depthpass.ir.program import Program
 from depthpass.passes.base import Context, Numerics, Pass, require
-from depthpass.passes.layer_program import LayerProgram, check_range
+from depthpass.passes.layer_program import check_range, visit_list
 from depthpass.passes.streams import straight
 
 
@@ -28,6 +28,8 @@ class IntraLayerRecurrence(Pass):
 
     Args:
         reuse: one count of at least 1 per visit of the program.
+        scales: learned scales and gates for every visit, as in ``layer_program``.
+        scope: first part of the parameter names.
     """
 
     name: ClassVar[str] = "intra_layer_recurrence"
@@ -35,6 +37,8 @@ class IntraLayerRecurrence(Pass):
     loop_field: ClassVar[str | None] = "reuse"
 
     reuse: tuple[int, ...]
+    scales: bool = False
+    scope: str = "intra_layer_recurrence"
 
     def with_loops(self, times: int | Sequence[int]) -> Self:
         """One count per visit, or one number for every visit."""
@@ -44,12 +48,16 @@ class IntraLayerRecurrence(Pass):
         require(len(self.reuse) > 0 and min(self.reuse) >= 1, "intra_layer_recurrence.reuse", "counts of at least 1",
                 list(self.reuse), "Use the pass 'skip' to leave a block out.")
 
+        require(self.scope.isidentifier(), "intra_layer_recurrence.scope", "a plain name of letters, digits and _",
+                self.scope)
+
     def apply(self, program: Program, ctx: Context) -> Program:
         count = len(straight(program, self.name))
         if len(self.reuse) != count:
             raise PassError(f"intra_layer_recurrence.reuse: expected one count for each of the {count} visits, "
                             f"got {len(self.reuse)}.")
-        return LayerProgram(tuple(i for i, r in enumerate(self.reuse) for _ in range(r))).apply(program, ctx)
+        layers = [i for i, r in enumerate(self.reuse) for _ in range(r)]
+        return visit_list(self.name, program, layers, range(len(layers)) if self.scales else (), self.scope)
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class Repeat(Pass):
         start: first position of the range.
         end: one past the last position (half-open, as in PEFT and mergekit).
         times: visits in total.
+        scales: learned scales and gates for the visits of the range, as in ``layer_program``.
+        scope: first part of the parameter names.
     """
 
     name: ClassVar[str] = "repeat"
@@ -76,15 +86,20 @@ class Repeat(Pass):
     start: int
     end: int
     times: int = 2
+    scales: bool = False
+    scope: str = "repeat"
 
     def validate(self) -> None:
         require(self.start >= 0, "repeat.start", "a position of at least 0", self.start)
         require(self.end > self.start, "repeat.end", f"a position above start={self.start}", self.end,
                 "Ranges are half-open.")
         require(self.times >= 1, "repeat.times", "at least 1", self.times, "Use the pass 'skip' to leave blocks out.")
+        require(self.scope.isidentifier(), "repeat.scope", "a plain name of letters, digits and _", self.scope)
 
     def apply(self, program: Program, ctx: Context) -> Program:
         count = len(straight(program, self.name))
         check_range("repeat", self.start, self.end, count)
         core = (*range(self.start, self.end),) * self.times
-        return LayerProgram((*range(self.start), *core, *range(self.end, count))).apply(program, ctx)
+        scaled = range(self.start, self.start + len(core)) if self.scales else ()
+        layers = (*range(self.start), *core, *range(self.end, count))
+        return visit_list(self.name, program, layers, scaled, self.scope)

@@ -52,9 +52,10 @@ def straight(program: Program, who: str) -> tuple[Op, ...]:
     if not visits:
         raise PassError(f"{who}: expected a program with visits, got one without a block.")
     for here, after in zip(visits, (*visits[1:], None)):
-        if here["keys"] is not None:
+        if here["keys"] is not None or here["past"] is not None:
+            slot = here["past"] if here["keys"] is None else here["keys"]
             raise PassError(f"{who}: expected visits with their own keys, got %{here.name}, which reads slot "
-                            f"{here['keys']}. Put {who} before the pass that shares keys.")
+                            f"{slot}. Put {who} before the pass that shares keys.")
         others = [o for o in program.users(here.name) if o is not after] if after else []
         if after is not None and (after.args != (here.name,) or others):
             other = others[0] if others else program.defs[after.args[0]]
@@ -104,6 +105,10 @@ class Builder:
         self.ops.append(copy)
         return copy.name
 
+    def set(self, value: str, **attrs: Any) -> None:
+        """Set attributes of an op appended before."""
+        self.ops = [o.with_attrs(**attrs) if o.name == value else o for o in self.ops]
+
     def slot_of(self, value: str) -> int:
         """Slot of a visit appended before."""
         return next(o["slot"] for o in self.ops if o.name == value)
@@ -120,6 +125,30 @@ class Builder:
         return with_slots(replace(program, ops=(*before, *self.ops, *after)))
 
 
+def check_scope(who: str, scope: str, program: Program) -> None:
+    """Refuse a scope that the program has parameters or taps under already.
+
+    Raises:
+        PassError: it has.
+    """
+    taken = {str(o[k]) for o in program for k in ("name", "lora", "modulate", "clock") if k in dict(o.attrs)}
+    if any(name.startswith(f"{scope}.") for name in taken):
+        raise PassError(f"{who}.scope: the program already has parameters or taps under {scope!r}. "
+                        "Set scope='another_name' on one of the passes.")
+
+
+def modulation(who: str, visit: Op, operands: dict[str, Any]) -> dict[str, Any]:
+    """The operands for a copy of a visit, unless they would take the place of scales that the visit has already.
+
+    Raises:
+        PassError: they would.
+    """
+    if "modulate" in operands and visit["modulate"] is not None:
+        raise PassError(f"{who}: %{visit.name} is already modulated by {visit['modulate']!r}, and a visit has one set of "
+                        "scales. Give timestep or scales to one of the passes only.")
+    return operands
+
+
 def with_slots(program: Program) -> Program:
     """Number the slots 0, 1, ... in the order of the visits that write them.
 
@@ -133,8 +162,8 @@ def with_slots(program: Program) -> Program:
     def number(o: Op) -> Op:
         if o.kind != "block":
             return o
-        keys = None if o["keys"] is None else new[o["keys"]]
-        return o.with_attrs(slot=keys if writes_slot(o) is None else new[o["slot"]], keys=keys)
+        keys, past = (None if o[k] is None else new[o[k]] for k in ("keys", "past"))
+        return o.with_attrs(slot=keys if writes_slot(o) is None else new[o["slot"]], keys=keys, past=past)
 
     return program.map_ops(number)
 

@@ -155,8 +155,8 @@ class Report:
 
     @property
     def unsized_parameters(self) -> tuple[str, ...]:
-        """Names of gates, per-visit LoRA and modulation, whose parameters are sized when the model is transformed."""
-        keys = ("gate", "lora", "modulate")
+        """Names of gates and per-visit LoRA, whose parameters are sized when the model is transformed."""
+        keys = ("gate", "lora")
         return tuple(dict.fromkeys(o[k] for o in self.program.visits for k in keys if o[k] is not None))
 
     @cached_property
@@ -184,7 +184,7 @@ class Report:
                 windowed = o["gate"] is not None and slot == o["slot"]
                 tokens = min(written[slot], o["window"]) if windowed else written[slot]
                 kept[slot] = max(kept.get(slot, 0), tokens)
-        return kept
+        return {s: t for s, t in kept.items() if s in self.program.slots}
 
     @cached_property
     def kv_bytes(self) -> int | None:

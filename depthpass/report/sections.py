@@ -77,6 +77,8 @@ def _depth(report: Report) -> Section:
     for weight, unit in counted:
         weighed = main if WEIGHTS[weight] == WEIGHTS["visits"] else depth(report.program, weight=weight)
         found.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
+    if report.program.reads_calls:
+        found.append(_depth_of_calls(report))
     for tap, d in report.depths.items():
         if tap is not None:
             found += [
@@ -84,6 +86,24 @@ def _depth(report: Report) -> Section:
                 Number(f"depth_at_n.{tap}", f"depth of tap {tap} at n = {n}", d.at(n), "block visits"),
             ]
     return Section("Depth", tuple(found))
+
+
+def _depth_of_calls(report: Report) -> Number:
+    """Depth where it depends on how tokens are split into calls (KV policies ``last`` and ``mod:k``)."""
+    program, note = report.program, "cached keys of earlier calls come from later iterations: the number of calls counts"
+    if any(o.kind == "delay" for o in program):
+        if any(o.kind == "pad" for o in program):
+            return Number("depth_calls", "depth of n calls of one token", "not derived for pads with delays", "", note)
+        return Number("depth_calls", "depth of n calls of one token", format_formula(depth(program, calls=True).formula),
+                      "block visits", note)
+    import sympy
+
+    from depthpass.analysis.closed_form import n
+
+    m = sympy.Symbol("m", nonnegative=True, integer=True)
+    formula = sympy.expand(depth(program, calls=True).formula.subs(n, m + 1))
+    return Number("depth_calls", "depth after a prompt and m calls of one token", format_formula(formula), "block visits",
+                  note)
 
 
 def _formula(report: Report, output: str | None) -> str:
@@ -188,8 +208,11 @@ def not_counted(report: Report) -> tuple[str, ...]:
     found = [*NOT_COUNTED]
     if any(d.notes for d in report.depths.values()):
         found.append("Routes choose tokens by their data; depth is the longest over all choices.")
+    if report.program.reads_calls:
+        found.append("Depth and work are those of one call: with kv='last' or 'mod:k' a cached token reads keys of later "
+                     "iterations, so the function itself changes with the split into calls.")
     if report.unsized_parameters:
-        found.append("New parameters leave out attention gates, per-visit LoRA and modulation: they are sized from the "
+        found.append("New parameters leave out attention gates and per-visit LoRA: they are sized from the "
                      "model's blocks when it is transformed.")
     if report.cost is None:
         found.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")

@@ -81,7 +81,9 @@ class _Planner:
                     self.keys[i] = writers[o["keys"]]
                 # Routed tokens differ from visit to visit.
                 routed = types[o.args[0]].tokens is not None
-                self.group[i] = i if routed else (o["index"], o["lora"], o["modulate"], o["step"])
+                self.group[i] = i if routed else (
+                    o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base"))
+                )
 
     def step(self) -> Step | None:
         """The order, or None when the step cannot run in one piece: some cycle has a delay below its tokens."""

@@ -72,16 +72,23 @@ class Run:
         self.types = types or infer(self.program)
         self.length, self.count = state.length, hidden.shape[1]
         self.read = {o["keys"] for o in self.program.visits} - {None}
+        self.passing = tuple(o for o in self.program.visits if o["past"] is not None)
+        self.looped = {o.name for r in schedule.serial_regions for o in r.visits} if self.passing else set()
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
+        self.factors: dict[str, dict[str, Tensor]] = {}
+        self.nothing: dict[int, Tensor] = {}
 
     def run(self) -> tuple[dict[str, Tensor], State]:
+        self._recall()
         step = self._step()
         if step is not None:
             self._run_step(step)
         else:
             for region, reads, results in zip(self.schedule.regions, self.schedule.reads, self.schedule.results):
                 self._region(region, reads, results)
+        for o in self.passing:
+            self.state.slots.pop(o["slot"], None)
         self.state.length += self.count
         self.state.valid = self.valid
         return self.out, self.state
@@ -92,6 +99,13 @@ class Run:
             return None
         step = self.schedule.step(self.count)
         return step if step is not None and all(self._rows_stack(stack[0]) for stack in step.stacks) else None
+
+    def _recall(self) -> None:
+        """Start the slots of visits with a past from the entries that another visit has kept of earlier calls."""
+        kept = dict(self.state.slots)
+        for o in self.passing:
+            if o["past"] in kept:
+                self.state.slots[o["slot"]] = kept[o["past"]]
 
     def _rows_stack(self, o: Op) -> bool:
         """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
@@ -116,7 +130,7 @@ class Run:
 
     def _stack(self, stack: tuple[Op, ...], span: Span, masks: Masks, tables) -> None:
         """Visits of one block as rows of one call."""
-        self._check_lora(stack[0])
+        self._check_operands(stack[0])
         index, count = stack[0]["index"], len(stack)
         visits = []
         for o in stack:
@@ -164,6 +178,8 @@ class Run:
 
     def _one(self, o: Op, local: dict, span: Span, masks: Masks, tables, keep: bool) -> None:
         """Run one op on a span; ``local`` holds the span's values."""
+        if self._idle(o, local):
+            return
         if o.kind == "delay":
             local[o.name] = read_delay(self._line(o, self.hidden), local.get(o.args[0]), o["tokens"], span)
         elif o.kind == "route":
@@ -181,6 +197,23 @@ class Run:
             if o.kind == "delay":
                 line = self._line(o, self.hidden)
                 self.state.lines[o.name] = push_delay(line, local[o.args[0]], o["tokens"], span, self.state.record)
+
+    def _idle(self, o: Op, local: dict) -> bool:
+        """Whether an op works on a route that took no token of the span; its result, no token or none, is set then."""
+        if o.kind == "scatter" or not o.name:
+            return False
+        if o.kind == "route":
+            if len(o.args) == 1 or local[o.args[1]].count:
+                return False
+            local[o.name] = local[o.args[1]]
+            return True
+        kind = self.types[o.name]
+        if kind.tokens is None or local[kind.tokens].count:
+            return False
+        if kind.width not in self.nothing:
+            self.nothing[kind.width] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
+        local[o.name] = self.nothing[kind.width]
+        return True
 
     def _split(self, inputs: dict, sizes: list[int]) -> dict[str, Sequence]:
         """Every input cut into spans; routed streams are spread over the tokens, cut and gathered again."""
@@ -258,6 +291,10 @@ class Run:
             return args[1].gather(args[0])
         if kind == "scatter":
             return args[2].scatter(args[0], args[1], o["mode"])
+        if kind == "logits":
+            return self._logits(o, args[0])
+        if kind == "distance":
+            return distance(o["rule"], *args)
         if kind == "select":
             return _select(args, o["cdf"])
         if kind == "detach":
@@ -271,7 +308,9 @@ class Run:
         raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
 
     def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
-        self._check_lora(o)
+        self._check_operands(o)
+        if o["past"] is not None and o.name not in self.looped:
+            keep = False
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.read)
         visit.hidden = x
         # Truncated backpropagation: what no gradient reaches is run without recording it.
@@ -282,7 +321,7 @@ class Run:
 
     def _visit(self, o: Op, span: Span, masks: Masks, keep: bool) -> RunningVisit:
         visit = RunningVisit(o, self.host, self.state, span, masks, keep)
-        visit.ring = self.ring(o)
+        visit.ring, visit.factors = self.ring(o), self._factors(o)
         return visit
 
     def ring(self, o: Op) -> int | None:
@@ -295,9 +334,9 @@ class Run:
         self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
     ) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
-        self._check_lora(o)
-        if route.count == 0:
-            return x
+        self._check_operands(o)
+        if route.everything and self._gapless(o, span):
+            return self._block(o, x, span, masks, sides, keep)
         used = self.host.sides_of(o["index"])
         axes = [self.side_axes[s] for s in used]
         if 0 in axes:
@@ -307,6 +346,7 @@ class Run:
             route = replace(route, rows=None)
         tables = [sides[s] if axis is None else route.table(sides[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.read, route)
+        visit.factors = self._factors(o)
         if route.rows is None:
             visit.hidden = x
             y = self.host.block(o["index"], visit, x, tables)
@@ -318,10 +358,34 @@ class Run:
         visit.commit()
         return y
 
-    def _check_lora(self, o: Op) -> None:
-        if o["lora"] and not getattr(self.host, "adapts", False):
-            raise LoweringError(f"block {o['index']} has a LoRA of its own for each visit, which only transformed models "
+    def _gapless(self, o: Op, span: Span) -> bool:
+        """Whether every earlier token has taken a routed visit too, so that it may go on like any other."""
+        if writes_slot(o) is None:
+            return True
+        slot = self.state.slots.get(o["slot"])
+        if slot is None:
+            return span.start == 0
+        return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
+
+    def _check_operands(self, o: Op) -> None:
+        if (o["lora"] or o["modulate"]) and not getattr(self.host, "adapts", False):
+            what = "a LoRA" if o["lora"] else "scales"
+            raise LoweringError(f"block {o['index']} has {what} of its own for each visit, which only transformed models "
                                 "run. Use dp.transform(model, spec) instead of the torch.compile backend.")
+
+    def _factors(self, o: Op) -> dict[str, Tensor] | None:
+        """What a modulated visit multiplies with, by place; made once per call, whatever the chunks."""
+        if o["modulate"] is None:
+            return None
+        if o.name not in self.factors:
+            make = self.host.module(o["modulate"])
+            made = make() if o["clock"] is None else make(self.host.module(o["clock"])(o["step"]))
+            gate_a, gate_m, scale_a, scale_m = made.unbind(0)
+            self.factors[o.name] = {
+                "gate_attention": o["base"] + gate_a, "gate_mlp": o["base"] + gate_m,
+                "read_attention": 1.0 + scale_a, "read_mlp": 1.0 + scale_m,
+            }
+        return self.factors[o.name]
 
     def _route(self, o: Op, local: dict, span: Span) -> Route:
         score = local[o.args[0]]
@@ -330,6 +394,13 @@ class Run:
             score = local[held].spread(score)
         outer = local[o.args[1]] if len(o.args) == 2 else None
         return choose(o, score, outer, span.valid, span.start)
+
+    def _logits(self, o: Op, normed: Tensor) -> Tensor:
+        found = self.host.logits(normed)
+        if found.shape[-1] != o["width"]:
+            raise LoweringError(f"%{o.name} = logits: expected a vocabulary of {o['width']}, got logits of "
+                                f"{found.shape[-1]}. Transform the model again after its vocabulary was resized.")
+        return found
 
     def _noise(self, o: Op, span: Span) -> Tensor:
         width = o["width"] or self.program.width
@@ -369,3 +440,13 @@ def _select(args: list[Tensor], cdf: float) -> Tensor:
         exits = open_ & (reached >= cdf)
         out, open_ = torch.where(exits, state, out), open_ & ~exits
     return out
+
+
+def distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
+    """How far a stream has moved, ``[batch, tokens, 1]``: see the op ``distance``."""
+    if rule == "state":
+        return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    now, before = torch.log_softmax(now, -1), torch.log_softmax(before, -1)
+    if rule == "kl":
+        return (before.exp() * (before - now)).sum(-1, keepdim=True)
+    return ((now.exp() * now).sum(-1, keepdim=True) - (before.exp() * before).sum(-1, keepdim=True)).abs()

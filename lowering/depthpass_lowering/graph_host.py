@@ -60,6 +60,10 @@ class GraphHost:
     def norm(self, hidden: Tensor) -> Tensor:
         return self.part(self.captured.norm, {}, hidden)
 
+    def logits(self, normed: Tensor) -> Tensor:
+        raise LoweringError("exit criteria of logits (kl, entropy) run on transformed models only. Use dp.transform(model, "
+                            "spec) instead of the torch.compile backend, or criterion='state'.")
+
     def module(self, name: str) -> nn.Module:
         return self.depth.get_submodule(name)
 

@@ -24,6 +24,10 @@ class Host(Protocol):
 
     def norm(self, hidden: Tensor) -> Tensor: ...
 
+    def logits(self, normed: Tensor) -> Tensor:
+        """The stock head of a normed stream, of any of the tokens."""
+        ...
+
     def module(self, name: str) -> nn.Module:
         """A new module of the program, by its name under ``depth.``."""
         ...

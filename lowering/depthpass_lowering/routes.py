@@ -8,7 +8,7 @@ one place twice, and fillers hold finite values. What is computed from a filler 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,20 +27,28 @@ class Route:
         index: positions in the span, ``[batch, k]``: the chosen ones ascending, then fillers.
         real: which entries of ``index`` are chosen, ``[batch, k]``; None = all.
         rows: rows that send at least one token, ``[rows]``; None = all.
+        everything: whether every real token is chosen; then routed streams are the streams themselves, pads included.
     """
 
     chosen: Tensor
     index: Tensor
     real: Tensor | None
     rows: Tensor | None
+    everything: bool = False
 
     @classmethod
-    def of(cls, chosen: Tensor) -> Route:
+    def of(cls, chosen: Tensor, valid: Tensor | None = None) -> Route:
+        """The route of the chosen tokens; ``valid`` says which tokens are real at all (None = all of them)."""
+        if bool((chosen if valid is None else chosen | ~valid).all()):
+            index = torch.arange(chosen.shape[1], device=chosen.device).expand(len(chosen), -1)
+            return cls(chosen, index, valid, None, everything=True)
+        if not bool(chosen.any()):
+            return cls(chosen, chosen.new_zeros(len(chosen), 0, dtype=torch.long), None, None)
         counts = chosen.sum(-1)
         low, high = (int(n) for n in counts.aminmax())
         index = torch.argsort((~chosen).to(torch.uint8), dim=1, stable=True)[:, :high]
         real = None if low == high else chosen.gather(1, index)
-        return cls(chosen, index, real, counts.nonzero()[:, 0] if low == 0 < high else None)
+        return cls(chosen, index, real, counts.nonzero()[:, 0] if low == 0 else None)
 
     @property
     def count(self) -> int:
@@ -49,10 +57,16 @@ class Route:
 
     def gather(self, x: Tensor) -> Tensor:
         """``[batch, tokens, width]`` -> ``[batch, k, width]``."""
+        if self.everything:
+            return x
         return x.gather(1, self._wide(x))
 
     def scatter(self, base: Tensor, update: Tensor, mode: str) -> Tensor:
         """The base with the update added to (``add``) or put in the place of (``replace``) the chosen tokens."""
+        if not self.count:
+            return base
+        if self.everything:
+            return update.to(base.dtype) if mode == "replace" else base + update.to(base.dtype)
         wide = self._wide(update)
         if mode == "replace":
             if self.real is not None:
@@ -106,9 +120,11 @@ def choose(o: Op, score: Tensor, outer: Route | None, valid: Tensor | None, befo
         chosen = _best(o, score[..., 0], candidates, valid)
     elif o["rule"] == "threshold":
         chosen = score[..., 0] >= o["threshold"]
+    elif o["rule"] == "above":
+        chosen = score[..., 0] > o["threshold"]
     else:
         chosen = score.argmax(-1) + 1 >= o["depth"]
-    return Route.of(chosen if candidates is None else chosen & candidates)
+    return Route.of(chosen if candidates is None else chosen & candidates, valid)
 
 
 def _best(o: Op, score: Tensor, candidates: Tensor | None, valid: Tensor | None) -> Tensor:
@@ -140,6 +156,8 @@ def stored(before: Slot | None, new: Slot, rows: Tensor | None, batch: int) -> S
 
         new = new.map(widen)
     joined = new if before is None else join(before, new)
+    if bool(joined.valid.all()):
+        return replace(joined, valid=None)
     high = int(joined.valid.sum(-1).max())
     order = torch.argsort((~joined.valid).to(torch.uint8), dim=1, stable=True)[:, :high]
 
@@ -151,11 +169,26 @@ def stored(before: Slot | None, new: Slot, rows: Tensor | None, batch: int) -> S
     return joined.map(compact)
 
 
+def listed(slot: Slot, valid: Tensor | None) -> Slot:
+    """A slot of tokens in order as one that lists its columns, and which of them are real."""
+    if slot.columns is not None:
+        return slot
+    batch, n = slot.keys[0].shape[0], slot.keys[0].shape[2]
+    columns = torch.arange(slot.first, slot.first + n, device=slot.keys[0].device).expand(batch, -1)
+    real = None if valid is None else valid[:, slot.first : slot.first + n]
+    return Slot(slot.keys, slot.values, columns, real)
+
+
+def reality(slot: Slot) -> Tensor:
+    """Which entries of a routed visit's slot are real, ``[batch, n]``."""
+    return torch.ones_like(slot.columns, dtype=torch.bool) if slot.valid is None else slot.valid
+
+
 def join(before: Slot, new: Slot) -> Slot:
-    """Entries of a slot followed by new ones; both say their columns."""
+    """Entries of a routed visit's slot followed by new ones."""
     return Slot(
         tuple(torch.cat((a, b), 2) for a, b in zip(before.keys, new.keys)),
         tuple(torch.cat((a, b), 2) for a, b in zip(before.values, new.values)),
         torch.cat((before.columns, new.columns), 1),
-        None if before.valid is None else torch.cat((before.valid, new.valid), 1),
+        torch.cat((reality(before), reality(new)), 1),
     )

@@ -75,6 +75,8 @@ class ScheduledRun(Run):
         for o in region.visits:
             if o["lora"]:
                 return f"block {o['index']} has a LoRA of its own for each visit"
+            if o["modulate"]:
+                return f"block {o['index']} is modulated by its visit"
             if reason := self.host.refuses_schedule(o["index"]):
                 return reason
             if torch.is_grad_enabled() and any(s.dropout for s in self.host.sites_of(o["index"])):

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from depthpass.capture.model import Template
 from depthpass.ir.program import writes_slot
 from depthpass_lowering.visits import RunningVisit
 
@@ -65,6 +66,12 @@ class StackedVisit:
 
     def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
         return self.members[0].adapt(names, tensors)
+
+    def graph(self, template: Template) -> fx.GraphModule:
+        return self.members[0].graph(template)
+
+    def modulate(self, place: str, x: Tensor) -> Tensor:
+        return self.members[0].modulate(place, x)
 
     def columns(self, device: torch.device) -> Tensor:
         return self.members[0].columns(device)

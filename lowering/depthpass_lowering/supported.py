@@ -12,11 +12,7 @@ RUNS = frozenset(OPS) - {"pad", "trim"}
 
 def unsupported_ops(program: Program) -> list[str]:
     """What of a program cannot run on a model, one line each; empty when all of it can."""
-    found = [f"%{o.name} = {o.kind}" for o in program if o.kind not in RUNS]
-    for o in program.visits:
-        if o["modulate"]:
-            found.append(f"%{o.name} = block {o['index']} with modulate {o['modulate']}")
-    return found
+    return [f"%{o.name} = {o.kind}" for o in program if o.kind not in RUNS]
 
 
 def check_program(program: Program) -> None:
@@ -29,5 +25,5 @@ def check_program(program: Program) -> None:
         raise LoweringError(
             f"this program can be reported but not run on a model yet: {'; '.join(found[:3])}"
             f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Leave out what adds it "
-            "(the pass pad; timestep of loop)."
+            "(the pass pad)."
         )

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.attention import Masks, column_mask
 from depthpass_lowering.host import Host
-from depthpass_lowering.routes import Route, stored
+from depthpass_lowering.routes import Route, listed, reality, stored
 from depthpass_lowering.state import Grown, Slot, Span, State
 
 
@@ -23,10 +24,12 @@ class RunningVisit:
     Attributes:
         ring: how many of its own last keys a gated visit has to keep; None = all.
         in_order: whether its own keys are those of the last tokens, without gaps.
+        factors: of a modulated visit, ``[width]`` by place.
     """
 
     ring: int | None = None
     in_order = True
+    factors: Mapping[str, Tensor] | None = None
 
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool):
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
@@ -126,6 +129,17 @@ class RunningVisit:
     def submodule(self, path: str, *args: Tensor) -> Tensor:
         return self.host.submodule(self.index, path, *args)
 
+    def graph(self, template: Template) -> fx.GraphModule:
+        """The graph of a block's template that this visit runs."""
+        if self.op["modulate"] is None:
+            return template.graph
+        from depthpass_lowering.fx_passes.modulate import modulated
+
+        return modulated(template, self.index)
+
+    def modulate(self, place: str, x: Tensor) -> Tensor:
+        return x * self.factors[place].to(x.dtype)
+
     def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
         """The tensors a block is bound to, with this visit's own low-rank updates added."""
         if self.op["lora"] is None:
@@ -180,6 +194,7 @@ class RoutedVisit(RunningVisit):
 
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool, route: Route):
         super().__init__(op, host, state, span, masks, keep)
+        self.before = None if self.before is None else listed(self.before, masks.valid)
         self.all_before, self.rows, self.batch = self.before, route.rows, len(route.chosen)
         self.at, self.real = self._pick(route.index + span.start), self._pick(route.real)
         if self.rows is not None:
@@ -201,13 +216,19 @@ class RoutedVisit(RunningVisit):
         return slot.columns, _validity(slot, valid)
 
     def _own_columns(self) -> tuple[Tensor, Tensor]:
+        before = self.before
+        if before is None:
+            return self.at, self.real
+        columns = torch.cat((before.columns, self.at), 1)
+        if before.valid is None and self.real is None:
+            return columns, None
         new = torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real
-        if self.before is None:
-            return self.at, new
-        return torch.cat((self.before.columns, self.at), 1), torch.cat((self.before.valid, new), 1)
+        return columns, torch.cat((reality(before), new), 1)
 
     def _mask(self, where, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = where
+        if self.span.count == 1 and valid is None and window is None and chunk is None:
+            return None, False
         start = self._pick(self.masks.row_start)
         return column_mask(self.at[..., None], columns[:, None], window, chunk, valid, start)[:, None], False
 
@@ -220,13 +241,18 @@ class RoutedVisit(RunningVisit):
     def commit(self) -> None:
         if not self.keep or not self.made:
             return
+        columns, valid = self._own_columns()
+        keys, values, places = zip(*(self.made[i] for i in range(len(self.sites))))
         count = self.at.shape[1]
-        new = Slot(
-            tuple(self.made[i][0][:, :, -count:] for i in range(len(self.sites))),
-            tuple(self.made[i][1][:, :, -count:] for i in range(len(self.sites))),
-            self.at, torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real,
-        )
-        self.state.slots[self.op["slot"]] = stored(self.all_before, new, self.rows, self.batch)
+        if self.rows is None and valid is None:
+            slot = Slot(keys, values, columns, None, 0, places)
+        else:
+            new = Slot(
+                tuple(k[:, :, -count:] for k in keys), tuple(v[:, :, -count:] for v in values), self.at,
+                torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real,
+            )
+            slot = stored(self.all_before, new, self.rows, self.batch)
+        self.state.slots[self.op["slot"]] = slot
 
 
 def _until(slot: Slot, end: int) -> Slot:

@@ -74,7 +74,8 @@ RULES = {
     "gate without window": (
         "%a = block 0 (%e) slot 0; %b = block 0 (%a) slot 1 keys 0 gate x; output %b", "a gate needs keys"),
     "window without gate": ("%a = block 0 (%e) slot 0 window 2; output %a", "'window' means nothing without 'gate'"),
-    "step without modulate": ("%a = block 0 (%e) slot 0 step 2; output %a", "means nothing without 'modulate'"),
+    "step without clock": ("%a = block 0 (%e) slot 0 modulate m step 2; output %a", "means nothing without 'clock'"),
+    "clock without modulate": ("%a = block 0 (%e) slot 0 clock c; output %a", "means nothing without 'modulate'"),
     "lora without rank": ("%a = block 0 (%e) slot 0 lora x; output %a", "means nothing without 'lora_rank'"),
     "block of another width": ("%a = linear x (%e) out 4; %b = block 0 (%a) slot 0; output %b",
         "expected width 8, got width 4"),
@@ -97,7 +98,7 @@ RULES = {
     "capacity of a threshold": ("%a = route threshold (%r) capacity 0.5; output %e", "'capacity' belongs to rule topk"),
     "capacity above 1": ("%a = route topk (%r) capacity 1.5; output %e", "a capacity in (0, 1], got 1.5"),
     "nest in a stream": ("%a = route threshold (%r, %e); output %e", "a route to nest in"),
-    "unknown rule": ("%a = route topp (%r); output %e", "'rule' must be one of topk, threshold, choice"),
+    "unknown rule": ("%a = route topp (%r); output %e", "'rule' must be one of topk, threshold, above, choice"),
     "unknown function": ("%a = act relu6 (%e); output %a", "'fn' must be one of"),
     "trim without pad": ("%a = trim 2 (%e); output %a", "expected 0 pad tokens to trim, got 2"),
     "different pads": ("%p = pad 2 (%e); %a = add (%p, %e); output %a", "arguments over the same tokens"),

@@ -107,8 +107,6 @@ def test_passes_over_straight_stacks_say_where_they_belong(spec: Pass) -> None:
         (Skip(0, 4), "skip: expected a range that leaves a visit, got all 4"),
         (Skip(4), "skip.end: expected a position in 5..4, got 5"),
         (Loop(2, 6), "loop.end: expected a position in 3..4, got 6"),
-        (Loop(kv="last"), "loop.kv: the policy 'last' is not supported yet"),
-        (Loop(kv="mod:2"), "loop.kv: the policy 'mod:2' is not supported yet"),
         (MixtureOfRecursions(start=3), "mixture_of_recursions.start: expected a position below end=3, got 3"),
         (InnerThinking(layers=(4,)), "inner_thinking.layers: expected positions in 0..3, got [4]"),
         (Taps([4]), "taps.at: expected positions in 0..3, got 4"),

@@ -250,8 +250,11 @@ LOOPS = {
     "add": Loop(1, 3, times=3, inject="add"),
     "add to zeros": Loop(1, 4, times=2, inject="add", state="zeros"),
     "keys of the first": Loop(0, 4, times=3, kv="first"),
-    "exit": Loop(1, 3, times=3, exit=0.6),
-    "ouro": Loop(times=3, normalize="loop", exit=0.75),
+    "exit": Loop(1, 3, times=3, exit=0.6, skip=False),
+    "exit that skips": Loop(1, 3, times=3, exit=0.6),
+    "exit that skips, keys of the first": Loop(1, 3, times=3, exit=0.6, kv="first", damped=True),
+    "ouro": Loop(times=3, normalize="loop", exit=0.75, skip=False),
+    "ouro that skips": Loop(times=3, normalize="loop", exit=0.75),
     "taps": Loop(1, 3, times=3, taps=True),
 }
 
@@ -272,6 +275,7 @@ def test_loop(name: str) -> None:
         e = x
         s = {"input": e, "zeros": 0 * e, "noise": spec.noise_std * toy.noise[i]}[spec.state]
         states.append([])
+        survival = 1.0
         for t in range(spec.times):
             s = toy.norm(s) if t and spec.normalize == "loop" else s
             x = s
@@ -284,6 +288,11 @@ def test_loop(name: str) -> None:
                 x = block(x, i, keys[0 if spec.kv == "first" else t][j])
             s = s + (x - s) / spec.times if spec.damped else x
             states[-1].append(s)
+            if spec.exit is not None and spec.skip:
+                gate = torch.sigmoid(p["loop.exit.weight"] @ toy.norm(s) + p["loop.exit.bias"]).item()
+                survival *= 1 - gate
+                if 1 - survival >= spec.exit:
+                    break
         if spec.exit is not None:
             reached, left = 0.0, 1.0
             for state in states[-1]:

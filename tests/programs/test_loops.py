@@ -129,7 +129,7 @@ def test_grad_is_the_sum_over_visits():
 
 
 def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
-    stock, model = made("llama", dp.Loop(start=1, end=3, times=3, exit=0.6))
+    stock, model = made("llama", dp.Loop(start=1, end=3, times=3, exit=0.6, skip=False, taps=True))
     batch = zoo.batch([8, 8])
     tapped = dp.transform(stock, dp.Loop(start=1, end=3, times=3, taps=True))
     with torch.no_grad():
@@ -137,7 +137,10 @@ def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
         seen = set()
         for bias, exit_at in ((-9.0, 3), (0.2, None), (9.0, 1)):
             model.depth.loop.exit.bias.fill_(bias)
-            got = model(**batch).logits
+            out = model(**batch)
+            got = out.logits
+            assert list(out.taps) == [f"loop.t{t}.exit" for t in (1, 2, 3)] + [f"loop.t{t}" for t in (1, 2, 3)]
+            assert out.taps["loop.t1.exit"].shape == (2, 8, 1)
             nearest = torch.stack([(got - s).abs().amax(-1) for s in states]).min(0)
             assert nearest.values.max() < 1e-9
             seen |= set((nearest.indices + 1).flatten().tolist())
@@ -147,7 +150,7 @@ def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
 
 @pytest.mark.parametrize(
     ("spec", "word"),
-    [(dp.Pad(4), "pad"), (dp.Loop(0, 1, 2, timestep=True), "modulate")],
+    [(dp.Pad(4), "pad"), (dp.Pad(1), "trim")],
 )
 def test_what_cannot_run_is_refused_before_anything_is_made(spec, word):
     stock = zoo.model("llama", 2)

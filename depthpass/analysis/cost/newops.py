@@ -71,6 +71,11 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
             by_op[o.name] = 2 * rows * inner * width
             elements[o.name] = inner * width + (width if o["bias"] else 0)
             saved += rows * inner
+        elif o.kind == "logits":
+            by_op[o.name] = 2 * rows * program.width * width
+            notes.append("not counted: weights that a head reads again for exit criteria")
+        elif o.kind == "distance":
+            elementwise += 6 * rows * types[o.args[0]].width
         elif o.kind == "add":
             elementwise += rows * width * (len(o.args) - 1)
         elif o.kind in _ELEMENTWISE:
@@ -83,6 +88,12 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
                 distinct[name] = size
                 elements[o.name] = elements.get(o.name, 0) + size
                 by_op[o.name] = by_op.get(o.name, sp.Integer(0)) + rows * flops
+            if o["modulate"] is not None:
+                # Two scaled and two gated values per token; a clock's factors are made once for all tokens.
+                elementwise += 4 * rows * width
+                elements[o.name] = elements.get(o.name, 0) + 4 * width * (1 if o["clock"] is None else width + 1)
+                if o["clock"] is not None:
+                    notes.append("not counted: time encoders and the factors made from them, once per call")
     return NewOps(
         sum(distinct.values()), sum(elements.values()), {k: sp.expand(e) for k, e in by_op.items()},
         {k: tokens[k] for k in by_op}, elements, sp.expand(elementwise), sp.expand(saved), tuple(elements),
@@ -103,8 +114,8 @@ def _per_visit(o: Op, model: ModelCost, notes: list[str]) -> list[tuple[str, int
         else:
             size, flops = heads * (model.width + 1) + model.width, 2 * heads * model.width
         found.append((f"gate {o['gate']}", size, flops))
-    if o["lora"] is not None or o["modulate"] is not None:
-        notes.append("not counted: per-visit LoRA and modulation of visits")
+    if o["lora"] is not None:
+        notes.append("not counted: per-visit LoRA")
     return found
 
 

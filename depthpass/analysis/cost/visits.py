@@ -56,6 +56,11 @@ class VisitCost:
     reads: tuple[Read, ...]
     writes: bool
 
+    @property
+    def keeps(self) -> bool:
+        """Whether its keys and values outlive a call."""
+        return self.writes and self.op["past"] is None
+
     def sites(self, read: Read) -> tuple[AttentionSite, ...]:
         """The block's attention calls as this read runs them."""
         if read.window is None:
@@ -101,12 +106,12 @@ class VisitCost:
 
     def held_elements(self) -> sp.Expr:
         """Elements of the slot this visit writes when every token is kept."""
-        return B * self.part.kv_width * self.tokens.total if self.writes else sp.Integer(0)
+        return B * self.part.kv_width * self.tokens.total if self.keeps else sp.Integer(0)
 
     def slot_elements(self) -> sp.Expr:
         """Elements of the slot this visit writes that some later token can still see."""
         own = next((r for r in self.reads if r.slot == self.op["slot"]), None)
-        if not self.writes or own is None:
+        if not self.keeps or own is None:
             return sp.Integer(0)
         return sum((B * s.kv_width * s.slot_tokens(self.tokens.total) for s in self.sites(own)), sp.Integer(0))
 

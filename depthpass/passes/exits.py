@@ -1,0 +1,83 @@
+"""Early exits from a loop: after each iteration a score decides which tokens take the next one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from depthpass.passes.streams import Builder
+
+
+@dataclass
+class Exits:
+    """The routes of a loop whose tokens leave one by one; who left does not come back.
+
+    Between two iterations :meth:`enter` gives the values of the tokens that stay and :meth:`leave` puts the new states back
+    and decides who stays for the next one. The tokens of an iteration are a route nested in the one before.
+
+    Attributes:
+        criterion: ``cdf``: stay while the product of 1 - lambda_u over the iterations so far is above 1 - ``limit``;
+            the others: stay while the distance between this iteration's state or logits and the one before's is at least
+            ``limit``, which the first iteration cannot tell.
+        gate: name of the parameters of lambda_t = sigmoid(w norm(s_t) + b).
+        vocabulary: size of the logits; only ``kl`` and ``entropy`` need it.
+        route: the tokens of the next iteration; empty = all.
+        kept: what the criterion remembers of every token: the product, or the last logits.
+        iterations: how many have been decided on.
+    """
+
+    build: Builder
+    criterion: str
+    limit: float
+    gate: str
+    vocabulary: int | None
+    route: str = ""
+    kept: str = ""
+    iterations: int = 0
+
+    def enter(self, x: str) -> str:
+        """The values of the tokens that take the next iteration."""
+        return self.build.emit("gather", x, self.route) if self.route else x
+
+    def put(self, base: str, x: str) -> str:
+        """A value of every token, with those of this iteration's tokens replaced."""
+        return self.build.emit("scatter", base, x, self.route, mode="replace") if self.route else x
+
+    def leave(self, x: str, before: str, last: bool) -> None:
+        """Decide which of this iteration's tokens take the next one.
+
+        Args:
+            x: their new states.
+            before: the states that they entered with.
+            last: whether this is the last decision, so that nothing has to be remembered.
+        """
+        self.iterations += 1
+        score, memory = self._stay(x) if self.criterion == "cdf" else self._moved(x, before)
+        if memory and not last:
+            self.kept = self.put(self.kept, memory) if self.kept else memory
+        if score:
+            # Without the last digits: 1 - 0.7 is to be 0.3.
+            cdf, left = self.criterion == "cdf", float(f"{1.0 - self.limit:.12g}")
+            self.route = self.build.emit(
+                "route", score, *((self.route,) if self.route else ()), rule="above" if cdf else "threshold",
+                threshold=left if cdf else self.limit,
+            )
+
+    def _stay(self, x: str) -> tuple[str, str]:
+        """The probability of not having left yet."""
+        build = self.build
+        score = build.emit("linear", build.norm(x), parameter=self.gate, out=1)
+        # 1 - sigmoid(s) = sigmoid(-s)
+        stay = build.emit("act", build.emit("scale", score, by=-1.0), fn="sigmoid")
+        if self.kept:
+            stay = build.emit("mul", self.enter(self.kept), stay)
+        return stay, stay
+
+    def _moved(self, x: str, before: str) -> tuple[str, str]:
+        """How far the state, or what the head makes of it, has moved; nothing after the first iteration."""
+        build, first = self.build, self.iterations == 1
+        if self.criterion == "state":
+            return ("" if first else build.emit("distance", x, before, rule="state")), ""
+        logits = build.emit("logits", build.norm(x), width=self.vocabulary)
+        if first:
+            return "", logits
+        return build.emit("distance", logits, self.enter(self.kept), rule=self.criterion), logits

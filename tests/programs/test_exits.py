@@ -1,0 +1,143 @@
+"""Early exits that skip visits, against the token-by-token oracle: float64, outputs, all gradients, and the work done."""
+
+import oracle_program as oracle
+import pytest
+import torch
+import zoo
+from depthpass_lowering.eager import distance
+from turbos import enliven
+
+import depthpass as dp
+from depthpass.ir import parse_program, verify
+from depthpass.ir.interpret import Interpretation
+from tests.passes.toy import WIDTH, Toy
+
+LENGTHS = [9, 6]
+CASES = {
+    "cdf": ("llama", {"exit": 0.7, "times": 4}),
+    "cdf_first": ("mixtral", {"exit": 0.8, "times": 3, "kv": "first"}),
+    "cdf_inject": ("gpt2", {"exit": 0.8, "times": 4, "inject": "add"}),
+    "state": ("qwen2", {"exit": 0.5, "times": 4, "criterion": "state"}),
+    "state_first": ("gemma3_text", {"exit": 0.45, "times": 4, "criterion": "state", "kv": "first"}),
+    "kl": ("gpt_neox", {"exit": 0.15, "times": 4, "criterion": "kl"}),
+    "entropy": ("llama", {"exit": 0.05, "times": 5, "criterion": "entropy"}),
+}
+
+
+def made(name, spec, layers=3):
+    overrides = {"layer_types": "alternate", "sliding_window": zoo.WINDOW, "use_sliding_window": True}
+    stock = enliven(zoo.model(name, layers, dtype=torch.float64, **(overrides if name == "qwen2" else {})), std=0.2)
+    model = dp.transform(stock, spec)
+    enliven(model.depth, seed=1, std=0.3, least=1)
+    return stock, model
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exits_equal_the_oracle(case):
+    name, options = CASES[case]
+    stock, model = made(name, dp.Loop(start=1, end=2 if name == "mixtral" else 3, **options))
+    taken = []
+
+    def want(row, p):
+        def gate(s):
+            if "loop.exit.weight" not in p:
+                return torch.zeros(())
+            return torch.sigmoid(p["loop.exit.weight"] @ row.norm(s) + p["loop.exit.bias"])
+
+        stream, ran = oracle.exits(
+            row, 1, 2 if name == "mixtral" else 3, options["times"], options["exit"], options.get("criterion", "cdf"), gate,
+            kv=options.get("kv", "own"), inject=options.get("inject"),
+        )
+        taken.extend(ran)
+        return stream
+
+    oracle.compare(stock, model, zoo.batch(LENGTHS), want)
+    assert len(set(taken)) > 1, taken
+
+
+@pytest.mark.parametrize("kv", ["own", "first"])
+def test_tokens_that_left_do_no_work(kv):
+    """Rows of one batch leave after different iterations; a block sees only the rows that stay."""
+    _, model = made("llama", dp.Loop(start=1, end=2, times=4, exit=0.5, kv=kv))
+    ids = zoo.batch([6, 6, 6])["input_ids"]
+    with torch.no_grad():
+        model.depth.loop.exit.weight.zero_()
+        seen = []
+        stock_block = model.model.layers[1]
+        handle = stock_block.register_forward_pre_hook(lambda m, args: seen.append(tuple(args[0].shape[:2])))
+        for probability, calls in ((0.9, 1), (0.4, 2), (0.21, 3), (0.01, 4)):
+            model.depth.loop.exit.bias.fill_(torch.logit(torch.tensor(probability)))
+            cache = dp.DepthCache(model)
+            model(ids, past_key_values=cache, use_cache=True)
+            assert seen == [(3, 6)] * calls
+            seen.clear()
+            model(ids[:, :1], past_key_values=cache, use_cache=True)
+            assert seen == [(3, 1)] * calls
+            seen.clear()
+        # A gate that tells rows apart: with a random one some rows leave before others.
+        enliven(model.depth, seed=2, std=2.0, least=1)
+        model.depth.loop.exit.bias.zero_()
+        model(ids[:, :1])
+        handle.remove()
+    rows = [shape[0] for shape in seen]
+    assert rows == sorted(rows, reverse=True) and rows[0] == 3 and 0 < rows[-1] < 3, rows
+
+
+@pytest.mark.parametrize("criterion", ["cdf", "state", "entropy"])
+def test_limits_that_nobody_reaches_give_the_loop_without_exits(criterion):
+    stock, model = made("llama", dp.Loop(start=1, end=3, times=3, exit=1.0 if criterion == "cdf" else 1e-12,
+                                         criterion=criterion))
+    plain = dp.transform(stock, dp.Loop(start=1, end=3, times=3))
+    batch = zoo.batch([7, 7])
+    torch.testing.assert_close(model(**batch).logits, plain(**batch).logits, rtol=1e-12, atol=1e-12)
+
+
+def test_taps_and_labels_beside_logits_of_the_state():
+    stock, model = made("llama", dp.Loop(start=1, end=2, times=3, exit=0.02, criterion="kl", taps=True))
+    batch = zoo.batch(LENGTHS)
+    out = model(**batch, labels=batch["input_ids"])
+    assert list(out.taps) == ["loop.t1", "loop.t2", "loop.t3"]
+    assert torch.equal(out.taps["loop.t3"], out.logits)
+    once = dp.transform(stock, dp.Loop(start=1, end=2, times=1))(**batch).logits
+    torch.testing.assert_close(out.taps["loop.t1"], once)
+    out.loss.backward()
+    assert stock.model.layers[1].mlp.up_proj.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"criterion": "kl"}, r"loop\.exit: expected a value to leave at beside criterion='kl'"),
+    ({"exit": 0.5, "times": 1}, r"loop\.times: expected at least 2 with an exit"),
+    ({"exit": 0.5, "times": 2, "criterion": "state"}, r"loop\.times: expected at least 3 with criterion='state'"),
+    ({"exit": 1.5}, r"loop\.exit: expected a probability"),
+    ({"exit": -1.0, "criterion": "entropy", "times": 3}, r"loop\.exit: expected a positive distance"),
+    ({"exit": 0.5, "kv": "last"}, r"loop\.kv: expected 'own' or 'first'"),
+    ({"exit": 0.5, "criterion": "state", "times": 3, "skip": False}, r"loop\.skip: expected True"),
+    ({"skip": False}, r"loop\.exit: expected a value to leave at beside skip=False"),
+    ({"criterion": "entropi"}, "entropy"),
+])
+def test_options_that_do_not_fit(options, message):
+    with pytest.raises(dp.SpecError, match=message):
+        dp.Loop(**options)
+
+
+def test_an_exit_without_a_loop_or_a_head_is_refused():
+    with pytest.raises(dp.SpecError, match="layer_program: unknown field 'exit'"):
+        dp.transform(zoo.model("llama", 2), {"pass": "layer_program", "layers": [0, 1], "exit": 0.5})
+    headless = dp.transform(zoo.model("llama", 3).model, dp.Loop(1, 2, times=3, exit=0.1, criterion="kl"))
+    with pytest.raises(dp.UnsupportedModelError, match="needs a model with a head"):
+        headless(**zoo.batch([4, 4]))
+
+
+def test_distances_of_the_interpreter_and_the_lowering_agree():
+    toy = Toy(1, 5)
+    head = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    for rule in ("state", "kl", "entropy"):
+        arguments = "%e, %b" if rule == "state" else "%l, %m"
+        program = verify(parse_program(
+            f"program M blocks=1 width={WIDTH}\n%e = embed\n%b = block 0 (%e) slot 0\n%l = logits 9 (%e)\n"
+            f"%m = logits 9 (%b)\n%d = distance {rule} ({arguments})\noutput %e"
+        ))
+        run = Interpretation(program, toy.embed, toy.stack, lambda x: x, head=lambda x: head @ x)
+        args = [run.stream(a.strip(" %")) for a in arguments.split(",")]
+        torch.testing.assert_close(run.stream("d"), distance(rule, *args))
+        assert run.stream("d").shape == (5, 1)
