@@ -30,8 +30,13 @@ RUNS = frozenset({
 
 def refusal(program: Program) -> str | None:
     """Why a token of this program cannot be one compiled graph, or None."""
-    other = sorted({o.kind for o in program} - RUNS)
-    return f"the program has {', '.join(other)}, which depend on data or on the place in the row" if other else None
+    if other := sorted({o.kind for o in program} - RUNS):
+        return f"the program has {', '.join(other)}, which depend on data or on the place in the row"
+    for o in program.visits:
+        for name, what in (("past", "keys of earlier calls in another slot"), ("modulate", "a modulation of its own")):
+            if o[name] is not None:
+                return f"a visit of block {o['index']} has {what}"
+    return None
 
 
 def capacity(columns: int) -> int:
