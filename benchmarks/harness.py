@@ -15,7 +15,7 @@ import torch
 
 @dataclass
 class Result:
-    """Timings of one benchmark: seconds per call by label, with the setting they were taken in."""
+    """One benchmark: seconds per call (or MiB) by label, with the setting they were taken in."""
 
     name: str
     setting: dict[str, object]
@@ -23,17 +23,18 @@ class Result:
     rows: dict[str, float] = field(default_factory=dict)
     floors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    unit: str = "ms"
 
     def ratio(self, label: str) -> float:
         return self.rows[label] / self.rows[self.baseline]
 
     def markdown(self) -> str:
         lines = [f"### {self.name}", "", ", ".join(f"{k} {v}" for k, v in self.setting.items()), "",
-                 "| run | ms | ratio | floor | ratio / floor |", "|---|---|---|---|---|"]
+                 f"| run | {self.unit} | ratio | floor | ratio / floor |", "|---|---|---|---|---|"]
         for label, seconds in self.rows.items():
             floor = self.floors.get(label)
             lines.append(
-                f"| {label} | {seconds * 1e3:.1f} | {self.ratio(label):.2f} | "
+                f"| {label} | {seconds * (1e3 if self.unit == 'ms' else 1):.1f} | {self.ratio(label):.2f} | "
                 + (f"{floor:.2f} | {self.ratio(label) / floor:.2f} |" if floor else "| |")
             )
         return "\n".join([*lines, "", *self.notes])
@@ -62,10 +63,35 @@ def compare(runs: dict[str, Callable[[], object]], repeat: int = 5, device: str 
     return {label: statistics.median(t) for label, t in times.items()}
 
 
-def save(results: list[Result], path: str | None) -> None:
-    """Print Markdown; with a path also write ``path`` as JSON."""
+def save(results: list[Result], path: str | None, plot: str | None = None) -> None:
+    """Print Markdown; with a path also write ``path`` as JSON and ``plot`` as a picture."""
     for result in results:
         print(result.markdown(), flush=True)
         print()
     if path:
         Path(path).write_text(json.dumps([vars(r) for r in results], indent=2))
+    if plot:
+        _plot(results, plot)
+
+
+def _plot(results: list[Result], path: str) -> None:
+    """Ratios as bars, floors as marks, one panel per result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(len(results), 1, figsize=(8, 3.2 * len(results)), squeeze=False)
+    for axis, result in zip(axes[:, 0], results):
+        labels = [label for label in result.rows if label != result.baseline]
+        axis.bar(labels, [result.ratio(label) for label in labels], color="0.7")
+        marked = [label for label in labels if label in result.floors]
+        axis.plot(marked, [result.floors[label] for label in marked], "k_", markersize=20, label="floor")
+        axis.axhline(1.0, color="0.3", linewidth=0.8)
+        axis.set(title=result.name, ylabel=f"ratio to {result.baseline}")
+        axis.tick_params(axis="x", rotation=30)
+        if marked:
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

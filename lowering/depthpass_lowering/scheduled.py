@@ -75,6 +75,8 @@ class ScheduledRun(Run):
         for o in region.visits:
             if o["lora"]:
                 return f"block {o['index']} has a LoRA of its own for each visit"
+            if o["past"] is not None:
+                return f"block {o['index']} reads the keys of earlier calls in another visit's slot"
             if o["modulate"]:
                 return f"block {o['index']} is modulated by its visit"
             if reason := self.host.refuses_schedule(o["index"]):

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from depthpass_lowering.products import Products, contraction
 
-FLUSH = 512
-"""Rows gathered before they are multiplied: enough for a product at full rate, few enough to stay in the heap."""
+FLUSH = 256
+"""Rows gathered before they are multiplied: enough for a product near full rate, few enough to hold little memory."""
 
 
 class Sink:
