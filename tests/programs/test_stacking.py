@@ -6,13 +6,13 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
+from depthpass_lowering import stacked
 from turbos import enliven
 
 import depthpass as dp
 from depthpass.ir.text import parse_program
 from depthpass.passes import registry
 from depthpass.passes.base import Pass
-from depthpass_lowering import stacked
 
 HAND_WRITTEN = """
 program LlamaForCausalLM blocks=3 width=32 visits=6 slots=5
@@ -86,8 +86,8 @@ def split(model, batch, sizes, record=False):
 
 
 def state(cache):
-    s = cache.state
-    return [t for _, slot in sorted(s.slots.items()) for t in (*slot.keys, *slot.values)] + [t for _, t in sorted(s.lines.items())]
+    slots, lines = (sorted(x.items()) for x in (cache.state.slots, cache.state.lines))
+    return [t for _, slot in slots for t in (*slot.keys, *slot.values)] + [t for _, t in lines]
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
