@@ -9,6 +9,7 @@ from torch import Tensor
 
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op
+from depthpass_kernels.gated_attention.naive import local, mix
 from depthpass_lowering.attention import Masks, column_mask
 from depthpass_lowering.host import Host
 from depthpass_lowering.routes import Route, stored
@@ -72,7 +73,17 @@ class RunningVisit:
             if k.shape[2] > window:
                 k, v = k[:, :, -window:], v[:, :, -window:]
             return self.attention(number, q, k, v, sinks, (self.masks.last(k.shape[2]), False))
-        return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], window, site.chunk))
+        if not self.in_order:
+            return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], window, site.chunk))
+
+        def attend(q, k, v, mask, causal):
+            return self.attention(number, q, k, v, sinks, (mask, causal))
+
+        valid = self.masks.valid
+        return local(
+            q, k, v, window, attend, valid=None if valid is None else valid[:, valid.shape[1] - k.shape[2] :],
+            chunk=site.chunk, q_start=self.span.start, row_start=None if site.chunk is None else self.masks.row_start,
+        )
 
     def limits(self, number: int) -> tuple[int | None, int | None]:
         """Window and chunk of the block itself."""
@@ -121,7 +132,7 @@ class RunningVisit:
                 f"{tuple(far.shape[:3])}, got {tuple(score.shape)}: its attention has other heads than the config says. "
                 "Use kv='own' or kv='first'."
             )
-        return torch.lerp(near, far, torch.sigmoid(score)[..., None].to(far.dtype))
+        return mix(far, near, score)
 
     def submodule(self, path: str, *args: Tensor) -> Tensor:
         return self.host.submodule(self.index, path, *args)

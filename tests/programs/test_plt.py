@@ -3,7 +3,9 @@
 import oracle_program as oracle
 import pytest
 import torch
+import torch.utils._pytree as pytree
 import zoo
+from torch.utils._python_dispatch import TorchDispatchMode
 from turbos import enliven
 
 import depthpass as dp
@@ -119,3 +121,34 @@ def test_a_gate_needs_one_number_of_heads():
     program = dp.transform(zoo.model("llama", 2), dp.ParallelLoop(loops=2)).depth_program
     with pytest.raises(dp.UnsupportedModelError, match="kv='own'"):
         build(program, torch.zeros(1), Unknown())
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any op makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                self.elements = max(self.elements, t.numel())
+        return out
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_long_row_makes_nothing_square(training):
+    """Memory of prefill and training is linear in n: no tensor of n x n elements, masks included, forward or backward."""
+    stock = zoo.model("llama", 2, max_position_embeddings=1024)
+    model = dp.transform(stock, dp.ParallelLoop(loops=2, window=4))
+    model(input_ids=torch.randint(3, 97, (1, 3)))  # captured
+    found = {}
+    for n in (256, 512):
+        ids = torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(0))
+        with torch.set_grad_enabled(training), Largest() as largest:
+            out = model(input_ids=ids, labels=ids if training else None, use_cache=not training)
+            if training:
+                out.loss.backward()
+        found[n] = largest.elements
+    assert found[512] < 512 * 512 // 2
+    assert found[512] <= 2 * found[256] + 512
