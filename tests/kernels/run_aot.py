@@ -95,15 +95,14 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
     for width in (64, 128):
         for launch in attention_launches(attention(width, 64, everything=True)):
             yield f"head_dim {width}", launch
-    for width in (64, 128):
-        for launch in gated_launches(width, 64, everything=True):
-            yield f"gated, head_dim {width}", launch
+    for launch in gated_launches(128, 64, everything=True):
+        yield "gated, head_dim 128", launch
     for launch in bridge_launches(128, 2048, 120):
         yield "bridge", launch
     if arch != 90:
         return
-    for launch in gated_launches(128, 4096, everything=False):
-        yield "gated, head_dim 128, a whole row", launch
+    for launch in gated_launches(64, 4096, everything=False):
+        yield "gated, head_dim 64, a whole row", launch
     yield "gated, head_dim 128, one token", gated_launches(128, 1, everything=True)[0]
     for launch in attention_launches(attention(128, 4, everything=False)):
         yield "head_dim 128, chunk of 4, causal only", launch

@@ -296,8 +296,8 @@ def forward_tile(problem: Gated) -> Tile:
     if problem.q.element_size() == 4:
         return Tile(min(rows, 32 if width <= 64 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
     if width <= 128:
-        return Tile(min(rows, 64), 32 if width == 128 else 64, warps=4)
-    return Tile(min(rows, 64), 32, warps=8)
+        return Tile(min(rows, 64), 32 if width == 128 else 64, warps=8 if width == 128 and rows >= 64 else 4)
+    return Tile(min(rows, 64), 32, warps=8 if rows >= 64 else 4)
 
 
 def dq_tile(problem: Gated) -> Tile:
@@ -306,7 +306,7 @@ def dq_tile(problem: Gated) -> Tile:
     if problem.q.element_size() == 4:
         return Tile(min(rows, 32 if width <= 64 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
     if width <= 128:
-        return Tile(min(rows, 64), 64 if width <= 64 else 32, warps=4)
+        return Tile(min(rows, 64), 32, warps=4)
     return Tile(min(rows, 64), 16, warps=8 if rows >= 64 else 4)
 
 
