@@ -10,7 +10,7 @@ embed        the stream that enters the first block of the stock model
 zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std`` (Huginn)
 block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
              of its own (shared KV); ``gate`` + ``window`` mix both, g*Attn(keys) + (1-g)*Attn(own last W) (PLT);
-             ``lora``, ``modulate`` name per-visit parameters
+             ``gate_init`` is the gate's bias at the start; ``lora``, ``modulate`` name per-visit parameters
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
@@ -102,7 +102,7 @@ OPS: dict[str, OpDef] = {
         _def(
             "block", "index", token_local=False,
             index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
-            gate_input=AttrDef(str, "query", choices=("query", "hidden")),
+            gate_input=AttrDef(str, "query", choices=("query", "hidden")), gate_init=AttrDef(float, 0.0),
             lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), step=AttrDef(int, 0),
         ),
         _def("delay", "tokens", tokens=_REQ_INT, forward_refs=True, token_local=False),
