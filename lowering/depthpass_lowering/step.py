@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.ir.program import Op, Program
 from depthpass.schedule.stacking import Step
 from depthpass_lowering.attention import Masks, column_mask
 from depthpass_lowering.eager import Run
@@ -135,8 +135,10 @@ class StepVisit(RunningVisit):
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, True
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
-        self.before = state.slots.get(op["slot"]) if writes_slot(op) is not None else None
-        self.shared = None if op["keys"] is None else state.slots[op["keys"]]
+        self.shares, self.gated = op["keys"] is not None, op["gate"] is not None
+        self.writes = self.gated or not self.shares
+        self.before = state.slots[op["slot"]] if self.writes else None
+        self.shared = state.slots[op["keys"]] if self.shares else None
         self.hidden = None
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,11 +154,12 @@ class StepVisit(RunningVisit):
         if sinks is not None or site.softcap is not None:
             return super().attention(number, q, k, v, sinks, mask)
         # The heads that share keys are queries of one head: nothing is repeated.
-        b, h, _, d = q.shape
+        b, h, c, d = q.shape
+        seen = mask[0] if mask[0].shape[2] == 1 else mask[0].repeat(1, 1, groups, 1)
         out = F.scaled_dot_product_attention(
-            q.reshape(b, h // groups, groups, d), k.to(q.dtype), v.to(q.dtype), attn_mask=mask[0], scale=site.scale
+            q.reshape(b, h // groups, groups * c, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
         )
-        return out.reshape(b, 1, h, out.shape[-1])
+        return out.reshape(b, h, c, out.shape[-1]).transpose(1, 2)
 
     def columns(self, device: torch.device) -> Tensor:
         return self.masks.at
@@ -182,7 +185,7 @@ class StepRun(Run):
 
     def _step(self) -> Step:
         found = super()._step()
-        return found or Step(1, tuple((o,) for region in self.schedule.regions for o in region.ops))
+        return found or Step(1, tuple(o for region in self.schedule.regions for o in region.ops))
 
     def _at_once(self) -> tuple[Span, StepMasks]:
         return Span(0, 1, None, self.rank), StepMasks(self.at, self.columns, self.valid)
