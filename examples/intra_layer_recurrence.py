@@ -87,6 +87,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--init", type=float, default=0.02, help="standard deviation of the weights at the start")
     parser.add_argument("--every", type=int, default=4, help="evaluate every so many held-out windows")
+    parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=True, help="the run of equal FLOPs")
     parser.add_argument("--out", default="reuse")
     args = parser.parse_args()
     training, held = texts()
@@ -95,7 +96,8 @@ def main() -> None:
     maps = [[int(c) for c in word] for word in args.maps.split(",")]
     most = max(map(sum, maps)) / 4
     runs = [(str(m).replace(" ", ""), m, args.steps) for m in maps]
-    runs.insert(1, ("[1,1,1,1] long", [1, 1, 1, 1], round(args.steps * most)))
+    if args.long:
+        runs.insert(1, ("[1,1,1,1] long", [1, 1, 1, 1], round(args.steps * most)))
     found: dict[str, dict] = {}
     for seed in map(int, args.seeds.split(",")):
         for name, reuse, steps in runs:
