@@ -79,7 +79,7 @@ def _stack(program: Program) -> tuple[int, ...]:
             what = o.kind if o.kind != "block" else f"block {o['index']}, which does not read the visit before it"
             raise SpecError(f"materialize: expected {want}, got {'%' + o.name + ' = ' if o.name else ''}{what}"
                             f"{' of ' + o.note if o.note else ''}.")
-        extra = [k for k in ("keys", "gate", "lora", "modulate") if o[k] is not None]
+        extra = [k for k, _ in o.attrs if k not in ("index", "slot")]
         if extra:
             raise SpecError(f"materialize: expected {want}, got %{o.name} = block {o['index']} with {', '.join(extra)} of "
                             f"{o.note or 'its own'}. Per-visit parameters and shared keys need depthpass.")
