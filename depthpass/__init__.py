@@ -14,6 +14,7 @@ _PUBLIC = {
     "transform": "depthpass.hf.transform",
     "restore": "depthpass.hf.transform",
     "new_parameters": "depthpass.hf.transform",
+    "materialize": "depthpass.hf.materialize",
     "switch": "depthpass.hf.switch",
     "using": "depthpass.hf.switch",
     "set_loops": "depthpass.hf.switch",

@@ -43,7 +43,7 @@ def build(seed: int, vocabulary: int, args) -> LlamaForCausalLM:
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=vocabulary, hidden_size=args.width, intermediate_size=3 * args.width, num_hidden_layers=4,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=args.context, pad_token_id=None,
-        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=None, tie_word_embeddings=True, initializer_range=args.init,
     ))
 
 
@@ -85,7 +85,9 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=96)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--init", type=float, default=0.02, help="standard deviation of the weights at the start")
     parser.add_argument("--every", type=int, default=4, help="evaluate every so many held-out windows")
+    parser.add_argument("--long", action=argparse.BooleanOptionalAction, default=True, help="the run of equal FLOPs")
     parser.add_argument("--out", default="reuse")
     args = parser.parse_args()
     training, held = texts()
@@ -94,7 +96,8 @@ def main() -> None:
     maps = [[int(c) for c in word] for word in args.maps.split(",")]
     most = max(map(sum, maps)) / 4
     runs = [(str(m).replace(" ", ""), m, args.steps) for m in maps]
-    runs.insert(1, ("[1,1,1,1] long", [1, 1, 1, 1], round(args.steps * most)))
+    if args.long:
+        runs.insert(1, ("[1,1,1,1] long", [1, 1, 1, 1], round(args.steps * most)))
     found: dict[str, dict] = {}
     for seed in map(int, args.seeds.split(",")):
         for name, reuse, steps in runs:

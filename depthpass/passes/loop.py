@@ -134,7 +134,7 @@ class Loop(Pass):
             require(1 <= low <= high, "loop.times", "a range [low, high] with 1 <= low <= high", list(times))
         elif isinstance(times, str):
             count_at(times, SHOWN)
-            for name in ("taps", "exit", "lora_rank"):
+            for name in ("taps", "exit", "lora_rank", "scales"):
                 value = getattr(self, name)
                 require(not value, f"loop.{name}", f"nothing beside times={times!r}", value,
                         "Rows of one batch would have different ones. Use a number or a range.")
