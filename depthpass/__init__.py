@@ -25,6 +25,7 @@ _PUBLIC = {
     "DepthCache": "depthpass.hf.cache",
     "DepthModel": "depthpass.hf.model",
     "report": "depthpass.report",
+    "FixedPoint": "depthpass.schedule.fixed_point",
     "Program": "depthpass.ir",
     "parse_program": "depthpass.ir",
     "load_spec": "depthpass.spec",
