@@ -41,10 +41,10 @@ class Sweeping:
 
 @functools.cache
 def _swept(rung: type[Run]) -> type[Run]:
-    return type(f"Swept{rung.__name__}", (_Swept, rung), {})
+    return type(f"Swept{rung.__name__}", (Swept, rung), {})
 
 
-class _Swept(Run):
+class Swept(Run):
     """A run whose serial regions are swept; what cannot be is an error."""
 
     def __init__(self, sweeping: Sweeping, *args: Any):
@@ -82,7 +82,7 @@ class _Swept(Run):
             s if axis is None else s.narrow(axis, settled, left) for s, axis in zip(self.sides, self.side_axes)
         )
         rest.env = {n: x.narrow(1, settled, left) for n, x in inputs.items()}
-        super(_Swept, rest)._region(*region)
+        super(Swept, rest)._region(*region)
         return rest.env
 
     def _trained(

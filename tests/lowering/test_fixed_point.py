@@ -1,6 +1,7 @@
 """The fixed-point schedule against the sequential eager rung: float64, random bridges, outputs and every gradient."""
 
 import gc
+import json
 import weakref
 
 import pytest
@@ -9,7 +10,7 @@ import zoo
 from depthpass_lowering import fixed_point as lowered
 
 import depthpass as dp
-from depthpass.errors import LoweringError, SpecError
+from depthpass.errors import InputError, LoweringError, SpecError
 
 SPEC = dp.TurboConn(bridges=[(3, 1), (2, 0), (3, 2)], group=3, rank=5)
 
@@ -22,11 +23,14 @@ def fill(model, gain: float):
     return model
 
 
-def pair(name: str, spec=SPEC, gain: float = 0.3, dtype=torch.float64, layers: int = 4, chunk=None, lowering="auto", **options):
+def pair(name: str, spec=SPEC, gain: float = 0.3, dtype=torch.float64, layers: int = 4, chunk=None, schedule="fixed_point",
+         lowering="auto", **options):
     """The same model by token loop and by sweeps, with the same random non-zero bridges."""
     stock = zoo.model(name, layers=layers, dtype=dtype)
     eager = fill(dp.transform(stock, spec, lowering="eager", chunk=chunk), gain)
-    swept = dp.transform(stock, spec, schedule="fixed_point", chunk=chunk, lowering=lowering, **options)
+    swept = dp.transform(
+        stock, spec, schedule=schedule, chunk=chunk, lowering=lowering, **options
+    )
     swept.depth.load_state_dict(eager.depth.state_dict())
     return eager, swept
 
@@ -155,10 +159,7 @@ def test_a_cut_off_model_is_the_network_with_so_many_hops(sweeps):
 
 
 def test_what_does_not_pay_goes_back_to_the_token_loop_with_a_reason():
-    eager, swept = pair("gpt2", gain=0.5)
-    policy = dp.FixedPoint(ridge=1)
-    rows = dp.transform(dp.restore(eager), SPEC, schedule=policy)
-    rows.depth.load_state_dict(eager.depth.state_dict())
+    eager, rows = pair("gpt2", gain=0.5, schedule=dp.FixedPoint(ridge=1))
     batch = zoo.batch([40, 31])
     assert_same(gradients(eager, batch), gradients(rows, batch))
     with torch.no_grad():
@@ -340,3 +341,56 @@ def test_a_step_leaves_nothing_behind(backward):
     del loss
     gc.collect()
     assert alive and all(ref() is None for ref in alive)
+
+
+def test_contraction_reports_rate_hops_and_losses():
+    eager, _ = pair("gpt2", gain=0.02)
+    batch = zoo.batch([30, 24])
+    batch["labels"] = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    eager.train()
+    report = dp.contraction(eager, batch, eps=1e-6)
+    assert eager.training and eager._depth.fixed_point is None
+    (region,) = report.regions
+    assert (region.blocks, region.chunk, region.chunks, region.available) == ((1, 2, 3), 3, 10, 9)
+    # The change of c by one sweep and its error tell the same story where the rate is small.
+    assert 0 < region.rate(1e-6) < 0.1 and 1 <= region.used(1e-6) < 9
+    assert all(b.error <= a.error for a, b in zip(region.hops, region.hops[1:]))
+    assert [h for h, _ in report.losses] == [0, 1, 3, 7]
+    with torch.no_grad():
+        torch.testing.assert_close(report.loss, float(eager.eval()(**batch, use_cache=False).loss))
+    off = [abs(loss - report.loss) for _, loss in report.losses]
+    assert off[0] > 10 * off[1] > 0
+    data = json.loads(report.to_json())
+    assert data["regions"][0]["hops_used"] == region.used(1e-6) and data["regions"][0]["sweeps_to_eps"] == region.used(1e-6) + 1
+    assert f"hops used: {region.used(1e-6)} of 9" in str(report)
+
+
+def test_contraction_of_bridges_that_matter_uses_every_hop():
+    eager, _ = pair("llama", gain=0.5)
+    (region,) = dp.contraction(eager, zoo.batch([24]), eps=1e-9).regions
+    assert region.used(1e-9) == region.available == 7 and region.rate(1e-9) > 0.3
+    (short,) = dp.contraction(eager, zoo.batch([24]), max_sweeps=3).regions
+    assert short.hops == region.hops[:3]
+    assert "more than the 2 measured" in str(dp.contraction(eager, zoo.batch([24]), max_sweeps=3, eps=1e-9))
+
+
+def test_contraction_of_bridges_at_their_zero_start():
+    model = dp.transform(zoo.model("llama"), SPEC)
+    report = dp.contraction(model, zoo.batch([12]))
+    assert report.regions[0].used(1e-3) == 0 and report.regions[0].rate(1e-3) == 0
+    assert "hops used: 0 of 3 (1 sweep)" in str(report)
+
+
+def test_contraction_needs_something_to_measure():
+    with pytest.raises(InputError, match="expected a transformed model, got a stock LlamaForCausalLM"):
+        dp.contraction(zoo.model("llama"), zoo.batch([12]))
+    with pytest.raises(InputError, match="whose regions all run over the whole row"):
+        dp.contraction(dp.transform(zoo.model("llama"), "pass: identity"), zoo.batch([12]))
+    model = dp.transform(zoo.model("llama"), SPEC)
+    with pytest.raises(InputError, match=r"more than one chunk \(3 tokens\)"):
+        dp.contraction(model, zoo.batch([3]))
+    with pytest.raises(InputError, match="eps: expected a positive number"):
+        dp.contraction(model, zoo.batch([12]), eps=0)
+    with pytest.raises(SpecError, match="max_sweeps: expected an integer of at least 1"):
+        dp.contraction(model, zoo.batch([12]), max_sweeps=0)
+    assert model._depth.fixed_point is None
