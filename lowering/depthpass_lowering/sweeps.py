@@ -8,6 +8,7 @@ cache like any other.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -273,7 +274,8 @@ class Solver:
         for o in sweeper.region.visits:
             if (number := writes_slot(o)) is not None:
                 slot = inner.state.slots[number]
-                slot = slot if columns == span.count else slot.map(lambda t: t[:, :, : end - slot.first])
+                if columns < span.count:
+                    slot = slot.map(functools.partial(_until, count=end - slot.first))
                 ring = sweeper.run.ring(o)
                 state.slots[number] = slot if ring is None else slot.last(ring)
         for name, parts in self.pieces.items():
@@ -310,6 +312,10 @@ class Solver:
         ridge = self.policy.ridge or RIDGE.get(run.hidden.device.type, RIDGE_ELSEWHERE)
         rows = run.hidden.shape[0] * self.chunk
         return max(rows * chunks, ridge) / max(rows, ridge)
+
+
+def _until(t: Tensor, count: int) -> Tensor:
+    return t[:, :, :count]
 
 
 def geometric_mean(ratios: Sequence[float]) -> float | None:

@@ -10,6 +10,7 @@ import zoo
 from depthpass_lowering import fixed_point as lowered
 
 import depthpass as dp
+from depthpass import cli
 from depthpass.errors import InputError, LoweringError, SpecError
 
 SPEC = dp.TurboConn(bridges=[(3, 1), (2, 0), (3, 2)], group=3, rank=5)
@@ -394,3 +395,27 @@ def test_contraction_needs_something_to_measure():
     with pytest.raises(SpecError, match="max_sweeps: expected an integer of at least 1"):
         dp.contraction(model, zoo.batch([12]), max_sweeps=0)
     assert model._depth.fixed_point is None
+
+
+def test_the_command_line_measures_a_checkpoint(tmp_path, capsys):
+    eager, _ = pair("llama", gain=0.05)
+    eager.save_pretrained(tmp_path / "model")
+    (tmp_path / "ids.json").write_text(json.dumps(zoo.batch([12])["input_ids"].tolist()))
+    assert cli.main(["contraction", str(tmp_path / "model"), "--ids", str(tmp_path / "ids.json"), "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    (region,) = dp.contraction(eager, zoo.batch([12])).regions
+    assert data["regions"][0]["hops_used"] == region.used(1e-3) and [x["hops"] for x in data["losses"]] == [0, 1]
+    assert cli.main(["contraction", str(tmp_path / "model"), "--seq-len", "9", "--max-sweeps", "1"]) == 0
+    out = capsys.readouterr()
+    assert "9 tokens, 3 chunks of 3" in out.out and "random token ids" in out.err
+    (tmp_path / "ids.json").write_text("[[1, 2], [3]]")
+    assert cli.main(["contraction", str(tmp_path / "model"), "--ids", str(tmp_path / "ids.json")]) == 2
+    assert "rows of equal length" in capsys.readouterr().err
+
+
+def test_the_report_says_how_serial_regions_run_and_what_differs():
+    _, cut = pair("llama", exact=False, max_sweeps=3)
+    number = dp.report(cut, seq_len=20, cost=False).number("fixed_point")
+    assert number.value == "fixed_point(max_sweeps=3, exact=False)" and "decoding passes all" in number.note
+    _, swept = pair("llama")
+    assert "same numbers" in dp.report(swept, seq_len=20, cost=False).number("fixed_point").note
