@@ -26,6 +26,8 @@ _PUBLIC = {
     "DepthCache": "depthpass.hf.cache",
     "DepthModel": "depthpass.hf.model",
     "report": "depthpass.report",
+    "FixedPoint": "depthpass.schedule.fixed_point",
+    "contraction": "depthpass.analysis.contraction",
     "Program": "depthpass.ir",
     "parse_program": "depthpass.ir",
     "load_spec": "depthpass.spec",

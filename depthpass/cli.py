@@ -1,4 +1,4 @@
-"""The command line: ``depthpass report | show | compare | sweep | doctor | calibrate | demo``.
+"""The command line: ``depthpass report | show | compare | sweep | contraction | doctor | calibrate | demo``.
 
 Exit codes: 0 done, 1 the answer is no (``doctor`` found a problem), 2 bad input; errors go to standard error.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from depthpass.ir import Program
     from depthpass.passes import Pass
 
-COMMANDS = ("report", "show", "compare", "sweep", "doctor", "calibrate", "demo")
+COMMANDS = ("report", "show", "compare", "sweep", "contraction", "doctor", "calibrate", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -108,6 +108,15 @@ def _parser() -> argparse.ArgumentParser:
     _sizes(p, chunk=False)
     _form(p, "json", "markdown")
     p.add_argument("--plot", metavar="FILE", help="also write depth and serial calls against the group as SVG")
+
+    p = add("contraction", _contraction, "How much of the added depth a saved transformed model uses.")
+    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
+    p.add_argument("--ids", metavar="FILE", help="token ids as JSON: a list of rows of equal length (default: random ids)")
+    p.add_argument("--seq-len", type=_positive, default=256, metavar="N", help="random tokens per row (default: 256)")
+    p.add_argument("--batch", type=_positive, default=1, metavar="B", help="random rows (default: 1)")
+    p.add_argument("--eps", type=float, default=1e-3, help="relative error that counts as right (default: 0.001)")
+    p.add_argument("--max-sweeps", type=_positive, metavar="K", help="stop after so many sweeps")
+    _form(p, "json")
 
     p = add("doctor", _doctor, "Versions, devices, and whether a config can be treated.")
     _config(p, optional=True)
@@ -225,6 +234,43 @@ def _sweep(args: argparse.Namespace) -> int:
         _write(args.plot, table.to_svg())
     _emit(table, args.form)
     return 0
+
+
+def _contraction(args: argparse.Namespace) -> int:
+    import torch
+
+    from depthpass.analysis.contraction import contraction
+    from depthpass.hf.save import from_pretrained
+
+    rows = None if args.ids is None else _rows(args.ids)
+    if not Path(args.checkpoint).is_dir():
+        raise InputError(f"contraction: expected a folder that save_pretrained wrote, got {args.checkpoint!r}.")
+    model: Any = from_pretrained(args.checkpoint)
+    size = model.config.get_text_config(decoder=True).vocab_size
+    if rows is None:
+        ids = torch.randint(size, (args.batch, args.seq_len), generator=torch.Generator().manual_seed(0))
+        print("note: random token ids; the rate depends on the text, give some with --ids", file=sys.stderr)
+    else:
+        ids = torch.tensor(rows)
+        if int(ids.min()) < 0 or int(ids.max()) >= size:
+            raise InputError(f"--ids: expected token ids of 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}.")
+    _emit(contraction(model, {"input_ids": ids, "labels": ids}, eps=args.eps, max_sweeps=args.max_sweeps), args.form)
+    return 0
+
+
+def _rows(path: str) -> list[list[int]]:
+    """Rows of token ids from a JSON file."""
+    try:
+        rows = json.loads(_read(path, "ids"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"--ids: {path!r} is not JSON: {error}.") from None
+    good = isinstance(rows, list) and rows and all(
+        isinstance(r, list) and r and len(r) == len(rows[0]) and all(type(i) is int for i in r) for r in rows
+    )
+    if not good:
+        raise InputError(f"--ids: expected {path!r} to hold a list of rows of equal length, each a list of token ids, as in "
+                         "[[1, 5, 9], [1, 7, 2]].")
+    return rows
 
 
 def _doctor(args: argparse.Namespace) -> int:

@@ -254,20 +254,20 @@ def _matrices(blocks: Sequence[nn.Module], projections: Sequence[str] | None) ->
 
 @contextmanager
 def _eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and the eager rung: faster ones keep weight gradients out of autograd's sight."""
+    """Eval mode, and the sequential eager rung: others keep weight gradients out of autograd's sight."""
     modes = {m: m.training for m in model.modules()}
     runtime = getattr(model, "_depth", None)
-    rung = getattr(runtime, "lowering", None)
+    rung, policy = getattr(runtime, "lowering", None), getattr(runtime, "fixed_point", None)
     model.eval()
     if runtime is not None:
-        runtime.lowering = "eager"
+        runtime.lowering, runtime.fixed_point = "eager", None
     try:
         yield
     finally:
         for module, training in modes.items():
             module.training = training
         if runtime is not None:
-            runtime.lowering = rung
+            runtime.lowering, runtime.fixed_point = rung, policy
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
 from depthpass.ir.program import Program
+from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.regions import Schedule
 
 PREFIX = "depth"
@@ -44,6 +45,7 @@ class Runtime:
     Attributes:
         plans: what may run, and which plan does.
         lowering: rung of the ladder that runs serial regions.
+        fixed_point: how serial regions are swept; None = the sequential schedule.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
@@ -55,6 +57,7 @@ class Runtime:
     layers: str
     position_table: int | None
     lowering: str = "auto"
+    fixed_point: FixedPoint | Measure | None = None
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
@@ -70,13 +73,20 @@ class Runtime:
     def program(self) -> Program:
         return self.plan.program
 
+    def config(self) -> dict:
+        """The entry of the model's config that loads what is in force here again."""
+        swept = {} if self.fixed_point is None else {"schedule": self.fixed_point.to_dict()}
+        return self.plan.config() | swept
+
     def __deepcopy__(self, memo):
         # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
         build, arguments = self.__reduce__()
         return build(*arguments)
 
     def __reduce__(self):
-        return _runtime, (self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering)
+        return _runtime, (
+            self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering, self.fixed_point
+        )
 
 
 def _runtime(home: Plan, default: Plan, *rest) -> Runtime:
@@ -241,7 +251,8 @@ class DepthModel:
         depth_spec: the passes, as a plain mapping.
 
     The outputs of a program with taps have one more attribute, ``outputs.taps``: the streams ``[batch, tokens, width]``
-    (or logits) by name. The output class stays the stock one, and ``return_dict=False`` leaves taps out.
+    (or logits) by name. With the fixed-point schedule they have ``outputs.sweeps``: how each serial region was run. The
+    output class stays the stock one, and ``return_dict=False`` leaves both out.
     """
 
     _depth: Runtime
@@ -255,11 +266,12 @@ class DepthModel:
         from depthpass.hf.save import spec_of
         from depthpass.hf.transform import install, prepare
 
-        spec, chunk, home = spec_of(config, type(self).__name__)
+        spec, chunk, home, policy = spec_of(config, type(self).__name__)
         super().__init__(config, *args, **kwargs)
         install(self, prepare(self, spec if home is None else home, chunk))
         if home is not None:
             self._depth.plans.default = self._depth.plans.of(self, spec, chunk)
+        self._depth.fixed_point = policy
 
     @property
     def depth_program(self) -> Program:
@@ -296,8 +308,9 @@ class DepthModel:
             call = without_cache(call, arguments, [p.program for p, _ in groups])
         captured = self._captured(call, names)
         state = call.cache.state if call.cache is not None else State()
+        sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         heads, streams, state = (
-            advance_token(self, plan, captured, call, state) or self._advance(groups, captured, call, state)
+            advance_token(self, plan, captured, call, state) or self._advance(groups, captured, call, state, sweeping)
         )
         outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
         output = outputs.pop("output")
@@ -306,6 +319,8 @@ class DepthModel:
         if plan.heads:
             # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
             output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in plan.heads.items()}
+        if sweeping is not None:
+            output.sweeps = tuple(sweeping.solves)
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.keep(plan.meaning, state)
@@ -313,11 +328,12 @@ class DepthModel:
                 output["past_key_values"] = cache
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping):
         """Advance a state by the tokens of a call.
 
         Args:
             groups: plans with the rows that run them; one plan for all rows, or no cache.
+            sweeping: the fixed-point schedule of this call, or None.
 
         Returns:
             what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
@@ -334,11 +350,11 @@ class DepthModel:
             )
         host.extras = sides
         if len(groups) > 1:
-            streams = self._by_rows(groups, captured, hidden, sides, call.valid)
+            streams = self._by_rows(groups, captured, hidden, sides, call.valid, sweeping)
         else:
             streams, state = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, plan.types,
-                runtime.lowering,
+                runtime.lowering, sweeping,
             )
         if call.keep is not None:
             streams = {name: x[:, call.keep] for name, x in streams.items()}
@@ -348,7 +364,7 @@ class DepthModel:
         }
         return heads, streams, state
 
-    def _by_rows(self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None):
+    def _by_rows(self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping):
         """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
         from depthpass_lowering.eager import run
         from depthpass_lowering.state import State
@@ -362,6 +378,7 @@ class DepthModel:
             streams, _ = run(
                 plan.schedule, StockHost(self, captured, mine), hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
+                sweeping,
             )
             parts.append(streams)
         back = torch.argsort(torch.cat([rows for _, rows in groups]))
@@ -423,6 +440,10 @@ class DepthModel:
                 "the whole row is scored in one call, so what is generated is not what was trained, and depends on how "
                 "the tokens are split into calls. kv='own' and kv='first' have one meaning.", UserWarning, stacklevel=3,
             )
+        policy = self._depth.fixed_point
+        if policy is not None and not policy.exact and generation_config.use_cache is not False:
+            warnings.warn(f"generate with {policy}: {policy.approximate}. With use_cache=False every step scores the row so "
+                          "far as training does.", UserWarning, stacklevel=3)
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise InputError(

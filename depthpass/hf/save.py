@@ -19,8 +19,9 @@ from depthpass.errors import InputError, SpecError, did_you_mean
 from depthpass.hf.model import PREFIX, depth_class
 from depthpass.hf.plans import sizes
 from depthpass.hf.transform import check_one_device
+from depthpass.schedule.fixed_point import FixedPoint, load_schedule
 
-_FIELDS = ("spec", "chunk", "parameters")
+_FIELDS = ("spec", "chunk", "parameters", "schedule")
 _WEIGHTS = re.compile(r"model(\.[\w-]+)?(-\d{5}-of-\d{5})?\.safetensors(\.index(\.[\w-]+)?\.json)?")
 
 
@@ -74,7 +75,7 @@ def configured(model: nn.Module) -> Iterator[None]:
     were made for.
     """
     plans, before = model._depth.plans, model.config.depthpass
-    held = plans.current.config()
+    held = model._depth.config()
     if sizes(model, plans.current.largest) != sizes(model, plans.home.largest):
         held["parameters"] = plans.home.spec
     model.config.depthpass = held
@@ -84,8 +85,9 @@ def configured(model: nn.Module) -> Iterator[None]:
         model.config.depthpass = before
 
 
-def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | None, dict | None]:
-    """The spec and the chunk that a config holds, and the spec that the parameters were made for if it is another one.
+def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | None, dict | None, FixedPoint | None]:
+    """The spec and the chunk that a config holds, the spec that the parameters were made for if it is another one, and the
+    fixed-point schedule, if any.
 
     Raises:
         SpecError: it holds none, or something this version does not know.
@@ -102,7 +104,8 @@ def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | No
         if key not in _FIELDS:
             raise SpecError(f"{where}: config.depthpass: unknown field {key!r}.{did_you_mean(key, _FIELDS)} "
                             f"Fields: {', '.join(_FIELDS)}. A newer depthpass may have written it: update depthpass.")
-    return held["spec"], held.get("chunk"), held.get("parameters")
+    policy = load_schedule(held["schedule"]) if "schedule" in held else None
+    return held["spec"], held.get("chunk"), held.get("parameters"), policy
 
 
 def _stock_class(settings: dict, where: str) -> type:

@@ -116,7 +116,7 @@ def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
     if plans.borrowed:
         raise SpecError("a switch inside a dp.using block would end with it. Open another dp.using block instead.")
     plans.default = wanted
-    inner.config.depthpass = wanted.config()
+    inner.config.depthpass = inner._depth.config()
     depth_module(inner).text = str(wanted.program)
 
 

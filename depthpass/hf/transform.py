@@ -26,11 +26,22 @@ from depthpass.hf.parameters import build
 from depthpass.hf.plans import Plans, plan
 from depthpass.hf.watch import drop_capturing_hooks
 from depthpass.passes.base import Context
+from depthpass.schedule.fixed_point import FixedPoint, load_schedule
 from depthpass.spec import load_spec
 
 
 def transform(
-    model: nn.Module, spec, *, chunk: int | None = None, lowering: str = "auto", stack: bool = True
+    model: nn.Module,
+    spec,
+    *,
+    chunk: int | None = None,
+    lowering: str = "auto",
+    stack: bool = True,
+    schedule: str | FixedPoint = "sequential",
+    tol: float | None = None,
+    max_sweeps: int | None = None,
+    window: int | None = None,
+    exact: bool | None = None,
 ) -> nn.Module:
     """Return ``model`` rewired by ``spec``: same class, same parameters, plus the new ones under ``depth.``.
 
@@ -43,6 +54,11 @@ def transform(
         lowering: how serial regions run. ``eager``: op by op. ``scheduled``: keys and values in place, weight gradients
             in one product after the loop; an error where that is not possible. ``auto``: scheduled where possible.
         stack: run visits of one block that do not wait for each other as one call when decoding (same numbers).
+        schedule: ``sequential``: serial regions chunk by chunk. ``fixed_point``, or a
+            :class:`~depthpass.schedule.fixed_point.FixedPoint`: by sweeps over all tokens at once; same numbers unless
+            ``tol`` or ``exact=False`` asks for others. Each output then has ``output.sweeps``: what was run, by region.
+        tol, max_sweeps, window, exact: the fields of :class:`~depthpass.schedule.fixed_point.FixedPoint`, for
+            ``schedule="fixed_point"``.
 
     Raises:
         SpecError, PassError: the spec cannot be applied to this model; nothing has been changed.
@@ -57,14 +73,15 @@ def transform(
         )
     from depthpass_lowering.ladder import check_rung
 
+    policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
-    runtime.lowering = check_rung(lowering)
+    runtime.lowering, runtime.fixed_point = check_rung(lowering), policy
     whole = sharing_copy(model)
     made = _inner(whole)
     made.__class__ = depth_class(type(inner))
     drop_wrapped_forward(made)
     install(made, runtime)
-    made.config.depthpass = runtime.plan.config()
+    made.config.depthpass = runtime.config()
     return whole
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.tasks import Sufficiency, TaskDAG
     from depthpass.hf.facts import ModelFacts
     from depthpass.report.lengths import Lengths
+    from depthpass.schedule.fixed_point import FixedPoint
 
 PATH_STEPS = 2000
 """Visits of the critical path that a report keeps, counted from its end."""
@@ -81,6 +82,7 @@ class Report:
     ceilings: Ceilings | None = None
     task: TaskDAG | None = None
     lengths: Lengths | None = None
+    fixed_point: FixedPoint | None = None
 
     @property
     def model(self) -> str:
@@ -294,6 +296,7 @@ def build_report(
     ceilings: Ceilings | None = None,
     task: TaskDAG | None = None,
     lengths: Lengths | None = None,
+    fixed_point: FixedPoint | None = None,
 ) -> Report:
     """Analyse a program and collect the results.
 
@@ -308,6 +311,7 @@ def build_report(
         ceilings: of a machine, for lower bounds of times; needs ``cost``.
         task: a computation to hold against the depth.
         lengths: how loop counts vary, for a spec in which they do.
+        fixed_point: how serial regions are swept; None = token loop.
 
     Raises:
         SpecError: a length or batch below 1, or facts of another model.
@@ -326,7 +330,7 @@ def build_report(
     outputs = [None, *(o["name"] for o in program.taps)]
     depths = {name: depth(program, name) for name in outputs}
     proven = None if complexity is None else tuple(complexity)
-    return Report(program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths)
+    return Report(program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths, fixed_point)
 
 
 def segments(steps: Sequence[Step]) -> tuple[Segment, ...]:

@@ -121,6 +121,10 @@ def _schedule(report: Report) -> Section:
     p, n = report.program, report.seq_len
     stock = schedule(stock_program(p.model, p.blocks, p.width))
     chunk = report.chunk
+    swept = ()
+    if (policy := report.fixed_point) is not None and report.serial_blocks:
+        note = policy.approximate or "sweeps over all tokens at once, same numbers; recursions and calls are the token loop's"
+        swept = (Number("fixed_point", "serial regions run as", str(policy), "", note),)
     return Section("Schedule", (
         Number("serial_blocks", "serial blocks", report.serial_blocks, "block visits",
                "on a delay cycle; all others run over the whole row at once", out_of=report.visits),
@@ -130,6 +134,7 @@ def _schedule(report: Report) -> Section:
         Number("serial_block_calls", "serial block calls", report.serial_block_calls, "block calls",
                "one after another for the whole row", stock=stock.steps(n)),
         *_stacks(report),
+        *swept,
     ))
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.tasks import TaskDAG
     from depthpass.hf.facts import ModelFacts
     from depthpass.report.lengths import Lengths
+    from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
 
 
@@ -30,10 +31,12 @@ class Subject:
     Attributes:
         stock: the model, on the meta device when it comes from a config; None for programs without a model.
         own: program, plan and chunk of a model that was given transformed; it takes no other spec.
+        fixed_point: how that model sweeps its serial regions; None = token loop.
     """
 
     stock: nn.Module | None
     own: tuple[Program, dict[str, Any], int | None] | None = None
+    fixed_point: FixedPoint | None = None
 
     @classmethod
     def of(cls, source: Any) -> Subject:
@@ -46,7 +49,8 @@ class Subject:
             return cls(stock_model(source))
         from depthpass.hf.transform import restore
 
-        return cls(stock_model(restore(source)), (source.depth_program, source.depth_spec, source.depth_schedule.chunk))
+        own = source.depth_program, source.depth_spec, source.depth_schedule.chunk
+        return cls(stock_model(restore(source)), own, source._depth.fixed_point)
 
     @cached_property
     def facts(self) -> ModelFacts | None:
@@ -117,7 +121,7 @@ class Subject:
         claims = proven(made, precision, 1 if varying is None else varying.loops)
         return build_report(
             made, regions, self.facts, seq_len, batch, counted, claims, spec=plan, ceilings=ceilings, task=task,
-            lengths=varying,
+            lengths=varying, fixed_point=self.fixed_point,
         )
 
     def _lengths(self, plan: dict[str, Any]) -> Lengths | None:

@@ -42,6 +42,7 @@ def run(
     keep: bool,
     types: dict[str, Type] | None = None,
     lowering: str = "eager",
+    sweeping=None,
 ) -> tuple[dict[str, Tensor], State]:
     """Advance a state by the tokens of ``hidden``.
 
@@ -51,6 +52,7 @@ def run(
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
         lowering: a rung of :data:`depthpass_lowering.ladder.RUNGS`.
+        sweeping: a :class:`depthpass_lowering.fixed_point.Sweeping` to run serial regions by sweeps; it keeps the record.
 
     Returns:
         the streams of ``output`` and of every tap by name (``output`` for the output), and the new state. The state
@@ -58,7 +60,8 @@ def run(
     """
     from depthpass_lowering.ladder import rung
 
-    return rung(lowering)(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types).run()
+    made = rung(lowering) if sweeping is None else sweeping.on(rung(lowering))
+    return made(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types).run()
 
 
 class Run:

@@ -1,0 +1,308 @@
+"""The fixed-point schedule: serial regions by sweeps, in training with the adjoint of the fixed point.
+
+Gradient of c = Phi(c): the sweeps run without a graph, one more sweep records it, and the backward pass repeats
+``lam <- v + J^T lam`` with J the Jacobian of that sweep (arXiv 1909.01377). A chunk influences later chunks only, so lam is
+exact after as many sweeps as chunks. Memory is that of one plain forward pass.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from depthpass.errors import LoweringError
+from depthpass.ir.program import reads_slots, writes_slot
+from depthpass.schedule.fixed_point import FixedPoint
+from depthpass.schedule.regions import Region
+from depthpass_lowering.eager import Run
+from depthpass_lowering.state import Slot
+from depthpass_lowering.sweeps import Solve, Solver, Sweeper
+
+SWEPT = frozenset({"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms", "detach"})
+"""Ops that sweeps know; a route would choose other tokens in every sweep."""
+
+
+class Sweeping:
+    """The fixed-point schedule of one call: the policy, and what came of it, region by region."""
+
+    def __init__(self, policy: FixedPoint):
+        self.policy = policy
+        self.solves: list[Solve] = []
+
+    def on(self, rung: type[Run]):
+        """What makes runs that sweep serial regions and leave everything else to a rung."""
+        return functools.partial(_swept(rung), self)
+
+
+@functools.cache
+def _swept(rung: type[Run]) -> type[Run]:
+    return type(f"Swept{rung.__name__}", (Swept, rung), {})
+
+
+class Swept(Run):
+    """A run whose serial regions are swept; what cannot be is an error."""
+
+    def __init__(self, sweeping: Sweeping, *args: Any):
+        super().__init__(*args)
+        self.sweeping = sweeping
+
+    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
+        policy = self.sweeping.policy
+        # One chunk has nothing to wait for: decoding is sequential.
+        if not region.serial or self.count <= region.chunk or (policy.window == 1 and policy.exact):
+            return super()._region(region, reads, results)
+        if reason := self.unswept(region):
+            raise LoweringError(f"schedule 'fixed_point' cannot run this call: {reason}. Use schedule='sequential'.")
+        wanted = [o.name for o in region.ops if o.name in results]
+        inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
+        sweeper = Sweeper(self, region, wanted)
+        if torch.is_grad_enabled():
+            return self._trained(sweeper, inputs, reads, results)
+        solver = Solver(sweeper, policy)
+        self.sweeping.solves.append(solver.made)
+        done = solver.solve(inputs, self.state)
+        pieces = {n: solver.pieces[n] for n in wanted}
+        if not done:
+            rest = self._rest(inputs, solver.settled, region, reads, results)
+            pieces = {n: [*parts, rest[n]] for n, parts in pieces.items()}
+        self.env |= {n: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for n, parts in pieces.items()}
+        return None
+
+    def _rest(self, inputs: dict[str, Tensor], settled: int, *region: Any) -> dict[str, Tensor]:
+        """Run the tokens that sweeps have not settled in the token loop."""
+        rest, left = copy.copy(self), self.count - settled
+        rest.length, rest.count = self.length + settled, left
+        rest.hidden = self.hidden.narrow(1, settled, left)
+        rest.sides = tuple(
+            s if axis is None else s.narrow(axis, settled, left) for s, axis in zip(self.sides, self.side_axes)
+        )
+        rest.env = {n: x.narrow(1, settled, left) for n, x in inputs.items()}
+        super(Swept, rest)._region(*region)
+        return rest.env
+
+    def _trained(
+        self, sweeper: Sweeper, inputs: dict[str, Tensor], reads: Sequence[str], results: frozenset[str]
+    ) -> None:
+        """Solve without a graph, then one sweep with one."""
+        policy, region = self.sweeping.policy, sweeper.region
+        whole = sweeper.span(0, self.count)
+        with torch.no_grad():
+            # The recording sweep is the last one.
+            budget = None if policy.exact else policy.max_sweeps - 1
+            solver = Solver(sweeper, policy, budget)
+            self.sweeping.solves.append(solver.made)
+            inner = sweeper.inner(self.state.fork())
+            if budget == 0:
+                c = sweeper.first(inner, whole)
+            elif solver.solve(inputs, self.state.fork()):
+                c = sweeper.inject(inner, {s: torch.cat(solver.pieces[s], 1) for s in sweeper.sources}, whole)
+            else:
+                solver.made.sequential = solver.made.chunks
+                c = None
+        if torch.is_autocast_enabled(self.hidden.device.type):
+            # What was cast without a graph must not be used with one.
+            torch.clear_autocast_cache()
+        if c is None:
+            return super()._region(region, reads, results)
+        solver.made.sweeps += 1
+        solver.made.rows += self.hidden.shape[0] * self.count
+        job = _Job(sweeper, inputs, c, solver, self._handed_on(region), policy)
+        outs = _RegionFunction.apply(job, *job.outer)
+        job.take(self, outs)
+        return None
+
+    def _handed_on(self, region: Region) -> tuple[int, ...]:
+        """Slots of a region that a later call or another region reads."""
+        own = {s for o in region.visits if (s := writes_slot(o)) is not None}
+        if self.keep:
+            return tuple(sorted(own))
+        outside = {s for o in self.program.visits if o not in region.visits for s in reads_slots(o)}
+        return tuple(sorted(own & outside))
+
+    def unswept(self, region: Region) -> str | None:
+        """Why a region cannot be swept in this call, or None."""
+        unknown = {o.kind for o in region.ops} - SWEPT
+        routed = next((a for o in region.ops for a in (*o.args, o.name) if self.types[a].tokens), None)
+        if unknown or routed:
+            return f"op {min(unknown)} in a serial region" if unknown else f"%{routed} in a serial region holds routed tokens"
+        for o in region.visits:
+            if o["past"] is not None:
+                return f"block {o['index']} reads keys that an earlier call has left in another visit's slot"
+            if self._draws(o["index"]):
+                return f"block {o['index']} has dropout switched on, so that no two sweeps are the same"
+            if torch.is_grad_enabled() and (reason := self.host.refuses_schedule(o["index"])):
+                return reason
+        return None
+
+    def _draws(self, index: int) -> bool:
+        if any(s.dropout for s in self.host.sites_of(index)):
+            return True
+        drop = (torch.ops.aten.dropout.default, torch.ops.aten.native_dropout.default)
+        graph = self.host.bound(index)[0].graph.graph
+        if any(n.target in drop and n.args[1] and n.args[2] for n in graph.nodes):
+            return True
+        inner = (self.host.stock_module(index, path) for path in self.host.submodules_of(index))
+        return any(isinstance(m, nn.Dropout) and m.p and m.training for part in inner for m in part.modules())
+
+
+class _Job:
+    """The recorded sweep of a region: which tensors from outside it reads, and what it hands out."""
+
+    def __init__(self, sweeper: Sweeper, inputs: dict[str, Tensor], c: dict[str, Tensor], solver: Solver,
+                 handed_on: Sequence[int], policy: FixedPoint):
+        self.sweeper, self.inputs, self.c, self.handed_on, self.policy = sweeper, inputs, c, handed_on, policy
+        self.tol, self.made = solver.tol(c), solver.made
+        run = sweeper.run
+        self.state = run.state
+        slots = {s for o in sweeper.region.visits for s in (*reads_slots(o), writes_slot(o))}
+        found = [*inputs.values(), *region_parameters(sweeper.region, run.host), *run.sides]
+        found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
+        found += [run.state.lines[o.name] for o in sweeper.delays if o.name in run.state.lines]
+        self.outer = list({id(t): t for t in found if t.requires_grad}.values())
+
+    def sweep(self, leaves: dict[int, Tensor]):
+        """Run the sweep on detached stand-ins: (outputs, c, c anew)."""
+
+        def leaf(t: Tensor) -> Tensor:
+            return leaves.get(id(t), t)
+
+        sweeper, run = self.sweeper, self.sweeper.run
+        state = self.state.fork()
+        state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
+        state.lines = {k: leaf(t) for k, t in state.lines.items()}
+        inner = sweeper.inner(state, LeafHost(run.host, leaf), tuple(map(leaf, run.sides)))
+        whole = sweeper.span(0, run.count)
+        c = {n: x.detach().requires_grad_() for n, x in self.c.items()}
+        local = sweeper.sweep(inner, {n: leaf(x) for n, x in self.inputs.items()}, c, whole)
+        sources = {s: local[s] for s in sweeper.sources}
+        after = sweeper.inject(inner, sources, whole)
+        # With the sources, not only with c: a delay line handed on has a gradient of its own.
+        outs = [local[n] for n in sweeper.wanted]
+        if run.keep:
+            outs += sweeper.push(inner, sources, whole).values()
+        for o in sweeper.region.visits:
+            if (ring := run.ring(o)) is not None:
+                state.slots[o["slot"]] = state.slots[o["slot"]].last(ring)
+        outs += [t for s in self.handed_on for side in _sides(state.slots[s]) for t in side]
+        self.firsts = [state.slots[s].first for s in self.handed_on]
+        if not self.policy.exact:
+            self.made.residuals.append(max(sweeper.changes(self.c, {n: x.detach() for n, x in after.items()}, whole)))
+            self.made.converged = self.made.residuals[-1] <= self.tol
+        return outs, list(c.values()), list(after.values())
+
+    def take(self, run: Run, outs: Sequence[Tensor]) -> None:
+        """Put the outputs where the run keeps them."""
+        rest = iter(outs)
+        run.env |= {n: next(rest) for n in self.sweeper.wanted}
+        if run.keep:
+            run.state.lines |= {o.name: next(rest) for o in self.sweeper.delays}
+        for number, first in zip(self.handed_on, self.firsts):
+            sites = next(run.host.sites_of(o["index"]) for o in self.sweeper.region.visits if writes_slot(o) == number)
+            keys = tuple(next(rest) for _ in sites)
+            run.state.slots[number] = Slot(keys, tuple(next(rest) for _ in sites), first=first)
+
+
+class _RegionFunction(torch.autograd.Function):
+    """A whole serial region as one node of the outer graph, so that hooks on parameters fire once, with the total."""
+
+    @staticmethod
+    def forward(ctx, job: _Job, *outer: Tensor):
+        leaves = [t.detach().requires_grad_() for t in outer]
+        with torch.enable_grad():
+            outs, c, after = job.sweep({id(t): leaf for t, leaf in zip(outer, leaves)})
+        # The job knows the run, and the run will hold this node's outputs: keeping it would be a cycle.
+        limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps, job.made.chunks) - 1
+        ctx.graph, ctx.limit, ctx.tol, ctx.made = (outs, c, after, leaves), limit, job.tol, job.made
+        ctx.set_materialize_grads(False)
+        return tuple(o.detach() for o in outs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        if ctx.graph is None:
+            raise RuntimeError("backward through a swept region a second time: its activations are freed. Run forward again, or "
+                               "use schedule='sequential' with lowering='eager' and retain_graph=True.")
+        (outs, c, after, leaves), ctx.graph = ctx.graph, None
+        pairs = [(o, g) for o, g in zip(outs, grads) if g is not None and o.requires_grad]
+        if not pairs:
+            return (None,) * (1 + len(leaves))
+        results, cotangents = [o for o, _ in pairs], [g for _, g in pairs]
+        lam, ctx.made.adjoint = _vjp(results, c, cotangents), 1
+        for _ in range(ctx.limit):
+            # All of it anew rather than the next term of the sum: models round inside their blocks (norms in float32), and
+            # a chunk whose lam is settled then has the very bits that the token loop's backward pass has.
+            last, lam = lam, _vjp([*results, *after], c, [*cotangents, *lam])
+            ctx.made.adjoint += 1
+            if all(float((x - y).norm()) <= ctx.tol * float(x.norm()) for x, y in zip(lam, last)):
+                break
+        recorded = [(x, a) for x, a in zip(after, lam) if x.requires_grad]
+        found = torch.autograd.grad(
+            [*results, *(x for x, _ in recorded)], leaves, [*cotangents, *(a for _, a in recorded)], allow_unused=True
+        )
+        return None, *found
+
+
+def _vjp(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    pairs = [(o, g) for o, g in zip(outs, grads) if o.requires_grad]
+    found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
+
+
+class LeafHost:
+    """Runs blocks and new modules on stand-ins for their parameters; everything else as the host does."""
+
+    def __init__(self, host, leaf):
+        self.host, self.leaf = host, leaf
+        self.modules: dict[str, nn.Module] = {}
+
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.host.bound(index)
+        params = visit.adapt(template.params, [self.leaf(p) for p in params])
+        return visit.graph(template)(visit, hidden, *sides, *params)
+
+    def module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            self.modules[name] = self._stand_in(self.host.module(name))
+        return self.modules[name]
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        key = f"{index}/{path}"
+        if key not in self.modules:
+            self.modules[key] = self._stand_in(self.host.stock_module(index, path))
+        return self.modules[key](*args)
+
+    def _stand_in(self, module: nn.Module) -> nn.Module:
+        """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
+        made = copy.copy(module)
+        made.__dict__ = dict(module.__dict__)
+        made._parameters = {k: None if p is None else self.leaf(p) for k, p in module._parameters.items()}
+        made._modules = {k: None if m is None else self._stand_in(m) for k, m in module._modules.items()}
+        return made
+
+    def __getattr__(self, name: str):
+        return getattr(self.host, name)
+
+
+def region_parameters(region: Region, host) -> list[Tensor]:
+    """Every tensor with a gradient that the region's blocks and new modules read."""
+    found: list[Tensor] = []
+    for o in region.ops:
+        if o.kind == "block":
+            found += host.bound(o["index"])[1]
+            for path in host.submodules_of(o["index"]):
+                found += host.stock_module(o["index"], path).parameters()
+            for name in (o["gate"], o["lora"], o["modulate"], o["clock"]):
+                if name:
+                    found += host.module(name).parameters()
+        elif o.kind in ("linear", "weigh", "rms") and o["name"]:
+            found += host.module(o["name"]).parameters()
+    return [t for t in found if t.requires_grad]
+
+
+def _sides(slot: Slot) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    return slot.keys, slot.values
