@@ -31,7 +31,7 @@ def stock_tokens(model, ids, compiled: bool):
     @torch.no_grad()
     def run():
         for step in range(TOKENS):
-            at = torch.tensor([[length + step]])
+            at = torch.tensor([[length + step]], device=ids.device)
             forward(input_ids=token, position_ids=at, past_key_values=cache, use_cache=True)
         if not compiled:
             cache.crop(-TOKENS)
@@ -57,21 +57,13 @@ def our_tokens(model, ids):
     return run
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--blocks", type=int, default=8)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--group", type=int, default=4)
-    parser.add_argument("--bridges", default="6-0,6-2")
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json")
-    args = parser.parse_args()
-    stock = build(args.width, args.blocks).eval().to(getattr(torch, args.dtype))
-    ids = torch.randint(3, 1024, (1, args.context))
-    bridges = [tuple(map(int, b.split("-"))) for b in args.bridges.split(",")]
-    spec = dp.TurboConn(bridges=bridges, group=args.group)
+def token_times(
+    width: int, blocks: int, bridges: str, group: int, context: int, dtype: str, device: str, repeat: int
+) -> Result:
+    """Milliseconds per decoded token of each run."""
+    stock = build(width, blocks).eval().to(device=device, dtype=getattr(torch, dtype))
+    ids = torch.randint(3, 1024, (1, context), device=device)
+    spec = dp.TurboConn(bridges=[tuple(map(int, b.split("-"))) for b in bridges.split(",")], group=group)
     runs = {
         "stock compiled": stock_tokens(stock, ids, compiled=True), "stock eager": stock_tokens(stock, ids, compiled=False),
     }
@@ -80,14 +72,32 @@ def main() -> None:
     runs["identity inductor"] = our_tokens(dp.transform(stock, dp.Identity(), lowering="inductor"), ids)
     from depthpass.analysis.roofline import ceilings
 
-    measured = ceilings("cpu", getattr(torch, args.dtype))
+    measured = ceilings(device, getattr(torch, dtype))
     weights = sum(p.nbytes for n, p in stock.named_parameters() if "embed" not in n)
     setting = {
-        "machine": machine("cpu"), "width": args.width, "blocks": args.blocks, "context": args.context, "batch": 1,
-        "dtype": args.dtype, "reading the weights": f"{weights / measured.bytes_per_s * 1e3:.2f} ms",
+        "machine": machine(device), "width": width, "blocks": blocks, "context": context, "batch": 1, "dtype": dtype,
+        "reading the weights": f"{weights / measured.bytes_per_s * 1e3:.2f} ms",
     }
-    times = {label: seconds / TOKENS for label, seconds in compare(runs, args.repeat).items()}
-    save([Result("one decoded token", setting, "stock compiled", times)], args.json)
+    times = {label: seconds / TOKENS for label, seconds in compare(runs, repeat, device).items()}
+    return Result("one decoded token", setting, "stock compiled", times)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--blocks", type=int, default=8)
+    parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--bridges", default="6-0,6-2")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json")
+    args = parser.parse_args()
+    result = token_times(
+        args.width, args.blocks, args.bridges, args.group, args.context, args.dtype, args.device, args.repeat
+    )
+    save([result], args.json)
 
 
 if __name__ == "__main__":

@@ -89,6 +89,13 @@ def peak_of(label: str) -> float:
 
 
 def main() -> None:
+    args = configuration(*sys.argv[1:])
+    if results := measure(args):
+        save(results, args.json, args.plot)
+
+
+def configuration(*given: str, **values: object) -> argparse.Namespace:
+    """Options of a run: from a command line, or by keyword."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--groups", default="4,8,16")
     parser.add_argument("--width", type=int, default=512)
@@ -106,9 +113,10 @@ def main() -> None:
     parser.add_argument("--peak", help=argparse.SUPPRESS)
     parser.add_argument("--json")
     parser.add_argument("--plot", help="write a picture of ratios and floors")
-    args = parser.parse_args()
-    if results := measure(args):
-        save(results, args.json, args.plot)
+    args = parser.parse_args(given)
+    for name, value in values.items():
+        setattr(args, name, value)
+    return args
 
 
 def measure(args: argparse.Namespace) -> list[Result]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from depthpass.capture import Block, Capture, Part
+from depthpass.errors import LoweringError
 from depthpass.hf.inputs import Call
 from depthpass.hf.model import StockHost, depth_module
 from depthpass.hf.plans import Plan
@@ -29,6 +30,33 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
 
     Returns:
         as ``DepthModel._advance``.
+
+    Raises:
+        LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
+    """
+    runtime = model._depth
+    if runtime.lowering != "inductor" or not _is_step(call, state):
+        return None
+    if reason := refusal_of(model, plan, captured, state):
+        raise LoweringError(
+            f"lowering 'inductor' cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it uncompiled."
+        )
+    from depthpass_lowering.state import State
+    from depthpass_lowering.step import Rooms
+
+Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
+
+
+def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
+    """Advance a state by one token with the compiled step, or return None: this call is none for it.
+
+    Only the rung ``inductor`` compiles, and only calls of one token behind a cache, without gradients.
+
+    Returns:
+        as ``DepthModel._advance``.
+
+    Raises:
+        LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
     """
     runtime = model._depth
     if runtime.lowering != "inductor" or refusal_of(model, plan, captured, call, state) is not None:
@@ -69,25 +97,28 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
     return heads, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
 
 
-def refusal_of(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> str | None:
-    """Why a call is not a compiled step, or None."""
+def _is_step(call: Call, state: State) -> bool:
+    """Whether a call is one token of every row behind a cache, without gradients."""
+    tokens = next(iter(call.tensors.values()))
+    if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1:
+        return False
+    if not set(call.tensors) <= {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}:
+        return False
+    # A token that is padding in some row leaves that row's delay lines as they are.
+    return not isinstance(call.keep, Tensor) and (call.valid is None or bool(call.valid[:, -1].all()))
+
+
+def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) -> str | None:
+    """Why a step of this program cannot be compiled in this call, or None."""
     from depthpass_lowering.step import refusal
 
-    tokens = next(iter(call.tensors.values()))
-    visited = {o["index"] for o in plan.program.visits}
-    if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record:
-        return "not a step behind a cache without gradients"
-    wanted = {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}
-    if not set(call.tensors) <= wanted or tokens.shape[1] != 1 or isinstance(call.keep, Tensor):
-        return "not one token"
-    if call.valid is not None and not bool(call.valid[:, -1].all()):
-        return "the token is padding in some row"
-    if torch.is_autocast_enabled(tokens.device.type):
+    if reason := refusal(plan.program):
+        return reason
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return "autocast is on"
-    if any(slot.columns is not None for slot in state.slots.values()):
-        return "a slot holds routed tokens"
     host = StockHost(model, captured, ())
-    return refusal(plan.program) or next((r for i in sorted(visited) if (r := host.refuses_schedule(i))), None)
+    indices = sorted({o["index"] for o in plan.program.visits})
+    return next((reason for i in indices if (reason := host.refuses_schedule(i))), None)
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from depthpass.errors import SpecError, did_you_mean
 from depthpass_lowering.eager import Run
 
-RUNGS = ("auto", "eager", "scheduled", "inductor")
+RUNGS = ("auto", "eager", "scheduled", "inductor", "cudagraph")
 """``eager``: op by op, autograd (the oracle). ``scheduled``: in-place keys and values, hand-scheduled backward with sunk
-weight gradients. ``inductor``: the same with the blocks' segments compiled. ``auto``: scheduled where that is legal for a
+weight gradients. ``inductor``: the same with the blocks' segments compiled. ``cudagraph``: the scheduled
+loops as CUDA graphs. ``auto``: scheduled where that is legal for a
 region of a call, eager elsewhere. The others are errors where they are not legal."""
 
 
@@ -22,6 +23,10 @@ def rung(name: str) -> type[Run]:
     """The run class of a rung."""
     if check_rung(name) == "eager":
         return Run
+    if name == "cudagraph":
+        from depthpass_lowering.graphed import GraphedRun
+
+        return GraphedRun
     if name == "inductor":
         from depthpass_lowering.compiled import CompiledRun
 

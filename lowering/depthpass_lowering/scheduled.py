@@ -47,16 +47,19 @@ class ScheduledRun(Run):
             return super()._region(region, reads, results)
         wanted = [o.name for o in region.ops if o.name in results]
         inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
-        parameters = _parameters(region, self.host)
         if not torch.is_grad_enabled():
             job = Job(self, region, inputs, wanted, {})
             self.env |= job.loop(inputs)
             job.store()
             return None
-        job = Job(self, region, inputs, wanted, parameters)
-        out = _RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
-        self.env |= dict(zip(wanted, out))
+        self.env |= self._trained(region, inputs, wanted)
         return None
+
+    def _trained(self, region: Region, inputs: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
+        """The wanted streams of a region, as one node of the outer graph."""
+        parameters = region_parameters(region, self.host)
+        job = Job(self, region, inputs, wanted, parameters)
+        return dict(zip(wanted, RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())))
 
     def sunk_host(self, job: Job, leaves: dict[int, Tensor]) -> SunkHost:
         """What runs the blocks of a job's token loop."""
@@ -256,7 +259,7 @@ class _LinearStandIn(nn.Module):
         return sunk_linear(self.sink, x, self.weight, self.bias)
 
 
-def _parameters(region: Region, host) -> dict[int, Tensor]:
+def region_parameters(region: Region, host) -> dict[int, Tensor]:
     """Every parameter the region's ops read, once each, by id."""
     found: dict[int, Tensor] = {}
     for o in region.ops:
@@ -274,7 +277,7 @@ def _parameters(region: Region, host) -> dict[int, Tensor]:
     return found
 
 
-class _RegionFunction(torch.autograd.Function):
+class RegionFunction(torch.autograd.Function):
     """A whole serial region as one node of the outer graph, so that hooks on parameters fire once, with the total."""
 
     @staticmethod

@@ -1,0 +1,74 @@
+"""The CUDA-graph rung without CUDA: a stand-in for the recorder, which keeps its inputs in static memory as CUDA does."""
+
+import pytest
+import torch
+import zoo
+from depthpass_lowering import graphed
+
+import depthpass as dp
+from depthpass.errors import LoweringError
+
+SPEC = dp.TurboConn(bridges=[(3, 1), (2, 0)], group=3, rank=5)
+
+
+def step(model, batch):
+    model.zero_grad()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    out = model(**batch, labels=labels, use_cache=False)
+    out.loss.backward()
+    return out.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_without_cuda_the_rung_says_so():
+    turbo = dp.transform(zoo.model("llama", 4), SPEC, lowering="cudagraph")
+    with pytest.raises(LoweringError, match=r"'cudagraph' cannot run this call: the model is on cpu"):
+        turbo(input_ids=torch.tensor([[4, 5, 6]]), use_cache=False)
+
+
+def test_replays_see_new_rows_and_new_weights(monkeypatch):
+    recorded = []
+
+    def record(function, samples, allow_unused_input):
+        assert allow_unused_input
+        static = [t.detach().clone().requires_grad_(t.requires_grad) if not isinstance(t, torch.nn.Parameter) else t
+                  for t in samples]
+        recorded.append(len(samples))
+
+        class Replay(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, *given):
+                with torch.no_grad():
+                    for s, t in zip(static, given):
+                        if s.data_ptr() != t.data_ptr():
+                            s.copy_(t)
+                with torch.enable_grad():
+                    ctx.out = function(*static)
+                return tuple(t.detach() for t in ctx.out)
+
+            @staticmethod
+            def backward(ctx, *grads):
+                wanted = [s for s in static if s.requires_grad]
+                found = iter(torch.autograd.grad(ctx.out, wanted, grads, allow_unused=True))
+                return tuple(next(found) if s.requires_grad else None for s in static)
+
+        return Replay.apply
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
+    monkeypatch.setattr(graphed.GraphedRun, "refuse", lambda self, region: None)
+    stock = zoo.model("llama", 4, dtype=torch.float64)
+    eager, turbo = (dp.transform(stock, SPEC, lowering=rung) for rung in ("eager", "cudagraph"))
+    torch.manual_seed(2)
+    values = {k: 0.3 * torch.randn(v.shape, dtype=v.dtype) for k, v in eager.depth.state_dict().items()}
+    eager.depth.load_state_dict(values)
+    turbo.depth.load_state_dict(values)
+    for lengths, graphs in (([11, 7], 1), ([11, 4], 1), ([8, 8], 2), ([11, 9], 2)):
+        batch = zoo.batch(lengths, seed=len(lengths) + lengths[1])
+        (loss, grads), (loss_g, grads_g) = step(eager, batch), step(turbo, batch)
+        torch.testing.assert_close(loss_g, loss, rtol=1e-12, atol=1e-12)
+        assert grads_g.keys() == grads.keys()
+        for name, g in grads.items():
+            assert (grads_g[name] - g).abs().max() <= 1e-10 * g.abs().max().clamp_min(1e-12), name
+        assert len(recorded) == graphs
+        with torch.no_grad():
+            for p in stock.parameters():
+                p.mul_(1.01)  # shared: both models
