@@ -30,6 +30,10 @@ RUNS = frozenset({
 
 def refusal(program: Program) -> str | None:
     """Why a token of this program cannot be one compiled graph, or None."""
+    if program.reads_calls:
+        return "its visits read other slots' entries of earlier calls"
+    if any(o["modulate"] for o in program.visits):
+        return "its visits are modulated"
     other = sorted({o.kind for o in program} - RUNS)
     return f"the program has {', '.join(other)}, which depend on data or on the place in the row" if other else None
 
