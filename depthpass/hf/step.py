@@ -41,8 +41,6 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
         raise LoweringError(
             f"lowering 'inductor' cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it uncompiled."
         )
-    from depthpass_lowering.state import State
-    from depthpass_lowering.step import Rooms
 
 Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
 
