@@ -107,8 +107,9 @@ class _Builder:
         if shared and writers and "keys" in self.features and self.draw(st.booleans()):
             attrs["keys"] = self.pick(*writers)
             if "gate" in self.features and self.draw(st.booleans()):
-                attrs |= {"gate": f"g{index}", "window": self.draw(st.integers(1, 4)),
-                          "gate_input": self.pick("query", "hidden")}
+                source, start = self.pick("query", "hidden"), self.pick(0.0, 3.0)
+                attrs |= {"gate": f"g{index}_{source}_{start:.0f}", "window": self.draw(st.integers(1, 4)),
+                          "gate_input": source, "gate_init": start}
         elif shared and (kept := self.whole(index)) and "past" in self.features and self.draw(st.booleans()):
             attrs["past"] = self.pick(*kept)
         if "operands" in self.features and self.draw(st.booleans()):

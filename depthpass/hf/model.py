@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import attention_style, signature_names
+from depthpass.capture.direct import direct
 from depthpass.capture.head import logits_part
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
@@ -95,7 +96,8 @@ class BlockCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return self.visit.graph(self.block.template)(self.visit, hidden, *self.sides, *params)
+        graph = direct(self.visit.graph(self.block.template))
+        return graph(self.visit, hidden, *self.sides, *params)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -121,7 +123,8 @@ class StockHost:
         self.extras = sides
         self.style = attention_style(model)
         self.training = model.training
-        self.modules: dict[str, nn.Module] = {}
+        self.depth: nn.Module | None = None
+        self.found = model._depth.watches[-1].found
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
@@ -139,7 +142,7 @@ class StockHost:
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
         params = self.tensors(part, self.model)
         extras = [self.extras[e] for e in part.extras]
-        return part.graph(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
+        return direct(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self))
@@ -157,9 +160,12 @@ class StockHost:
         return self.part(logits_part(self.captured), {}, normed)
 
     def module(self, name: str) -> nn.Module:
-        if name not in self.modules:
-            self.modules[name] = depth_module(self.model).get_submodule(name)
-        return self.modules[name]
+        if self.depth is None:
+            self.depth = depth_module(self.model)
+        found = self.found.get((id(self.depth), name))
+        if found is None:
+            found = self.found[id(self.depth), name] = self.depth.get_submodule(name)
+        return found
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
         return self.stock_module(index, path)(*args)
@@ -320,14 +326,14 @@ class DepthModel:
         from depthpass_lowering.eager import run
 
         runtime, plan = self._depth, groups[0][0]
-        prologue = StockHost(self, captured, ())
+        host = StockHost(self, captured, ())
         tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
         with torch.autocast(tokens.device.type, enabled=False):
-            hidden, *sides = prologue.part(
+            hidden, *sides = host.part(
                 captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1])
             )
-        host = StockHost(self, captured, sides)
+        host.extras = sides
         if len(groups) > 1:
             streams = self._by_rows(groups, captured, hidden, sides, call.valid)
         else:
@@ -366,7 +372,7 @@ class DepthModel:
         """The capture for this call signature, made on first use."""
         key = (
             tuple((n, t.dtype, t.dim(), t.device) for n, t in sorted(call.tensors.items())),
-            "use_cache" in names, self._watched(),
+            "use_cache" in names, self._watched().key,
         )
         runtime = self._depth
         found = runtime.captures.get(key)
@@ -378,12 +384,12 @@ class DepthModel:
                     runtime.captures[key] = found
         return found
 
-    def _watched(self) -> tuple:
+    def _watched(self) -> Watch:
         watches = self._depth.watches
         if not watches or not watches[-1].current():
             check_hooks(self, self._depth.layers)
             watches.append(Watch(self))
-        return watches[-1].key
+        return watches[-1]
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
         stock = without_hooks(stock_copy(self))

@@ -149,6 +149,8 @@ def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) 
         if o["gate"] and not _has(root, o["gate"]):
             heads, dim = _heads(getattr(model, "config", None))
             gate = QueryGate(heads, dim, like) if o["gate_input"] == "query" else HiddenGate(heads, program.width, like)
+            if o["gate_init"]:
+                nn.init.constant_(gate.bias, o["gate_init"])
             _attach(root, o["gate"], gate)
         if o["lora"] and not _has(root, o["lora"]):
             for path, matrix in _matrices(model, o["index"]):

@@ -8,29 +8,46 @@ from torch.nn.modules.dropout import _DropoutNd
 from depthpass.errors import UnsupportedModelError
 
 
+class Key:
+    """A value that is hashed once: it is looked up at every call."""
+
+    __slots__ = ("hash", "value")
+
+    def __init__(self, value: tuple):
+        self.value, self.hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self.value == other.value)
+
+
 class Watch:
     """What a capture depends on: the module tree, modes, dtypes, devices, hooks, dropout and adapter switches.
 
     Attributes:
         key: hashable; equal keys mean that a capture may be reused.
+        found: submodules looked up by (identity of their root, path).
     """
 
     def __init__(self, model: nn.Module):
         modules = list(model.modules())
         self.modules = modules  # kept alive, so that no id below is ever reused
         self.children = [(m._modules, tuple(m._modules.items())) for m in modules if m._modules]
-        self.modes = tuple(m.training for m in modules)
-        self.hooks = tuple(has_hooks(m) for m in modules)
+        # Tables, not attributes: looking through them at every call has to be cheap.
+        self.states = [(m.__dict__, m.training, has_hooks(m)) for m in modules]
         self.rates = [(m, m.p) for m in modules if isinstance(m, _DropoutNd)]
         self.parameters = [
             (m._parameters, k, p.dtype, p.device, len(m._parameters))
             for m in modules for k, p in m._parameters.items() if p is not None
         ]
         self.adapters = [(m, adapter_state(m)) for m in modules if hasattr(m, "merged_adapters")]
-        self.key = (
-            tuple(map(id, modules)), self.modes, tuple(p for _, p in self.rates),
+        self.key = Key((
+            tuple(map(id, modules)), tuple(mode for _, mode, _ in self.states), tuple(p for _, p in self.rates),
             tuple((k, dtype, device) for _, k, dtype, device, _ in self.parameters), tuple(s for _, s in self.adapters),
-        )
+        ))
+        self.found: dict[tuple[int, str], nn.Module] = {}
 
     def current(self) -> bool:
         """Whether nothing has changed since this watch was made."""
@@ -40,8 +57,11 @@ class Watch:
             for name, child in items:
                 if table.get(name) is not child:
                     return False
-        for module, mode, hooks in zip(self.modules, self.modes, self.hooks):
-            if module.training is not mode or has_hooks(module) is not hooks:
+        for table, mode, hooks in self.states:
+            if table["training"] is not mode or hooks is not bool(
+                table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"]
+                or table["_backward_pre_hooks"]
+            ):
                 return False
         for table, name, dtype, device, count in self.parameters:
             p = table.get(name)

@@ -30,10 +30,12 @@ class Op:
     note: str = ""
 
     def __getitem__(self, key: str) -> Any:
-        for k, v in self.attrs:
-            if k == key:
-                return v
-        return OPS[self.kind].attrs[key].default
+        return self._values[key]
+
+    @cached_property
+    def _values(self) -> dict[str, Any]:
+        """Every attribute the kind has, defaults included."""
+        return {k: d.default for k, d in OPS[self.kind].attrs.items()} | dict(self.attrs)
 
     def with_attrs(self, **attrs: Attr | None) -> Op:
         """Return a copy with some attributes set, or removed when None."""

@@ -15,7 +15,7 @@ NEVER = 1 << 40
 
 _NAME = re.compile(r"\w[\w.]*")
 _NEEDS = {
-    "block": {"window": "gate", "gate_input": "gate", "lora": "lora_rank", "lora_rank": "lora",
+    "block": {"window": "gate", "gate_input": "gate", "gate_init": "gate", "lora": "lora_rank", "lora_rank": "lora",
               "clock": "modulate", "step": "clock", "base": "modulate"},
 }
 _AT_LEAST = {
@@ -261,8 +261,14 @@ def _verify(program: Program) -> None:
     if len(set(names)) != len(names):
         raise VerifyError(f"tap names must differ, got {names}.")
     types = infer(program)
+    gates: dict[str, Op] = {}
     for o in program.visits:
         _check_keys(program, o, slot_writers, types)
+        first = gates.setdefault(o["gate"], o) if o["gate"] else o
+        for key in ("gate_input", "gate_init"):
+            if first[key] != o[key]:
+                raise VerifyError(f"{_where(o)}: expected {key} {first[key]} as at %{first.name}, which has the same gate "
+                                  f"{o['gate']!r}, got {o[key]}. Give it a gate of its own.")
     parameters(program, types)
 
 

@@ -32,7 +32,7 @@ class ParallelLoop(Pass):
         `%6 = block 1 (%5) slot 3 keys 1 gate parallel_loop.v1.gate window 64`
 
     Parameters: one gate per visit of the stack, ``{scope}.v{visit}.gate``, shared by the loops. Identity: ``loops``
-    = 1; otherwise only mix (1, 0) with saturated gates, where every loop computes the first one again.
+    = 1, or :meth:`identity`, where mix is (1, 0) and the gates are 1, so that every loop computes the first one again.
 
     Args:
         loops: R.
@@ -42,6 +42,7 @@ class ParallelLoop(Pass):
         gate: what the gate reads: the rotated ``query``, or the block's normed ``hidden`` state.
         shift: tokens between a loop and the next; 0 = plain sequential loops.
         kv: ``gated`` as above; ``first``: loop 1's keys only; ``own``: own keys only.
+        gate_init: the gates' bias at the start: g starts as its sigmoid, one half by default.
         scope: first part of the parameter names.
     """
 
@@ -57,7 +58,22 @@ class ParallelLoop(Pass):
     gate: Literal["query", "hidden"] = "query"
     shift: int = 1
     kv: Literal["gated", "first", "own"] = "gated"
+    gate_init: float = 0.0
     scope: str = "parallel_loop"
+
+    @classmethod
+    def paper(cls, **overrides: Any) -> ParallelLoop:
+        """The paper's setting, which is the default: two loops, a window of 64, E + shift(h), gates on the query."""
+        return cls(**overrides)
+
+    @classmethod
+    def identity(cls, **overrides: Any) -> ParallelLoop:
+        """Exactly the stock model, in any number of loops: each starts from the embedding and reads loop 1's keys only.
+
+        The gates' bias of 50 makes g = 1 to the last bit, where its gradient vanishes: to train away from the identity,
+        make b of ``mix`` non-zero, or lower ``gate_init``.
+        """
+        return cls(**{"mix": (1.0, 0.0), "gate_init": 50.0, **overrides})
 
     @classmethod
     def loopcoder_v2(cls, **overrides: Any) -> ParallelLoop:
@@ -75,6 +91,7 @@ class ParallelLoop(Pass):
         require(self.window >= 1, f"{n}.window", "at least 1 key", self.window)
         require(self.window == 64 or self.kv == "gated", f"{n}.window", "kv='gated' beside it", self.kv)
         require(self.gate == "query" or self.kv == "gated", f"{n}.gate", "kv='gated' beside it", self.kv)
+        require(self.gate_init == 0 or self.kv == "gated", f"{n}.gate_init", "kv='gated' beside it", self.kv)
         require(self.shift >= 0, f"{n}.shift", "at least 0 tokens", self.shift)
         require(any(self.mix), f"{n}.mix", "two factors that are not both 0", self.mix)
         require(self.mix[0] != 0 or self.shift == 0, f"{n}.shift", "0 with mix[0] = 0", self.shift,
@@ -89,7 +106,7 @@ class ParallelLoop(Pass):
             x = build.visit(v, x)
             slots.append(build.slot_of(x))
         for _ in range(self.loops - 1):
-            if self.normalize == "loop":
+            if self.normalize == "loop" and self.mix[1]:
                 x = build.norm(x)
             x = self._mixed(build, e, x)
             for p, v in enumerate(visits):
@@ -113,4 +130,6 @@ class ParallelLoop(Pass):
         if self.kv == "first":
             return {"keys": slot}
         name = f"{self.scope}.v{visit}.gate"
-        return {"keys": slot, "gate": name, "window": self.window, "gate_input": self.gate}
+        return {
+            "keys": slot, "gate": name, "window": self.window, "gate_input": self.gate, "gate_init": self.gate_init,
+        }

@@ -35,6 +35,11 @@ def to_dict(report: Report) -> dict[str, Any]:
              "visits": [f"%{o.name}" for o in r.visits], "blocks": [o["index"] for o in r.visits]}
             for r in report.schedule.regions
         ],
+        "stacks": [
+            {"largest_step": step.tokens, "block_calls": step.calls,
+             "sets": [{"block": s.index, "visits": [f"%{n}" for n in s.names]} for s in step.stacks]}
+            for step in report.schedule.stacked
+        ],
         "critical_path": {
             "whole": report.path_is_whole,
             "unit": "block visits, token by token",

@@ -15,6 +15,9 @@ from depthpass.schedule.regions import schedule
 if TYPE_CHECKING:
     from depthpass.report.model import Report
 
+STACKS = 8
+"""Stacked sets that are named in text; JSON has them all."""
+
 FORMULA_LIMIT = 160
 """Longest closed form that is printed in full, in characters."""
 
@@ -126,7 +129,26 @@ def _schedule(report: Report) -> Section:
         Number("recursions", "recursions", report.recursions, "steps of the token loop", _loop_note(report), stock=1),
         Number("serial_block_calls", "serial block calls", report.serial_block_calls, "block calls",
                "one after another for the whole row", stock=stock.steps(n)),
+        *_stacks(report),
     ))
+
+
+def _stacks(report: Report) -> list[Number]:
+    """What an incremental step runs as one call; nothing where it stacks nothing."""
+    found = []
+    for i, step in enumerate(report.schedule.stacked):
+        # The first step is the one that decoding takes.
+        key = f".{step.tokens}" if i else ""
+        up_to = "a step of 1 token" if step.tokens == 1 else f"a step of up to {step.tokens} tokens"
+        sets = [f"block {s.index}: {' '.join(f'%{n}' for n in s.names)}" for s in step.stacks]
+        shown = sets if len(sets) <= STACKS else [*sets[: STACKS - 1], f"{len(sets) - STACKS + 1} more"]
+        found += [
+            Number(f"step_block_calls{key}", f"block calls of {up_to}", step.calls, "block calls",
+                   "visits without a path between them run as rows of one call", stock=report.program.blocks),
+            Number(f"stacked_visits{key}", f"stacked in {up_to}", sum(len(s.visits) for s in step.stacks),
+                   "block visits", "; ".join(shown), out_of=report.visits),
+        ]
+    return found
 
 
 def _loop_note(report: Report) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from depthpass.ir.program import Op, Program
+from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.verify import infer
 
 MAX_TOKENS = 8
@@ -20,27 +21,69 @@ are paid for one by one and a larger call saves nothing."""
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Visits of one block that run as one call, the writer of a slot before its readers."""
+
+    visits: tuple[Op, ...]
+
+    @property
+    def index(self) -> int:
+        """The physical block."""
+        return self.visits[0]["index"]
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        return tuple(o.name for o in self.visits)
+
+    @cached_property
+    def inputs(self) -> tuple[str, ...]:
+        return tuple(o.args[0] for o in self.visits)
+
+    @cached_property
+    def writers(self) -> dict[int, int]:
+        """Slots written in the call, with the place of their writer."""
+        return {slot: i for i, o in enumerate(self.visits) if (slot := writes_slot(o)) is not None}
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """Slots read in full, with the places of their readers."""
+        found: dict[int, tuple[int, ...]] = {}
+        for i, o in enumerate(self.visits):
+            slot = o["slot"] if o["keys"] is None else o["keys"]
+            found[slot] = (*found.get(slot, ()), i)
+        return tuple(found.items())
+
+    @cached_property
+    def gated(self) -> tuple[tuple[int, ...], ...]:
+        """Places of the visits that also read a window of their own keys, those with one gate together."""
+        found: dict[str, tuple[int, ...]] = {}
+        for i, o in enumerate(self.visits):
+            if o["gate"] is not None:
+                found[o["gate"]] = (*found.get(o["gate"], ()), i)
+        return tuple(found.values())
+
+
+@dataclass(frozen=True)
 class Step:
     """How a step of at most ``tokens`` new tokens runs.
 
     Attributes:
         tokens: largest number of new tokens the order is legal for.
-        items: ops in execution order; an item of several ops is a *stack*: visits of one block that run as one call, the
-            writer of a slot before its readers.
+        items: ops and stacks in execution order.
     """
 
     tokens: int
-    items: tuple[tuple[Op, ...], ...]
+    items: tuple[Op | Stack, ...]
 
-    @property
-    def stacks(self) -> tuple[tuple[Op, ...], ...]:
+    @cached_property
+    def stacks(self) -> tuple[Stack, ...]:
         """The sets of visits that run as one call."""
-        return tuple(item for item in self.items if len(item) > 1)
+        return tuple(item for item in self.items if isinstance(item, Stack))
 
     @property
     def calls(self) -> int:
         """Block calls of the step, one after another."""
-        return sum(item[0].kind == "block" for item in self.items)
+        return sum(isinstance(item, Stack) or item.kind == "block" for item in self.items)
 
 
 def steps(program: Program) -> tuple[Step, ...]:
@@ -60,7 +103,7 @@ def steps(program: Program) -> tuple[Step, ...]:
 
 
 def _names(step: Step) -> set[frozenset[str]]:
-    return {frozenset(o.name for o in stack) for stack in step.stacks}
+    return {frozenset(stack.names) for stack in step.stacks}
 
 
 class _Planner:
@@ -69,7 +112,7 @@ class _Planner:
     def __init__(self, program: Program, tokens: int):
         self.ops, self.tokens = program.ops, tokens
         types, index = infer(program), program.index
-        writers = {o["slot"]: index[o.name] for o in program.visits}
+        writers = {writes_slot(o): index[o.name] for o in program.visits}
         self.before: list[set[int]] = []
         self.keys: dict[int, int] = {}
         self.group: dict[int, object] = {}
@@ -88,19 +131,19 @@ class _Planner:
     def step(self) -> Step | None:
         """The order, or None when the step cannot run in one piece: some cycle has a delay below its tokens."""
         done: set[int] = set()
-        items: list[tuple[Op, ...]] = []
+        items: list[Op | Stack] = []
         while len(done) < len(self.ops):
             ready = [i for i in range(len(self.ops)) if i not in done and self.before[i] <= done]
             simple = [i for i in ready if i not in self.group]
             if simple:
-                items += [(self.ops[i],) for i in simple]
+                items += [self.ops[i] for i in simple]
                 done.update(simple)
                 continue
             sets = self._sets(ready, done)
             if not sets:
                 return None
             best = min(sets, key=lambda s: (self._missed(s, done), min(s)))
-            items.append(tuple(self.ops[i] for i in best))
+            items.append(Stack(tuple(self.ops[i] for i in best)) if len(best) > 1 else self.ops[best[0]])
             done.update(best)
         return Step(self.tokens, tuple(items))
 

@@ -5,6 +5,7 @@ imported when a kernel first runs.
 """
 
 from depthpass_kernels.bridge.api import bridge_in, bridge_out, fold_streams, fold_weights
+from depthpass_kernels.gated_attention.api import gated_attention
 from depthpass_kernels.select import KernelUnavailableError, set_auto
 from depthpass_kernels.slot_attention.api import (
     slot_attention,
@@ -19,6 +20,7 @@ __all__ = [
     "bridge_out",
     "fold_streams",
     "fold_weights",
+    "gated_attention",
     "set_auto",
     "slot_attention",
     "slot_attention_backward",

@@ -24,7 +24,7 @@ IMPLEMENTATIONS = ("auto", "naive", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
-_auto_on_cuda = {"slot_attention": "triton", "bridge_in": "triton"}
+_auto_on_cuda = {"slot_attention": "triton", "bridge_in": "triton", "gated_attention": "triton"}
 
 
 class KernelUnavailableError(RuntimeError):
@@ -35,7 +35,7 @@ def set_auto(op: str, implementation: str) -> str:
     """Set what `implementation="auto"` means for `op` on supported CUDA tensors; return the previous choice.
 
     Args:
-        op: `"slot_attention"` or `"bridge_in"`.
+        op: `"slot_attention"`, `"gated_attention"` or `"bridge_in"`.
         implementation: `"triton"` or `"naive"`.
 
     Example:

@@ -17,7 +17,7 @@ from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.verify import Type, infer
 from depthpass.schedule.regions import Region, Schedule
-from depthpass.schedule.stacking import Step
+from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
 from depthpass_lowering.noise import noise
@@ -95,10 +95,10 @@ class Run:
 
     def _step(self) -> Step | None:
         """The order with stacked visits for this call, or None: region by region."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self.keep:
             return None
         step = self.schedule.step(self.count)
-        return step if step is not None and all(self._rows_stack(stack[0]) for stack in step.stacks) else None
+        return step if step is not None and all(self._rows_stack(stack) for stack in step.stacks) else None
 
     def _recall(self) -> None:
         """Start the slots of visits with a past from the entries that another visit has kept of earlier calls."""
@@ -107,45 +107,50 @@ class Run:
             if o["past"] in kept:
                 self.state.slots[o["slot"]] = kept[o["past"]]
 
-    def _rows_stack(self, o: Op) -> bool:
+    def _rows_stack(self, stack: Stack) -> bool:
         """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
         batch = self.hidden.shape[0]
-        tables = ((self.sides[s], self.side_axes[s]) for s in self.host.sides_of(o["index"]))
+        tables = ((self.sides[s], self.side_axes[s]) for s in self.host.sides_of(stack.index))
         return batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != batch for t, axis in tables)
 
     def _run_step(self, step: Step) -> None:
         """All ops over all new tokens in the order of a step, stacks as one call each."""
-        (span, masks), tables = self._at_once(), self.sides
+        span, masks = self._at_once()
+        # A stack's result often is the next one's input as it stands.
+        names: tuple[str, ...] = ()
+        rows, tables = self.hidden, {}
         for item in step.items:
-            if len(item) > 1:
-                self._stack(item, span, masks, tables)
-            else:
-                self._one(item[0], self.env, span, masks, tables, self.keep)
-        self._push(self.program, self.env, span)
+            if not isinstance(item, Stack):
+                self._one(item, self.env, span, masks, self.sides, self.keep)
+                continue
+            if item.inputs != names:
+                rows = torch.cat([self.env[a] for a in item.inputs])
+            names, rows = item.names, self._stack(item, rows, span, masks, tables)
+            self.env |= zip(names, rows.chunk(len(names)))
+        self._push(self.program.ops, self.env, span)
 
     def _at_once(self) -> tuple[Span, Masks]:
         """All new tokens as one span, and its masks."""
         (span,) = spans(self.length, self.count, self.valid, None, None)
         return span, Masks(self.length, self.count, self.valid, self.hidden.device)
 
-    def _stack(self, stack: tuple[Op, ...], span: Span, masks: Masks, tables) -> None:
-        """Visits of one block as rows of one call."""
-        self._check_operands(stack[0])
-        index, count = stack[0]["index"], len(stack)
-        visits = []
-        for o in stack:
-            visits.append(self._visit(o, span, masks, self.keep or writes_slot(o) in self.read))
-            visits[-1].hidden = self.env[o.args[0]]
-        stacked = StackedVisit(visits)
-        stacked.hidden = torch.cat([v.hidden for v in visits])
-        sides = []
-        for s in self.host.sides_of(index):
-            t, axis = tables[s], self.side_axes[s]
-            # A table without a batch dimension, or with one row for all, serves every row.
-            sides.append(t if axis in (0, None) or t.shape[0] == 1 else torch.cat([t] * count))
-        y = self.host.block(index, stacked, stacked.hidden, sides)
+    def _stack(self, stack: Stack, hidden: Tensor, span: Span, masks: Masks, tables: dict) -> Tensor:
+        """Visits of one block as rows of one call: ``[members * batch, tokens, width]`` -> the same."""
+        self._check_operands(stack.visits[0])
+        count = len(stack.visits)
+        visits = [self._visit(o, span, masks, self.keep or writes_slot(o) in self.read) for o in stack.visits]
+        stacked = StackedVisit(stack, visits, hidden)
+        sides = [self._stacked_side(s, count, tables) for s in self.host.sides_of(stack.index)]
+        y = self.host.block(stack.index, stacked, hidden, sides)
         stacked.commit()
-        self.env |= zip((o.name for o in stack), y.unflatten(0, (count, -1)))
+        return y
+
+    def _stacked_side(self, number: int, count: int, made: dict) -> Tensor:
+        """A table for the rows of a stack; one without a batch dimension, or with one row for all, serves as it is."""
+        if (number, count) not in made:
+            t, whole = self.sides[number], self.side_axes[number] in (0, None)
+            made[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
+        return made[number, count]
 
     def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
         inputs = {a: self.env[a] for a in reads if a in self.env}

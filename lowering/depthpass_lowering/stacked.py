@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from depthpass.capture.model import Template
-from depthpass.ir.program import writes_slot
+from depthpass.schedule.stacking import Stack
 from depthpass_lowering.visits import RunningVisit
 
 
@@ -19,45 +19,37 @@ class StackedVisit:
     read the same keys do so together, as more queries of one attention: those keys are read once.
 
     Args:
-        members: the writer of a slot before its readers.
+        members: one visit per place of the stack.
+        hidden: the block's input, ``[members * batch, tokens, width]``.
     """
 
-    def __init__(self, members: Sequence[RunningVisit]):
-        self.members, self.index = tuple(members), members[0].index
-        self.hidden: Tensor | None = None
-        self.readers: dict[int, list[int]] = {}
-        self.gated: dict[str, list[int]] = {}
-        for i, visit in enumerate(self.members):
-            o = visit.op
-            self.readers.setdefault(o["slot"] if o["keys"] is None else o["keys"], []).append(i)
-            if o["gate"] is not None:
-                self.gated.setdefault(o["gate"], []).append(i)
+    def __init__(self, stack: Stack, members: Sequence[RunningVisit], hidden: Tensor):
+        self.stack, self.members, self.hidden = stack, members, hidden
+        self.index = stack.index
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        count = len(self.members)
-        qs, ks, vs = (t.unflatten(0, (count, -1)) for t in (q, k, v))
-        own = [
-            visit.extend(number, ks[i], vs[i]) if writes_slot(visit.op) is not None else None
-            for i, visit in enumerate(self.members)
-        ]
-        written = {writes_slot(visit.op): pair for visit, pair in zip(self.members, own) if pair is not None}
-        out: list[Tensor] = [q] * count
-        for slot, who in self.readers.items():
-            first = self.members[who[0]]
-            if slot in written:
-                keys, values, mask = *written[slot], first.masks.get(*first.limits(number))
+        members = self.members
+        qs, ks, vs = (t.chunk(len(members)) for t in (q, k, v))
+        own = [visit.extend(number, ks[i], vs[i]) if visit.writes else None for i, visit in enumerate(members)]
+        out: list[Tensor] = [q] * len(members)
+        for slot, who in self.stack.readers:
+            visit, writer = members[who[0]], self.stack.writers.get(slot)
+            if writer is None:
+                keys, values, mask = visit.shared.keys[number], visit.shared.values[number], visit.shared_mask(number)
             else:
-                keys, values = first.shared.keys[number], first.shared.values[number]
-                mask = first.shared_mask(number)
-            for i, part in zip(who, _joined(first, number, _some(qs, who), keys, values, sinks, mask)):
+                keys, values = own[writer]
+                mask = visit.masks.get(*visit.limits(number))
+            parts = _together(visit, number, [qs[i] for i in who], keys, values, sinks, mask)
+            for i, part in zip(who, parts):
                 out[i] = part
-        for who in self.gated.values():
-            near = [self.members[i].near(number, qs[i], *own[i], sinks) for i in who]
-            far = [out[i] for i in who]
-            queries = _some(qs, who).flatten(0, 1)
-            hidden = _some(self.hidden.unflatten(0, (count, -1)), who).flatten(0, 1)
-            mixed = self.members[who[0]].mix(queries, hidden, torch.cat(far), torch.cat(near))
-            for i, part in zip(who, mixed.unflatten(0, (len(who), -1))):
+        for who in self.stack.gated:
+            near = _rows([members[i].near(number, qs[i], *own[i], sinks) for i in who])
+            queries, far = (_rows([x[i] for i in who]) for x in (qs, out))
+            visit = members[who[0]]
+            # Only some gates read the block's input.
+            hidden = None if visit.op["gate_input"] == "query" else _rows([self.hidden.chunk(len(members))[i] for i in who])
+            mixed = visit.mix(queries, hidden, far, near)
+            for i, part in zip(who, mixed.chunk(len(who))):
                 out[i] = part
         return torch.cat(out)
 
@@ -81,23 +73,18 @@ class StackedVisit:
             visit.commit()
 
 
-def _some(stack: Tensor, who: Sequence[int]) -> Tensor:
-    """Some members of a stack, in order."""
-    low, high = who[0], who[-1] + 1
-    return stack[low:high] if high - low == len(who) else stack[list(who)]
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _joined(
-    visit: RunningVisit, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None,
+def _together(
+    visit: RunningVisit, number: int, queries: Sequence[Tensor], k: Tensor, v: Tensor, sinks: Tensor | None,
     mask: tuple[Tensor | None, bool],
 ) -> Sequence[Tensor]:
-    """Attention of several members' queries ``[members, B, H, C, D]`` to the same keys: ``[B, C, H, Dv]`` per member."""
-    members, batch, _, count, _ = q.shape
+    """Attention of several members' queries ``[B, H, C, D]`` to the same keys: ``[B, C, H, Dv]`` per member."""
     seen, causal = mask
-    if members == 1 or causal:
-        return [visit.attention(number, part, k, v, sinks, mask) for part in q]
-    together = q.permute(1, 2, 0, 3, 4).flatten(2, 3)
+    if len(queries) == 1 or causal:
+        return [visit.attention(number, q, k, v, sinks, mask) for q in queries]
     if seen is not None:
-        seen = seen.repeat(1, 1, members, 1)
-    out = visit.attention(number, together, k, v, sinks, (seen, False))
-    return out.unflatten(1, (members, count)).unbind(1)
+        seen = seen.repeat(1, 1, len(queries), 1)
+    return visit.attention(number, torch.cat(queries, 2), k, v, sinks, (seen, False)).chunk(len(queries), 1)

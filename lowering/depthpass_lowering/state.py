@@ -10,9 +10,11 @@ from torch import Tensor
 
 from depthpass.errors import CacheError
 
-ROOM = 64
-"""Columns a slot grows by. What is held beyond the columns in use is less than that, and a slot is copied once in as many
-tokens."""
+
+def room_for(columns: int) -> int:
+    """Free columns that a slot of so many is given when it grows: a 64th, so that copies and free memory stay about that
+    part of the whole, but at least 16."""
+    return max(16, columns // 64)
 
 
 @dataclass(eq=False)
@@ -57,31 +59,37 @@ class Slot:
             None if self.columns is None else fn(self.columns), None if self.valid is None else fn(self.valid), self.first,
         )
 
-    def grown(self, number: int, k: Tensor, v: Tensor) -> Grown:
-        """The entries of one attention call with new ones behind them: in place where that is safe, else copied."""
+    def grown(self, number: int, k: Tensor, v: Tensor, last: int | None = None) -> Grown:
+        """The entries of one attention call with new ones behind them: in place where that is safe, else copied.
+
+        Args:
+            last: only so many of them; None = all.
+        """
         old_k, old_v = self.keys[number], self.values[number]
+        n, m = old_k.shape[2], k.shape[2]
+        if last is not None and (drop := n + m - last) > 0:
+            old_k, old_v, n = old_k.narrow(2, drop, n - drop), old_v.narrow(2, drop, n - drop), n - drop
         if torch.is_grad_enabled():
             return torch.cat((old_k, k), 2), torch.cat((old_v, v), 2), None
-        n, m = old_k.shape[2], k.shape[2]
         place = None if self.places is None else self.places[number]
         if place is None or not place.takes(k, v):
             room = Room(_wider(old_k, k), _wider(old_v, v), n)
-            room.k[:, :, :n], room.v[:, :, :n] = old_k, old_v
+            room.k.narrow(2, 0, n).copy_(old_k)
+            room.v.narrow(2, 0, n).copy_(old_v)
             place = Place(room, n)
-        room, end = place.room, place.end + m
-        room.k[:, :, place.end : end], room.v[:, :, place.end : end], room.used = k, v, end
-        return room.k[:, :, end - n - m : end], room.v[:, :, end - n - m : end], Place(room, end)
+        room, at = place.room, place.end
+        room.k.narrow(2, at, m).copy_(k)
+        room.v.narrow(2, at, m).copy_(v)
+        room.used = at + m
+        return room.k.narrow(2, at - n, n + m), room.v.narrow(2, at - n, n + m), Place(room, at + m)
 
     def last(self, count: int) -> Slot:
         """The last ``count`` entries of a slot of tokens in order, in memory of their own unless they grow."""
         n = self.keys[0].shape[2]
         if n <= count:
             return self
-        cut = replace(self.map(lambda t: t[:, :, n - count :]), first=self.first + n - count)
-        if self.places is not None and all(p is not None and p.room.k.shape[2] < count + 2 * ROOM for p in self.places):
-            return replace(cut, places=self.places)
         # Copies, so that the long prefix is freed.
-        return cut.map(lambda t: t.contiguous())
+        return replace(self.map(lambda t: t[:, :, n - count :].contiguous()), first=self.first + n - count)
 
 
 Grown = tuple[Tensor, Tensor, "Place | None"]
@@ -107,9 +115,11 @@ class Place:
 
 
 def _wider(old: Tensor, new: Tensor) -> Tensor:
-    """Memory for both and up to ``ROOM - 1`` more columns."""
-    columns = -(-(old.shape[2] + new.shape[2]) // ROOM) * ROOM
-    return new.new_empty(*old.shape[:2], columns, old.shape[3], dtype=torch.promote_types(old.dtype, new.dtype))
+    """Memory for both and some more columns."""
+    columns = old.shape[2] + new.shape[2]
+    return new.new_empty(
+        *old.shape[:2], columns + room_for(columns), old.shape[3], dtype=torch.promote_types(old.dtype, new.dtype)
+    )
 
 
 @dataclass

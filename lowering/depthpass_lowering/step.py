@@ -147,11 +147,13 @@ class StepVisit(RunningVisit):
         if sinks is not None or site.softcap is not None:
             return super().attention(number, q, k, v, sinks, mask)
         # The heads that share keys are queries of one head: nothing is repeated.
-        b, h, _, d = q.shape
+        b, h, count, d = q.shape
+        # Several queries where visits are stacked: all stand at the same column.
+        seen = mask[0][:, :, :1]
         out = F.scaled_dot_product_attention(
-            q.reshape(b, h // groups, groups, d), k.to(q.dtype), v.to(q.dtype), attn_mask=mask[0], scale=site.scale
+            q.reshape(b, h // groups, groups * count, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
         )
-        return out.reshape(b, 1, h, out.shape[-1])
+        return out.reshape(b, h, count, out.shape[-1]).transpose(1, 2)
 
     def columns(self, device: torch.device) -> Tensor:
         return self.masks.at
@@ -177,7 +179,7 @@ class StepRun(Run):
 
     def _step(self) -> Step:
         found = super()._step()
-        return found or Step(1, tuple((o,) for region in self.schedule.regions for o in region.ops))
+        return found or Step(1, tuple(o for region in self.schedule.regions for o in region.ops))
 
     def _at_once(self) -> tuple[Span, StepMasks]:
         return Span(0, 1, None, self.rank), StepMasks(self.at, self.columns, self.valid)

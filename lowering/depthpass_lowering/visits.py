@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from depthpass_kernels.gated_attention.naive import mix
 from torch import Tensor, fx
 
 from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
-from depthpass.ir.program import Op, writes_slot
+from depthpass.ir.program import Op
 from depthpass_lowering.attention import Masks, column_mask
 from depthpass_lowering.host import Host
 from depthpass_lowering.routes import Route, listed, reality, stored
@@ -35,29 +36,43 @@ class RunningVisit:
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
-        self.before = state.slots.get(op["slot"]) if writes_slot(op) is not None else None
+        self.before = state.slots.get(op["slot"]) if self.writes else None
         # The writer of the shared keys may run in the same call (:class:`StackedVisit`): then they are not there yet.
-        shared = None if op["keys"] is None else state.slots.get(op["keys"])
+        shared = state.slots.get(op["keys"]) if self.shares else None
         self.shared = None if shared is None else _until(shared, span.start + span.count)
         self.made: dict[int, Grown] = {}
         self.hidden: Tensor | None = None
 
+    @property
+    def shares(self) -> bool:
+        """Whether the visit reads another one's keys."""
+        return self.op["keys"] is not None
+
+    @property
+    def gated(self) -> bool:
+        return self.op["gate"] is not None
+
+    @property
+    def writes(self) -> bool:
+        """Whether the visit has keys of its own."""
+        return self.gated or not self.shares
+
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        shared, gated = self.op["keys"] is not None, self.op["gate"] is not None
-        own = self.extend(number, k, v) if gated or not shared else None
-        if not shared:
-            return self.attention(number, q, *own, sinks, self._own_mask(*self.limits(number)))
+        own = self.extend(number, k, v) if self.writes else None
+        if not self.shares:
+            return self.attention(number, q, *own, sinks, self._own_mask(own[0].shape[2], *self.limits(number)))
         far = self.attention(
             number, q, self.shared.keys[number], self.shared.values[number], sinks, self.shared_mask(number)
         )
-        return self.mix(q, self.hidden, far, self.near(number, q, *own, sinks)) if gated else far
+        return self.mix(q, self.hidden, far, self.near(number, q, *own, sinks)) if self.gated else far
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The visit's own keys and values, this span's last."""
         place = None
         if self.before is not None:
-            k, v, place = self.before.grown(number, k, v)
-        elif self.keep:
+            # One token needs no more than it leaves behind; of several, each has a window of its own.
+            k, v, place = self.before.grown(number, k, v, self.ring if self.span.count == 1 else None)
+        elif self.keep and self.ring is None:
             # As a stock cache stores them; the strides decide the last bits of a matrix product.
             k, v = k.contiguous(), v.contiguous()
         if self.state is not None:
@@ -70,9 +85,18 @@ class RunningVisit:
         window = min(self.op["window"], site.window or self.op["window"])
         if self.span.count == 1 and site.chunk is None and self.in_order:
             # One token sees its whole window, but for pads.
-            k, v = k[:, :, -window:], v[:, :, -window:]
+            if k.shape[2] > window:
+                k, v = k[:, :, -window:], v[:, :, -window:]
             return self.attention(number, q, k, v, sinks, (self.masks.last(k.shape[2]), False))
-        return self.attention(number, q, k, v, sinks, self._own_mask(window, site.chunk))
+        if not self.in_order:
+            return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], window, site.chunk))
+
+        # Stock attention functions repeat key heads by themselves and want a bool mask; SDPA need not repeat.
+        plain = getattr(self.host, "style", "sdpa") == "sdpa"
+        blocks = self.masks.blocks(
+            window, site.chunk, k.shape[2], q.shape[1] // k.shape[1] if plain else 1, q.dtype if plain else None, len(q)
+        )
+        return blocks.read(q, k, v, lambda q, k, v, *mask: self.attention(number, q, k, v, sinks, mask))
 
     def limits(self, number: int) -> tuple[int | None, int | None]:
         """Window and chunk of the block itself."""
@@ -94,15 +118,12 @@ class RunningVisit:
         """The same for the visit's own keys, this span's included."""
         return None
 
-    @property
-    def _first(self) -> int:
-        """Column of the visit's first key, where they are in order."""
-        return 0 if self.before is None else self.before.first
-
-    def _own_mask(self, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
-        """Mask of the span's queries against the visit's own keys, and SDPA's causal flag."""
+    def _own_mask(self, keys: int, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        """Mask of the span's queries against the visit's own last keys, and SDPA's causal flag."""
         where = self._own_columns()
-        return self.masks.get(window, chunk, self._first) if where is None else self._mask(where, window, chunk)
+        if where is not None:
+            return self._mask(where, window, chunk)
+        return self.masks.get(window, chunk, self.span.start + self.span.count - keys)
 
     def _mask(
         self, where: tuple[Tensor, Tensor | None] | None, window: int | None, chunk: int | None
@@ -124,7 +145,7 @@ class RunningVisit:
                 f"{tuple(far.shape[:3])}, got {tuple(score.shape)}: its attention has other heads than the config says. "
                 "Use kv='own' or kv='first'."
             )
-        return torch.lerp(near, far, torch.sigmoid(score)[..., None].to(far.dtype))
+        return mix(far, near, score)
 
     def submodule(self, path: str, *args: Tensor) -> Tensor:
         return self.host.submodule(self.index, path, *args)
@@ -172,12 +193,9 @@ class RunningVisit:
         self.state, self.made = None, {}
         if not self.keep or not made:
             return
-        order = range(len(self.sites))
-        where = self._own_columns()
-        slot = Slot(
-            tuple(made[i][0] for i in order), tuple(made[i][1] for i in order), None if where is None else where[0], None,
-            self._first, tuple(made[i][2] for i in order),
-        )
+        keys, values, places = zip(*(made[i] for i in range(len(made))))
+        first = self.span.start + self.span.count - keys[0].shape[2]
+        slot = Slot(keys, values, None, None, first, places)
         state.slots[self.op["slot"]] = slot if self.ring is None else slot.last(self.ring)
 
 

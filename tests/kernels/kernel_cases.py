@@ -144,3 +144,65 @@ BRIDGE = {
     "one_token": Bridge(shape=(1, 1), dim=16, rank=3),
     "several_tiles": Bridge(shape=(35,), dim=150, rank=70),
 }
+
+
+@dataclass(frozen=True)
+class Gated:
+    """One gated-attention problem; `past` own keys stand before the queries' own."""
+
+    heads: int = 4
+    key_heads: int = 2
+    length: int = 9
+    extra: int = 3
+    width: int = 20
+    value_width: int = 12
+    q_start: int = 33
+    past: int = 5
+    window: int = 4
+    far_window: int | None = None
+    starts: tuple[int, ...] = (0, 27)
+    validity: bool = True
+    holes: tuple[int, ...] = ()
+
+    def build(self, dtype: torch.dtype, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Any], Tensor]:
+        """Return the differentiable operands by name, the other options, and a gradient of the output."""
+        draw = torch.Generator("cpu").manual_seed(seed)
+        batch, keys = len(self.starts), self.q_start + self.length + self.extra
+
+        def random(*shape: int) -> Tensor:
+            return on_default(torch.randn(*shape, generator=draw, dtype=torch.float64, device="cpu").to(dtype))
+
+        own = self.past + self.length
+        operands = {
+            "q": random(batch, self.heads, self.length, self.width),
+            "k": random(batch, self.key_heads, keys, self.width),
+            "v": random(batch, self.key_heads, keys, self.value_width),
+            "near_k": random(batch, self.key_heads, own, self.width),
+            "near_v": random(batch, self.key_heads, own, self.value_width),
+            "score": random(batch, self.length, self.heads),
+        }
+        options: dict[str, Any] = {"q_start": self.q_start, "window": self.window, "far_window": self.far_window}
+        if self.validity:
+            valid = torch.arange(keys)[None, :] >= torch.tensor(self.starts)[:, None]
+            valid[:, list(self.holes)] = False
+            options["valid"] = valid
+        return operands, options, random(batch, self.length, self.heads, self.value_width)
+
+
+GATED = {
+    "plain": Gated(starts=(0, 0), validity=False),
+    "left_padding": Gated(),
+    "holes": Gated(holes=(3, 30, 35, 36, 37, 38, 39)),
+    "whole_row": Gated(q_start=0, length=40, past=0, starts=(0, 0), validity=False),
+    "whole_padded_row": Gated(q_start=0, length=40, past=0, starts=(0, 25), window=7),
+    "no_past": Gated(past=0, window=6, starts=(0, 0), validity=False),
+    "one_key": Gated(window=1),
+    "long_past": Gated(past=30, window=3),
+    "long_window": Gated(window=100, past=20),
+    "far_window": Gated(far_window=6, window=3),
+    "one_query": Gated(length=1, past=3),
+    "first_token": Gated(length=1, q_start=0, past=0, extra=0, starts=(0, 0), validity=False),
+    "several_blocks": Gated(q_start=2, length=80, past=2, window=33, starts=(0, 5)),
+    "odd_group": Gated(heads=6, key_heads=2, width=16, value_width=16),
+    "equal_heads": Gated(heads=2, key_heads=2, width=7, value_width=33),
+}

@@ -17,6 +17,8 @@ import torch
 import triton
 from depthpass_kernels.bridge import triton as bridge_kernels
 from depthpass_kernels.bridge.problem import BridgeIn
+from depthpass_kernels.gated_attention import triton as gated_kernels
+from depthpass_kernels.gated_attention.problem import Gated
 from depthpass_kernels.launch import Launch
 from depthpass_kernels.slot_attention import triton as attention_kernels
 from depthpass_kernels.slot_attention.problem import Problem
@@ -57,6 +59,24 @@ def attention_launches(p: Problem, splits: int = 1, accumulate: bool = False) ->
     return forward + attention_kernels.plan_backward(p, out, out, lse, lse, p.new_dq(), dk, dv, accumulate)
 
 
+def gated_launches(width: int, length: int, everything: bool) -> list[Launch]:
+    """A group of 4 heads against 4096 shared keys and a window of 64, as prefill and as decoding."""
+    batch, heads, key_heads, keys = 8, 32, 8, 4096
+    start = keys - length
+    own = empty(batch, key_heads, length + min(64, start), width)
+    shared = empty(batch, key_heads, keys, width)
+    p = Gated(
+        empty(batch, length, heads, width).transpose(1, 2), shared, shared, own, own, empty(batch, length, heads),
+        empty(batch, keys, dtype=torch.bool) if everything else None, start, width**-0.5, 64, 1024 if everything else None,
+    )
+    out, lse, dq = p.new_output(), p.new_lse(), empty(batch, length, heads, width)
+    saved = (out, out, lse, lse) if everything else (None,) * 4
+    return [
+        *gated_kernels.plan_forward(p, out, *saved),
+        *gated_kernels.plan_backward(p, out, out, out, lse, lse, lse, lse, dq, shared, shared, own, own, p.score),
+    ]
+
+
 def bridge_launches(rows: int, dim: int, rank: int) -> list[Launch]:
     present = empty(rows, dtype=torch.bool)
     p = BridgeIn(
@@ -75,10 +95,15 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
     for width in (64, 128):
         for launch in attention_launches(attention(width, 64, everything=True)):
             yield f"head_dim {width}", launch
+    for launch in gated_launches(128, 64, everything=True):
+        yield "gated, head_dim 128", launch
     for launch in bridge_launches(128, 2048, 120):
         yield "bridge", launch
     if arch != 90:
         return
+    for launch in gated_launches(64, 4096, everything=False):
+        yield "gated, head_dim 64, a whole row", launch
+    yield "gated, head_dim 128, one token", gated_launches(128, 1, everything=True)[0]
     for launch in attention_launches(attention(128, 4, everything=False)):
         yield "head_dim 128, chunk of 4, causal only", launch
     for launch in attention_launches(attention(128, 1, everything=True), splits=8)[:2]:

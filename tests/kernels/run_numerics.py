@@ -17,15 +17,17 @@ import triton
 import triton.language as tl
 from depthpass_kernels import (
     bridge_in,
+    gated_attention,
     slot_attention,
     slot_attention_backward,
     slot_attention_forward,
 )
+from depthpass_kernels.gated_attention import triton as gated_kernels
 from depthpass_kernels.launch import Tile
 from depthpass_kernels.slot_attention import naive
 from depthpass_kernels.slot_attention import triton as kernels
 from depthpass_kernels.slot_attention.problem import Problem
-from kernel_cases import ATTENTION, BRIDGE, Attention, Bridge, gradients, leaves, rms_error
+from kernel_cases import ATTENTION, BRIDGE, GATED, Attention, Bridge, Gated, gradients, leaves, rms_error
 from torch import Tensor
 
 F32 = torch.float32
@@ -150,6 +152,17 @@ def accumulate(name: str, dtype: torch.dtype) -> None:
     report(f"accumulate {name}", dtype, errors)
 
 
+def gated(name: str, case: Gated, dtype: torch.dtype) -> None:
+    """Output and every gradient."""
+    operands, options, grad = case.build(dtype)
+    exact, inputs = leaves({n: x.float() for n, x in operands.items()}), leaves(operands)
+    want = gated_attention(**exact, **options, implementation="naive")
+    got = gated_attention(**inputs, **options, implementation="triton")
+    want_grads, got_grads = gradients(want, exact, grad.float()), gradients(got, inputs, grad)
+    errors = {"out": rms_error(got, want)} | {n: rms_error(got_grads[n], g) for n, g in want_grads.items()}
+    report(f"gated {name}", dtype, errors)
+
+
 def named(results: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
     return dict(zip(("out", "lse"), results, strict=True))
 
@@ -202,6 +215,14 @@ def full_precision() -> None:
     for name, tile in default.items():
         setattr(kernels, name, tile)
     attention("default tiles", LONG, F32)
+    default = {f"{n}_tile": getattr(gated_kernels, f"{n}_tile") for n in ("forward", "dq", "dkv")}
+    for name in default:
+        setattr(gated_kernels, name, lambda problem: SMALL)
+    for name, case in GATED.items():
+        gated(name, case, F32)
+    for name, tile in default.items():
+        setattr(gated_kernels, name, tile)
+    gated("default tiles", GATED["several_blocks"], F32)
     for name, case in BRIDGE.items():
         bridge(name, case, F32)
     bridge("y alone", BRIDGE["plain"], F32, lambda pair: pair[:1])
@@ -216,6 +237,9 @@ def half_precision() -> None:
     accumulate("everything", torch.bfloat16)
     strided(torch.bfloat16)
     tensor_start(torch.bfloat16)
+    for name in ("left_padding", "far_window", "one_query", "equal_heads"):
+        gated(name, GATED[name], torch.bfloat16)
+    gated("odd_group", GATED["odd_group"], torch.float16)
     for name in ("plain", "no_norm", "several_tiles"):
         bridge(name, BRIDGE[name], torch.bfloat16)
     for name in ("everything", "odd_group"):

@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-import networkx as nx
 import sympy as sp
 
 from depthpass.analysis.cost.model import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
-from depthpass.analysis.dependence import dependences
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
 from depthpass.ir.verify import Type
+from depthpass.schedule.stacking import Stack, steps
 
 
 @dataclass(frozen=True)
@@ -177,26 +176,11 @@ def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]
 
 
 def stacks(program: Program) -> tuple[tuple[str, ...], ...]:
-    """Visits that one token can run as rows of one call: the same block, and neither needs the other at this token.
+    """Visits that one token runs as rows of one call, as the schedule runs them; every visit is in exactly one stack.
 
     This is what makes loops parallel at decode (cross-loop parallelism): the second loop of a token reads the first
-    loop of the *previous* token. Greedy, in program order; every visit is in exactly one stack.
+    loop of the *previous* token.
     """
-    graph = nx.DiGraph()
-    graph.add_nodes_from(o.name for o in program.ops if o.name)
-    graph.add_edges_from((d.source, d.target) for d in dependences(program) if d.distance == 0)
-    found: dict[str, list[str]] = {}
-    open_stacks: dict[int, list[str]] = {}
-    for o in program.visits:
-        home = None
-        for head in open_stacks.get(o["index"], []):
-            if not nx.has_path(graph, head, o.name) and not nx.has_path(graph, o.name, head):
-                home = head
-                break
-        if home is None:
-            open_stacks.setdefault(o["index"], []).append(o.name)
-            found[o.name] = [o.name]
-            continue
-        found[home].append(o.name)
-        graph = nx.contracted_nodes(graph, home, o.name, self_loops=False)
-    return tuple(tuple(v) for v in found.values())
+    step = next(iter(steps(program)), None)
+    items = program.visits if step is None else [i for i in step.items if isinstance(i, Stack) or i.kind == "block"]
+    return tuple(i.names if isinstance(i, Stack) else (i.name,) for i in items)
