@@ -107,7 +107,8 @@ class BlockCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return direct(self.visit.graph(self.block.template))(self.visit, hidden, *self.sides, *params)
+        graph = direct(self.visit.graph(self.block.template))
+        return graph(self.visit, hidden, *self.sides, *params)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):

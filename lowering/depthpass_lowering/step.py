@@ -154,12 +154,13 @@ class StepVisit(RunningVisit):
         if sinks is not None or site.softcap is not None:
             return super().attention(number, q, k, v, sinks, mask)
         # The heads that share keys are queries of one head: nothing is repeated.
-        b, h, c, d = q.shape
-        seen = mask[0] if mask[0].shape[2] == 1 else mask[0].repeat(1, 1, groups, 1)
+        b, h, count, d = q.shape
+        # Several queries where visits are stacked: all stand at the same column.
+        seen = mask[0][:, :, :1]
         out = F.scaled_dot_product_attention(
-            q.reshape(b, h // groups, groups * c, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
+            q.reshape(b, h // groups, groups * count, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
         )
-        return out.reshape(b, h, c, out.shape[-1]).transpose(1, 2)
+        return out.reshape(b, h, count, out.shape[-1]).transpose(1, 2)
 
     def columns(self, device: torch.device) -> Tensor:
         return self.masks.at
