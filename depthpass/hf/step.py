@@ -41,24 +41,6 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
         raise LoweringError(
             f"lowering 'inductor' cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it uncompiled."
         )
-
-Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
-
-
-def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
-    """Advance a state by one token with the compiled step, or return None: this call is none for it.
-
-    Only the rung ``inductor`` compiles, and only calls of one token behind a cache, without gradients.
-
-    Returns:
-        as ``DepthModel._advance``.
-
-    Raises:
-        LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
-    """
-    runtime = model._depth
-    if runtime.lowering != "inductor" or refusal_of(model, plan, captured, call, state) is not None:
-        return None
     from depthpass_lowering.state import State
     from depthpass_lowering.step import Rooms, StepSlots, capacity
 
@@ -72,7 +54,7 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
     # The compiled code expects the strides it was made for.
     lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
     key = (
-        id(captured), plan.meaning, batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
+        id(captured), id(plan), batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
         tuple(lines), tuple((n, call.tensors[n].shape) for n in names),
     )
     step = runtime.tokens.get(key)
@@ -127,11 +109,13 @@ class CompiledStep:
         run: inputs -> head results, streams of taps, new delay lines; writes the rooms in place.
         heads: how many results the head makes of each output, by name.
         streams: taps without a head.
+        plan: what was compiled; kept, so that its identity is not given to another.
     """
 
     run: Callable[..., Sequence[Tensor]]
     heads: dict[str, int]
     streams: tuple[str, ...]
+    plan: Plan
 
 
 def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor]:
@@ -223,6 +207,6 @@ def compile_step(
     with torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         compiled = torch._inductor.compile(graph, inputs)
-    return CompiledStep(compiled, heads, tuple(streams))
+    return CompiledStep(compiled, heads, tuple(streams), plan)
 
 

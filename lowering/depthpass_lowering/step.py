@@ -135,8 +135,6 @@ class StepVisit(RunningVisit):
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, True
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
-        self.shares, self.gated = op["keys"] is not None, op["gate"] is not None
-        self.writes = self.gated or not self.shares
         self.before = state.slots[op["slot"]] if self.writes else None
         self.shared = state.slots[op["keys"]] if self.shares else None
         self.hidden = None
