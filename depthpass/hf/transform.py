@@ -25,6 +25,7 @@ from depthpass.hf.model import (
 from depthpass.hf.parameters import build
 from depthpass.hf.plans import Plans, plan
 from depthpass.hf.watch import drop_capturing_hooks
+from depthpass.hf.weights import check_weights, retire, start_weights
 from depthpass.passes.base import Context
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
 from depthpass.spec import load_spec
@@ -45,7 +46,8 @@ def transform(
 ) -> nn.Module:
     """Return ``model`` rewired by ``spec``: same class, same parameters, plus the new ones under ``depth.``.
 
-    The given model is left untouched; both share every stock parameter.
+    The given model is left untouched; both share every stock parameter, except those that the spec gives new values
+    (averages) or retires (frozen aliases).
 
     Args:
         model: a transformers decoder (with or without PEFT adapters).
@@ -81,6 +83,7 @@ def transform(
     made.__class__ = depth_class(type(inner))
     drop_wrapped_forward(made)
     install(made, runtime)
+    start_weights(made.get_submodule(runtime.layers), runtime.program)
     made.config.depthpass = runtime.config()
     return whole
 
@@ -106,7 +109,9 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             not_reentrant(module._gradient_checkpointing_func)
-    return Runtime(Plans(plan(passes, context, chunk, stack)), find_layers(model), position_table(model))
+    found = plan(passes, context, chunk, stack)
+    check_weights(model.get_submodule(find_layers(model)), found.program)
+    return Runtime(Plans(found), find_layers(model), position_table(model))
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -140,11 +145,19 @@ def restore(model: nn.Module) -> nn.Module:
     if not isinstance(inner, DepthModel):
         raise SpecError(f"restore: expected a transformed model, got a stock {type(inner).__name__}.")
     if inner is model:
-        return stock_copy(inner)
+        return _revived(stock_copy(inner), inner)
     whole = sharing_copy(model)
     stock = _inner(whole)
-    _replace(whole, stock, stock_copy(stock))
+    _replace(whole, stock, _revived(stock_copy(stock), inner))
     return whole
+
+
+def _revived(stock: nn.Module, made: DepthModel) -> nn.Module:
+    """The stock model with retired blocks that train again if the others do."""
+    blocks = stock.get_submodule(made._depth.layers)
+    if any(p.requires_grad for p in blocks.parameters()):
+        retire(blocks, made.depth_program, frozen=False)
+    return stock
 
 
 def context_of(model: nn.Module) -> Context:
