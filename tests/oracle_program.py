@@ -304,7 +304,7 @@ def best(scores: Sequence[float], among: Sequence[int], k: int) -> list[int]:
 
 
 def mixture(
-    row: Row, start: int, end: int, recursions: int, routers: Sequence[Tensor], *, mode="topk", kv="own",
+    row: Row, start: int, end: int, recursions: int, routers: Sequence[Tensor], *, mode="topk", kv="recursion",
     combine="paper", alpha=0.1, strength: Sequence[Tensor] = (), capacity: Sequence[float] | None = None,
 ) -> tuple[Tensor, list[list[int]]]:
     """Mixture-of-Recursions, expert choice; returns the stream and the active tokens of every recursion."""
@@ -323,7 +323,7 @@ def mixture(
             share = capacity[r - 1] if capacity else (recursions - r + 1) / recursions
             if mode == "topk":
                 active = best([c.item() for c in chance], active, max(1, int(share * row.tokens)))
-            elif not (r == 1 and kv == "first"):
+            elif not (r == 1 and kv == "shared"):
                 active = [i for i in active if chance[i] >= 0.5]
             weights = [(alpha if combine == "paper" else strength[r - 1]) * c for c in chance]
         taken.append(active)
@@ -331,7 +331,7 @@ def mixture(
         for i in active:
             y = streams[i]
             for b in range(start, end):
-                y = row.block(b, y, i, shared(first[b]) if kv == "first" and r > 1 else own(keys[b]))
+                y = row.block(b, y, i, shared(first[b]) if kv == "shared" and r > 1 else own(keys[b]))
             if weights is None:
                 new[i] = y
             else:

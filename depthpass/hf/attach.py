@@ -48,7 +48,10 @@ def attach(model: nn.Module, spec) -> nn.Module:
     found = attached_spec(inner)
     if found is None:
         check_fixed(passes)
+        from depthpass_lowering.backend import check_attachable
+
         runtime = prepare(inner, passes, None)
+        check_attachable(runtime.program)
         made: Any = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
         made.spec = runtime.plan.spec
         inner.add_module(PREFIX, made)

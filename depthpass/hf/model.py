@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from depthpass.analysis.routing import reads_future
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.direct import direct
@@ -52,6 +53,7 @@ class Runtime:
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
+        ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
     plans: Plans
@@ -59,6 +61,7 @@ class Runtime:
     position_table: int | None
     lowering: str = "auto"
     fixed_point: FixedPoint | Measure | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
     captures: dict[tuple, Capture] = field(default_factory=dict)
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
@@ -86,7 +89,8 @@ class Runtime:
 
     def __reduce__(self):
         return _runtime, (
-            self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering, self.fixed_point
+            self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering, self.fixed_point,
+            dict(self.ratios),
         )
 
 
@@ -107,8 +111,7 @@ class BlockCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        graph = direct(self.visit.graph(self.block.template))
-        return graph(self.visit, hidden, *self.sides, *params)
+        return self.visit.run(self.block.template, hidden, self.sides, params, direct)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -136,6 +139,9 @@ class StockHost:
         self.training = model.training
         self.depth: nn.Module | None = None
         self.found = model._depth.watches[-1].found
+        self.ratios = model._depth.ratios
+        self.losses: dict[str, Tensor] | None = None
+        self.extra_loss: Tensor | float = 0.0
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
@@ -311,11 +317,19 @@ class DepthModel:
         captured = self._captured(call, names)
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
+        gathered: list = []
         heads, streams, state = (
-            advance_token(self, plan, captured, call, state) or self._advance(groups, captured, call, state, sweeping)
+            advance_token(self, plan, captured, call, state)
+            or self._advance(groups, captured, call, state, sweeping, gathered)
         )
+        losses = gathered[0] if gathered else None
         outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
         output = outputs.pop("output")
+        if losses is not None:
+            found, total = losses
+            output.losses = found
+            if self.training and getattr(output, "loss", None) is not None:
+                output["loss"] = output.loss + _share(call) * total.to(output.loss)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
         if plan.heads:
@@ -330,12 +344,13 @@ class DepthModel:
                 output["past_key_values"] = cache
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state, sweeping):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list):
         """Advance a state by the tokens of a call.
 
         Args:
             groups: plans with the rows that run them; one plan for all rows, or no cache.
             sweeping: the fixed-point schedule of this call, or None.
+            gathered: gets the training losses by name, and their sum with coefficients.
 
         Returns:
             what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
@@ -353,6 +368,7 @@ class DepthModel:
                 captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )
         host.extras = sides
+        host.losses = {} if plan.program.losses and (self.training or "labels" in call.tensors) else None
         if len(groups) > 1:
             streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping)
         else:
@@ -364,6 +380,8 @@ class DepthModel:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
         elif state.pads is not None:
             state.pads = nn.functional.pad(state.pads, (0, tokens.shape[1]))
+        if host.losses is not None:
+            gathered.append((host.losses, host.extra_loss))
         if call.keep is not None:
             streams = {name: x[:, call.keep] for name, x in streams.items()}
         heads = {
@@ -512,6 +530,16 @@ class DepthModel:
         return (_rebuild, (type(self)._stock_class,), *made[2:])
 
 
+def _share(call: Call) -> Tensor | float:
+    """Factor of a loss that is a mean over this call, beside a loss that is summed over ``num_items_in_batch`` labels.
+
+    Trainer splits a batch into several calls and divides each one's summed loss by the labels of all of them.
+    """
+    if "num_items_in_batch" not in call.tensors:
+        return 1.0
+    return (call.tensors["labels"][:, 1:] != -100).sum() / call.tensors["num_items_in_batch"]
+
+
 def _logits(output, tap: str) -> Tensor:
     """Logits that the stock head made of a tap."""
     if getattr(output, "logits", None) is None:
@@ -533,11 +561,6 @@ def _check_assisted(program: Program) -> None:
     if reason := next((r for r, found in reasons.items() if found), None):
         raise InputError(f"generate: assisted decoding is not possible with this program: {reason}. Leave the assistant (or "
                          "prompt_lookup_num_tokens) out.")
-
-
-def reads_future(program: Program) -> str | None:
-    """The first op of a program that needs later tokens of the row, or None: then decoding equals scoring."""
-    return next((f"%{o.name} = route topk" for o in program if o.kind == "route" and o["rule"] == "topk"), None)
 
 
 def not_reentrant(function):

@@ -34,6 +34,32 @@ class Weigh(nn.Module):
         return x * self.weight
 
 
+class Balance(nn.Module):
+    """Loss-free balancing: a bias per depth that is added to scores for the choice alone, and moved after each pass."""
+
+    bias: torch.Tensor
+
+    def __init__(self, width: int, like: torch.Tensor):
+        super().__init__()
+        # Small steps are lost in half precision.
+        wide = torch.float64 if like.dtype == torch.float64 else torch.float32
+        self.register_buffer("bias", torch.zeros(width, dtype=wide, device=like.device))
+
+    @torch.no_grad()
+    def move(self, score: torch.Tensor, valid: torch.Tensor | None, rate: float) -> None:
+        """One step towards the places that fewer tokens chose than the mean.
+
+        Args:
+            score: with the bias, ``[batch, tokens, width]``.
+            valid: real tokens, ``[batch, tokens]``; None = all.
+        """
+        chosen = nn.functional.one_hot(score.argmax(-1), len(self.bias)).to(self.bias.dtype)
+        if valid is not None:
+            chosen = chosen * valid[..., None]
+        load = chosen.sum((0, 1))
+        self.bias += rate * torch.sign(load.mean() - load)
+
+
 class QueryGate(nn.Module):
     """A score per token and head from the rotated query: ``q_h . w_h + b_h`` (PLT, IQuest-Coder-Loop).
 
@@ -161,8 +187,11 @@ def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) 
         if o["clock"] and not _has(root, o["clock"]):
             _attach(root, o["clock"], TimeEncoder(program.width, like))
     for o in program.ops:
-        name = o["name"] if o.kind in ("linear", "weigh", "rms") else None
+        name = o["bias"] if o.kind == "route" else o["name"] if o.kind in ("linear", "weigh", "rms") else None
         if not name or _has(root, name):
+            continue
+        if o.kind == "route":
+            _attach(root, name, Balance(declared[f"{name}.bias"].shape[0], like))
             continue
         if o.kind == "linear":
             weight = declared[f"{name}.weight"]

@@ -100,6 +100,18 @@ def plan(spec, context: Context, chunk: int | None, stack: bool = True) -> Plan:
     return Plan(key, passes, dump_spec(passes), program, schedule(program, chunk, stack), chunk, stack, largest)
 
 
+def check_averages(plan: Plan) -> None:
+    """Refuse a plan whose blocks start from averages: weights are made once, when a model is transformed.
+
+    Raises:
+        SpecError: naming the block.
+    """
+    for o in plan.program:
+        if o.kind == "average":
+            raise SpecError(f"block {o['index']} of this spec starts from an average of {list(o['blocks'])}, which only "
+                            "dp.transform makes. Transform the stock model with it, or choose another init.")
+
+
 class Plans:
     """The plans of one model: the one in force and those it remembers.
 
@@ -138,6 +150,7 @@ class Plans:
             if found is None:
                 found = plan(spec, context_of(model), chunk, self.home.stack)
                 check_parameters(model, found)
+                check_averages(found)
                 self.kept[key] = found
                 while len(self.kept) > KEPT:
                     self.kept.popitem(last=False)

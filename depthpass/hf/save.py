@@ -19,6 +19,7 @@ from depthpass.errors import InputError, SpecError, did_you_mean
 from depthpass.hf.model import PREFIX, depth_class
 from depthpass.hf.plans import sizes
 from depthpass.hf.transform import check_one_device
+from depthpass.hf.weights import retire
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
 
 _FIELDS = ("spec", "chunk", "parameters", "schedule")
@@ -63,6 +64,7 @@ def from_pretrained(path: str | os.PathLike, **kwargs) -> nn.Module:
         path, output_loading_info=True, **kwargs
     )
     _check_keys(info, str(path))
+    retire(model.get_submodule(model._depth.layers), model.depth_program, frozen=True)
     check_one_device(model)
     return (model, info) if wanted else model
 

@@ -26,6 +26,7 @@ from depthpass.hf.pads import pad_op, pad_token
 from depthpass.hf.parameters import build
 from depthpass.hf.plans import Plans, plan
 from depthpass.hf.watch import drop_capturing_hooks
+from depthpass.hf.weights import check_weights, retire, start_weights
 from depthpass.passes.base import Context
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
 from depthpass.spec import load_spec
@@ -46,7 +47,8 @@ def transform(
 ) -> nn.Module:
     """Return ``model`` rewired by ``spec``: same class, same parameters, plus the new ones under ``depth.``.
 
-    The given model is left untouched; both share every stock parameter.
+    The given model is left untouched; both share every stock parameter, except those that the spec gives new values
+    (averages) or retires (frozen aliases).
 
     Args:
         model: a transformers decoder (with or without PEFT adapters).
@@ -82,6 +84,7 @@ def transform(
     made.__class__ = depth_class(type(inner))
     drop_wrapped_forward(made)
     install(made, runtime)
+    start_weights(made.get_submodule(runtime.layers), runtime.program)
     made.config.depthpass = runtime.config()
     return whole
 
@@ -110,6 +113,7 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     made = plan(passes, context, chunk, stack)
     if (pads := pad_op(made.program)) is not None:
         pad_token(pads, model.config)
+    check_weights(model.get_submodule(find_layers(model)), made.program)
     return Runtime(Plans(made), find_layers(model), position_table(model))
 
 
@@ -144,11 +148,19 @@ def restore(model: nn.Module) -> nn.Module:
     if not isinstance(inner, DepthModel):
         raise SpecError(f"restore: expected a transformed model, got a stock {type(inner).__name__}.")
     if inner is model:
-        return stock_copy(inner)
+        return _revived(stock_copy(inner), inner)
     whole = sharing_copy(model)
     stock = _inner(whole)
-    _replace(whole, stock, stock_copy(stock))
+    _replace(whole, stock, _revived(stock_copy(stock), inner))
     return whole
+
+
+def _revived(stock: nn.Module, made: DepthModel) -> nn.Module:
+    """The stock model with retired blocks that train again if the others do."""
+    blocks = stock.get_submodule(made._depth.layers)
+    if any(p.requires_grad for p in blocks.parameters()):
+        retire(blocks, made.depth_program, frozen=False)
+    return stock
 
 
 def context_of(model: nn.Module) -> Context:

@@ -6,7 +6,6 @@ remembered. Slow and short on purpose; lowerings are tested against it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
@@ -17,11 +16,12 @@ from torch import Tensor
 
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.ir.shares import tokens_of
 from depthpass.ir.verify import infer
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "tanh": torch.tanh,
-    "gelu": torch.nn.functional.gelu, "relu": torch.relu,
+    "gelu": torch.nn.functional.gelu, "relu": torch.relu, "softmax": lambda x: torch.softmax(x, -1),
 }
 
 
@@ -100,6 +100,8 @@ class Interpretation:
     def _compute(self, o: Op, i: int) -> Tensor | None:
         if o.kind == "delay":
             return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
+        if o.kind == "block" and len(o.args) == 2 and not self.value(o.args[1], i):
+            return None
         if o.kind == "gather":
             return self.value(o.args[0], i) if self.value(o.args[1], i) else None
         if o.kind == "scatter":
@@ -144,6 +146,8 @@ class Interpretation:
                 return weight * args[0]
             case "scale":
                 return o["by"] * args[0]
+            case "pick":
+                return args[0][o["index"]][None]
             case "mul":
                 return args[0] * args[1]
             case "act":
@@ -195,14 +199,38 @@ class Interpretation:
         if o["rule"] == "above":
             return self.value(o.args[0], i).item() > o["threshold"]
         if o["rule"] == "choice":
-            return int(self.value(o.args[0], i).argmax()) + 1 >= o["depth"]
+            score = self.value(o.args[0], i)
+            return int((score + self.parameters[f"{o['bias']}.bias"] if o["bias"] else score).argmax()) + 1 >= o["depth"]
         if o.name not in self._best:
-            inside = [j for j in range(self.tokens + self.types[o.name].pads) if len(o.args) == 1 or self.value(o.args[1], j)]
-            share = o["capacity"] * (self.tokens + self.types[o.name].pads)
-            k = max(1, math.ceil(share) if o["rounding"] == "ceil" else int(share))
+            total = self.tokens + self.types[o.name].pads
+            inside = [j for j in range(total) if len(o.args) == 1 or self.value(o.args[1], j)]
+            k = tokens_of(o["capacity"], o["rounding"], total)
             # Ties go to the lowest index: sorting is stable.
             self._best[o.name] = frozenset(sorted(inside, key=lambda j: -self.value(o.args[0], j).item())[:k])
         return i in self._best[o.name]
+
+    def losses(self) -> dict[str, Tensor]:
+        """Training losses by name, before their coefficients."""
+        found: dict[str, Tensor] = {}
+        for o in self.program.losses:
+            found[o["name"]] = found.get(o["name"], self.embed.new_zeros(())) + self._loss(o)
+        return found
+
+    def _loss(self, o: Op) -> Tensor:
+        score = {i: self.value(o.args[0], i) for i in range(self.tokens)}
+        if o["rule"] == "z":
+            return torch.stack([s.logsumexp(-1).square() for s in score.values()]).mean()
+        if o["rule"] == "balance":
+            p = torch.stack(list(score.values()))
+            share = torch.bincount(p.argmax(-1), minlength=p.shape[1]) / len(p)
+            return p.shape[1] * (share * p.mean(0)).sum()
+        if len(o.args) == 1:
+            return torch.stack([-torch.nn.functional.logsigmoid(s) for s in score.values()]).mean()
+        route = self.program.defs[o.args[1]]
+        inside = [i for i in score if len(route.args) == 1 or self.value(route.args[1], i)]
+        signs = [1.0 if self.value(route.name, i) else -1.0 for i in inside]
+        terms = [-torch.nn.functional.logsigmoid(sign * score[i]) for i, sign in zip(inside, signs, strict=True)]
+        return torch.stack(terms).mean() if terms else self.embed.new_zeros(())
 
     def _select(self, o: Op, args: list[Tensor]) -> Tensor:
         half = len(args) // 2

@@ -14,14 +14,17 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              g*Attn(keys) + (1-g)*Attn(own last W) (PLT); ``gate_init`` is the gate's bias at the start;
              ``lora`` names a low-rank update; ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the
              attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
-             the factors are a linear map of that time encoder at ``step``, else parameters of their own
+             the factors are a linear map of that time encoder at ``step``, else parameters of their own;
+             with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
+             token of the stream; the result holds the routed ones
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
 weigh        times a learned vector of the stream's width
 scale        times a constant
 add, mul     sum, product; a stream of width 1 broadcasts; an absent summand adds nothing
-act          an elementwise function (sigmoid, silu, tanh, gelu)
+act          an elementwise function (sigmoid, silu, tanh, gelu), or ``softmax`` over the width
+pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
 logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
@@ -30,14 +33,22 @@ distance     how far a stream has moved, (now, before), as a stream of width 1: 
 route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
              ``capacity`` times the row's real tokens), those with a score of at least ``threshold`` (rule
              ``above``: of more than that), those whose largest score stands at place ``depth`` or later (from 1); a
-             route as second argument is the set to choose from
+             route as second argument is the set to choose from. ``label`` is the name that its ratio is set by at run
+             time. ``bias`` names a vector that is added to the scores of rule ``choice`` for the choice alone; with
+             ``rate`` every training pass moves it by so much towards the places that are chosen less than the mean
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
 pad, trim    insert m pad tokens after every row's prompt (with the embedding of ``token``, else of the model's own pad
              token); drop them again: the prompt's last token gets what the last pad has
 select       of T candidate streams with exit gates, the first whose cumulative exit probability reaches ``cdf``
 detach       the same stream, through which no gradient flows back
-tap          name a stream so that it is handed out with the outputs (``head true``: as logits)
+tap          name a stream (``head true``: as logits) or a route so that it is handed out with the outputs
+loss         a training loss, ``coefficient`` times a mean over real tokens, called ``name`` (losses of one name are
+             summed). ``bce (score, route)``: cross-entropy of the score of width 1 as a logit, against whether the route
+             took the token, over the tokens it chose from; without a route all were taken. ``balance (p)``: R sum_j f_j
+             mean(p_j), f_j the share of tokens whose largest entry is j. ``z (score)``: logsumexp over the width, squared
+average      before anything runs, a block's weights become the mean of those of ``blocks``
+retire       a block that no visit runs: its weights are kept under their stock names and do not train
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
 """
@@ -49,9 +60,10 @@ from dataclasses import dataclass, field
 
 Attr = int | float | bool | str | tuple["Attr", ...]
 
-ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu")
+ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
 ROUTE_RULES = ("topk", "threshold", "above", "choice")
 DISTANCES = ("state", "kl", "entropy")
+LOSS_RULES = ("bce", "balance", "z")
 SCATTER_MODES = ("add", "replace")
 
 
@@ -110,7 +122,7 @@ OPS: dict[str, OpDef] = {
         _def("zeros", None, (0, 0), width=AttrDef(int)),
         _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int)),
         _def(
-            "block", "index", token_local=False,
+            "block", "index", (1, 2), token_local=False,
             index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), past=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
             gate_input=AttrDef(str, "query", choices=("query", "hidden")), gate_init=AttrDef(float, 0.0),
             lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), clock=AttrDef(str),
@@ -135,8 +147,10 @@ OPS: dict[str, OpDef] = {
             "route", "rule", (1, 2), token_local=False,
             rule=AttrDef(str, required=True, choices=ROUTE_RULES),
             capacity=AttrDef(float), rounding=AttrDef(str, "floor", choices=("floor", "ceil")),
-            threshold=AttrDef(float, 0.5), depth=AttrDef(int),
+            threshold=AttrDef(float, 0.5), depth=AttrDef(int), label=AttrDef(str), bias=AttrDef(str),
+            rate=AttrDef(float),
         ),
+        _def("pick", "index", index=_REQ_INT),
         _def("gather", None, (2, 2)),
         _def("scatter", None, (3, 3), mode=AttrDef(str, "add", choices=SCATTER_MODES)),
         _def("pad", "tokens", tokens=_REQ_INT, token=AttrDef(int), token_local=False),
@@ -145,6 +159,12 @@ OPS: dict[str, OpDef] = {
              cdf=AttrDef(float, required=True)),
         _def("detach"),
         _def("tap", "name", name=_REQ_NAME, head=AttrDef(bool, False), defines=False),
+        _def(
+            "loss", "rule", (1, 2), token_local=False, defines=False,
+            rule=AttrDef(str, required=True, choices=LOSS_RULES), name=_REQ_NAME, coefficient=AttrDef(float, 1.0),
+        ),
+        _def("average", "index", (0, 0), defines=False, index=_REQ_INT, blocks=AttrDef(tuple, required=True)),
+        _def("retire", "index", (0, 0), defines=False, index=_REQ_INT),
         _def("output", defines=False),
     )
 }

@@ -114,6 +114,15 @@ class Program:
         return self.ops[-1].args[0]
 
     @property
+    def losses(self) -> tuple[Op, ...]:
+        return tuple(o for o in self.ops if o.kind == "loss")
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Labels of its routes in program order: the names that ratios are set by."""
+        return tuple(dict.fromkeys(o["label"] for o in self.ops if o.kind == "route" and o["label"]))
+
+    @property
     def taps(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "tap")
 

@@ -111,8 +111,23 @@ def _parse_line(number: int, line: str) -> Op:
             raise ParseError(f"line {number}: attribute {key!r} is given twice.")
         if not rest:
             raise ParseError(f"line {number}: attribute {key!r} has no value.")
-        attrs[key] = _value(number, key, spec.attrs[key], rest.pop(0))
+        if spec.attrs[key].type is tuple:
+            attrs[key] = _numbers(number, key, rest)
+        else:
+            attrs[key] = _value(number, key, spec.attrs[key], rest.pop(0))
     return Op(kind, name, tuple(args), _ordered(kind, attrs), note)
+
+
+def _numbers(number: int, key: str, rest: list[str]) -> tuple[int, ...]:
+    """A list of integers in square brackets, taken off the front of the words."""
+    if rest[0] != "[" or "]" not in rest:
+        raise ParseError(f"line {number}: {key!r} must be a list like [1, 4], got {rest[0]!r}.")
+    close = rest.index("]")
+    words, rest[: close + 1] = rest[1:close], []
+    try:
+        return tuple(int(w) for w in words if w != ",")
+    except ValueError:
+        raise ParseError(f"line {number}: {key!r} must be a list of integers, got {' '.join(words)}.") from None
 
 
 def _value(number: int, key: str, spec: AttrDef, word: str) -> Attr:

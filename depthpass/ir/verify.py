@@ -15,9 +15,11 @@ NEVER = 1 << 40
 
 _NAME = re.compile(r"\w[\w.]*")
 _NEEDS = {
+    "route": {"rate": "bias"},
     "block": {"window": "gate", "gate_input": "gate", "gate_init": "gate", "lora": "lora_rank", "lora_rank": "lora",
               "clock": "modulate", "step": "clock", "base": "modulate"},
 }
+_BLOCKS = ("block", "average", "retire")
 _AT_LEAST = {
     "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
     "zeros": {"width": 1},
@@ -25,8 +27,10 @@ _AT_LEAST = {
     "pad": {"token": 0},
     "noise": {"width": 1, "std": 0.0},
     "linear": {"out": 1, "init": 0.0},
+    "pick": {"index": 0},
+    "loss": {"coefficient": 0.0},
     "rms": {"eps": 0.0},
-    "route": {"depth": 1},
+    "route": {"depth": 1, "rate": 0.0},
 }
 
 
@@ -97,8 +101,8 @@ def _shapes(program: Program) -> dict[str, tuple[int, int]]:
 
 def _shape(program: Program, o: Op, args: list[tuple[int, int]]) -> tuple[int, int]:
     width = max((w for w, _ in args), default=program.width)
-    if o.kind in ("linear", "zeros", "noise", "route", "logits", "distance"):
-        fixed = {"route": 0, "distance": 1, "linear": o["out"] if o.kind == "linear" else 0}
+    if o.kind in ("linear", "zeros", "noise", "route", "logits", "distance", "pick"):
+        fixed = {"route": 0, "distance": 1, "pick": 1, "linear": o["out"] if o.kind == "linear" else 0}
         width = fixed[o.kind] if o.kind in fixed else o["width"] or program.width
     pads = max((p for _, p in args), default=0)
     return width, 0 if o.kind == "trim" else pads + (o["tokens"] if o.kind == "pad" else 0)
@@ -140,11 +144,11 @@ def _where(o: Op) -> str:
 
 def _result(program: Program, o: Op, args: list[Type]) -> Type:
     kind = o.kind
-    if kind not in ("gather", "scatter", "route"):
+    if kind not in ("gather", "scatter", "route", "tap", "loss") and not (kind == "block" and len(args) == 2):
         _expect(not any(a.is_route for a in args), o, "streams", "a route")
         places = {(a.tokens, a.pads) for a in args}
         _expect(len(places) <= 1, o, "arguments over the same tokens", "different routes or paddings")
-    if kind == "embed":
+    if kind in ("embed", "average", "retire"):
         return Type(program.width)
     if kind in ("zeros", "noise"):
         return Type(o["width"] or program.width)
@@ -154,6 +158,11 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
         _expect(first.width == program.width, o, f"width {program.width}", f"width {first.width}")
         _expect(first.absent == 0, o, "a stream that every token has",
                 f"one that is absent at the first {first.absent} tokens; add it to another stream first")
+        if len(args) == 2:
+            _expect(args[1].is_route and first.tokens is None, o, "(a stream over all tokens, the route that asks)",
+                    "something else")
+            _expect(args[1].pads == first.pads, o, "a route over the same tokens", "another padding")
+            return Type(first.width, o.args[1], 0, first.pads)
         return first
     if kind == "logits":
         _expect(first.width == program.width, o, f"width {program.width}", f"width {first.width}")
@@ -202,6 +211,19 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
     if kind == "trim":
         _expect(first.pads == o["tokens"], o, f"{first.pads} pad tokens to trim", str(o["tokens"]))
         return Type(first.width, first.tokens, first.absent, 0)
+    if kind == "pick":
+        _expect(o["index"] < first.width, o, f"a column in 0..{first.width - 1}", str(o["index"]))
+        return Type(1, first.tokens, first.absent, first.pads)
+    if kind == "loss":
+        _expect(not first.is_route and first.tokens is None and first.absent == 0, o, "a score that every token has",
+                "something else")
+        _expect(o["rule"] != "bce" or first.width == 1, o, "a score of width 1", f"width {first.width}")
+        _expect(len(args) == 1 or (o["rule"] == "bce" and args[1].is_route), o,
+                "a route as second argument of bce alone", "something else")
+        return first
+    if kind == "tap" and first.is_route:
+        _expect(not o["head"], o, "a stream for head true", "a route")
+        return first
     if kind in ("tap", "output"):
         _expect(first.tokens is None and first.absent == 0 and not first.is_route, o,
                 "a stream that every token has", "a partial one")
@@ -288,8 +310,13 @@ def _check_attrs(program: Program, o: Op) -> None:
             raise VerifyError(f"{_where(o)}: {key!r} must be a name of letters, digits, '_' and '.', got {value!r}.")
         if spec.choices and value not in spec.choices:
             raise VerifyError(f"{_where(o)}: {key!r} must be one of {', '.join(spec.choices)}, got {value!r}.")
-    if o.kind == "block" and not 0 <= o["index"] < program.blocks:
-        raise VerifyError(f"{_where(o)}: expected a block in 0..{program.blocks - 1}, got {o['index']}.")
+    for index in (o["index"], *(o["blocks"] if o.kind == "average" else ())) if o.kind in _BLOCKS else ():
+        if not isinstance(index, int) or not 0 <= index < program.blocks:
+            raise VerifyError(f"{_where(o)}: expected a block in 0..{program.blocks - 1}, got {index}.")
+    if o.kind == "retire" and any(v["index"] == o["index"] for v in program.visits):
+        raise VerifyError(f"{_where(o)}: expected a block that no visit runs, got {o['index']}.")
+    if o.kind == "average" and not o["blocks"]:
+        raise VerifyError(f"{_where(o)}: expected at least one block to average, got none.")
     for key, needs in _NEEDS.get(o.kind, {}).items():
         if key in dict(o.attrs) and o[needs] is None:
             raise VerifyError(f"{_where(o)}: {key!r} means nothing without {needs!r}. Give both or neither.")
@@ -300,7 +327,7 @@ def _check_attrs(program: Program, o: Op) -> None:
         raise VerifyError(f"{_where(o)}: expected at least 1 token, got {o['tokens']}; a cycle needs a delay.")
     if o.kind == "route":
         for key, rule in (("capacity", "topk"), ("rounding", "topk"), ("threshold", "threshold above"),
-                          ("depth", "choice")):
+                          ("depth", "choice"), ("bias", "choice")):
             if key in dict(o.attrs) and o["rule"] not in rule.split():
                 raise VerifyError(f"{_where(o)}: {key!r} belongs to rule {' or '.join(rule.split())}, got rule {o['rule']}.")
         if o["capacity"] is not None and not 0 < o["capacity"] <= 1:
@@ -310,6 +337,9 @@ def _check_attrs(program: Program, o: Op) -> None:
 
 
 def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str, Type]) -> None:
+    if len(o.args) == 2 and o["keys"] is not None:
+        raise VerifyError(f"{_where(o)}: a visit that reads slot {o['keys']} needs no keys of its own tokens. Gather the "
+                          "routed tokens and visit them instead of passing the route.")
     if o["gate"] is not None and (o["keys"] is None or o["window"] is None or o["window"] < 1):
         raise VerifyError(f"{_where(o)}: a gate needs keys (a slot) and a window of at least 1.")
     if o["past"] is not None:
@@ -356,6 +386,7 @@ class Param:
         shape: its shape.
         init: standard deviation of a normal initialisation; 0 = zeros.
         fill: constant the parameter starts from (``weigh``); None = use ``init``.
+        trained: False for a buffer that a rule moves.
         identity: the weight of a linear map starts as the identity on the last ``out`` columns, that is on its last
             argument, and zero elsewhere; ``init`` is not used then.
     """
@@ -365,6 +396,7 @@ class Param:
     init: float = 0.0
     fill: float | None = None
     identity: bool = False
+    trained: bool = True
 
 
 def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[str, Param]:
@@ -400,6 +432,8 @@ def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[s
         elif o.kind == "block" and o["modulate"]:
             for param in _modulation(o, program.width):
                 add(o, param)
+        elif o.kind == "route" and o["bias"]:
+            add(o, Param(f"{o['bias']}.bias", (types[o.args[0]].width,), fill=0.0, trained=False))
     return found
 
 

@@ -17,6 +17,7 @@ BUILTIN: dict[str, str] = {
     "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
     "layer_program": "depthpass.passes.layer_program:LayerProgram",
     "loop": "depthpass.passes.loop:Loop",
+    "mixture_of_depths": "depthpass.passes.mixture_of_depths:MixtureOfDepths",
     "mixture_of_recursions": "depthpass.passes.mixture_of_recursions:MixtureOfRecursions",
     "pad": "depthpass.passes.pad:Pad",
     "parallel_loop": "depthpass.passes.parallel_loop:ParallelLoop",

@@ -97,9 +97,18 @@ class Builder:
     def tap(self, name: str, value: str, *, head: bool) -> None:
         self.ops.append(op("tap", value, head=head).with_attrs(name=name))
 
-    def visit(self, like: Op, x: str, **attrs: Any) -> str:
-        """Append a copy of a visit that reads ``x``, with a slot of its own."""
-        copy = replace(like, args=(x,)).with_attrs(**attrs)
+    def loss(self, rule: str, name: str, coefficient: float, *args: str) -> None:
+        """Append a training loss, unless its coefficient is 0."""
+        if coefficient:
+            self.ops.append(op("loss", *args, rule=rule, coefficient=coefficient).with_attrs(name=name))
+
+    def visit(self, like: Op, x: str, *, asks: str = "", **attrs: Any) -> str:
+        """Append a copy of a visit that reads ``x``, with a slot of its own.
+
+        Args:
+            asks: the route whose tokens alone ask for a result; empty = every token of ``x``.
+        """
+        copy = replace(like, args=(x, asks) if asks else (x,)).with_attrs(**attrs)
         if like.name in self._kept:
             copy = replace(copy, name=next(self._names), note="").with_attrs(slot=next(self._slots))
         self._kept.add(like.name)

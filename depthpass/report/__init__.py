@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
     from depthpass.analysis.tasks import TaskDAG
     from depthpass.ir import Program
+    from depthpass.ir.shares import Ratios
     from depthpass.spec import SpecLike
 
 __all__ = ["Number", "Report", "Section", "Segment", "Subject", "build_report", "proven", "report"]
@@ -33,6 +34,7 @@ def report(
     cost: bool = True,
     ceilings: Ceilings | None = None,
     task: TaskDAG | None = None,
+    ratios: Ratios | None = None,
 ) -> Report:
     """Analyse a transformed model, or what a spec would make of a stock model or config.
 
@@ -49,6 +51,9 @@ def report(
         cost: capture the model on the meta device and count FLOPs, bytes and steps.
         ceilings: of a machine, for lower bounds of times; see :mod:`depthpass.analysis.roofline`.
         task: a computation to hold against the depth at n; see :mod:`depthpass.analysis.tasks`.
+        ratios: shares of tokens by route label, or one for each label in program order: those that top-k routes are set
+            to, or that are expected of thresholds and choices. None = those set by :func:`depthpass.set_ratios`, else the
+            program's own; a threshold or choice without one counts as taken by every token.
 
     Raises:
         SpecError, PassError: the spec does not fit the model; a length, batch or chunk is out of range.
@@ -63,7 +68,8 @@ def report(
         (236, 6)
     """
     return Subject.of(model_or_config).report(
-        spec, program=program, seq_len=seq_len, batch=batch, chunk=chunk, cost=cost, ceilings=ceilings, task=task
+        spec, program=program, seq_len=seq_len, batch=batch, chunk=chunk, cost=cost, ceilings=ceilings, task=task,
+        ratios=ratios,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,7 @@ class Report:
         ceilings: of the machine that times are bounded for; None = no times.
         task: a computation held against the depth at n; None when it was not asked for.
         lengths: how loop counts vary; None when all are fixed. The program is the one at ``seq_len``, in evaluation.
+        ratios: shares of tokens by route label that stand in place of the program's own.
     """
 
     program: Program
@@ -83,6 +84,7 @@ class Report:
     task: TaskDAG | None = None
     lengths: Lengths | None = None
     fixed_point: FixedPoint | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def model(self) -> str:
@@ -297,6 +299,7 @@ def build_report(
     task: TaskDAG | None = None,
     lengths: Lengths | None = None,
     fixed_point: FixedPoint | None = None,
+    ratios: Mapping[str, float] | None = None,
 ) -> Report:
     """Analyse a program and collect the results.
 
@@ -312,6 +315,7 @@ def build_report(
         task: a computation to hold against the depth.
         lengths: how loop counts vary, for a spec in which they do.
         fixed_point: how serial regions are swept; None = token loop.
+        ratios: shares of tokens by route label, as ``cost`` was counted with.
 
     Raises:
         SpecError: a length or batch below 1, or facts of another model.
@@ -330,7 +334,9 @@ def build_report(
     outputs = [None, *(o["name"] for o in program.taps)]
     depths = {name: depth(program, name) for name in outputs}
     proven = None if complexity is None else tuple(complexity)
-    return Report(program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths, fixed_point)
+    return Report(
+        program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths, fixed_point, ratios or {}
+    )
 
 
 def segments(steps: Sequence[Step]) -> tuple[Segment, ...]:

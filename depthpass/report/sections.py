@@ -7,9 +7,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from depthpass.analysis.closed_form import format_formula
+from depthpass.analysis.cost.build import visit_equivalents
+from depthpass.analysis.cost.visits import route_share
 from depthpass.analysis.depth import WEIGHTS, depth
+from depthpass.analysis.routing import reads_future, unrouted_visits, without_routes
 from depthpass.ir.program import plain as stock_program
-from depthpass.report.numbers import Number, Section
+from depthpass.ir.shares import by_route
+from depthpass.report.numbers import Number, Section, plain
 from depthpass.schedule.regions import schedule
 
 if TYPE_CHECKING:
@@ -33,7 +37,7 @@ NOT_COUNTED = (
 
 def sections(report: Report) -> tuple[Section, ...]:
     """All sections in the order in which they are shown."""
-    found = [_model(report), _depth(report), _schedule(report), _state(report)]
+    found = [_model(report), _depth(report), *_routing(report), _schedule(report), _state(report)]
     if report.cost is not None:
         found += _cost(report)
     if report.sufficiency is not None:
@@ -48,6 +52,10 @@ def _model(report: Report) -> Section:
         Number("width", "width of the hidden stream", p.width, "values"),
         Number("visits", "block visits per token", report.visits, "visits", stock=p.blocks),
     ]
+    retired = sum(o.kind == "retire" for o in p)
+    if retired:
+        found.append(Number("retired_blocks", "retired blocks", retired, "blocks",
+                            "no visit runs them; in the state dict under their stock names, frozen"))
     if facts is not None:
         found += [
             Number("stock_parameters", "parameters of the stock model", facts.parameters, "parameters",
@@ -107,6 +115,45 @@ def _depth_of_calls(report: Report) -> Number:
     formula = sympy.expand(depth(program, calls=True).formula.subs(n, m + 1))
     return Number("depth_calls", "depth after a prompt and m calls of one token", format_formula(formula), "block visits",
                   note)
+
+
+def _routing(report: Report) -> list[Section]:
+    """Whether the program is causal, and how many visits a token takes; nothing for a program without routes."""
+    p, n = report.program, report.seq_len
+    routes = [o for o in p if o.kind == "route"]
+    if not routes:
+        return []
+    future = reads_future(p)
+    found = [Number(
+        "causal", "causal", "no" if future else "yes", "",
+        f"{future} chooses with scores of later tokens: it scores whole rows, generate() refuses it" if future else
+        "no token depends on later ones: it decodes as it scores",
+    )]
+    given = by_route(p, report.ratios)
+    shares: dict[str, Number] = {}
+    for o in routes:
+        label, share = o["label"] or f"%{o.name}", route_share(o, given)
+        expected = o.name in given or o["rule"] == "topk"
+        note = f"rule {o['rule']}" + ("" if expected else "; depends on the data, every token at most: give ratios")
+        shares[label] = Number(f"share.{label}", f"share that {label} takes", float(share), "of the tokens", note)
+    found += shares.values()
+    least, lowest = unrouted_visits(p), without_routes(p)
+    if lowest is not None:
+        found.append(Number("depth_min_at_n", f"least depth at n = {n}", depth(lowest).at(n), "block visits",
+                            "no route takes a token", stock=p.blocks))
+    found += [
+        Number("depth_max_at_n", f"largest depth at n = {n}", report.depth_at(n), "block visits",
+               "over all choices that routes may make", stock=p.blocks),
+        Number("token_visits_min", "visits of a token, at least", least, "block visits", "no route takes it"),
+        Number("token_visits_expected", "visits of a token, expected", float(visit_equivalents(p, given)), "block visits",
+               "at these shares"),
+        Number("token_visits_max", "visits of a token, at most", len(p.visits), "block visits", "every route takes it"),
+    ]
+    losses = {o["name"]: o["coefficient"] for o in p.losses}
+    if losses:
+        words = ", ".join(f"{name} ({plain(c)})" for name, c in losses.items())
+        found.append(Number("training_losses", "training losses", words, "", "added to outputs.loss; also outputs.losses"))
+    return [Section("Routing", tuple(found))]
 
 
 def _formula(report: Report, output: str | None) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import SpecError
 from depthpass.ir import Program, parse_program, plain, verify
+from depthpass.ir.shares import Ratios, by_route, checked_ratios
 from depthpass.report.model import Report, build_report
 from depthpass.schedule import schedule
 
@@ -32,11 +34,13 @@ class Subject:
         stock: the model, on the meta device when it comes from a config; None for programs without a model.
         own: program, plan and chunk of a model that was given transformed; it takes no other spec.
         fixed_point: how that model sweeps its serial regions; None = token loop.
+        ratios: those that are set on it.
     """
 
     stock: nn.Module | None
     own: tuple[Program, dict[str, Any], int | None] | None = None
     fixed_point: FixedPoint | None = None
+    ratios: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, source: Any) -> Subject:
@@ -50,7 +54,7 @@ class Subject:
         from depthpass.hf.transform import restore
 
         own = source.depth_program, source.depth_spec, source.depth_schedule.chunk
-        return cls(stock_model(restore(source)), own, source._depth.fixed_point)
+        return cls(stock_model(restore(source)), own, source._depth.fixed_point, dict(source._depth.ratios))
 
     @cached_property
     def facts(self) -> ModelFacts | None:
@@ -102,6 +106,7 @@ class Subject:
         cost: bool = True,
         ceilings: Ceilings | None = None,
         task: TaskDAG | None = None,
+        ratios: Ratios | None = None,
     ) -> Report:
         """Report on one spec or program; arguments as for :func:`depthpass.report.report`."""
         for name, value in (("seq_len", seq_len), ("batch", batch)):
@@ -113,15 +118,16 @@ class Subject:
             made = varying.at(seq_len)
         chunk = chunk if chunk is not None or self.own is None else self.own[2]
         regions, counted = schedule(made, chunk), None
+        chosen = dict(self.ratios) if ratios is None else checked_ratios(made, ratios, expected=True)
         if cost and self.cost is not None:
             from depthpass.analysis.cost import cost as count
 
-            counted = count(made, self.cost, chunk=chunk)
+            counted = count(made, self.cost, chunk=chunk, capacities=by_route(made, chosen))
         precision = self.facts.dtype if self.facts is not None else "fixed"
         claims = proven(made, precision, 1 if varying is None else varying.loops)
         return build_report(
             made, regions, self.facts, seq_len, batch, counted, claims, spec=plan, ceilings=ceilings, task=task,
-            lengths=varying, fixed_point=self.fixed_point,
+            lengths=varying, fixed_point=self.fixed_point, ratios=chosen,
         )
 
     def _lengths(self, plan: dict[str, Any]) -> Lengths | None:

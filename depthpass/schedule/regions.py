@@ -80,6 +80,8 @@ class Schedule:
         found = []
         for region in self.regions:
             names = {a for o in region.ops for a in o.args}
+            # The cross-entropy of a router is taken over the tokens that its route chose from.
+            names |= {a for o in region.ops if o.kind == "loss" for r in o.args[1:] for a in self.program.defs[r].args[1:]}
             found.append(tuple(sorted(names | {t for a in names if (t := types[a].tokens)})))
         return tuple(found)
 

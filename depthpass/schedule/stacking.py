@@ -123,7 +123,7 @@ class _Planner:
                 if o["keys"] is not None:
                     self.keys[i] = writers[o["keys"]]
                 # Routed tokens differ from visit to visit.
-                routed = types[o.args[0]].tokens is not None
+                routed = types[o.name].tokens is not None
                 self.group[i] = i if routed else (
                     o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base"))
                 )

@@ -170,6 +170,20 @@ class _Compiled:
         return valid
 
 
+def check_attachable(program: Program) -> None:
+    """Refuse what only a transformed model does besides running the program.
+
+    Raises:
+        SpecError: training losses, biases moved by training, averaged weights.
+    """
+    found = [f"the training loss {o['name']}" for o in program.losses]
+    found += [f"the balancing bias {o['bias']}" for o in program if o.kind == "route" and o["rate"]]
+    found += [f"block {o['index']} starting from an average" for o in program if o.kind == "average"]
+    if found:
+        raise SpecError(f"the spec asks for {', '.join(dict.fromkeys(found))}, which a compiled graph of the stock model cannot "
+                        "do. Set the coefficients to 0 or choose another init, or use dp.transform(model, spec).")
+
+
 def planned(
     model: nn.Module, owner: Any, settings: Options, arguments: Sequence[Any]
 ) -> tuple[nn.Module, Program, Schedule]:
@@ -204,6 +218,7 @@ def planned(
             f"the spec hands out {', '.join(t['name'] for t in program.taps)} besides the model's own outputs, which a "
             "compiled graph cannot return. Use dp.transform(model, spec)."
         )
+    check_attachable(program)
     plan = schedule(program, settings.chunk)
     if attached is not None:
         warn_frozen(owner)

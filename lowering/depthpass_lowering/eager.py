@@ -6,7 +6,7 @@ regions see all m tokens at once, serial regions run in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,14 +20,16 @@ from depthpass.schedule.regions import Region, Schedule
 from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
+from depthpass_lowering.losses import loss
 from depthpass_lowering.noise import noise
 from depthpass_lowering.routes import Route, choose
 from depthpass_lowering.stacked import StackedVisit
 from depthpass_lowering.state import Span, State, push_delay, read_delay, spans
-from depthpass_lowering.visits import RoutedVisit, RunningVisit
+from depthpass_lowering.visits import AskingVisit, RoutedVisit, RunningVisit
 
 ACTIVATIONS = {
     "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu,
+    "softmax": lambda x: torch.softmax(x, -1),
 }
 
 
@@ -81,6 +83,7 @@ class Run:
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
+        self.later: list[Callable[[], None]] = []
 
     def run(self) -> tuple[dict[str, Tensor], State]:
         self._recall()
@@ -92,6 +95,8 @@ class Run:
                 self._region(region, reads, results)
         for o in self.passing:
             self.state.slots.pop(o["slot"], None)
+        for move in self.later:
+            move()
         self.state.length += self.count
         self.state.valid = self.valid
         return self.out, self.state
@@ -192,6 +197,10 @@ class Run:
             local[o.name] = read_delay(self._line(o, self.hidden), local.get(o.args[0]), o["tokens"], span)
         elif o.kind == "route":
             local[o.name] = self._route(o, local, span)
+        elif o.kind == "loss":
+            self._loss(o, local, span)
+        elif o.kind == "block" and len(o.args) == 2:
+            local[o.name] = self._asking_block(o, *(local[a] for a in o.args), span, masks, tables, keep)
         elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
             local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
         else:
@@ -216,7 +225,8 @@ class Run:
             local[o.name] = local[o.args[1]]
             return True
         kind = self.types[o.name]
-        if kind.tokens is None or local[kind.tokens].count:
+        # A visit that nobody asks still keeps the keys of its span.
+        if kind.tokens is None or local[kind.tokens].count or (o.kind == "block" and len(o.args) == 2):
             return False
         if kind.width not in self.nothing:
             self.nothing[kind.width] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
@@ -314,7 +324,11 @@ class Run:
             self.out["output"] = args[0]
             return None
         if kind == "tap":
-            self.out[o["name"]] = args[0]
+            self.out[o["name"]] = args[0].chosen if isinstance(args[0], Route) else args[0]
+            return None
+        if kind == "pick":
+            return args[0][..., o["index"], None]
+        if kind in ("average", "retire"):  # done once, when the model was transformed
             return None
         raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
 
@@ -348,13 +362,7 @@ class Run:
         self._check_operands(o)
         if route.everything and self._gapless(o, span):
             return self._block(o, x, span, masks, sides, keep)
-        used = self.host.sides_of(o["index"])
-        axes = [self.side_axes[s] for s in used]
-        if 0 in axes:
-            raise LoweringError(f"block {o['index']} reads a per-token table without a batch dimension, so its tokens "
-                                "cannot be routed. Leave this block out of the routed stack.")
-        if None in axes and route.rows is not None:
-            route = replace(route, rows=None)
+        used, axes, route = self._tables(o, route)
         tables = [sides[s] if axis is None else route.table(sides[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.read, route)
         visit.factors = self._factors(o)
@@ -377,6 +385,32 @@ class Run:
         if slot is None:
             return span.start == 0
         return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
+
+    def _asking_block(
+        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
+    ) -> Tensor:
+        """A visit that only the routed tokens ask; keys and values come from every token."""
+        self._check_operands(o)
+        if route.everything:
+            return self._block(o, x, span, masks, sides, keep)
+        keep = keep or writes_slot(o) in self.read
+        if route.count == 0 and not keep:
+            return x[:, :0]
+        used, axes, route = self._tables(o, route)
+        visit = AskingVisit(o, self.host, self.state, span, masks, keep, route, axes)
+        visit.factors = self._factors(o)
+        y = self.host.block(o["index"], visit, x, [sides[s] for s in used])
+        visit.commit()
+        return y
+
+    def _tables(self, o: Op, route: Route) -> tuple[tuple[int, ...], list[int | None], Route]:
+        """The tables that a block on routed tokens reads, their token axes, and the route on the rows that may run."""
+        used = self.host.sides_of(o["index"])
+        axes = [self.side_axes[s] for s in used]
+        if 0 in axes:
+            raise LoweringError(f"block {o['index']} reads a per-token table without a batch dimension, so its tokens "
+                                "cannot be routed. Leave this block out of the routed stack.")
+        return used, axes, replace(route, rows=None, memo={}) if None in axes else route
 
     def _check_operands(self, o: Op) -> None:
         if (o["lora"] or o["modulate"]) and not getattr(self.host, "adapts", False):
@@ -404,7 +438,23 @@ class Run:
         if held is not None:
             score = local[held].spread(score)
         outer = local[o.args[1]] if len(o.args) == 2 else None
-        return choose(o, score, outer, span.valid, span.start)
+        if o["bias"]:
+            balance = self.host.module(o["bias"])
+            score = score.detach() + balance.bias
+            if o["rate"] and getattr(self.host, "training", False) and torch.is_grad_enabled():
+                self.later.append(lambda: balance.move(score, span.valid, o["rate"]))
+        return choose(o, score, outer, span.valid, span.start, getattr(self.host, "ratios", {}).get(o["label"]))
+
+    def _loss(self, o: Op, local: dict, span: Span) -> None:
+        losses = getattr(self.host, "losses", None)
+        if losses is None:  # a host that does not train asks for none
+            return
+        route = local[o.args[1]] if len(o.args) == 2 else None
+        nest = self.program.defs[o.args[1]].args[1:] if route is not None else ()
+        among = local[nest[0]].chosen if nest else span.valid
+        value = loss(o["rule"], local[o.args[0]], None if route is None else route.chosen, among)
+        losses[o["name"]] = losses.get(o["name"], 0) + value
+        self.host.extra_loss = self.host.extra_loss + o["coefficient"] * value
 
     def _logits(self, o: Op, normed: Tensor) -> Tensor:
         found = self.host.logits(normed)

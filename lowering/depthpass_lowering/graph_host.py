@@ -38,7 +38,7 @@ class GraphHost:
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return self.runner(template.graph)(visit, hidden, *sides, *params)
+        return visit.run(template, hidden, sides, params, self.runner)
 
     def bound(self, index: int) -> tuple[Template, list[Tensor]]:
         block = self.captured.blocks[index]

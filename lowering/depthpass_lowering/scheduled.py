@@ -76,6 +76,8 @@ class ScheduledRun(Run):
             if any(self.sides[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"
         for o in region.visits:
+            if len(o.args) == 2:
+                return f"only routed tokens ask block {o['index']}"
             if o["lora"]:
                 return f"block {o['index']} has a LoRA of its own for each visit"
             if o["past"] is not None:

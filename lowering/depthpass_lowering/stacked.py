@@ -27,6 +27,9 @@ class StackedVisit:
         self.stack, self.members, self.hidden = stack, members, hidden
         self.index = stack.index
 
+    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+        return (self.graph(template) if runner is None else runner(self.graph(template)))(self, hidden, *sides, *params)
+
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         members = self.members
         qs, ks, vs = (t.chunk(len(members)) for t in (q, k, v))

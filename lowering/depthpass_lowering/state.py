@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from depthpass.errors import CacheError
+
+if TYPE_CHECKING:
+    from depthpass_lowering.ragged import RaggedRoom
 
 
 def room_for(columns: int) -> int:
@@ -44,6 +48,7 @@ class Slot:
         valid: which entries are real, ``[batch, n]``; None with ``columns`` None = the state's own validity.
         first: column of the first entry where ``columns`` is None.
         places: per attention call, where its entries end in a room; None = nothing to grow into.
+        ragged: memory that a routed visit's slot, whose rows differ in length, may grow in.
     """
 
     keys: tuple[Tensor, ...]
@@ -52,6 +57,7 @@ class Slot:
     valid: Tensor | None = None
     first: int = 0
     places: tuple[Place | None, ...] | None = None
+    ragged: RaggedRoom | None = field(default=None, repr=False, compare=False)
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Slot:
         return Slot(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from depthpass_kernels.gated_attention.naive import mix
@@ -13,7 +14,9 @@ from depthpass.errors import LoweringError
 from depthpass.ir.program import Op
 from depthpass_lowering.attention import Masks, column_mask
 from depthpass_lowering.host import Host
-from depthpass_lowering.routes import Route, listed, reality, stored
+from depthpass_lowering.queries import split_graph
+from depthpass_lowering.ragged import Appending, Plan, compacted, joined, listed, reality, widened
+from depthpass_lowering.routes import Route
 from depthpass_lowering.state import Grown, Slot, Span, State
 
 
@@ -56,6 +59,11 @@ class RunningVisit:
     def writes(self) -> bool:
         """Whether the visit has keys of its own."""
         return self.gated or not self.shares
+
+    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+        """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
+        graph = self.graph(template)
+        return (graph if runner is None else runner(graph))(self, hidden, *sides, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         own = self.extend(number, k, v) if self.writes else None
@@ -206,6 +214,8 @@ class RoutedVisit(RunningVisit):
         at: columns of the tokens, ``[rows, k]``.
         real: which of them are routed and not fillers, ``[rows, k]``; None = all.
         rows: the rows that run; None = all.
+        wide: attention over stored keys runs for all rows, and what the others get is dropped: one query reads its row's
+            keys once, while picking the rows' keys would read and write them first.
     """
 
     in_order = False
@@ -213,42 +223,99 @@ class RoutedVisit(RunningVisit):
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool, route: Route):
         super().__init__(op, host, state, span, masks, keep)
         self.before = None if self.before is None else listed(self.before, masks.valid)
-        self.all_before, self.rows, self.batch = self.before, route.rows, len(route.chosen)
-        self.at, self.real = self._pick(route.index + span.start), self._pick(route.real)
-        if self.rows is not None:
-            self.before = None if self.before is None else self.before.map(self._pick)
-            self.shared = None if self.shared is None else self.shared.map(self._pick)
+        self.rows, self.batch, self.route = route.rows, len(route.chosen), route
+        self.together = route.once("together", lambda: _together(route.rows))
+        self.wide = (
+            self.rows is not None and self.together is None and span.count == 1 and not torch.is_grad_enabled()
+            and op["gate"] is None and 3 * len(self.rows) >= self.batch
+        )
+        self.at, self.real = route.once(
+            ("at", span.start), lambda: (self.pick(route.index + span.start), self.pick(route.real))
+        )
+        self.appending: Appending | None = None
+        self.all_before = self.before
+        # What was stored stays where it is unless something has to be joined to it, or mixed with it.
+        self.joins = torch.is_grad_enabled() or self.shared is not None
+        if self.rows is not None and not self.wide:
+            self.shared = None if self.shared is None else self.shared.map(self.pick)
+            if self.joins and self.before is not None:
+                self.before = self.before.map(self.pick)
 
-    def _pick(self, t: Tensor | None) -> Tensor | None:
+    def pick(self, t: Tensor | None) -> Tensor | None:
+        """What belongs to the rows that run; a view where they stand together."""
+        if t is not None and self.together is not None:
+            return t.narrow(0, *self.together)
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
 
-    def shared_mask(self, number: int) -> tuple[Tensor | None, bool]:
-        """Mask of the span's queries against the shared keys, and SDPA's causal flag."""
-        return self._mask(self._shared_columns(), *self.limits(number))
+    def _for_all(self, t: Tensor) -> Tensor:
+        """Entries of the rows that run as entries of all rows."""
+        return t if self.rows is None else t.new_zeros((self.batch, *t.shape[1:])).index_copy(0, self.rows, t)
+
+    def _stored(self, t: Tensor | None) -> Tensor | None:
+        """What belongs to the rows that attention over stored keys runs for."""
+        return t if self.wide else self.pick(t)
+
+    def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if self.before is None:
+            return super().extend(number, k, v)
+        if self.joins:
+            k, v = torch.cat((self.before.keys[number], k), 2), torch.cat((self.before.values[number], v), 2)
+            if self.state is not None:
+                self.made[number] = k, v, None
+            return k, v
+        if self.appending is None:
+            # The blocks of a routed stack hold the same tokens, in columns and validity that are the same tensors.
+            key = ("plan", id(self.before.valid), id(self.before.columns))
+            plan = self.route.once(key, lambda: Plan(self.before, self.at, self.real, self.rows))
+            self.appending = Appending(self.before, plan)
+        k, v = self.appending.write(number, k, v)
+        self.made[number] = k, v, None
+        return self._stored(k), self._stored(v)
+
+    def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
+        """One query per row asks as one head group of several queries: a mask then needs no copies of the keys."""
+        if len(k) != len(q):
+            q = q.new_zeros((self.batch, *q.shape[1:])).index_copy(0, self.rows, q)
+            return self.pick(self.attention(number, q, k, v, sinks, mask))
+        groups = q.shape[1] // k.shape[1]
+        if q.shape[2] > 1 or groups == 1 or sinks is not None or getattr(self.host, "style", "sdpa") != "sdpa":
+            return super().attention(number, q, k, v, sinks, mask)
+        grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
+        out = super().attention(number, grouped, k, v, None, (mask[0], False))
+        return out.transpose(1, 2).reshape(q.shape[0], 1, q.shape[1], v.shape[3])
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None]:
-        slot, valid = self.shared, self._pick(self.masks.valid)
+        slot, valid = self.shared, self._stored(self.masks.valid)
         if slot.columns is None:
             # All columns in order: the whole state, this span included.
             return torch.arange(slot.keys[0].shape[2], device=self.at.device)[None], valid
         return slot.columns, _validity(slot, valid)
 
-    def _own_columns(self) -> tuple[Tensor, Tensor]:
-        before = self.before
-        if before is None:
+    def _all_real(self) -> Tensor:
+        return torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real
+
+    def _own_columns(self) -> tuple[Tensor, Tensor | None]:
+        if self.appending is not None:
+            plan = self.appending.plan
+            return self._stored(plan.columns), None if plan.full else self._stored(plan.valid)
+        if self.before is None:
             return self.at, self.real
-        columns = torch.cat((before.columns, self.at), 1)
-        if before.valid is None and self.real is None:
-            return columns, None
-        new = torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real
-        return columns, torch.cat((reality(before), new), 1)
+        return torch.cat((self.before.columns, self.at), 1), torch.cat((reality(self.before), self._all_real()), 1)
 
     def _mask(self, where, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = where
-        if self.span.count == 1 and valid is None and window is None and chunk is None:
-            return None, False
-        start = self._pick(self.masks.row_start)
-        return column_mask(self.at[..., None], columns[:, None], window, chunk, valid, start)[:, None], False
+        end = self.span.start + self.span.count
+        if valid is None and chunk is None and (window is None or window >= end):
+            # Nothing but the order matters, and the tokens stand in order.
+            if columns is self.at:
+                return None, columns.shape[1] > 1
+            if self.span.count == 1:
+                return None, False
+        at, rows = self.at, self.pick
+        if self.wide and columns is not self.at:
+            at, rows = self.route.index + self.span.start, self._stored
+        start = rows(self.masks.row_start)
+        return column_mask(at[..., None], columns[:, None], window, chunk, valid, start)[:, None], False
 
     def columns(self, device: torch.device) -> Tensor:
         raise LoweringError(
@@ -257,20 +324,121 @@ class RoutedVisit(RunningVisit):
         )
 
     def commit(self) -> None:
-        if not self.keep or not self.made:
+        state, made, appending = self.state, self.made, self.appending
+        self.state, self.made = None, {}
+        if not self.keep or not made:
             return
-        columns, valid = self._own_columns()
-        keys, values, places = zip(*(self.made[i] for i in range(len(self.sites))))
-        count = self.at.shape[1]
-        if self.rows is None and valid is None:
-            slot = Slot(keys, values, columns, None, 0, places)
+        if appending is not None:
+            state.slots[self.op["slot"]] = appending.slot()
+            return
+        count, order = self.at.shape[1], range(len(self.sites))
+        new = widened(Slot(
+            tuple(made[i][0][:, :, -count:] for i in order), tuple(made[i][1][:, :, -count:] for i in order),
+        ), self.rows, self.batch)
+        columns, valid = self.route.once(
+            ("stored", self.span.start), lambda: (self._for_all(self.at), self._for_all(self._all_real()))
+        )
+        new = replace(new, columns=columns, valid=valid)
+        if self.all_before is not None:
+            new = joined(self.all_before, new)
+        elif self.route.everything and self.real is not None:  # pads stand among the entries
+            new = compacted(new)
+        state.slots[self.op["slot"]] = new
+
+
+class AskingVisit(RunningVisit):
+    """A visit whose routed tokens alone ask; keys and values come from every token of the span.
+
+    Attributes:
+        at: columns of the asking tokens, ``[rows, k]``.
+        rows: the rows that ask; None = all.
+        given: keys and values of the span by attention call.
+    """
+
+    def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool, route: Route, axes):
+        super().__init__(op, host, state, span, masks, keep)
+        self.route, self.axes = route, axes
+        self.rows = route.rows
+        self.at = self._pick(route.index + span.start)
+        self.given: dict[int, tuple[Tensor, Tensor]] = {}
+        self.asking = False
+
+    def _pick(self, t: Tensor | None) -> Tensor | None:
+        return t if t is None or self.rows is None else t.index_select(0, self.rows)
+
+    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+        """``[batch, tokens, width]`` of every token -> ``[batch, k, width]`` of the asking ones."""
+        runner = runner or (lambda graph: graph)
+        split = split_graph(self.graph(template), self.index)
+        if not self.keep:
+            hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(sides, self.axes)]
         else:
-            new = Slot(
-                tuple(k[:, :, -count:] for k in keys), tuple(v[:, :, -count:] for v in values), self.at,
-                torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real,
-            )
-            slot = stored(self.all_before, new, self.rows, self.batch)
-        self.state.slots[self.op["slot"]] = slot
+            hidden_keys, sides_keys = hidden, sides
+        self.asking = False
+        found = runner(split.keys)(self, hidden_keys, *sides_keys, *params)
+        read = found[2 * len(self.sites) :]
+        self.given = {i: (found[2 * i].contiguous(), found[2 * i + 1].contiguous()) for i in range(len(self.sites))}
+        asks = self.route.gather(hidden)
+        if self.route.count == 0:
+            return asks
+        tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(sides, self.axes)]
+        route = self.route if self.keep or self.rows is None else self._active()
+        read = [route.table(t, axis) for t, axis in zip(read, split.axes)]
+        self.asking = True
+        y = runner(split.queries)(
+            self, self._pick(asks), *(self._side(t, axis) for t, axis in zip(tables, self.axes)), *params,
+            *(self._pick(t) if self.keep else t for t in read)
+        )
+        return y if self.rows is None else asks.to(y.dtype).index_copy(0, self.rows, y)
+
+    def _active(self) -> Route:
+        """The route on the rows that ask alone."""
+        return Route(self._pick(self.route.chosen), self._pick(self.route.index), self._pick(self.route.real), None)
+
+    def _side(self, side: Tensor, axis: int | None) -> Tensor:
+        """A table at the rows that ask; one without a batch has a single row for all."""
+        return side if axis is None or side.shape[0] == 1 else self._pick(side)
+
+    def attend(self, number: int, q: Tensor, k: None, v: None, sinks: Tensor | None) -> Tensor:
+        site, (k, v) = self.sites[number], self.given[number]
+        if self.keep:
+            k, v = (self._pick(t) for t in self.extend(number, k, v))
+        elif self.before is not None:
+            held = (self.before.keys[number], self.before.values[number])
+            k, v = (torch.cat((self._pick(h), new), 2) for h, new in zip(held, (k, v)))
+        return self.attention(number, q, k, v, sinks, self._asking_mask(k.shape[2], site.window, site.chunk))
+
+    def _asking_mask(self, keys: int, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+        columns, valid = torch.arange(keys, device=self.at.device)[None], self.masks.valid
+        end = self.span.start + self.span.count
+        if valid is None and self.span.count == 1 and chunk is None and (window is None or window >= end):
+            return None, False
+        start = self._pick(self.masks.row_start)
+        mask = column_mask(self.at[..., None], columns[:, None], window, chunk, self._pick(valid), start)
+        return mask[:, None], False
+
+    def columns(self, device: torch.device) -> Tensor:
+        if not self.asking:
+            return super().columns(device)
+        raise LoweringError(
+            f"block {self.index} counts the columns of its tokens itself, so its queries cannot be routed. Leave this "
+            "block out of the routed steps."
+        )
+
+    def commit(self) -> None:
+        if self.keep and not self.made:  # nobody asked, but later tokens will see this span
+            for number, (k, v) in self.given.items():
+                self.extend(number, k, v)
+        self.given = {}
+        super().commit()
+
+
+def _together(rows: Tensor | None) -> tuple[int, int] | None:
+    """First and number of rows that follow one another; None for others, and for all rows."""
+    if rows is None:
+        return None
+    first, last = int(rows[0]), int(rows[-1])
+    return (first, len(rows)) if last - first + 1 == len(rows) else None
 
 
 def _until(slot: Slot, end: int) -> Slot:

@@ -143,14 +143,14 @@ def test_parallel_loop(name: str) -> None:
 
 
 MOR = {
-    "topk": MixtureOfRecursions(),
-    "topk, given shares": MixtureOfRecursions(recursions=2, capacity=(0.7, 0.3)),
-    "topk, shared keys": MixtureOfRecursions(kv="first"),
-    "threshold": MixtureOfRecursions(mode="threshold"),
-    "threshold, shared keys": MixtureOfRecursions(mode="threshold", kv="first"),
+    "topk": MixtureOfRecursions(start=1),
+    "topk, given shares": MixtureOfRecursions(start=1, recursions=2, capacity=(0.7, 0.3)),
+    "topk, shared keys": MixtureOfRecursions(start=1, kv="shared"),
+    "threshold": MixtureOfRecursions(start=1, mode="threshold"),
+    "threshold, shared keys": MixtureOfRecursions(start=1, mode="threshold", kv="shared"),
     "cycle": MixtureOfRecursions(start=0, end=4, recursions=2, alpha=0.5),
-    "delta": MixtureOfRecursions(combine="delta"),
-    "delta, threshold": MixtureOfRecursions(combine="delta", mode="threshold", kv="first"),
+    "delta": MixtureOfRecursions(start=1, combine="delta"),
+    "delta, threshold": MixtureOfRecursions(start=1, combine="delta", mode="threshold", kv="shared"),
 }
 
 
@@ -168,7 +168,7 @@ def test_mixture_of_recursions(name: str) -> None:
         for b in blocks:
             block = toy.stack[b]
             own = [(i, block.keys(here[i], i)) for i in active]
-            keys = stored.setdefault(b, own) if spec.kv == "first" else own
+            keys = stored.setdefault(b, own) if spec.kv == "shared" else own
             here = {i: block(here[i], i, [k for j, k in keys if j <= i]) for i in active}
         return here
 
@@ -184,7 +184,7 @@ def test_mixture_of_recursions(name: str) -> None:
             share = spec.capacity[r - 1] if spec.capacity else (spec.recursions - r + 1) / spec.recursions
             k = max(1, int(share * toy.tokens))
             active = sorted(sorted(active, key=lambda i: -chance[i])[:k])
-        elif not (r == 1 and spec.kv == "first"):
+        elif not (r == 1 and spec.kv == "shared"):
             active = [i for i in active if chance[i] >= 0.5]
         counts.append(len(active))
         done = run(range(spec.start, end), rows, active, stored)
@@ -199,11 +199,11 @@ def test_mixture_of_recursions(name: str) -> None:
 
 
 ITT = {
-    "topk": InnerThinking(layers=(1,)),
+    "topk": InnerThinking(blocks=(1,), steps=3),
     "every other": InnerThinking(steps=2, ratios=(0.3,), alpha=0.5),
-    "threshold": InnerThinking(layers=(0, 2), mode="threshold"),
-    "literal": InnerThinking(layers=(1,), bypass="literal", ratios=(0.5, 0.2)),
-    "one step": InnerThinking(layers=(1,), steps=1),
+    "threshold": InnerThinking(blocks=(0, 2), steps=3, mode="threshold"),
+    "literal": InnerThinking(blocks=(1,), steps=3, bypass="literal", ratios=(0.5, 0.2)),
+    "one step": InnerThinking(blocks=(1,), steps=1),
 }
 
 
@@ -221,7 +221,7 @@ def test_inner_thinking(name: str) -> None:
     rows = list(toy.embed)
     for b in range(toy.blocks):
         rows = block(b, rows)
-        if b not in (spec.layers or (1,)):
+        if b not in ((1,) if spec.blocks == "every_other" else spec.blocks):
             continue
         phi = [p[f"itt.v{b}.phi{t}.weight"] for t in range(spec.steps)]
         acc, cur = [phi[0] * y for y in rows], rows
@@ -327,8 +327,8 @@ def test_loop(name: str) -> None:
         Loop(1, 3, times=1, inject="concat", state="noise"),
         Loop(1, 3, times=1, inject="add", state="zeros"),
         ParallelLoop(loops=1),
-        MixtureOfRecursions(combine="delta"),
-        MixtureOfRecursions(combine="delta", mode="threshold", kv="first"),
+        MixtureOfRecursions(start=1, combine="delta"),
+        MixtureOfRecursions(start=1, combine="delta", mode="threshold", kv="shared"),
         InnerThinking(),
         InnerThinking(mode="threshold", bypass="literal"),
     ],

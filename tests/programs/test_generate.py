@@ -23,15 +23,16 @@ PROGRAMS = {
     "plt": dp.ParallelLoop(loops=3, window=3),
     "plt_hidden": dp.ParallelLoop(loops=2, window=2, gate="hidden", mix=(0.7, 0.5), normalize="loop"),
     "plt_sequential": dp.ParallelLoop.iquest(window=4),
-    "mor": dp.MixtureOfRecursions(recursions=3, mode="threshold", combine="delta"),
-    "mor_shared": dp.MixtureOfRecursions(recursions=2, mode="threshold", kv="first"),
+    "mor": dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold", combine="delta"),
+    "mor_shared": dp.MixtureOfRecursions(start=1, recursions=2, mode="threshold", kv="shared"),
     "itt": dp.InnerThinking(steps=3, mode="threshold", bypass="literal"),
     # Several passes on one program.
     "shared_mor_on_a_list": [
-        dp.LayerProgram([0, 1, 2, 1]), dp.MixtureOfRecursions(recursions=3, mode="threshold", combine="delta", kv="first"),
+        dp.LayerProgram([0, 1, 2, 1]),
+        dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold", combine="delta", kv="shared"),
     ],
     "feedback_around_thinking": [
-        dp.InnerThinking(steps=2, mode="threshold", layers=(1,)), dp.TurboConn(bridges=[(3, 0)], group=3, rank=4),
+        dp.InnerThinking(steps=2, mode="threshold", blocks=(1,)), dp.TurboConn(bridges=[(3, 0)], group=3, rank=4),
     ],
     "feedback_around_noise": [
         dp.Loop(start=1, end=2, times=2, inject="add", state="noise"), dp.TurboConn(bridges=[(3, 1)], group=2, rank=4),
@@ -143,7 +144,7 @@ def test_sampling_with_a_seed():
     assert torch.equal(*drawn)
 
 
-@pytest.mark.parametrize("spec", [dp.MixtureOfRecursions(recursions=2), dp.InnerThinking(steps=2)])
+@pytest.mark.parametrize("spec", [dp.MixtureOfRecursions(start=1, recursions=2), dp.InnerThinking(steps=2)])
 def test_top_k_over_the_row_does_not_generate(spec):
     model = made("llama", spec)
     batch = zoo.batch([6, 6])

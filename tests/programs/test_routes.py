@@ -24,7 +24,7 @@ MIXTURES = {
     "topk": {"recursions": 3},
     "capacity": {"recursions": 2, "capacity": (0.8, 0.3)},
     "threshold": {"recursions": 3, "mode": "threshold"},
-    "shared": {"recursions": 2, "mode": "threshold", "kv": "first"},
+    "shared": {"recursions": 2, "mode": "threshold", "kv": "shared"},
     "delta": {"recursions": 3, "combine": "delta"},
 }
 
@@ -35,7 +35,7 @@ MIXTURES = {
 )
 def test_mixture_of_recursions(name, kind):
     options = MIXTURES[kind]
-    stock, model = made(name, dp.MixtureOfRecursions(**options))
+    stock, model = made(name, dp.MixtureOfRecursions(start=1, **options))
     depths = []
 
     def want(row, p):
@@ -64,7 +64,7 @@ THINKING = {
 @pytest.mark.parametrize("kind", THINKING)
 def test_inner_thinking(name, kind):
     options = THINKING[kind]
-    stock, model = made(name, dp.InnerThinking(layers=(0, 2), **options))
+    stock, model = made(name, dp.InnerThinking(blocks=(0, 2), **options))
 
     def want(row, p):
         steps = range(1, options["steps"])
@@ -86,7 +86,7 @@ def test_identity_settings_equal_stock():
     with torch.no_grad():
         want = stock(**batch).logits[real]
         for spec in (
-            dp.MixtureOfRecursions(recursions=1, combine="delta"), dp.MixtureOfRecursions(combine="delta"),
+            dp.MixtureOfRecursions(start=1, recursions=1, combine="delta"), dp.MixtureOfRecursions(start=1, combine="delta"),
             dp.InnerThinking(steps=3), dp.InnerThinking(steps=3, mode="threshold"), dp.InnerThinking(steps=1),
         ):
             got = dp.transform(stock, spec)(**batch).logits[real]
@@ -94,7 +94,7 @@ def test_identity_settings_equal_stock():
 
 
 def test_parameters_stay_shared_after_save_and_load(tmp_path):
-    stock, model = made("llama", dp.MixtureOfRecursions(recursions=3, mode="threshold"))
+    stock, model = made("llama", dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold"))
     assert model.model.layers[1].mlp.up_proj.weight is stock.model.layers[1].mlp.up_proj.weight
     model.save_pretrained(tmp_path)
     loaded = dp.from_pretrained(tmp_path)
@@ -106,7 +106,7 @@ def test_parameters_stay_shared_after_save_and_load(tmp_path):
 
 
 def test_slots_of_a_recursion_hold_its_own_tokens_only():
-    _, model = made("llama", dp.MixtureOfRecursions(recursions=3, mode="threshold", taps=True))
+    _, model = made("llama", dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold", taps=True))
     cache = dp.DepthCache(model)
     ids = zoo.batch([9, 9, 9])["input_ids"]
     taken = [0, 0, 0]
@@ -171,7 +171,7 @@ def test_ragged_rows_are_put_back_where_they_came_from():
 
 def test_routes_inside_a_token_loop():
     """A feedback edge around a routed stack: the routed visit runs chunk by chunk, and decodes as it scores."""
-    spec = [dp.MixtureOfRecursions(recursions=2, mode="threshold"), dp.TurboConn(bridges=[(3, 0)], group=2, rank=4)]
+    spec = [dp.MixtureOfRecursions(start=1, recursions=2, mode="threshold"), dp.TurboConn(bridges=[(3, 0)], group=2, rank=4)]
     _, model = made("llama", spec)
     assert any(o.kind == "route" for r in model.depth_schedule.serial_regions for o in r.ops)
     batch = zoo.batch(LENGTHS)

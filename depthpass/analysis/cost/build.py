@@ -165,7 +165,7 @@ class _Builder:
             _add(found, {c: at_tokens(e, _ONE) for c, e in part.count.gemm_flops.items()}, times)
         for v in self.visits:
             times = v.tokens.share if expected else _ONE
-            _add(found, v.decode_gemm_flops(), times)
+            _add(found, v.decode_gemm_flops(expected))
             _add(found, {"attention": v.decode_attention_flops()}, times)
         return _ordered(found)
 
@@ -320,8 +320,8 @@ class _Builder:
         return (*found, *(one for _ in range(repeats)))
 
     def _active(self, v: VisitCost) -> float:
-        """Weights that a visit multiplies each of its tokens with."""
-        return float(sp.cancel(_sum(v.gemm_flops().values()) / (2 * B * v.tokens.total)))
+        """Weights that a visit multiplies each of its tokens with, its share of other tokens' keys included."""
+        return float(sp.cancel(_sum(v.gemm_flops_per_token().values()) / 2))
 
     def _notes(self) -> tuple[str, ...]:
         notes: list[str] = []

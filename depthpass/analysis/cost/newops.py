@@ -50,7 +50,8 @@ class NewOps:
     def decode_flops(self, expected: bool) -> sp.Expr:
         """One token per row, as expected over routes or on every route."""
         return sum(
-            (e / self.tokens[k].total * (self.tokens[k].share if expected else 1) for k, e in self.by_op.items()),
+            (e / self.tokens[k].total * (self.tokens[k].share if expected else 1)
+             for k, e in self.by_op.items() if self.tokens[k].total != 0),
             sp.Integer(0),
         )
 

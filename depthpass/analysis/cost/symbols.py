@@ -61,6 +61,8 @@ class AttentionSite:
         ``queries`` and ``keys`` are counts over the same row. With fewer queries than keys (routed tokens that read
         everybody's keys) the queries are taken to lie uniformly over the row, so that each sees the average number.
         """
+        if queries == 0 or keys == 0:
+            return sp.Integer(0)
         if convention == "dense":
             return queries * keys
         return sp.expand(queries * self._triangle(keys) / keys)

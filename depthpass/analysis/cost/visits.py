@@ -11,6 +11,7 @@ from depthpass.analysis.cost.model import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
+from depthpass.ir.shares import exact_share
 from depthpass.ir.verify import Type
 from depthpass.schedule.stacking import Stack, steps
 
@@ -45,6 +46,7 @@ class VisitCost:
         op: the ``block`` op.
         part: the block it runs.
         tokens: its queries.
+        sources: the tokens whose keys and values it computes; more than its queries where only routed tokens ask.
         reads: the slots it attends to.
         writes: whether it computes keys and values of its own.
     """
@@ -52,6 +54,7 @@ class VisitCost:
     op: Op
     part: PartCost
     tokens: Tokens
+    sources: Tokens
     reads: tuple[Read, ...]
     writes: bool
 
@@ -70,10 +73,24 @@ class VisitCost:
 
     def gemm_flops(self) -> dict[str, sp.Expr]:
         """Matrix multiplies outside attention, by class, in B and n; keys and values nobody reads are left out."""
-        found = dict(self.part.count.gemm_flops)
-        if not self.writes:
-            found["projection"] = found["projection"] - self.part.count.key_value_flops
-        return {c: at_tokens(e, self.tokens.total) for c, e in found.items()}
+        asked, keys = self._split()
+        found = {c: at_tokens(e, self.tokens.total) for c, e in asked.items()}
+        found["projection"] = found.get("projection", sp.Integer(0)) + at_tokens(keys, self.sources.total)
+        return found
+
+    def _split(self) -> tuple[dict[str, sp.Expr], sp.Expr]:
+        """FLOPs of what the queries run, by class, and of the keys and values that are computed."""
+        asked, keys = dict(self.part.count.gemm_flops), self.part.count.key_value_flops
+        asked["projection"] = asked["projection"] - keys
+        return asked, keys if self.writes else sp.Integer(0)
+
+    def gemm_flops_per_token(self) -> dict[str, sp.Expr]:
+        """The same for one token of the visit, as expected over routes."""
+        asked, keys = self._split()
+        found = {c: sp.cancel(e / (B * n)) for c, e in asked.items()}
+        share = self.sources.share / self.tokens.share if self.tokens.share else sp.Integer(0)
+        found["projection"] += sp.cancel(keys / (B * n)) * share
+        return found
 
     def attention_flops(self, convention: Convention) -> sp.Expr:
         return sum(
@@ -82,12 +99,13 @@ class VisitCost:
             sp.Integer(0),
         )
 
-    def decode_gemm_flops(self) -> dict[str, sp.Expr]:
-        """The same for one token per row that takes this visit."""
-        found = dict(self.part.count.gemm_flops)
-        if not self.writes:
-            found["projection"] = found["projection"] - self.part.count.key_value_flops
-        return {c: at_tokens(e, sp.Integer(1)) for c, e in found.items()}
+    def decode_gemm_flops(self, expected: bool) -> dict[str, sp.Expr]:
+        """The same for one token per row: as expected over routes, or when it takes this visit."""
+        asked, keys = self._split()
+        one = sp.Integer(1)
+        found = {c: at_tokens(e, one) * (self.tokens.share if expected else 1) for c, e in asked.items()}
+        found["projection"] += at_tokens(keys, one) * (self.sources.share if expected else 1)
+        return found
 
     def decode_attention_flops(self) -> sp.Expr:
         """One query at the end of n tokens."""
@@ -105,14 +123,14 @@ class VisitCost:
 
     def held_elements(self) -> sp.Expr:
         """Elements of the slot this visit writes when every token is kept."""
-        return B * self.part.kv_width * self.tokens.total if self.keeps else sp.Integer(0)
+        return B * self.part.kv_width * self.sources.total if self.keeps else sp.Integer(0)
 
     def slot_elements(self) -> sp.Expr:
         """Elements of the slot this visit writes that some later token can still see."""
         own = next((r for r in self.reads if r.slot == self.op["slot"]), None)
         if not self.keeps or own is None:
             return sp.Integer(0)
-        return sum((B * s.kv_width * s.slot_tokens(self.tokens.total) for s in self.sites(own)), sp.Integer(0))
+        return sum((B * s.kv_width * s.slot_tokens(self.sources.total) for s in self.sites(own)), sp.Integer(0))
 
 
 def stream_tokens(program: Program, types: Mapping[str, Type], capacities: Mapping[str, float]) -> dict[str, Tokens]:
@@ -133,8 +151,8 @@ def stream_tokens(program: Program, types: Mapping[str, Type], capacities: Mappi
 
 
 def _routed(route: Op, share: sp.Expr, total: sp.Expr) -> sp.Expr:
-    if share == 1:
-        return total
+    if share in (0, 1):
+        return share * total
     if route["rule"] != "topk":
         return share * total
     rounded = sp.ceiling(share * total) if route["rounding"] == "ceil" else sp.floor(share * total)
@@ -148,7 +166,10 @@ def route_share(route: Op, capacities: Mapping[str, float]) -> sp.Expr:
     capacity written on the route, else 1 (an upper bound).
     """
     given = capacities.get(route.name, route["capacity"])
-    return sp.Integer(1) if given is None else sp.Rational(str(given))
+    if given is None:
+        return sp.Integer(1)
+    exact = exact_share(float(given))
+    return sp.Rational(exact.numerator, exact.denominator)
 
 
 def check_capacities(program: Program, capacities: Mapping[str, float]) -> None:
@@ -168,10 +189,10 @@ def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]
     found = []
     for o in program.visits:
         reads = tuple(
-            Read(s, tokens[writers[s].name], o["window"] if o["gate"] is not None and s == o["slot"] else None)
+            Read(s, tokens[writers[s].args[0]], o["window"] if o["gate"] is not None and s == o["slot"] else None)
             for s in reads_slots(o)
         )
-        found.append(VisitCost(o, model.blocks[o["index"]], tokens[o.name], reads, writes_slot(o) is not None))
+        found.append(VisitCost(o, model.blocks[o["index"]], tokens[o.name], tokens[o.args[0]], reads, writes_slot(o) is not None))
     return tuple(found)
 
 
