@@ -70,13 +70,13 @@ class FlopsLedger(TrainerCallback, ExportableState):
         # Trainer gives callbacks their state back only on request; a loop count that starts anew would be a silent error.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         saved = saved[-1] if isinstance(saved, list) and saved else saved
-        resumed = isinstance(saved, dict) and "held" in saved.get("attributes", {})
-        if resumed:
-            self.held = saved["attributes"]["held"]
+        held = saved.get("attributes", {}).get("held") if isinstance(saved, dict) else None
+        if held is not None:
+            self.held = held
         else:
             self.ledger = Ledger()
         self._counter = Counter(inner, self.trainable)
-        self.begin(model, resumed)
+        self.begin(model, held is not None)
         self._remember(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

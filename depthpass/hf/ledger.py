@@ -100,7 +100,8 @@ class Counter:
         from depthpass.hf.transform import restore
         from depthpass.hf.watch import without_hooks
 
-        self.model, self.trainable = model, trainable
+        self.model = model
+        self.trainable: Trainable = trainable
         self.parts = model_cost(without_hooks(restore(model)))
         self.costs: dict[int, tuple[Program, Cost]] = {}
         self.known: dict[tuple[int, int, int], tuple[float, float, float, float]] = {}
@@ -110,7 +111,7 @@ class Counter:
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
         if not module.training:
             return
-        given = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
+        given: Any = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
         for program, rows in self.model.depth_ran:
             # By identity: a program is made once per plan, and the ledger keeps it alive.
             if id(program) not in self.costs:

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -192,7 +192,7 @@ def sizes(model: nn.Module, program: Program) -> dict[str, torch.Size]:
     return {k: t.shape for k, t in build(program, like, model).state_dict().items()}
 
 
-def check_parameters(model: nn.Module, wanted: Plan) -> None:
+def check_parameters(model: Any, wanted: Plan) -> None:
     """Refuse a plan whose new parameters a transformed model does not have.
 
     Raises:

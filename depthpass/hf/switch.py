@@ -117,7 +117,8 @@ def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
         raise SpecError("a switch inside a dp.using block would end with it. Open another dp.using block instead.")
     plans.default = wanted
     inner.config.depthpass = inner._depth.config()
-    depth_module(inner).text = str(wanted.program)
+    parameters: Any = depth_module(inner)
+    parameters.text = str(wanted.program)
 
 
 def _loop(passes: Sequence[Pass], scope: str | int | None) -> int:
@@ -150,7 +151,7 @@ def _names(p: Pass) -> tuple[str, ...]:
     return tuple(dict.fromkeys((str(getattr(p, "scope", p.name)), p.name)))
 
 
-def _transformed(model: nn.Module, who: str) -> Any:
+def _transformed(model: Any, who: str) -> Any:
     base = getattr(model, "get_base_model", None)
     inner = base() if callable(base) else model
     if not isinstance(inner, DepthModel):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, cast
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
@@ -228,20 +228,20 @@ class Loop(Pass):
 
     def _iterate(self, build: Builder, core: tuple[Op, ...], e: str, exits: Exits | None) -> list[str]:
         """All iterations; the states after each, of every token."""
-        s = e
+        s, count = e, cast(int, self.times)  # settled by apply
         if self.state != "input":
             s = build.emit("zeros") if self.state == "zeros" else build.emit("noise", std=self.noise_std)
         states: list[str] = []
         slots: list[int] = []
         grid: list[list[str]] = []
-        for t in range(self.times):
+        for t in range(count):
             whole, before, input_ = s, s, e
             if exits is not None:
                 s = before = exits.enter(s)
                 input_ = exits.enter(e) if self.inject else e
             if t and self.normalize == "loop":
                 s = build.norm(s)
-            if t and self.times - t == self.bptt:
+            if t and count - t == self.bptt:
                 s = build.emit("detach", s)
             x = self._injected(build, s, input_)
             grid.append([])
@@ -251,13 +251,13 @@ class Loop(Pass):
                 grid[t].append(x)
                 if t == 0:
                     slots.append(build.slot_of(x))
-            if self.damped and self.times > 1:
+            if self.damped and count > 1:
                 change = build.emit("add", x, build.emit("scale", s, by=-1.0))
-                x = build.emit("add", s, build.emit("scale", change, by=1.0 / self.times))
+                x = build.emit("add", s, build.emit("scale", change, by=1.0 / count))
             if exits is not None:
                 done = exits.put(whole, x)
-                if t < self.times - 1:
-                    exits.leave(x, before, t == self.times - 2)
+                if t < count - 1:
+                    exits.leave(x, before, t == count - 2)
                 x = done
             states.append(s := x)
         self._keep_last(build, grid)

@@ -7,7 +7,7 @@ import math
 import operator
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -65,10 +65,10 @@ def formula(text: str) -> sympy.Expr:
 
     from depthpass.analysis.closed_form import n
 
-    known = {"ceil": sympy.ceiling, "floor": sympy.floor, "log": sympy.log, "sqrt": sympy.sqrt, "min": sympy.Min,
+    known: dict[str, Any] = {"ceil": sympy.ceiling, "floor": sympy.floor, "log": sympy.log, "sqrt": sympy.sqrt, "min": sympy.Min,
              "max": sympy.Max, "log2": lambda x: sympy.log(x, 2), "round": sympy.Function("round")}
 
-    def build(node: ast.expr) -> sympy.Expr:
+    def build(node: ast.expr) -> Any:
         match node:
             case ast.Constant(value=number):
                 return sympy.nsimplify(number)

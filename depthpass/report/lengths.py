@@ -58,7 +58,7 @@ def lengths(passes: Sequence[Pass], apply: Callable[[Sequence[Pass]], Program]) 
     follows = any(p.varies == "length" for p in varying)
     counts = [formula(getattr(p, str(p.loop_field))) for p in varying if p.varies == "length"]
     return Lengths(tuple((p.name, _rule(p)) for p in varying), at, _formula(passes, apply), follows,
-                   sympy.prod(counts))
+                   sympy.Mul(*counts))
 
 
 def _rule(p: Pass) -> str:
