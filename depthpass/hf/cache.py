@@ -50,7 +50,7 @@ class DepthCache(Cache):
     def __repr__(self) -> str:
         kv, lines = self.state.nbytes()
         return (
-            f"DepthCache(tokens={self.state.length}, slots={len(self.state.slots)}, "
+            f"DepthCache(tokens={self.state.tokens}, slots={len(self.state.slots)}, "
             f"delay_lines={len(self.state.lines)}, kv_bytes={kv}, delay_line_bytes={lines})"
         )
 
@@ -80,16 +80,16 @@ class DepthCache(Cache):
     # What transformers asks of a cache.
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.state.length
+        return self.state.tokens
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self.state.length + query_length, 0
+        return self.state.tokens + query_length, 0
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.state.length
+        return self.state.tokens
 
     def __len__(self) -> int:
         return len(self.state.slots)
@@ -148,11 +148,12 @@ class DepthCache(Cache):
         Raises:
             CacheError: the delay lines no longer hold the tokens before the new end.
         """
-        new = self.state.length + max_length if max_length <= 0 else max_length
-        if new >= self.state.length:
+        have = self.state.tokens
+        new = have + max_length if max_length <= 0 else max_length
+        if new >= have:
             return
         if new < 0:
-            raise CacheError(f"crop: cannot drop {-max_length} of {self.state.length} tokens.")
+            raise CacheError(f"crop: cannot drop {-max_length} of {have} tokens.")
         from depthpass_lowering.state import crop
 
-        self.state = crop(self.state, new)
+        self.state = crop(self.state, new + self.state.length - have)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from depthpass.errors import CacheError, InputError, did_you_mean
 from depthpass.hf.cache import DepthCache
+from depthpass.hf.pads import pad_op
 
 _IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "past_key_values", "attention_mask",
             "position_ids"}
@@ -27,6 +28,7 @@ class Call:
         valid: validity of all columns, old and new, ``[batch, past + new]``; None = no padding anywhere.
         past: columns seen before this call.
         keep: ``logits_to_keep`` as an index of the token axis; None = all.
+        prompt: real tokens of each row's prompt, ``[batch]`` or ``[1]``; None = not told. Only programs with pads ask.
     """
 
     tensors: dict[str, Tensor]
@@ -36,6 +38,7 @@ class Call:
     use_cache: bool
     return_dict: bool
     keep: slice | Tensor | None
+    prompt: Tensor | None = None
 
 
 def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, object]) -> Call:
@@ -49,6 +52,7 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
         InputError, CacheError: an argument cannot be honoured; the message names it.
     """
     given = {k: v for k, v in arguments.items() if v is not None}
+    prompt = _prompt(model, given.pop("prompt_length", None))
     config = model.config
     for flag in _REFUSED_FLAGS:
         if given.pop(flag, getattr(config, flag, False)):
@@ -78,7 +82,7 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
         cache.check_owner(model)
         if cache.state.length and cache.batch_size not in (-1, batch):
             raise CacheError(f"past_key_values: holds {cache.batch_size} rows, the call has {batch}.")
-    past = cache.state.length if cache is not None else 0
+    past = cache.state.tokens if cache is not None else 0
     valid = _validity(given.get("attention_mask"), batch, past, new, device, cache)
     positions = _positions(model, given, valid, batch, past, new, device)
     tensors: dict[str, Tensor] = {source[0]: tokens, "position_ids": positions}
@@ -110,7 +114,18 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
             raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
         if (shape := tuple(tensors["labels"].shape)) != (batch, new):
             raise InputError(f"labels: expected shape {(batch, new)}, got {shape}. The model shifts them by itself.")
-    return Call(tensors, valid, past, cache, bool(use_cache), bool(return_dict), keep)
+    return Call(tensors, valid, past, cache, bool(use_cache), bool(return_dict), keep, prompt)
+
+
+def _prompt(model, value: object) -> Tensor | None:
+    if value is None:
+        return None
+    if pad_op(model.depth_program) is None:
+        raise InputError("prompt_length: only a model with workspace pads (dp.Pad) asks where the prompt ends. Leave it out.")
+    length = torch.as_tensor(value, device=model.device)
+    if length.is_floating_point() or length.dtype == torch.bool or length.dim() > 1:
+        raise InputError(f"prompt_length: expected an integer or one per row [batch], got {value!r}.")
+    return length.view(-1)
 
 
 def _logits_to_keep(names: tuple[str, ...], given: dict[str, object], new: int) -> slice | Tensor | None:
@@ -135,7 +150,7 @@ def _validity(
     mask: object, batch: int, past: int, new: int, device: torch.device, cache: DepthCache | None
 ) -> Tensor | None:
     """Validity of all columns, or None when nothing is padding."""
-    before = cache.state.valid if cache is not None else None
+    before = cache.state.known if cache is not None else None
     if mask is None:
         if before is None:
             return None

@@ -25,6 +25,7 @@ from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import DepthCache
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
 from depthpass.ir.program import Program
@@ -310,7 +311,8 @@ class DepthModel:
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         heads, streams, state = (
-            advance_token(self, plan, captured, call, state) or self._advance(groups, captured, call, state, sweeping)
+            (pad_op(plan.program) is None and advance_token(self, plan, captured, call, state))
+            or self._advance(groups, captured, call, state, sweeping)
         )
         outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
         output = outputs.pop("output")
@@ -342,20 +344,26 @@ class DepthModel:
 
         runtime, plan = self._depth, groups[0][0]
         host = StockHost(self, captured, ())
-        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
+        # What runs has the program's pads in it; the head sees what the caller gave.
+        inner, layout = insert(self, plan.program, call)
+        tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
         with torch.autocast(tokens.device.type, enabled=False):
             hidden, *sides = host.part(
-                captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1])
+                captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )
         host.extras = sides
         if len(groups) > 1:
-            streams = self._by_rows(groups, captured, hidden, sides, call.valid, sweeping)
+            streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping)
         else:
             streams, state = run(
-                plan.schedule, host, hidden, sides, captured.side_axes, state, call.valid, call.use_cache, plan.types,
+                plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
                 runtime.lowering, sweeping,
             )
+        if layout is not None:
+            streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
+        elif state.pads is not None:
+            state.pads = nn.functional.pad(state.pads, (0, tokens.shape[1]))
         if call.keep is not None:
             streams = {name: x[:, call.keep] for name, x in streams.items()}
         heads = {
@@ -444,6 +452,8 @@ class DepthModel:
         if policy is not None and not policy.exact and generation_config.use_cache is not False:
             warnings.warn(f"generate with {policy}: {policy.approximate}. With use_cache=False every step scores the row so "
                           "far as training does.", UserWarning, stacklevel=3)
+        if pad_op(self.depth_program) is not None:
+            self._say_prompt(generation_config, model_kwargs)
         if given is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation not in (None, "dynamic"):
                 raise InputError(
@@ -454,6 +464,19 @@ class DepthModel:
             model_kwargs["past_key_values"] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+    def _say_prompt(self, generation_config, model_kwargs) -> None:
+        """Where the pads go: after the prompt, which is the first call of a cache, and must be said without one."""
+        if generation_config.prefill_chunk_size is not None:
+            raise InputError("prefill_chunk_size: the workspace pads follow the prompt, which has to come in one call. Leave "
+                             "it unset.")
+        if generation_config.use_cache is False and "prompt_length" not in model_kwargs:
+            mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
+            if mask is None and positions is None:
+                raise InputError("generate: expected an attention_mask or prompt_length, got neither; without a cache every "
+                                 "step must be told where the prompt ends.")
+            # generate drops a mask of ones.
+            model_kwargs["prompt_length"] = positions.shape[-1] if mask is None else mask.sum(-1)
 
     def _set_gradient_checkpointing(self, enable: bool = True, gradient_checkpointing_func=checkpoint, *args, **kwargs):
         if enable:
@@ -529,11 +552,13 @@ def depth_class(stock: type) -> type:
     signature = inspect.signature(stock.forward)
 
     @functools.wraps(stock.forward)
-    def forward(self, *args, **kwargs):
+    def forward(self, *args, prompt_length=None, **kwargs):
         bound = signature.bind_partial(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self", None)
         arguments |= arguments.pop("kwargs", {})
+        if prompt_length is not None:
+            arguments["prompt_length"] = prompt_length
         return self._run_program(arguments)
 
     # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.

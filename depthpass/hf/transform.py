@@ -22,6 +22,7 @@ from depthpass.hf.model import (
     not_reentrant,
     stock_copy,
 )
+from depthpass.hf.pads import pad_op, pad_token
 from depthpass.hf.parameters import build
 from depthpass.hf.plans import Plans, plan
 from depthpass.hf.watch import drop_capturing_hooks
@@ -106,7 +107,10 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
             not_reentrant(module._gradient_checkpointing_func)
-    return Runtime(Plans(plan(passes, context, chunk, stack)), find_layers(model), position_table(model))
+    made = plan(passes, context, chunk, stack)
+    if (pads := pad_op(made.program)) is not None:
+        pad_token(pads, model.config)
+    return Runtime(Plans(made), find_layers(model), position_table(model))
 
 
 def check_one_device(model: nn.Module) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.ir.verify import infer
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "tanh": torch.tanh,
@@ -50,7 +51,7 @@ class Interpretation:
     """Values of a program on one row.
 
     Args:
-        program: a verified program without ``pad``, LoRA and modulation, which depend on the model.
+        program: a verified program without LoRA and modulation, which depend on the model.
         embed: ``[tokens, width]``.
         blocks: one per physical block.
         norm: the stock final norm, for one token.
@@ -58,18 +59,24 @@ class Interpretation:
         noise: ``[tokens, width]`` of standard deviation 1, read by every ``noise``.
         calls: sizes of the calls that the tokens came in; None = all in one.
         head: the stock head, for one normed token; only ``logits`` needs it.
+        pad: embedding of a pad token ``[width]``; only ``pad`` needs it.
+        prompt: tokens before the pads; None = all.
     """
 
     def __init__(
         self, program: Program, embed: Tensor, blocks: Sequence[Block], norm: Callable[[Tensor], Tensor],
         parameters: Mapping[str, Tensor] | None = None, noise: Tensor | None = None,
         calls: Sequence[int] | None = None, head: Callable[[Tensor], Tensor] | None = None,
+        pad: Tensor | None = None, prompt: int | None = None,
     ) -> None:
         self.program, self.embed, self.blocks, self.norm = program, embed, blocks, norm
         self.parameters, self.noise = parameters or {}, noise
         self.tokens, self.head = len(embed), head
-        ends = list(accumulate(calls or (self.tokens,)))
-        self._call_start = [max((e for e in ends if e <= i), default=0) for i in range(self.tokens)]
+        self.pad, self.prompt = pad, len(embed) if prompt is None else prompt
+        self.types = infer(program)
+        if calls and any(t.pads for t in self.types.values()):
+            raise LoweringError("the interpreter runs a program with pads in one call; leave calls out.")
+        self._call_ends = tuple(accumulate(calls or ()))
         self._writers = {writes_slot(v): v for v in program.visits}
         self._memo: dict[tuple[str, int], Any] = {}
         self._stored: dict[tuple[int, int], Any] = {}
@@ -80,8 +87,8 @@ class Interpretation:
         return self.stream(self.program.output)
 
     def stream(self, name: str) -> Tensor:
-        """A value that every token has, ``[tokens, width]``."""
-        return torch.stack([self.value(name, i) for i in range(self.tokens)])
+        """A value that every token has, ``[tokens, width]``, pads included."""
+        return torch.stack([self.value(name, i) for i in range(self.tokens + self.types[name].pads)])
 
     def value(self, name: str, i: int) -> Any:
         """A value at one token; None where it is absent or not routed."""
@@ -99,6 +106,8 @@ class Interpretation:
             base, routed = self.value(o.args[0], i), self.value(o.args[2], i)
             update = self.value(o.args[1], i) if routed else None
             return base if update is None else update if o["mode"] == "replace" else base + update
+        if o.kind in ("pad", "trim"):
+            return self._padded(o, i)
         args = [self.value(a, i) for a in o.args]
         if o.kind == "add":
             there = [a for a in args if a is not None]
@@ -106,6 +115,17 @@ class Interpretation:
         if any(a is None for a in args):
             return None
         return self._visit(o, args[0], i) if o.kind == "block" else self._local(o, args, i)
+
+    def _padded(self, o: Op, i: int) -> Tensor | None:
+        """Pads stand after the prompt; trimmed, the prompt's last token has what the last pad has."""
+        m, end = o["tokens"], self.prompt
+        if o.kind == "trim":
+            return self.value(o.args[0], i if i < end - 1 else i + m)
+        if not end <= i < end + m:
+            return self.value(o.args[0], i if i < end else i - m)
+        if self.pad is None:
+            raise LoweringError(f"the interpreter cannot run %{o.name} = pad without the embedding of a pad.")
+        return self.pad
 
     def _local(self, o: Op, args: list[Tensor], i: int) -> Tensor:
         """Ops that work on each token alone."""
@@ -150,7 +170,7 @@ class Interpretation:
         if o["gate"] is None:
             keys = self._keys(o["slot"] if o["keys"] is None else o["keys"], i)
             if o["past"] is not None:
-                start = self._call_start[i]
+                start = max((e for e in self._call_ends if e <= i), default=0)
                 keys = self._keys(o["past"], start - 1) + self._keys(o["slot"], i, start)
             return block(x, i, keys)
         return block(x, i, self._keys(o["keys"], i), self._keys(o["slot"], i)[-o["window"] :], o["gate"])
@@ -177,8 +197,8 @@ class Interpretation:
         if o["rule"] == "choice":
             return int(self.value(o.args[0], i).argmax()) + 1 >= o["depth"]
         if o.name not in self._best:
-            inside = [j for j in range(self.tokens) if len(o.args) == 1 or self.value(o.args[1], j)]
-            share = o["capacity"] * self.tokens
+            inside = [j for j in range(self.tokens + self.types[o.name].pads) if len(o.args) == 1 or self.value(o.args[1], j)]
+            share = o["capacity"] * (self.tokens + self.types[o.name].pads)
             k = max(1, math.ceil(share) if o["rounding"] == "ceil" else int(share))
             # Ties go to the lowest index: sorting is stable.
             self._best[o.name] = frozenset(sorted(inside, key=lambda j: -self.value(o.args[0], j).item())[:k])

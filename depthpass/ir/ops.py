@@ -34,7 +34,8 @@ route        a choice of tokens from a score of width 1 (or R for rule ``choice`
              route as second argument is the set to choose from
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
-pad, trim    append m pad tokens to every row, drop them again
+pad, trim    insert m pad tokens after every row's prompt (with the embedding of ``token``, else of the model's own pad
+             token); drop them again: the prompt's last token gets what the last pad has
 select       of T candidate streams with exit gates, the first whose cumulative exit probability reaches ``cdf``
 detach       the same stream, through which no gradient flows back
 tap          name a stream so that it is handed out with the outputs (``head true``: as logits)
@@ -139,7 +140,7 @@ OPS: dict[str, OpDef] = {
         ),
         _def("gather", None, (2, 2)),
         _def("scatter", None, (3, 3), mode=AttrDef(str, "add", choices=SCATTER_MODES)),
-        _def("pad", "tokens", tokens=_REQ_INT, token_local=False),
+        _def("pad", "tokens", tokens=_REQ_INT, token=AttrDef(int), token_local=False),
         _def("trim", "tokens", tokens=_REQ_INT, token_local=False),
         _def("select", "rule", (2, None), rule=AttrDef(str, required=True, choices=("cdf",)),
              cdf=AttrDef(float, required=True)),

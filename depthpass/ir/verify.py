@@ -22,6 +22,7 @@ _AT_LEAST = {
     "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
     "zeros": {"width": 1},
     "logits": {"width": 1},
+    "pad": {"token": 0},
     "noise": {"width": 1, "std": 0.0},
     "linear": {"out": 1, "init": 0.0},
     "rms": {"eps": 0.0},

@@ -12,7 +12,11 @@ from depthpass.passes.base import Context, Numerics, Pass, require
 
 @dataclass(frozen=True)
 class Pad(Pass):
-    """Append pad tokens to every row as parallel workspace; they are dropped again before the head.
+    """Insert pad tokens after every row's prompt as parallel workspace; they are dropped again before the head.
+
+    The prompt's tokens stand in positions 0 .. n-1, the pads in n .. n+m-1, the answer from n+m on. The last pad's logits
+    predict the first answer token; the other pads' outputs, and those of the prompt's last token, are dropped. Without an
+    answer yet (a prompt that is scored or prefilled) the pads come last.
 
     rewrite:
         pad(tokens=8)
@@ -23,15 +27,19 @@ class Pad(Pass):
 
     Args:
         tokens: pads per row.
+        token: the token whose embedding the pads have; None = the model's ``pad_token_id``. (Many models keep that one's
+            embedding at zero and do not train it; a reserved token is trained.)
     """
 
     name: ClassVar[str] = "pad"
     numerics: ClassVar[Numerics] = "changing"
 
     tokens: int
+    token: int | None = None
 
     def validate(self) -> None:
         require(self.tokens >= 0, "pad.tokens", "at least 0", self.tokens)
+        require(self.token is None or self.token >= 0, "pad.token", "a token of at least 0", self.token)
 
     def apply(self, program: Program, ctx: Context) -> Program:
         for o in program:
@@ -42,7 +50,7 @@ class Pad(Pass):
             return program
         for o in [o for o in program if o.kind == "embed"]:
             (name,) = program.fresh()
-            padded = op("pad", o.name, name=name, tokens=self.tokens)
+            padded = op("pad", o.name, name=name, tokens=self.tokens, token=self.token)
             program = program.insert_after(o.name, [padded]).replace_uses(o.name, name)
         ops: list[Op] = []
         for o in program:

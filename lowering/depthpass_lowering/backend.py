@@ -196,6 +196,9 @@ def planned(
     context = context_of(model)
     program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
     check_program(program)
+    if any(o.kind == "pad" for o in program):
+        raise SpecError("the pass pad inserts tokens between prompt and answer, which a compiled graph of a fixed call cannot. "
+                        "Use dp.transform(model, spec).")
     if program.taps:
         raise SpecError(
             f"the spec hands out {', '.join(t['name'] for t in program.taps)} besides the model's own outputs, which a "

@@ -134,6 +134,7 @@ class State:
             recent last; zeros where a row has fewer.
         record: keep whole delay lines instead of the last n tokens, so that tokens can be taken back (crop).
         since: columns seen when recording began: how far back tokens can be taken.
+        pads: which columns are workspace pads of the program, ``[batch, length]`` bool; None = none.
     """
 
     length: int = 0
@@ -142,6 +143,19 @@ class State:
     lines: dict[str, Tensor] = field(default_factory=dict)
     record: bool = False
     since: int = 0
+    pads: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Columns that callers know of."""
+        return self.length - (0 if self.pads is None else int(self.pads[0].sum()))
+
+    @property
+    def known(self) -> Tensor | None:
+        """Validity of the columns that callers know of; None = all real."""
+        if self.valid is None or self.pads is None:
+            return self.valid
+        return self.valid[~self.pads].view(len(self.valid), -1)
 
     def fork(self) -> State:
         """A state that can be advanced without changing this one (tensors are shared, never written in place)."""
@@ -152,7 +166,7 @@ class State:
         return State(
             self.length, None if self.valid is None else fn(self.valid),
             {k: s.map(fn) for k, s in self.slots.items()}, {k: fn(t) for k, t in self.lines.items()}, self.record,
-            self.since,
+            self.since, None if self.pads is None else fn(self.pads),
         )
 
     def nbytes(self) -> tuple[int, int]:
@@ -177,6 +191,8 @@ def crop(state: State, length: int) -> State:
             f"crop: the delay lines were recorded from token {state.since} on, so only tokens after it can be taken back, "
             f"not all after {length}. Make the cache with DepthCache(model, record=True) to record from the start."
         )
+    if state.pads is not None and bool(state.pads[:, length:].any()):
+        raise CacheError("crop: the workspace pads and the prompt before them cannot be taken back. Make a new cache.")
     dropped = state.length - length
     valid = state.valid
     lines = {}
@@ -195,7 +211,8 @@ def crop(state: State, length: int) -> State:
             raise CacheError("crop: a slot of a routed or windowed visit does not hold every token. Windowed ones do with "
                              "DepthCache(model, record=True); routed ones cannot be cropped.")
         slots[number] = slot.map(lambda t: t[:, :, :length])
-    return State(length, None if valid is None else valid[:, :length], slots, lines, state.record, state.since)
+    return State(length, None if valid is None else valid[:, :length], slots, lines, state.record, state.since,
+                 None if state.pads is None else state.pads[:, :length])
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,27 @@ from depthpass.errors import LoweringError
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program
 
-RUNS = frozenset(OPS) - {"pad", "trim"}
+RUNS = frozenset(OPS)
 """Kinds of ops that run on models."""
 
 
 def unsupported_ops(program: Program) -> list[str]:
     """What of a program cannot run on a model, one line each; empty when all of it can."""
-    return [f"%{o.name} = {o.kind}" for o in program if o.kind not in RUNS]
+    return [f"%{o.name} = {o.kind}" for o in program if o.kind not in RUNS] + _misplaced_pads(program)
+
+
+def _misplaced_pads(program: Program) -> list[str]:
+    """Pads stand in the row itself, so every stream has them from the embedding to what is handed out, or none has."""
+    pads = [o for o in program if o.kind == "pad"]
+    if not pads:
+        return []
+    found = [f"%{o.name} = pad of another stream than embed" for o in pads if program.defs[o.args[0]].kind != "embed"]
+    found += [f"%{o.name} = a second pad" for o in pads if (o["tokens"], o["token"]) != (pads[0]["tokens"], pads[0]["token"])]
+    found += [
+        f"{'%' + u.name + ' = ' if u.name else ''}{u.kind} of {o.kind}" for o in program if o.kind in ("embed", "trim")
+        for u in program.users(o.name) if u.kind not in {"embed": ("pad",), "trim": ("tap", "output")}[o.kind]
+    ]
+    return found
 
 
 def check_program(program: Program) -> None:
@@ -24,6 +38,5 @@ def check_program(program: Program) -> None:
     if found := unsupported_ops(program):
         raise LoweringError(
             f"this program can be reported but not run on a model yet: {'; '.join(found[:3])}"
-            f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Leave out what adds it "
-            "(the pass pad)."
+            f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Leave out what adds it."
         )

@@ -5,9 +5,11 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering.noise import noise
+from depthpass_lowering.supported import check_program
 from turbos import enliven
 
 import depthpass as dp
+from depthpass.ir import parse_program
 
 LENGTHS = [8, 5]
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral"]
@@ -148,15 +150,11 @@ def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
     assert seen == {1, 2, 3}
 
 
-@pytest.mark.parametrize(
-    ("spec", "word"),
-    [(dp.Pad(4), "pad"), (dp.Pad(1), "trim")],
-)
-def test_what_cannot_run_is_refused_before_anything_is_made(spec, word):
-    stock = zoo.model("llama", 2)
-    with pytest.raises(dp.LoweringError, match=word):
-        dp.transform(stock, spec)
-    assert not hasattr(stock, "depth")
+def test_what_cannot_run_is_refused_before_anything_is_made():
+    text = ("program M blocks=1 width=8\n%0 = embed\n%1 = block 0 (%0) slot 0\n%2 = pad 2 (%1)\n"
+            "%3 = block 0 (%2) slot 1\n%4 = trim 2 (%3)\noutput %4")
+    with pytest.raises(dp.LoweringError, match=r"%2 = pad of another stream than embed; %1 = block of embed"):
+        check_program(parse_program(text))
 
 
 @pytest.mark.parametrize("bridge", [(1, 0), (3, 2)], ids=["writer", "reader"])

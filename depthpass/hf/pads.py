@@ -1,0 +1,189 @@
+"""Workspace tokens: where a call puts the pads of a program, and what the caller never sees of them.
+
+The pads of a program stand between prompt and answer, in positions of their own: a prompt of n tokens, m pads in n ..
+n+m-1, then the answer from n+m on. The first call on a cache (or the only call) is the one with the prompt and gets them;
+later calls find them in the cache. Everything a caller gives or gets (ids, masks, positions, labels, logits, lengths) is
+about real tokens only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from depthpass.errors import InputError, SpecError
+from depthpass.ir.program import Op, Program
+
+if TYPE_CHECKING:
+    from depthpass.hf.inputs import Call
+
+IGNORED_LABEL = -100
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the pads of one call stand.
+
+    Attributes:
+        source: the caller's column that each column of the call holds, ``[batch, n + m]``; of a pad the prompt's last one.
+        pads: which columns are pads, ``[batch, n + m]`` bool.
+        outputs: the column that each of the caller's columns gets its outputs from, ``[batch, n]``: its own, and of the
+            prompt's last one the last pad.
+    """
+
+    source: Tensor
+    pads: Tensor
+    outputs: Tensor
+
+    @classmethod
+    def of(cls, split: Tensor, new: int, count: int) -> Layout:
+        """``count`` pads before column ``split[row]`` of rows of ``new`` columns."""
+        split = split[:, None]
+        columns = torch.arange(new + count, device=split.device)[None]
+        pads = (columns >= split) & (columns < split + count)
+        source = torch.where(columns < split, columns, torch.where(pads, split - 1, columns - count))
+        kept = torch.arange(new, device=split.device)[None]
+        return cls(source, pads, torch.where(kept < split - 1, kept, kept + count))
+
+    def spread(self, x: Tensor, pad: Tensor | float | bool) -> Tensor:
+        """A value per column, ``[batch, n, ...]``, with ``pad`` at the pads."""
+        index = self.source.reshape(*self.source.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
+        found = x.gather(1, index)
+        mask = self.pads.reshape(*self.pads.shape, *[1] * (x.dim() - 2))
+        return torch.where(mask, torch.as_tensor(pad, dtype=x.dtype, device=x.device), found)
+
+    def trim(self, stream: Tensor) -> Tensor:
+        """``[batch, n + m, width]`` -> ``[batch, n, width]``."""
+        return stream.gather(1, self.outputs[..., None].expand(-1, -1, stream.shape[2]))
+
+
+def pad_op(program: Program) -> Op | None:
+    """The op that says how many pads a program has, or None."""
+    return next((o for o in program if o.kind == "pad"), None)
+
+
+def pad_token(o: Op, config) -> int:
+    """The token whose embedding the pads have.
+
+    Raises:
+        SpecError: neither the pass nor the config says.
+    """
+    if o["token"] is not None:
+        size = config.get_text_config(decoder=True).vocab_size
+        if o["token"] >= size:
+            raise SpecError(f"pad.token: expected a token below the vocabulary's {size}, got {o['token']}.")
+        return o["token"]
+    found = config.get_text_config(decoder=True).pad_token_id
+    if found is None:
+        raise SpecError("pad.token: expected a token whose embedding the pads have, got none, and the config has no "
+                        "pad_token_id. Write dp.Pad(tokens, token=...); a token that the data never uses may be trained.")
+    return found
+
+
+def insert(model: nn.Module, program: Program, call: Call) -> tuple[Call, Layout | None]:
+    """A call with the program's pads in place, in the columns and positions of the state.
+
+    Raises:
+        InputError: it is not clear where the prompt ends, or the call has an argument that says nothing about pads.
+    """
+    o = pad_op(program)
+    if o is None:
+        return call, None
+    state = None if call.cache is None else call.cache.state
+    if state is not None and state.length:
+        return _after(model, o["tokens"], call), None
+    name = "input_ids" if "input_ids" in call.tensors else "inputs_embeds"
+    if other := call.tensors.keys() - {name, "position_ids", "attention_mask", "labels", "num_items_in_batch"}:
+        raise InputError(f"{min(other)}: a model with workspace pads does not know what to give the pads for it. Leave it "
+                         "out.")
+    new, count = call.tensors[name].shape[1], o["tokens"]
+    layout = Layout.of(_split(call), new, count)
+    tensors = dict(call.tensors)
+    tensors[name] = _tokens(model, o, tensors[name], layout)
+    tensors["attention_mask"] = layout.spread(tensors["attention_mask"], True)
+    if "labels" in tensors:
+        # The prologue may take the number of columns from any of its arguments.
+        tensors["labels"] = layout.spread(tensors["labels"], IGNORED_LABEL)
+    if "position_ids" in tensors:
+        tensors["position_ids"] = _positions(tensors["position_ids"], layout, count)
+        _check_positions(model, tensors["position_ids"])
+    valid = None if call.valid is None else layout.spread(call.valid, True)
+    return replace(call, tensors=tensors, valid=valid), layout
+
+
+def _after(model: nn.Module, count: int, call: Call) -> Call:
+    """A call on top of a cache that has the pads: later columns and positions, a mask with pads."""
+    state, new, tensors = call.cache.state, call.tensors["attention_mask"].shape[1], dict(call.tensors)
+    if call.prompt is not None:
+        raise InputError("prompt_length: the prompt came in an earlier call, with its pads. Leave it out.")
+    if "position_ids" in tensors:
+        tensors["position_ids"] = tensors["position_ids"] + count
+        _check_positions(model, tensors["position_ids"])
+    valid = None
+    if call.valid is not None:
+        before = state.valid
+        if before is None:
+            before = torch.ones(len(call.valid), state.length, dtype=torch.bool, device=call.valid.device)
+        valid = torch.cat((before, call.valid[:, call.past :]), 1)
+        assert valid.shape[1] == state.length + new
+    return replace(call, tensors=tensors, valid=valid, past=state.length)
+
+
+def _split(call: Call) -> Tensor:
+    """The column after each row's prompt, ``[batch]``: as told, else before the first label, else after all tokens."""
+    real = call.tensors["attention_mask"].bool()
+    rank, total = real.long().cumsum(-1), real.sum(-1)
+    length = total
+    if call.prompt is not None:
+        length = call.prompt.expand(len(real))
+        if bool(((length < 1) | (length > total)).any()):
+            raise InputError(f"prompt_length: expected between 1 and the row's number of real tokens {total.tolist()}, got "
+                             f"{length.tolist()}.")
+    elif "labels" in call.tensors:
+        length = _unlabelled(call.tensors["labels"], real, total)
+    return (rank < length[:, None]).sum(-1) + 1
+
+
+def _unlabelled(labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
+    """Real tokens of each row before the first one with a label."""
+    asked = (labels != IGNORED_LABEL) & real
+    started = asked.long().cumsum(-1) > 0
+    length = torch.where(asked.any(-1), (real & ~started).sum(-1), total)
+    remedy = ("Set the labels of the prompt to -100 and no others, or say where the prompt ends with prompt_length (an "
+              "integer, or one per row).")
+    if bool((length == 0).any()):
+        row = int((length == 0).nonzero()[0])
+        raise InputError(f"labels: row {row} has a label at its first token, so no prompt that workspace pads could follow. "
+                         f"{remedy}")
+    gaps = (started & real & ~asked).any(-1)
+    if bool(gaps.any()):
+        row = int(gaps.nonzero()[0])
+        raise InputError(f"labels: row {row} has tokens without a label after the first one with a label, so it is not clear "
+                         f"where the prompt ends. {remedy}")
+    return length
+
+
+def _tokens(model: nn.Module, o: Op, tokens: Tensor, layout: Layout) -> Tensor:
+    token = pad_token(o, model.config)
+    if tokens.dim() == 2:
+        return layout.spread(tokens, token)
+    made = model.get_input_embeddings()(torch.tensor(token, device=tokens.device))
+    return layout.spread(tokens, made.to(tokens.dtype))
+
+
+def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
+    """Pads go on counting where the prompt ends; what follows comes after them."""
+    found = positions.gather(1, layout.source)
+    order = layout.pads.long().cumsum(-1)
+    # At a pad: 1, 2, .. m; after the pads: m.
+    return found + order
+
+
+def _check_positions(model: nn.Module, positions: Tensor) -> None:
+    size = model._depth.position_table
+    if size is not None and int(positions.max()) >= size:
+        raise InputError(f"the sequence reaches position {int(positions.max())} with its workspace pads, but the model's "
+                         f"position table has {size} entries.")
