@@ -430,7 +430,7 @@ class DepthModel:
 
     # What transformers calls.
 
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         given = model_kwargs.get("past_key_values")
         if isinstance(mask := model_kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
             check_rows(mask)
@@ -452,6 +452,8 @@ class DepthModel:
         if policy is not None and not policy.exact and generation_config.use_cache is not False:
             warnings.warn(f"generate with {policy}: {policy.approximate}. With use_cache=False every step scores the row so "
                           "far as training does.", UserWarning, stacklevel=3)
+        if generation_config.is_assistant or "ASSISTED" in str(generation_mode).upper():
+            _check_assisted(self.depth_program)
         if pad_op(self.depth_program) is not None:
             self._say_prompt(generation_config, model_kwargs)
         if given is None and generation_config.use_cache is not False:
@@ -463,7 +465,7 @@ class DepthModel:
             # An assistant's tokens are taken back when the model it drafts for disagrees.
             model_kwargs["past_key_values"] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
-        return super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+        return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
     def _say_prompt(self, generation_config, model_kwargs) -> None:
         """Where the pads go: after the prompt, which is the first call of a cache, and must be said without one."""
@@ -518,6 +520,19 @@ def _logits(output, tap: str) -> Tensor:
             "a head, or head=False."
         )
     return output.logits
+
+
+def _check_assisted(program: Program) -> None:
+    """Assisted decoding scores several tokens in a call and takes the rejected ones back."""
+    reasons = {
+        "its routed visits keep some tokens only, so tokens cannot be taken back": any(o.kind == "route" for o in program),
+        "its KV policy makes a token's logits depend on how tokens are split into calls": program.reads_calls,
+        "its workspace pads follow the prompt, which assisted decoding sends together with the first draft":
+            pad_op(program) is not None,
+    }
+    if reason := next((r for r, found in reasons.items() if found), None):
+        raise InputError(f"generate: assisted decoding is not possible with this program: {reason}. Leave the assistant (or "
+                         "prompt_lookup_num_tokens) out.")
 
 
 def reads_future(program: Program) -> str | None:

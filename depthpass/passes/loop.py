@@ -198,6 +198,9 @@ class Loop(Pass):
         check_range("loop", self.start, end, len(visits))
         check_scope("loop", self.scope, program)
         prelude, core, coda = visits[: self.start], visits[self.start : end], visits[end:]
+        if self.state != "input" and any(o.kind == "pad" for o in program):
+            raise PassError(f"loop.state: expected 'input' behind pads, got {self.state!r}: a state of its own does not know "
+                            "them. Leave out the pass pad, or start the loop from its input.")
         build = Builder(program)
         x = visits[0].args[0]
         for v in prelude:

@@ -9,6 +9,7 @@ from typing import Any
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op, writes_slot
+from depthpass.ir.verify import infer
 
 _CARRIERS = ("linear", "scale", "weigh", "act", "rms")
 
@@ -135,6 +136,25 @@ def check_scope(who: str, scope: str, program: Program) -> None:
     if any(name.startswith(f"{scope}.") for name in taken):
         raise PassError(f"{who}.scope: the program already has parameters or taps under {scope!r}. "
                         "Set scope='another_name' on one of the passes.")
+
+
+def check_whole(who: str, program: Program, positions: Iterable[int]) -> None:
+    """Refuse positions of visits that run routed tokens only: nothing can be read from or written to them at the others.
+
+    Raises:
+        PassError: naming the visit and the positions that are left.
+    """
+    types = infer(program)
+    routed = [types[v.name].tokens is not None for v in program.visits]
+    for position in positions:
+        if routed[position]:
+            visit = program.visits[position]
+            left = [i for i, some in enumerate(routed) if not some]
+            raise PassError(
+                f"{who}: expected visits that every token takes, got position {position} (%{visit.name} = block "
+                f"{visit['index']}), which runs routed tokens only{f' ({visit.note})' if visit.note else ''}. Use positions "
+                f"among {left}, or put {who} before the pass that routes."
+            )
 
 
 def modulation(who: str, visit: Op, operands: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import ClassVar
 from depthpass.errors import PassError
 from depthpass.ir.program import Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
-from depthpass.passes.streams import after_bridges
+from depthpass.passes.streams import after_bridges, check_whole
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,12 @@ class Taps(Pass):
         visits = program.visits
         if max(self.at) >= len(visits):
             raise PassError(f"taps.at: expected positions in 0..{len(visits) - 1}, got {max(self.at)}.")
+        check_whole(self.name, program, self.at)
+        taken = {o["name"] for o in program.taps}
+        for position in self.at:
+            if f"{self.scope}.v{position}" in taken:
+                raise PassError(f"taps.at: the program already has a tap {self.scope}.v{position}. Set scope='another_name' on "
+                                "one of the passes.")
         for position in self.at:
             stream = value = after_bridges(program, visits[position].name)
             new = []

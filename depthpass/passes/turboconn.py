@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
-from depthpass.passes.streams import after_bridges, insert_before, linear
+from depthpass.passes.streams import after_bridges, check_whole, insert_before, linear
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Llama-3.2-1B of the official code: s, d in {0, 2, .., 14}, s - d > 5, 15 bridges.
@@ -201,6 +201,7 @@ class TurboConn(Pass):
         visits = program.visits
         bridges = self.resolve(len(visits))
         self._check_names(program, bridges)
+        check_whole(self.name, program, sorted({p for bridge in bridges for p in bridge}))
         names = iter(program.fresh(5 * len(bridges)))
         rank = self.rank
         low = {b: next(names) for b in bridges} if rank is not None else {}

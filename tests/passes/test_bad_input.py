@@ -1,0 +1,35 @@
+"""What loops, taps and bridges refuse, with advice: positions that hold routed tokens, names taken, states behind pads."""
+
+import pytest
+
+from depthpass.errors import PassError
+from depthpass.ir import plain
+from depthpass.passes.base import Context, Pass
+from depthpass.passes.loop import Loop
+from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
+from depthpass.passes.pad import Pad
+from depthpass.passes.pipeline import apply_spec
+from depthpass.passes.taps import Taps
+from depthpass.passes.turboconn import TurboConn
+
+
+@pytest.mark.parametrize(("spec", "message"), [
+    ([MixtureOfRecursions(mode="threshold"), TurboConn(bridges=[(2, 0)])],
+     r"turboconn: expected visits that every token takes, got position 2 .* runs routed tokens only\. "
+     r"Use positions among \[0, 7\], or put turboconn before"),
+    ([Loop(1, 2, times=3, exit=0.5), TurboConn(bridges=[(3, 1)])], r"turboconn: .* got position 3 .* \(loop\(start=1, end=2, times=3, exit=0\.5\)\)"),
+    ([Loop(1, 2, times=3, exit=0.5), Taps([2])], r"taps: .* got position 2"),
+    ([Taps([1]), Taps([1])], r"taps\.at: the program already has a tap taps\.v1\. Set scope='another_name'"),
+    ([Loop(0, 1, times=2, taps=True), Loop(1, 2, times=2)], r"loop: expected a straight|loop\.scope"),
+    ([Pad(2), Loop(1, 2, times=3, inject="add", state="zeros")], r"loop\.state: expected 'input' behind pads, got 'zeros'"),
+], ids=["bridge", "bridge of an exit", "tap", "taps twice", "loops", "pads"])
+def test_refused_with_advice(spec: list[Pass], message: str) -> None:
+    program = plain("M", 4, 8)
+    with pytest.raises(PassError, match=message):
+        apply_spec(program, spec, Context.of(program))
+
+
+def test_positions_that_every_token_takes_may_be_bridged() -> None:
+    program = plain("M", 4, 8)
+    made = apply_spec(program, [MixtureOfRecursions(mode="threshold"), TurboConn(bridges=[(7, 0)])], Context.of(program))
+    assert any(o.kind == "delay" for o in made)
