@@ -15,9 +15,11 @@ from depthpass.passes.turboconn import TurboConn
 
 @pytest.mark.parametrize(("spec", "message"), [
     ([MixtureOfRecursions(mode="threshold"), TurboConn(bridges=[(2, 0)])],
-     r"turboconn: expected visits that every token takes, got position 2 .* runs routed tokens only\. "
+     r"turboconn: expected visits that every token takes, got position 2 .* "
+     r"runs routed tokens only\. "
      r"Use positions among \[0, 7\], or put turboconn before"),
-    ([Loop(1, 2, times=3, exit=0.5), TurboConn(bridges=[(3, 1)])], r"turboconn: .* got position 3 .* \(loop\(start=1, end=2, times=3, exit=0\.5\)\)"),
+    ([Loop(1, 2, times=3, exit=0.5), TurboConn(bridges=[(3, 1)])],
+     r"turboconn: .* got position 3 .* \(loop\(start=1, end=2, times=3, exit=0\.5\)\)"),
     ([Loop(1, 2, times=3, exit=0.5), Taps([2])], r"taps: .* got position 2"),
     ([Taps([1]), Taps([1])], r"taps\.at: the program already has a tap taps\.v1\. Set scope='another_name'"),
     ([Loop(0, 1, times=2, taps=True), Loop(1, 2, times=2)], r"loop: expected a straight|loop\.scope"),
