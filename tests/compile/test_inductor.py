@@ -121,6 +121,6 @@ def test_what_cannot_be_compiled_is_said(models):
     with refused, torch.autocast("cpu", torch.bfloat16):
         compiled.float()(**zoo.batch([5]), use_cache=False)
     compiled.double()
-    routed = dp.transform(dp.restore(compiled), dp.MixtureOfRecursions(mode="threshold"), lowering="inductor")
+    routed = dp.transform(dp.restore(compiled), dp.MixtureOfRecursions(start=1, end=2, mode="threshold"), lowering="inductor")
     with pytest.raises(LoweringError, match=r"cannot compile a decoded token: the program has .*route"):
         routed.generate(**zoo.batch([5]), max_new_tokens=2, do_sample=False)

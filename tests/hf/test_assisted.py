@@ -8,7 +8,7 @@ import depthpass as dp
 
 @pytest.mark.parametrize(("spec", "reason"), [
     (dp.Loop(start=1, end=2, times=3, exit=0.5), "its routed visits keep some tokens only"),
-    (dp.MixtureOfRecursions(mode="threshold"), "its routed visits"),
+    (dp.MixtureOfRecursions(start=1, end=2, mode="threshold"), "its routed visits"),
     (dp.Loop(start=1, end=2, times=2, kv="last"), "its KV policy"),
     (dp.Pad(2), "its workspace pads"),
 ], ids=["exit", "mor", "last", "pad"])

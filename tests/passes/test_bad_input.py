@@ -14,7 +14,7 @@ from depthpass.passes.turboconn import TurboConn
 
 
 @pytest.mark.parametrize(("spec", "message"), [
-    ([MixtureOfRecursions(mode="threshold"), TurboConn(bridges=[(2, 0)])],
+    ([MixtureOfRecursions(start=1, end=3, mode="threshold"), TurboConn(bridges=[(2, 0)])],
      r"turboconn: expected visits that every token takes, got position 2 .* runs routed tokens only\. "
      r"Use positions among \[0, 7\], or put turboconn before"),
     ([Loop(1, 2, times=3, exit=0.5), TurboConn(bridges=[(3, 1)])],
@@ -32,5 +32,5 @@ def test_refused_with_advice(spec: list[Pass], message: str) -> None:
 
 def test_positions_that_every_token_takes_may_be_bridged() -> None:
     program = plain("M", 4, 8)
-    made = apply_spec(program, [MixtureOfRecursions(mode="threshold"), TurboConn(bridges=[(7, 0)])], Context.of(program))
+    made = apply_spec(program, [MixtureOfRecursions(start=1, end=3, mode="threshold"), TurboConn(bridges=[(7, 0)])], Context.of(program))
     assert any(o.kind == "delay" for o in made)
