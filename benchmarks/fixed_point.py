@@ -75,8 +75,10 @@ def main() -> None:
                     out = models[label](input_ids=ids, use_cache=False)
                     error = float((out.logits - exact).norm() / exact.norm())
                     result.notes.append(f"{label}: {out.sweeps[0]}; true error {error:.1e}  ")
+            print(result.markdown(), flush=True)
             results.append(result)
-    save(results, args.json)
+    if args.json:
+        save(results, args.json)
 
 
 if __name__ == "__main__":
