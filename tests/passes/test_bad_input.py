@@ -15,7 +15,8 @@ from depthpass.passes.turboconn import TurboConn
 
 @pytest.mark.parametrize(("spec", "message"), [
     ([MixtureOfRecursions(mode="threshold"), TurboConn(bridges=[(2, 0)])],
-     r"turboconn: expected visits that every token takes, got position 2 .* runs routed tokens only\. "
+     r"turboconn: expected visits that every token takes, got position 2 .* "
+     r"runs routed tokens only\. "
      r"Use positions among \[0, 7\], or put turboconn before"),
     ([Loop(1, 2, times=3, exit=0.5), TurboConn(bridges=[(3, 1)])],
      r"turboconn: .* got position 3 .* \(loop\(start=1, end=2, times=3, exit=0\.5\)\)"),
