@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
+from depthpass_kernels.gated_attention.naive import Blocks
 from torch import Tensor
 
 
@@ -42,6 +43,19 @@ class Masks:
     def last(self, keys: int) -> Tensor | None:
         """Which of the last keys are real, ``[batch, 1, 1, keys]``; None = all."""
         return None if self.valid is None else self.valid[:, None, None, self.valid.shape[1] - keys :]
+
+    def blocks(
+        self, window: int, chunk: int | None, keys: int, group: int, dtype: torch.dtype | None, batch: int
+    ) -> Blocks:
+        """How the queries read a window of the last ``keys`` keys, in blocks; see its ``plan``."""
+        key = "blocks", window, chunk, keys, group, dtype, batch
+        if key not in self._made:
+            self._made[key] = Blocks.plan(
+                batch, self.count, keys, window, self.device, chunk=chunk, q_start=self.start,
+                valid=None if self.valid is None else self.valid[:, self.valid.shape[1] - keys :],
+                row_start=None if chunk is None else self.row_start, group=group, dtype=dtype,
+            )
+        return self._made[key]
 
     def _make(self, window: int | None, chunk: int | None, first: int) -> tuple[Tensor | None, bool]:
         keys = self.start + self.count

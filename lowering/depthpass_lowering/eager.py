@@ -98,7 +98,7 @@ class Run:
 
     def _step(self) -> Step | None:
         """The order with stacked visits for this call, or None: region by region."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not self.keep:
             return None
         step = self.schedule.step(self.count)
         return step if step is not None and all(self._rows_stack(stack) for stack in step.stacks) else None

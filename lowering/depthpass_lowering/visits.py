@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from depthpass_kernels.gated_attention.naive import local, mix
+from depthpass_kernels.gated_attention.naive import mix
 from torch import Tensor, fx
 
 from depthpass.capture.model import Template
@@ -60,7 +60,7 @@ class RunningVisit:
         if self.before is not None:
             # One token needs no more than it leaves behind; of several, each has a window of its own.
             k, v, place = self.before.grown(number, k, v, self.ring if self.span.count == 1 else None)
-        elif self.keep:
+        elif self.keep and self.ring is None:
             # As a stock cache stores them; the strides decide the last bits of a matrix product.
             k, v = k.contiguous(), v.contiguous()
         if self.state is not None:
@@ -79,14 +79,12 @@ class RunningVisit:
         if not self.in_order:
             return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], window, site.chunk))
 
-        def attend(q, k, v, mask, causal):
-            return self.attention(number, q, k, v, sinks, (mask, causal))
-
-        valid = self.masks.valid
-        return local(
-            q, k, v, window, attend, valid=None if valid is None else valid[:, valid.shape[1] - k.shape[2] :],
-            chunk=site.chunk, q_start=self.span.start, row_start=None if site.chunk is None else self.masks.row_start,
+        # Stock attention functions repeat key heads by themselves and want a bool mask; SDPA need not repeat.
+        plain = getattr(self.host, "style", "sdpa") == "sdpa"
+        blocks = self.masks.blocks(
+            window, site.chunk, k.shape[2], q.shape[1] // k.shape[1] if plain else 1, q.dtype if plain else None, len(q)
         )
+        return blocks.read(q, k, v, lambda q, k, v, *mask: self.attention(number, q, k, v, sinks, mask))
 
     def limits(self, number: int) -> tuple[int | None, int | None]:
         """Window and chunk of the block itself."""
