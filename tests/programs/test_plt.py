@@ -139,7 +139,7 @@ def test_the_gate_starts_where_it_is_told(tmp_path):
     text = str(model.depth_program)
     assert "gate parallel_loop.v0.gate window 64 gate_init 1.5" in text
     assert parse_program(text) == model.depth_program
-    with pytest.raises(dp.VerifyError, match="same gate 'parallel_loop.v0.gate', got 1.5"):
+    with pytest.raises(dp.VerifyError, match=r"same gate 'parallel_loop\.v0\.gate', got 1\.5"):
         verify(parse_program(text.replace("gate_init 1.5", "gate_init 2.0", 1)))
 
 
