@@ -63,7 +63,8 @@ def test_loops_and_lists_follow(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "word"),
     [
-        (dp.Loop(1, 2, times=2, lora_rank=2), "with lora, lora_rank of loop"), (dp.Loop(1, 2, times=2, kv="first"), "with keys of loop"),
+        (dp.Loop(1, 2, times=2, lora_rank=2), "with lora, lora_rank of loop"),
+        (dp.Loop(1, 2, times=2, kv="first"), "with keys of loop"),
         (dp.Loop(1, 2, times=2, inject="add"), "= add of loop"), (dp.TurboConn(bridges=[(3, 0)], group=2), "turboconn"),
         (dp.Taps(at=[1]), "got tap of taps"), (dp.Loop(1, 2, times=(1, 3)), "dp.set_loops"),
         (dp.ParallelLoop(loops=2), "parallel_loop"), (dp.Loop(1, 2, times=2, out_norm=True), "norm of loop"),

@@ -32,5 +32,6 @@ def test_refused_with_advice(spec: list[Pass], message: str) -> None:
 
 def test_positions_that_every_token_takes_may_be_bridged() -> None:
     program = plain("M", 4, 8)
-    made = apply_spec(program, [MixtureOfRecursions(start=1, end=3, mode="threshold"), TurboConn(bridges=[(7, 0)])], Context.of(program))
+    spec = [MixtureOfRecursions(start=1, end=3, mode="threshold"), TurboConn(bridges=[(7, 0)])]
+    made = apply_spec(program, spec, Context.of(program))
     assert any(o.kind == "delay" for o in made)
