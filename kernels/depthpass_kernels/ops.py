@@ -29,6 +29,11 @@ def _attention_implementation(problem: Problem, implementation: str) -> str:
     return select.resolve("slot_attention", implementation, problem.q, limit)
 
 
+def _own_precision(problem: Problem) -> torch.autocast:
+    """Without autocast, which would take the reference's products out of the accumulation dtype."""
+    return torch.autocast(problem.q.device.type, enabled=False)
+
+
 @torch.library.custom_op("depthpass_kernels::slot_attention", mutates_args=())
 def slot_attention(
     q: Tensor,
@@ -59,7 +64,8 @@ def attention_forward(problem: Problem, implementation: str) -> tuple[Tensor, Te
         from depthpass_kernels.slot_attention import triton as kernels
 
         return kernels.forward(problem)
-    out, lse = attention_naive.forward(problem)
+    with _own_precision(problem):
+        out, lse = attention_naive.forward(problem)
     return problem.new_output().copy_(out), lse
 
 
@@ -100,7 +106,8 @@ def slot_attention_backward(
 
         dq, dk, dv, dsinks = kernels.backward(problem, grad, out, lse)
         return dq, dk, dv, _sink_gradient(problem, dsinks)
-    dq, dk_part, dv_part, dsinks, (low, high) = attention_naive.backward(problem, grad, out, lse)
+    with _own_precision(problem):
+        dq, dk_part, dv_part, dsinks, (low, high) = attention_naive.backward(problem, grad, out, lse)
     dk, dv = (x.zero_() for x in problem.new_dkv())
     dk[:, :, low:high], dv[:, :, low:high] = dk_part, dv_part
     return problem.new_dq().copy_(dq), dk, dv, _sink_gradient(problem, dsinks)
@@ -150,7 +157,8 @@ def attention_backward_accumulate(
 
         dq, _, _, dsinks = kernels.backward(problem, grad, out, lse, into=(dk, dv))
         return dq, _sink_gradient(problem, dsinks)
-    dq, dk_part, dv_part, dsinks, (low, high) = attention_naive.backward(problem, grad, out, lse)
+    with _own_precision(problem):
+        dq, dk_part, dv_part, dsinks, (low, high) = attention_naive.backward(problem, grad, out, lse)
     dk[:, :, low:high] += dk_part
     dv[:, :, low:high] += dv_part
     return problem.new_dq().copy_(dq), _sink_gradient(problem, dsinks)

@@ -62,7 +62,7 @@ class Swept(Run):
         inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
         sweeper = Sweeper(self, region, wanted)
         if torch.is_grad_enabled():
-            return self._trained(sweeper, inputs, reads, results)
+            return self._trained_sweeps(sweeper, inputs, reads, results)
         solver = Solver(sweeper, policy)
         self.sweeping.solves.append(solver.made)
         done = solver.solve(inputs, self.state)
@@ -85,7 +85,7 @@ class Swept(Run):
         super(Swept, rest)._region(*region)
         return rest.env
 
-    def _trained(
+    def _trained_sweeps(
         self, sweeper: Sweeper, inputs: dict[str, Tensor], reads: Sequence[str], results: frozenset[str]
     ) -> None:
         """Solve without a graph, then one sweep with one."""

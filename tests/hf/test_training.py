@@ -34,7 +34,8 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         layer._gradient_checkpointing_func = lambda *a, real=real, **k: (runs.append(1), real(*a, **k))[1]
     again, got = gradients(turbo)
     assert len(runs) == 1 + 2 * 3  # block 0 once, blocks 1 and 2 once per chunk of 3 of the 9 tokens
-    assert torch.equal(again, loss) and got.keys() == want.keys() and len(want) == len(list(turbo.parameters()))
+    torch.testing.assert_close(again, loss)  # checkpointed blocks run on the eager rung, which rounds in another order
+    assert got.keys() == want.keys() and len(want) == len(list(turbo.parameters()))
     for n, g in want.items():
         torch.testing.assert_close(got[n], g, rtol=1e-5, atol=1e-6)
     turbo.gradient_checkpointing_disable()

@@ -224,7 +224,8 @@ def test_hooks_on_blocks_and_model_run_once():
     plain = logits(turbo)
     for block in turbo.model.layers:
         block.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    assert torch.equal(logits(turbo), plain)
+    # Hooks need module calls, which the eager rung makes; it multiplies in another order.
+    torch.testing.assert_close(logits(turbo), plain)
     assert seen == [(2, 7, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 1, 32)]
     turbo.model.layers[0].register_forward_hook(lambda module, args, out: out * 0)
     assert not torch.equal(logits(turbo), plain)
