@@ -23,7 +23,7 @@ from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.direct import direct
 from depthpass.capture.head import logits_part
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
-from depthpass.hf.cache import DepthCache
+from depthpass.hf.cache import GENERATED, NAMES, DepthCache, take_cache
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
 from depthpass.hf.pads import insert, pad_op
@@ -202,9 +202,11 @@ class StockHost:
         layer = self.layers[index]
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
-        if getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled():
-            return "gradient checkpointing is on"
         return None
+
+    def recomputes(self, index: int) -> bool:
+        layer = self.layers[index]
+        return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
         from depthpass_lowering.attention import additive, sdpa_attention
@@ -311,7 +313,7 @@ class DepthModel:
         groups = runtime.plans.running(self, call)
         plan = groups[0][0]
         if call.cache is not None:
-            call.cache.check_program(plan.meaning)
+            call.cache.check_program(plan.meaning, call.cache_name)
         if len(groups) > 1:
             call = without_cache(call, arguments, [p.program for p, _ in groups])
         captured = self._captured(call, names)
@@ -340,8 +342,9 @@ class DepthModel:
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.keep(plan.meaning, state)
-            if "past_key_values" in getattr(output, "__dataclass_fields__", {}):
-                output["past_key_values"] = cache
+            for name in NAMES:
+                if name in getattr(output, "__dataclass_fields__", {}):
+                    output[name] = cache
         return output if call.return_dict else output.to_tuple()
 
     def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list):
@@ -449,7 +452,7 @@ class DepthModel:
     # What transformers calls.
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
-        given = model_kwargs.get("past_key_values")
+        given = model_kwargs.get(GENERATED)
         if isinstance(mask := model_kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
             check_rows(mask)
         if generation_config.use_cache is not False and (future := reads_future(self.depth_program)):
@@ -481,7 +484,7 @@ class DepthModel:
                     "own DepthCache (one slot per visit and delay lines); leave cache_implementation unset."
                 )
             # An assistant's tokens are taken back when the model it drafts for disagrees.
-            model_kwargs["past_key_values"] = DepthCache(self, record=bool(generation_config.is_assistant))
+            model_kwargs[GENERATED] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
@@ -591,10 +594,11 @@ def depth_class(stock: type) -> type:
 
     @functools.wraps(stock.forward)
     def forward(self, *args, prompt_length=None, **kwargs):
+        renamed = {n: kwargs.pop(n) for n in NAMES if n in kwargs and n not in signature.parameters}
         bound = signature.bind_partial(self, *args, **kwargs)
         arguments = dict(bound.arguments)
         arguments.pop("self", None)
-        arguments |= arguments.pop("kwargs", {})
+        arguments |= arguments.pop("kwargs", {}) | renamed
         if prompt_length is not None:
             arguments["prompt_length"] = prompt_length
         return self._run_program(arguments)
@@ -605,6 +609,14 @@ def depth_class(stock: type) -> type:
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
     body["forward"].__signature__ = signature
+    if hasattr(stock, "generate"):
+
+        @functools.wraps(stock.generate)
+        def generate(self, *args, **kwargs):
+            _, cache = take_cache(kwargs)
+            return stock.generate(self, *args, **kwargs, **({} if cache is None else {GENERATED: cache}))
+
+        body["generate"] = generate
     return type(stock.__name__, (DepthModel, stock), body)
 
 

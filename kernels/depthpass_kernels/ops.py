@@ -6,6 +6,7 @@ arguments; these ops take every argument by position and trust it. Which impleme
 an op runs (`select.resolve`).
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +30,10 @@ def _attention_implementation(problem: Problem, implementation: str) -> str:
     return select.resolve("slot_attention", implementation, problem.q, limit)
 
 
-def _own_precision(problem: Problem) -> torch.autocast:
+def _own_precision(problem: Problem) -> contextlib.AbstractContextManager:
     """Without autocast, which would take the reference's products out of the accumulation dtype."""
-    return torch.autocast(problem.q.device.type, enabled=False)
+    device = problem.q.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 @torch.library.custom_op("depthpass_kernels::slot_attention", mutates_args=())
@@ -65,7 +67,8 @@ def attention_forward(problem: Problem, implementation: str) -> tuple[Tensor, Te
 
         return kernels.forward(problem)
     with _own_precision(problem):
-        out, lse = attention_naive.forward(problem)
+        compute = attention_naive.chunk_forward if attention_naive.is_plain(problem) else attention_naive.forward
+        out, lse = compute(problem)
     return problem.new_output().copy_(out), lse
 
 
@@ -158,7 +161,11 @@ def attention_backward_accumulate(
         dq, _, _, dsinks = kernels.backward(problem, grad, out, lse, into=(dk, dv))
         return dq, _sink_gradient(problem, dsinks)
     with _own_precision(problem):
-        dq, dk_part, dv_part, dsinks, (low, high) = attention_naive.backward(problem, grad, out, lse)
+        if attention_naive.is_plain(problem):
+            dq, dk_part, dv_part, (low, high) = attention_naive.chunk_backward(problem, grad, out, lse)
+            dsinks = None
+        else:
+            dq, dk_part, dv_part, dsinks, (low, high) = attention_naive.backward(problem, grad, out, lse)
     dk[:, :, low:high] += dk_part
     dv[:, :, low:high] += dv_part
     return problem.new_dq().copy_(dq), _sink_gradient(problem, dsinks)

@@ -1,35 +1,81 @@
-"""L1 on top of L3: the hand-scheduled token loop with its block segments compiled by Inductor."""
+"""L1 on top of L3: the hand-scheduled token loop with its chunks compiled by Inductor.
+
+The graph of a chunk is cut at its attention calls. A segment reaches from one attention to the next, across blocks and
+bridges; segments with equal graphs are compiled once, whatever block, region or model they belong to.
+"""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
-from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
 from depthpass.schedule.regions import Region
+from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.joint import Segment
-from depthpass_lowering.scheduled import Job, ScheduledRun, SunkHost
+from depthpass_lowering.scheduled import Job, ScheduledRun
 from depthpass_lowering.segments import Segmented
 
-_COMPILED: weakref.WeakKeyDictionary[Template, Segmented] = weakref.WeakKeyDictionary()
+_COMPILED: weakref.WeakKeyDictionary[ChunkGraph, Segmented] = weakref.WeakKeyDictionary()
+_SEGMENTS: weakref.WeakValueDictionary[tuple, Segment] = weakref.WeakValueDictionary()
 
 
-def compiled_template(template: Template) -> Segmented:
-    """The template cut at its attention calls, each segment compiled on first use; one for all blocks that share it."""
-    if template not in _COMPILED:
-        _COMPILED[template] = Segmented(template.graph, Segment)
-    return _COMPILED[template]
+def compiled_graph(graph: ChunkGraph) -> Segmented:
+    """A chunk's graph cut at its calls, each segment compiled on first use."""
+    if graph not in _COMPILED:
+        _COMPILED[graph] = Segmented(graph.distributed.loop, shared_segment, graph.opaque)
+    return _COMPILED[graph]
+
+
+def shared_segment(gm: fx.GraphModule) -> Segment:
+    """The segment of a graph; one for all graphs of the same structure."""
+    key = structure(gm)
+    found = _SEGMENTS.get(key)
+    if found is None:
+        found = _SEGMENTS[key] = Segment(gm)
+    return found
+
+
+def structure(gm: fx.GraphModule) -> tuple:
+    """What a graph computes, without the names in it."""
+    number = {n: i for i, n in enumerate(gm.graph.nodes)}
+
+    def plain(value: object) -> object:
+        if isinstance(value, fx.Node):
+            return "node", number[value]
+        if isinstance(value, list | tuple):
+            return tuple(map(plain, value))
+        if isinstance(value, dict):
+            return tuple((k, plain(v)) for k, v in value.items())
+        # 1, 1.0 and True are equal, and are not the same argument.
+        return type(value), value
+
+    def target(n: fx.Node) -> object:
+        if n.op == "get_attr":
+            return id(getattr(gm, str(n.target)))
+        return None if n.op in ("placeholder", "output") else n.target
+
+    return tuple((n.op, target(n), plain(n.args), plain(n.kwargs)) for n in gm.graph.nodes)
 
 
 class CompiledRun(ScheduledRun):
-    """As :class:`~depthpass_lowering.scheduled.ScheduledRun`, with compiled segments; what cannot is an error."""
+    """As :class:`~depthpass_lowering.scheduled.ScheduledRun`, with compiled chunks; what cannot is an error."""
 
-    def sunk_host(self, job: Job, leaves: dict[int, Tensor]) -> SunkHost:
-        return _CompiledHost(self.host, job, leaves, self.count)
+    compiled = True
+
+    def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
+        # The last chunk of a row may be short: it is not worth a compilation of its own.
+        if self.count > job.region.chunk != tokens:
+            return super().chunk_runner(job, tokens)
+        graph, lead = compiled_graph(job.graph), (job.sink,)
+
+        def run(*args):
+            return graph(*args, lead=lead)
+
+        return run
 
     def refuse(self, region: Region) -> str | None:
         reason = super().refuse(region)
@@ -41,18 +87,3 @@ class CompiledRun(ScheduledRun):
                 f"lowering 'inductor' cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
             )
         return None
-
-
-class _CompiledHost(SunkHost):
-    """Runs blocks on their compiled segments."""
-
-    def __init__(self, host, job: Job, leaves: dict[int, Tensor], count: int):
-        super().__init__(host, job.sink, leaves)
-        self.count, self.chunk = count, job.region.chunk
-
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        # The last chunk of a row may be short: it is not worth a compilation of its own.
-        if self.count > self.chunk != hidden.shape[1]:
-            return super().block(index, visit, hidden, sides)
-        template, params = self.bound_leaves(index)
-        return compiled_template(template)(visit, hidden, *sides, *params, lead=(self.sink,))

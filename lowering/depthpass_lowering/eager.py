@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from depthpass.errors import LoweringError
@@ -20,17 +19,13 @@ from depthpass.schedule.regions import Region, Schedule
 from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
+from depthpass_lowering.local_ops import ACTIVATIONS, rms
 from depthpass_lowering.losses import loss
 from depthpass_lowering.noise import noise
 from depthpass_lowering.routes import Route, choose
 from depthpass_lowering.stacked import StackedVisit
 from depthpass_lowering.state import Span, State, push_delay, read_delay, spans
 from depthpass_lowering.visits import AskingVisit, RoutedVisit, RunningVisit
-
-ACTIVATIONS = {
-    "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu,
-    "softmax": lambda x: torch.softmax(x, -1),
-}
 
 
 def run(
@@ -299,7 +294,7 @@ class Run:
         if kind == "weigh":
             return self.host.module(o["name"])(args[0])
         if kind == "rms":
-            y = args[0] * torch.rsqrt(args[0].pow(2).mean(-1, keepdim=True) + o["eps"])
+            y = rms(args[0], o["eps"])
             return self.host.module(o["name"])(y) if o["name"] else y
         if kind == "zeros":
             return self.hidden.new_zeros(self.hidden.shape[0], span.count, o["width"] or self.program.width)

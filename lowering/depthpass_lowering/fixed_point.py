@@ -19,6 +19,7 @@ from depthpass.errors import LoweringError
 from depthpass.ir.program import reads_slots, writes_slot
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
+from depthpass_lowering.dropout import draws
 from depthpass_lowering.eager import Run
 from depthpass_lowering.state import Slot
 from depthpass_lowering.sweeps import Solve, Solver, Sweeper
@@ -133,21 +134,13 @@ class Swept(Run):
         for o in region.visits:
             if o["past"] is not None:
                 return f"block {o['index']} reads keys that an earlier call has left in another visit's slot"
-            if self._draws(o["index"]):
+            if draws(self.host, o["index"]):
                 return f"block {o['index']} has dropout switched on, so that no two sweeps are the same"
             if torch.is_grad_enabled() and (reason := self.host.refuses_schedule(o["index"])):
                 return reason
+            if torch.is_grad_enabled() and self.host.recomputes(o["index"]):
+                return "gradient checkpointing is on"
         return None
-
-    def _draws(self, index: int) -> bool:
-        if any(s.dropout for s in self.host.sites_of(index)):
-            return True
-        drop = (torch.ops.aten.dropout.default, torch.ops.aten.native_dropout.default)
-        graph = self.host.bound(index)[0].graph.graph
-        if any(n.target in drop and n.args[1] and n.args[2] for n in graph.nodes):
-            return True
-        inner = (self.host.stock_module(index, path) for path in self.host.submodules_of(index))
-        return any(isinstance(m, nn.Dropout) and m.p and m.training for part in inner for m in part.modules())
 
 
 class _Job:

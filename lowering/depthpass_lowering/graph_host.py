@@ -51,6 +51,9 @@ class GraphHost:
     def refuses_schedule(self, index: int) -> str | None:
         return "an inner compiler runs the blocks" if self.compiled else None
 
+    def recomputes(self, index: int) -> bool:
+        return False
+
     def sides_of(self, index: int) -> tuple[int, ...]:
         return self.captured.blocks[index].sides
 

@@ -14,22 +14,49 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from depthpass_lowering.fx_passes.sink import match_product
+from depthpass_lowering.fx_passes.products import land, products
+from depthpass_lowering.products import Weights, packed_linear, plain
 from depthpass_lowering.sink import Sink
 
 
 @dataclass(frozen=True)
 class Product:
-    """A product with a parameter whose weight gradient is sunk.
+    """A product with parameters whose weight gradients are sunk.
 
     Attributes:
-        weight, bias: which inputs of the segment they are.
-        transposed: whether the weight is ``[in, out]``.
+        weights, biases: which inputs of the segment they are.
+        joined, transposed: as of :class:`depthpass_lowering.products.Weights`.
+        packed: whether it is taken from packed weights, which follow the segment's own inputs: W, its transpose and, if
+            there is any bias, b.
+        grads: how many gradients of results it reports.
     """
 
-    weight: int
-    bias: int | None
+    weights: tuple[int, ...]
+    biases: tuple[int | None, ...]
+    joined: bool
     transposed: bool
+    packed: bool
+
+    @property
+    def grads(self) -> int:
+        return 1 if self.packed or self.joined else len(self.weights)
+
+    @property
+    def extras(self) -> int:
+        """Inputs that packed weights take."""
+        return 0 if not self.packed else 2 if all(b is None for b in self.biases) else 3
+
+    def of(self, inputs: Sequence[Tensor]) -> Weights:
+        """The weights among the inputs of a call."""
+        biases = tuple(None if b is None else inputs[b] for b in self.biases)
+        return Weights(tuple(inputs[w] for w in self.weights), biases, self.joined, self.transposed)
+
+    def pack(self, w: Weights, sink: Sink) -> list[Tensor]:
+        """The packed weights of a call."""
+        if not self.packed:
+            return []
+        matrix, bias = sink.products.packed(w, w.weights[0])
+        return [matrix, sink.products.packed_back(w, w.weights[0]), *([] if bias is None else [bias])]
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,7 @@ class Joint:
     """A segment compiled for one set of shapes.
 
     Attributes:
-        forward: inputs -> results, operands x of the products, then what the backward pass needs.
+        forward: inputs and packed weights -> results, operands x of the products, then what the backward pass needs.
         backward: what it needs, then gradients of the results -> gradients of ``wants``, then of the products' results.
             None = nothing to train.
         results: how many results.
@@ -55,89 +82,130 @@ class Joint:
     strides: tuple[tuple[int, ...], ...]
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a segment with detached weights and records operands and results of its products."""
+class _PackedProduct(torch.autograd.Function):
+    """A product from packed weights in a trace: both directions read weights that are inputs of it."""
 
-    def __init__(self, gm: fx.GraphModule, trains: Sequence[bool]):
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, back: Tensor, bias: Tensor | None):
+        ctx.save_for_backward(back)
+        return packed_linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, g: Tensor):
+        return packed_linear(g, ctx.saved_tensors[0], None), None, None, None
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a segment with detached weights and records operands and results of its products.
+
+    Args:
+        sink: says which products are packed.
+        extras: packed weights in the order of the products; None = run on the plain ones, which tells the products.
+    """
+
+    def __init__(self, gm: fx.GraphModule, sink: Sink, extras: Sequence[Tensor] | None = None):
         super().__init__(gm)
-        self.trains = trains
-        self.parameters = {n for n in gm.graph.nodes if n.op == "placeholder" and n.name.startswith("p_")}
+        self.sink, self.extras = sink, None if extras is None else list(extras)
         self.place = {n: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
         self.products: list[Product] = []
+        self.shapes: list[torch.Size] = []
 
     def run_node(self, n: fx.Node):
-        found = match_product(n, self.parameters)
-        if found is None:
-            return super().run_node(n)
-        x, weight, bias, transposed = found
-        value, w = self.env[x], self.env[weight].detach()
-        b = None if bias is None else self.env[bias].detach()
-        flat = value.reshape(-1, value.shape[-1])
-        if transposed:
-            y = torch.addmm(b, flat, w)
+        if n.target is products:
+            transposed, weights, biases, x = n.args
+            return self._multiply(weights, biases, False, transposed, [self.env[x]])
+        if n.target is land:
+            weights, biases, mask, x, *cs = n.args
+            (y,) = self._multiply(weights, biases, True, False, [self.env[c] for c in cs])
+            return self.env[x] + (y if mask is None else torch.where(self.env[mask], y, 0))
+        return super().run_node(n)
+
+    def _multiply(self, weights, biases, joined: bool, transposed: bool, xs: list[Tensor]) -> list[Tensor]:
+        values = [self.env[w].detach() for w in weights]
+        w = Weights(tuple(values), tuple(None if b is None else self.env[b].detach() for b in biases), joined, transposed)
+        flat = [x.reshape(-1, x.shape[-1]) for x in xs]
+        x = flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+        product = Product(
+            tuple(self.place[t] for t in weights), tuple(None if b is None else self.place[b] for b in biases), joined,
+            transposed, self.sink.products.packs(w, xs[0]),
+        )
+        if self.extras is None or not product.packed:
+            made = plain(w, xs)
+            self.y += made
         else:
-            y = torch.nn.functional.linear(value, w, b)
-        product = Product(self.place[weight], None if bias is None else self.place[bias], transposed)
-        if any(self.trains[i] for i in (product.weight, product.bias) if i is not None):
-            self.x.append(flat)
+            matrix, back, *bias = (self.extras.pop(0) for _ in range(product.extras))
+            whole = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
+            y = _PackedProduct.apply(whole, matrix, back, bias[0] if bias else None)
             self.y.append(y)
-            self.products.append(product)
-        return y
+            made = [y] if joined or len(values) == 1 else list(y.split(w.sizes(), -1))
+        self.x.append(x)
+        self.products.append(product)
+        self.shapes.append(w.matrix().shape)
+        return made
 
 
-def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool]) -> Joint:
+def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], sink: Sink) -> Joint:
     """Trace and compile a segment for inputs of these shapes.
 
     Args:
         trains: which inputs need a gradient; among weights of products it only says whether to sink theirs.
+        sink: of the loop, which says which products are packed.
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    if not any(trains):
-        return _forward_only(gm, inputs)
     examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
     with torch.no_grad():
-        probe = _Recorder(gm, trains)
+        probe = _Recorder(gm, sink)
         results = probe.run(*examples)
-    weights = {i for p in probe.products for i in (p.weight, p.bias) if i is not None}
-    # A trained weight that is not the weight of a product is wanted like an activation.
+    for product, (rows, columns) in zip(probe.products, probe.shapes):
+        like = examples[product.weights[0]]
+        shapes = [(rows, columns), (columns, rows), (rows,)]
+        examples += [like.new_empty(shape) for shape in shapes[: product.extras]]
+    own = len(inputs)
+    if not any(trains):
+        def plainly(*primals: Tensor):
+            return _Recorder(gm, sink, primals[own:]).run(*primals[:own])
+
+        with torch.no_grad():
+            graph = make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
+        return Joint(_inductor(graph), None, len(results), (), (), tuple(probe.products), ())
+    weights = {i for p in probe.products for i in (*p.weights, *p.biases) if i is not None}
+    # A trained parameter that is no weight of a product is wanted like an activation.
     floating = [i for i, t in enumerate(inputs) if t.is_floating_point() and i not in weights]
     wants = tuple(i for i in floating if trains[i])
     differentiable = tuple(i for i, t in enumerate(results) if t.is_floating_point())
+    sunk = [
+        any(trains[i] for i in (*p.weights, *p.biases) if i is not None) for p in probe.products for _ in range(p.grads)
+    ]
 
     def joint(primals, tangents):
         leaves = [t.detach().requires_grad_(i in floating) for i, t in enumerate(primals)]
         with torch.enable_grad():
-            recorder = _Recorder(gm, trains)
-            outs = recorder.run(*leaves)
-            sources = [leaves[i] for i in wants] + recorder.y
+            recorder = _Recorder(gm, sink, leaves[own:])
+            outs = recorder.run(*leaves[:own])
+            sources = [leaves[i] for i in wants] + [y for y, s in zip(recorder.y, sunk) if s]
             grads = torch.autograd.grad([outs[i] for i in differentiable], sources, tangents, allow_unused=True)
         grads = [torch.zeros_like(s) if g is None else g for s, g in zip(sources, grads)]
         flat = [g.reshape(-1, g.shape[-1]) if k >= len(wants) else g for k, g in enumerate(grads)]
-        return [*outs, *recorder.x], flat
+        kept = [x for x, p in zip(recorder.x, recorder.products) if _is_sunk(p, trains)]
+        return [*outs, *kept], flat
 
+    made = tuple(p for p in probe.products if _is_sunk(p, trains))
     tangents = [torch.empty_like(results[i]) for i in differentiable]
     graph = make_fx(joint, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
     _flatten(graph)
-    forward, backward = min_cut_rematerialization_partition(
-        graph, None, num_fwd_outputs=len(results) + len(probe.products)
-    )
+    forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(results) + len(made))
     return Joint(
         _inductor(forward), _inductor(backward), len(results), differentiable, wants, tuple(probe.products),
         tuple(t.stride() for t in tangents),
     )
 
 
-def _forward_only(gm: fx.GraphModule, inputs: Sequence[Tensor]) -> Joint:
-    """A segment that needs no gradient."""
-    from torch._inductor.decomposition import select_decomp_table
-
-    with torch.no_grad():
-        graph = make_fx(gm, decomposition_table=select_decomp_table(), tracing_mode="fake")(*inputs)
-    return Joint(_inductor(graph), None, len(graph.graph.output_node().args[0]), (), (), (), ())
+def _is_sunk(product: Product, trains: Sequence[bool]) -> bool:
+    return any(trains[i] for i in (*product.weights, *product.biases) if i is not None)
 
 
 def _flatten(gm: fx.GraphModule) -> None:
@@ -151,9 +219,12 @@ def _flatten(gm: fx.GraphModule) -> None:
 
 
 def _inductor(gm: fx.GraphModule) -> Callable:
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx_inner
 
-    return compile_fx_inner(gm, [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"])
+    # A packed weight has no strides to check.
+    with config.patch(size_asserts=False):
+        return compile_fx_inner(gm, [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"])
 
 
 class Segment:
@@ -169,21 +240,25 @@ class Segment:
         key = (trains, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
         joint = self.made.get(key)
         if joint is None:
-            joint = self.made[key] = trace(self.gm, inputs, trains)
+            joint = self.made[key] = trace(self.gm, inputs, trains, sink)
         if any(trains):
-            return _Segment.apply(joint, sink, *inputs)
-        return tuple(joint.forward(list(inputs))[: joint.results])
+            return _Segment.apply(joint, sink, trains, *inputs)
+        return tuple(joint.forward([*inputs, *_packed(joint, sink, inputs)])[: joint.results])
+
+
+def _packed(joint: Joint, sink: Sink, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t for p in joint.products if p.packed for t in p.pack(p.of(inputs), sink)]
 
 
 class _Segment(torch.autograd.Function):
     """One call of a compiled segment."""
 
     @staticmethod
-    def forward(ctx, joint: Joint, sink: Sink, *inputs: Tensor):
-        made = joint.forward([t.detach() for t in inputs])
+    def forward(ctx, joint: Joint, sink: Sink, trains: tuple[bool, ...], *inputs: Tensor):
+        made = joint.forward([*(t.detach() for t in inputs), *_packed(joint, sink, inputs)])
         ctx.joint, ctx.sink = joint, sink
-        count = joint.results + len(joint.products)
-        ctx.inputs = [None if p is None else inputs[p] for q in joint.products for p in (q.weight, q.bias)]
+        ctx.products = [(p, p.of(inputs)) for p in joint.products if _is_sunk(p, trains)]
+        count = joint.results + len(ctx.products)
         ctx.operands = made[joint.results : count]
         ctx.saved = made[count:]
         outs = tuple(made[: joint.results])
@@ -195,15 +270,13 @@ class _Segment(torch.autograd.Function):
         joint, sink = ctx.joint, ctx.sink
         tangents = [_strided(grads[i], s) for i, s in zip(joint.differentiable, joint.strides)]
         found = joint.backward([*ctx.saved, *tangents])
-        weights = iter(ctx.inputs)
-        for product, x, g in zip(joint.products, ctx.operands, found[len(joint.wants) :]):
-            weight, bias = next(weights), next(weights)
-            if weight.requires_grad or (bias is not None and bias.requires_grad):
-                sink.add(weight, bias, product.transposed, x, g)
-        ctx.saved = ctx.operands = ctx.inputs = None
+        rest = iter(found[len(joint.wants) :])
+        for (product, w), x in zip(ctx.products, ctx.operands):
+            sink.add(w, [x], [next(rest) for _ in range(product.grads)])
+        ctx.saved = ctx.operands = ctx.products = None
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, g in zip(joint.wants, found):
-            out[2 + i] = g
+            out[3 + i] = g
         return tuple(out)
 
 

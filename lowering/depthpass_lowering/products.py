@@ -1,11 +1,15 @@
 """Matrix products of a token loop: the same few weights, many times, with few rows each.
 
 On a CPU such a product is bound by how its weight is read. oneDNN multiplies weights packed in its own blocked format
-several times faster than a plain product of a few dozen rows, and a loop of many chunks repays the packing. Packed copies
-live as long as the pass over the chunks that reads them.
+several times faster than a plain product of a few dozen rows, and a loop of many chunks repays the packing. Weights that
+multiply one stream (q, k, v) or whose results are summed (bridges into one block) are packed side by side and make one
+product. Packed copies live as long as the pass over the chunks that reads them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,67 @@ SMALLEST = 1 << 15
 """Entries of a weight below which a packed product costs more in calls than it saves."""
 LEAST_USES = 4
 """Products with one weight that repay packing it."""
+
+_LIBRARY = torch.library.Library("depthpass_lowering", "DEF")
+_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
+
+
+# One Python call above oneDNN's own op, which Inductor takes for weights that are constants only.
+_LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("depthpass_lowering::packed_linear", lib=_LIBRARY)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+packed_linear = torch.ops.depthpass_lowering.packed_linear.default
+"""``x W^T + b`` with W ``[out, in]`` packed by oneDNN."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Weights of one product ``x W^T + b``.
+
+    Attributes:
+        weights: ``[out, in]`` each, or one of ``[in, out]`` when ``transposed`` (GPT-2's Conv1D).
+        biases: one for each weight, None = without.
+        joined: the weights read one stream each and their results are summed (W is their columns side by side);
+            otherwise all read the same stream (W is their rows below one another).
+    """
+
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    joined: bool = False
+    transposed: bool = False
+
+    @property
+    def key(self) -> tuple[int, ...]:
+        """Identifies the weights while they live; of joined ones the order matters as well."""
+        return (self.joined, *(id(w) for w in self.weights))
+
+    def sizes(self) -> list[int]:
+        """Columns of W by weight if joined, else rows."""
+        return [w.shape[1 if self.joined or self.transposed else 0] for w in self.weights]
+
+    def matrix(self) -> Tensor:
+        """W, ``[out, in]``."""
+        if self.transposed:
+            return self.weights[0].t()
+        return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
+
+    def bias(self) -> Tensor | None:
+        """b, ``[out]``; None = without."""
+        if all(b is None for b in self.biases):
+            return None
+        if self.joined:
+            return sum(b for b in self.biases if b is not None)
+        found = [w.new_zeros(size) if b is None else b for w, b, size in zip(self.weights, self.biases, self.sizes())]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 class Products:
@@ -26,36 +91,74 @@ class Products:
 
     def __init__(self, uses: int = 0):
         self.uses = uses
-        self._packed: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        self._packed: dict[tuple[int, ...], tuple[Weights, Tensor, Tensor | None]] = {}
+        self._packed_back: dict[tuple[int, ...], tuple[Weights, Tensor]] = {}
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W^T + b`` without gradient: x ``[..., in]``, weight ``[out, in]``."""
-        if not self._pays(x, weight):
-            return F.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._pack(weight, False, x), bias, "none", [], "")
+    def forward(self, w: Weights, xs: Sequence[Tensor]) -> list[Tensor]:
+        """Results by weight, without gradient; of joined weights one, the sum.
 
-    def transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x W + b`` without gradient: x ``[..., in]``, weight ``[in, out]``."""
-        if not self._pays(x, weight):
-            return F.linear(x, weight.t(), bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._pack(weight, True, x), bias, "none", [], "")
+        Args:
+            xs: the stream ``[..., in]``, or of joined weights one for each.
+        """
+        if self.packs(w, xs[0]):
+            matrix, bias = self.packed(w, xs[0])
+            y = packed_linear(xs[0] if len(xs) == 1 else torch.cat(xs, -1), matrix, bias)
+            return [y] if w.joined or len(w.weights) == 1 else list(y.split(w.sizes(), -1))
+        return plain(w, xs)
+
+    def backward(self, w: Weights, grads: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of the streams from those of the results, without gradient."""
+        if self.packs(w, grads[0]):
+            dx = packed_linear(grads[0] if len(grads) == 1 else torch.cat(grads, -1), self.packed_back(w, grads[0]), None)
+            return list(dx.split(w.sizes(), -1)) if w.joined and len(w.weights) > 1 else [dx]
+        if w.joined:
+            return [grads[0] @ weight for weight in w.weights]
+        if w.transposed:
+            return [F.linear(grads[0], w.weights[0])]
+        found = grads[0] @ w.weights[0]
+        for g, weight in zip(grads[1:], w.weights[1:]):
+            found = found + g @ weight
+        return [found]
+
+    def packed(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W in oneDNN's format, and b."""
+        held = self._packed.get(w.key)
+        if held is None:
+            # The weights are kept as well: their ids must not be given to other tensors.
+            held = self._packed[w.key] = w, _pack(w.matrix().detach(), x), w.bias()
+        return held[1:]
+
+    def packed_back(self, w: Weights, g: Tensor) -> Tensor:
+        """The transpose of W in oneDNN's format."""
+        held = self._packed_back.get(w.key)
+        if held is None:
+            held = self._packed_back[w.key] = w, _pack(w.matrix().detach().t(), g)
+        return held[1]
+
+    def packs(self, w: Weights, x: Tensor) -> bool:
+        """Whether a product is taken from packed weights."""
+        return self.uses >= LEAST_USES and sum(t.numel() for t in w.weights) >= SMALLEST and packs(x, w.weights[0])
 
     def forget(self) -> None:
         """Free the packed weights."""
         self._packed.clear()
+        self._packed_back.clear()
 
-    def _pays(self, x: Tensor, weight: Tensor) -> bool:
-        return self.uses >= LEAST_USES and weight.numel() >= SMALLEST and packs(x, weight)
 
-    def _pack(self, weight: Tensor, transposed: bool, x: Tensor) -> Tensor:
-        key = (id(weight), transposed)
-        held = self._packed.get(key)
-        if held is None:
-            rows = x.numel() // x.shape[-1]
-            plain = weight.detach().t() if transposed else weight.detach()
-            # The weight is kept as well: its id must not be given to another tensor.
-            held = self._packed[key] = weight, torch.ops.mkldnn._reorder_linear_weight(plain, rows)
-        return held[1]
+def plain(w: Weights, xs: Sequence[Tensor]) -> list[Tensor]:
+    """Results by weight through torch's own products; of joined weights one, the sum."""
+    if w.transposed:
+        return [F.linear(xs[0], w.weights[0].t(), w.biases[0])]
+    if not w.joined:
+        return [F.linear(xs[0], weight, bias) for weight, bias in zip(w.weights, w.biases)]
+    total = F.linear(xs[0], w.weights[0], w.biases[0])
+    for x, weight, bias in zip(xs[1:], w.weights[1:], w.biases[1:]):
+        total = total + F.linear(x, weight, bias)
+    return [total]
+
+
+def _pack(matrix: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(matrix, x.numel() // x.shape[-1])
 
 
 def packs(x: Tensor, weight: Tensor) -> bool:

@@ -7,37 +7,63 @@ equals the eager rung up to the order of summation.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Site, Template
+from depthpass.capture.direct import direct
+from depthpass.capture.model import Site
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass.schedule.regions import Region
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.buffers import Buffer, Use
+from depthpass_lowering.dropout import RandomState, draws
 from depthpass_lowering.eager import Run
-from depthpass_lowering.fx_passes.sink import sink_linears_pass
+from depthpass_lowering.fx_passes.products import sink_pass
+from depthpass_lowering.fx_passes.region import KINDS, ChunkGraph, Parameter, chunk_graph
+from depthpass_lowering.products import LEAST_USES
 from depthpass_lowering.sink import Sink, sunk_linear
-from depthpass_lowering.state import Slot, Span
+from depthpass_lowering.state import Slot, Span, push_delay, read_delay, spans
 from depthpass_lowering.visits import RunningVisit
 
-_SUNK: weakref.WeakKeyDictionary[Template, fx.GraphModule] = weakref.WeakKeyDictionary()
+_GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.WeakKeyDictionary()
+_SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDictionary()
 
 
-def sunk_graph(template: Template) -> fx.GraphModule:
-    """The template's graph with sunk weight gradients, made once per template."""
-    if template not in _SUNK:
-        _SUNK[template] = sink_linears_pass(template.graph)[0]
-    return _SUNK[template]
+def graph_of(run: Run, region: Region, wanted: Sequence[str]) -> ChunkGraph:
+    """The graph of one chunk of a region, made once for the blocks it runs on."""
+    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
+    kinds = tuple(type(run.host.module(o["name"])) for o in region.ops if o.kind == "linear")
+    # The graph keeps program and templates, so that their ids stay theirs.
+    key = (id(run.program), templates, kinds, tuple(wanted))
+    kept = _GRAPHS.setdefault(region, {})
+    if key not in kept:
+        kept[key] = chunk_graph(region, run.program, run.types, run.host, wanted)
+    return kept[key]
+
+
+def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
+    """A chunk's graph with sunk weight gradients, made once."""
+    if graph not in _SUNK:
+        _SUNK[graph] = sink_pass(graph.distributed.loop)
+    return _SUNK[graph]
 
 
 class ScheduledRun(Run):
-    """As :class:`~depthpass_lowering.eager.Run`, serial regions by the hand-written schedule where it is legal."""
+    """As :class:`~depthpass_lowering.eager.Run`, serial regions by the hand-written schedule where it is legal.
+
+    Attributes:
+        compiled: whether chunks run compiled code: then every chunk is given masks in one shape, and weights are packed
+            however short the row is.
+    """
+
+    compiled = False
 
     def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
         if not region.serial or self.refuse(region) is not None:
@@ -61,9 +87,9 @@ class ScheduledRun(Run):
         job = Job(self, region, inputs, wanted, parameters)
         return dict(zip(wanted, RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())))
 
-    def sunk_host(self, job: Job, leaves: dict[int, Tensor]) -> SunkHost:
-        """What runs the blocks of a job's token loop."""
-        return SunkHost(self.host, job.sink, leaves)
+    def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
+        """What runs the graph of a chunk of so many tokens."""
+        return functools.partial(direct(sunk_graph(job.graph)), job.sink)
 
     def refuse(self, region: Region) -> str | None:
         """Why a region cannot be hand-scheduled in this call, or None."""
@@ -92,7 +118,7 @@ class ScheduledRun(Run):
         for o in self.program.visits:
             if o["keys"] is not None and (o in region.visits) != (o["keys"] in here):
                 return f"block {o['index']} shares the keys of slot {o['keys']} across the border of the token loop"
-        unknown = {o.kind for o in region.ops} - {"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms"}
+        unknown = {o.kind for o in region.ops} - KINDS
         return f"op {min(unknown)} in a serial region" if unknown else None
 
 
@@ -109,19 +135,28 @@ class StrictScheduledRun(ScheduledRun):
 
 
 class Job:
-    """One region of one forward pass: its loop, buffers and sink."""
+    """One region of one forward pass: its loop, buffers and sink.
+
+    Attributes:
+        graph: one chunk of the loop.
+        recompute: whether activations are dropped and computed again in the backward pass, chunk by chunk.
+        draws: whether a chunk draws random numbers, which it then has to draw again.
+    """
 
     def __init__(self, run: Run, region: Region, inputs, wanted: list[str], parameters: dict[int, Tensor]):
         self.run, self.region, self.wanted, self.names = run, region, wanted, list(inputs)
         self.parameters = parameters
-        self.sink = Sink(uses=-(-run.count // region.chunk))
+        self.graph = graph_of(run, region, wanted)
+        self.recompute = torch.is_grad_enabled() and any(run.host.recomputes(o["index"]) for o in region.visits)
+        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
+        uses = -(-run.count // region.chunk)
+        self.sink = Sink(max(uses, LEAST_USES) if run.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
 
     def loop(self, inputs: dict[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
-        run = self.run
-        inner = _Loop(run, run.sunk_host(self, leaves or {}), self)
-        return inner._loop(self.region, inputs, set(self.wanted), keep=False)
+        host = SunkHost(self.run.host, self.sink, leaves or {})
+        return Loop(self.run, host, self).over(inputs)
 
     def slot(self, number: int, sites: Sequence[Site]) -> list[Buffer]:
         if number not in self.buffers:
@@ -138,12 +173,16 @@ class Job:
     def release(self) -> None:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
-        for buffers in self.buffers.values():
-            for buffer in buffers:
-                buffer.token = None
+        self.forget_tokens()
         for o in self.region.ops:
             if o.kind == "delay":
                 self.run.state.lines.pop(o.name, None)
+
+    def forget_tokens(self) -> None:
+        """Begin a new chain of uses of every buffer."""
+        for buffers in self.buffers.values():
+            for buffer in buffers:
+                buffer.token = None
 
     def store(self) -> None:
         """Hand the buffers over as slots, for a later call or region."""
@@ -154,15 +193,160 @@ class Job:
             self.run.state.slots[number] = slot if ring is None else slot.last(ring)
 
 
-class _Loop(Run):
-    """The chunk loop of a job: shares the outer run's state, runs visits on buffers."""
+class Loop(Run):
+    """The chunk loop of a job: shares the outer run's state, runs visits on buffers, and answers a chunk's graph.
+
+    Attributes:
+        lines: the delay lines that the running chunk reads.
+        span: the running chunk.
+    """
 
     def __init__(self, outer: Run, host: SunkHost, job: Job):
         self.__dict__ |= outer.__dict__
         self.host, self.job = host, job
+        self.lines: dict[str, Tensor] = {}
+        self.span: Span | None = None
+        self.delays = [o for o in job.region.ops if o.kind == "delay"]
+        self.params = [host.parameter(p) for p in job.graph.params]
 
-    def _visit(self, o: Op, span: Span, masks: Masks, keep: bool) -> RunningVisit:
-        return _BufferedVisit(o, self.host, self.job, span, masks)
+    def over(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The wanted streams over all tokens."""
+        job, graph = self.job, self.job.graph
+        cut = spans(self.length, self.count, self.valid, None, job.region.chunk)
+        sizes = [span.count for span in cut]
+        streams = [inputs[name].split(sizes, 1) for name in graph.streams]
+        tables = [self._pieces(self.sides[i], self.side_axes[i], sizes) for i in graph.sides]
+        known = self._known(sizes)
+        done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
+        chain = None
+        for i, span in enumerate(cut):
+            chunk = _Chunk(self, span, [t[i] for t in tables], job.run.chunk_runner(job, span.count))
+            lines = {o.name: self._differentiable(self._line(o, self.hidden)) for o in self.delays}
+            given = [*(parts[i] for parts in streams), *(parts[i] for parts in known)]
+            if job.recompute:
+                *values, chain = Recomputed.apply(
+                    chunk, tuple(lines), len(lines) + len(given), *lines.values(), *given,
+                    self.hidden.new_empty(0) if chain is None else chain, *self.host.leaves.values(),
+                )
+            else:
+                values = chunk.run(lines, given)
+            results = dict(zip(graph.results, values, strict=True))
+            for o in self.delays:
+                self.state.lines[o.name] = push_delay(
+                    lines[o.name], results[o.args[0]] if o.args[0] in results else inputs[o.args[0]].split(sizes, 1)[i],
+                    o["tokens"], span, self.state.record,
+                )
+            for name, parts in done.items():
+                parts.append(results[name])
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
+
+    @staticmethod
+    def _differentiable(line: Tensor) -> Tensor:
+        """A delay line that needs a gradient in every chunk, also in the first one: chunks are compiled alike."""
+        return line if line.requires_grad or not torch.is_grad_enabled() else line.detach().requires_grad_()
+
+    def _known(self, sizes: list[int]) -> list[Sequence[Tensor]]:
+        """What the graph knows before the loop, cut into chunks."""
+        distributed = self.job.graph.distributed
+        if distributed.before is None:
+            return []
+        values = distributed.before(*(self.sides[i] for i in self.job.graph.sides), *self.params)
+        return [self._pieces(t, axis, sizes) for t, axis in zip(values, distributed.axes, strict=True)]
+
+    @staticmethod
+    def _pieces(t: Tensor, axis: int | None, sizes: list[int]) -> Sequence[Tensor]:
+        return [t] * len(sizes) if axis is None else t.split(sizes, axis)
+
+    def visits(self, span: Span) -> list[_BufferedVisit]:
+        valid = None if self.valid is None else self.valid[:, : span.start + span.count]
+        masks = Masks(span.start, span.count, valid, self.hidden.device)
+        return [_BufferedVisit(o, self.host, self.job, span, masks) for o in self.job.graph.visits]
+
+    def absences(self, span: Span) -> list[Tensor | None]:
+        """Per mask of the graph where its values are present, ``[batch or 1, tokens, 1]``; None = everywhere."""
+        found = []
+        for absent in self.job.graph.absents:
+            there = span.present(absent)
+            if isinstance(there, bool):
+                there = None if there and not self.job.run.compiled else torch.full((1, span.count), there)
+            if there is not None:
+                there = there.to(self.hidden.device)[..., None]
+                there = there.expand(self.hidden.shape[0], -1, -1).contiguous() if self.job.run.compiled else there
+            found.append(there)
+        return found
+
+    # Calls of the graph.
+
+    def delayed(self, name: str, source: Tensor | None) -> Tensor:
+        return read_delay(self.lines[name], source, self.program.defs[name]["tokens"], self.span)
+
+    def call(self, name: str, x: Tensor) -> Tensor:
+        return self.host.module(name)(x)
+
+
+class _Chunk:
+    """One chunk of a loop, run once, or once more in the backward pass.
+
+    Args:
+        tables: the chunk's side inputs.
+        runner: runs the graph.
+    """
+
+    def __init__(self, loop: Loop, span: Span, tables: Sequence[Tensor], runner: Callable[..., Sequence[Tensor]]):
+        self.loop, self.span, self.tables, self.runner = loop, span, tables, runner
+        # Every visit of a chunk shares its masks.
+        self.visits, self.masks = loop.visits(span), loop.absences(span)
+
+    def run(self, lines: Mapping[str, Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph's results.
+
+        Args:
+            lines: delay lines by name.
+            given: the chunk of each stream, then of what is known before the loop.
+        """
+        loop, streams = self.loop, len(self.loop.job.graph.streams)
+        loop.lines, loop.span = dict(lines), self.span
+        found = self.runner(
+            loop, *self.visits, *given[:streams], *self.masks, *self.tables, *loop.params, *given[streams:]
+        )
+        loop.lines = {}
+        return found
+
+
+class Recomputed(torch.autograd.Function):
+    """A chunk whose activations are not kept: the backward pass runs it again (gradient checkpointing).
+
+    Keys and values stay in their buffers, so a chunk needs nothing but its streams and delay lines. The chain makes later
+    chunks go first, whose gradients of this chunk's keys have to be there.
+    """
+
+    @staticmethod
+    def forward(ctx, chunk: _Chunk, names: tuple[str, ...], count: int, *tensors: Tensor):
+        device = tensors[0].device.type if tensors else "cpu"
+        ctx.chunk, ctx.names, ctx.count = chunk, names, count
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.save_for_backward(*tensors)
+        ctx.random = RandomState.now(tensors) if chunk.loop.job.draws else None
+        lines = dict(zip(names, tensors))
+        return (*chunk.run(lines, tensors[len(names) : count]), tensors[count].new_empty(0))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        chunk, names, count = ctx.chunk, ctx.names, ctx.count
+        tensors = ctx.saved_tensors
+        given = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+        chunk.loop.job.forget_tokens()
+        device, dtype, enabled = ctx.autocast
+        again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), again:
+            values = chunk.run(dict(zip(names, given)), given[len(names) :])
+        pairs = [(v, g) for v, g in zip(values, grads) if v.requires_grad and g is not None]
+        leaves = tensors[count + 1 :]
+        wanted = [t for t in (*given, *leaves) if t.requires_grad]
+        found = iter(torch.autograd.grad([v for v, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        chunk.loop.job.forget_tokens()
+        made = [next(found) if t.requires_grad else None for t in (*given, *leaves)]
+        return (None, None, None, *made[:count], grads[-1].new_zeros(0), *made[count:])
 
 
 class _BufferedVisit(RunningVisit):
@@ -174,6 +358,10 @@ class _BufferedVisit(RunningVisit):
         self.sites = host.sites_of(self.index)
         self.made = {}
         self.hidden = None
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden
 
     def commit(self) -> None:
         """Buffers are written by the attention itself."""
@@ -201,26 +389,20 @@ class _BufferedVisit(RunningVisit):
 
 
 class SunkHost:
-    """Runs blocks on their sunk graphs with stand-ins for the parameters; everything else as the host does."""
+    """A host whose parameters are stand-ins and whose products sink their weight gradients."""
 
     def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
         self.host, self.sink, self.leaves = host, sink, leaves
         self.modules: dict[str, nn.Module] = {}
-        self.params: dict[int, list[Tensor]] = {}
 
     def leaf(self, parameter: Tensor) -> Tensor:
         return self.leaves.get(id(parameter), parameter)
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        template, params = self.bound_leaves(index)
-        return sunk_graph(template)(self.sink, visit, hidden, *sides, *params)
-
-    def bound_leaves(self, index: int) -> tuple[Template, list[Tensor]]:
-        """Template of a block and the stand-ins for what it is bound to."""
-        template, params = self.host.bound(index)
-        if index not in self.params:
-            self.params[index] = [self.leaf(p) for p in params]
-        return template, self.params[index]
+    def parameter(self, p: Parameter) -> Tensor:
+        """The stand-in for a parameter of a chunk's graph."""
+        if isinstance(p.owner, int):
+            return self.leaf(self.host.bound(p.owner)[1][p.at])
+        return self.leaf(getattr(self.host.module(p.owner), p.at))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:

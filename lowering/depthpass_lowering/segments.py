@@ -52,14 +52,15 @@ def _symbolic_dims(value: object) -> list[int]:
 
 
 class Segmented:
-    """A captured graph ``(visit, *tensors)`` whose segments are compiled; called as the graph itself.
+    """A graph ``(*opaque, *tensors)`` whose segments are compiled; called as the graph itself.
 
     Args:
-        gm: a template or part of a capture.
+        gm: a template or part of a capture, whose one opaque input is the visit, or a chunk's graph.
         compiler: compiles one segment.
+        opaque: how many of the first inputs are no tensors. Nodes that read one are calls, run as they are and in order.
     """
 
-    def __init__(self, gm: fx.GraphModule, compiler: Compiler):
+    def __init__(self, gm: fx.GraphModule, compiler: Compiler, opaque: int = 1):
         self.gm, self.compiler = gm, compiler
         self.nodes = list(gm.graph.nodes)
         self.placeholders = [n for n in self.nodes if n.op == "placeholder"]
@@ -67,14 +68,17 @@ class Segmented:
         self.again = _repeatable(self.nodes)
         # Steps in order: a compiled segment with its inputs and outputs, or a node to run as it is.
         self.steps: list[tuple[Callable | fx.Node, list[fx.Node], list[fx.Node]]] = []
-        visit = self.placeholders[0]
+        asked = set(self.placeholders[:opaque])
         stage: dict[fx.Node, int] = dict.fromkeys(self.placeholders, 0)
+        latest = 0
         calls: dict[int, list[fx.Node]] = {}
         work: dict[int, list[fx.Node]] = {}
         for n in self.nodes[len(self.placeholders) : -1]:
             at = max((stage[a] for a in n.all_input_nodes if a not in self.again), default=0)
             stage[n] = at
-            if visit in n.all_input_nodes:
+            if asked.intersection(n.all_input_nodes):
+                # Calls have a memory (the keys they keep): none overtakes another.
+                at = latest = max(at, latest)
                 calls.setdefault(at, []).append(n)
                 stage[n] = at + 1
             elif n not in self.again:

@@ -33,8 +33,10 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         real = layer._gradient_checkpointing_func
         layer._gradient_checkpointing_func = lambda *a, real=real, **k: (runs.append(1), real(*a, **k))[1]
     again, got = gradients(turbo)
-    assert len(runs) == 1 + 2 * 3  # block 0 once, blocks 1 and 2 once per chunk of 3 of the 9 tokens
-    torch.testing.assert_close(again, loss)  # checkpointed blocks run on the eager rung, which rounds in another order
+    # The token loop of blocks 1 and 2 computes its chunks again by itself. GPT-2 has attention dropout, which the scheduled
+    # rung leaves to the eager one: there each block is checkpointed in each chunk of 3 of the 9 tokens.
+    assert len(runs) == (7 if name == "gpt2" else 1)
+    assert torch.equal(again, loss)
     assert got.keys() == want.keys() and len(want) == len(list(turbo.parameters()))
     for n, g in want.items():
         torch.testing.assert_close(got[n], g, rtol=1e-5, atol=1e-6)

@@ -4,40 +4,84 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering import products
-from depthpass_lowering.products import Products, contraction
+from depthpass_lowering.products import Products, Weights, contraction
+from depthpass_lowering.sink import Sink, sunk_products
 
 import depthpass as dp
 
 
-@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-14)])
-@pytest.mark.parametrize("shape", [(3, 256), (2, 5, 256)])
-def test_products_equal_float64(dtype, tolerance, shape):
+CASES = {
+    "one": dict(shapes=[(192, 256)], biased=[True]),
+    "one stream": dict(shapes=[(192, 256), (64, 256), (32, 256)], biased=[True, False, True]),
+    "joined": dict(shapes=[(192, 256), (192, 24)], biased=[False, True], joined=True),
+    "transposed": dict(shapes=[(256, 192)], biased=[True], transposed=True),
+}
+
+
+def weights(dtype, shapes, biased, joined=False, transposed=False) -> Weights:
     torch.manual_seed(0)
-    w, b = torch.randn(192, 256, dtype=dtype), torch.randn(192, dtype=dtype)
-    x = torch.randn(shape, dtype=dtype)
-    loop = Products(uses=8)
-    for got, want in (
-        (loop.linear(x, w, b), x.double() @ w.double().t() + b.double()),
-        (loop.linear(x, w), x.double() @ w.double().t()),
-        (loop.transposed(x, w.t().contiguous(), b), x.double() @ w.double().t() + b.double()),
-        (contraction(x.reshape(-1, 256), x.reshape(-1, 256)), x.double().flatten(0, -2).t() @ x.double().flatten(0, -2)),
-    ):
-        assert got.dtype == dtype and got.is_contiguous()
-        assert ((got.double() - want).norm() / want.norm()) < tolerance
+    made = tuple(torch.randn(s, dtype=dtype) for s in shapes)
+    outs = [w.shape[1 if transposed else 0] for w in made]
+    return Weights(made, tuple(torch.randn(o, dtype=dtype) if b else None for o, b in zip(outs, biased)), joined, transposed)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("rows", [(3,), (2, 5)])
+@pytest.mark.parametrize("case", CASES)
+def test_products_equal_float64(case, dtype, tolerance, rows):
+    w, loop = weights(dtype, **CASES[case]), Products(uses=8)
+    inner = [t.shape[0 if w.transposed else 1] for t in w.weights]
+    xs = [torch.randn(*rows, n, dtype=dtype) for n in (inner if w.joined else inner[:1])]
+    exact = [t.double().requires_grad_() for t in xs]
+    plain = [t.double().t() if not w.transposed else t.double() for t in w.weights]
+    biases = [0 if b is None else b.double() for b in w.biases]
+    if w.joined:
+        want = [sum(x @ t + b for x, t, b in zip(exact, plain, biases))]
+    else:
+        want = [exact[0] @ t + b for t, b in zip(plain, biases)]
+    got = loop.forward(w, xs)
+    assert [g.shape for g in got] == [t.shape for t in want]
+    grads = [torch.randn(t.shape, dtype=dtype) for t in want]
+    back = torch.autograd.grad(want, exact, [g.double() for g in grads])
+    for a, e in zip([*got, *loop.backward(w, grads)], [*want, *back], strict=True):
+        assert a.dtype == dtype and ((a.double() - e).norm() / e.norm()) < tolerance
+    assert bool(loop._packed) == (dtype != torch.float64)
+
+
+def test_weight_gradients_are_contractions():
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-14)):
+        a, b = torch.randn(300, 96, dtype=dtype), torch.randn(300, 64, dtype=dtype)
+        want = a.double().t() @ b.double()
+        assert ((contraction(a, b).double() - want).norm() / want.norm()) < tolerance
 
 
 def test_weights_are_packed_only_where_it_pays_and_follow_the_loop():
     w, x = torch.randn(256, 256), torch.randn(4, 256)
     for uses, big in ((products.LEAST_USES, w), (products.LEAST_USES - 1, w), (products.LEAST_USES, w[:8, :8])):
         loop = Products(uses)
-        loop.linear(x[:, : big.shape[1]], big)
+        loop.forward(Weights((big,), (None,)), [x[:, : big.shape[1]]])
         assert bool(loop._packed) == (uses >= products.LEAST_USES and big is w)
     loop = Products(uses=9)
-    before = loop.linear(x, w)
+    (before,) = loop.forward(Weights((w,), (None,)), [x])
     loop.forget()
-    assert torch.allclose(loop.linear(x, w * 2), 2 * before)
+    assert torch.allclose(loop.forward(Weights((w * 2,), (None,)), [x])[0], 2 * before)
     # Both directions of one weight are different products.
-    assert not torch.allclose(loop.linear(x, w), loop.transposed(x, w))
+    assert not torch.allclose(before, loop.backward(Weights((w,), (None,)), [x])[0])
+
+
+def test_frozen_weights_beside_trained_ones_take_no_product():
+    """As in LoRA: q and its A read one stream, and q is frozen."""
+    torch.manual_seed(0)
+    frozen, trained = torch.randn(64, 32), torch.randn(8, 32, requires_grad=True)
+    sink, x = Sink(), torch.randn(5, 32, requires_grad=True)
+    out = sunk_products(sink, Weights((frozen, trained), (None, None)), x)
+    a, b = torch.randn(5, 64), torch.randn(5, 8)
+    (dx,) = torch.autograd.grad(out, [x], [a, b])
+    assert torch.allclose(dx, a @ frozen + b @ trained, atol=1e-5)
+    (held,) = sink._waiting.values()
+    assert held.g[0].shape == (5, 8)
+    found = sink.finish()
+    assert found.keys() == {id(trained)} and torch.allclose(found[id(trained)], b.t() @ x, atol=1e-5)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])

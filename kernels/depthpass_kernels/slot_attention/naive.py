@@ -2,7 +2,10 @@
 
 Dense, in the accumulation dtype (float32, or float64 for float64 inputs). `forward` is differentiable as it
 stands; `backward` is the hand-written gradient that the registered op uses, so the two check each other.
+`chunk_forward` and `chunk_backward` are the same in fewer ops, for the plain case of a token loop.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -130,6 +133,72 @@ def backward(
     if problem.sinks is not None:
         dsinks = sink_gradient(problem.sinks, lse, delta.squeeze(-1).flatten(1, 2))
     return dq.flatten(1, 2), dk, dv, dsinks, s.span
+
+
+def is_plain(problem: Problem) -> bool:
+    """Whether nothing but order and window says what is seen, and nothing changes the logits."""
+    return every_key_is_seen(problem) and problem.sinks is None and problem.softcap is None
+
+
+class _Chunk:
+    """Operands of a plain problem by key head, [B·Hkv, rows, width], and its logits; queries of a head below one another."""
+
+    def __init__(self, problem: Problem) -> None:
+        p = problem
+        acc = accumulation_dtype(p.q.dtype)
+        self.span = low, high = key_span(p)
+        self.count, self.shape = p.q.shape[2], p.q.shape[:2]
+        self.q = self.rows(p.q.to(acc), p)
+        self.k, self.v = (t[:, :, low:high].to(acc).flatten(0, 1) for t in (p.k, p.v))
+        # The scale goes to the short side of the product.
+        self.scaled = self.q * p.scale
+        self.logits = torch.bmm(self.scaled, self.k.mT)
+        if self.count > 1:
+            # Only the chunk's own keys can be ahead of a query, and only the first ones too far back.
+            self.logits[:, :, -self.count :].add_(_ahead(self.count, p.group, acc, p.q.device))
+            if p.window is not None and (reach := p.q_start - p.window - low) > -self.count:
+                self.logits[:, :, : self.count].add_(_behind(self.count, p.group, reach, acc, p.q.device))
+
+    def rows(self, x: Tensor, problem: Problem) -> Tensor:
+        return x.reshape(problem.q.shape[0] * problem.k.shape[1], problem.group * self.count, x.shape[-1])
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.reshape(*self.shape, self.count, x.shape[-1])
+
+
+@functools.lru_cache(64)
+def _ahead(count: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What hides later keys of the own chunk, [group * count, count]."""
+    with torch.inference_mode(False):
+        return torch.full((count, count), NEVER, dtype=dtype, device=device).triu_(1).repeat(group, 1)
+
+
+@functools.lru_cache(64)
+def _behind(count: int, group: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What hides keys that a window has passed: key t of the span from query c with t <= c + reach."""
+    with torch.inference_mode(False):
+        hidden = torch.ones(count, count, dtype=torch.bool, device=device).tril(reach)
+        return torch.zeros(count, count, dtype=dtype, device=device).masked_fill_(hidden, NEVER).repeat(group, 1)
+
+
+def chunk_forward(problem: Problem) -> tuple[Tensor, Tensor]:
+    """As `forward`, for a plain problem and without gradient."""
+    c = _Chunk(problem)
+    lse = torch.logsumexp(c.logits, -1, keepdim=True)
+    out = torch.bmm(c.logits.sub_(lse).exp_(), c.v)
+    return c.heads(out), c.heads(lse).squeeze(-1)
+
+
+def chunk_backward(problem: Problem, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int]]:
+    """As `backward`, for a plain problem: dq, dk, dv and the key range that dk and dv cover."""
+    c = _Chunk(problem)
+    grad, out = (c.rows(t.to(lse.dtype), problem) for t in (grad, out))
+    p = c.logits.sub_(c.rows(lse[..., None], problem)).exp_()
+    dlogits = torch.bmm(grad, c.v.mT).sub_((grad * out).sum(-1, keepdim=True)).mul_(p)
+    dq = torch.bmm(dlogits, c.k).mul_(problem.scale)
+    per_head = problem.k.shape[:2]
+    dk, dv = (torch.bmm(a.mT, b).unflatten(0, per_head) for a, b in ((dlogits, c.scaled), (p, grad)))
+    return c.heads(dq), dk, dv, c.span
 
 
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:

@@ -1,0 +1,124 @@
+"""Find the products with parameters in a graph, and join those that read one stream.
+
+``linear(x, p, b)`` and ``addmm(b, x, p)`` (GPT-2's Conv1D) with parameters p, b become one node per stream x, whose results
+are those of all its weights: q, k and v make one product, gate and up another. Their weight gradients are contractions over
+tokens and may leave the token loop (:mod:`depthpass_lowering.sink`).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from depthpass_lowering.products import Weights, plain
+from depthpass_lowering.sink import sunk_landing, sunk_products
+
+aten = torch.ops.aten
+
+
+def products(transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor) -> Sequence[Tensor]:
+    """Products of one stream with parameters: ``x W^T + b`` of each."""
+    return plain(Weights(tuple(weights), tuple(biases), transposed=transposed), (x,))
+
+
+def land(
+    weights: Sequence[Tensor], biases: Sequence[Tensor | None], present: Tensor | None, x: Tensor, *cs: Tensor
+) -> Tensor:
+    """What bridges bring to a block: ``x + present * sum_b (c_b W_b^T + bias_b)``."""
+    (y,) = plain(Weights(tuple(weights), tuple(biases), joined=True), cs)
+    return x + (y if present is None else torch.where(present, y, 0))
+
+
+def join_products_pass(graph: fx.Graph, parameters: set[fx.Node]) -> int:
+    """Replace products with parameters by :func:`products` nodes, one for all that read the same stream.
+
+    A weight that anything else reads keeps its own node, and so does a product whose result is changed in place.
+
+    Numerics: exact (the same products), or reassociated where they are packed.
+
+    Returns:
+        the number of products found.
+    """
+    groups: dict[tuple[fx.Node, bool], list[tuple[fx.Node, fx.Node, fx.Node | None]]] = {}
+    for node in graph.nodes:
+        match = _match(node, parameters)
+        if match is None:
+            continue
+        x, weight, bias, transposed = match
+        # GPT-2's layout cannot be joined: each product stands alone.
+        key = (node, True) if transposed else (x, False)
+        groups.setdefault(key, []).append((node, weight, bias))
+    for (_, transposed), members in groups.items():
+        first = members[0][0]
+        x = _match(first, parameters)[0]
+        with graph.inserting_before(first):
+            weights, biases = tuple(w for _, w, _ in members), tuple(b for _, _, b in members)
+            made = graph.call_function(products, (transposed, weights, biases, x))
+            parts = [graph.call_function(operator.getitem, (made, i)) for i in range(len(members))]
+        for (node, _, _), part in zip(members, parts):
+            part.meta = dict(node.meta)
+            node.replace_all_uses_with(part)
+            graph.erase_node(node)
+    return sum(len(m) for m in groups.values())
+
+
+def _match(node: fx.Node, parameters: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
+    """``(x, weight, bias, whether weight is [in, out])`` of a product with a parameter, or None."""
+    if node.op != "call_function" or any(_changes(u) for u in node.users):
+        return None
+    found = None
+    if node.target is aten.linear.default and not node.kwargs:
+        bias = node.args[2] if len(node.args) > 2 else None
+        found = node.args[0], node.args[1], bias, False
+    elif node.target is aten.addmm.default and not node.kwargs:
+        found = node.args[1], node.args[2], node.args[0], True
+    if found is None or found[1] not in parameters or not (found[2] is None or found[2] in parameters):
+        return None
+    for p in (found[1], found[2]):
+        if p is not None and not all(_multiplies(u, p) for u in p.users):
+            return None
+    return found
+
+
+def _multiplies(user: fx.Node, parameter: fx.Node) -> bool:
+    """Whether a parameter is the weight or bias of a product here, and nothing else."""
+    if user.target is aten.linear.default:
+        return user.args[0] is not parameter
+    if user.target is aten.addmm.default:
+        return user.args[1] is not parameter
+    return user.target in (products, land)
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether an op writes into an argument."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same graph with its weight gradients sunk: takes a sink before everything else.
+
+    Numerics: reassociated (sums over tokens in one product instead of one per chunk).
+    """
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    sink = graph.placeholder("sink")
+    sunk: dict[object, Callable] = {products: _sunk_products, land: _sunk_land}
+    for node in gm.graph.nodes:
+        env[node] = copied = graph.node_copy(node, env.__getitem__)
+        if node.target in sunk:
+            copied.target, copied.args = sunk[node.target], (sink, *copied.args)
+    made = fx.GraphModule(gm, graph)
+    made.graph.lint()
+    return made
+
+
+def _sunk_products(sink, transposed, weights, biases, x):
+    return sunk_products(sink, Weights(tuple(weights), tuple(biases), transposed=transposed), x)
+
+
+def _sunk_land(sink, weights, biases, present, x, *cs):
+    return sunk_landing(sink, Weights(tuple(weights), tuple(biases), joined=True), present, x, *cs)
