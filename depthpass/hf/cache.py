@@ -4,17 +4,37 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache
+from transformers.generation import GenerationMixin
 
-from depthpass.errors import CacheError
+from depthpass.capture.attention import signature_names
+from depthpass.errors import CacheError, InputError
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
 
     from depthpass.ir.program import Program
+
+NAMES = ("past_key_values", "cache")
+"""Names of the cache argument: transformers 5.24 renamed the first to the second. A transformed model takes both."""
+
+GENERATED = next(n for n in NAMES if n in signature_names(GenerationMixin.prepare_inputs_for_generation))
+"""The name under which the installed transformers' ``generate`` keeps the cache."""
+
+
+def take_cache(arguments: dict[str, Any]) -> tuple[str, Any]:
+    """Take the cache out of a call's arguments: the name it was given under, and the cache or None.
+
+    Raises:
+        InputError: two caches were given.
+    """
+    found = {n: c for n in NAMES if (c := arguments.pop(n, None)) is not None}
+    if len({id(c) for c in found.values()}) > 1:
+        raise InputError(f"{' and '.join(found)}: expected one cache, got two; both are names of the same argument. Pass one.")
+    return next(iter(found.items()), (NAMES[0], None))
 
 
 class DepthCache(Cache):
@@ -54,19 +74,19 @@ class DepthCache(Cache):
             f"delay_lines={len(self.state.lines)}, kv_bytes={kv}, delay_line_bytes={lines})"
         )
 
-    def check_owner(self, model) -> None:
-        """Raise CacheError unless the cache was made for ``model``."""
+    def check_owner(self, model, name: str) -> None:
+        """Raise CacheError unless the cache was made for ``model``; ``name`` is the argument it was given as."""
         if self._owner() is not model:
             raise CacheError(
-                "past_key_values: this DepthCache belongs to another model. Make one with dp.DepthCache(model), "
+                f"{name}: this DepthCache belongs to another model. Make one with dp.DepthCache(model), "
                 "or let generate() make it."
             )
 
-    def check_program(self, now: Program) -> None:
+    def check_program(self, now: Program, name: str) -> None:
         """Raise CacheError unless the program that runs now has filled the cache."""
         if self.state.length and self.program is not now and self.program != now:
             raise CacheError(
-                f"past_key_values: this DepthCache holds {self.state.length} tokens of another program of this model "
+                f"{name}: this DepthCache holds {self.state.length} tokens of another program of this model "
                 f"({len(self.program.visits)} visits, {len(self.program.slots)} slots; now {len(now.visits)} visits, "
                 f"{len(now.slots)} slots): the model was switched after it was filled, or its loop count is drawn or follows "
                 "the row's tokens. Switch back, fix the count with dp.using, or make a new cache with dp.DepthCache(model) "
@@ -104,7 +124,14 @@ class DepthCache(Cache):
 
     @property
     def is_sliding(self) -> list[bool]:
-        return [False] * len(self.state.slots)
+        # Never empty: for an empty cache, generate would take all of it to be linear attention, which counts no tokens.
+        return [False] * max(len(self.state.slots), 1)
+
+    is_linear = is_dummy = is_sliding
+
+    @property
+    def is_croppable(self) -> bool:
+        return all(s.columns is None and not s.first for s in self.state.slots.values())
 
     @property
     def batch_size(self) -> int:

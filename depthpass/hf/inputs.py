@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import CacheError, InputError, did_you_mean
-from depthpass.hf.cache import DepthCache
+from depthpass.hf.cache import NAMES, DepthCache, take_cache
 from depthpass.hf.pads import pad_op
 
-_IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "past_key_values", "attention_mask",
-            "position_ids"}
+_IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "attention_mask", "position_ids"}
 _REFUSED_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 _EMBEDS = ("input_ids", "inputs_embeds")
 _TENSORS = ("labels", "token_type_ids", "mm_token_type_ids", "start_positions", "end_positions")
@@ -27,6 +26,7 @@ class Call:
         tensors: tensor inputs of the captured model, new tokens only.
         valid: validity of all columns, old and new, ``[batch, past + new]``; None = no padding anywhere.
         past: columns seen before this call.
+        cache_name: the argument that the cache was given as.
         keep: ``logits_to_keep`` as an index of the token axis; None = all.
         prompt: real tokens of each row's prompt, ``[batch]`` or ``[1]``; None = not told. Only programs with pads ask.
     """
@@ -35,6 +35,7 @@ class Call:
     valid: Tensor | None
     past: int
     cache: DepthCache | None
+    cache_name: str
     use_cache: bool
     return_dict: bool
     keep: slice | Tensor | None
@@ -72,16 +73,16 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
             f"got shape {tuple(tokens.shape)}."
         )
     batch, new, device = tokens.shape[0], tokens.shape[1], tokens.device
-    cache = given.get("past_key_values")
+    cache_name, cache = take_cache(given)
     if cache is not None:
         if not isinstance(cache, DepthCache):
             raise CacheError(
-                f"past_key_values: expected a DepthCache made for this model, got {type(cache).__name__}. A transformed "
+                f"{cache_name}: expected a DepthCache made for this model, got {type(cache).__name__}. A transformed "
                 "model keeps one slot per visit and delay lines; use dp.DepthCache(model), or let generate() make it."
             )
-        cache.check_owner(model)
+        cache.check_owner(model, cache_name)
         if cache.state.length and cache.batch_size not in (-1, batch):
-            raise CacheError(f"past_key_values: holds {cache.batch_size} rows, the call has {batch}.")
+            raise CacheError(f"{cache_name}: holds {cache.batch_size} rows, the call has {batch}.")
     past = cache.state.tokens if cache is not None else 0
     valid = _validity(given.get("attention_mask"), batch, past, new, device, cache)
     positions = _positions(model, given, valid, batch, past, new, device)
@@ -89,9 +90,9 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
     tensors["attention_mask"] = (
         torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
     )
-    known = {*names, "num_items_in_batch", *_IGNORED}
+    known = {*names, "num_items_in_batch", *NAMES, *_IGNORED}
     for name, value in given.items():
-        if name in _IGNORED or name in tensors or name in _REFUSED_FLAGS or name == "past_key_values":
+        if name in _IGNORED or name in tensors or name in _REFUSED_FLAGS:
             continue
         if name not in known and value is not False:
             raise InputError(f"{name}: a transformed {type(model).__name__} does not know this argument."
@@ -114,7 +115,7 @@ def normalise(model: nn.Module, names: tuple[str, ...], arguments: dict[str, obj
             raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
         if (shape := tuple(tensors["labels"].shape)) != (batch, new):
             raise InputError(f"labels: expected shape {(batch, new)}, got {shape}. The model shifts them by itself.")
-    return Call(tensors, valid, past, cache, bool(use_cache), bool(return_dict), keep, prompt)
+    return Call(tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), keep, prompt)
 
 
 def _prompt(model, value: object) -> Tensor | None:
