@@ -15,6 +15,7 @@ from transformers import DynamicCache, StaticCache
 from turboconn import build
 
 import depthpass as dp
+from depthpass.hf.cache import STOCK_NAME
 
 TOKENS = 16
 
@@ -25,14 +26,14 @@ def stock_tokens(model, ids, compiled: bool):
     forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
     cache = StaticCache(config=config, max_cache_len=256) if compiled else DynamicCache(config=config)
     with torch.no_grad():
-        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids, **{STOCK_NAME: cache}, use_cache=True)
     token = ids[:, -1:].clone()
 
     @torch.no_grad()
     def run():
         for step in range(TOKENS):
             at = torch.tensor([[length + step]], device=ids.device)
-            forward(input_ids=token, position_ids=at, past_key_values=cache, use_cache=True)
+            forward(input_ids=token, position_ids=at, **{STOCK_NAME: cache}, use_cache=True)
         if not compiled:
             cache.crop(-TOKENS)
             return

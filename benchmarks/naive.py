@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from depthpass.hf.cache import STOCK_NAME
+
 
 class NaiveGroups:
     """Grouped forward over a stock Llama-shaped model.
@@ -46,7 +48,7 @@ class NaiveGroups:
             for a in range(0, ids.shape[1], self.group):
                 self.current = [None] * len(self.bridges)
                 parts.append(
-                    self.model(input_ids=ids[:, a : a + self.group], past_key_values=cache, use_cache=True).logits
+                    self.model(input_ids=ids[:, a : a + self.group], **{STOCK_NAME: cache}, use_cache=True).logits
                 )
                 self.previous = self.current
         finally:

@@ -17,6 +17,7 @@ from harness import Result, compare, machine, save
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import depthpass as dp
+from depthpass.hf.cache import STOCK_NAME
 
 
 def build(width: int, blocks: int, vocabulary: int, positions: int, dtype: torch.dtype, device: str) -> LlamaForCausalLM:
@@ -36,11 +37,11 @@ class Decoder:
     def __init__(self, model, cache, prompt: torch.Tensor):
         self.model, self.cache, self.token = model, cache, prompt[:, -1:]
         with torch.no_grad():
-            model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=prompt, **{STOCK_NAME: cache}, use_cache=True, logits_to_keep=1)
 
     @torch.no_grad()
     def __call__(self) -> None:
-        out = self.model(input_ids=self.token, past_key_values=self.cache, use_cache=True)
+        out = self.model(input_ids=self.token, **{STOCK_NAME: self.cache}, use_cache=True)
         self.token = out.logits[:, -1:].argmax(-1)
 
 

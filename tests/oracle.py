@@ -8,6 +8,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 
 import torch
+import zoo
 from torch import Tensor, nn
 from transformers import DynamicCache
 
@@ -63,7 +64,7 @@ def turboconn_row(
         for step in range(len(ids)):
             out = model(
                 input_ids=ids[None, step : step + 1], position_ids=positions[None, step : step + 1],
-                past_key_values=cache, use_cache=True,
+                **{zoo.CACHE: cache}, use_cache=True,
             )
             logits.append(out.logits[0, -1])
     return torch.stack(logits)

@@ -140,7 +140,7 @@ class Row:
                 return value if axis is None else value.narrow(axis, i, 1)
             return value
 
-        kwargs = {k: at(v) for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values")}
+        kwargs = {k: at(v) for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "cache")}
         _running.append((visit, i))
         try:
             out = self.blocks[index](x[None, None], *(at(a) for a in args[1:]), **kwargs)

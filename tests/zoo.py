@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 SUPPORTED = (
     "llama qwen2 qwen3 mistral gemma gemma2 gemma3_text phi phi3 gpt2 gpt_neox olmo olmo2 olmo3 smollm3 granite cohere "
     "cohere2 stablelm starcoder2 mixtral qwen3_moe gpt_oss opt helium glm glm4 nemotron ernie4_5 exaone4 "
     "hunyuan_v1_dense apertus llama4_text"
 ).split()
+
+CACHE = next(n for n in ("cache", "past_key_values") if n in inspect.signature(LlamaForCausalLM.forward).parameters)
+"""Name of a stock model's cache, as an argument and in its outputs: transformers 5.24 renamed it."""
 
 VOCABULARY = 97
 WINDOW = 4

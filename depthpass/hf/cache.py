@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 NAMES = ("past_key_values", "cache")
 """Names of the cache argument: transformers 5.24 renamed the first to the second. A transformed model takes both."""
 
-GENERATED = next(n for n in NAMES if n in signature_names(GenerationMixin.prepare_inputs_for_generation))
-"""The name under which the installed transformers' ``generate`` keeps the cache."""
+STOCK_NAME = next(n for n in NAMES if n in signature_names(GenerationMixin.prepare_inputs_for_generation))
+"""The name that the installed transformers uses: of its stock models and of what ``generate`` hands to a model."""
 
 
 def take_cache(arguments: dict[str, Any]) -> tuple[str, Any]:

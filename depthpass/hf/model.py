@@ -23,7 +23,7 @@ from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.direct import direct
 from depthpass.capture.head import logits_part
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
-from depthpass.hf.cache import GENERATED, NAMES, DepthCache, take_cache
+from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
 from depthpass.hf.pads import insert, pad_op
@@ -452,7 +452,7 @@ class DepthModel:
     # What transformers calls.
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
-        given = model_kwargs.get(GENERATED)
+        given = model_kwargs.get(STOCK_NAME)
         if isinstance(mask := model_kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
             check_rows(mask)
         if generation_config.use_cache is not False and (future := reads_future(self.depth_program)):
@@ -484,7 +484,7 @@ class DepthModel:
                     "own DepthCache (one slot per visit and delay lines); leave cache_implementation unset."
                 )
             # An assistant's tokens are taken back when the model it drafts for disagrees.
-            model_kwargs[GENERATED] = DepthCache(self, record=bool(generation_config.is_assistant))
+            model_kwargs[STOCK_NAME] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
@@ -614,7 +614,7 @@ def depth_class(stock: type) -> type:
         @functools.wraps(stock.generate)
         def generate(self, *args, **kwargs):
             _, cache = take_cache(kwargs)
-            return stock.generate(self, *args, **kwargs, **({} if cache is None else {GENERATED: cache}))
+            return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate
     return type(stock.__name__, (DepthModel, stock), body)

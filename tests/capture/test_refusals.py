@@ -18,7 +18,6 @@ BASE = {
     "vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48,
     "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }
-GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 128}
 ITSELF = "computes attention by itself instead of dispatching it through transformers' AttentionInterface"
 ROW = "works on the row as a whole"
 STATE = "carries a state along the tokens"
@@ -33,7 +32,8 @@ REFUSED = {
               ["BloomForCausalLM", "transformer.h.0.self_attention (BloomAttention)", ITSELF]),
     "mpt": (lambda: lm("mpt", vocab_size=97, d_model=32, n_layers=1, n_heads=4),
             ["transformer.blocks.0.attn (MptAttention)", ITSELF]),
-    "gptj": (lambda: lm("gptj", **GPT, rotary_dim=4), ["transformer.h.0.attn (GPTJAttention)", ITSELF]),
+    "gpt_neo": (lambda: lm("gpt_neo", **BASE | {"num_hidden_layers": 1}, attention_types=[[["global"], 1]]),
+                ["transformer.h.0.attn.attention (GPTNeoSelfAttention)", ITSELF]),
     "falcon with alibi": (lambda: lm("falcon", **BASE, alibi=True), ["(FalconAttention)", ITSELF]),
     "falcon": (lambda: lm("falcon", **BASE, alibi=False), ["(FalconAttention)", ITSELF]),
     "lfm2": (lambda: lm("lfm2", **BASE | {"num_hidden_layers": 2}, num_key_value_heads=2,

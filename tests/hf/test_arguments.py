@@ -31,7 +31,7 @@ def llama():
 
 
 def equal(got, want, real=None):
-    for key in want.keys() - {"past_key_values"}:
+    for key in want.keys() - {zoo.CACHE}:
         a, b = (x if real is None or key != "logits" else x[real] for x in (got[key], want[key]))
         assert torch.equal(a, b), key
     assert got.keys() == want.keys()
@@ -135,6 +135,37 @@ def test_cache_or_not(llama):
     first = llama(**batch).past_key_values
     second = llama(**batch).past_key_values
     assert first is not second and first.state is not second.state
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_the_cache_has_two_names(kind, name):
+    turbo, ids, cache = pair(kind)[1], zoo.batch([7, 7])["input_ids"], dp.DepthCache(pair(kind)[1])
+    with torch.no_grad():
+        out = turbo(input_ids=ids[:, :4], **{name: cache})
+        assert out[zoo.CACHE] is getattr(out, zoo.CACHE) is out.past_key_values is cache and out.to_tuple()[-1] is cache
+        got = turbo(input_ids=ids[:, 4:], **{name: cache}).logits
+        torch.testing.assert_close(got, turbo(input_ids=ids).logits[:, 4:], rtol=1e-4, atol=1e-4)
+    for given, message in (
+        (((ids, ids),), "expected a DepthCache made for this model, got tuple"),
+        (dp.DepthCache(turbo_of(pair(kind)[0])), "this DepthCache belongs to another model"),
+        (cache, "holds 2 rows, the call has 1"),
+    ):
+        with pytest.raises(CacheError, match=f"^{name}: {message}"):
+            turbo(input_ids=ids[:1], **{name: given})
+    with dp.using(turbo, dp.Identity()), pytest.raises(CacheError, match=f"^{name}: .* of another program"):
+        turbo(input_ids=ids, **{name: cache})
+
+
+def test_two_caches_are_refused(llama):
+    ids, one, two = zoo.batch([5])["input_ids"], dp.DepthCache(llama), dp.DepthCache(llama)
+    for call in (llama, llama.generate):
+        with pytest.raises(InputError, match="past_key_values and cache: expected one cache, got two"):
+            call(input_ids=ids, past_key_values=one, cache=two)
+    assert one.get_seq_length() == two.get_seq_length() == 0
+    llama(input_ids=ids, past_key_values=one, cache=one)
+    llama(input_ids=ids, past_key_values=None, cache=two)
+    assert one.get_seq_length() == two.get_seq_length() == 5
 
 
 @pytest.mark.parametrize("auto", [AutoModelForSequenceClassification, AutoModelForTokenClassification])

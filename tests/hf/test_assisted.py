@@ -1,6 +1,7 @@
 """Assisted decoding: programs that cannot take tokens back say so before anything runs."""
 
 import pytest
+import torch
 import zoo
 
 import depthpass as dp
@@ -20,3 +21,18 @@ def test_refused(spec, reason):
     helper = zoo.model("llama", 2)
     with pytest.raises(dp.InputError, match="assisted decoding is not possible"):
         model.generate(zoo.batch([5])["input_ids"], max_new_tokens=2, assistant_model=helper, do_sample=False)
+
+
+def test_a_cache_says_whether_tokens_can_be_taken_back():
+    """transformers asks before it drafts."""
+    for spec, croppable in ((dp.Loop(start=1, end=2, times=2), True), (dp.Loop(start=1, end=2, times=3, exit=0.5), False)):
+        model = dp.transform(zoo.model("llama", 3), spec)
+        cache = dp.DepthCache(model, record=True)
+        with torch.no_grad():
+            model(zoo.batch([5])["input_ids"], cache=cache)
+        assert cache.is_croppable is croppable
+        if croppable:
+            cache.crop(-2)
+        else:
+            with pytest.raises(dp.CacheError, match="routed ones cannot be cropped"):
+                cache.crop(-2)

@@ -80,18 +80,25 @@ def test_stops_at_the_end_token(llama):
     assert torch.equal(*found) and (found[0][0, 9:] == 0).all()
 
 
-def test_continues_a_prompt_from_its_cache(turbo):
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_continues_a_prompt_from_its_cache(turbo, name):
     ids = zoo.batch([9, 9], seed=4)["input_ids"]
     want, _ = run(turbo, {"input_ids": ids})
     cache = dp.DepthCache(turbo)
     logits(turbo, ids[:, :5], past_key_values=cache)
     kept = copy.deepcopy(cache)
-    assert torch.equal(run(turbo, {"input_ids": ids}, past_key_values=cache)[0], want)
+    assert torch.equal(run(turbo, {"input_ids": ids}, **{name: cache})[0], want)
     assert cache.get_seq_length() == 9 + NEW - 1
     # The copy has not moved, and a second question can be asked of the same prompt.
     other = torch.cat((ids[:, :5], ids[:, 5:].flip(1)), 1)
     assert kept.get_seq_length() == 5
-    assert torch.equal(run(turbo, {"input_ids": other}, past_key_values=kept)[0], run(turbo, {"input_ids": other})[0])
+    assert torch.equal(run(turbo, {"input_ids": other}, **{name: kept})[0], run(turbo, {"input_ids": other})[0])
+
+
+def test_generation_returns_the_cache(llama):
+    out = llama.generate(**zoo.batch([5]), max_new_tokens=3, eos_token_id=None, return_dict_in_generate=True)
+    assert isinstance(out[zoo.CACHE], dp.DepthCache) and out[zoo.CACHE].get_seq_length() == 7
+    assert not hasattr(pair("llama")[1].model, "generate")
 
 
 def test_prefill_in_chunks(turbo):
@@ -220,7 +227,7 @@ def test_cache_of_another_kind_or_model_is_refused(llama):
         dp.DepthCache(pair("llama")[0])
     # And a stock model cannot run on ours.
     with pytest.raises(CacheError, match="stock attention layer cannot"):
-        pair("llama")[0](input_ids=ids, past_key_values=dp.DepthCache(llama))
+        pair("llama")[0](input_ids=ids, **{zoo.CACHE: dp.DepthCache(llama)})
 
 
 def test_cache_with_other_rows_is_refused(llama):
