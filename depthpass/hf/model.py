@@ -31,6 +31,7 @@ from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
 from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
+from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
 
 PREFIX = "depth"
@@ -53,6 +54,7 @@ class Runtime:
         watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
+        lowered: how each serial region of the last call was run, likewise.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
@@ -67,6 +69,7 @@ class Runtime:
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int], ...] = ()
+    lowered: tuple[Lowered, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -297,6 +300,14 @@ class DepthModel:
         return self._depth.ran
 
     @property
+    def depth_lowered(self) -> tuple[Lowered, ...]:
+        """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
+
+        A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
+        """
+        return self._depth.lowered
+
+    @property
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
@@ -320,10 +331,12 @@ class DepthModel:
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
+        lowered: list[Lowered] = []
         heads, streams, state = (
             advance_token(self, plan, captured, call, state)
-            or self._advance(groups, captured, call, state, sweeping, gathered)
+            or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
         )
+        runtime.lowered = tuple(lowered)
         losses = gathered[0] if gathered else None
         outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
         output = outputs.pop("output")
@@ -347,13 +360,14 @@ class DepthModel:
                     output[name] = cache
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
         """Advance a state by the tokens of a call.
 
         Args:
             groups: plans with the rows that run them; one plan for all rows, or no cache.
             sweeping: the fixed-point schedule of this call, or None.
             gathered: gets the training losses by name, and their sum with coefficients.
+            lowered: gets how each serial region is run.
 
         Returns:
             what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
@@ -373,11 +387,11 @@ class DepthModel:
         host.extras = sides
         host.losses = {} if plan.program.losses and (self.training or "labels" in call.tensors) else None
         if len(groups) > 1:
-            streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping)
+            streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping, lowered)
         else:
             streams, state = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
-                runtime.lowering, sweeping,
+                runtime.lowering, sweeping, lowered,
             )
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
@@ -393,7 +407,9 @@ class DepthModel:
         }
         return heads, streams, state
 
-    def _by_rows(self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping):
+    def _by_rows(
+        self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
+    ):
         """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
         from depthpass_lowering.eager import run
         from depthpass_lowering.state import State
@@ -407,7 +423,7 @@ class DepthModel:
             streams, _ = run(
                 plan.schedule, StockHost(self, captured, mine), hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
-                sweeping,
+                sweeping, lowered,
             )
             parts.append(streams)
         back = torch.argsort(torch.cat([rows for _, rows in groups]))

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
-from depthpass.errors import LoweringError
 from depthpass.schedule.regions import Region
 from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.joint import Segment
@@ -64,7 +63,7 @@ def structure(gm: fx.GraphModule) -> tuple:
 class CompiledRun(ScheduledRun):
     """As :class:`~depthpass_lowering.scheduled.ScheduledRun`, with compiled chunks; what cannot is an error."""
 
-    compiled = True
+    rung, strict, compiled = "inductor", True, True
 
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         # The last chunk of a row may be short: it is not worth a compilation of its own.
@@ -78,12 +77,8 @@ class CompiledRun(ScheduledRun):
         return run
 
     def refuse(self, region: Region) -> str | None:
-        reason = super().refuse(region)
-        device = self.hidden.device.type
-        if reason is None and torch.is_autocast_enabled(device):
-            reason = "autocast is on (the segments are compiled for the parameters' own dtype)"
-        if reason is not None:
-            raise LoweringError(
-                f"lowering 'inductor' cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
-            )
+        if reason := super().refuse(region):
+            return reason
+        if torch.is_autocast_enabled(self.hidden.device.type):
+            return "autocast is on (the segments are compiled for the parameters' own dtype)"
         return None

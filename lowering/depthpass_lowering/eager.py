@@ -15,6 +15,7 @@ from torch import Tensor
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.verify import Type, infer
+from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Region, Schedule
 from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
@@ -40,6 +41,7 @@ def run(
     types: dict[str, Type] | None = None,
     lowering: str = "eager",
     sweeping=None,
+    record: list[Lowered] | None = None,
 ) -> tuple[dict[str, Tensor], State]:
     """Advance a state by the tokens of ``hidden``.
 
@@ -50,6 +52,7 @@ def run(
         keep: whether the returned state is needed (a cache, not just a forward pass).
         lowering: a rung of :data:`depthpass_lowering.ladder.RUNGS`.
         sweeping: a :class:`depthpass_lowering.fixed_point.Sweeping` to run serial regions by sweeps; it keeps the record.
+        record: gets how each serial region was run.
 
     Returns:
         the streams of ``output`` and of every tap by name (``output`` for the output), and the new state. The state
@@ -58,7 +61,10 @@ def run(
     from depthpass_lowering.ladder import rung
 
     made = rung(lowering) if sweeping is None else sweeping.on(rung(lowering))
-    return made(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types).run()
+    running = made(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types)
+    if record is not None:
+        running.record = record
+    return running.run()
 
 
 class Run:
@@ -79,6 +85,7 @@ class Run:
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
         self.later: list[Callable[[], None]] = []
+        self.record: list[Lowered] = []
 
     def run(self) -> tuple[dict[str, Tensor], State]:
         self._recall()
@@ -156,10 +163,21 @@ class Run:
         return made[number, count]
 
     def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
+        if region.serial:
+            self.note(region, "eager", reason=self.reason(region))
         inputs = {a: self.env[a] for a in reads if a in self.env}
         # Slots of parallel regions are only needed by a later call; those of serial ones by the next chunk.
         keep = self.keep or region.serial
         self.env |= self._loop(region, inputs, results, keep)
+
+    def reason(self, region: Region) -> str | None:
+        """Why a region runs on this rung and not on the one that was asked for; None = it was asked for."""
+        return None
+
+    def note(self, region: Region, rung: str, **more) -> None:
+        """Keep how a region is run."""
+        blocks = tuple(o["index"] for o in region.visits)
+        self.record.append(Lowered(blocks, self.count, region.chunk or self.count, rung, **more))
 
     def _loop(self, region: Region, inputs: dict[str, Tensor], wanted: Collection[str], keep: bool) -> dict[str, Tensor]:
         """Run a region chunk by chunk; returns the wanted streams over all tokens."""

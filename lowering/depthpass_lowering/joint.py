@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.products import Weights, packed_linear, plain
 from depthpass_lowering.sink import Sink
@@ -156,14 +159,15 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], 
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
 
-    examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-    with torch.no_grad():
+    # Nothing is computed here: dropout must not draw from the generators of the run.
+    with FakeTensorMode(), torch.no_grad():
+        examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
         probe = _Recorder(gm, sink)
         results = probe.run(*examples)
-    for product, (rows, columns) in zip(probe.products, probe.shapes):
-        like = examples[product.weights[0]]
-        shapes = [(rows, columns), (columns, rows), (rows,)]
-        examples += [like.new_empty(shape) for shape in shapes[: product.extras]]
+        for product, (rows, columns) in zip(probe.products, probe.shapes):
+            like = examples[product.weights[0]]
+            shapes = [(rows, columns), (columns, rows), (rows,)]
+            examples += [like.new_empty(shape) for shape in shapes[: product.extras]]
     own = len(inputs)
     if not any(trains):
         def plainly(*primals: Tensor):
@@ -196,6 +200,14 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], 
     made = tuple(p for p in probe.products if _is_sunk(p, trains))
     tangents = [torch.empty_like(results[i]) for i in differentiable]
     graph = make_fx(joint, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
+    if any(writes(n) for n in graph.graph.nodes):
+        # Some formulas of gradients fill in place, which cannot be cut in two.
+        mutating = graph
+
+        def whole(primals, tangents):  # the partitioner goes by these names
+            return functionalize(mutating, remove="mutations_and_views")(primals, tangents)
+
+        graph = make_fx(whole, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
     _flatten(graph)
     forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(results) + len(made))
     return Joint(

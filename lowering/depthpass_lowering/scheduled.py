@@ -59,20 +59,25 @@ class ScheduledRun(Run):
     """As :class:`~depthpass_lowering.eager.Run`, serial regions by the hand-written schedule where it is legal.
 
     Attributes:
+        rung: its name.
+        strict: whether what it cannot run is an error instead of left to the eager rung.
         compiled: whether chunks run compiled code: then every chunk is given masks in one shape, and weights are packed
             however short the row is.
     """
 
+    rung = "scheduled"
+    strict = False
     compiled = False
 
     def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
-        if not region.serial or self.refuse(region) is not None:
+        if not region.serial or self.checked(region) is not None:
             return super()._region(region, reads, results)
-        if self.count <= region.chunk and not torch.is_grad_enabled():
-            # One chunk and nothing to go back over: the eager rung writes keys in place as well.
+        if self._is_short(region):
+            # The eager rung writes keys in place as well.
             return super()._region(region, reads, results)
         wanted = [o.name for o in region.ops if o.name in results]
         inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
+        self.note(region, self.rung, recomputed=self.recomputes(region))
         if not torch.is_grad_enabled():
             job = Job(self, region, inputs, wanted, {})
             self.env |= job.loop(inputs)
@@ -80,6 +85,17 @@ class ScheduledRun(Run):
             return None
         self.env |= self._trained(region, inputs, wanted)
         return None
+
+    def recomputes(self, region: Region) -> bool:
+        """Whether the activations of a region are to be computed again in the backward pass."""
+        return torch.is_grad_enabled() and any(self.host.recomputes(o["index"]) for o in region.visits)
+
+    def _is_short(self, region: Region) -> bool:
+        """Whether a region is one chunk with nothing to go back over."""
+        return self.count <= region.chunk and not torch.is_grad_enabled()
+
+    def reason(self, region: Region) -> str | None:
+        return self.refuse(region) or ("one chunk without gradients" if self._is_short(region) else None)
 
     def _trained(self, region: Region, inputs: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
         """The wanted streams of a region, as one node of the outer graph."""
@@ -90,6 +106,15 @@ class ScheduledRun(Run):
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         """What runs the graph of a chunk of so many tokens."""
         return functools.partial(direct(sunk_graph(job.graph)), job.sink)
+
+    def checked(self, region: Region) -> str | None:
+        """As :meth:`refuse`; an error where the rung was asked for by name."""
+        reason = self.refuse(region)
+        if reason is not None and self.strict:
+            raise LoweringError(
+                f"lowering {self.rung!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
+            )
+        return reason
 
     def refuse(self, region: Region) -> str | None:
         """Why a region cannot be hand-scheduled in this call, or None."""
@@ -125,13 +150,7 @@ class ScheduledRun(Run):
 class StrictScheduledRun(ScheduledRun):
     """As :class:`ScheduledRun`, but a region that cannot be hand-scheduled is an error."""
 
-    def refuse(self, region: Region) -> str | None:
-        reason = super().refuse(region)
-        if reason is not None:
-            raise LoweringError(
-                f"lowering 'scheduled' cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
-            )
-        return None
+    strict = True
 
 
 class Job:
@@ -147,7 +166,7 @@ class Job:
         self.run, self.region, self.wanted, self.names = run, region, wanted, list(inputs)
         self.parameters = parameters
         self.graph = graph_of(run, region, wanted)
-        self.recompute = torch.is_grad_enabled() and any(run.host.recomputes(o["index"]) for o in region.visits)
+        self.recompute = run.recomputes(region)
         self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
         uses = -(-run.count // region.chunk)
         self.sink = Sink(max(uses, LEAST_USES) if run.compiled else uses)
@@ -266,11 +285,15 @@ class Loop(Run):
         """Per mask of the graph where its values are present, ``[batch or 1, tokens, 1]``; None = everywhere."""
         found = []
         for absent in self.job.graph.absents:
-            there = span.present(absent)
-            if isinstance(there, bool):
-                there = None if there and not self.job.run.compiled else torch.full((1, span.count), there)
+            if span.rank is not None:
+                there = span.rank >= absent
+            elif span.start >= absent and not self.job.run.compiled:
+                there = None
+            else:
+                # Made on the device: a copy from the host could not be recorded in a CUDA graph.
+                there = torch.arange(span.start, span.start + span.count, device=self.hidden.device)[None] >= absent
             if there is not None:
-                there = there.to(self.hidden.device)[..., None]
+                there = there[..., None]
                 there = there.expand(self.hidden.shape[0], -1, -1).contiguous() if self.job.run.compiled else there
             found.append(there)
         return found

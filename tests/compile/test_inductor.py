@@ -7,6 +7,7 @@ import torch
 import zoo
 from depthpass_lowering.compiled import _COMPILED
 from depthpass_lowering.joint import Joint
+from rungs import gradients, pair
 
 import depthpass as dp
 from depthpass.errors import LoweringError
@@ -56,6 +57,33 @@ def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(mod
             assert (grads_c[name] - g).abs().max() <= 1e-10 * g.abs().max().clamp_min(1e-12), name
         # Before, between and behind the two attention calls, whatever the chunk and length.
         assert len(compilations(compiled)) == 3
+
+
+def test_dropout_is_drawn_as_on_the_rung_below():
+    stock = zoo.model("gpt2", 3, dtype=torch.float64, resid_pdrop=0.3, attn_pdrop=0.0).train()
+    found = []
+    for rung in ("scheduled", "inductor"):
+        turbo = dp.transform(stock, SPEC, lowering=rung).train()
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for p in turbo.depth.parameters():
+                p.copy_(0.3 * torch.randn(p.shape))
+        torch.manual_seed(2)  # compiling draws nothing
+        found.append(step(turbo, zoo.batch([9, 6])))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-12, atol=1e-12)
+    for name, g in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], g, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "apertus"])
+def test_windows_sinks_and_formulas_that_fill_in_place(name):
+    """Blocks with windows, sinks and an activation whose gradient is not functional; their norms compute in float32."""
+    eager, compiled = pair(name, rung="inductor")
+    batch = zoo.batch([10, 7])
+    one, other = gradients(eager, batch), gradients(compiled, batch)
+    torch.testing.assert_close(other[0], one[0], rtol=1e-5, atol=1e-6)
+    for name, g in one[1].items():
+        assert (other[1][name] - g).norm() <= 1e-5 * g.norm() + 1e-9, name
 
 
 def test_weights_are_read_anew_at_every_call(models):

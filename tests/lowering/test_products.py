@@ -9,7 +9,6 @@ from depthpass_lowering.sink import Sink, sunk_products
 
 import depthpass as dp
 
-
 CASES = {
     "one": dict(shapes=[(192, 256)], biased=[True]),
     "one stream": dict(shapes=[(192, 256), (64, 256), (32, 256)], biased=[True, False, True]),
@@ -84,15 +83,18 @@ def test_frozen_weights_beside_trained_ones_take_no_product():
     assert found.keys() == {id(trained)} and torch.allclose(found[id(trained)], b.t() @ x, atol=1e-5)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_a_token_loop_on_packed_weights_equals_float64(arch):
+@pytest.mark.parametrize(("arch", "rung"), [
+    ("llama", "scheduled"), ("gpt2", "scheduled"), pytest.param("llama", "inductor", marks=pytest.mark.compile),
+    pytest.param("gpt2", "inductor", marks=pytest.mark.compile),
+])
+def test_a_token_loop_on_packed_weights_equals_float64(arch, rung):
     """Large enough that weights are packed; every gradient against the eager rung in float64."""
     stock = zoo.model(arch, 3, **({"n_embd": 192, "n_inner": 256} if arch == "gpt2" else
                                   {"hidden_size": 192, "intermediate_size": 256}))
-    spec = dp.TurboConn(bridges=[(2, 0)], group=2, rank=24)
+    spec = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=2, rank=192)
     batch = zoo.batch([13, 9])
     found = []
-    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, "scheduled")):
+    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, rung)):
         turbo = dp.transform(stock.to(dtype), spec, lowering=lowering)
         torch.manual_seed(1)
         with torch.no_grad():

@@ -12,6 +12,7 @@ from rungs import SPEC, assert_same, gradients, pair
 import depthpass as dp
 from depthpass.errors import LoweringError, SpecError
 
+
 # Norm weights that the stock model multiplies in float32 are left out of the 1e-10: see docs/status.md.
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3"])
@@ -106,6 +107,26 @@ def test_auto_falls_back_where_scheduling_is_not_legal():
     batch = zoo.batch([11, 8])
     assert_same(gradients(eager, batch), gradients(auto, batch))
     assert len(calls) == 4  # once per chunk: the block ran as a module
+    (ran,) = auto.depth_lowered
+    assert (ran.rung, ran.blocks, ran.chunk, ran.tokens) == ("eager", (1, 2, 3), 3, 11)
+    assert "block 2 has hooks" in ran.reason and "block 2 has hooks" in str(ran)
+
+
+def test_what_ran_is_on_the_model():
+    eager, scheduled = pair("llama", [SPEC, dp.TurboConn(bridges=[(5, 4)], group=2, scope="far")], layers=6)
+    batch = zoo.batch([11, 8])
+    for model, rung in ((eager, "eager"), (scheduled, "scheduled")):
+        assert model.depth_lowered == ()
+        model(**batch, use_cache=False)
+        assert [(r.rung, r.blocks, r.chunk, r.reason) for r in model.depth_lowered] == [
+            (rung, (1, 2, 3), 3, None), (rung, (5,), 2, None),
+        ]
+    scheduled.train().gradient_checkpointing_enable()
+    scheduled(**batch, use_cache=False)
+    assert all(r.recomputed and "recomputed" in str(r) for r in scheduled.depth_lowered)
+    with torch.no_grad():
+        scheduled(input_ids=batch["input_ids"][:, :2], use_cache=False)
+    assert [r.reason for r in scheduled.depth_lowered] == ["one chunk without gradients"] * 2
 
 
 def test_a_second_backward_is_refused_clearly():

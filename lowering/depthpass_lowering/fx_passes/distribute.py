@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from depthpass_lowering.fx_passes.effects import writes
+
 UNKNOWN = "unknown"
 """Entry ``axis`` of a node's meta whose token axis is not certain; None means that it carries none."""
 
@@ -56,7 +58,7 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
         # Blocks ask for the same tables: one of equal nodes is enough.
         args, kwargs = map_arg((n.args, n.kwargs), lambda a: same.get(a, a))
         same[n] = twins.setdefault((n.target, _frozen(args), _frozen(kwargs)), n)
-    read = [n for n in dict.fromkeys(same[m] for m in movable_in_order(gm, movable)) if _leaves(n, same, movable)]
+    read = [n for n in dict.fromkeys(same[m] for m in gm.graph.nodes if m in movable) if _leaves(n, same, movable)]
     if not read:
         return Distributed(None, (), gm, 0)
     before, loop = fx.Graph(), fx.Graph()
@@ -82,10 +84,6 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
     return Distributed(fx.GraphModule(gm, before), tuple(n.meta["axis"] for n in read), made, len(movable))
 
 
-def movable_in_order(gm: fx.GraphModule, movable: set[fx.Node]) -> list[fx.Node]:
-    return [n for n in gm.graph.nodes if n in movable]
-
-
 def _leaves(n: fx.Node, same: dict[fx.Node, fx.Node], movable: set[fx.Node]) -> bool:
     """Whether the loop reads a moved value."""
     return any(u not in movable for m in movable if same[m] is n for u in m.users)
@@ -93,10 +91,9 @@ def _leaves(n: fx.Node, same: dict[fx.Node, fx.Node], movable: set[fx.Node]) -> 
 
 def _moves(n: fx.Node, ready: set[fx.Node]) -> bool:
     """Whether a node computes a tensor from what is ready alone, and where its token axis is certain."""
-    schema = getattr(n.target, "_schema", None)
     return (
         n.op == "call_function" and isinstance(n.meta.get("val"), Tensor) and n.meta.get("axis", UNKNOWN) != UNKNOWN
-        and not (schema is not None and schema.is_mutable)
+        and not writes(n)
         and bool(n.all_input_nodes) and all(a in ready or a.op == "get_attr" for a in n.all_input_nodes)
         and any(a in ready for a in n.all_input_nodes)
     )
@@ -110,7 +107,7 @@ def _frozen(value: object) -> object:
     return (type(value), value)
 
 
-def token_axis(value: object, tokens: object) -> int | None | str:
+def token_axis(value: object, tokens: object) -> int | str | None:
     """The dimension of a captured value that is the token axis; None if it carries none, :data:`UNKNOWN` if not certain."""
     if not isinstance(value, Tensor) or not isinstance(tokens, torch.SymInt):
         return UNKNOWN

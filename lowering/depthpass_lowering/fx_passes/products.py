@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx
 
+from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.products import Weights, plain
 from depthpass_lowering.sink import sunk_landing, sunk_products
 
@@ -67,7 +68,7 @@ def join_products_pass(graph: fx.Graph, parameters: set[fx.Node]) -> int:
 
 def _match(node: fx.Node, parameters: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """``(x, weight, bias, whether weight is [in, out])`` of a product with a parameter, or None."""
-    if node.op != "call_function" or any(_changes(u) for u in node.users):
+    if node.op != "call_function" or any(writes(u) for u in node.users):
         return None
     found = None
     if node.target is aten.linear.default and not node.kwargs:
@@ -90,12 +91,6 @@ def _multiplies(user: fx.Node, parameter: fx.Node) -> bool:
     if user.target is aten.addmm.default:
         return user.args[1] is not parameter
     return user.target in (products, land)
-
-
-def _changes(node: fx.Node) -> bool:
-    """Whether an op writes into an argument."""
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
 
 
 def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
