@@ -4,7 +4,8 @@
 
 1. Kernels against float64 on the CPU: slot attention (forward and backward) and the fused bridge, in bfloat16 and float32.
 2. Rungs against the eager rung in float64 on the GPU: logits and every gradient.
-3. TurboConn training step and forward: stock eager and compiled, naive, each rung, at several groups; a decoded token.
+3. Attention of one chunk by Triton, SDPA and FlexAttention.
+4. TurboConn training step and forward: stock eager and compiled, naive, each rung, at several groups; a decoded token.
 
 Stops at the first wrong number: a timing of a wrong result is worth nothing.
 """
@@ -12,12 +13,14 @@ Stops at the first wrong number: a timing of a wrong result is worth nothing.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 
 import torch
 from decode import token_times
-from harness import save
+from harness import Result, compare, machine, save
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 from turboconn import configuration, measure
 
 import depthpass as dp
@@ -43,7 +46,7 @@ def main() -> int:
         "width": 2048, "blocks": 16,
         "bridges": ",".join(f"{s}-{d}" for s in range(0, 16, 2) for d in range(0, s, 2) if s - d > 5),
     }
-    results = []
+    results = kernel_times()
     for batch, tokens, groups in ((8 if args.quick else 32, 155, "4,8,16"), (8, 155, "8")):
         results += measure(configuration(
             device="cuda", dtype="bfloat16", batch=batch, tokens=tokens, groups=groups, compiled=True, repeat=3,
@@ -105,17 +108,56 @@ def check_bridge() -> None:
             close(f"bridge {dtype} {name}", a, e, TOLERANCE[dtype])
 
 
+def kernel_times(repeat: int = 5) -> list[Result]:
+    """One chunk's attention, forward and backward, by Triton, SDPA and FlexAttention: which one ``auto`` should take."""
+    from depthpass_kernels import slot_attention
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled_flex, found = torch.compile(flex_attention), []
+    for batch, chunk, keys in ((32, 4, 160), (32, 16, 160), (8, 4, 2048), (1, 1, 2048)):
+        torch.manual_seed(0)
+        shapes = {"q": (batch, 32, chunk, 64), "k": (batch, 8, keys, 64), "v": (batch, 8, keys, 64)}
+        q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes.values())
+        start = keys - chunk
+        seen = torch.ones(chunk, keys, device="cuda", dtype=torch.bool).tril(start)
+        offset = torch.tensor(start, device="cuda")
+        # The offset is a captured tensor: a number would have no guard.
+        mask = create_block_mask(lambda b, h, i, j, offset=offset: j <= i + offset, None, None, chunk, keys)
+
+        def run(attend):
+            def step():
+                attend().float().square().sum().backward()
+
+            return step
+
+        runs = {
+            "SDPA": run(lambda q=q, k=k, v=v, seen=seen: sdpa(q, k, v, attn_mask=seen, enable_gqa=True)),
+            "FlexAttention": run(lambda q=q, k=k, v=v, mask=mask: compiled_flex(q, k, v, block_mask=mask, enable_gqa=True)),
+            "Triton": run(lambda q=q, k=k, v=v, start=start: slot_attention(q, k, v, q_start=start, implementation="triton")),
+        }
+        setting = {"machine": machine("cuda"), "batch": batch, "chunk": chunk, "keys": keys, "heads": "32 over 8 of 64"}
+        found.append(Result("slot attention, forward and backward", setting, "SDPA", compare(runs, repeat, "cuda")))
+    return found
+
+
 def check_rungs() -> None:
-    """Every rung against the eager one in float64: left-padded rows, overlapping bridges."""
+    """Every rung, in float64 and float32, against the eager one in float64: left-padded rows, overlapping bridges.
+
+    In float32 attention and bridges run in the Triton kernels.
+    """
     from turboconn import build
 
-    stock = build(128, 4).double().cuda()
-    spec = dp.TurboConn(bridges=[(3, 0), (2, 1)], group=3, rank=8)
+    exact = build(128, 4).double().cuda()
+    spec = dp.TurboConn(bridges=[(3, 0), (2, 0), (2, 1)], group=3, rank=16)
     ids = torch.randint(3, 1000, (3, 20), device="cuda")
     mask = (torch.arange(20, device="cuda")[None] >= torch.tensor([0, 5, 9], device="cuda")[:, None]).long()
     values, found = None, {}
-    for rung in ("eager", "scheduled", "inductor", "cudagraph"):
-        turbo = dp.transform(stock, spec, lowering=rung)
+    for dtype, rung, limit in (
+        (torch.float64, "eager", 0.0), (torch.float64, "scheduled", 1e-6), (torch.float64, "inductor", 1e-6),
+        (torch.float64, "cudagraph", 1e-6), (torch.float32, "scheduled", 1e-4), (torch.float32, "inductor", 1e-4),
+        (torch.float32, "cudagraph", 1e-4),
+    ):
+        turbo = dp.transform(copy.deepcopy(exact).to(dtype), spec, lowering=rung)
         if values is None:
             values = {k: 0.2 * torch.randn_like(v) for k, v in turbo.depth.state_dict().items()}
         turbo.depth.load_state_dict(values)
@@ -125,14 +167,14 @@ def check_rungs() -> None:
             out = turbo(input_ids=rows, attention_mask=mask, labels=rows.masked_fill(mask == 0, -100), use_cache=False)
             out.loss.backward()
             grads = {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}
-            key = repeat
             if rung == "eager":
-                found[key] = out.logits.detach(), grads
+                found[repeat] = out.logits.detach(), grads
                 continue
-            real = mask.bool()
-            close(f"{rung} logits", out.logits.detach()[real], found[key][0][real], 1e-6)
+            label = f"{rung} {dtype}"
+            assert turbo.depth_lowered[0].rung == rung, turbo.depth_lowered
+            close(f"{label} logits", out.logits.detach()[mask.bool()], found[repeat][0][mask.bool()], limit)
             for name, g in grads.items():
-                close(f"{rung} gradient of {name}", g, found[key][1][name], 1e-5)
+                close(f"{label} gradient of {name}", g, found[repeat][1][name], 10 * limit)
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ class Product:
     Attributes:
         weights, biases: which inputs of the segment they are.
         joined, transposed: as of :class:`depthpass_lowering.products.Weights`.
-        packed: whether it is taken from packed weights, which follow the segment's own inputs: W, its transpose and, if
-            there is any bias, b.
-        grads: how many gradients of results it reports.
+        packed: whether it is taken from packed weights, which follow the segment's own inputs: W, where there is a backward
+            pass its transpose, and b if there is any bias.
+        trained: whether there is a backward pass.
     """
 
     weights: tuple[int, ...]
@@ -39,15 +39,21 @@ class Product:
     joined: bool
     transposed: bool
     packed: bool
+    trained: bool
 
     @property
     def grads(self) -> int:
+        """Gradients of results that it reports."""
         return 1 if self.packed or self.joined else len(self.weights)
 
-    @property
-    def extras(self) -> int:
-        """Inputs that packed weights take."""
-        return 0 if not self.packed else 2 if all(b is None for b in self.biases) else 3
+    def extras(self, rows: int, columns: int) -> list[tuple[int, ...]]:
+        """Shapes of the packed weights for a W ``[rows, columns]``."""
+        if not self.packed:
+            return []
+        found: list[tuple[int, ...]] = [(rows, columns)]
+        if self.trained:
+            found.append((columns, rows))
+        return found if all(b is None for b in self.biases) else [*found, (rows,)]
 
     def of(self, inputs: Sequence[Tensor]) -> Weights:
         """The weights among the inputs of a call."""
@@ -59,7 +65,8 @@ class Product:
         if not self.packed:
             return []
         matrix, bias = sink.products.packed(w, w.weights[0])
-        return [matrix, sink.products.packed_back(w, w.weights[0]), *([] if bias is None else [bias])]
+        back = [sink.products.packed_back(w, w.weights[0])] if self.trained else []
+        return [matrix, *back, *([] if bias is None else [bias])]
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class _PackedProduct(torch.autograd.Function):
     """A product from packed weights in a trace: both directions read weights that are inputs of it."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, back: Tensor, bias: Tensor | None):
+    def forward(ctx, x: Tensor, weight: Tensor, back: Tensor | None, bias: Tensor | None):
         ctx.save_for_backward(back)
         return packed_linear(x, weight, bias)
 
@@ -103,11 +110,13 @@ class _Recorder(fx.Interpreter):
 
     Args:
         sink: says which products are packed.
+        trained: whether there will be a backward pass.
         extras: packed weights in the order of the products; None = run on the plain ones, which tells the products.
     """
 
-    def __init__(self, gm: fx.GraphModule, sink: Sink, extras: Sequence[Tensor] | None = None):
+    def __init__(self, gm: fx.GraphModule, sink: Sink, trained: bool, extras: Sequence[Tensor] | None = None):
         super().__init__(gm)
+        self.trained = trained
         self.sink, self.extras = sink, None if extras is None else list(extras)
         self.place = {n: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
         self.x: list[Tensor] = []
@@ -132,20 +141,22 @@ class _Recorder(fx.Interpreter):
         x = flat[0] if len(flat) == 1 else torch.cat(flat, -1)
         product = Product(
             tuple(self.place[t] for t in weights), tuple(None if b is None else self.place[b] for b in biases), joined,
-            transposed, self.sink.products.packs(w, xs[0]),
+            transposed, self.sink.products.packs(w, xs[0]), self.trained,
         )
+        shape = w.matrix().shape
         if self.extras is None or not product.packed:
             made = plain(w, xs)
             self.y += made
         else:
-            matrix, back, *bias = (self.extras.pop(0) for _ in range(product.extras))
+            given = [self.extras.pop(0) for _ in product.extras(*shape)]
+            bias = given.pop() if given[-1].dim() == 1 else None
             whole = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
-            y = _PackedProduct.apply(whole, matrix, back, bias[0] if bias else None)
+            y = _PackedProduct.apply(whole, given[0], given[1] if self.trained else None, bias)
             self.y.append(y)
             made = [y] if joined or len(values) == 1 else list(y.split(w.sizes(), -1))
         self.x.append(x)
         self.products.append(product)
-        self.shapes.append(w.matrix().shape)
+        self.shapes.append(shape)
         return made
 
 
@@ -162,16 +173,14 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], 
     # Nothing is computed here: dropout must not draw from the generators of the run.
     with FakeTensorMode(), torch.no_grad():
         examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-        probe = _Recorder(gm, sink)
+        probe = _Recorder(gm, sink, any(trains))
         results = probe.run(*examples)
-        for product, (rows, columns) in zip(probe.products, probe.shapes):
-            like = examples[product.weights[0]]
-            shapes = [(rows, columns), (columns, rows), (rows,)]
-            examples += [like.new_empty(shape) for shape in shapes[: product.extras]]
+        for product, shape in zip(probe.products, probe.shapes):
+            examples += [examples[product.weights[0]].new_empty(extra) for extra in product.extras(*shape)]
     own = len(inputs)
     if not any(trains):
         def plainly(*primals: Tensor):
-            return _Recorder(gm, sink, primals[own:]).run(*primals[:own])
+            return _Recorder(gm, sink, False, primals[own:]).run(*primals[:own])
 
         with torch.no_grad():
             graph = make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
@@ -188,7 +197,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], 
     def joint(primals, tangents):
         leaves = [t.detach().requires_grad_(i in floating) for i, t in enumerate(primals)]
         with torch.enable_grad():
-            recorder = _Recorder(gm, sink, leaves[own:])
+            recorder = _Recorder(gm, sink, True, leaves[own:])
             outs = recorder.run(*leaves[:own])
             sources = [leaves[i] for i in wants] + [y for y, s in zip(recorder.y, sunk) if s]
             grads = torch.autograd.grad([outs[i] for i in differentiable], sources, tangents, allow_unused=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from depthpass_kernels import bridge_in
 from torch import Tensor
 
 from depthpass_lowering.products import Products, Weights, contraction, plain
@@ -209,10 +210,14 @@ class _Landing(torch.autograd.Function):
         return (None, None, None, None, grad, *(d.to(t) for d, t in zip(dcs, ctx.types)))
 
 
+def _fuses(x: Tensor) -> bool:
+    """Whether the fused bridge runs here: on a CPU packed products are faster."""
+    return x.is_cuda
+
+
 def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Sequence[Tensor]) -> Tensor:
     """``x + present * (sum_b c_b W_b^T + bias_b)``, without gradient."""
-    if x.is_cuda and x.dtype == cs[0].dtype:
-        from depthpass_kernels import bridge_in
+    if _fuses(x) and x.dtype == cs[0].dtype:
 
         mask = None if present is None else present.squeeze(-1).expand(x.shape[:-1])
         return bridge_in(x, list(cs), list(w.weights), list(w.biases), present=mask)[0]

@@ -4,8 +4,9 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering import products
+from depthpass_lowering import sink as sink_module
 from depthpass_lowering.products import Products, Weights, contraction
-from depthpass_lowering.sink import Sink, sunk_products
+from depthpass_lowering.sink import Sink, sunk_landing, sunk_products
 
 import depthpass as dp
 
@@ -81,6 +82,30 @@ def test_frozen_weights_beside_trained_ones_take_no_product():
     assert held.g[0].shape == (5, 8)
     found = sink.finish()
     assert found.keys() == {id(trained)} and torch.allclose(found[id(trained)], b.t() @ x, atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_landing_equals_its_parts(dtype, fused, monkeypatch):
+    """Bridges that land on one stream, absent for the first tokens, with what CUDA runs (its reference, here) or without."""
+    monkeypatch.setattr(sink_module, "_fuses", lambda x: fused)
+    w = weights(dtype, [(192, 24), (192, 200)], [True, False], joined=True)
+    w = Weights(tuple(t.requires_grad_() for t in w.weights), (w.biases[0].requires_grad_(), None), joined=True)
+    x, *cs = (torch.randn(2, 5, n, dtype=dtype, requires_grad=True) for n in (192, 24, 200))
+    present = (torch.arange(5)[None] >= torch.tensor([2, 0])[:, None])[..., None]
+    grad = torch.randn(2, 5, 192, dtype=dtype)
+    for mask in (None, present):
+        sink = Sink(uses=8)
+        got = sunk_landing(sink, w, mask, x, *cs)
+        added = cs[0] @ w.weights[0].t() + w.biases[0] + cs[1] @ w.weights[1].t()
+        want = x + (added if mask is None else torch.where(mask, added, 0))
+        leaves = [x, *cs]
+        exact = torch.autograd.grad(want, [*leaves, *w.weights, w.biases[0]], grad)
+        found = list(torch.autograd.grad(got, leaves, grad))
+        sunk = sink.finish()
+        found += [sunk[id(t)] for t in (*w.weights, w.biases[0])]
+        for a, e in zip([got, *found], [want, *exact], strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
 @pytest.mark.parametrize(("arch", "rung"), [
