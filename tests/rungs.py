@@ -8,9 +8,9 @@ import depthpass as dp
 SPEC = dp.TurboConn(bridges=[(3, 1), (2, 0), (3, 2)], group=3, rank=5)
 
 
-def pair(name: str, spec=SPEC, dtype=torch.float64, layers: int = 4, rung: str = "scheduled", **options):
+def pair(name: str, spec=SPEC, dtype=torch.float64, layers: int = 4, rung: str = "scheduled", sizes=None, **options):
     """The same model on the eager rung and another, with the same random non-zero bridges."""
-    stock = zoo.model(name, layers=layers, dtype=dtype)
+    stock = zoo.model(name, layers=layers, dtype=dtype, **(sizes or {}))
     eager, scheduled = (dp.transform(stock, spec, lowering=r, **options) for r in ("eager", rung))
     generator = torch.Generator().manual_seed(3)
     values = {

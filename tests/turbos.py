@@ -36,10 +36,7 @@ def turbo_of(stock: nn.Module, **overrides) -> nn.Module:
 
 
 def stock_of(name: str, layers: int = 3, **overrides) -> nn.Module:
-    stock = enliven(zoo.model(name, layers, **overrides))
-    if name == "gemma2":  # some versions of transformers start it with sdpa, which drops its softcap
-        stock.set_attn_implementation("eager")
-    return stock
+    return enliven(zoo.model(name, layers, **overrides))
 
 
 @functools.cache

@@ -28,7 +28,8 @@ _EXTRA: dict[str, dict] = {
     "llama4_text": {
         "num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 48, "attention_chunk_size": WINDOW,
     },
-    "gemma2": {"sliding_window": WINDOW},
+    # Older transformers would take sdpa, which leaves the softcap out.
+    "gemma2": {"sliding_window": WINDOW, "attn_implementation": "eager"},
     "gemma3_text": {"sliding_window": WINDOW, "layer_types": "alternate"},
     "mistral": {"sliding_window": WINDOW},
     "cohere2": {"sliding_window": WINDOW},

@@ -9,10 +9,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor, fx
 
-from depthpass.schedule.regions import Region
 from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.joint import Segment
 from depthpass_lowering.scheduled import Job, ScheduledRun
@@ -75,10 +73,3 @@ class CompiledRun(ScheduledRun):
             return graph(*args, lead=lead)
 
         return run
-
-    def refuse(self, region: Region) -> str | None:
-        if reason := super().refuse(region):
-            return reason
-        if torch.is_autocast_enabled(self.hidden.device.type):
-            return "autocast is on (the segments are compiled for the parameters' own dtype)"
-        return None

@@ -29,8 +29,8 @@ class Product:
     Attributes:
         weights, biases: which inputs of the segment they are.
         joined, transposed: as of :class:`depthpass_lowering.products.Weights`.
-        packed: whether it is taken from packed weights, which follow the segment's own inputs: W, where there is a backward
-            pass its transpose, and b if there is any bias.
+        dtype: autocast's, which x and the weights are cast to; None = their own.
+        packed: whether it is taken from packed weights.
         trained: whether there is a backward pass.
     """
 
@@ -38,6 +38,7 @@ class Product:
     biases: tuple[int | None, ...]
     joined: bool
     transposed: bool
+    dtype: torch.dtype | None
     packed: bool
     trained: bool
 
@@ -46,27 +47,32 @@ class Product:
         """Gradients of results that it reports."""
         return 1 if self.packed or self.joined else len(self.weights)
 
-    def extras(self, rows: int, columns: int) -> list[tuple[int, ...]]:
-        """Shapes of the packed weights for a W ``[rows, columns]``."""
-        if not self.packed:
-            return []
-        found: list[tuple[int, ...]] = [(rows, columns)]
-        if self.trained:
-            found.append((columns, rows))
-        return found if all(b is None for b in self.biases) else [*found, (rows,)]
-
     def of(self, inputs: Sequence[Tensor]) -> Weights:
         """The weights among the inputs of a call."""
         biases = tuple(None if b is None else inputs[b] for b in self.biases)
         return Weights(tuple(inputs[w] for w in self.weights), biases, self.joined, self.transposed)
 
-    def pack(self, w: Weights, sink: Sink) -> list[Tensor]:
-        """The packed weights of a call."""
-        if not self.packed:
-            return []
-        matrix, bias = sink.products.packed(w, w.weights[0])
-        back = [sink.products.packed_back(w, w.weights[0])] if self.trained else []
-        return [matrix, *back, *([] if bias is None else [bias])]
+    def operands(self, w: Weights, sink: Sink) -> list[Tensor]:
+        """What the product reads instead of the segment's inputs: packed weights, or those that are cast once per loop.
+
+        Packed are W, where there is a backward pass its transpose, and b if there is any bias.
+        """
+        w = sink.cast(w, self.dtype)
+        if self.packed:
+            matrix, bias = sink.products.packed(w, w.weights[0])
+            back = [sink.products.packed_back(w, w.weights[0])] if self.trained else []
+            return [matrix, *back, *([] if bias is None else [bias])]
+        return [] if self.dtype is None else [*w.weights, *(b for b in w.biases if b is not None)]
+
+    def examples(self, w: Weights) -> list[Tensor]:
+        """Tensors like the operands, for a trace."""
+        biases = [b for b in w.biases if b is not None]
+        dtype = self.dtype or w.weights[0].dtype
+        if self.packed:
+            rows, columns = w.matrix().shape
+            shapes = [(rows, columns), *([(columns, rows)] if self.trained else []), *([(rows,)] if biases else [])]
+            return [w.weights[0].new_empty(shape, dtype=dtype) for shape in shapes]
+        return [] if self.dtype is None else [torch.empty_like(t, dtype=dtype) for t in (*w.weights, *biases)]
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Joint:
     """A segment compiled for one set of shapes.
 
     Attributes:
-        forward: inputs and packed weights -> results, operands x of the products, then what the backward pass needs.
+        forward: inputs and the products' operands -> results, operands x of the products, then what the backward pass needs.
         backward: what it needs, then gradients of the results -> gradients of ``wants``, then of the products' results.
             None = nothing to train.
         results: how many results.
@@ -110,19 +116,27 @@ class _Recorder(fx.Interpreter):
 
     Args:
         sink: says which products are packed.
+        dtype: autocast's; None = no autocast.
         trained: whether there will be a backward pass.
-        extras: packed weights in the order of the products; None = run on the plain ones, which tells the products.
+        operands: of the products, one after the other; None = run on the segment's inputs, which tells the products.
     """
 
-    def __init__(self, gm: fx.GraphModule, sink: Sink, trained: bool, extras: Sequence[Tensor] | None = None):
+    def __init__(
+        self, gm: fx.GraphModule, sink: Sink, dtype: torch.dtype | None, trained: bool,
+        operands: Sequence[Tensor] | None = None,
+    ):
         super().__init__(gm)
-        self.trained = trained
-        self.sink, self.extras = sink, None if extras is None else list(extras)
+        self.sink, self.dtype, self.trained = sink, dtype, trained
+        self.operands = None if operands is None else list(operands)
         self.place = {n: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
         self.x: list[Tensor] = []
         self.y: list[Tensor] = []
         self.products: list[Product] = []
-        self.shapes: list[torch.Size] = []
+
+    def run(self, *args, **kwargs):
+        device = next(a.device.type for a in args if isinstance(a, Tensor))
+        with torch.autocast(device, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
+            return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node):
         if n.target is products:
@@ -135,37 +149,53 @@ class _Recorder(fx.Interpreter):
         return super().run_node(n)
 
     def _multiply(self, weights, biases, joined: bool, transposed: bool, xs: list[Tensor]) -> list[Tensor]:
-        values = [self.env[w].detach() for w in weights]
-        w = Weights(tuple(values), tuple(None if b is None else self.env[b].detach() for b in biases), joined, transposed)
-        flat = [x.reshape(-1, x.shape[-1]) for x in xs]
-        x = flat[0] if len(flat) == 1 else torch.cat(flat, -1)
+        own = Weights(
+            tuple(self.env[w].detach() for w in weights),
+            tuple(None if b is None else self.env[b].detach() for b in biases), joined, transposed,
+        )
+        dtype = None if xs[0].dtype == torch.float64 else self.dtype
+        if dtype is not None:
+            xs = [x.to(dtype) for x in xs]
+        # Not through the sink, which keeps what it casts: these tensors exist in the trace only.
+        cast = Weights(
+            tuple(t.to(xs[0].dtype) for t in own.weights),
+            tuple(None if b is None else b.to(xs[0].dtype) for b in own.biases), joined, transposed,
+        )
+        packed = self.sink.products.packs(cast, xs[0])
         product = Product(
             tuple(self.place[t] for t in weights), tuple(None if b is None else self.place[b] for b in biases), joined,
-            transposed, self.sink.products.packs(w, xs[0]), self.trained,
+            transposed, dtype, packed, self.trained,
         )
-        shape = w.matrix().shape
-        if self.extras is None or not product.packed:
-            made = plain(w, xs)
-            self.y += made
-        else:
-            given = [self.extras.pop(0) for _ in product.extras(*shape)]
+        given = [] if self.operands is None else [self.operands.pop(0) for _ in product.examples(own)]
+        if given and packed:
             bias = given.pop() if given[-1].dim() == 1 else None
             whole = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
             y = _PackedProduct.apply(whole, given[0], given[1] if self.trained else None, bias)
             self.y.append(y)
-            made = [y] if joined or len(values) == 1 else list(y.split(w.sizes(), -1))
-        self.x.append(x)
+            made = [y] if joined or len(weights) == 1 else list(y.split(own.sizes(), -1))
+        else:
+            if given:
+                rest = iter(given[len(weights) :])
+                cast = Weights(
+                    tuple(given[: len(weights)]), tuple(None if b is None else next(rest) for b in biases), joined, transposed
+                )
+            made = plain(cast, xs)
+            self.y += made
+        flat = [x.reshape(-1, x.shape[-1]) for x in xs]
+        self.x.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
         self.products.append(product)
-        self.shapes.append(shape)
         return made
 
 
-def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], sink: Sink) -> Joint:
+def trace(
+    gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], sink: Sink, dtype: torch.dtype | None
+) -> Joint:
     """Trace and compile a segment for inputs of these shapes.
 
     Args:
         trains: which inputs need a gradient; among weights of products it only says whether to sink theirs.
         sink: of the loop, which says which products are packed.
+        dtype: autocast's; None = no autocast.
     """
     from torch._functorch.partitioners import min_cut_rematerialization_partition
     from torch._inductor.decomposition import select_decomp_table
@@ -173,14 +203,14 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], 
     # Nothing is computed here: dropout must not draw from the generators of the run.
     with FakeTensorMode(), torch.no_grad():
         examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-        probe = _Recorder(gm, sink, any(trains))
+        probe = _Recorder(gm, sink, dtype, any(trains))
         results = probe.run(*examples)
-        for product, shape in zip(probe.products, probe.shapes):
-            examples += [examples[product.weights[0]].new_empty(extra) for extra in product.extras(*shape)]
+        for product in probe.products:
+            examples += product.examples(product.of(examples))
     own = len(inputs)
     if not any(trains):
         def plainly(*primals: Tensor):
-            return _Recorder(gm, sink, False, primals[own:]).run(*primals[:own])
+            return _Recorder(gm, sink, dtype, False, primals[own:]).run(*primals[:own])
 
         with torch.no_grad():
             graph = make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
@@ -197,7 +227,7 @@ def trace(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], 
     def joint(primals, tangents):
         leaves = [t.detach().requires_grad_(i in floating) for i, t in enumerate(primals)]
         with torch.enable_grad():
-            recorder = _Recorder(gm, sink, True, leaves[own:])
+            recorder = _Recorder(gm, sink, dtype, True, leaves[own:])
             outs = recorder.run(*leaves[:own])
             sources = [leaves[i] for i in wants] + [y for y, s in zip(recorder.y, sunk) if s]
             grads = torch.autograd.grad([outs[i] for i in differentiable], sources, tangents, allow_unused=True)
@@ -258,17 +288,21 @@ class Segment:
     def __call__(self, sink: Sink, *inputs: Tensor) -> tuple[Tensor, ...]:
         inputs = tuple(_plain(t) for t in inputs)
         trains = tuple(t.requires_grad and torch.is_grad_enabled() for t in inputs)
-        key = (trains, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
+        device = inputs[0].device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        key = (trains, dtype, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
         joint = self.made.get(key)
         if joint is None:
-            joint = self.made[key] = trace(self.gm, inputs, trains, sink)
+            # A backward pass runs without autocast, and so do the casts that are in the trace already.
+            with torch.autocast(device, enabled=False):
+                joint = self.made[key] = trace(self.gm, inputs, trains, sink, dtype)
         if any(trains):
             return _Segment.apply(joint, sink, trains, *inputs)
-        return tuple(joint.forward([*inputs, *_packed(joint, sink, inputs)])[: joint.results])
+        return tuple(joint.forward([*inputs, *_operands(joint, sink, inputs)])[: joint.results])
 
 
-def _packed(joint: Joint, sink: Sink, inputs: Sequence[Tensor]) -> list[Tensor]:
-    return [t for p in joint.products if p.packed for t in p.pack(p.of(inputs), sink)]
+def _operands(joint: Joint, sink: Sink, inputs: Sequence[Tensor]) -> list[Tensor]:
+    return [t for p in joint.products for t in p.operands(p.of(inputs), sink)]
 
 
 class _Segment(torch.autograd.Function):
@@ -276,7 +310,7 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, joint: Joint, sink: Sink, trains: tuple[bool, ...], *inputs: Tensor):
-        made = joint.forward([*(t.detach() for t in inputs), *_packed(joint, sink, inputs)])
+        made = joint.forward([*(t.detach() for t in inputs), *_operands(joint, sink, inputs)])
         ctx.joint, ctx.sink = joint, sink
         ctx.products = [(p, p.of(inputs)) for p in joint.products if _is_sunk(p, trains)]
         count = joint.results + len(ctx.products)

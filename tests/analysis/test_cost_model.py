@@ -6,7 +6,7 @@ from cost_models import llama_1b, llama_on_meta, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthpass.analysis.cost import AttentionSite, Experts, cost, count, model_cost
-from depthpass.analysis.cost.model import block_kinds, shortened
+from depthpass.analysis.cost.model import block_kinds, example_inputs, shortened
 from depthpass.analysis.cost.symbols import B, n
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import UnsupportedModelError
@@ -26,8 +26,11 @@ def forward_flops(model, *, backward=False):
     if hasattr(model.config.get_text_config(), "num_experts_per_tok") and model.config.model_type != "llama4_text":
         model.set_experts_implementation("eager")
     ids = torch.randint(3, zoo.VOCABULARY, (BATCH, TOKENS))
+    # Positions for every row, as captures have them: older transformers make rotary tables with a product.
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(TOKENS).expand(BATCH, -1)}
+    given = {k: given[k] for k in example_inputs(model)}
     with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(backward):
-        out = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        out = model(**given, use_cache=False)
         if backward:
             out.logits.sum().backward()
     return counter.get_total_flops()
@@ -44,8 +47,11 @@ def test_count_on_the_meta_device_equals_the_flop_counter_there():
     """Fused attention is counted by torch on the meta device only."""
     model = zoo.model("opt", layers=1).to("meta")
     counted = sum(p.count.total_flops("dense") for p in model_cost(model).parts)
+    ids = torch.zeros(BATCH, TOKENS, dtype=torch.long, device="meta")
+    # A finished mask: older transformers look at the values of one made from the row.
+    mask = torch.ones(BATCH, 1, TOKENS, TOKENS, dtype=torch.bool, device="meta")
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=torch.zeros(BATCH, TOKENS, dtype=torch.long, device="meta"), use_cache=False)
+        model(input_ids=ids, attention_mask=mask, position_ids=ids, use_cache=False)
     assert model.config._attn_implementation == "sdpa"
     assert at(counted) == counter.get_total_flops()
 
@@ -192,11 +198,11 @@ def test_peak_memory_of_a_block_is_its_widest_moment():
 def test_count_reads_an_exported_graph_directly():
     """The same numbers without depthpass' capture: torch.export of a stock model with fused attention."""
     model = zoo.model("llama", layers=1).to("meta")
-    tokens = torch.export.Dim("tokens", min=1)
+    sizes = {0: torch.export.Dim("batch", min=1), 1: torch.export.Dim("tokens", min=1)}
     ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
     program = torch.export.export(
-        model, (), {"input_ids": ids, "use_cache": False},
-        dynamic_shapes={"input_ids": {0: torch.export.Dim("batch", min=1), 1: tokens}, "use_cache": None}, strict=False,
+        model, (), {"input_ids": ids, "position_ids": ids, "use_cache": False},
+        dynamic_shapes={"input_ids": sizes, "position_ids": sizes, "use_cache": None}, strict=False,
     )
     found = count(program.graph_module, part="head")
     whole = sum(p.count.total_flops("dense") for p in tiny(layers=1).parts)

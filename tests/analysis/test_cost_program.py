@@ -43,7 +43,7 @@ def test_backward_flops_equal_torchs_flop_counter():
     model.set_attn_implementation("eager")
     ids = torch.randint(3, zoo.VOCABULARY, (2, 19))
     with FlopCounterMode(display=False) as forward:
-        loss = model(input_ids=ids, use_cache=False).logits.sum()
+        loss = model(input_ids=ids, position_ids=torch.arange(19).expand(2, -1), use_cache=False).logits.sum()
     with FlopCounterMode(display=False) as backward:
         loss.backward()
     cost_ = cost(STOCK, model_cost(model), attention="dense")

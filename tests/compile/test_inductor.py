@@ -143,12 +143,27 @@ def test_a_state_that_was_left_behind_does_not_write_into_rooms_that_went_on(mod
     torch.testing.assert_close(torch.cat([first, went_on], 1), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("wide", [False, True])
+def test_autocast_follows_the_eager_rung(wide):
+    """Wide enough, and the cast weights are packed."""
+    sizes = {"hidden_size": 192, "intermediate_size": 256} if wide else {}
+    eager, compiled = pair("llama", dtype=torch.float32, rung="inductor", sizes=sizes)
+    batch = zoo.batch([14, 8])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        one, other = gradients(eager, batch), gradients(compiled, batch)
+    torch.testing.assert_close(one[0], other[0], rtol=3e-2, atol=3e-2)
+    for name, g in one[1].items():
+        assert other[1][name].dtype == g.dtype
+        assert (g - other[1][name]).norm() <= 0.05 * g.norm() + 1e-6, name
+
+
 def test_what_cannot_be_compiled_is_said(models):
     _, compiled = models
-    refused = pytest.raises(LoweringError, match="'inductor' cannot run this call: autocast is on")
-    with refused, torch.autocast("cpu", torch.bfloat16):
-        compiled.float()(**zoo.batch([5]), use_cache=False)
-    compiled.double()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        cache = dp.DepthCache(compiled)
+        compiled(**zoo.batch([5]), past_key_values=cache)
+        with pytest.raises(LoweringError, match="cannot compile a decoded token: autocast is on"):
+            compiled(input_ids=torch.tensor([[4]]), past_key_values=cache)
     routed = dp.transform(dp.restore(compiled), dp.MixtureOfRecursions(start=1, end=2, mode="threshold"), lowering="inductor")
     with pytest.raises(LoweringError, match=r"cannot compile a decoded token: the program has .*route"):
         routed.generate(**zoo.batch([5]), max_new_tokens=2, do_sample=False)

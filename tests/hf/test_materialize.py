@@ -24,8 +24,6 @@ def logits(model):
 @pytest.mark.parametrize("name", ["llama", "gemma2", "cohere2", "smollm3", "mixtral", "gpt2", "opt", "gpt_oss", "llama4_text"])
 def test_a_materialised_program_is_a_stock_checkpoint(name, tmp_path):
     stock = stock_of(name)
-    if name == "gemma2":
-        stock.set_attn_implementation("eager")
     model = dp.transform(stock, dp.LayerProgram(PROGRAM))
     before = {k: v.clone() for k, v in stock.state_dict().items()}
     made = dp.materialize(model)
