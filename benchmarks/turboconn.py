@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import subprocess
 import sys
 from pathlib import Path
@@ -73,7 +75,10 @@ def forward_floor(F: float, W: float, rows: int, group_rows: list[int], blocks: 
 
 
 def peak_memory(step) -> float:
-    """MiB that a training step needs at its peak beyond what was resident before it (Linux)."""
+    """MiB that a training step needs at its peak beyond what is resident between steps (Linux with glibc)."""
+    step()  # captures and compiles
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
     status = Path("/proc/self/status")
     before = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmRSS"))
@@ -165,9 +170,6 @@ def measure(args: argparse.Namespace) -> list[Result]:
     }
     results = []
     if args.peak:
-        if args.peak in forward:
-            with torch.no_grad():
-                forward[args.peak]()  # captures, which is not part of a step
         print(peak_memory(runs[args.peak]))
         return []
     if args.memory:

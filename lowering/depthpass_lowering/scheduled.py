@@ -25,8 +25,8 @@ from depthpass_lowering.attention import Masks
 from depthpass_lowering.buffers import Buffer, Use
 from depthpass_lowering.dropout import RandomState, draws
 from depthpass_lowering.eager import Run
-from depthpass_lowering.fx_passes.products import sink_pass
 from depthpass_lowering.fx_passes.region import KINDS, ChunkGraph, Parameter, chunk_graph
+from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.products import LEAST_USES
 from depthpass_lowering.sink import Sink, sunk_linear
 from depthpass_lowering.state import Slot, Span, push_delay, read_delay, spans

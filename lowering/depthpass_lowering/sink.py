@@ -7,7 +7,7 @@ B/W split of arXiv 2401.10241).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from depthpass_kernels import bridge_in
@@ -170,8 +170,7 @@ def sunk_products(sink: Sink, w: Weights, *xs: Tensor) -> Sequence[Tensor]:
     Returns:
         results ``[..., out]`` by weight, or of joined weights one, the sum.
     """
-    device = xs[0].device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and xs[0].dtype != torch.float64 else None
+    dtype = _autocast_dtype(xs[0])
     if not torch.is_grad_enabled():
         if dtype is not None:
             xs = tuple(x.to(dtype) for x in xs)
@@ -181,6 +180,42 @@ def sunk_products(sink: Sink, w: Weights, *xs: Tensor) -> Sequence[Tensor]:
     if dtype is not None:
         xs = tuple(x.to(dtype) for x in xs)
     return _SunkProduct.apply(sink, w, dtype, *xs)
+
+
+class _SunkAbsorbed(torch.autograd.Function):
+    """A product of what pointwise steps make of its inputs; the steps are taken again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, steps: Callable[..., Tensor], *leaves: Tensor):
+        ctx.sink, ctx.weights, ctx.dtype, ctx.steps = sink, w, dtype, steps
+        ctx.save_for_backward(*leaves)
+        x = steps(*leaves)
+        return tuple(sink.products.forward(sink.cast(w, dtype), [x if dtype is None else x.to(dtype)]))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        sink, w, dtype = ctx.sink, ctx.weights, ctx.dtype
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+        with torch.enable_grad(), torch.autocast(grads[0].device.type, dtype, enabled=dtype is not None):
+            x = ctx.steps(*leaves)
+            x = x if dtype is None else x.to(dtype)
+        sink.add(w, [x.detach()], grads)
+        (dx,) = sink.products.backward(sink.cast(w, dtype), grads)
+        return (None, None, None, None, *torch.autograd.grad(x, leaves, dx))
+
+
+def sunk_absorbed(sink: Sink, w: Weights, steps: Callable[..., Tensor], *leaves: Tensor) -> Sequence[Tensor]:
+    """As :func:`sunk_products` of ``steps(*leaves)``, keeping the leaves only."""
+    dtype = _autocast_dtype(leaves[0])
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in leaves):
+        return sunk_products(sink, w, steps(*leaves))
+    return _SunkAbsorbed.apply(sink, w, dtype, steps, *leaves)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a product's operands here; None = nothing."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
 
 
 def sunk_linear(sink: Sink, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -233,8 +268,7 @@ def sunk_landing(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, *cs:
         present: ``[batch or 1, tokens, 1]`` bool, where the bridges' delay reaches back to a real token; None = everywhere.
         x: ``[batch, tokens, width]``; cs: delayed streams ``[batch, tokens, rank]``, one for each weight.
     """
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+    dtype = _autocast_dtype(x)
     if not torch.is_grad_enabled():
         return landed(sink, sink.cast(w, dtype), present, x, cs if dtype is None else [c.to(dtype) for c in cs])
     return _Landing.apply(sink, w, dtype, present, x, *cs)

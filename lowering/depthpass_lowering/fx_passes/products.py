@@ -2,20 +2,19 @@
 
 ``linear(x, p, b)`` and ``addmm(b, x, p)`` (GPT-2's Conv1D) with parameters p, b become one node per stream x, whose results
 are those of all its weights: q, k and v make one product, gate and up another. Their weight gradients are contractions over
-tokens and may leave the token loop (:mod:`depthpass_lowering.sink`).
+tokens and may leave the token loop (:mod:`.sink`).
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, fx
 
 from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.products import Weights, plain
-from depthpass_lowering.sink import sunk_landing, sunk_products
 
 aten = torch.ops.aten
 
@@ -91,29 +90,3 @@ def _multiplies(user: fx.Node, parameter: fx.Node) -> bool:
     if user.target is aten.addmm.default:
         return user.args[1] is not parameter
     return user.target in (products, land)
-
-
-def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
-    """The same graph with its weight gradients sunk: takes a sink before everything else.
-
-    Numerics: reassociated (sums over tokens in one product instead of one per chunk).
-    """
-    graph = fx.Graph()
-    env: dict[fx.Node, fx.Node] = {}
-    sink = graph.placeholder("sink")
-    sunk: dict[object, Callable] = {products: _sunk_products, land: _sunk_land}
-    for node in gm.graph.nodes:
-        env[node] = copied = graph.node_copy(node, env.__getitem__)
-        if node.target in sunk:
-            copied.target, copied.args = sunk[node.target], (sink, *copied.args)
-    made = fx.GraphModule(gm, graph)
-    made.graph.lint()
-    return made
-
-
-def _sunk_products(sink, transposed, weights, biases, x):
-    return sunk_products(sink, Weights(tuple(weights), tuple(biases), transposed=transposed), x)
-
-
-def _sunk_land(sink, weights, biases, present, x, *cs):
-    return sunk_landing(sink, Weights(tuple(weights), tuple(biases), joined=True), present, x, *cs)
