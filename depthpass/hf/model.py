@@ -9,11 +9,11 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -114,7 +114,7 @@ class BlockCall:
 
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return self.visit.run(self.block.template, hidden, self.sides, params, direct)
+        return self.visit.run(self.block.template, hidden, self.sides, params, self.host.runner)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -130,7 +130,11 @@ def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
 
 
 class StockHost:
-    """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.host.Host`)."""
+    """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.host.Host`).
+
+    Attributes:
+        runner: gives the callable to run a captured graph with.
+    """
 
     adapts = True
 
@@ -145,6 +149,7 @@ class StockHost:
         self.ratios = model._depth.ratios
         self.losses: dict[str, Tensor] | None = None
         self.extra_loss: Tensor | float = 0.0
+        self.runner = _runner(model._depth.lowering)
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
@@ -162,7 +167,9 @@ class StockHost:
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
         params = self.tensors(part, self.model)
         extras = [self.extras[e] for e in part.extras]
-        return direct(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
+        # Embedding and tables are one small op each: not worth compiling.
+        runner = direct if part is self.captured.prologue else self.runner
+        return runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self))
@@ -229,6 +236,15 @@ class StockHost:
             module = copy.copy(module)
             module._parameters = {**module._parameters, "sinks": sinks}
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
+
+
+def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
+    """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled rung makes of them."""
+    if lowering not in ("inductor", "cudagraph"):
+        return direct
+    from depthpass_lowering.compiled import compiled_whole
+
+    return compiled_whole
 
 
 def depth_module(model: nn.Module) -> nn.Module:

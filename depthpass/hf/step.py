@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from depthpass.capture import Block, Capture, Part
+from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
 from depthpass.hf.inputs import Call
 from depthpass.hf.model import StockHost, depth_module
@@ -138,7 +139,7 @@ class _StepHost(StockHost):
 
     def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
         super().__init__(model, captured, sides)
-        self.leaves, self.at, self.training = leaves, at, False
+        self.leaves, self.at, self.training, self.runner = leaves, at, False, direct
         self.stand_ins: dict[str, nn.Module] = {}
 
     def leaf(self, t: Tensor) -> Tensor:

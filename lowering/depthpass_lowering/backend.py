@@ -122,6 +122,7 @@ class _Compiled:
         from depthpass.hf.attach import depth_of
         from depthpass_lowering.eager import run
         from depthpass_lowering.graph_host import Columns, GraphHost
+        from depthpass_lowering.ladder import AUTO_INDUCTOR
         from depthpass_lowering.state import State
 
         c = self.captured
@@ -134,12 +135,16 @@ class _Compiled:
         valid = self._validity(inputs)
         name, dim = c.tokens
         runner = None if self.inner == "eager" else self._runner
-        host = GraphHost(c.capture, {n: args[i] for n, i in c.parameters.items()}, depth_of(self.depth), runner)
+        # Token loops: by hand, with their chunks compiled, or op by op where another compiler runs the blocks.
+        host = GraphHost(
+            c.capture, {n: args[i] for n, i in c.parameters.items()}, depth_of(self.depth), runner,
+            scheduled=self.inner in ("eager", "inductor"),
+        )
         hidden, *sides = host.part(c.capture.prologue, inputs, visit=Columns(inputs[name].shape[dim]))
         host.extras = sides
         streams, _ = run(
             self.plan, host, hidden, sides, c.capture.side_axes, State(), valid, keep=False, types=self.types,
-            lowering="auto",
+            lowering=AUTO_INDUCTOR if self.inner == "inductor" else "auto",
         )
         return host.part(c.capture.head, inputs, streams["output"])
 

@@ -6,6 +6,7 @@ bridges; segments with equal graphs are compiled once, whatever block, region or
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -14,9 +15,10 @@ from torch import Tensor, fx
 from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.joint import Segment
 from depthpass_lowering.scheduled import Job, ScheduledRun
-from depthpass_lowering.segments import Segmented
+from depthpass_lowering.segments import Segmented, compile_segment
 
 _COMPILED: weakref.WeakKeyDictionary[ChunkGraph, Segmented] = weakref.WeakKeyDictionary()
+_WHOLE: weakref.WeakKeyDictionary[fx.GraphModule, Segmented] = weakref.WeakKeyDictionary()
 _SEGMENTS: weakref.WeakValueDictionary[tuple, Segment] = weakref.WeakValueDictionary()
 
 
@@ -25,6 +27,15 @@ def compiled_graph(graph: ChunkGraph) -> Segmented:
     if graph not in _COMPILED:
         _COMPILED[graph] = Segmented(graph.distributed.loop, shared_segment, graph.opaque)
     return _COMPILED[graph]
+
+
+def compiled_whole(gm: fx.GraphModule) -> Segmented:
+    """A captured graph that runs over all tokens at once, its segments compiled for any number of rows and tokens."""
+    if gm not in _WHOLE:
+        # Dropout draws what it draws on the other rungs.
+        options = {"fallback_random": True}
+        _WHOLE[gm] = Segmented(gm, functools.partial(compile_segment, backend="inductor", options=options))
+    return _WHOLE[gm]
 
 
 def shared_segment(gm: fx.GraphModule) -> Segment:
@@ -73,3 +84,9 @@ class CompiledRun(ScheduledRun):
             return graph(*args, lead=lead)
 
         return run
+
+
+class AutoCompiledRun(CompiledRun):
+    """As :class:`CompiledRun`; what cannot be compiled runs on the eager rung."""
+
+    strict = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,12 +65,25 @@ def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[n
         return []
     roots: list[nn.Module] = []
     for node in gm.graph.nodes:
-        if node.op == "placeholder" and (match := re.match(r"([LG])\['(\w+)'\]", source_name(node))):
-            root = scopes[match[1]].get(match[2])
-            if isinstance(root, nn.Module) and not any(root is r for r in roots):
-                roots.append(root)
+        if node.op != "placeholder":
+            continue
+        root = _root(source_name(node), scopes)
+        if isinstance(root, nn.Module) and not any(root is r for r in roots):
+            roots.append(root)
     wanted = {id(p) for p in held}
     return [m for m in map(_outermost_decoder, roots) if m is not None and any(id(p) in wanted for p in m.parameters())]
+
+
+def _root(source: str, scopes: Mapping[str, Mapping[str, object]]) -> object:
+    """What a source such as ``L['self']`` starts from; a decorated forward has its model in ``L['args'][0]``."""
+    match = re.match(r"([LG])((?:\[(?:\d+|'\w+')\])+)", source)
+    value: Any = scopes[match[1]] if match else None
+    for number, name in re.findall(r"\[(?:(\d+)|'(\w+)')\]", match[2] if match else ""):
+        try:
+            value = value[int(number) if number else name]
+        except (LookupError, TypeError):
+            return None
+    return value
 
 
 def _outermost_decoder(root: nn.Module) -> nn.Module | None:

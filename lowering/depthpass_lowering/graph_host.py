@@ -23,11 +23,14 @@ class GraphHost:
         values: parameters and buffers of the model by full name.
         depth: the module that holds the new parameters.
         runner: how graphs are run; None = as they are.
+        scheduled: whether token loops may run on chunk graphs instead of through ``runner``.
     """
 
-    def __init__(self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner | None):
+    def __init__(
+        self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner | None, scheduled: bool = True
+    ):
         self.captured, self.values, self.depth = captured, values, depth
-        self.compiled, self.runner = runner is not None, runner or (lambda graph: graph)
+        self.scheduled, self.runner = scheduled, runner or (lambda graph: graph)
         self.extras: Sequence[Tensor] = ()
 
     def part(self, part: Part, inputs: Mapping[str, Tensor], *streams: Tensor, visit=None):
@@ -49,7 +52,7 @@ class GraphHost:
         ]
 
     def refuses_schedule(self, index: int) -> str | None:
-        return "an inner compiler runs the blocks" if self.compiled else None
+        return None if self.scheduled else "another inner compiler than inductor runs the blocks"
 
     def recomputes(self, index: int) -> bool:
         return False

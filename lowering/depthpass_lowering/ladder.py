@@ -6,10 +6,13 @@ from depthpass.errors import SpecError, did_you_mean
 from depthpass_lowering.eager import Run
 
 RUNGS = ("auto", "eager", "scheduled", "inductor", "cudagraph")
-"""``eager``: op by op, autograd (the oracle). ``scheduled``: in-place keys and values, hand-scheduled backward with sunk
-weight gradients. ``inductor``: the same with the blocks' segments compiled. ``cudagraph``: the scheduled
-loops as CUDA graphs. ``auto``: scheduled where that is legal for a
-region of a call, eager elsewhere. The others are errors where they are not legal."""
+"""``eager``: op by op, autograd (the oracle). ``scheduled``: chunks as graphs, in-place keys and values, hand-scheduled
+backward with sunk weight gradients. ``inductor``: the same with the chunks compiled, and what runs outside of token loops too.
+``cudagraph``: the compiled loops as CUDA graphs. ``auto``: scheduled where that is legal for a region of a call, eager
+elsewhere. The others are errors where they are not legal."""
+
+AUTO_INDUCTOR = "auto-inductor"
+"""``auto`` with compiled chunks: what ``torch.compile(backend="depthpass")`` runs, whose user has asked for a compiler."""
 
 
 def check_rung(name: str) -> str:
@@ -21,6 +24,10 @@ def check_rung(name: str) -> str:
 
 def rung(name: str) -> type[Run]:
     """The run class of a rung."""
+    if name == AUTO_INDUCTOR:
+        from depthpass_lowering.compiled import AutoCompiledRun
+
+        return AutoCompiledRun
     if check_rung(name) == "eager":
         return Run
     if name == "cudagraph":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch.fx.node import map_arg
 Compiler = Callable[[fx.GraphModule], Callable]
 
 
-def compile_segment(gm: fx.GraphModule, backend: str | Callable) -> Callable:
+def compile_segment(gm: fx.GraphModule, backend: str | Callable, options: Mapping[str, Any] | None = None) -> Callable:
     """Compile a segment with a Dynamo backend, once for all numbers of rows and tokens above one."""
     dynamic = [_symbolic_dims(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
-    compiled = torch.compile(gm, backend=backend)
+    compiled = torch.compile(gm, backend=backend, options=None if options is None else dict(options))
 
     def run(*args: Tensor):
         args = tuple(_packed(a) if dims else a for a, dims in zip(args, dynamic))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering.backend import depthpass_backend
+from depthpass_lowering.compiled import _COMPILED
 
 import depthpass as dp
 
@@ -125,8 +126,11 @@ def test_code_around_the_model_and_explicit_positions():
 def test_inner_compilers_equal_eager(inner):
     model, turbo = pair("llama", dtype=torch.float32)
     compiled = torch.compile(model, backend=depthpass_backend, options={"inner": inner})
+    before = len(_COMPILED)
     for lengths in ([8, 6], [12, 12, 12]):
         assert_equal(model, turbo, compiled, inputs(lengths), rtol=3e-6)
+    # Inductor compiles the chunks of the token loop, others the blocks.
+    assert (len(_COMPILED) > before) == (inner == "inductor")
 
 
 def test_scoring_without_attached_parameters_warns_and_equals_stock():

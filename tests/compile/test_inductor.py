@@ -86,6 +86,22 @@ def test_windows_sinks_and_formulas_that_fill_in_place(name):
         assert (other[1][name] - g).norm() <= 1e-5 * g.norm() + 1e-9, name
 
 
+def test_a_program_without_a_token_loop_is_compiled_too():
+    stock = zoo.model("gpt2", 3, dtype=torch.float64)
+    spec = {"pass": "layer_program", "layers": [0, 1, 2, 1, 2]}
+    eager, compiled = (dp.transform(stock, spec, lowering=rung) for rung in ("eager", "inductor"))
+    graphs = []
+    for lengths in ([9, 6], [13, 13], [7, 5, 6]):
+        batch = zoo.batch(lengths)
+        (logits, grads), (logits_c, grads_c) = step(eager, batch), step(compiled, batch)
+        torch.testing.assert_close(logits_c, logits, rtol=1e-12, atol=1e-12)
+        for name, g in grads.items():
+            torch.testing.assert_close(grads_c[name], g, rtol=1e-9, atol=1e-12)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] > 0 and len(set(graphs)) == 1  # one compilation for any number of rows and tokens
+    assert not compiled.depth_lowered
+
+
 def test_weights_are_read_anew_at_every_call(models):
     eager, compiled = models
     batch = zoo.batch([9, 9])
