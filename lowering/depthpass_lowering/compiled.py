@@ -9,23 +9,56 @@ from __future__ import annotations
 import functools
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
 from depthpass_lowering.fx_passes.region import ChunkGraph
+from depthpass_lowering.fx_passes.sink import sink_bridges_pass
 from depthpass_lowering.joint import Segment
 from depthpass_lowering.scheduled import Job, ScheduledRun
 from depthpass_lowering.segments import Segmented, compile_segment
+from depthpass_lowering.sink import Sink
 
-_COMPILED: weakref.WeakKeyDictionary[ChunkGraph, Segmented] = weakref.WeakKeyDictionary()
+MOST_SEGMENTS = 5
+"""Different segments of one chunk above which bridges are taken out of them: blocks that differ by their bridges alone would
+each be compiled for themselves."""
+
+_COMPILED: weakref.WeakKeyDictionary[ChunkGraph, CompiledChunk] = weakref.WeakKeyDictionary()
 _WHOLE: weakref.WeakKeyDictionary[fx.GraphModule, Segmented] = weakref.WeakKeyDictionary()
 _SEGMENTS: weakref.WeakValueDictionary[tuple, Segment] = weakref.WeakValueDictionary()
 
 
-def compiled_graph(graph: ChunkGraph) -> Segmented:
-    """A chunk's graph cut at its calls, each segment compiled on first use."""
+@dataclass(frozen=True, eq=False)
+class CompiledChunk:
+    """A chunk's graph cut at its calls, each segment compiled on first use.
+
+    Attributes:
+        apart: whether bridges are calls of their own instead of parts of segments.
+    """
+
+    segmented: Segmented
+    apart: bool
+
+    @property
+    def segments(self) -> set[Segment]:
+        return {what for what, *_ in self.segmented.steps if isinstance(what, Segment)}
+
+    def __call__(self, sink: Sink, *args):
+        return self.segmented(*((sink,) if self.apart else ()), *args, lead=(sink,))
+
+
+def compiled_graph(graph: ChunkGraph) -> CompiledChunk:
+    """What runs a chunk's graph."""
     if graph not in _COMPILED:
-        _COMPILED[graph] = Segmented(graph.distributed.loop, shared_segment, graph.opaque)
+        loop = graph.distributed.loop
+        made = CompiledChunk(Segmented(loop, shared_segment, graph.opaque), False)
+        if len(made.segments) > MOST_SEGMENTS:
+            nodes = [n for n in loop.graph.nodes if n.op == "placeholder"]
+            params = nodes[len(nodes) - len(graph.params) - len(graph.distributed.axes) :]
+            bridges = {n for n, p in zip(params, graph.params) if isinstance(p.owner, str)}
+            made = CompiledChunk(Segmented(sink_bridges_pass(loop, bridges), shared_segment, graph.opaque + 1), True)
+        _COMPILED[graph] = made
     return _COMPILED[graph]
 
 
@@ -78,12 +111,7 @@ class CompiledRun(ScheduledRun):
         # The last chunk of a row may be short: it is not worth a compilation of its own.
         if self.count > job.region.chunk != tokens:
             return super().chunk_runner(job, tokens)
-        graph, lead = compiled_graph(job.graph), (job.sink,)
-
-        def run(*args):
-            return graph(*args, lead=lead)
-
-        return run
+        return functools.partial(compiled_graph(job.graph), job.sink)
 
 
 class AutoCompiledRun(CompiledRun):

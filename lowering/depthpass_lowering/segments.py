@@ -81,6 +81,8 @@ class Segmented:
                 at = latest = max(at, latest)
                 calls.setdefault(at, []).append(n)
                 stage[n] = at + 1
+            elif n.target is operator.getitem and n.args[0] in calls.get(stage[n.args[0]] - 1, ()):
+                calls[stage[n.args[0]] - 1].append(n)  # a part of a call's results
             elif n not in self.again:
                 work.setdefault(at, []).append(n)
         for k in range(max(stage.values()) + 1):

@@ -7,7 +7,7 @@ import torch
 import zoo
 from depthpass_lowering.compiled import _COMPILED
 from depthpass_lowering.joint import Joint
-from rungs import gradients, pair
+from rungs import assert_same, gradients, pair
 
 import depthpass as dp
 from depthpass.errors import LoweringError
@@ -39,10 +39,7 @@ def step(model, batch):
 
 def compilations(model) -> list[Joint]:
     """All compiled segments of a model's regions."""
-    segments = {
-        segment for graph, made in _COMPILED.items() if graph.program is model.depth_program
-        for segment, *_ in made.steps if hasattr(segment, "made")
-    }
+    segments = {s for graph, made in _COMPILED.items() if graph.program is model.depth_program for s in made.segments}
     return [joint for segment in segments for joint in segment.made.values()]
 
 
@@ -84,6 +81,16 @@ def test_windows_sinks_and_formulas_that_fill_in_place(name):
     torch.testing.assert_close(other[0], one[0], rtol=1e-5, atol=1e-6)
     for name, g in one[1].items():
         assert (other[1][name] - g).norm() <= 1e-5 * g.norm() + 1e-9, name
+
+
+def test_blocks_that_differ_by_their_bridges_share_their_compilations():
+    """Seven blocks with another number of bridges each: bridges become calls between segments that are all alike."""
+    bridges = [(7, d) for d in range(6)] + [(s, 0) for s in range(2, 7)] + [(6, 1), (5, 1), (6, 2)]
+    eager, compiled = pair("gpt2", dp.TurboConn(bridges=bridges, group=3, rank=4), layers=8, rung="inductor")
+    batch = zoo.batch([11, 8])
+    assert_same(gradients(eager, batch), gradients(compiled, batch))
+    (made,) = [made for graph, made in _COMPILED.items() if graph.program is compiled.depth_program]
+    assert made.apart and len(compilations(compiled)) == 3  # before, between and behind the attention calls
 
 
 def test_a_program_without_a_token_loop_is_compiled_too():

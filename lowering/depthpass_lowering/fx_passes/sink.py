@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from torch import Tensor, fx
 
@@ -20,15 +20,24 @@ def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
     whole = fx.GraphModule(gm, fx.Graph())
     whole.graph.output(whole.graph.graph_copy(gm.graph, {}))
     recompute_pass(whole)
+    return _sunk(whole, lambda node: True)
+
+
+def sink_bridges_pass(gm: fx.GraphModule, bridges: Container[fx.Node]) -> fx.GraphModule:
+    """As :func:`sink_pass`, but only what bridges bring and take: products with their parameters, and landings."""
+    return _sunk(gm, lambda node: node.target is land or any(w in bridges for w in node.args[1]))
+
+
+def _sunk(gm: fx.GraphModule, which: Callable[[fx.Node], bool]) -> fx.GraphModule:
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     sink = graph.placeholder("sink")
     sunk: dict[object, Callable] = {products: _products, land: _land, absorbed: _absorbed}
-    for node in whole.graph.nodes:
+    for node in gm.graph.nodes:
         env[node] = copied = graph.node_copy(node, env.__getitem__)
-        if node.target in sunk:
+        if node.target in sunk and which(node):
             copied.target, copied.args = sunk[node.target], (sink, *copied.args)
-    made = fx.GraphModule(whole, graph)
+    made = fx.GraphModule(gm, graph)
     made.graph.lint()
     return made
 
