@@ -30,6 +30,8 @@ class GraphedRun(CompiledRun):
     """As :class:`~depthpass_lowering.compiled.CompiledRun`, training passes replayed as CUDA graphs."""
 
     rung = "cudagraph"
+    extra = 0
+    """Columns of padding that the run has been given."""
 
     def refuse(self, region: Region) -> str | None:
         if reason := super().refuse(region):
@@ -79,8 +81,6 @@ class GraphedRun(CompiledRun):
         if not self.extra:
             return t
         return torch.cat((t, t.new_zeros(*t.shape[:axis], self.extra, *t.shape[axis + 1 :])), axis)
-
-    extra = 0
 
     def _record(
         self, region: Region, names: list[str], wanted: list[str], ids: list[int], given: list[Tensor]
