@@ -21,11 +21,11 @@ def pair(name: str, spec=SPEC, dtype=torch.float64, layers: int = 4, rung: str =
     return eager, scheduled
 
 
-def gradients(model, batch, steps: int = 1):
+def gradients(model, batch, steps: int = 1, use_cache: bool = False):
     mask = batch["attention_mask"].bool()
     model.zero_grad()
     for step in range(steps):
-        logits = model(**batch, use_cache=False).logits
+        logits = model(**batch, use_cache=use_cache).logits
         weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(step), dtype=logits.dtype)
         (logits * weight)[mask].sum().backward()
     return logits[mask].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}

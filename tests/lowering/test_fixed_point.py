@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering import fixed_point as lowered
+from rungs import assert_same, gradients
 
 import depthpass as dp
 from depthpass import cli
@@ -34,23 +35,6 @@ def pair(name: str, spec=SPEC, gain: float = 0.3, dtype=torch.float64, layers: i
     )
     swept.depth.load_state_dict(eager.depth.state_dict())
     return eager, swept
-
-
-def gradients(model, batch, steps: int = 1, use_cache: bool = False):
-    mask = batch["attention_mask"].bool()
-    model.zero_grad()
-    for step in range(steps):
-        logits = model(**batch, use_cache=use_cache).logits
-        weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(step), dtype=logits.dtype)
-        (logits * weight)[mask].sum().backward()
-    return logits[mask].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(one, other, limit: float = 1e-10):
-    torch.testing.assert_close(one[0], other[0], rtol=1e-12, atol=1e-12)
-    assert one[1].keys() == other[1].keys()
-    for name, g in one[1].items():
-        assert (g - other[1][name]).abs().max() <= limit * g.abs().max().clamp_min(1e-12), name
 
 
 @pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("llama", "right"), ("gpt2", "left"), ("gpt_oss", "left")])
