@@ -25,6 +25,11 @@ def logits_part(captured: Capture) -> Part:
     return _MADE[captured]
 
 
+def made_of(captured: Capture) -> tuple[Part, ...]:
+    """The parts that were made of a capture so far."""
+    return (_MADE[captured],) if captured in _MADE else ()
+
+
 def _make(captured: Capture) -> Part:
     head = captured.head
     places = pytree.tree_unflatten(list(range(captured.out_spec.num_leaves)), captured.out_spec)

@@ -22,13 +22,16 @@ from depthpass.capture import Block, Capture, Part, Site, Template, calls, captu
 from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.direct import direct
 from depthpass.capture.head import logits_part
+from depthpass.capture.quiet import quiet
+from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
+from depthpass.hf.captured import remember
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
-from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
+from depthpass.hf.watch import Binding, Watch, watch
 from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
@@ -51,7 +54,7 @@ class Runtime:
         fixed_point: how serial regions are swept; None = the sequential schedule.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
-        watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
+        watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
@@ -458,22 +461,18 @@ class DepthModel:
                 found = runtime.captures.get(key)
                 if found is None:
                     found = self._capture(call.tensors, names)
-                    runtime.captures[key] = found
+                    remember(runtime, key, found)
         return found
 
     def _watched(self) -> Watch:
-        watches = self._depth.watches
-        if not watches or not watches[-1].current():
-            check_hooks(self, self._depth.layers)
-            watches.append(Watch(self))
-        return watches[-1]
+        return watch(self._depth.watches, self, self._depth.layers)
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
-        stock = without_hooks(stock_copy(self))
-        static = {"use_cache": False} if "use_cache" in names else {}
-        # Heads without the argument ask the config. The copy's config is its own.
-        stock.config.get_text_config(decoder=True).use_cache = False
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.enable_grad():
+        with quiet(self.device):
+            stock = as_stock(structural_copy(self), self)
+            static = {"use_cache": False} if "use_cache" in names else {}
+            # Heads without the argument ask the config. The copy's config is its own.
+            stock.config.get_text_config(decoder=True).use_cache = False
             found = capture(stock, tensors, static)
         if len(found.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
@@ -665,7 +664,11 @@ def stock_copy(model: nn.Module) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
     from depthpass.capture.export import sharing_copy
 
-    copied = sharing_copy(model)
+    return as_stock(sharing_copy(model), model)
+
+
+def as_stock(copied: nn.Module, model: nn.Module) -> nn.Module:
+    """Take what a transform has put on a model off a copy of it."""
     copied.__class__ = type(model)._stock_class
     drop_wrapped_forward(copied)
     for layer in copied.get_submodule(model._depth.layers):
