@@ -7,7 +7,7 @@ profiler's global hooks, in inference mode. What it captures is kept, so it must
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
@@ -36,14 +36,19 @@ def quiet(device: torch.device) -> Iterator[None]:
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for kind in {"cpu", device.type} - {"meta"}:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(without_autocast(torch.device("cpu")))
+        stack.enter_context(without_autocast(device))
         # Hooks on saved tensors (offloading, checkpoints) cannot be taken off, only covered.
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_without_global_hooks())
         yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """No autocast on a device; the meta device has none."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
 
 
 def global_hook_tables() -> tuple[dict, ...]:

@@ -47,8 +47,8 @@ def is_config(value: object) -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether a trace may read a tensor itself: no shard, no wrapper of a function transform, no quantised storage."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+    """Whether a trace may read a tensor itself: no shard, wrapper of a function transform, quantised or inference tensor."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
         return False
     return type(tensor) in (nn.Parameter, Tensor) or (
         type(tensor).__torch_dispatch__ in (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)

@@ -22,7 +22,7 @@ from depthpass.capture import Block, Capture, Part, Site, Template, calls, captu
 from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.direct import direct
 from depthpass.capture.head import logits_part
-from depthpass.capture.quiet import quiet
+from depthpass.capture.quiet import quiet, without_autocast
 from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
@@ -399,7 +399,7 @@ class DepthModel:
         inner, layout = insert(self, plan.program, call)
         tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             hidden, *sides = host.part(
                 captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )

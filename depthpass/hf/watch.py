@@ -88,7 +88,8 @@ class Watch:
         seen: set[int] = set()
         for module in self.modules:
             self._table(module.__dict__, seen)
-            self._table(module._modules, seen)
+            if module._modules:
+                self._table(module._modules, seen)
         classes = dict.fromkeys(self.types)
         for base in dict.fromkeys(b for cls in classes for b in own_bases(cls)):
             self._table(base.__dict__, seen, deep=False)
@@ -101,7 +102,8 @@ class Watch:
             for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
         ]
         hooks = [t for m in self.modules for t in hook_tables(m)]
-        self.hooked, self.unhooked = [t for t in hooks if t], [t for t in hooks if not t]
+        self.hooked = [t for t in hooks if t]
+        self.empty = [t for t in (*hooks, *(m._modules for m in self.modules)) if not t]
         self.world = [t for t in global_hook_tables()]
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
@@ -128,7 +130,7 @@ class Watch:
         try:
             if not all(map(eq, self.tables, self.copies)) or list(map(type, self.modules)) != self.types:
                 return False
-            if any(self.unhooked) or not all(self.hooked) or list(map(len, self.world)) != self.hooks:
+            if any(self.empty) or not all(self.hooked) or list(map(len, self.world)) != self.hooks:
                 return False
             for (get, table), values in zip(self.globals, self.read):
                 if get(table) != values:
