@@ -246,7 +246,9 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     if lowering not in ("inductor", "cudagraph"):
         return direct
     from depthpass_lowering.compiled import compiled_whole
+    from depthpass_lowering.transforms import check_compilable
 
+    check_compilable(lowering)
     return compiled_whole
 
 

@@ -287,15 +287,6 @@ def without_hooks(model: nn.Module) -> nn.Module:
     return model
 
 
-def adapter_state(module: nn.Module) -> tuple:
-    """The switches of a PEFT layer that a trace bakes in."""
-    scaling = getattr(module, "scaling", None)
-    return (
-        module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters),
-        tuple(scaling.items()) if isinstance(scaling, dict) else None,
-    )
-
-
 class Binding:
     """A parameter or buffer of a live module tree: looked up once, read at every call."""
 
