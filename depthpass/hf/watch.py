@@ -77,15 +77,19 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def check_hooks(model: nn.Module, layers: str) -> None:
-    """Refuse hooks that would never run: only the model itself and its blocks are called as modules.
+def check_hooks(model: nn.Module, decoder: str, layers: str) -> None:
+    """Refuse hooks that would never run: inside the decoder only its blocks are called as modules.
+
+    Args:
+        decoder, layers: paths of the inner decoder and of its list of blocks.
 
     Raises:
         UnsupportedModelError: a module inside a block, or before or after the blocks, has a hook.
     """
+    root = model.get_submodule(decoder)
     blocks = {id(b) for b in model.get_submodule(layers)}
-    for name, module in model.named_modules():
-        if module is model or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
+    for name, module in root.named_modules(prefix=decoder):
+        if module is root or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
             continue
         hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(),
                  *module._backward_hooks.values(), *module._backward_pre_hooks.values()]
