@@ -22,14 +22,19 @@ _HOOKS = (
 )
 
 
-def structural_copy(model: nn.Module) -> nn.Module:
+def structural_copy(model: nn.Module, leave: tuple[str, ...] = ()) -> nn.Module:
     """A copy that shares parameters and buffers where they are plain tensors, and stands in for them where they are not.
 
     Configs are copied, so are containers; functions and methods that belong to the old tree (a wrapper around a forward)
     belong to the new one. Hooks and gradient checkpointing are left out, and so is the class that FSDP puts in front of a
     module's own.
+
+    Args:
+        leave: attributes of the model that its copy does not get.
     """
-    return _Copier().module(model)
+    copier = _Copier()
+    copier.leave = (model, leave)
+    return copier.module(model)
 
 
 def own_class(cls: type) -> type:
@@ -61,6 +66,7 @@ class _Copier:
     def __init__(self) -> None:
         self.made: dict[int, Any] = {}
         self.kept: list[Any] = []  # what is in `made`: an id must not be given to another object meanwhile
+        self.leave: tuple[nn.Module | None, tuple[str, ...]] = (None, ())
         self.room: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     def keep(self, old: Any, new: Any) -> Any:
@@ -74,15 +80,15 @@ class _Copier:
         if isinstance(old, torch.jit.ScriptModule):
             return self.keep(old, copy.deepcopy(old))
         new = self.keep(old, object.__new__(own_class(type(old))))
-        table = dict(old.__dict__)
+        left = self.leave[1] if old is self.leave[0] else ()
+        table = {n: v for n, v in old.__dict__.items() if n not in left}
         for name in _HOOKS:
             if name in table:
-                table[name] = type(table[name])()
-        new.__dict__.update(table)
+                new.__dict__[name] = type(table[name])()
         new.__dict__["_modules"] = {n: m if m is None else self.module(m) for n, m in old._modules.items()}
         new.__dict__["_parameters"] = {n: self.parameter(p) for n, p in old._parameters.items()}
         new.__dict__["_buffers"] = {n: b if b is None else self.tensor(b) for n, b in old._buffers.items()}
-        for name, value in old.__dict__.items():
+        for name, value in table.items():
             if name not in _HOOKS and name not in ("_modules", "_parameters", "_buffers"):
                 new.__dict__[name] = self.value(value)
         if table.get("gradient_checkpointing", False):

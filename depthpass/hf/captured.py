@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from depthpass.capture import Capture
-from depthpass.capture.head import made_of
 
 if TYPE_CHECKING:
     from depthpass.hf.model import Runtime
@@ -25,7 +24,7 @@ def forget(runtime: Runtime, old: Capture) -> None:
     """Drop what is kept by a capture's identity, which another capture may get after it."""
     if any(c is old for c in runtime.captures.values()):
         return
-    for owner in (old.prologue, old.norm, old.head, *old.blocks, *made_of(old)):
+    for owner in (old.prologue, old.norm, old.head, *old.blocks):
         runtime.bindings.pop(id(owner), None)
     for key in [k for k in runtime.tokens if k[0] == id(old)]:
         del runtime.tokens[key]

@@ -9,8 +9,9 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,16 +20,16 @@ from torch.utils.checkpoint import checkpoint
 
 from depthpass.analysis.routing import reads_future
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
-from depthpass.capture.attention import attention_style, signature_names
+from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
-from depthpass.capture.head import logits_part
 from depthpass.capture.quiet import quiet, without_autocast
 from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
+from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside
 from depthpass.hf.growth import check_growth, without_cache
-from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, warn_frozen
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, watch
@@ -40,6 +41,9 @@ from depthpass.schedule.regions import Schedule
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
 
+_NOT_FOR_HEADS = ("labels", "use_cache", "return_dict", "prompt_length", "num_items_in_batch")
+"""Arguments of a call that say nothing to its head, or ask it for more than logits."""
+
 # torch.export is not safe to run in two threads at once, whatever the models.
 _CAPTURING = threading.Lock()
 
@@ -50,6 +54,8 @@ class Runtime:
 
     Attributes:
         plans: what may run, and which plan does.
+        layers: path of the list of blocks.
+        decoder: path of the inner decoder, which runs the program; empty where the model has no head.
         lowering: rung of the ladder that runs serial regions.
         fixed_point: how serial regions are swept; None = the sequential schedule.
         captures: one per call signature, made on first use.
@@ -63,6 +69,7 @@ class Runtime:
 
     plans: Plans
     layers: str
+    decoder: str
     position_table: int | None
     lowering: str = "auto"
     fixed_point: FixedPoint | Measure | None = None
@@ -95,7 +102,7 @@ class Runtime:
 
     def __reduce__(self):
         return _runtime, (
-            self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering, self.fixed_point,
+            self.plans.home, self.plans.default, self.layers, self.decoder, self.position_table, self.lowering, self.fixed_point,
             dict(self.ratios),
         )
 
@@ -143,7 +150,8 @@ class StockHost:
 
     def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
         self.model, self.captured = model, captured
-        self.layers = model.get_submodule(captured.layers)
+        self.decoder = model.get_submodule(model._depth.decoder)
+        self.layers = model.get_submodule(model._depth.layers)
         self.extras = sides
         self.style = attention_style(model)
         self.training = model.training
@@ -162,13 +170,13 @@ class StockHost:
             names = owner.params if isinstance(owner, Part) else owner.template.params
             found = bindings[id(owner)] = [
                 functools.partial(owner.constants.__getitem__, p) if p in owner.constants else
-                Binding(self.model, p[1:]) if p.startswith("/") else Binding(module, p)
+                Binding(self.decoder, p[1:]) if p.startswith("/") else Binding(module, p)
                 for p in names
             ]
         return [read() for read in found]
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
-        params = self.tensors(part, self.model)
+        params = self.tensors(part, self.decoder)
         extras = [self.extras[e] for e in part.extras]
         # Embedding and tables are one small op each: not worth compiling.
         runner = direct if part is self.captured.prologue else self.runner
@@ -187,7 +195,13 @@ class StockHost:
         return self.part(self.captured.norm, {}, hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
-        return self.part(logits_part(self.captured), {}, normed)
+        found = _logits(self.model._head(self.captured, normed), "the op 'logits'", "an exit criterion of the state")
+        if found.shape[:2] != normed.shape[:2] or found.dim() != 3:
+            raise UnsupportedModelError(
+                f"the op 'logits': expected the head to give logits of every token, got shape {tuple(found.shape)} for "
+                f"{tuple(normed.shape[:2])} tokens. Use an exit criterion of the state."
+            )
+        return found
 
     def module(self, name: str) -> nn.Module:
         if self.depth is None:
@@ -332,15 +346,93 @@ class DepthModel:
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
-    def _run_program(self, arguments: dict[str, object]):
-        """Forward pass of the program; ``arguments`` by the stock forward's parameter names."""
+    def _call_stock(self, args: tuple, kwargs: dict[str, object], prompt_length):
+        """A call of the outer class: stock code around its decoder, where the program runs."""
+        stock = type(self)._stock_class
+        arguments, given = bind(stock, self, args, kwargs)
+        if prompt_length is not None:
+            arguments["prompt_length"] = prompt_length
+        if self._depth.decoder == "":
+            return self._run_program(self, arguments, None)
+        check_outer(self, call_names(stock), arguments)
+        name, _ = take_cache(dict(arguments))
+        decoder = self.get_submodule(self._depth.decoder)
+        with inside(Frame(decoder, self, arguments, name)) as frame:
+            output = stock.forward(self, *args, **given)
+        if frame.left is None:
+            raise UnsupportedModelError(
+                f"the forward of {type(self).__name__} does not call {self._depth.decoder} ({type(decoder).__name__}), which "
+                "runs the program, so what it returns is not the transformed model's. Call the decoder in it."
+            )
+        return self._finish(output, frame)
+
+    def _finish(self, output, frame: Frame):
+        """Add what the stock code does not know to its outputs: training losses, taps and sweeps."""
+        left, loss = frame.left, 0.0
+        if left.losses is not None and self.training and frame.arguments.get("labels") is not None:
+            loss = _share(frame.arguments) * left.losses[1]
+        if isinstance(output, tuple):
+            return (output[0] + loss, *output[1:]) if isinstance(loss, Tensor) else output
+        if isinstance(loss, Tensor) and getattr(output, "loss", None) is not None:
+            output["loss"] = output.loss + loss.to(output.loss)
+        keep = frame.arguments.get("logits_to_keep")
+        return self._decorate(output, left, as_index(keep), frame.arguments)
+
+    def _decorate(self, output, left: Left, keep: slice | Tensor | None = None, arguments: Mapping[str, object] | None = None):
+        """Hand out what a run left as plain attributes: not entries, so tuples and gathers of outputs stay as they are.
+
+        Args:
+            keep: the tokens whose streams are handed out; None = all.
+            arguments: of the outer call; heads of taps get them, too.
+        """
+        if left.losses is not None:
+            output.losses, output.losses_total = left.losses
+        if left.heads:
+            output.taps = {
+                n: _logits(self._head(left.captured, x, arguments), f"tap {n!r}", "head=False") if left.heads[n] else
+                x if keep is None else x[:, keep]
+                for n, x in left.streams.items() if n in left.heads
+            }
+        if left.sweeps is not None:
+            output.sweeps = left.sweeps
+        return output
+
+    def _head(self, captured: Capture, normed: Tensor, arguments: Mapping[str, object] | None = None):
+        """What the stock code makes of a stream that the final norm has passed, as if the decoder had returned it.
+
+        Args:
+            normed: ``[batch, k, width]``.
+            arguments: of the call that it is a part of; None = of any tokens.
+        """
+        leaves = range(captured.out_spec.num_leaves)
+        place = pytree.tree_unflatten(list(leaves), captured.out_spec)["last_hidden_state"]
+        output = pytree.tree_unflatten([normed if i == place else None for i in leaves], captured.out_spec)
+        decoder = self.get_submodule(self._depth.decoder)
+        if decoder is self:
+            return output
+        stock = type(self)._stock_class
+        if arguments is None:
+            given: dict[str, object] = {"input_ids": torch.zeros(normed.shape[:2], dtype=torch.long, device=normed.device)}
+        else:
+            given = {n: x for n, x in arguments.items() if n not in (*_NOT_FOR_HEADS, *NAMES)}
+        with inside(Frame(decoder, self, answer=output)):
+            return stock.forward(self, **given)
+
+    def _run_program(self, decoder: nn.Module, arguments: dict[str, object], frame: Frame | None):
+        """Run the program up to the final norm.
+
+        Args:
+            decoder: the module that is called; the model itself where it has no head.
+            arguments: by the names of the decoder's stock forward.
+            frame: of the outer call that it is a part of; None = the decoder was called by itself.
+        """
         from depthpass_lowering.state import State
 
         from depthpass.hf.step import advance_token
 
         runtime = self._depth
-        names = signature_names(type(self)._stock_forward)
-        call = normalise(self, names, arguments)
+        names = call_names(type(decoder)._stock_class)
+        call = normalise(self, decoder, names, arguments, frame)
         warn_frozen(self)
         groups = runtime.plans.running(self, call)
         plan = groups[0][0]
@@ -353,32 +445,27 @@ class DepthModel:
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
-        heads, streams, state = (
+        parts, streams, state = (
             advance_token(self, plan, captured, call, state)
             or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
         )
         runtime.lowered = tuple(lowered)
-        losses = gathered[0] if gathered else None
-        outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
-        output = outputs.pop("output")
-        if losses is not None:
-            found, total = losses
-            output.losses = found
-            if self.training and getattr(output, "loss", None) is not None:
-                output["loss"] = output.loss + _share(call) * total.to(output.loss)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
-        if plan.heads:
-            # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
-            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in plan.heads.items()}
-        if sweeping is not None:
-            output.sweeps = tuple(sweeping.solves)
+        output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.keep(plan.meaning, state)
             for name in NAMES:
                 if name in getattr(output, "__dataclass_fields__", {}):
                     output[name] = cache
+        left = Left(captured, streams, plan.heads, gathered[0] if gathered else None, sweeping and tuple(sweeping.solves))
+        if frame is not None:
+            frame.left = left
+        else:
+            self._decorate(output, left)
+            if decoder is not self:
+                _warn_losses(self, left)
         return output if call.return_dict else output.to_tuple()
 
     def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
@@ -391,13 +478,13 @@ class DepthModel:
             lowered: gets how each serial region is run.
 
         Returns:
-            what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
+            the decoder's flat outputs; all streams by name; the new state.
         """
         from depthpass_lowering.eager import run
 
         runtime, plan = self._depth, groups[0][0]
         host = StockHost(self, captured, ())
-        # What runs has the program's pads in it; the head sees what the caller gave.
+        # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
         tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
@@ -406,7 +493,7 @@ class DepthModel:
                 captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )
         host.extras = sides
-        host.losses = {} if plan.program.losses and (self.training or "labels" in call.tensors) else None
+        host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
             streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping, lowered)
         else:
@@ -420,13 +507,7 @@ class DepthModel:
             state.pads = nn.functional.pad(state.pads, (0, tokens.shape[1]))
         if host.losses is not None:
             gathered.append((host.losses, host.extra_loss))
-        if call.keep is not None:
-            streams = {name: x[:, call.keep] for name, x in streams.items()}
-        heads = {
-            name: list(host.part(captured.head, call.tensors, x))
-            for name, x in streams.items() if name == "output" or plan.heads[name]
-        }
-        return heads, streams, state
+        return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
 
     def _by_rows(
         self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
@@ -467,11 +548,11 @@ class DepthModel:
         return found
 
     def _watched(self) -> Watch:
-        return watch(self._depth.watches, self, self._depth.layers)
+        return watch(self._depth.watches, self, self._depth.decoder, self._depth.layers)
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
         with quiet(self.device):
-            stock = as_stock(structural_copy(self), self)
+            stock = stock_decoder(self)
             static = {"use_cache": False} if "use_cache" in names else {}
             # Heads without the argument ask the config. The copy's config is its own.
             stock.config.get_text_config(decoder=True).use_cache = False
@@ -566,23 +647,31 @@ class DepthModel:
         return (_rebuild, (type(self)._stock_class,), *made[2:])
 
 
-def _share(call: Call) -> Tensor | float:
+def _share(arguments: Mapping[str, Any]) -> Tensor | float:
     """Factor of a loss that is a mean over this call, beside a loss that is summed over ``num_items_in_batch`` labels.
 
     Trainer splits a batch into several calls and divides each one's summed loss by the labels of all of them.
     """
-    if "num_items_in_batch" not in call.tensors:
+    if arguments.get("num_items_in_batch") is None:
         return 1.0
-    return (call.tensors["labels"][:, 1:] != -100).sum() / call.tensors["num_items_in_batch"]
+    return (arguments["labels"][:, 1:] != -100).sum() / arguments["num_items_in_batch"]
 
 
-def _logits(output, tap: str) -> Tensor:
-    """Logits that the stock head made of a tap."""
-    if getattr(output, "logits", None) is None:
-        raise UnsupportedModelError(
-            f"tap {tap!r}: asks for logits, but this model's outputs have {', '.join(output.keys())} only. Use a model with "
-            "a head, or head=False."
+def _warn_losses(model: nn.Module, left: Left) -> None:
+    """Losses of routers and exits are added to the loss of the outer class: a decoder has none to add them to."""
+    if left.losses is not None and left.losses[0] and model.training and torch.is_grad_enabled():
+        warnings.warn(
+            f"the decoder of a transformed {type(model).__name__} was called by itself, so its losses "
+            f"({', '.join(left.losses[0])}) are in no loss. Add outputs.losses_total to yours: their sum with coefficients.",
+            UserWarning, stacklevel=3,
         )
+
+
+def _logits(output, what: str, instead: str) -> Tensor:
+    """Logits that the stock head made of a stream."""
+    if getattr(output, "logits", None) is None:
+        raise UnsupportedModelError(f"{what} needs a model with a head; this one returns {', '.join(output.keys())}. Use one, or "
+                                    f"{instead}.")
     return output.logits
 
 
@@ -623,25 +712,16 @@ def _rebuild(stock_class: type) -> nn.Module:
 def depth_class(stock: type) -> type:
     """The class of transformed models of a stock class; it keeps the stock class's name."""
 
-    signature = inspect.signature(stock.forward)
-
     @functools.wraps(stock.forward)
     def forward(self, *args, prompt_length=None, **kwargs):
-        renamed = {n: kwargs.pop(n) for n in NAMES if n in kwargs and n not in signature.parameters}
-        bound = signature.bind_partial(self, *args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments.pop("self", None)
-        arguments |= arguments.pop("kwargs", {}) | renamed
-        if prompt_length is not None:
-            arguments["prompt_length"] = prompt_length
-        return self._run_program(arguments)
+        return self._call_stock(args, kwargs, prompt_length)
 
     # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
     body = {
-        "forward": torch.compiler.disable(forward), "_stock_forward": stock.forward, "_stock_class": stock,
+        "forward": torch.compiler.disable(forward, reason=DISABLED), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
-    body["forward"].__signature__ = signature
+    body["forward"].__signature__ = inspect.signature(stock.forward)
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
@@ -666,17 +746,29 @@ def stock_copy(model: nn.Module) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
     from depthpass.capture.export import sharing_copy
 
-    return as_stock(sharing_copy(model), model)
-
-
-def as_stock(copied: nn.Module, model: nn.Module) -> nn.Module:
-    """Take what a transform has put on a model off a copy of it."""
+    copied = sharing_copy(model)
     copied.__class__ = type(model)._stock_class
     drop_wrapped_forward(copied)
     for layer in copied.get_submodule(model._depth.layers):
         layer.__dict__.pop("forward", None)
+    decoder = copied.get_submodule(model._depth.decoder)
+    if isinstance(decoder, DepthDecoder):
+        decoder.__class__ = type(decoder)._stock_class
+        del decoder._depth_door
     del copied._depth
     del copied.depth
     if hasattr(copied.config, "depthpass"):
         del copied.config.depthpass
+    return copied
+
+
+def stock_decoder(model: nn.Module) -> nn.Module:
+    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`)."""
+    path, layers = model._depth.decoder, model._depth.layers
+    copied = structural_copy(model.get_submodule(path), leave=("_depth", "_depth_door"))
+    copied.__class__ = type(copied)._stock_class
+    copied._modules.pop(PREFIX, None)
+    # What was put around these forwards runs at each call.
+    for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
+        module.__dict__.pop("forward", None)
     return copied

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from torch import nn
 from depthpass.capture.attention import attention_style
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
+from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
 from depthpass.hf.inputs import position_table
 from depthpass.hf.model import (
     PREFIX,
@@ -69,7 +71,7 @@ def transform(
         LoweringError: the program can be reported but not run yet; nothing has been changed.
     """
     inner = _inner(model)
-    if isinstance(inner, DepthModel):
+    if isinstance(inner, DepthModel | DepthDecoder):
         raise SpecError(
             f"this {type(inner).__name__} is already transformed. Call dp.restore(model) first, or pass one list with "
             "all passes."
@@ -101,7 +103,9 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
     check_one_device(model)
-    for module in (model, *model.get_submodule(find_layers(model))):
+    layers = find_layers(model)
+    decoder = decoder_path(model, layers)
+    for module in (model, model.get_submodule(decoder), *model.get_submodule(layers)):
         if "forward" in module.__dict__ and "_original_forward" not in module.__dict__:
             raise UnsupportedModelError(
                 f"this {type(module).__name__} has a forward of its own that its class does not know (patched by another "
@@ -113,8 +117,8 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     made = plan(passes, context, chunk, stack)
     if (pads := pad_op(made.program)) is not None:
         pad_token(pads, model.config)
-    check_weights(model.get_submodule(find_layers(model)), made.program)
-    return Runtime(Plans(made), find_layers(model), position_table(model))
+    check_weights(model.get_submodule(layers), made.program)
+    return Runtime(Plans(made), layers, decoder, position_table(model))
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -133,6 +137,10 @@ def install(model: nn.Module, runtime: Runtime) -> None:
     model.depth.train(model.training)
     model._depth = runtime
     drop_capturing_hooks(model)
+    decoder: Any = model.get_submodule(runtime.decoder)
+    if decoder is not model:
+        decoder.__class__ = decoder_class(type(decoder))
+        decoder._depth_door = Door(model)
     for layer in model.get_submodule(runtime.layers):
         # Not a bound method: pickle would look it up by name on the layer.
         layer.forward = functools.partial(block_forward, layer)
@@ -145,6 +153,9 @@ def restore(model: nn.Module) -> nn.Module:
         SpecError: the model is not transformed.
     """
     inner = _inner(model)
+    if isinstance(inner, DepthDecoder):
+        raise SpecError(f"restore: expected a whole transformed model, got the decoder of one; pass the "
+                        f"{type(inner.depth_model).__name__} it belongs to.")
     if not isinstance(inner, DepthModel):
         raise SpecError(f"restore: expected a transformed model, got a stock {type(inner).__name__}.")
     if inner is model:

@@ -24,11 +24,14 @@ _ALWAYS = frozenset({
     "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_hooks", "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
     "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_depth", "gradient_checkpointing",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_depth", "_depth_door", "gradient_checkpointing",
     "_gradient_checkpointing_func", "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized",
     "hf_device_map", "_output_capturing_hooks_installed",
 })
 """Attributes of modules that are looked at elsewhere, or that no capture depends on."""
+
+_AROUND = frozenset({"forward", "_original_forward", "_old_forward", "_hf_hook"})
+"""Where accelerate and others put what runs around a module's forward."""
 
 _SETTINGS = frozenset({
     "depthpass", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
@@ -80,7 +83,7 @@ class Watch:
         found: submodules looked up by (identity of their root, path).
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, decoder: str, layers: str):
         self.modules = list(model.modules())  # kept alive, so that no id below is ever reused
         self.types = list(map(type, self.modules))
         self.tables: list[object] = []
@@ -90,7 +93,8 @@ class Watch:
             self._table(module.__dict__, seen)
             if module._modules:
                 self._table(module._modules, seen)
-        classes = dict.fromkeys(self.types)
+        captured = list(model.get_submodule(decoder).modules())
+        classes = dict.fromkeys(map(type, captured))
         for base in dict.fromkeys(b for cls in classes for b in own_bases(cls)):
             self._table(base.__dict__, seen, deep=False)
         self.globals = [
@@ -98,7 +102,7 @@ class Watch:
         ]
         self.read = [get(table) for get, table in self.globals]
         self.tensors = [
-            (table, name, None if t is None else (t.dtype, t.device, t.shape), len(table))
+            (table, name, _form(t), len(table))
             for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
         ]
         hooks = [t for m in self.modules for t in hook_tables(m)]
@@ -107,7 +111,7 @@ class Watch:
         self.world = [t for t in global_hook_tables()]
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
-        self.key = Key(self._meaning(classes))
+        self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, model.get_submodule(layers))}))
         self.found: dict[tuple[int, str], nn.Module] = {}
 
     def _table(self, table: object, seen: set[int], deep: bool = True) -> None:
@@ -150,25 +154,36 @@ class Watch:
                 return False
         return True
 
-    def _meaning(self, classes: Iterable[type]) -> tuple:
+    def _meaning(self, modules: list[nn.Module], classes: Iterable[type], called: set[int]) -> tuple:
+        """What of all this a capture of these modules depends on.
+
+        Args:
+            called: ids of those that are called as modules: what is put around their forward runs at each call.
+        """
         names = frozenset().union(*(mentions(cls)[0] for cls in classes))
         pieces = tuple(frozenset().union(*(mentions(cls)[1] for cls in classes)))
 
-        def counts(name: str) -> bool:
-            return name not in _ALWAYS and (name in names or any(p in name for p in pieces))
+        def counts(name: str, module: nn.Module) -> bool:
+            if name in _ALWAYS or (name in _AROUND and id(module) in called):
+                return False
+            return name in names or any(p in name for p in pieces)
 
         met: dict[int, object] = {}
         return (
             tuple((Same(m), own_class(type(m)), tuple(m._modules), tuple(
-                (n, _frozen(v, met)) for n, v in m.__dict__.items() if counts(n)
-            )) for m in self.modules),
-            tuple((name, held, count) for _, name, held, count in self.tensors),
+                (n, _frozen(v, met)) for n, v in m.__dict__.items() if counts(n, m)
+            )) for m in modules),
+            tuple(tuple((n, _form(t)) for n, t in table.items()) for m in modules for table in (m._parameters, m._buffers)),
             tuple(
                 (base, tuple((n, Same(v)) for n, v in class_items(base).items()))
                 for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
             ),
             tuple(Same(v) for values in self.read for v in values), self.dtype,
         )
+
+
+def _form(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
 
 
 def _merged(tables: Iterable[tuple[tuple[dict[str, Any], tuple[str, ...]], ...]]) -> list[tuple[dict, tuple[str, ...]]]:
@@ -218,7 +233,7 @@ def has_hooks(module: nn.Module) -> bool:
     return any(hook_tables(module))
 
 
-def watch(watches: list[Watch], model: nn.Module, layers: str) -> Watch:
+def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> Watch:
     """The watch on a model as it is now, the last of ``watches``: one of those that are remembered, or a new one.
 
     Raises:
@@ -230,14 +245,17 @@ def watch(watches: list[Watch], model: nn.Module, layers: str) -> Watch:
                 watches.remove(known)
                 watches.append(known)
             return known
-    check_hooks(model, layers)
-    made = Watch(model)
+    check_hooks(model, decoder, layers)
+    made = Watch(model, decoder, layers)
     watches[:] = [*watches[1 - KEPT :], made]
     return made
 
 
-def check_hooks(model: nn.Module, layers: str) -> None:
-    """Refuse hooks that would never run: only the model itself and its blocks are called as modules.
+def check_hooks(model: nn.Module, decoder: str, layers: str) -> None:
+    """Refuse hooks that would never run: inside the decoder only its blocks are called as modules.
+
+    Args:
+        decoder, layers: paths of the inner decoder and of its list of blocks.
 
     Raises:
         UnsupportedModelError: a module inside a block, or before or after the blocks, has a hook; or all modules have one.
@@ -250,9 +268,10 @@ def check_hooks(model: nn.Module, layers: str) -> None:
                 "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
                 "captured graphs. Remove it, or register hooks on the blocks or the model."
             )
+    root = model.get_submodule(decoder)
     blocks = {id(b) for b in model.get_submodule(layers)}
-    for name, module in model.named_modules():
-        if module is model or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
+    for name, module in root.named_modules(prefix=decoder):
+        if module is root or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
             continue
         hooks = [h for table in hook_tables(module) for h in table.values()]
         # transformers and PEFT make the embeddings require gradients for reentrant checkpoints, which are refused.
