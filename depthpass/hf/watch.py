@@ -16,7 +16,6 @@ from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.code import class_items, globals_read, mentions, own_bases
 
-
 KEPT = 4
 """Watches that a model remembers: training and evaluation take turns."""
 
