@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from depthpass.errors import CacheError, InputError, did_you_mean
+from depthpass.errors import CacheError, DepthpassError, InputError, did_you_mean
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
 from depthpass.hf.pads import pad_op
 
@@ -228,6 +229,24 @@ def _validity(
     if cache is None:  # with a cache, the row's real tokens may still come
         check_rows(valid)
     return valid
+
+
+@contextmanager
+def shapes_only(tokens: Tensor) -> Iterator[None]:
+    """Say why a program cannot run on the meta device: it asks for a value.
+
+    Raises:
+        InputError: instead of torch's error about it.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not tokens.is_meta or isinstance(error, DepthpassError):
+            raise
+        raise InputError(
+            "the model is on the meta device, which has shapes and no values, and this program asks for values (which tokens "
+            "a route takes, how far to iterate). Use a real device; dp.report and dp.explain need no weights."
+        ) from error
 
 
 def check_rows(valid: Tensor) -> None:

@@ -29,7 +29,7 @@ from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
 from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside
 from depthpass.hf.growth import check_growth, without_cache
-from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, warn_frozen
+from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, watch
@@ -229,6 +229,8 @@ class StockHost:
         layer = self.layers[index]
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
+        if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
+            return f"block {index} has something around its forward, which needs module calls"
         return None
 
     def recomputes(self, index: int) -> bool:
@@ -445,10 +447,11 @@ class DepthModel:
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
-        parts, streams, state = (
-            advance_token(self, plan, captured, call, state)
-            or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
-        )
+        with shapes_only(call.tensors["attention_mask"]):
+            parts, streams, state = (
+                advance_token(self, plan, captured, call, state)
+                or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
+            )
         runtime.lowered = tuple(lowered)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
