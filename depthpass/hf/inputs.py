@@ -221,6 +221,8 @@ def _validity(
         old = valid[:, :past]
         if not (bool(old.all()) if before is None else torch.equal(old, before)):
             raise InputError("attention_mask: its part about cached tokens differs from the mask they were cached with.")
+    if valid.is_meta or torch._C._functorch.is_batchedtensor(valid):  # nothing can be asked: as if something were padding
+        return valid
     if bool(valid.all()):
         return None
     if cache is None:  # with a cache, the row's real tokens may still come

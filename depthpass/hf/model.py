@@ -22,15 +22,18 @@ from depthpass.analysis.routing import reads_future
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
 from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
+from depthpass.capture.quiet import quiet, without_autocast
+from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
+from depthpass.hf.captured import remember
 from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, warn_frozen
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
-from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
+from depthpass.hf.watch import Binding, Watch, watch
 from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
@@ -58,7 +61,7 @@ class Runtime:
         fixed_point: how serial regions are swept; None = the sequential schedule.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
-        watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
+        watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
@@ -267,7 +270,9 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     if lowering not in ("inductor", "cudagraph"):
         return direct
     from depthpass_lowering.compiled import compiled_whole
+    from depthpass_lowering.transforms import check_compilable
 
+    check_compilable(lowering)
     return compiled_whole
 
 
@@ -496,7 +501,7 @@ class DepthModel:
         inner, layout = insert(self, plan.program, call)
         tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             hidden, *sides = host.part(
                 captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )
@@ -552,22 +557,18 @@ class DepthModel:
                 found = runtime.captures.get(key)
                 if found is None:
                     found = self._capture(call.tensors, names)
-                    runtime.captures[key] = found
+                    remember(runtime, key, found)
         return found
 
     def _watched(self) -> Watch:
-        watches = self._depth.watches
-        if not watches or not watches[-1].current():
-            check_hooks(self, self._depth.decoder, self._depth.layers)
-            watches.append(Watch(self))
-        return watches[-1]
+        return watch(self._depth.watches, self, self._depth.decoder, self._depth.layers)
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
-        stock = without_hooks(stock_copy(self)).get_submodule(self._depth.decoder)
-        static = {"use_cache": False} if "use_cache" in names else {}
-        # Heads without the argument ask the config. The copy's config is its own.
-        stock.config.get_text_config(decoder=True).use_cache = False
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.enable_grad():
+        with quiet(self.device):
+            stock = stock_decoder(self)
+            static = {"use_cache": False} if "use_cache" in names else {}
+            # Heads without the argument ask the config. The copy's config is its own.
+            stock.config.get_text_config(decoder=True).use_cache = False
             found = capture(stock, tensors, static)
         if len(found.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
@@ -783,4 +784,16 @@ def stock_copy(model: nn.Module) -> nn.Module:
     del copied.depth
     if hasattr(copied.config, "depthpass"):
         del copied.config.depthpass
+    return copied
+
+
+def stock_decoder(model: nn.Module) -> nn.Module:
+    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`)."""
+    path, layers = model._depth.decoder, model._depth.layers
+    copied = structural_copy(model.get_submodule(path), leave=("_depth", "_depth_door"))
+    copied.__class__ = type(copied)._stock_class
+    copied._modules.pop(PREFIX, None)
+    # What was put around these forwards runs at each call.
+    for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
+        module.__dict__.pop("forward", None)
     return copied

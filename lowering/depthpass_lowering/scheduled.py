@@ -31,6 +31,7 @@ from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.products import LEAST_USES
 from depthpass_lowering.sink import Sink, sunk_linear
 from depthpass_lowering.state import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.transforms import unschedulable
 from depthpass_lowering.visits import RunningVisit
 
 _GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.WeakKeyDictionary()
@@ -119,6 +120,8 @@ class ScheduledRun(Run):
 
     def refuse(self, region: Region) -> str | None:
         """Why a region cannot be hand-scheduled in this call, or None."""
+        if reason := unschedulable(self.hidden):
+            return reason
         if torch.is_grad_enabled():
             if self.keep:
                 return "a cache is kept while gradients are recorded"
