@@ -10,18 +10,19 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from transformers import PreTrainedModel
 
 from depthpass.capture import Capture
-from depthpass.errors import InputError, SpecError
+from depthpass.errors import InputError, SpecError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME
 
 DISABLED = "a transformed model runs its program itself: pass lowering='inductor' to dp.transform to have it compiled"
@@ -132,6 +133,46 @@ class DepthDecoder:
             return frame.model._run_program(self, arguments, frame)
 
 
+def untraced(run: Callable) -> Callable:
+    """A forward that graph tracers do not look into: Dynamo runs it as it is and says so, the others are refused.
+
+    Raises:
+        UnsupportedModelError: ``torch.export``, ``torch.jit.trace`` or ``torch.fx`` traces the model.
+    """
+    hidden = torch.compiler.disable(run, reason=DISABLED)
+
+    @functools.wraps(run)
+    def forward(self, *args, **kwargs):
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            _refuse_trace(self, "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace")
+        if torch.compiler.is_dynamo_compiling():
+            _say_compiled(self)
+        elif any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+            _refuse_trace(self, "torch.fx")
+        return hidden(self, *args, **kwargs)
+
+    return forward
+
+
+def _refuse_trace(model: Any, tracer: str) -> None:
+    raise UnsupportedModelError(
+        f"{tracer}: a transformed {type(model).__name__} decides in Python, for every call, how its program runs (chunks of a "
+        "token loop, slots, delay lines), which is no one graph. Export the stock model, dp.restore(model), or for a program "
+        "without delays and shared keys dp.materialize(model), which is a stock model."
+    )
+
+
+@functools.partial(torch.compiler.disable, reason=DISABLED)
+def _say_compiled(model: Any) -> None:
+    whole = getattr(model, "depth_model", model)
+    if whole._depth.lowering in ("auto", "eager", "scheduled") and not whole._depth.said_compiled:
+        whole._depth.said_compiled = True
+        warnings.warn(
+            f"torch.compile (also Trainer's torch_compile=True) does nothing to a transformed {type(model).__name__}: "
+            f"{DISABLED}.", UserWarning, stacklevel=2,
+        )
+
+
 def _rebuild(stock_class: type) -> nn.Module:
     cls = decoder_class(stock_class)
     return cls.__new__(cls)
@@ -149,7 +190,7 @@ def decoder_class(stock: type) -> type:
         return self._answer(arguments)
 
     body = {
-        "forward": torch.compiler.disable(forward, reason=DISABLED), "_stock_forward": stock.forward, "_stock_class": stock,
+        "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
     body["forward"].__signature__ = inspect.signature(stock.forward)

@@ -27,7 +27,8 @@ from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
-from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside
+from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
+from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
 from depthpass.hf.pads import insert, pad_op
@@ -64,6 +65,7 @@ class Runtime:
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
+        said_compiled: whether a user of torch.compile was told that it does nothing.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
@@ -80,6 +82,7 @@ class Runtime:
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
+    said_compiled: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -122,6 +125,7 @@ class BlockCall:
     def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
         self.block, self.visit, self.sides, self.host = block, visit, sides, host
 
+    @functools.partial(torch.compiler.disable, reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
         return self.visit.run(self.block.template, hidden, self.sides, params, self.host.runner)
@@ -257,6 +261,12 @@ class StockHost:
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
 
 
+@functools.cache
+def _compiled_stock(stock: type) -> Callable:
+    """The stock forward with what stands around the decoder compiled."""
+    return torch.compile(stock.forward, dynamic=True)
+
+
 def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled rung makes of them."""
     if lowering not in ("inductor", "cudagraph"):
@@ -359,8 +369,11 @@ class DepthModel:
         check_outer(self, call_names(stock), arguments)
         name, _ = take_cache(dict(arguments))
         decoder = self.get_submodule(self._depth.decoder)
+        # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
+        compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
+        forward = _compiled_stock(stock) if compiled else stock.forward
         with inside(Frame(decoder, self, arguments, name)) as frame:
-            output = stock.forward(self, *args, **given)
+            output = forward(self, *args, **given)
         if frame.left is None:
             raise UnsupportedModelError(
                 f"the forward of {type(self).__name__} does not call {self._depth.decoder} ({type(decoder).__name__}), which "
@@ -568,6 +581,18 @@ class DepthModel:
 
     # What transformers calls.
 
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching writes keys and values into pages that stock attention layers read.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("continuous batching (generate_batch, cache_implementation='paged', transformers serve): a transformed "
+                         "model keeps a DepthCache, one slot per visit and delay lines, which has no pages. Use generate with "
+                         "a left-padded batch.")
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
+
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         given = model_kwargs.get(STOCK_NAME)
         if isinstance(mask := model_kwargs.get("attention_mask"), Tensor) and mask.dim() == 2:
@@ -595,11 +620,7 @@ class DepthModel:
         if pad_op(self.depth_program) is not None:
             self._say_prompt(generation_config, model_kwargs)
         if given is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise InputError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: a transformed model keeps its "
-                    "own DepthCache (one slot per visit and delay lines); leave cache_implementation unset."
-                )
+            check_implementation(generation_config.cache_implementation)
             # An assistant's tokens are taken back when the model it drafts for disagrees.
             model_kwargs[STOCK_NAME] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
@@ -721,7 +742,7 @@ def depth_class(stock: type) -> type:
 
     # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
     body = {
-        "forward": torch.compiler.disable(forward, reason=DISABLED), "_stock_forward": stock.forward, "_stock_class": stock,
+        "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
     body["forward"].__signature__ = inspect.signature(stock.forward)
@@ -730,6 +751,7 @@ def depth_class(stock: type) -> type:
         @functools.wraps(stock.generate)
         def generate(self, *args, **kwargs):
             _, cache = take_cache(kwargs)
+            check_generation(self, args, kwargs)
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate
@@ -755,6 +777,9 @@ def stock_copy(model: nn.Module) -> nn.Module:
     for layer in copied.get_submodule(model._depth.layers):
         layer.__dict__.pop("forward", None)
     decoder = copied.get_submodule(model._depth.decoder)
+    # A wrapper that was put around a forward calls the transformed model.
+    for module in (copied, decoder):
+        module.__dict__.pop("forward", None)
     if isinstance(decoder, DepthDecoder):
         decoder.__class__ = type(decoder)._stock_class
         del decoder._depth_door

@@ -104,6 +104,7 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
     check_one_device(model)
     layers = find_layers(model)
+    check_distinct(model, layers)
     decoder = decoder_path(model, layers)
     for module in (model, model.get_submodule(decoder), *model.get_submodule(layers)):
         if "forward" in module.__dict__ and "_original_forward" not in module.__dict__:
@@ -128,6 +129,21 @@ def check_one_device(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} is spread over {', '.join(sorted(devices))} by its device_map; a transformed model "
             "runs on one device. Load it with device_map={'': device}."
+        )
+
+
+def check_distinct(model: nn.Module, layers: str) -> None:
+    """Refuse a list in which one block object stands twice: a program says such things by its visits.
+
+    Raises:
+        SpecError: naming the layer program that means the same.
+    """
+    places: dict[int, int] = {}
+    order = [places.setdefault(id(b), len(places)) for b in model.get_submodule(layers)]
+    if len(places) < len(order):
+        raise SpecError(
+            f"{layers} holds {len(order)} entries but {len(places)} different blocks: one block object stands there twice. "
+            f"Keep each block once (and num_hidden_layers={len(places)}) and say the order with dp.LayerProgram({order})."
         )
 
 

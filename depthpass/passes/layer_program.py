@@ -61,7 +61,13 @@ class LayerProgram(Pass):
             >>> LayerProgram.from_mergekit(text).layers
             (0, 1, 2, 1, 2, 3)
         """
-        data = yaml.safe_load(config) if isinstance(config, str) else config
+        try:
+            data = yaml.safe_load(config) if isinstance(config, str) else config
+        except yaml.composer.ComposerError as error:
+            raise SpecError("mergekit config: expected one document, got several (separated by ---), of which each makes a "
+                            "model of its own. Pass one of them.") from error
+        except yaml.YAMLError as error:
+            raise SpecError(f"mergekit config: cannot be read as YAML: {str(error).splitlines()[0]}.") from error
         if not isinstance(data, Mapping) or not isinstance(data.get("slices"), Sequence) or not data["slices"]:
             raise SpecError("mergekit config: expected a mapping with a list 'slices', "
                             f"got {', '.join(data) if isinstance(data, Mapping) else repr(data)}.")

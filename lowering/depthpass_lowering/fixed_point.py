@@ -21,6 +21,7 @@ from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
 from depthpass_lowering.dropout import draws
 from depthpass_lowering.eager import Run
+from depthpass_lowering.first_order import first_order
 from depthpass_lowering.state import Slot
 from depthpass_lowering.sweeps import Solve, Solver, Sweeper
 from depthpass_lowering.transforms import unschedulable
@@ -218,7 +219,7 @@ class _RegionFunction(torch.autograd.Function):
         return tuple(o.detach() for o in outs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *grads):
         if ctx.graph is None:
             raise RuntimeError("backward through a swept region a second time: its activations are freed. Run forward again, or "

@@ -25,6 +25,7 @@ from depthpass_lowering.attention import Masks
 from depthpass_lowering.buffers import Buffer, Use
 from depthpass_lowering.dropout import RandomState, draws
 from depthpass_lowering.eager import Run
+from depthpass_lowering.first_order import first_order
 from depthpass_lowering.fx_passes.region import KINDS, ChunkGraph, Parameter, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.products import LEAST_USES
@@ -504,7 +505,7 @@ class RegionFunction(torch.autograd.Function):
         return tuple(o.detach() for o in outs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *grads):
         if ctx.outs is None:
             raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
