@@ -72,7 +72,7 @@ class Runtime:
     plans: Plans
     layers: str
     decoder: str
-    position_table: int | None
+    position_table: str | None
     lowering: str = "auto"
     fixed_point: FixedPoint | Measure | None = None
     ratios: dict[str, float] = field(default_factory=dict)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, SpecError
+from depthpass.hf.table import table_size
 from depthpass.ir.program import Op, Program
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
 
 
 def _check_positions(model: nn.Module, positions: Tensor) -> None:
-    size = model._depth.position_table
+    size = table_size(model)
     if size is not None and int(positions.max()) >= size:
         raise InputError(f"the sequence reaches position {int(positions.max())} with its workspace pads, but the model's "
                          f"position table has {size} entries.")
