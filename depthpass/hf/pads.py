@@ -57,8 +57,9 @@ class Layout:
         return torch.where(mask, torch.as_tensor(pad, dtype=x.dtype, device=x.device), found)
 
     def trim(self, stream: Tensor) -> Tensor:
-        """``[batch, n + m, width]`` -> ``[batch, n, width]``."""
-        return stream.gather(1, self.outputs[..., None].expand(-1, -1, stream.shape[2]))
+        """``[batch, n + m, ...]`` -> ``[batch, n, ...]``."""
+        index = self.outputs.reshape(*self.outputs.shape, *[1] * (stream.dim() - 2))
+        return stream.gather(1, index.expand(-1, -1, *stream.shape[2:]))
 
 
 def pad_op(program: Program) -> Op | None:
