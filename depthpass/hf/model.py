@@ -9,6 +9,7 @@ import os
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_n
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
+from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, watch
@@ -65,7 +67,8 @@ class Runtime:
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
-        said_compiled: whether a user of torch.compile was told that it does nothing.
+        said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
+            see parts of rows.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
@@ -83,6 +86,7 @@ class Runtime:
     ran: tuple[tuple[Program, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
     said_compiled: bool = False
+    said_parts: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -127,8 +131,14 @@ class BlockCall:
 
     @functools.partial(torch.compiler.disable, reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return self.visit.run(self.block.template, hidden, self.sides, params, self.host.runner)
+        host, visit = self.host, self.visit
+        bound = host.tensors(self.block, layer)
+        params = visit.adapt(self.block.template.params, bound)
+        if visit.index in host.hooked.own:
+            host.counts[visit.index] += 1
+        if visit.index in host.hooked.inside:
+            return host.live.block(layer, visit, params, bound, hidden)
+        return visit.run(self.block.template, hidden, self.sides, params, host.runner)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -148,6 +158,8 @@ class StockHost:
 
     Attributes:
         runner: gives the callable to run a captured graph with.
+        live: what runs as modules in this call; None = nothing.
+        counts: calls of each block with hooks.
     """
 
     adapts = True
@@ -160,7 +172,9 @@ class StockHost:
         self.style = attention_style(model)
         self.training = model.training
         self.depth: nn.Module | None = None
-        self.found = model._depth.watches[-1].found
+        self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
+        self.live: Live | None = None
+        self.counts: Counter[int] = Counter()
         self.ratios = model._depth.ratios
         self.losses: dict[str, Tensor] | None = None
         self.extra_loss: Tensor | float = 0.0
@@ -196,6 +210,8 @@ class StockHost:
         return self.captured.blocks[index].template.sites
 
     def norm(self, hidden: Tensor) -> Tensor:
+        if self.live is not None and self.live.norms:
+            return self.live.norm(hidden)
         return self.part(self.captured.norm, {}, hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
@@ -235,7 +251,9 @@ class StockHost:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
         if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
             return f"block {index} has something around its forward, which needs module calls"
-        return None
+        if index in self.hooked.inside:
+            return f"block {index} has hooks on modules inside it, which need module calls"
+        return "new modules have hooks, which need module calls" if self.hooked.parameters else None
 
     def recomputes(self, index: int) -> bool:
         layer = self.layers[index]
@@ -508,15 +526,20 @@ class DepthModel:
             hidden, *sides = host.part(
                 captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )
+            if host.hooked.live:
+                layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
+                host.live = Live(host.decoder, layers, captured, host.hooked, inner.tensors, inner.past, inner.cache)
+                hidden = host.live.hidden
         host.extras = sides
         host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
-            streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping, lowered)
+            streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
         else:
             streams, state = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
                 runtime.lowering, sweeping, lowered,
             )
+        warn_parts(self, host.counts)
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
         elif state.pads is not None:
@@ -526,20 +549,23 @@ class DepthModel:
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
 
     def _by_rows(
-        self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
+        self, groups, host: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
     ):
         """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
         from depthpass_lowering.eager import run
         from depthpass_lowering.state import State
 
-        parts = []
+        parts, captured = [], host.captured
         for plan, rows in groups:
+            group = StockHost(self, captured, ())
+            group.live, group.counts = host.live and host.live.of_rows(rows), host.counts
             mine = [
                 s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s
                 for s, axis in zip(sides, captured.side_axes)
             ]
+            group.extras = mine
             streams, _ = run(
-                plan.schedule, StockHost(self, captured, mine), hidden.index_select(0, rows), mine, captured.side_axes,
+                plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
             )

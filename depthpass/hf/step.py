@@ -98,6 +98,8 @@ def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) ->
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return "autocast is on"
     host = StockHost(model, captured, ())
+    if host.hooked.live:
+        return "modules inside a block, the embedding or the final norm have hooks, which need module calls"
     indices = sorted({o["index"] for o in plan.program.visits})
     return next((reason for i in indices if (reason := host.refuses_schedule(i))), None)
 

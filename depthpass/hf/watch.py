@@ -15,6 +15,7 @@ from depthpass.capture.quiet import global_hook_tables
 from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.code import class_items, globals_read, mentions, own_bases
+from depthpass.hf.hooks import find_hooks, hook_tables
 
 KEPT = 4
 """Watches that a model remembers: training and evaluation take turns."""
@@ -80,6 +81,7 @@ class Watch:
         key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
             part in it.
         found: submodules looked up by (identity of their root, path).
+        live: where hooks are.
     """
 
     def __init__(self, model: nn.Module, decoder: str, layers: str):
@@ -112,6 +114,7 @@ class Watch:
         self.dtype = torch.get_default_dtype()
         self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, model.get_submodule(layers))}))
         self.found: dict[tuple[int, str], nn.Module] = {}
+        self.live = find_hooks(captured[0], model.get_submodule(layers), getattr(model, "depth", None))
 
     def _table(self, table: object, seen: set[int], deep: bool = True) -> None:
         """Watch a table and the containers and configs in it."""
@@ -222,16 +225,6 @@ def _frozen(value: Any, met: dict[int, object]) -> object:
     return Same(value)
 
 
-def hook_tables(module: nn.Module) -> tuple[dict, ...]:
-    """Where a module keeps what runs around its forward."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its forward."""
-    return any(hook_tables(module))
-
-
 def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> Watch:
     """The watch on a model as it is now, the last of ``watches``: one of those that are remembered, or a new one.
 
@@ -244,20 +237,17 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
                 watches.remove(known)
                 watches.append(known)
             return known
-    check_hooks(model, decoder, layers)
+    check_hooks()
     made = Watch(model, decoder, layers)
     watches[:] = [*watches[1 - KEPT :], made]
     return made
 
 
-def check_hooks(model: nn.Module, decoder: str, layers: str) -> None:
-    """Refuse hooks that would never run: inside the decoder only its blocks are called as modules.
-
-    Args:
-        decoder, layers: paths of the inner decoder and of its list of blocks.
+def check_hooks() -> None:
+    """Refuse hooks of all modules: inside the decoder only what has hooks of its own is called as modules.
 
     Raises:
-        UnsupportedModelError: a module inside a block, or before or after the blocks, has a hook; or all modules have one.
+        UnsupportedModelError: naming such a hook.
     """
     for hook in (h for t in global_hook_tables()[:4] for h in t.values()):
         # Torch's own count and look: they change nothing.
@@ -265,21 +255,8 @@ def check_hooks(model: nn.Module, decoder: str, layers: str) -> None:
             raise UnsupportedModelError(
                 f"{getattr(hook, '__qualname__', repr(hook))} is a hook of all modules (torch.nn.modules.module."
                 "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
-                "captured graphs. Remove it, or register hooks on the blocks or the model."
+                "captured graphs. Remove it, or register hooks on the modules themselves."
             )
-    root = model.get_submodule(decoder)
-    blocks = {id(b) for b in model.get_submodule(layers)}
-    for name, module in root.named_modules(prefix=decoder):
-        if module is root or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
-            continue
-        hooks = [h for table in hook_tables(module) for h in table.values()]
-        # transformers and PEFT make the embeddings require gradients for reentrant checkpoints, which are refused.
-        if all(getattr(h, "__name__", "").startswith("make_inputs_require_grad") for h in hooks):
-            continue
-        raise UnsupportedModelError(
-            f"{name} has a hook, which a transformed model would never run: its blocks run as captured graphs. Register "
-            "it on a block or on the model, or remove it."
-        )
 
 
 def drop_capturing_hooks(model: nn.Module) -> None:

@@ -93,7 +93,7 @@ def test_images_that_see_both_ways_are_refused_by_name():
     with torch.no_grad():
         torch.testing.assert_close(made(**given).logits, stock(**given).logits)
         types = (given["input_ids"] == IMAGE).long()
-        with pytest.raises(InputError, match="not causal.*token_type_ids"):
+        with pytest.raises(InputError, match=r"not causal.*token_type_ids"):
             made(**given, token_type_ids=types)
         with pytest.raises(InputError, match="not causal"):
             made.generate(**given, token_type_ids=types, max_new_tokens=2)
