@@ -13,6 +13,7 @@
 | decode | a token at batch 1, 8, 64: stock, TurboConn, loop, PLT, MoR |
 | fixed_point | one long row by sweeps |
 | parity | 100 training steps at the 1B shape |
+| profile | kernels of a training step and of decoded tokens by their time |
 
 Stages compile and check side by side and measure one at a time. Each writes its JSON after every result, has a time limit of
 its own and skips what an earlier one showed broken. ``--resume`` runs what has no finished JSON. ``--rehearse`` runs the same
@@ -55,6 +56,7 @@ PLANS = (
     Plan("fixed_point", "gpu_times", 200, letter="g"),
     Plan("sanitizer", "gpu_checks", 150, letter="b2"),
     Plan("parity", "gpu_times", 240, letter="h"),
+    Plan("profile", "gpu_times", 240, letter="p"),
 )
 """In the order they are started. What compiles longest starts early; the order of worth decides who is ended first."""
 

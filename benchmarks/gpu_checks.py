@@ -285,7 +285,9 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
     exact = small(kind, torch.float64, device)
     torch.manual_seed(1)
     ids = torch.randint(3, 1000, (3, tokens), device=device)
-    mask = (torch.arange(tokens, device=device)[None] >= torch.tensor([0, 2, 5], device=device)[:, None]).long()
+    # Padded rows of gemma2 are NaN in the stock model itself.
+    pads = torch.tensor([0, 0, 0] if kind == "gemma2" else [0, 2, 5], device=device)
+    mask = (torch.arange(tokens, device=device)[None] >= pads[:, None]).long()
     values: dict = {}
 
     def run(dtype: torch.dtype, lowering: str) -> list[tuple[torch.Tensor, dict[str, torch.Tensor]]]:
@@ -314,19 +316,25 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
             found = errors(run(dtype, level if loops or level != "scheduled" else "auto"), want)
             # A level may round otherwise, and is no further from the truth than the eager one by more than that.
             floor = 1e-5 if dtype == torch.float32 else 1e-2
-            wrong = [f"{k}: {v:.1e}, eager {plain[k]:.1e}" for k, v in found.items() if not v <= 3 * plain[k] + floor]
+            wrong = [f"{k}: {v:.1e}, eager {plain[k]:.1e}" for k, v in found.items() if not v <= min(3 * plain[k] + floor, 0.5)]
             stage.record(label, logits=found["logits"], eager=plain["logits"], gradient=max(found.values()),
                          **({"wrong": "; ".join(wrong[:6])} if wrong else {}))
 
 
 def errors(found, want) -> dict[str, float]:
-    """The larger error of two passes, of the logits and of every gradient."""
-    errors: dict[str, float] = {}
+    """The larger error of two passes, of the logits and of every gradient.
+
+    A gradient that is nothing beside the others (a bias that softmax cancels) is held against a thousandth of their mean.
+    """
+    worst: dict[str, float] = {}
     for (logits, grads), (exact, right) in zip(found, want, strict=True):
-        errors["logits"] = max(errors.get("logits", 0.0), relative(logits, exact))
+        worst["logits"] = max(worst.get("logits", 0.0), relative(logits, exact))
+        least = 1e-3 * sum(g.double().norm().item() for g in right.values()) / len(right)
         for n, g in right.items():
-            errors[n] = max(errors.get(n, 0.0), relative(grads[n], g) if n in grads else float("inf"))
-    return errors
+            size = max(g.double().norm().item(), least)
+            error = (grads[n].double() - g.double()).norm().item() / size if n in grads else float("inf")
+            worst[n] = max(worst.get(n, 0.0), error if error == error else float("inf"))
+    return worst
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ Every stage compiles beside the others and measures alone (see :mod:`stage`).
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import platform
 import time
@@ -134,6 +135,9 @@ def measured_ceilings(stage: Stage) -> tuple[float, float]:
 
 # (d) Attention of a chunk.
 
+FLEX = {(32, 8, 160), (8, 64, 2048), (32, 155, 155)}
+"""Where FlexAttention is measured too: it compiles some ten seconds for every shape."""
+
 
 def attention(stage: Stage) -> None:
     """One chunk's attention by every implementation, forward alone and with its backward; launches do not count.
@@ -150,8 +154,7 @@ def attention(stage: Stage) -> None:
         [(2, 3, 12)],
     )
     heads, kv, width = device.pick((32, 8, 64), (2, 1, 16))
-    with stage.beside_others():
-        compiled = torch.compile(flex_attention, dynamic=True) if device.real else None
+    torch._dynamo.config.recompile_limit = 64
     rows: list[tuple[dict, dict[str, Callable[[], object]]]] = []
     for batch, count, keys in shapes:
         torch.manual_seed(0)
@@ -183,20 +186,23 @@ def attention(stage: Stage) -> None:
         def plain(q, k, v, seen=seen):
             return sdpa(q, k, v, attn_mask=None if q.shape[2] == 1 else seen, enable_gqa=True)
 
-        forward = {"naive": slot("naive"), "sdpa": lambda q=q, k=k, v=v: plain(q, k, v)}
+        forward = {"naive": slot("naive"), "sdpa": lambda q=q, k=k, v=v, plain=plain: plain(q, k, v)}
         both = {"naive": slot_both("naive"), "sdpa": by_autograd(plain)}
         if device.real or _interpreter():
             forward["triton"], both["triton"] = slot("triton"), slot_both("triton")
-        if compiled is not None:
+        if device.real and (batch, count, keys) in FLEX:
             offset = torch.tensor(start, device=device.torch)
             mask = create_block_mask(
                 lambda b, h, i, j, offset=offset: j <= i + offset, None, None, count, keys, device=device.torch
             )
 
-            def flex(q, k, v, mask=mask):
+            compiled = torch.compile(flex_attention, dynamic=False)
+
+            def flex(q, k, v, mask=mask, compiled=compiled):
                 return compiled(q, k, v, block_mask=mask, enable_gqa=True)
 
-            forward["flex"], both["flex"] = (lambda q=q, k=k, v=v: flex(q, k, v)), by_autograd(flex)
+            forward["flex"], both["flex"] = functools.partial(flex, q, k, v), by_autograd(flex)
+        if device.real:
             forward["varlen"] = varlen(q, k, v)
         at = {"batch": batch, "queries": count, "keys": keys, "heads": heads, "kv": kv, "width": width}
         rows.append(({**at, "what": "forward"}, forward))
@@ -249,7 +255,7 @@ def varlen(q, k, v):
     fk, fv = (t.transpose(1, 2).repeat_interleave(groups, 2).reshape(batch * keys, heads, width).contiguous() for t in (k, v))
     at_q, at_k = (torch.arange(batch + 1, device=q.device, dtype=torch.int32) * n for n in (count, keys))
     # The causal mask of varlen attention is aligned to the last query, as a chunk behind its keys needs.
-    return lambda: varlen_attn(flat.contiguous(), fk, fv, at_q, at_k, count, keys, is_causal=count > 1)
+    return lambda: varlen_attn(flat, fk, fv, at_q, at_k, count, keys, window_size=(-1, 0 if count > 1 else -1))
 
 
 def _interpreter() -> bool:
@@ -383,12 +389,12 @@ def decode(stage: Stage) -> None:
     }
     weights = sum(p.nbytes for p in stock.parameters())
     _, rate = measured_ceilings(stage)
+    runs: dict[tuple[int, str], Callable[[], None]] = {}
     for batch in device.pick((1, 8, 64), (1,)):
         ids = torch.randint(3, stock.config.vocab_size, (batch, device.pick(128, 6)), device=device.torch)
-        runs = {}
         for label, make in {
-            "stock eager": lambda ids=ids: stock_tokens(stock, ids, compiled=False),
             "stock compiled": lambda ids=ids: stock_tokens(stock, ids, compiled=device.pick("reduce-overhead", "default")),
+            "stock eager": lambda ids=ids: stock_tokens(stock, ids, compiled=False),
             **{name: (lambda m=m, ids=ids: our_tokens(m, ids)) for name, m in made.items()},
         }.items():
             with stage.attempt(f"batch {batch} {label} prepare"), stage.beside_others():
@@ -396,19 +402,17 @@ def decode(stage: Stage) -> None:
                 run = make()
                 run()
                 device.sync()
-                runs[label] = run
+                runs[batch, label] = run
                 stage.record(f"batch {batch} {label} prepare", first_call_s=time.perf_counter() - start)
-        base = None
-        with stage.alone():
-            for label in ("stock compiled", *(x for x in runs if x != "stock compiled")):
-                if label not in runs:
-                    continue
-                with stage.attempt(f"batch {batch} {label}"):
-                    device.times(runs[label], 1)
-                    found = {k: v / TOKENS for k, v in summary(device.times(runs[label], 3)).items()}
-                    base = found["ms"] if label == "stock compiled" else base
-                    stage.record(f"batch {batch} {label}", **found, reading_weights_ms=1e3 * weights / rate,
-                                 **({} if base is None else {"ratio": found["ms"] / base}))
+    with stage.alone():
+        base: dict[int, float] = {}
+        for (batch, label), run in runs.items():
+            with stage.attempt(f"batch {batch} {label}"):
+                device.times(run, 1)
+                found = {k: v / TOKENS for k, v in summary(device.times(run, 3)).items()}
+                base.setdefault(batch, found["ms"])
+                stage.record(f"batch {batch} {label}", **found, reading_weights_ms=1e3 * weights / rate,
+                             **({"ratio": found["ms"] / base[batch]} if (batch, "stock compiled") in runs else {}))
 
 
 # (g) The fixed-point schedule.
@@ -492,3 +496,41 @@ def parity(stage: Stage) -> None:
             stage.record(label, ms_per_step=1e3 * seconds / (steps - 1), first_loss=losses[0].item(),
                          last_loss=torch.stack(losses[-10:]).mean().item())
             del model, optimizer, step
+
+
+# Where the time goes.
+
+
+def profile(stage: Stage) -> None:
+    """Kernels of one training step and of decoded tokens by their time on the device: what there is left to mend."""
+    device = stage.device
+    batch, tokens = device.pick((32, 155), (2, 9))
+    stock, ids, runs = llama(stage).train(), None, {}
+    ids = torch.randint(3, stock.config.vocab_size, (batch, tokens), device=device.torch)
+    spec = dp.TurboConn(bridges=bridges_of(stage), group=device.pick(8, 3))
+    level = device.pick("cudagraph", "scheduled")
+    for label, make in {
+        level: lambda: training_step(dp.transform(stock, spec, lowering=level), ids),
+        "stock compiled": lambda: training_step(torch.compile(stock, backend=device.pick("inductor", "aot_eager")), ids),
+        "decode inductor": lambda: our_tokens(dp.transform(stock, spec, lowering="inductor").eval(), ids[:1]),
+    }.items():
+        with stage.attempt(f"{label} prepare"), stage.beside_others():
+            runs[label] = make()
+            for _ in range(2):
+                runs[label]()
+            device.sync()
+    with stage.alone():
+        for label, run in runs.items():
+            with stage.attempt(label):
+                kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device.real else [])]
+                wall = device.times(run, 1)[0]
+                with torch.profiler.profile(activities=kinds[-1:]) as found:
+                    run()
+                    device.sync()
+                kernels = sorted(
+                    ((e.self_device_time_total if device.real else e.self_cpu_time_total, e.count, e.key)
+                     for e in found.key_averages()), reverse=True,
+                )
+                stage.record(label, wall_ms=1e3 * wall, device_ms=sum(k[0] for k in kernels) / 1e3,
+                             launches=sum(k[1] for k in kernels),
+                             kernels=[[round(us / 1e3, 3), count, name[:110]] for us, count, name in kernels[:60]])
