@@ -17,8 +17,10 @@ from depthpass.hf.pads import pad_op
 if TYPE_CHECKING:
     from depthpass.hf.doors import Frame
 
-_IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "attention_mask", "position_ids"}
-_REFUSED_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_IGNORED = {
+    "output_hidden_states", "return_dict", "use_cache", "cache_position", "logits_to_keep", "attention_mask", "position_ids",
+}
+_REFUSED_FLAGS = ("output_attentions", "output_router_logits")
 _EMBEDS = ("input_ids", "inputs_embeds")
 _TENSORS = ("token_type_ids", "mm_token_type_ids")
 
@@ -32,6 +34,7 @@ class Call:
         valid: validity of all columns, old and new, ``[batch, past + new]``; None = no padding anywhere.
         past: columns seen before this call.
         cache_name: the argument that the cache was given as.
+        hidden_states: whether the stream after every visit is handed out.
         labels: of the outer call; None = none.
         prompt: real tokens of each row's prompt, ``[batch]`` or ``[1]``; None = not told. Only programs with pads ask.
     """
@@ -43,6 +46,7 @@ class Call:
     cache_name: str
     use_cache: bool
     return_dict: bool
+    hidden_states: bool = False
     labels: Tensor | None = None
     prompt: Tensor | None = None
 
@@ -159,7 +163,10 @@ def normalise(
     if use_cache is None:
         use_cache = cache is not None or (bool(getattr(config, "use_cache", False)) and not model.training)
     return_dict = given.get("return_dict", getattr(config, "return_dict", True))
-    return Call(tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), labels, _prompt(model, prompt))
+    states = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
+    return Call(
+        tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, _prompt(model, prompt)
+    )
 
 
 def _prompt(model, value: object) -> Tensor | None:

@@ -31,6 +31,8 @@ from depthpass.hf.captured import remember
 from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
+from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
+from depthpass.hf.hooks import is_controlled
 from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, warn_frozen
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
@@ -249,6 +251,8 @@ class StockHost:
         layer = self.layers[index]
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
+        if index in self.hooked.around:
+            return f"something was put around the forward of block {index}, which needs module calls"
         if index in self.hooked.inside:
             return f"block {index} has hooks on modules inside it, which need module calls"
         return "new modules have hooks, which need module calls" if self.hooked.parameters else None
@@ -471,19 +475,23 @@ class DepthModel:
             call.cache.check_program(plan.meaning, call.cache_name)
         if len(groups) > 1:
             call = without_cache(call, arguments, [p.program for p, _ in groups])
+        if call.hidden_states:
+            groups = [(with_states(self, groups), None)]
         captured = self._captured(call, names)
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
         parts, streams, state = (
-            advance_token(self, plan, captured, call, state)
+            (None if call.hidden_states else advance_token(self, plan, captured, call, state))
             or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
         )
         runtime.lowered = tuple(lowered)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
         output = pytree.tree_unflatten(parts, captured.out_spec)
+        if call.hidden_states:
+            output["hidden_states"] = take_states(streams, output.last_hidden_state)
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.keep(plan.meaning, state)
@@ -536,6 +544,8 @@ class DepthModel:
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
                 runtime.lowering, sweeping, lowered,
             )
+        if call.hidden_states:
+            streams[EMBEDDED] = hidden
         warn_parts(self, host.counts)
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
@@ -594,7 +604,8 @@ class DepthModel:
             stock = stock_decoder(self)
             static = {"use_cache": False} if "use_cache" in names else {}
             # Heads without the argument ask the config. The copy's config is its own.
-            stock.config.get_text_config(decoder=True).use_cache = False
+            for config in (stock.config, stock.config.get_text_config(decoder=True)):
+                config.use_cache = config.output_hidden_states = False
             found = capture(stock, tensors, static)
         if len(found.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
@@ -822,4 +833,7 @@ def stock_decoder(model: nn.Module) -> nn.Module:
     # What was put around these forwards runs at each call.
     for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
         module.__dict__.pop("forward", None)
+    for module in copied.modules():
+        if is_controlled(module):
+            del module.forward
     return copied
