@@ -50,14 +50,13 @@ class Hooked:
 
     Attributes:
         inside: blocks with hooks on modules inside them.
-        around: blocks with something around their forward.
         outer: whether the embedding, a position table or the final norm has hooks.
         parameters: whether new modules (under ``depth.``) have hooks.
-        own: blocks with hooks of a user's on them or in them: not those of FSDP, accelerate or transformers.
+        own: blocks with hooks of a user's on them or in them, or something around their forward: not those of FSDP,
+            accelerate or transformers.
     """
 
     inside: frozenset[int]
-    around: frozenset[int]
     outer: bool
     parameters: bool
     own: frozenset[int]
@@ -70,10 +69,9 @@ class Hooked:
 
 def find_hooks(decoder: nn.Module, layers: nn.Module, depth: nn.Module | None) -> Hooked:
     """The hooks of a decoder and its blocks."""
-    inside, own, within, around = set(), set(), set(), set()
+    inside, own, within = set(), set(), set()
     for index, block in enumerate(layers):
         if is_wrapped(block):
-            around.add(index)
             own.add(index)
         for module in block.modules():
             within.add(module)
@@ -85,4 +83,4 @@ def find_hooks(decoder: nn.Module, layers: nn.Module, depth: nn.Module | None) -
                     own.add(index)
     new = set() if depth is None else set(depth.modules())
     outer = any(has_hooks(m) for m in decoder.modules() if m not in within and m not in new and m is not decoder)
-    return Hooked(frozenset(inside), frozenset(around), outer, any(map(has_hooks, new)), frozenset(own))
+    return Hooked(frozenset(inside), outer, any(map(has_hooks, new)), frozenset(own))

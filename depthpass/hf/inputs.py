@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from depthpass.errors import CacheError, InputError, did_you_mean
+from depthpass.errors import CacheError, DepthpassError, InputError, did_you_mean
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
+from depthpass.hf.dense import validity_of
 from depthpass.hf.pads import pad_op
+from depthpass.hf.table import table_size
 
 if TYPE_CHECKING:
     from depthpass.hf.doors import Frame
@@ -140,8 +143,11 @@ def normalise(
         if cache.state.length and cache.batch_size not in (-1, batch):
             raise CacheError(f"{cache_name}: holds {cache.batch_size} rows, the call has {batch}.")
     past = cache.state.tokens if cache is not None else 0
-    valid = _validity(given.get("attention_mask"), batch, past, new, device, cache)
-    positions = _positions(model, given, valid, batch, past, new, device)
+    mask = given.get("attention_mask")
+    if isinstance(mask, Mapping):
+        mask = given["attention_mask"] = validity_of(mask, config, batch, past, new)
+    valid = _validity(mask, batch, past, new, device, cache)
+    positions = _positions(model, config, given, valid, batch, past, new, device)
     tensors: dict[str, Tensor] = {source[0]: tokens, "position_ids": positions}
     tensors["attention_mask"] = (
         torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
@@ -237,18 +243,38 @@ def _validity(
     return valid
 
 
+@contextmanager
+def shapes_only(tokens: Tensor) -> Iterator[None]:
+    """Say why a program cannot run on the meta device: it asks for a value.
+
+    Raises:
+        InputError: instead of torch's error about it.
+    """
+    try:
+        yield
+    except (RuntimeError, NotImplementedError) as error:
+        if not tokens.is_meta or isinstance(error, DepthpassError):
+            raise
+        raise InputError(
+            "the model is on the meta device, which has shapes and no values, and this program asks for values (which tokens "
+            "a route takes, how far to iterate). Use a real device; dp.report and dp.explain need no weights."
+        ) from error
+
+
 def check_rows(valid: Tensor) -> None:
     """Raise InputError when a row of a validity mask has no real token."""
     if empty := (~valid.bool().any(-1)).nonzero().flatten().tolist():
         raise InputError(f"attention_mask: row {empty[0]} is padding only; every row needs at least one real token.")
 
 
-def _positions(model, given, valid, batch: int, past: int, new: int, device: torch.device) -> Tensor:
+def _positions(model, config, given, valid, batch: int, past: int, new: int, device: torch.device) -> Tensor:
     value = given.get("position_ids")
     if value is None:
-        if model.config.model_type == "opt" and valid is not None:
+        if config.model_type == "opt" and valid is not None:
             # OPT counts real tokens (its own embedding does so from the mask); all others count columns.
-            return (valid.long().cumsum(-1) * valid - 1)[:, past:]
+            positions = (valid.long().cumsum(-1) * valid - 1)[:, past:]
+            _check_table(model, None, positions)
+            return positions
         _check_table(model, past + new - 1, None)
         return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
     if value.dim() == 1:
@@ -265,22 +291,12 @@ def _positions(model, given, valid, batch: int, past: int, new: int, device: tor
 
 
 def _check_table(model, last: int | None, positions: Tensor | None) -> None:
-    size = model._depth.position_table
-    if size is None:
+    size = table_size(model)
+    if size is None or (positions is not None and (positions.is_meta or torch._C._functorch.is_batchedtensor(positions))):
         return
     last = int(positions.max()) if positions is not None else last
     if last >= size:
         raise InputError(f"the sequence reaches position {last}, but the model's position table has {size} entries.")
-
-
-def position_table(model: nn.Module) -> int | None:
-    """Number of learned absolute positions, or None (rotary models have no table to run out of)."""
-    tokens = model.get_input_embeddings()
-    for name, module in model.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and module is not tokens and ("pos" in leaf or leaf == "wpe"):
-            return module.num_embeddings - getattr(module, "offset", 0)
-    return None
 
 
 def warn_frozen(model: nn.Module) -> None:

@@ -33,7 +33,7 @@ from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.hooks import is_controlled
-from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, warn_frozen
+from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
@@ -77,7 +77,7 @@ class Runtime:
     plans: Plans
     layers: str
     decoder: str
-    position_table: int | None
+    position_table: str | None
     lowering: str = "auto"
     fixed_point: FixedPoint | Measure | None = None
     ratios: dict[str, float] = field(default_factory=dict)
@@ -251,8 +251,8 @@ class StockHost:
         layer = self.layers[index]
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
-        if index in self.hooked.around:
-            return f"something was put around the forward of block {index}, which needs module calls"
+        if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
+            return f"block {index} has something around its forward, which needs module calls"
         if index in self.hooked.inside:
             return f"block {index} has hooks on modules inside it, which need module calls"
         return "new modules have hooks, which need module calls" if self.hooked.parameters else None
@@ -482,10 +482,11 @@ class DepthModel:
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
-        parts, streams, state = (
-            (None if call.hidden_states else advance_token(self, plan, captured, call, state))
-            or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
-        )
+        with shapes_only(call.tensors["attention_mask"]):
+            parts, streams, state = (
+                (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
+            )
         runtime.lowered = tuple(lowered)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)

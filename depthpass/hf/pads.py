@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, SpecError
+from depthpass.hf.table import table_size
 from depthpass.ir.program import Op, Program
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class Layout:
         return torch.where(mask, torch.as_tensor(pad, dtype=x.dtype, device=x.device), found)
 
     def trim(self, stream: Tensor) -> Tensor:
-        """``[batch, n + m, width]`` -> ``[batch, n, width]``."""
-        return stream.gather(1, self.outputs[..., None].expand(-1, -1, stream.shape[2]))
+        """``[batch, n + m, ...]`` -> ``[batch, n, ...]``."""
+        index = self.outputs.reshape(*self.outputs.shape, *[1] * (stream.dim() - 2))
+        return stream.gather(1, index.expand(-1, -1, *stream.shape[2:]))
 
 
 def pad_op(program: Program) -> Op | None:
@@ -180,7 +182,7 @@ def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
 
 
 def _check_positions(model: nn.Module, positions: Tensor) -> None:
-    size = model._depth.position_table
+    size = table_size(model)
     if size is not None and int(positions.max()) >= size:
         raise InputError(f"the sequence reaches position {int(positions.max())} with its workspace pads, but the model's "
                          f"position table has {size} entries.")

@@ -12,7 +12,6 @@ from depthpass.capture.attention import attention_style
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
-from depthpass.hf.inputs import position_table
 from depthpass.hf.model import (
     PREFIX,
     DepthModel,
@@ -27,6 +26,7 @@ from depthpass.hf.model import (
 from depthpass.hf.pads import pad_op, pad_token
 from depthpass.hf.parameters import build
 from depthpass.hf.plans import Plans, plan
+from depthpass.hf.table import position_table
 from depthpass.hf.watch import drop_capturing_hooks
 from depthpass.hf.weights import check_weights, retire, start_weights
 from depthpass.passes.base import Context
@@ -119,7 +119,7 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     if (pads := pad_op(made.program)) is not None:
         pad_token(pads, model.config)
     check_weights(model.get_submodule(layers), made.program)
-    return Runtime(Plans(made), layers, decoder, position_table(model))
+    return Runtime(Plans(made), layers, decoder, position_table(model.get_submodule(decoder)))
 
 
 def check_one_device(model: nn.Module) -> None:

@@ -352,3 +352,21 @@ def test_refused_specs_leave_the_model_alone():
     del stock.depth
     assert list(stock.state_dict()) == keys and stock.config.to_dict() == settings
     assert not any("forward" in m.__dict__ for m in stock.modules())
+
+
+def test_a_padded_row_of_opt_runs_out_of_its_table_by_its_real_tokens():
+    turbo = turbo_of(stock_of("opt", max_position_embeddings=8))
+    with torch.no_grad():
+        assert turbo(**zoo.batch([8, 5])).logits.shape[1] == 8
+        longer = zoo.batch([10, 8])
+        assert turbo(**{n: x[1:] for n, x in longer.items()}).logits.shape[1] == 10  # 8 real tokens
+        with pytest.raises(InputError, match="reaches position 9, but the model's position table has 8 entries"):
+            turbo(**longer)
+
+
+def test_the_position_table_is_asked_as_it_is_now():
+    turbo = turbo_of(stock_of("gpt2", n_positions=8))
+    with torch.no_grad():
+        turbo(**zoo.batch([8]))
+        turbo.transformer.wpe = torch.nn.Embedding(16, turbo.config.n_embd)
+        assert turbo(**zoo.batch([12])).logits.shape[1] == 12
