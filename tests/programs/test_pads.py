@@ -158,7 +158,7 @@ def test_taps_and_the_last_logits():
 @pytest.mark.parametrize("spec", [
     dp.MixtureOfRecursions(recursions=2, start=0, end=2, router="token", taps=True),
     dp.MixtureOfRecursions(recursions=2, start=0, end=2, router="expert", mode="threshold", taps=True),
-    dp.MixtureOfDepths(visits=[1], capacity=0.5, mode="threshold", taps=True),
+    dp.MixtureOfDepths(mode="threshold", taps=True),
 ], ids=["mor by token", "mor by expert", "mod"])
 def test_taps_of_routes_are_those_of_the_callers_tokens(spec):
     stock = enliven(zoo.model("llama", 4), std=0.2)
