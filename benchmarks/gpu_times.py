@@ -220,8 +220,8 @@ def attention(stage: Stage) -> None:
             failed[i, name] = f"{type(error).__name__}: {str(error)[:200]}"
             device.sync()
 
-    with stage.beside_others():
-        for i, (_, runs) in enumerate(rows):
+    for i, (_, runs) in enumerate(rows):
+        with stage.beside_others():
             for name, run in runs.items():
                 each(i, name, run, lambda run: run())
     with stage.alone():
