@@ -218,17 +218,16 @@ class Interpretation:
 
     def _loss(self, o: Op) -> Tensor:
         score = {i: self.value(o.args[0], i) for i in range(self.tokens)}
+        route = self.program.defs[o.args[1]] if len(o.args) == 2 else None
+        inside = [i for i in score if route is None or len(route.args) == 1 or self.value(route.args[1], i)]
         if o["rule"] == "z":
-            return torch.stack([s.logsumexp(-1).square() for s in score.values()]).mean()
+            terms = [score[i].logsumexp(-1).square() for i in inside]
+            return torch.stack(terms).mean() if terms else self.embed.new_zeros(())
         if o["rule"] == "balance":
             p = torch.stack(list(score.values()))
             share = torch.bincount(p.argmax(-1), minlength=p.shape[1]) / len(p)
             return p.shape[1] * (share * p.mean(0)).sum()
-        if len(o.args) == 1:
-            return torch.stack([-torch.nn.functional.logsigmoid(s) for s in score.values()]).mean()
-        route = self.program.defs[o.args[1]]
-        inside = [i for i in score if len(route.args) == 1 or self.value(route.args[1], i)]
-        signs = [1.0 if self.value(route.name, i) else -1.0 for i in inside]
+        signs = [1.0 if route is None or self.value(route.name, i) else -1.0 for i in inside]
         terms = [-torch.nn.functional.logsigmoid(sign * score[i]) for i, sign in zip(inside, signs, strict=True)]
         return torch.stack(terms).mean() if terms else self.embed.new_zeros(())
 

@@ -46,7 +46,8 @@ tap          name a stream (``head true``: as logits) or a route so that it is h
 loss         a training loss, ``coefficient`` times a mean over real tokens, called ``name`` (losses of one name are
              summed). ``bce (score, route)``: cross-entropy of the score of width 1 as a logit, against whether the route
              took the token, over the tokens it chose from; without a route all were taken. ``balance (p)``: R sum_j f_j
-             mean(p_j), f_j the share of tokens whose largest entry is j. ``z (score)``: logsumexp over the width, squared
+             mean(p_j), f_j the share of tokens whose largest entry is j. ``z (score, route)``: logsumexp over the width,
+             squared, over the tokens that the route chose from; without a route over all
 average      before anything runs, a block's weights become the mean of those of ``blocks``
 retire       a block that no visit runs: its weights are kept under their stock names and do not train
 output       the stream that goes to the head of the stock model
