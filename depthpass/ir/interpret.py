@@ -6,6 +6,7 @@ remembered. Slow and short on purpose; lowerings are tested against it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
@@ -138,7 +139,7 @@ class Interpretation:
             case "zeros":
                 return self.embed.new_zeros(o["width"] or self.program.width)
             case "noise" if self.noise is not None:
-                return o["std"] * self.noise[i, : o["width"] or self.program.width]
+                return o["std"] * _cut(self.noise[i, : o["width"] or self.program.width], o["cut"])
             case "linear" if weight is not None:
                 product = weight @ torch.cat(args)
                 return product + self.parameters[f"{o['name']}.bias"] if o["bias"] else product
@@ -239,6 +240,14 @@ class Interpretation:
             if reached >= o["cdf"]:
                 return state
         return args[half - 1]
+
+
+def _cut(x: Tensor, cut: float | None) -> Tensor:
+    """Draws cut off at ``cut``: each goes where the cut distribution has as much below it."""
+    if cut is None:
+        return x
+    below, outside = torch.special.ndtr(x), (1 - math.erf(cut / math.sqrt(2))) / 2
+    return torch.special.ndtri(outside + (1 - 2 * outside) * below).clamp(-cut, cut)
 
 
 def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ _AT_LEAST = {
     "zeros": {"width": 1},
     "logits": {"width": 1},
     "pad": {"token": 0},
-    "noise": {"width": 1, "std": 0.0},
+    "noise": {"width": 1, "std": 0.0, "cut": 0.0},
     "linear": {"out": 1, "init": 0.0},
     "pick": {"index": 0},
     "loss": {"coefficient": 0.0},

@@ -59,7 +59,8 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
         middle[j * recursions : (j + 1) * recursions] if sharing.endswith("sequence") else middle[j::b] for j in range(b)
     ]
     kept = {
-        "stepwise": tuple(visits[p] for p in _stepwise(edge, len(visits) - 1 - edge, b)), "average": tuple(group[0] for group in tied),
+        "stepwise": tuple(visits[p] for p in _stepwise(edge, len(visits) - 1 - edge, b)),
+        "average": tuple(group[0] for group in tied),
         "first": middle[:b], "last": middle[n - b :],
     }[init]
     directives = []
