@@ -64,7 +64,8 @@ def _model(report: Report) -> Section:
         ]
     found.append(
         Number("new_parameters", "new parameters", report.new_parameters, "parameters",
-               f"plus those of {', '.join(report.unsized_parameters)}" if report.unsized_parameters else "")
+               f"plus those of {', '.join(report.unsized_parameters)}" if report.unsized_parameters else "",
+               least=bool(report.unsized_parameters))
     )
     return Section("Model", tuple(found))
 
@@ -286,8 +287,7 @@ def not_counted(report: Report) -> tuple[str, ...]:
         found.append("Depth and work are those of one call: with kv='last' or 'mod:k' a cached token reads keys of later "
                      "iterations, so the function itself changes with the split into calls.")
     if report.unsized_parameters:
-        found.append("New parameters leave out attention gates and per-visit LoRA: they are sized from the "
-                     "model's blocks when it is transformed.")
+        found.append("New parameters leave out attention gates and per-visit LoRA: no model or config says how large they are.")
     if report.cost is None:
         found.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")
         found.append("No FLOPs, weight traffic, activations or times: ask for the cost analysis.")
