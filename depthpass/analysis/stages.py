@@ -17,6 +17,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import networkx as nx
+
 from depthpass.analysis.dependence import cycles, dependences
 from depthpass.analysis.growth import ZERO, Growth, maximum, total
 from depthpass.analysis.maxplus import Node, Recurrence, solve
@@ -79,6 +81,7 @@ class Stages:
             for o in program.ops
         )
         self.nodes = self._nodes(weights)
+        self._check_pads()
         self.arcs = {node.name: node for node in self.nodes}
         self.sources = frozenset(
             node.name for node in self.nodes if not node.arcs and node.name not in self.routes
@@ -111,6 +114,14 @@ class Stages:
                 mixed |= len(behind) > 1 or o.kind in ("block", "pad")
                 found[o.name] = max(*behind, 1)
         return found, mixed or any(o.args[0] in found for o in self.program.ops if o.kind == "delay")
+
+    def _check_pads(self) -> None:
+        """Refuse a delay over pads that reads what those pads have left at the last real token."""
+        graph = nx.DiGraph((u, node.name) for node in self.nodes for u, d in node.arcs if d == 0)
+        if not nx.is_directed_acyclic_graph(graph):
+            late = next(o.name for o in self.program.ops if o.kind == "delay" and o.args[0] in self.trimmed)
+            raise PassError(f"depth: the delay %{late} reads a trimmed value, which waits for the last pad, at pads that come "
+                            "before that one. Move the delay in front of the trim.")
 
     def _source(self, slot: int) -> str:
         """The value that the keys of a slot are computed from."""

@@ -213,12 +213,12 @@ class Report:
 
     @cached_property
     def sufficiency(self) -> Sufficiency | None:
-        """Whether the depth and the tokens at n cover the task; None without a task."""
+        """Whether the depth and the tokens at n cover the task's DAG; None without a task."""
         if self.task is None:
             return None
         from depthpass.analysis.tasks import sufficient
 
-        pads = self.types[self.program.output].pads
+        pads = max(t.pads for t in self.types.values())
         return sufficient(self.task, self.depth_at(self.seq_len), tokens=self.seq_len + pads)
 
     @cached_property

@@ -261,12 +261,13 @@ def _task(report: Report) -> Section:
     s = report.sufficiency
     assert s is not None
     return Section(f"Task: {s.task}", (
-        Number("task_needed_depth", "depth it needs", s.needed_depth, "rounds"),
+        Number("task_needed_depth", "depth of its DAG", s.needed_depth, "rounds",
+               "level by level; another algorithm may take fewer"),
         Number("task_available_depth", "depth at hand", s.available_depth, "block visits"),
         Number("task_missing_depth", "missing", s.missing_depth, "block visits"),
-        Number("task_needed_tokens", "tokens it needs at once", s.needed_tokens, "tokens"),
-        Number("task_sufficient", "sufficient", "yes" if s.sufficient else "no", "",
-               "a necessary condition; says nothing about what training finds"),
+        Number("task_needed_tokens", "widest level of its DAG", s.needed_tokens, "tokens"),
+        Number("task_sufficient", "deep and wide enough for this DAG", "yes" if s.sufficient else "no", "",
+               "about this one DAG: no lower bound of the task, and nothing about what training finds"),
     ))
 
 

@@ -178,8 +178,14 @@ def proven(program: Program, precision: str, loops: Any = 1) -> list[Statement]:
         loops: loop count in n; any constant is as good as 1.
     """
     from depthpass.analysis.complexity import complexity
+    from depthpass.analysis.dependence import cycles
     from depthpass.ir import infer
 
-    kinds = {o.kind for o in program.ops}
-    pads = infer(program)[program.output].pads
-    return complexity(loops, pads, precision, delay_edges="delay" in kinds, token_routing="route" in kinds)
+    fed = {v for cycle in cycles(program) for v in cycle}
+    delays = {o.name for o in program if o.kind == "delay"}
+    routes = [o for o in program if o.kind == "route"]
+    ranked = any(o["rule"] == "topk" and o["capacity"] < 1 for o in routes)
+    return complexity(
+        loops, max(t.pads for t in infer(program).values()), precision, delay_edges=bool(delays & fed), shifts=bool(delays - fed),
+        token_routing="topk" if ranked else bool(routes),
+    )
