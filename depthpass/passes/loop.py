@@ -116,9 +116,11 @@ class Loop(Pass):
     @classmethod
     def huginn(cls, start: int, end: int | None = None, **overrides: Any) -> Loop:
         """The loop of Huginn's public code: e and s through an adapter in every iteration, the final norm before the coda,
-        and s_0 of standard deviation sqrt(2/5), cut off at three of them."""
+        s_0 of standard deviation sqrt(2/5), cut off at three of them; with a ``mean``, so many iterations in evaluation."""
+        mean = overrides.get("mean")
+        evaluated = {} if mean is None else {"eval_times": max(1, round(mean))}
         return cls(**{"start": start, "end": end, "inject": "concat", "state": "noise", "noise_std": math.sqrt(2 / 5),
-                      "noise_cut": 3.0, "out_norm": True, **overrides})
+                      "noise_cut": 3.0, "out_norm": True, **evaluated, **overrides})
 
     def validate(self) -> None:
         require(self.start >= 0, "loop.start", "a position of at least 0", self.start)

@@ -49,7 +49,8 @@ class TurboConn(Pass):
         `%7 = linear turboconn.s2_d0.down (%6) out 8`
 
     Parameters (under ``depth.`` in the state dict): ``turboconn.s{source}_d{destination}.{down,up}.{weight,bias}``,
-    or ``.full.`` when ``rank`` is None. Identity: any zero ``up`` (the initial state).
+    or ``.full.`` when ``rank`` is None. Identity: any zero ``up`` (the initial state): bit for bit where the row is one
+    chunk, to rounding (1e-6 in float32) where it is cut into several, whose products are those of smaller matrices.
 
     Args:
         bridges: explicit (source, destination) pairs, as positions in the program's list of visits: block numbers in

@@ -181,6 +181,7 @@ def test_start_noise_is_cut_off_and_otherwise_normal():
     assert (mass - torch.arange(1, len(drawn) + 1) / len(drawn)).abs().max() < 1.63 / math.sqrt(len(drawn))
     spec = dp.Loop.huginn(1, 2, times=3)
     assert (spec.inject, spec.state, spec.out_norm, spec.noise_cut) == ("concat", "noise", True, 3.0)
+    assert dp.Loop.huginn(1, 2, times=(1, 9), mean=4).settled().times == 4 == dp.Loop.huginn(1, 2, times=4).times
     trained = made("llama", spec)[1].train()
     ids = zoo.batch([9, 9])["input_ids"]
     torch.manual_seed(1)
