@@ -15,7 +15,7 @@ ACTS = ("sigmoid", "silu", "tanh", "gelu", "softmax")
 """Not relu: what it cuts off to zero is read and leaves no trace."""
 KINDS = (
     "visit", "visit", "visit", "back", "back", "forward", "mix", "smooth", "state", "select", "routed", "routed", "asked",
-    "exit", "choice", "tap",
+    "exit", "choice", "tap", "echo",
 )
 
 
@@ -49,6 +49,13 @@ class Grower:
 
     def visit(self) -> None:
         self.x = self.block(self.x, shared=True)
+
+    def echo(self) -> None:
+        """An early stream reads keys that were computed from a deeper one: what is deep comes through attention alone."""
+        if self.writers:
+            index, slot, _ = self.writers[-1]
+            self.x = self.emit("block", self.streams[0], index=index, slot=self.slots, keys=slot)
+            self.slots += 1
 
     def block(self, *args: str, shared: bool = False) -> str:
         index, rng = self.rng.randrange(self.blocks), self.rng
@@ -124,7 +131,7 @@ class Grower:
         return made
 
     def routed(self) -> None:
-        route, base = self.route(self.score(self.x)), self.x
+        route, base = self.route(self.score(self.x)), self.rng.choice((self.x, self.earlier()))
         for again in range(self.rng.randint(1, 2)):
             y = self.block(self.emit("gather", base, route))
             base = self.emit("scatter", base, y, route, mode=self.rng.choice(("add", "replace")))
@@ -133,10 +140,11 @@ class Grower:
         self.x = base
 
     def asked(self) -> None:
-        """Only the routed tokens ask; every token's keys are there."""
-        route = self.route(self.score(self.earlier()))
-        y = self.block(self.x, route)
-        self.x = self.emit("scatter", self.x, y, route, mode="add")
+        """Only the routed tokens ask; every token's keys are there. What chooses may be deeper than what is chosen."""
+        base, by = self.rng.sample([self.x, self.earlier()], 2)
+        route = self.route(self.score(by))
+        y = self.block(base, route)
+        self.x = self.emit("scatter", base, y, route, mode="add")
 
     def exit(self) -> None:
         """Tokens whose prediction has moved take another visit."""
