@@ -49,10 +49,10 @@ class Plan:
 PLANS = (
     Plan("environment", "gpu_times", 60, letter="a"),
     Plan("levels", "gpu_checks", 260, shards=3, letter="c"),
-    Plan("training", "gpu_times", 360, shards=2, letter="e"),
+    Plan("training", "gpu_times", 360, shards=4, letter="e"),
     Plan("kernels", "gpu_checks", 240, shards=8, letter="b"),
     Plan("attention", "gpu_times", 330, letter="d"),
-    Plan("decode", "gpu_times", 330, letter="f"),
+    Plan("decode", "gpu_times", 330, shards=5, letter="f"),
     Plan("fixed_point", "gpu_times", 200, letter="g"),
     Plan("sanitizer", "gpu_checks", 150, letter="b2"),
     Plan("parity", "gpu_times", 240, letter="h"),
@@ -89,15 +89,16 @@ def main() -> int:
     return run_all(args, chosen)
 
 
-def select(names: str | None) -> list[Plan]:
-    """The stages asked for, in the order they are started."""
+def select(names: str | None) -> list[tuple[Plan, int]]:
+    """The stages and shards asked for (``training`` or ``training.1``), in the order they are started."""
+    every = [(p, i) for p in PLANS for i in range(p.shards)]
     if names is None:
-        return list(PLANS)
+        return every
     wanted = set(filter(None, names.split(",")))
-    known = {p.name for p in PLANS} | {p.letter for p in PLANS}
-    if unknown := sorted(wanted - known):
+    of = {(p, i): {p.name, p.letter, f"{p.name}.{i}", f"{p.letter}.{i}"} for p, i in every}
+    if unknown := sorted(wanted - set().union(*of.values())):
         raise ValueError(f"--stages: unknown {', '.join(unknown)}; expected some of {', '.join(p.name for p in PLANS)}.")
-    return [p for p in PLANS if {p.name, p.letter} & wanted]
+    return [each for each in every if of[each] & wanted]
 
 
 @dataclass
@@ -114,11 +115,11 @@ class Process:
         return f"{self.plan.name}.json" if self.plan.shards == 1 else f"{self.plan.name}.{self.shard}.json"
 
 
-def run_all(args: argparse.Namespace, chosen: list[Plan]) -> int:
+def run_all(args: argparse.Namespace, chosen: list[tuple[Plan, int]]) -> int:
     """Start stages as places come free; end those that outlive their limit or the budget. 0 = all done and nothing wrong."""
     began = time.monotonic()
     jobs = args.jobs or (1 if args.rehearse else 16)
-    waiting = [(p, i) for p in chosen for i in range(p.shards)]
+    waiting = list(chosen)
     if args.resume:
         waiting = [(p, i) for p, i in waiting if status_of(args.out, p, i) != "done"]
     running: list[Process] = []
@@ -137,7 +138,7 @@ def run_all(args: argparse.Namespace, chosen: list[Plan]) -> int:
             if left <= 0 and not running:
                 break
             time.sleep(0.2)
-    return report(args.out, chosen, time.monotonic() - began)
+    return report(args.out, list(dict.fromkeys(p for p, _ in chosen)), time.monotonic() - began)
 
 
 def start(args: argparse.Namespace, plan: Plan, shard: int, cache: str) -> Process:

@@ -319,6 +319,24 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
             wrong = [f"{k}: {v:.1e}, eager {plain[k]:.1e}" for k, v in found.items() if not v <= min(3 * plain[k] + floor, 0.5)]
             stage.record(label, logits=found["logits"], eager=plain["logits"], gradient=max(found.values()),
                          **({"wrong": "; ".join(wrong[:6])} if wrong else {}))
+    if level in ("inductor", "cudagraph") and name != "mor":
+        with stage.attempt(f"{level} {name} decoding"):
+            check_decoding(stage, f"{level} {name} decoding", exact, spec, level, values, ids)
+
+
+def check_decoding(stage: Stage, label: str, exact, spec, level: str, values: dict, ids: torch.Tensor) -> None:
+    """Tokens decoded one by one in float32, from two caches in turn, against the eager level in float64."""
+    found = {}
+    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, level)):
+        model = dp.transform(copy.deepcopy(exact).to(dtype), spec, lowering=lowering).eval()
+        model.depth.load_state_dict(values)
+        with torch.no_grad():
+            caches = [model(input_ids=rows, use_cache=True).past_key_values for rows in (ids, ids.flip(1))]
+            found[lowering] = torch.cat([
+                model(input_ids=ids[:, i : i + 1], past_key_values=caches[i % 2], use_cache=True).logits for i in range(6)
+            ])
+    error = relative(found[level], found["eager"])
+    stage.record(label, logits=error, **({} if error <= 1e-4 else {"wrong": f"relative error {error:.1e}"}))
 
 
 def errors(found, want) -> dict[str, float]:

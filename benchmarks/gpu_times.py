@@ -204,10 +204,11 @@ def attention(stage: Stage) -> None:
             forward["flex"], both["flex"] = functools.partial(flex, q, k, v), by_autograd(flex)
         if device.real:
             forward["varlen"] = varlen(q, k, v)
-        at = {"batch": batch, "queries": count, "keys": keys, "heads": heads, "kv": kv, "width": width}
+        at = {"op": "slot_attention", "batch": batch, "queries": count, "keys": keys, "heads": heads, "kv": kv, "width": width}
         rows.append(({**at, "what": "forward"}, forward))
         if count > 1:
             rows.append(({**at, "what": "forward and backward"}, both))
+    rows += bridge_runs(stage) + gated_runs(stage)
     failed: dict[tuple[int, str], str] = {}
 
     def each(i: int, name: str, run, do) -> None:
@@ -230,9 +231,56 @@ def attention(stage: Stage) -> None:
                 if (i, name) not in failed:
                     each(i, name, run, lambda run, name=name, found=found: found.update({name: 1e6 * repeated_seconds(stage, run)}))
             lost = {name: why for (j, name), why in failed.items() if j == i}
-            stage.record(f"{setting['what']} {setting['batch']}x{setting['queries']} on {setting['keys']}", **setting,
+            stage.record(" ".join(f"{k}={v}" for k, v in setting.items()), **setting,
                          microseconds={k: round(t, 1) for k, t in found.items()},
                          fastest=min(found, key=found.__getitem__) if found else None, **({"failed": lost} if lost else {}))
+
+
+Rows = list[tuple[dict, dict[str, Callable[[], object]]]]
+
+
+def implementations(stage: Stage) -> tuple[str, ...]:
+    return ("naive", "triton") if stage.device.real or _interpreter() else ("naive",)
+
+
+def bridge_runs(stage: Stage) -> Rows:
+    """Bridges landing on a block, with and without the norm behind them."""
+    from depthpass_kernels import bridge_in
+
+    found: Rows = []
+    shapes = stage.device.pick(((128, 2048, 120), (256, 2048, 600), (4960, 2048, 120), (1, 2048, 120)), ((3, 24, 8),))
+    for rows, width, rank in shapes:
+        x, c, up, norm = (torch.randn(shape, device=stage.device.torch, dtype=torch.bfloat16)
+                          for shape in ((rows, width), (rows, rank), (width, rank), (width,)))
+        for what, more in (("forward", {}), ("forward and norm", {"norm_weight": norm})):
+            at = {"op": "bridge_in", "batch": 1, "queries": rows, "keys": rank, "width": width, "what": what}
+            found.append((at, {
+                name: functools.partial(bridge_in, x, c, up, implementation=name, **more) for name in implementations(stage)
+            }))
+    return found
+
+
+def gated_runs(stage: Stage) -> Rows:
+    """Attention of later loops of PLT: shared keys and a window of own ones."""
+    from depthpass_kernels import gated_attention
+
+    found: Rows = []
+    shapes = stage.device.pick(((1, 1, 2048), (8, 1, 2048), (1, 2048, 2048), (32, 155, 155)), ((1, 3, 7),))
+    heads, kv, width = stage.device.pick((32, 8, 64), (2, 1, 16))
+    for batch, count, keys in shapes:
+        own = min(keys, count + 63)
+        q, k, v, near_k, near_v = (
+            torch.randn(shape, device=stage.device.torch, dtype=torch.bfloat16) for shape in
+            ((batch, heads, count, width), *[(batch, kv, keys, width)] * 2, *[(batch, kv, own, width)] * 2)
+        )
+        score = torch.randn(batch, count, heads, device=stage.device.torch, dtype=torch.bfloat16)
+        at = {"op": "gated_attention", "batch": batch, "queries": count, "keys": keys, "width": width, "what": "forward"}
+        found.append((at, {
+            name: functools.partial(gated_attention, q, k, v, near_k, near_v, score, window=min(64, own), q_start=keys - count,
+                                    implementation=name)
+            for name in implementations(stage)
+        }))
+    return found
 
 
 def repeated_seconds(stage: Stage, run, calls: int = 10) -> float:
@@ -270,7 +318,7 @@ def _interpreter() -> bool:
 def training(stage: Stage) -> None:
     """TurboConn training step at the 1B shape: stock compiled, the naive loop and every level, with floor and peak memory.
 
-    Two processes, so that compilations overlap: stock, naive and scheduled in one, the compiled levels in the other.
+    Four processes, so that compilations overlap: stock, the compiled levels, scheduled, naive.
     """
     device = stage.device
     batch, tokens = device.pick((32, 155), (2, 9))
@@ -288,25 +336,23 @@ def training(stage: Stage) -> None:
         parts = [(s, d, *(held.get_submodule(f"turboconn.s{s}_d{d}.{side}") for side in ("down", "up"))) for s, d in bridges]
         return naive_step(NaiveGroups(stock, parts, g), ids)
 
-    if stage.shard == 0:
-        measure.prepare("stock", lambda: training_step(stock, ids))
-        backend = device.pick("inductor", "aot_eager")
-        measure.prepare("stock compiled", lambda: training_step(torch.compile(stock, backend=backend), ids))
-        for g in groups:
-            measure.prepare(f"g={g} scheduled", lambda g=g: training_step(turbo(g, "scheduled"), ids))
-        for g in groups:
-            measure.prepare(f"g={g} naive", lambda g=g: naive(g))
-        with stage.alone():
+    plan: list[tuple[str, Callable]] = [
+        ("stock", lambda: training_step(stock, ids)),
+        ("stock compiled", lambda: training_step(torch.compile(stock, backend=device.pick("inductor", "aot_eager")), ids)),
+    ]
+    by_level = {
+        level: [(f"g={g} {level}", lambda g=g, level=level: training_step(turbo(g, level), ids)) for g in groups]
+        for level in ("inductor", "scheduled")
+    }
+    naive_runs = [(f"g={g} naive", lambda g=g: naive(g)) for g in groups]
+    for label, make in [plan, by_level["inductor"], by_level["scheduled"], naive_runs][stage.shard]:
+        measure.prepare(label, make)
+    with stage.alone():
+        measure.all()
+        # A graph keeps the memory of its activations: one at a time.
+        for g in groups if device.real and stage.shard == 1 else ():
+            measure.prepare(f"g={g} cudagraph", lambda g=g: training_step(turbo(g, "cudagraph"), ids), locked=True)
             measure.all()
-    if stage.shard == stage.shards - 1:
-        for g in groups:
-            measure.prepare(f"g={g} inductor", lambda g=g: training_step(turbo(g, "inductor"), ids))
-        with stage.alone():
-            measure.all()
-            for g in groups if device.real else ():
-                # A graph keeps the memory of its activations: one at a time.
-                measure.prepare(f"g={g} cudagraph", lambda g=g: training_step(turbo(g, "cudagraph"), ids), locked=True)
-                measure.all()
 
 
 class Training:
@@ -384,35 +430,35 @@ def decode(stage: Stage) -> None:
     }
     # Routes depend on data: their tokens are not compiled.
     systems["identity"] = dp.Identity()
-    made = {
-        name: dp.transform(stock, spec, lowering="auto" if "mor" in name else "inductor").eval() for name, spec in systems.items()
-    }
+    level = device.pick("cudagraph", "inductor")
+    # Routes depend on data: their tokens are not compiled.
+    levels = {name: "auto" if "mor" in name else level for name in systems}
     weights = sum(p.nbytes for p in stock.parameters())
     _, rate = measured_ceilings(stage)
     runs: dict[tuple[int, str], Callable[[], None]] = {}
-    for batch in device.pick((1, 8, 64), (1,)):
-        ids = torch.randint(3, stock.config.vocab_size, (batch, device.pick(128, 6)), device=device.torch)
-        for label, make in {
-            "stock compiled": lambda ids=ids: stock_tokens(stock, ids, compiled=device.pick("reduce-overhead", "default")),
-            "stock eager": lambda ids=ids: stock_tokens(stock, ids, compiled=False),
-            **{name: (lambda m=m, ids=ids: our_tokens(m, ids)) for name, m in made.items()},
-        }.items():
+
+    def make(label: str, ids):
+        if label in systems:
+            return our_tokens(dp.transform(stock, systems[label], lowering=levels[label]).eval(), ids)
+        return stock_tokens(stock, ids, compiled=device.pick("reduce-overhead", "default") if "compiled" in label else False)
+
+    for label in stage.mine(["stock compiled", "turboconn", "loop 3", "plt-2", "stock eager", "identity", "mor-2"]):
+        for batch in device.pick((1, 8, 64), (1,)):
+            ids = torch.randint(3, stock.config.vocab_size, (batch, device.pick(128, 6)), device=device.torch)
             with stage.attempt(f"batch {batch} {label} prepare"), stage.beside_others():
                 start = time.perf_counter()
-                run = make()
+                run = make(label, ids)
                 run()
                 device.sync()
                 runs[batch, label] = run
                 stage.record(f"batch {batch} {label} prepare", first_call_s=time.perf_counter() - start)
     with stage.alone():
-        base: dict[int, float] = {}
         for (batch, label), run in runs.items():
             with stage.attempt(f"batch {batch} {label}"):
                 device.times(run, 1)
                 found = {k: v / TOKENS for k, v in summary(device.times(run, 3)).items()}
-                base.setdefault(batch, found["ms"])
-                stage.record(f"batch {batch} {label}", **found, reading_weights_ms=1e3 * weights / rate,
-                             **({"ratio": found["ms"] / base[batch]} if (batch, "stock compiled") in runs else {}))
+                stage.record(f"batch {batch} {label}", **found, level=levels.get(label, "stock"),
+                             reading_weights_ms=1e3 * weights / rate)
 
 
 # (g) The fixed-point schedule.

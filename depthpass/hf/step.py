@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,7 +27,7 @@ Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
 def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
     """Advance a state by one token with the compiled step, or return None: this call is none for it.
 
-    Only the rung ``inductor`` compiles, and only calls of one token behind a cache, without gradients.
+    Only the rungs ``inductor`` and ``cudagraph`` compile, and only calls of one token behind a cache, without gradients.
 
     Returns:
         as ``DepthModel._advance``.
@@ -36,11 +36,12 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
         LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
     """
     runtime = model._depth
-    if runtime.lowering != "inductor" or not _is_step(call, state):
+    if runtime.lowering not in ("inductor", "cudagraph") or not _is_step(call, state):
         return None
     if reason := refusal_of(model, plan, captured, state):
         raise LoweringError(
-            f"lowering 'inductor' cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it uncompiled."
+            f"lowering {runtime.lowering!r} cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it "
+            "uncompiled."
         )
     from depthpass_lowering.state import State
     from depthpass_lowering.step import Rooms, StepSlots, capacity
@@ -61,14 +62,22 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
     step = runtime.tokens.get(key)
     weights = live_tensors(model, plan, captured)
     device = rooms.tensors()[0].device
+    recorded = runtime.lowering == "cudagraph"
+    if recorded:
+        from depthpass_lowering import graphed_step
+
+        if reason := graphed_step.obstacle(device):
+            raise LoweringError(f"lowering 'cudagraph' cannot record a decoded token: {reason}. Use lowering='inductor'.")
     at = torch.tensor([length], device=device)
-    rank = at.expand(batch, 1) if call.valid is None else call.valid[:, :length].sum(-1, keepdim=True)
-    inputs = [
-        *(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *rooms.tensors(),
-        *lines.values(), *weights,
+    rank = at.expand(batch, 1).contiguous() if call.valid is None else call.valid[:, :length].sum(-1, keepdim=True)
+    moving = [
+        *(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *lines.values(),
     ]
+    inputs = [*moving, *rooms.tensors(), *weights]
     if step is None:
         step = compile_step(model, plan, captured, names, valid is not None, rooms, list(lines), weights, inputs)
+        if recorded:
+            step = replace(step, run=graphed_step.GraphedStep(step.run, len(moving)))
         runtime.tokens[key] = step
     made = iter(step.run(*inputs))
     rooms.used = length + 1
@@ -177,7 +186,7 @@ def compile_step(
     """Trace one token through the program and compile it.
 
     Args:
-        inputs: token tensors by ``names``, column, rank, validity if ``padded``, rooms, delay lines, weights.
+        inputs: token tensors by ``names``, column, rank, validity if ``padded``, delay lines, rooms, weights.
     """
     from depthpass_lowering.step import StepRun
 
@@ -189,8 +198,8 @@ def compile_step(
         tensors = {n: next(left) for n in names}
         at, rank = next(left), next(left)
         valid = next(left) if padded else None
-        held = rooms.like([next(left) for _ in rooms.tensors()])
         state_lines = {n: next(left) for n in lines}
+        held = rooms.like([next(left) for _ in rooms.tensors()])
         leaves = {id(w): t for w, t in zip(weights, left, strict=True)}
         host = _StepHost(model, captured, (), leaves, at)
         hidden, *sides = host.part(captured.prologue, tensors, visit=host)

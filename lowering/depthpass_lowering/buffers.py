@@ -97,7 +97,7 @@ class _InPlaceAttention(torch.autograd.Function):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
         out, lse = use.attend(q, sinks)
-        ctx.use = use
+        ctx.use, ctx.strides = use, (k.stride(), v.stride())
         ctx.save_for_backward(q, sinks, out, lse)
         return out, token.new_empty(0)
 
@@ -112,7 +112,11 @@ class _InPlaceAttention(torch.autograd.Function):
         )
         own_k = own_v = None
         if use.write:
+            # In the layout of the keys and values themselves: what comes before expects it, and would copy once more.
             own_k, own_v = (
-                g[:, :, use.start : use.start + use.count].to(t.dtype) for g, t in zip(buffer.gradients(), (buffer.k, buffer.v))
+                torch.empty_strided((*t.shape[:2], use.count, t.shape[3]), strides, dtype=t.dtype, device=t.device).copy_(
+                    g[:, :, use.start : use.start + use.count]
+                )
+                for g, t, strides in zip(buffer.gradients(), (buffer.k, buffer.v), ctx.strides)
             )
         return dq, own_k, own_v, dsinks, grad.new_zeros(0), None

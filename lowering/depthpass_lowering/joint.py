@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
-from depthpass_lowering.products import Weights, packed_linear, plain
+from depthpass_lowering.products import Weights, blocked, packed_product, plain
 from depthpass_lowering.sink import Sink
 
 
@@ -70,8 +70,12 @@ class Product:
         dtype = self.dtype or w.weights[0].dtype
         if self.packed:
             rows, columns = w.matrix().shape
-            shapes = [(rows, columns), *([(columns, rows)] if self.trained else []), *([(rows,)] if biases else [])]
-            return [w.weights[0].new_empty(shape, dtype=dtype) for shape in shapes]
+            like = w.weights[0].new_empty((), dtype=dtype)
+            found = [like.new_empty(rows, columns)]
+            if self.trained:
+                # A view of W where there are no blocks: a compiled graph relies on its strides.
+                found.append(like.new_empty(columns, rows) if blocked(like.new_empty(1, 1), like) else found[0].t())
+            return [*found, *([like.new_empty(rows)] if biases else [])]
         return [] if self.dtype is None else [torch.empty_like(t, dtype=dtype) for t in (*w.weights, *biases)]
 
 
@@ -104,11 +108,11 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, back: Tensor | None, bias: Tensor | None):
         ctx.save_for_backward(back)
-        return packed_linear(x, weight, bias)
+        return packed_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx, g: Tensor):
-        return packed_linear(g, ctx.saved_tensors[0], None), None, None, None
+        return packed_product(g, ctx.saved_tensors[0], None), None, None, None
 
 
 class _Recorder(fx.Interpreter):

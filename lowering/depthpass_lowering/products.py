@@ -3,7 +3,7 @@
 On a CPU such a product is bound by how its weight is read. oneDNN multiplies weights packed in its own blocked format
 several times faster than a plain product of a few dozen rows, and a loop of many chunks repays the packing. Weights that
 multiply one stream (q, k, v) or whose results are summed (bridges into one block) are packed side by side and make one
-product. Packed copies live as long as the pass over the chunks that reads them.
+product; on CUDA that is all that packing means. Packed copies live as long as the pass over the chunks that reads them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ LEAST_USES = 4
 
 _LIBRARY = torch.library.Library("depthpass_lowering", "DEF")
 _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+
+
+def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``x W^T + b`` from what :meth:`Products.packed` holds, W itself or oneDNN's blocks of it."""
+    return packed_linear(x, weight, bias) if blocked(x, weight) else F.linear(x, weight, bias)
 
 
 def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -102,14 +107,14 @@ class Products:
         """
         if self.packs(w, xs[0]):
             matrix, bias = self.packed(w, xs[0])
-            y = packed_linear(xs[0] if len(xs) == 1 else torch.cat(xs, -1), matrix, bias)
+            y = packed_product(xs[0] if len(xs) == 1 else torch.cat(xs, -1), matrix, bias)
             return [y] if w.joined or len(w.weights) == 1 else list(y.split(w.sizes(), -1))
         return plain(w, xs)
 
     def backward(self, w: Weights, grads: Sequence[Tensor]) -> list[Tensor]:
         """Gradients of the streams from those of the results, without gradient."""
         if self.packs(w, grads[0]):
-            dx = packed_linear(grads[0] if len(grads) == 1 else torch.cat(grads, -1), self.packed_back(w, grads[0]), None)
+            dx = packed_product(grads[0] if len(grads) == 1 else torch.cat(grads, -1), self.packed_back(w, grads[0]), None)
             return list(dx.split(w.sizes(), -1)) if w.joined and len(w.weights) > 1 else [dx]
         if w.joined:
             return [grads[0] @ weight for weight in w.weights]
@@ -121,7 +126,7 @@ class Products:
         return [found]
 
     def packed(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W in oneDNN's format, and b."""
+        """W in oneDNN's format (on CUDA as it is), and b."""
         held = self._packed.get(w.key)
         if held is None:
             # The weights are kept as well: their ids must not be given to other tensors.
@@ -129,15 +134,18 @@ class Products:
         return held[1:]
 
     def packed_back(self, w: Weights, g: Tensor) -> Tensor:
-        """The transpose of W in oneDNN's format."""
+        """The transpose of W in oneDNN's format (on CUDA a view of W)."""
         held = self._packed_back.get(w.key)
         if held is None:
-            held = self._packed_back[w.key] = w, _pack(w.matrix().detach().t(), g)
+            back = _pack(w.matrix().detach().t(), g) if blocked(g, w.weights[0]) else self.packed(w, g)[0].t()
+            held = self._packed_back[w.key] = w, back
         return held[1]
 
     def packs(self, w: Weights, x: Tensor) -> bool:
-        """Whether a product is taken from packed weights."""
-        return self.uses >= LEAST_USES and sum(t.numel() for t in w.weights) >= SMALLEST and packs(x, w.weights[0])
+        """Whether a product is taken from packed weights: those that oneDNN reads, and several that CUDA takes as one."""
+        if self.uses < LEAST_USES or sum(t.numel() for t in w.weights) < SMALLEST:
+            return False
+        return blocked(x, w.weights[0]) or (len(w.weights) > 1 and joins(x, w.weights[0]))
 
     def forget(self) -> None:
         """Free the packed weights."""
@@ -158,10 +166,17 @@ def plain(w: Weights, xs: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _pack(matrix: Tensor, x: Tensor) -> Tensor:
+    if not blocked(x, matrix):
+        return matrix
     return torch.ops.mkldnn._reorder_linear_weight(matrix, x.numel() // x.shape[-1])
 
 
-def packs(x: Tensor, weight: Tensor) -> bool:
+def joins(x: Tensor, weight: Tensor) -> bool:
+    """Whether weights that make one product are copied side by side: fewer, wider products fill a GPU better."""
+    return x.is_cuda and x.dtype == weight.dtype
+
+
+def blocked(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply these operands from a packed weight."""
     return (
         x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
@@ -171,6 +186,6 @@ def packs(x: Tensor, weight: Tensor) -> bool:
 
 def contraction(a: Tensor, b: Tensor) -> Tensor:
     """``a^T b`` of two matrices with the same, long, first dimension: a weight gradient."""
-    if a.numel() + b.numel() < SMALLEST or not packs(a, b):
+    if a.numel() + b.numel() < SMALLEST or not blocked(a, b):
         return a.t() @ b
     return torch.ops.mkldnn._linear_pointwise(a.t(), b.t(), None, "none", [], "")

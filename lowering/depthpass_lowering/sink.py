@@ -15,12 +15,13 @@ from torch import Tensor
 
 from depthpass_lowering.products import Products, Weights, contraction, plain
 
-FLUSH = 256
-"""Rows gathered before they are multiplied: enough for a product near full rate, few enough to hold little memory."""
+FLUSH = {"cpu": 256, "cuda": 8192}
+"""Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.
+On a GPU every partial sum reads and writes a whole weight gradient, which at the 1B shape cost as much as the products."""
 
 
 class Sink:
-    """Operands of the weight gradients of one backward pass, by weight, multiplied every ``FLUSH`` rows.
+    """Operands of the weight gradients of one backward pass, by weight, multiplied every so many rows (``FLUSH``).
 
     Args:
         uses: how often the loop multiplies each weight, in each direction.
@@ -56,7 +57,7 @@ class Sink:
         held.x.append(_joined(xs))
         held.g.append(_joined(grads))
         held.rows += held.x[-1].shape[0]
-        if held.rows >= FLUSH:
+        if held.rows >= FLUSH.get(held.g[-1].device.type, FLUSH["cuda"]):
             self._flush(held)
 
     def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:

@@ -1,9 +1,11 @@
 """Packed products against plain ones, alone and inside a token loop."""
 
+import weakref
+
 import pytest
 import torch
 import zoo
-from depthpass_lowering import products
+from depthpass_lowering import compiled, joint, products
 from depthpass_lowering import sink as sink_module
 from depthpass_lowering.products import Products, Weights, contraction
 from depthpass_lowering.sink import Sink, sunk_landing, sunk_products
@@ -25,10 +27,30 @@ def weights(dtype, shapes, biased, joined=False, transposed=False) -> Weights:
     return Weights(made, tuple(torch.randn(o, dtype=dtype) if b else None for o, b in zip(outs, biased)), joined, transposed)
 
 
+@pytest.fixture
+def as_on_cuda(monkeypatch):
+    """Weights of one product side by side in their own format, as on CUDA: a CPU without oneDNN's blocks."""
+    monkeypatch.setattr(products, "blocked", lambda x, weight: False)
+    monkeypatch.setattr(products, "joins", lambda x, weight: x.dtype == weight.dtype)
+    monkeypatch.setattr(joint, "blocked", lambda x, weight: False)
+
+
+@pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-14)])
+@pytest.mark.parametrize("rows", [(3,), (2, 5)])
+@pytest.mark.parametrize("case", CASES)
+def test_products_side_by_side_equal_float64(case, dtype, tolerance, rows, as_on_cuda):
+    loop = check_products(case, dtype, tolerance, rows)
+    assert bool(loop._packed) == (len(CASES[case]["shapes"]) > 1)
+
+
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-14)])
 @pytest.mark.parametrize("rows", [(3,), (2, 5)])
 @pytest.mark.parametrize("case", CASES)
 def test_products_equal_float64(case, dtype, tolerance, rows):
+    assert bool(check_products(case, dtype, tolerance, rows)._packed) == (dtype != torch.float64)
+
+
+def check_products(case, dtype, tolerance, rows) -> Products:
     w, loop = weights(dtype, **CASES[case]), Products(uses=8)
     inner = [t.shape[0 if w.transposed else 1] for t in w.weights]
     xs = [torch.randn(*rows, n, dtype=dtype) for n in (inner if w.joined else inner[:1])]
@@ -45,7 +67,7 @@ def test_products_equal_float64(case, dtype, tolerance, rows):
     back = torch.autograd.grad(want, exact, [g.double() for g in grads])
     for a, e in zip([*got, *loop.backward(w, grads)], [*want, *back], strict=True):
         assert a.dtype == dtype and ((a.double() - e).norm() / e.norm()) < tolerance
-    assert bool(loop._packed) == (dtype != torch.float64)
+    return loop
 
 
 def test_weight_gradients_are_contractions():
@@ -114,6 +136,18 @@ def test_a_landing_equals_its_parts(dtype, fused, monkeypatch):
 ])
 def test_a_token_loop_on_packed_weights_equals_float64(arch, rung):
     """Large enough that weights are packed; every gradient against the eager rung in float64."""
+    check_token_loop(arch, rung)
+
+
+@pytest.mark.parametrize("rung", ["scheduled", pytest.param("inductor", marks=pytest.mark.compile)])
+def test_a_token_loop_on_weights_side_by_side_equals_float64(rung, as_on_cuda, monkeypatch):
+    """As on CUDA: joined weights in their own format, one weight-gradient product after the whole loop."""
+    monkeypatch.setattr(compiled, "_SEGMENTS", weakref.WeakValueDictionary())
+    monkeypatch.setitem(sink_module.FLUSH, "cpu", sink_module.FLUSH["cuda"])
+    check_token_loop("llama", rung)
+
+
+def check_token_loop(arch, rung):
     stock = zoo.model(arch, 3, **({"n_embd": 192, "n_inner": 256} if arch == "gpt2" else
                                   {"hidden_size": 192, "intermediate_size": 256}))
     spec = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=2, rank=192)
