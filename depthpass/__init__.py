@@ -41,6 +41,7 @@ _PUBLIC = {
     "logit_lens": "depthpass.analysis.lens",
     "aligned_targets": "depthpass.losses",
     "relay_loss": "depthpass.losses",
+    "exit_loss": "depthpass.losses",
     "gradients": "depthpass.analysis.gradients",
     **dict.fromkeys(
         ("DepthpassError", "SpecError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError", "InputError",

@@ -25,7 +25,7 @@ _AT_LEAST = {
     "zeros": {"width": 1},
     "logits": {"width": 1},
     "pad": {"token": 0},
-    "noise": {"width": 1, "std": 0.0},
+    "noise": {"width": 1, "std": 0.0, "cut": 0.0},
     "linear": {"out": 1, "init": 0.0},
     "pick": {"index": 0},
     "loss": {"coefficient": 0.0},
@@ -218,8 +218,8 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
         _expect(not first.is_route and first.tokens is None and first.absent == 0, o, "a score that every token has",
                 "something else")
         _expect(o["rule"] != "bce" or first.width == 1, o, "a score of width 1", f"width {first.width}")
-        _expect(len(args) == 1 or (o["rule"] == "bce" and args[1].is_route), o,
-                "a route as second argument of bce alone", "something else")
+        _expect(len(args) == 1 or (o["rule"] != "balance" and args[1].is_route), o,
+                "a route as second argument, of bce or z", "something else")
         return first
     if kind == "tap" and first.is_route:
         _expect(not o["head"], o, "a stream for head true", "a route")

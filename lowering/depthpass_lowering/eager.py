@@ -22,7 +22,7 @@ from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
 from depthpass_lowering.local_ops import ACTIVATIONS, rms
 from depthpass_lowering.losses import loss
-from depthpass_lowering.noise import noise
+from depthpass_lowering.noise import cut_off, noise
 from depthpass_lowering.routes import Route, choose
 from depthpass_lowering.stacked import StackedVisit
 from depthpass_lowering.state import Span, State, push_delay, read_delay, spans
@@ -480,12 +480,12 @@ class Run:
         width = o["width"] or self.program.width
         # A host that does not say is scored, not trained.
         if getattr(self.host, "training", False):
-            return o["std"] * self.hidden.new_empty(self.hidden.shape[0], span.count, width).normal_()
+            return o["std"] * cut_off(self.hidden.new_empty(self.hidden.shape[0], span.count, width).normal_(), o["cut"])
         number = [p.name for p in self.program if p.kind == "noise"].index(o.name)
         rank = span.rank
         if rank is None:
             rank = torch.arange(span.start, span.start + span.count)[None]
-        drawn = o["std"] * noise(number, rank, width).to(self.hidden)
+        drawn = o["std"] * cut_off(noise(number, rank, width).double(), o["cut"]).to(self.hidden)
         return drawn.expand(self.hidden.shape[0], -1, -1)
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:
