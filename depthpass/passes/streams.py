@@ -18,12 +18,13 @@ def after_bridges(program: Program, name: str) -> str:
     """The stream after ``name`` and after every bridge that lands on it.
 
     A bridge landing is an ``add`` of the stream and of values that each come from one delay through maps of one
-    argument; this is what TurboConn inserts, and it is recognised whichever pass inserted it.
+    argument; this is what TurboConn inserts, and it is recognised whichever pass inserted it. What lands on the input of
+    the visit behind (``lands input``) is no part of the stream after ``name``.
     """
     while True:
         landings = [
             o for o in program.users(name)
-            if o.kind == "add" and o.args[0] == name and all(_comes_from_delay(program, a) for a in o.args[1:])
+            if o.kind == "add" and o["lands"] == "output" and o.args[0] == name and all(_comes_from_delay(program, a) for a in o.args[1:])
         ]
         if len(landings) != 1:
             return name

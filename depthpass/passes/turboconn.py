@@ -247,7 +247,7 @@ class TurboConn(Pass):
         """Add the arriving values on the visit's output, or on its input."""
         if self.write == "input":
             stream = program.defs[visit].args[0]
-            ops = [*ops, op("add", stream, *ups, name=name)]
+            ops = [*ops, op("add", stream, *ups, name=name, lands="input")]
             return insert_before(program, visit, ops).map_ops(
                 lambda o: replace(o, args=(name,)) if o.name == visit else o
             )
