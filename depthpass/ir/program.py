@@ -9,6 +9,7 @@ from typing import Any
 
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS, Attr
+from depthpass.limits import check_program
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,7 @@ def plain(model: str, blocks: int, width: int) -> Program:
       %3 = norm (%2)
       output %3
     """
+    check_program(blocks, blocks + 3, model)
     ops = [op("embed", name="0")]
     ops += [op("block", str(i), name=str(i + 1), index=i, slot=i) for i in range(blocks)]
     ops += [op("norm", str(blocks), name=str(blocks + 1)), op("output", str(blocks + 1))]
