@@ -34,6 +34,9 @@ from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
 
+PROMPT = "_depth_prompt"
+"""Rows and columns of the prompt, and how many of them count as ids, on the config of one call of ``generate``."""
+
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
 
@@ -494,7 +497,10 @@ class DepthModel:
                 "the rule is applied afresh to the row so far at every step."
             )
         if generation_config.use_cache is not False and "length" in self._depth.plan.varies:
-            check_growth(self, model_kwargs, generation_config.max_length)
+            prompt, given_ids = getattr(generation_config, PROMPT, (None, None))
+            known = given_ids is not None and generation_config.max_length is not None
+            check_growth(self, model_kwargs.get("attention_mask"), prompt,
+                         generation_config.max_length - given_ids if known else None)
         if generation_config.use_cache is not False and self.depth_program.reads_calls:
             warnings.warn(
                 "generate: with kv='last' or 'mod:k' a decoded token reads other keys of earlier tokens than it does when "
@@ -519,6 +525,14 @@ class DepthModel:
             model_kwargs[STOCK_NAME] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
+
+    def _prepare_generated_length(self, generation_config, *args, inputs_tensor=None, input_ids_length=None, **kwargs):
+        # The config is this call's own copy; what prepares the cache is told neither the prompt nor a mask of ones.
+        if isinstance(inputs_tensor, Tensor):
+            setattr(generation_config, PROMPT, (tuple(inputs_tensor.shape[:2]), input_ids_length))
+        return super()._prepare_generated_length(
+            generation_config, *args, inputs_tensor=inputs_tensor, input_ids_length=input_ids_length, **kwargs
+        )
 
     def _say_prompt(self, generation_config, model_kwargs) -> None:
         """Where the pads go: after the prompt, which is the first call of a cache, and must be said without one."""

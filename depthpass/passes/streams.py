@@ -25,7 +25,8 @@ def after_bridges(program: Program, name: str) -> str:
     while True:
         landings = [
             o for o in program.users(name)
-            if o.kind == "add" and o["lands"] == "output" and o.args[0] == name and all(_comes_from_delay(program, a) for a in o.args[1:])
+            if o.kind == "add" and o["lands"] == "output" and o.args[0] == name
+            and all(_comes_from_delay(program, a) for a in o.args[1:])
         ]
         if len(landings) != 1:
             return name
