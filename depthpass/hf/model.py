@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,6 +34,9 @@ from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
+
+if TYPE_CHECKING:
+    from depthpass_lowering.losses import Pool
 
 PROMPT = "_depth_prompt"
 """Rows and columns of the prompt, and how many of them count as ids, on the config of one call of ``generate``."""
@@ -151,6 +155,7 @@ class StockHost:
         self.found = model._depth.watches[-1].found
         self.ratios = model._depth.ratios
         self.losses: dict[str, Tensor] | None = None
+        self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
         self.runner = _runner(model._depth.lowering)
 
@@ -406,7 +411,7 @@ class DepthModel:
         host.extras = sides
         host.losses = {} if plan.program.losses and (self.training or "labels" in call.tensors) else None
         if len(groups) > 1:
-            streams = self._by_rows(groups, captured, hidden, sides, inner.valid, sweeping, lowered)
+            streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
         else:
             streams, state = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
@@ -427,24 +432,30 @@ class DepthModel:
         return heads, streams, state
 
     def _by_rows(
-        self, groups, captured: Capture, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
+        self, groups, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
     ):
         """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
         from depthpass_lowering.eager import run
+        from depthpass_lowering.losses import Pool
         from depthpass_lowering.state import State
 
-        parts = []
+        parts, pool, captured = [], Pool(), whole.captured
         for plan, rows in groups:
             mine = [
                 s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s
                 for s, axis in zip(sides, captured.side_axes)
             ]
+            host = StockHost(self, captured, mine)
+            host.losses, host.pool = whole.losses, pool
             streams, _ = run(
-                plan.schedule, StockHost(self, captured, mine), hidden.index_select(0, rows), mine, captured.side_axes,
+                plan.schedule, host, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
             )
             parts.append(streams)
+        pool.move()
+        if pool.sums:
+            whole.losses, whole.extra_loss = pool.values()
         back = torch.argsort(torch.cat([rows for _, rows in groups]))
         return {name: torch.cat([p[name] for p in parts]).index_select(0, back) for name in parts[0]}
 
