@@ -111,6 +111,14 @@ class Program:
         return any(o["past"] is not None for o in self.visits)
 
     @property
+    def reads_positions(self) -> bool:
+        """Whether it computes with absolute positions, so that a row has to be numbered by its own tokens.
+
+        Attention sees differences of rotated positions alone; a gate on the rotated query sees the position itself.
+        """
+        return any(o["gate"] is not None and o["gate_input"] == "query" for o in self.visits)
+
+    @property
     def output(self) -> str:
         return self.ops[-1].args[0]
 
