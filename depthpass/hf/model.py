@@ -24,6 +24,7 @@ from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.direct import direct
 from depthpass.capture.head import logits_part
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
+from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
@@ -304,11 +305,29 @@ class DepthModel:
         from depthpass.hf.transform import install, prepare
 
         spec, chunk, home, policy = spec_of(config, type(self).__name__)
+        if config.architectures:
+            config.architectures = [type(self).__name__]
+        # Heads make their base model from the config, through an Auto class: that is stock.
+        unmark(config)
         super().__init__(config, *args, **kwargs)
+        mark(self.config)
         install(self, prepare(self, spec if home is None else home, chunk))
         if home is not None:
             self._depth.plans.default = self._depth.plans.of(self, spec, chunk)
         self._depth.fixed_point = policy
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As :func:`depthpass.from_pretrained`, for this class; what the Auto classes call."""
+        from depthpass.hf.save import load_as
+
+        return load_as(cls, pretrained_model_name_or_path, args, kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        from depthpass.hf.save import own_depth_class
+
+        return super(DepthModel, own_depth_class(cls, config.to_dict(), cls.__name__))._from_config(config, **kwargs)
 
     @property
     def depth_program(self) -> Program:
@@ -563,21 +582,31 @@ class DepthModel:
             gradient_checkpointing_func = not_reentrant(gradient_checkpointing_func)
         return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, stock: bool = False, **kwargs):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
 
-        A save that fails leaves the files of an earlier one as they were.
+        A save that fails leaves the files of an earlier one as they were. ``dp.from_pretrained`` loads the files, and so do
+        the Auto classes of transformers where depthpass is imported; where it is not, they stop with an error that says so.
+
+        Args:
+            stock: let stock code load the files as well, as the *base* model without the program. It then names a weight
+                that says so among those it does not use, and ``dp.from_pretrained`` loads the whole model all the same.
 
         Raises:
             InputError: ``safe_serialization=False`` was asked for (only safetensors are written), or
                 ``save_directory`` is a file.
         """
-        from depthpass.hf.save import configured, replacing
+        from depthpass.hf.files import replacing
+        from depthpass.hf.save import configured, with_notice
 
         if kwargs.get("safe_serialization") is False:
             raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
                              "only. Leave the argument out.")
-        with configured(self):
+        if stock:
+            state, args = (args[0], (None, *args[1:])) if args else (kwargs.pop("state_dict", None), args)
+            state = with_notice(self.state_dict() if state is None else state)
+            args, kwargs = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "state_dict": state})
+        with configured(self, stock):
             if not is_main_process or kwargs.get("distributed_checkpoint"):
                 return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             with replacing(save_directory) as folder:
@@ -662,6 +691,7 @@ def depth_class(stock: type) -> type:
 
     # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
     body = {
+        "config_class": None if stock.config_class is None else marked_class(stock.config_class),
         "forward": torch.compiler.disable(forward), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
@@ -697,6 +727,7 @@ def stock_copy(model: nn.Module) -> nn.Module:
         layer.__dict__.pop("forward", None)
     del copied._depth
     del copied.depth
+    unmark(copied.config)
     if hasattr(copied.config, "depthpass"):
         del copied.config.depthpass
     return copied

@@ -112,7 +112,7 @@ def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> 
         SpecError: ``chunk`` is below 1 or above the smallest delay of a cycle.
         PassError: a route that needs later tokens lies on a delay cycle.
     """
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise SpecError(f"chunk: expected an integer of at least 1, got {chunk!r}.")
     component_of: dict[str, int] = {}
     loops = cycles(program, slots=True)
