@@ -124,8 +124,10 @@ def _swap(stage: Path, target: Path) -> None:
         leaving += [f.name for f in target.iterdir() if f.is_file() and WEIGHTS.fullmatch(f.name) and f.name not in names]
     names.sort(key=_last)
     leaving.sort(key=_last, reverse=True)
+    inner = {str(f) for n in names for f in Path(n).parents if str(f) != "." and not (target / f).exists()}
+    plan = {"names": names, "leaving": leaving, "folders": sorted(inner, reverse=True)}
     draft = stage / (_PLAN + ".draft")
-    draft.write_text(json.dumps({"names": names, "leaving": leaving}))
+    draft.write_text(json.dumps(plan))
     os.replace(draft, stage / _PLAN)
     try:
         for name in leaving:
@@ -134,7 +136,7 @@ def _swap(stage: Path, target: Path) -> None:
             _move(new / name, target / name)
         os.unlink(stage / _PLAN)  # from here on it is done
     except BaseException:
-        _insist(lambda: _undo(stage, target, names, leaving))
+        _insist(lambda: _undo(stage, target, **plan))
         raise
 
 
@@ -143,7 +145,7 @@ def _last(name: str) -> tuple[int, str]:
     return (2 if name == "config.json" else 1 if name.endswith(".json") else 0, name)
 
 
-def _undo(stage: Path, target: Path, names: list[str], leaving: list[str]) -> None:
+def _undo(stage: Path, target: Path, names: list[str], leaving: list[str], folders: list[str]) -> None:
     """Bring old files back and take new ones away; may be begun again wherever it stopped."""
     new, old = stage / "new", stage / "old"
     for name in sorted(set(names) - set(leaving), key=_last, reverse=True):
@@ -152,6 +154,9 @@ def _undo(stage: Path, target: Path, names: list[str], leaving: list[str]) -> No
     for name in sorted(leaving, key=_last):
         if (old / name).exists():
             _move(old / name, target / name)
+    for name in folders:
+        if (target / name).is_dir():
+            (target / name).rmdir()
     (stage / _PLAN).unlink(missing_ok=True)
 
 
