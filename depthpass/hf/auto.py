@@ -21,6 +21,7 @@ from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
 from depthpass.errors import SpecError
+from depthpass.limits import VISITS, shown
 
 MARK = "depthpass (import depthpass as dp; dp.from_pretrained)"
 """The ``model_type`` of saved models. Transformers quotes it where nobody has imported depthpass."""
@@ -33,6 +34,9 @@ REFUSAL = "this model is transformed: load it with dp.from_pretrained, or save i
 
 PREFIX = "Depthpass"
 """Before the architecture's name on disk, so that no tool takes it for the stock class of that name."""
+
+_DEPTHS = ("num_hidden_layers", "n_layer", "num_layers")
+"""Fields that count blocks: configs and models make one after the other."""
 
 _MODULE = "transformers.models.auto.configuration_auto"
 
@@ -67,6 +71,9 @@ def unmarked(settings: dict[str, Any], where: str = "config") -> dict[str, Any]:
     Raises:
         SpecError: it does not say what the base is.
     """
+    for name in _DEPTHS:
+        if isinstance(count := settings.get(name), int) and count > VISITS:
+            raise SpecError(f"{where}: config.{name}: expected at most {VISITS} blocks, got {shown(count)}.")
     if settings.get("model_type") != MARK:
         return settings
     held = settings.get("depthpass")

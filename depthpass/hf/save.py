@@ -86,7 +86,7 @@ def _settings(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]
             )
     try:
         settings, _ = PreTrainedConfig.get_config_dict(where, **kwargs)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # it reads whatever the file holds as a mapping
         if folder.is_dir():
             raise CheckpointError(find_damage(folder) or f"{folder / 'config.json'}: cannot be read: {error}") from error
         raise
@@ -238,7 +238,7 @@ def stock_class(settings: Mapping[str, Any], where: str) -> type:
     mapped = None
     if kind in CONFIG_MAPPING and (config := CONFIG_MAPPING[kind]) in MODEL_FOR_CAUSAL_LM_MAPPING:
         mapped = MODEL_FOR_CAUSAL_LM_MAPPING[config]
-    for name in names:
+    for name in names if kind in CONFIG_MAPPING else ():
         for found in (getattr(transformers, name, None), mapped):
             if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__name__ == name:
                 return found

@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 import transformers
-from turbos import enliven, spec, stock_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from turbos import enliven, spec, stock_of
 
 import depthpass as dp
 
@@ -79,7 +79,7 @@ CASES = {
     "fewer layers": ("whole", config(lambda c: c.update(num_hidden_layers=2)), r"positions in 0\.\.1|does not know"),
     "layers of no number": ("whole", config(lambda c: c.update(num_hidden_layers="x")), r"config\.json.*num_hidden_layers"),
     "a billion layers": ("whole", config(lambda c: c.update(num_hidden_layers=10**9)), "hidden_layers|at most|visits"),
-    "another width": ("whole", config(lambda c: c.update(hidden_size=64)), "do not have the shapes of its config"),
+    "another width": ("whole", config(lambda c: c.update(hidden_size=64)), "do not have the shapes of"),
     "heads that do not divide": ("whole", config(lambda c: c.update(num_attention_heads=5)), "config.json"),
     "no class": ("whole", config(lambda c: c.update(architectures=["DepthpassAutoConfig"])), "name of a transformers class"),
     "a function": ("whole", config(lambda c: c.update(architectures=["Depthpasspipeline"])), "name of a transformers class"),
@@ -113,13 +113,13 @@ def test_what_is_wrong_and_where(saved, tmp_path, case):
     kind, damage, message = CASES[case]
     shutil.copytree(saved / kind, tmp_path / "m")
     damage(tmp_path / "m")
-    for load in (dp.from_pretrained, AutoModelForCausalLM.from_pretrained):
-        with pytest.raises(Exception) as caught:
-            load(tmp_path / "m")
-        if load is dp.from_pretrained:
-            assert isinstance(caught.value, dp.DepthpassError), caught.value
-            assert caught.match(message) and str(tmp_path / "m") in str(caught.value) or "turboconn.rank" in message or (
-                "loop" in message) or "positions" in str(caught.value), caught.value
+    with pytest.raises(dp.DepthpassError, match=message) as caught:
+        dp.from_pretrained(tmp_path / "m")
+    # A spec's own mistakes name the option.
+    assert str(tmp_path / "m") in str(caught.value) or any(w in message for w in ("turboconn", "loop", "positions"))
+    if "class" not in message:  # an Auto class has a class of its own
+        with pytest.raises(Exception):  # noqa: B017 (transformers' own error, or ours)
+            AutoModelForCausalLM.from_pretrained(tmp_path / "m")
 
 
 def test_what_is_not_damaged(saved, tmp_path):
