@@ -163,7 +163,8 @@ def _register_models(stock: type, made: type) -> None:
         classes = found if isinstance(found, tuple | list) else (found,)
         depth = tuple(depth_class(c) for c in classes if hasattr(c, "forward"))
         if depth:
-            mapping.register(made, depth if isinstance(found, tuple | list) else depth[0], exist_ok=True)
+            # Not `register`: before 5.24 it leaves out classes that say they are transformers' own.
+            mapping._extra_content[made] = depth if isinstance(found, tuple | list) else depth[0]
 
 
 class SavedConfig:

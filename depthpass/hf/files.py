@@ -37,7 +37,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
         InputError: ``directory`` is a file.
     """
     target = Path(directory)
-    if target.exists() and not target.is_dir():
+    if target.is_file():
         raise InputError(f"save_directory: expected a folder, got the file {str(directory)!r}.")
     made = _missing(target)
     stage: Path | None = None
@@ -52,7 +52,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
         yield new
         _swap(stage, target)
     except BaseException:
-        if stage is not None and not (stage / _PLAN).exists():  # with a plan it still holds old files
+        if stage is not None and _planless(stage):  # with a plan it still holds old files
             _insist(lambda: _remove(stage))
         for folder in made:
             _insist(lambda folder=folder: folder.rmdir() if folder.is_dir() and not any(folder.iterdir()) else None)
@@ -75,7 +75,7 @@ def recover(target: Path) -> bool:
     found = False
     for stage in interrupted(target):
         plan = stage / _PLAN
-        if plan.exists():
+        if _there(plan):
             found = True
             _undo(stage, target, **json.loads(plan.read_text()))
         _remove(stage)
@@ -87,8 +87,8 @@ def interrupted(target: Path) -> list[Path]:
     if not target.is_dir():
         return []
     found = []
-    for stage in sorted(target.iterdir()):
-        match = _STAGE.fullmatch(stage.name)
+    for name in sorted(os.listdir(target)):
+        stage, match = target / name, _STAGE.fullmatch(name)
         if match and stage.is_dir() and not (_alive(int(match[2]), str(stage)) if match[1] == _host() else _fresh(stage)):
             found.append(stage)
     return found
@@ -118,13 +118,13 @@ def _host() -> str:
 def _swap(stage: Path, target: Path) -> None:
     """Put the new files in the place of the old ones; undone where anything fails."""
     new, old = stage / "new", stage / "old"
-    names = sorted(str(f.relative_to(new)) for f in new.rglob("*") if f.is_file())
-    leaving = [n for n in names if (target / n).is_file()]
+    names = _files(new)
+    leaving = [n for n in names if _there(target / n)]
     if any(WEIGHTS.fullmatch(n) for n in names):
-        leaving += [f.name for f in target.iterdir() if f.is_file() and WEIGHTS.fullmatch(f.name) and f.name not in names]
+        leaving += [n for n in os.listdir(target) if WEIGHTS.fullmatch(n) and n not in names]
     names.sort(key=_last)
     leaving.sort(key=_last, reverse=True)
-    inner = {str(f) for n in names for f in Path(n).parents if str(f) != "." and not (target / f).exists()}
+    inner = {str(f) for n in names for f in Path(n).parents if str(f) != "." and not _there(target / f)}
     plan = {"names": names, "leaving": leaving, "folders": sorted(inner, reverse=True)}
     draft = stage / (_PLAN + ".draft")
     draft.write_text(json.dumps(plan))
@@ -149,25 +149,45 @@ def _undo(stage: Path, target: Path, names: list[str], leaving: list[str], folde
     """Bring old files back and take new ones away; may be begun again wherever it stopped."""
     new, old = stage / "new", stage / "old"
     for name in sorted(set(names) - set(leaving), key=_last, reverse=True):
-        if not (new / name).exists() and (target / name).exists():
+        if not _there(new / name) and _there(target / name):
             os.unlink(target / name)
     for name in sorted(leaving, key=_last):
-        if (old / name).exists():
+        if _there(old / name):
             _move(old / name, target / name)
     for name in folders:
-        if (target / name).is_dir():
-            (target / name).rmdir()
-    (stage / _PLAN).unlink(missing_ok=True)
+        if _there(target / name):
+            os.rmdir(target / name)
+    if _there(stage / _PLAN):
+        os.unlink(stage / _PLAN)
 
 
 def _move(source: Path, goal: Path) -> None:
-    if not goal.parent.is_dir():
-        goal.parent.mkdir(parents=True, exist_ok=True)
+    if not _there(goal.parent):
+        os.makedirs(goal.parent, exist_ok=True)
     os.replace(source, goal)
 
 
+def _there(path: Path) -> bool:
+    """Whether something is there; pathlib takes every error for a no."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _files(folder: Path, inside: str = "") -> list[str]:
+    """Files of a folder and its folders, relative to it; pathlib leaves out what it cannot list."""
+    found = []
+    with os.scandir(folder / inside) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            name = os.path.join(inside, entry.name)
+            found += _files(folder, name) if entry.is_dir(follow_symlinks=False) else [name]
+    return found
+
+
 def _remove(folder: Path) -> None:
-    if folder.is_dir():
+    if _there(folder):
         shutil.rmtree(folder)
 
 
@@ -181,6 +201,12 @@ def _insist(action: Callable[[], None], times: int = 3) -> None:
     return None
 
 
+def _planless(stage: Path) -> bool:
+    found: list[bool] = []
+    _insist(lambda: found.append(not _there(stage / _PLAN)))
+    return found == [True]
+
+
 def _missing(target: Path) -> list[Path]:
     """Folders that saving makes, the innermost first."""
-    return [folder for folder in (target, *target.parents) if not folder.exists()]
+    return [folder for folder in (target, *target.parents) if not _there(folder)]

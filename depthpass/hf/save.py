@@ -90,6 +90,8 @@ def _settings(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]
         if folder.is_dir():
             raise CheckpointError(find_damage(folder) or f"{folder / 'config.json'}: cannot be read: {error}") from error
         raise
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{where}: config.json: expected a JSON object, got {shown(settings)}. Save the model again.")
     return unmarked(settings, str(where))
 
 

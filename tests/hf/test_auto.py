@@ -271,7 +271,8 @@ def test_what_is_uploaded_is_what_is_saved(loop, tmp_path, monkeypatch):
         create_repo = staticmethod(lambda *a, **k: Repo)
 
     monkeypatch.setattr(modeling_utils, target, (lambda *a, **k: Repo) if target == "create_repo" else (lambda *a, **k: Api))
-    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *a, **k: type("Card", (), {"save": lambda *x: None})())
+    card = type("Card", (), {"save": lambda *args: None})
+    monkeypatch.setattr(modeling_utils, "create_and_tag_model_card", lambda *args, **kwargs: card())
     loop.save_pretrained(tmp_path / "mine", push_to_hub=True)
     assert seen == {"me/mine": MARK}
 
