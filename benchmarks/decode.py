@@ -20,10 +20,11 @@ from depthpass.hf.cache import STOCK_NAME
 TOKENS = 16
 
 
-def stock_tokens(model, ids, compiled: bool):
+def stock_tokens(model, ids, compiled: bool | str):
     """A function that decodes ``TOKENS`` tokens behind a prompt that is cached already."""
     config, length = model.config, ids.shape[1]
-    forward = torch.compile(model.forward, dynamic=False) if compiled else model.forward
+    mode = compiled if isinstance(compiled, str) else None
+    forward = torch.compile(model.forward, dynamic=False, mode=mode) if compiled else model.forward
     cache = StaticCache(config=config, max_cache_len=256) if compiled else DynamicCache(config=config)
     with torch.no_grad():
         model(input_ids=ids, **{STOCK_NAME: cache}, use_cache=True)

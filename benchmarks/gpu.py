@@ -1,180 +1,223 @@
-"""Everything that needs a GPU, in one run of a few minutes: correctness first, then timings.
+"""Everything that needs a GPU, in one run that cannot be wasted: stages in order of worth, each a process of its own.
 
-    python benchmarks/gpu.py [--json out.json] [--plot out.png] [--quick]
+    python benchmarks/gpu.py --out results [--budget 540] [--stages kernels,training] [--resume] [--rehearse]
 
-1. Kernels against float64 on the CPU: slot attention (forward and backward) and the fused bridge, in bfloat16 and float32.
-2. Rungs against the eager rung in float64 on the GPU: logits and every gradient.
-3. Attention of one chunk by Triton, SDPA and FlexAttention.
-4. TurboConn training step and forward: stock eager and compiled, naive, each rung, at several groups; a decoded token.
+| stage | what |
+|---|---|
+| environment | versions; two ceilings (copy, bf16 product) and what a chunk's products and launches cost |
+| kernels | each Triton kernel against float64, forward and backward, all option combinations |
+| sanitizer | one shape of each under compute-sanitizer |
+| levels | each lowering level against the eager one, small models, float32 and bf16, replayed |
+| attention | kernel, SDPA, FlexAttention, varlen: what ``auto`` takes, see attention_table.py |
+| training | TurboConn step at the Llama-3.2-1B shape: stock, naive, every level, floor, peak memory |
+| decode | a token at batch 1, 8, 64: stock, TurboConn, loop, PLT, MoR |
+| fixed_point | one long row by sweeps |
+| parity | 100 training steps at the 1B shape |
+| profile | kernels of a training step and of decoded tokens by their time |
 
-Stops at the first wrong number: a timing of a wrong result is worth nothing.
+Stages compile and check side by side and measure one at a time. Each writes its JSON after every result, has a time limit of
+its own and skips what an earlier one showed broken. ``--resume`` runs what has no finished JSON. ``--rehearse`` runs the same
+code on tiny CPU tensors, kernels in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
+import json
+import os
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-from decode import token_times
-from harness import Result, compare, machine, save
-from torch.nn.functional import scaled_dot_product_attention as sdpa
-from turboconn import configuration, measure
+ROOT = Path(__file__).resolve().parent.parent
 
-import depthpass as dp
 
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+@dataclass(frozen=True)
+class Plan:
+    """A stage's processes: how many share its cases, and how long each may take, in seconds."""
+
+    name: str
+    module: str
+    limit: int
+    shards: int = 1
+    letter: str = ""
+
+
+PLANS = (
+    Plan("environment", "gpu_times", 60, letter="a"),
+    Plan("levels", "gpu_checks", 260, shards=3, letter="c"),
+    Plan("training", "gpu_times", 360, shards=2, letter="e"),
+    Plan("kernels", "gpu_checks", 240, shards=8, letter="b"),
+    Plan("attention", "gpu_times", 330, letter="d"),
+    Plan("decode", "gpu_times", 330, letter="f"),
+    Plan("fixed_point", "gpu_times", 200, letter="g"),
+    Plan("sanitizer", "gpu_checks", 150, letter="b2"),
+    Plan("parity", "gpu_times", 240, letter="h"),
+    Plan("profile", "gpu_times", 240, letter="p"),
+)
+"""In the order they are started. What compiles longest starts early; the order of worth decides who is ended first."""
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--json")
-    parser.add_argument("--plot")
-    parser.add_argument("--quick", action="store_true", help="small models only")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of the results")
+    parser.add_argument("--budget", type=float, default=540, help="seconds for all stages together")
+    parser.add_argument("--stages", help="comma-separated names or letters; all without")
+    parser.add_argument("--resume", action="store_true", help="skip stages that have finished in this folder")
+    parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors through the same code")
+    parser.add_argument("--jobs", type=int, help="processes at a time; 16, and 1 in a rehearsal")
+    parser.add_argument("--run", help=argparse.SUPPRESS)
+    parser.add_argument("--shard", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("benchmarks/gpu.py needs a CUDA device; torch.cuda.is_available() is False. Nothing was run.")
-        return 1
-    began = time.perf_counter()
-    for check in (check_slot_attention, check_bridge, check_rungs):
-        check()
-        print(f"# {check.__name__}: passed, {time.perf_counter() - began:.0f} s", flush=True)
-    size = {"width": 512, "blocks": 8, "bridges": "6-0,6-2"} if args.quick else {
-        # Llama-3.2-1B's shape, but for the vocabulary; the 15 official bridges.
-        "width": 2048, "blocks": 16,
-        "bridges": ",".join(f"{s}-{d}" for s in range(0, 16, 2) for d in range(0, s, 2) if s - d > 5),
+    if args.run:
+        return run_stage(args)
+    if not args.rehearse:
+        import torch
+
+        if not torch.cuda.is_available():
+            print("benchmarks/gpu.py needs a CUDA device; torch.cuda.is_available() is False. Nothing was run. "
+                  "--rehearse runs the same code on tiny CPU tensors.")
+            return 1
+    try:
+        chosen = select(args.stages)
+    except ValueError as error:
+        parser.error(str(error))
+    args.out.mkdir(parents=True, exist_ok=True)
+    return run_all(args, chosen)
+
+
+def select(names: str | None) -> list[Plan]:
+    """The stages asked for, in the order they are started."""
+    if names is None:
+        return list(PLANS)
+    wanted = set(filter(None, names.split(",")))
+    known = {p.name for p in PLANS} | {p.letter for p in PLANS}
+    if unknown := sorted(wanted - known):
+        raise ValueError(f"--stages: unknown {', '.join(unknown)}; expected some of {', '.join(p.name for p in PLANS)}.")
+    return [p for p in PLANS if {p.name, p.letter} & wanted]
+
+
+@dataclass
+class Process:
+    """A running process of a stage."""
+
+    plan: Plan
+    shard: int
+    handle: subprocess.Popen
+    began: float
+
+    @property
+    def path(self) -> str:
+        return f"{self.plan.name}.json" if self.plan.shards == 1 else f"{self.plan.name}.{self.shard}.json"
+
+
+def run_all(args: argparse.Namespace, chosen: list[Plan]) -> int:
+    """Start stages as places come free; end those that outlive their limit or the budget. 0 = all done and nothing wrong."""
+    began = time.monotonic()
+    jobs = args.jobs or (1 if args.rehearse else 16)
+    waiting = [(p, i) for p in chosen for i in range(p.shards)]
+    if args.resume:
+        waiting = [(p, i) for p, i in waiting if status_of(args.out, p, i) != "done"]
+    running: list[Process] = []
+    with tempfile.TemporaryDirectory() as cache:
+        while waiting or running:
+            left = args.budget - (time.monotonic() - began)
+            # The first stage's ceilings are read by the others, and it measures alone.
+            while waiting and left > 0 and len(running) < jobs and not any(r.plan.name == "environment" for r in running):
+                running.append(start(args, *waiting.pop(0), cache))
+            for process in list(running):
+                over = time.monotonic() - process.began > process.plan.limit or left <= 0
+                if process.handle.poll() is None and not over:
+                    continue
+                running.remove(process)
+                finish(args.out, process)
+            if left <= 0 and not running:
+                break
+            time.sleep(0.2)
+    return report(args.out, chosen, time.monotonic() - began)
+
+
+def start(args: argparse.Namespace, plan: Plan, shard: int, cache: str) -> Process:
+    paths = [ROOT, ROOT / "lowering", ROOT / "kernels", ROOT / "benchmarks"]
+    extra = {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)), "TORCHINDUCTOR_CACHE_DIR": str(Path(cache) / "inductor"),
+        "TRITON_CACHE_DIR": str(Path(cache) / "triton"), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1",
+        "OMP_NUM_THREADS": "2", "TORCHINDUCTOR_COMPILE_THREADS": "4",
     }
-    results = kernel_times()
-    for batch, tokens, groups in ((8 if args.quick else 32, 155, "4,8,16"), (8, 155, "8")):
-        results += measure(configuration(
-            device="cuda", dtype="bfloat16", batch=batch, tokens=tokens, groups=groups, compiled=True, repeat=3,
-            lowering="auto,inductor,cudagraph", **size,
-        ))
-        print(f"# batch {batch}: {time.perf_counter() - began:.0f} s", flush=True)
-    results.append(token_times(size["width"], size["blocks"], size["bridges"], 4, 128, "bfloat16", "cuda", 5))
-    save(results, args.json, args.plot)
-    print(f"# {time.perf_counter() - began:.0f} s in all")
+    if args.rehearse:
+        extra["TRITON_INTERPRET"] = "1"
+    command = [sys.executable, __file__, "--run", plan.name, "--shard", str(shard), "--out", str(args.out)]
+    log = open(args.out / f"{plan.name}.{shard}.log", "w")  # noqa: SIM115
+    handle = subprocess.Popen(
+        [*command, *(["--rehearse"] if args.rehearse else [])], env=os.environ | extra, stdout=log, stderr=subprocess.STDOUT
+    )
+    log.close()
+    return Process(plan, shard, handle, time.monotonic())
+
+
+def finish(out: Path, process: Process) -> None:
+    """End a process and say in its JSON how it ended."""
+    code = process.handle.poll()
+    if code is None:
+        process.handle.kill()
+        process.handle.wait()
+    path = out / process.path
+    found = json.loads(path.read_text()) if path.exists() else {"stage": process.plan.name, "results": []}
+    if code != 0:
+        found["status"] = f"ended after {time.monotonic() - process.began:.0f} s" if code is None else f"failed with {code}"
+        log = out / f"{process.plan.name}.{process.shard}.log"
+        found["log"] = log.read_text(errors="replace")[-2500:]
+        path.write_text(json.dumps(found, indent=1))
+    print(f"# {process.path}: {found['status']}, {time.monotonic() - process.began:.0f} s", flush=True)
+
+
+def status_of(out: Path, plan: Plan, shard: int) -> str | None:
+    path = out / (f"{plan.name}.json" if plan.shards == 1 else f"{plan.name}.{shard}.json")
+    return json.loads(path.read_text())["status"] if path.exists() else None
+
+
+def report(out: Path, chosen: list[Plan], seconds: float) -> int:
+    """Print every result in a line, what failed last, and write them all into one file."""
+    everything, bad = [], []
+    for plan in chosen:
+        for path in sorted(out.glob(f"{plan.name}*.json")):
+            found = json.loads(path.read_text())
+            everything.append(found)
+            print(f"## {path.stem}: {found.get('status')}")
+            if found.get("status") != "done":
+                bad.append(f"{path.stem}: {found.get('status')}: {found.get('log', '')[-700:]}")
+            for row in found["results"]:
+                if row.get("error") or row.get("wrong"):
+                    bad.append(f"{path.stem}: {row['label']}: {row.get('error') or row.get('wrong')}")
+                elif "prepare" not in row["label"]:
+                    print("  ", row["label"], {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()
+                                               if k not in ("label", "at", "trace")})
+        if not any(f["stage"] == plan.name for f in everything):
+            bad.append(f"{plan.name}: not started within the budget")
+    (out / "all.json").write_text(json.dumps(everything, indent=1))
+    print(f"## {len(bad)} failures, {seconds:.0f} s")
+    for line in bad:
+        print("!!", line[:900])
+    return 1 if bad else 0
+
+
+def run_stage(args: argparse.Namespace) -> int:
+    """This process is one of a stage's."""
+    import importlib
+    import warnings
+
+    from stage import Device, Stage
+
+    warnings.filterwarnings("ignore")
+    plan = next(p for p in PLANS if p.name == args.run)
+    stage = Stage(plan.name, args.out, Device("rehearsal" if args.rehearse else "cuda"), args.shard, plan.shards)
+    stage.write("running")
+    getattr(importlib.import_module(plan.module), plan.name)(stage)
+    stage.write("done")
     return 0
-
-
-def close(name: str, got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    error = ((got.double().cpu() - want.double().cpu()).norm() / want.double().cpu().norm().clamp_min(1e-30)).item()
-    if not error <= tolerance:
-        raise SystemExit(f"{name}: relative error {error:.1e} is above {tolerance:.0e}.")
-
-
-def check_slot_attention() -> None:
-    """The Triton kernel on its own against the plain reference in float64."""
-    from depthpass_kernels import slot_attention, slot_attention_naive
-
-    for dtype in (torch.float32, torch.bfloat16):
-        for options in ({}, {"window": 24}, {"softcap": 20.0}, {"sinks": True}, {"padded": True}, {"chunk": 16}):
-            torch.manual_seed(0)
-            shapes = {"q": (3, 8, 5, 64), "k": (3, 2, 80, 64), "v": (3, 2, 80, 64)}
-            exact = {n: torch.randn(s, dtype=torch.float64).to(dtype).double().requires_grad_() for n, s in shapes.items()}
-            given = {"q_start": 60, **options}
-            if given.pop("padded", False):
-                given["valid"] = torch.arange(80)[None] >= torch.tensor([0, 7, 33])[:, None]
-            if given.pop("sinks", False):
-                exact["sinks"] = torch.randn(8, dtype=torch.float64).to(dtype).double().requires_grad_()
-            want = slot_attention_naive(**exact, **given)
-            weight = torch.randn(want.shape, dtype=torch.float64)
-            (want * weight).sum().backward()
-            there = {n: t.detach().to("cuda", dtype).requires_grad_() for n, t in exact.items()}
-            moved = {n: t.cuda() if isinstance(t, torch.Tensor) else t for n, t in given.items()}
-            got = slot_attention(**there, **moved, implementation="triton")
-            (got * weight.to("cuda", dtype)).sum().backward()
-            label = f"slot attention {dtype} {options}"
-            close(label, got.detach(), want.detach(), TOLERANCE[dtype])
-            for name, t in there.items():
-                close(f"{label}, gradient of {name}", t.grad, exact[name].grad, 4 * TOLERANCE[dtype])
-
-
-def check_bridge() -> None:
-    """The fused bridge against plain float64 ops."""
-    from depthpass_kernels import bridge_in
-
-    torch.manual_seed(0)
-    for dtype in (torch.float32, torch.bfloat16):
-        x, c, w, b, n = (torch.randn(s, dtype=torch.float64).to(dtype).double()
-                         for s in ((3, 4, 256), (3, 4, 24), (256, 24), (256,), (256,)))
-        total = x + 0.5 * (c @ w.t()) + b
-        normed = total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6) * n
-        got = bridge_in(*(t.to("cuda", dtype) for t in (x, c, w, b)), gain=0.5, norm_weight=n.to("cuda", dtype), eps=1e-6,
-                        implementation="triton")
-        for name, a, e in zip(("sum", "norm"), got, (total, normed)):
-            close(f"bridge {dtype} {name}", a, e, TOLERANCE[dtype])
-
-
-def kernel_times(repeat: int = 5) -> list[Result]:
-    """One chunk's attention, forward and backward, by Triton, SDPA and FlexAttention: which one ``auto`` should take."""
-    from depthpass_kernels import slot_attention
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    compiled_flex, found = torch.compile(flex_attention), []
-    for batch, chunk, keys in ((32, 4, 160), (32, 16, 160), (8, 4, 2048), (1, 1, 2048)):
-        torch.manual_seed(0)
-        shapes = {"q": (batch, 32, chunk, 64), "k": (batch, 8, keys, 64), "v": (batch, 8, keys, 64)}
-        q, k, v = (torch.randn(s, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in shapes.values())
-        start = keys - chunk
-        seen = torch.ones(chunk, keys, device="cuda", dtype=torch.bool).tril(start)
-        offset = torch.tensor(start, device="cuda")
-        # The offset is a captured tensor: a number would have no guard.
-        mask = create_block_mask(lambda b, h, i, j, offset=offset: j <= i + offset, None, None, chunk, keys)
-
-        def run(attend):
-            def step():
-                attend().float().square().sum().backward()
-
-            return step
-
-        runs = {
-            "SDPA": run(lambda q=q, k=k, v=v, seen=seen: sdpa(q, k, v, attn_mask=seen, enable_gqa=True)),
-            "FlexAttention": run(lambda q=q, k=k, v=v, mask=mask: compiled_flex(q, k, v, block_mask=mask, enable_gqa=True)),
-            "Triton": run(lambda q=q, k=k, v=v, start=start: slot_attention(q, k, v, q_start=start, implementation="triton")),
-        }
-        setting = {"machine": machine("cuda"), "batch": batch, "chunk": chunk, "keys": keys, "heads": "32 over 8 of 64"}
-        found.append(Result("slot attention, forward and backward", setting, "SDPA", compare(runs, repeat, "cuda")))
-    return found
-
-
-def check_rungs() -> None:
-    """Every rung, in float64 and float32, against the eager one in float64: left-padded rows, overlapping bridges.
-
-    In float32 attention and bridges run in the Triton kernels.
-    """
-    from turboconn import build
-
-    exact = build(128, 4).double().cuda()
-    spec = dp.TurboConn(bridges=[(3, 0), (2, 0), (2, 1)], group=3, rank=16)
-    ids = torch.randint(3, 1000, (3, 20), device="cuda")
-    mask = (torch.arange(20, device="cuda")[None] >= torch.tensor([0, 5, 9], device="cuda")[:, None]).long()
-    values, found = None, {}
-    for dtype, rung, limit in (
-        (torch.float64, "eager", 0.0), (torch.float64, "scheduled", 1e-6), (torch.float64, "inductor", 1e-6),
-        (torch.float64, "cudagraph", 1e-6), (torch.float32, "scheduled", 1e-4), (torch.float32, "inductor", 1e-4),
-        (torch.float32, "cudagraph", 1e-4),
-    ):
-        turbo = dp.transform(copy.deepcopy(exact).to(dtype), spec, lowering=rung)
-        if values is None:
-            values = {k: 0.2 * torch.randn_like(v) for k, v in turbo.depth.state_dict().items()}
-        turbo.depth.load_state_dict(values)
-        for repeat in range(2):  # a graph that is replayed must not repeat its first result
-            rows = ids.roll(repeat, 1)
-            turbo.zero_grad()
-            out = turbo(input_ids=rows, attention_mask=mask, labels=rows.masked_fill(mask == 0, -100), use_cache=False)
-            out.loss.backward()
-            grads = {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}
-            if rung == "eager":
-                found[repeat] = out.logits.detach(), grads
-                continue
-            label = f"{rung} {dtype}"
-            assert turbo.depth_lowered[0].rung == rung, turbo.depth_lowered
-            close(f"{label} logits", out.logits.detach()[mask.bool()], found[repeat][0][mask.bool()], limit)
-            for name, g in grads.items():
-                close(f"{label} gradient of {name}", g, found[repeat][1][name], 10 * limit)
 
 
 if __name__ == "__main__":
