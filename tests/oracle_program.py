@@ -386,11 +386,14 @@ def inner_thinking(
     return torch.stack(streams)
 
 
-def compare(stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8) -> None:
+def compare(
+    stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8, counted: bool = False
+) -> None:
     """Outputs and every gradient of a transformed model against an oracle, row by row.
 
     Args:
         want: ``(row, parameters by name) -> stream`` after the last block; called under :func:`oracle_attention`.
+        counted: rows are numbered by their own tokens, not by columns.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     columns = torch.arange(ids.shape[1])
@@ -405,7 +408,7 @@ def compare(stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: C
     with oracle_attention(stock):
         for r in range(len(ids)):
             real = mask[r]
-            row = Row(stock, ids[r, real], columns[real])
+            row = Row(stock, ids[r, real], columns[: int(real.sum())] if counted else columns[real])
             logits = row.logits(want(row, values))
             torch.testing.assert_close(got[r, real], logits, rtol=1e-9, atol=1e-9)
             loss = loss + (logits * weight[r, real]).sum()

@@ -189,6 +189,9 @@ def _positions(model, given, valid, batch: int, past: int, new: int, device: tor
         if model.config.model_type == "opt" and valid is not None:
             # OPT counts real tokens (its own embedding does so from the mask); all others count columns.
             return (valid.long().cumsum(-1) * valid - 1)[:, past:]
+        # A model with a table of positions depends on them itself, and numbers columns as the stock model does.
+        if valid is not None and model.depth_program.reads_positions and model._depth.position_table is None:
+            return (valid.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
         _check_table(model, past + new - 1, None)
         return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
     if value.dim() == 1:

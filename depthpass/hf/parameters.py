@@ -46,8 +46,8 @@ class Balance(nn.Module):
         self.register_buffer("bias", torch.zeros(width, dtype=wide, device=like.device))
 
     @torch.no_grad()
-    def move(self, score: torch.Tensor, valid: torch.Tensor | None, rate: float) -> None:
-        """One step towards the places that fewer tokens chose than the mean.
+    def load(self, score: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """How many tokens chose each place, ``[width]``.
 
         Args:
             score: with the bias, ``[batch, tokens, width]``.
@@ -56,7 +56,11 @@ class Balance(nn.Module):
         chosen = nn.functional.one_hot(score.argmax(-1), len(self.bias)).to(self.bias.dtype)
         if valid is not None:
             chosen = chosen * valid[..., None]
-        load = chosen.sum((0, 1))
+        return chosen.sum((0, 1))
+
+    @torch.no_grad()
+    def move(self, load: torch.Tensor, rate: float) -> None:
+        """One step towards the places that fewer tokens chose than the mean."""
         self.bias += rate * torch.sign(load.mean() - load)
 
 

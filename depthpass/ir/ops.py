@@ -22,7 +22,9 @@ linear       a learned affine map; several arguments are concatenated along the 
              its last argument
 weigh        times a learned vector of the stream's width
 scale        times a constant
-add, mul     sum, product; a stream of width 1 broadcasts; an absent summand adds nothing
+add, mul     sum, product; a stream of width 1 broadcasts; an absent summand adds nothing. ``lands``: of a sum that a bridge
+             makes between two visits, whether it lands on the ``output`` of the first, so that who reads the stream after
+             that visit reads the sum, or on the ``input`` of the second
 act          an elementwise function (sigmoid, silu, tanh, gelu), or ``softmax`` over the width
 pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
@@ -137,7 +139,7 @@ OPS: dict[str, OpDef] = {
         ),
         _def("weigh", "name", name=_REQ_NAME, init=AttrDef(float, 1.0)),
         _def("scale", "by", by=AttrDef(float, required=True)),
-        _def("add", None, (2, None)),
+        _def("add", None, (2, None), lands=AttrDef(str, "output", choices=("output", "input"))),
         _def("mul", None, (2, 2)),
         _def("act", "fn", fn=AttrDef(str, required=True, choices=ACTIVATIONS)),
         _def("rms", name=AttrDef(str), eps=AttrDef(float, 1e-6)),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
+from depthpass.limits import check_program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.exits import Exits
 from depthpass.passes.layer_program import check_range
@@ -324,6 +325,8 @@ class Loop(Pass):
         at = program.index[end] + 1
         tail = [o for o in program.ops[at:-1] if o.kind != "tap"]
         new: list[Op] = []
+        visits = len(program.visits) + len(states) * sum(o.kind == "block" for o in tail)
+        check_program(visits, len(program.ops) + len(states) * len(tail), "loop.taps")
         names = iter(program.fresh(len(states) * len(tail)))
         slot = 1 + max(o["slot"] for o in program.visits)
         for t, state in enumerate(states, 1):

@@ -33,6 +33,7 @@ class Pad(Pass):
 
     name: ClassVar[str] = "pad"
     numerics: ClassVar[Numerics] = "changing"
+    names: ClassVar[tuple[str, ...]] = ("token",)
 
     tokens: int
     token: int | None = None

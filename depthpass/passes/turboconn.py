@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
+from depthpass.limits import check_program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.streams import after_bridges, check_whole, insert_before, linear
 
@@ -195,6 +196,7 @@ class TurboConn(Pass):
         destinations = range(*(self.destinations or (0, visits)), self.stride)
         spans = [s - d for s in sources for d in destinations if s > d]
         least = self.min_span if self.min_span is not None else min(MIN_SPAN, max(spans, default=MIN_SPAN))
+        check_program(visits, 5 * sum(span >= least for span in spans), "turboconn")
         found = tuple((s, d) for s in sources for d in destinations if s - d >= least)
         if not found:
             raise PassError(
@@ -278,7 +280,7 @@ class TurboConn(Pass):
         """Add the arriving values on the visit's output, or on its input."""
         if self.write == "input":
             stream = program.defs[visit].args[0]
-            ops = [*ops, op("add", stream, *ups, name=name)]
+            ops = [*ops, op("add", stream, *ups, name=name, lands="input")]
             return insert_before(program, visit, ops).map_ops(
                 lambda o: replace(o, args=(name,)) if o.name == visit else o
             )
