@@ -23,18 +23,17 @@ def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str
         InputError: the example inputs do not fit together.
     """
     from depthpass.capture.attention import signature_names
-    from depthpass.capture.export import sharing_copy, trace
+    from depthpass.capture.export import trace
     from depthpass.capture.outline import outline
     from depthpass.capture.screen import screen
+    from depthpass.capture.structure import structural_copy
 
     screen(model, static)
     if "use_cache" in signature_names(type(model).forward):
         static = {**static, "use_cache": False}
-    private = sharing_copy(model)
+    private = structural_copy(model)
     for module in private.modules():
         # Some models only look at their config, whatever their forward is told.
         if hasattr(config := getattr(module, "config", None), "use_cache"):
             config.use_cache = False
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
     return outline(trace(private, tensors, static))

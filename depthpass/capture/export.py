@@ -12,7 +12,7 @@ from torch import nn
 
 from depthpass.capture import attention
 from depthpass.capture.explain import explain, watch_sizes
-from depthpass.capture.functional import functionalise
+from depthpass.capture.functional import drop_void_writes, functionalise
 from depthpass.capture.screen import find_layers
 from depthpass.capture.traced import Traced, from_export
 from depthpass.errors import InputError
@@ -98,8 +98,9 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, 
             program = torch.export.export(model, (), {**examples, **static}, dynamic_shapes=dims, strict=False)
         except Exception as error:
             raise explain(model, error, counting) from error
+    void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
-    return from_export(program, layers, len(model.get_submodule(layers)))
+    return from_export(program, layers, len(model.get_submodule(layers)), void)
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -26,6 +26,9 @@ _SCATTERS = {
 _MAY_ALIAS = {"aten::type_as", "aten::dropout", "aten::alpha_dropout", "aten::feature_dropout", "aten::lift_fresh"}
 
 
+_CASTS = {"aten::to", "aten::_to_copy", "aten::alias", "aten::detach", "aten::detach_"}
+
+
 def functionalise(module: fx.GraphModule, writable: frozenset[str] = frozenset()) -> int:
     """Make a graph and its subgraphs functional, in place; return how many ops were replaced.
 
@@ -108,7 +111,7 @@ def _replace(
                 f"{place(node)}: writes a view of {member.name!r}, which is read again later through another view; assign "
                 "to a new tensor instead (torch.where, torch.cat, torch.index_put)."
             )
-    node.target = overload
+    _retarget(node, overload)
     new, after = node, order[node]
     for i, old in enumerate(chain):
         if i > 0:
@@ -120,6 +123,42 @@ def _replace(
             order[new] = after
         shares[new] = {new}
         old.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: order[user] > after and user is not new)
+
+
+def _retarget(node: fx.Node, overload: Any) -> None:
+    if overload is torch.ops.aten.copy.default and _alike(*node.args[:2], dtype=False):
+        # ``copy`` itself has no derivative.
+        target, source = node.args[:2]
+        node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (source, target.meta["val"].dtype), {}
+    else:
+        node.target = overload
+
+
+def _alike(a: fx.Node, b: fx.Node, dtype: bool = True) -> bool:
+    x, y = a.meta["val"], b.meta["val"]
+    return x.shape == y.shape and x.device == y.device and (x.dtype == y.dtype or not dtype)
+
+
+def drop_void_writes(graph: fx.Graph) -> set[str]:
+    """Erase writes that give a tensor the values it has: ``self.table = self.table.to(device, dtype)`` is traced as one.
+
+    Returns:
+        names of the nodes that are gone.
+    """
+    gone = set()
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.aten.copy_.default:
+            continue
+        source = node.args[1]
+        while source.op == "call_function" and _schema(source) is not None and source.args and (
+            _schema(source).name in _CASTS and _alike(source, source.args[0])
+        ):
+            source = source.args[0]
+        if source is node.args[0]:
+            gone.add(node.name)
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+    return gone
 
 
 def _views(target: fx.Node) -> list[fx.Node]:

@@ -6,6 +6,7 @@ Dynamo hands to a ``torch.compile`` backend.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 
 import torch
@@ -40,11 +41,15 @@ class Traced:
     whole_rows: bool = False
 
 
-def from_export(program: torch.export.ExportedProgram, layers: str, count: int) -> Traced:
-    """What ``torch.export`` traced, as a :class:`Traced`."""
+def from_export(program: torch.export.ExportedProgram, layers: str, count: int, void: Container[str] = ()) -> Traced:
+    """What ``torch.export`` traced, as a :class:`Traced`.
+
+    Args:
+        void: results that are no writes after all.
+    """
     signature = program.graph_signature
     constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
     return Traced(
         program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, constants,
-        tuple(signature.buffers_to_mutate.values()), program.call_spec.out_spec, layers, count,
+        tuple(t for n, t in signature.buffers_to_mutate.items() if n not in void), program.call_spec.out_spec, layers, count,
     )

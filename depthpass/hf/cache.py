@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from transformers.generation.utils import GenerationMixin
 
 from depthpass.capture.attention import signature_names
 from depthpass.errors import CacheError, InputError
+from depthpass.hf.cache_layers import SlotLayer, moved
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -55,15 +58,17 @@ class DepthCache(Cache):
         super().__init__(layers=[])
         from depthpass_lowering.state import State
 
-        # Inside a PEFT wrapper it is still the transformed model that runs, and asks whose cache this is.
+        # Inside a PEFT wrapper it is still the transformed model that runs, and asks whose cache this is; so it is for its
+        # decoder.
         wrapped = getattr(model, "get_base_model", None)
         model = wrapped() if callable(wrapped) else model
+        model = getattr(model, "depth_model", model)
         if not hasattr(model, "depth_program"):
             raise CacheError(
                 f"DepthCache: expected a transformed model, got {type(model).__name__}. Call dp.transform(model, spec) "
                 "first."
             )
-        self._owner = weakref.ref(model)
+        self._owner: weakref.ref | None = weakref.ref(model)
         self.state: State = State(record=record)
         self.program: Program | None = None
 
@@ -75,7 +80,12 @@ class DepthCache(Cache):
         )
 
     def check_owner(self, model, name: str) -> None:
-        """Raise CacheError unless the cache was made for ``model``; ``name`` is the argument it was given as."""
+        """Raise CacheError unless the cache was made for ``model``; ``name`` is the argument it was given as.
+
+        A cache that was loaded from a file belongs to the first model that takes it (which :meth:`check_program` checks).
+        """
+        if self._owner is None:
+            self._owner = weakref.ref(model)
         if self._owner() is not model:
             raise CacheError(
                 f"{name}: this DepthCache belongs to another model. Make one with dp.DepthCache(model), "
@@ -104,6 +114,46 @@ class DepthCache(Cache):
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
         return -1
+
+    get_max_cache_shape = get_max_length
+
+    @property
+    def layers(self) -> list[SlotLayer]:
+        """One view per slot, in the order of the slots: ``cache.layers[i].keys``."""
+        return [SlotLayer(self, number) for number in sorted(self.state.slots)]
+
+    @layers.setter
+    def layers(self, value: list) -> None:
+        if value:
+            raise CacheError("layers: a DepthCache is filled by its model, not by hand.")
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None]]:
+        """Keys and values of every slot."""
+        return iter([(layer.keys, layer.values) for layer in self.layers])
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        layer = self.layers[index]
+        return layer.keys, layer.values
+
+    def to(self, *args, **kwargs) -> DepthCache:
+        """Move keys, values and delay lines to a device or dtype, as ``Tensor.to`` does; returns the cache."""
+        self.state = moved(self, *args, **kwargs)
+        return self
+
+    def __copy__(self) -> DepthCache:
+        made = type(self).__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __deepcopy__(self, memo: dict) -> DepthCache:
+        made = self.__copy__()
+        memo[id(self)] = made
+        made.state = copy.deepcopy(self.state, memo)
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A file holds the state and what filled it: not the model, nor the room that slots grow into.
+        return {**self.__dict__, "_owner": None, "state": self.state.map(torch.clone)}
 
     def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
         return self.state.tokens + query_length, 0

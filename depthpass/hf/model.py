@@ -9,9 +9,10 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,17 +21,24 @@ from torch.utils.checkpoint import checkpoint
 
 from depthpass.analysis.routing import reads_future
 from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
-from depthpass.capture.attention import attention_style, signature_names
+from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
-from depthpass.capture.head import logits_part
+from depthpass.capture.quiet import quiet, without_autocast
+from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
+from depthpass.hf.captured import remember
+from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
+from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
-from depthpass.hf.inputs import Call, check_rows, normalise, warn_frozen
+from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
+from depthpass.hf.hooks import is_controlled
+from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
+from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
-from depthpass.hf.watch import Binding, Watch, check_hooks, without_hooks
+from depthpass.hf.watch import Binding, Watch, watch
 from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
@@ -45,6 +53,9 @@ PROMPT = "_depth_prompt"
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
 
+_NOT_FOR_HEADS = ("labels", "use_cache", "return_dict", "prompt_length", "num_items_in_batch")
+"""Arguments of a call that say nothing to its head, or ask it for more than logits."""
+
 # torch.export is not safe to run in two threads at once, whatever the models.
 _CAPTURING = threading.Lock()
 
@@ -55,20 +66,25 @@ class Runtime:
 
     Attributes:
         plans: what may run, and which plan does.
+        layers: path of the list of blocks.
+        decoder: path of the inner decoder, which runs the program; empty where the model has no head.
         lowering: rung of the ladder that runs serial regions.
         fixed_point: how serial regions are swept; None = the sequential schedule.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.
-        watches: the module trees there have been, newest last; kept, so that no module's identity is ever reused.
+        watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
+        said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
+            see parts of rows.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
     plans: Plans
     layers: str
-    position_table: int | None
+    decoder: str
+    position_table: str | None
     lowering: str = "auto"
     fixed_point: FixedPoint | Measure | None = None
     ratios: dict[str, float] = field(default_factory=dict)
@@ -78,6 +94,8 @@ class Runtime:
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
+    said_compiled: bool = False
+    said_parts: bool = False
 
     @property
     def plan(self) -> Plan:
@@ -100,7 +118,7 @@ class Runtime:
 
     def __reduce__(self):
         return _runtime, (
-            self.plans.home, self.plans.default, self.layers, self.position_table, self.lowering, self.fixed_point,
+            self.plans.home, self.plans.default, self.layers, self.decoder, self.position_table, self.lowering, self.fixed_point,
             dict(self.ratios),
         )
 
@@ -120,9 +138,16 @@ class BlockCall:
     def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
         self.block, self.visit, self.sides, self.host = block, visit, sides, host
 
+    @functools.partial(torch.compiler.disable, reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        params = self.visit.adapt(self.block.template.params, self.host.tensors(self.block, layer))
-        return self.visit.run(self.block.template, hidden, self.sides, params, self.host.runner)
+        host, visit = self.host, self.visit
+        bound = host.tensors(self.block, layer)
+        params = visit.adapt(self.block.template.params, bound)
+        if visit.index in host.hooked.own:
+            host.counts[visit.index] += 1
+        if visit.index in host.hooked.inside:
+            return host.live.block(layer, visit, params, bound, hidden)
+        return visit.run(self.block.template, hidden, self.sides, params, host.runner)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -142,18 +167,23 @@ class StockHost:
 
     Attributes:
         runner: gives the callable to run a captured graph with.
+        live: what runs as modules in this call; None = nothing.
+        counts: calls of each block with hooks.
     """
 
     adapts = True
 
     def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
         self.model, self.captured = model, captured
-        self.layers = model.get_submodule(captured.layers)
+        self.decoder = model.get_submodule(model._depth.decoder)
+        self.layers = model.get_submodule(model._depth.layers)
         self.extras = sides
         self.style = attention_style(model)
         self.training = model.training
         self.depth: nn.Module | None = None
-        self.found = model._depth.watches[-1].found
+        self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
+        self.live: Live | None = None
+        self.counts: Counter[int] = Counter()
         self.ratios = model._depth.ratios
         self.losses: dict[str, Tensor] | None = None
         self.pool: Pool | None = None
@@ -168,13 +198,13 @@ class StockHost:
             names = owner.params if isinstance(owner, Part) else owner.template.params
             found = bindings[id(owner)] = [
                 functools.partial(owner.constants.__getitem__, p) if p in owner.constants else
-                Binding(self.model, p[1:]) if p.startswith("/") else Binding(module, p)
+                Binding(self.decoder, p[1:]) if p.startswith("/") else Binding(module, p)
                 for p in names
             ]
         return [read() for read in found]
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
-        params = self.tensors(part, self.model)
+        params = self.tensors(part, self.decoder)
         extras = [self.extras[e] for e in part.extras]
         # Embedding and tables are one small op each: not worth compiling.
         runner = direct if part is self.captured.prologue else self.runner
@@ -190,10 +220,18 @@ class StockHost:
         return self.captured.blocks[index].template.sites
 
     def norm(self, hidden: Tensor) -> Tensor:
+        if self.live is not None and self.live.norms:
+            return self.live.norm(hidden)
         return self.part(self.captured.norm, {}, hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
-        return self.part(logits_part(self.captured), {}, normed)
+        found = _logits(self.model._head(self.captured, normed), "the op 'logits'", "an exit criterion of the state")
+        if found.shape[:2] != normed.shape[:2] or found.dim() != 3:
+            raise UnsupportedModelError(
+                f"the op 'logits': expected the head to give logits of every token, got shape {tuple(found.shape)} for "
+                f"{tuple(normed.shape[:2])} tokens. Use an exit criterion of the state."
+            )
+        return found
 
     def module(self, name: str) -> nn.Module:
         if self.depth is None:
@@ -221,7 +259,11 @@ class StockHost:
         layer = self.layers[index]
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
-        return None
+        if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
+            return f"block {index} has something around its forward, which needs module calls"
+        if index in self.hooked.inside:
+            return f"block {index} has hooks on modules inside it, which need module calls"
+        return "new modules have hooks, which need module calls" if self.hooked.parameters else None
 
     def recomputes(self, index: int) -> bool:
         layer = self.layers[index]
@@ -247,12 +289,20 @@ class StockHost:
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
 
 
+@functools.cache
+def _compiled_stock(stock: type) -> Callable:
+    """The stock forward with what stands around the decoder compiled."""
+    return torch.compile(stock.forward, dynamic=True)
+
+
 def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled rung makes of them."""
     if lowering not in ("inductor", "cudagraph"):
         return direct
     from depthpass_lowering.compiled import compiled_whole
+    from depthpass_lowering.transforms import check_compilable
 
+    check_compilable(lowering)
     return compiled_whole
 
 
@@ -354,15 +404,96 @@ class DepthModel:
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
-    def _run_program(self, arguments: dict[str, object]):
-        """Forward pass of the program; ``arguments`` by the stock forward's parameter names."""
+    def _call_stock(self, args: tuple, kwargs: dict[str, object], prompt_length):
+        """A call of the outer class: stock code around its decoder, where the program runs."""
+        stock = type(self)._stock_class
+        arguments, given = bind(stock, self, args, kwargs)
+        if prompt_length is not None:
+            arguments["prompt_length"] = prompt_length
+        if self._depth.decoder == "":
+            return self._run_program(self, arguments, None)
+        check_outer(self, call_names(stock), arguments)
+        name, _ = take_cache(dict(arguments))
+        decoder = self.get_submodule(self._depth.decoder)
+        # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
+        compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
+        forward = _compiled_stock(stock) if compiled else stock.forward
+        with inside(Frame(decoder, self, arguments, name)) as frame:
+            output = forward(self, *args, **given)
+        if frame.left is None:
+            raise UnsupportedModelError(
+                f"the forward of {type(self).__name__} does not call {self._depth.decoder} ({type(decoder).__name__}), which "
+                "runs the program, so what it returns is not the transformed model's. Call the decoder in it."
+            )
+        return self._finish(output, frame)
+
+    def _finish(self, output, frame: Frame):
+        """Add what the stock code does not know to its outputs: training losses, taps and sweeps."""
+        left, loss = frame.left, 0.0
+        if left.losses is not None and self.training and frame.arguments.get("labels") is not None:
+            loss = _share(frame.arguments) * left.losses[1]
+        if isinstance(output, tuple):
+            return (output[0] + loss, *output[1:]) if isinstance(loss, Tensor) else output
+        if isinstance(loss, Tensor) and getattr(output, "loss", None) is not None:
+            output["loss"] = output.loss + loss.to(output.loss)
+        keep = frame.arguments.get("logits_to_keep")
+        return self._decorate(output, left, as_index(keep), frame.arguments)
+
+    def _decorate(self, output, left: Left, keep: slice | Tensor | None = None, arguments: Mapping[str, object] | None = None):
+        """Hand out what a run left as plain attributes: not entries, so tuples and gathers of outputs stay as they are.
+
+        Args:
+            keep: the tokens whose streams are handed out; None = all.
+            arguments: of the outer call; heads of taps get them, too.
+        """
+        if left.losses is not None:
+            output.losses, output.losses_total = left.losses
+        if left.heads:
+            output.taps = {
+                n: _logits(self._head(left.captured, x, arguments), f"tap {n!r}", "head=False") if left.heads[n] else
+                x if keep is None else x[:, keep]
+                for n, x in left.streams.items() if n in left.heads
+            }
+        if left.sweeps is not None:
+            output.sweeps = left.sweeps
+        return output
+
+    def _head(self, captured: Capture, normed: Tensor, arguments: Mapping[str, object] | None = None):
+        """What the stock code makes of a stream that the final norm has passed, as if the decoder had returned it.
+
+        Args:
+            normed: ``[batch, k, width]``.
+            arguments: of the call that it is a part of; None = of any tokens.
+        """
+        leaves = range(captured.out_spec.num_leaves)
+        place = pytree.tree_unflatten(list(leaves), captured.out_spec)["last_hidden_state"]
+        output = pytree.tree_unflatten([normed if i == place else None for i in leaves], captured.out_spec)
+        decoder = self.get_submodule(self._depth.decoder)
+        if decoder is self:
+            return output
+        stock = type(self)._stock_class
+        if arguments is None:
+            given: dict[str, object] = {"input_ids": torch.zeros(normed.shape[:2], dtype=torch.long, device=normed.device)}
+        else:
+            given = {n: x for n, x in arguments.items() if n not in (*_NOT_FOR_HEADS, *NAMES)}
+        with inside(Frame(decoder, self, answer=output)):
+            return stock.forward(self, **given)
+
+    def _run_program(self, decoder: nn.Module, arguments: dict[str, object], frame: Frame | None):
+        """Run the program up to the final norm.
+
+        Args:
+            decoder: the module that is called; the model itself where it has no head.
+            arguments: by the names of the decoder's stock forward.
+            frame: of the outer call that it is a part of; None = the decoder was called by itself.
+        """
         from depthpass_lowering.state import State
 
         from depthpass.hf.step import advance_token
 
         runtime = self._depth
-        names = signature_names(type(self)._stock_forward)
-        call = normalise(self, names, arguments)
+        names = call_names(type(decoder)._stock_class)
+        call = normalise(self, decoder, names, arguments, frame)
         warn_frozen(self)
         groups = runtime.plans.running(self, call)
         plan = groups[0][0]
@@ -370,37 +501,37 @@ class DepthModel:
             call.cache.check_program(plan.meaning, call.cache_name)
         if len(groups) > 1:
             call = without_cache(call, arguments, [p.program for p, _ in groups])
+        if call.hidden_states:
+            groups = [(with_states(self, groups), None)]
         captured = self._captured(call, names)
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
-        heads, streams, state = (
-            advance_token(self, plan, captured, call, state)
-            or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
-        )
+        with shapes_only(call.tensors["attention_mask"]):
+            parts, streams, state = (
+                (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
+            )
         runtime.lowered = tuple(lowered)
-        losses = gathered[0] if gathered else None
-        outputs = {name: pytree.tree_unflatten(parts, captured.out_spec) for name, parts in heads.items()}
-        output = outputs.pop("output")
-        if losses is not None:
-            found, total = losses
-            output.losses = found
-            if self.training and getattr(output, "loss", None) is not None:
-                output["loss"] = output.loss + _share(call) * total.to(output.loss)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
-        if plan.heads:
-            # A plain attribute of the stock class: not an entry, so tuples and gathers of outputs stay as they are.
-            output.taps = {n: _logits(outputs[n], n) if head else streams[n] for n, head in plan.heads.items()}
-        if sweeping is not None:
-            output.sweeps = tuple(sweeping.solves)
+        output = pytree.tree_unflatten(parts, captured.out_spec)
+        if call.hidden_states:
+            output["hidden_states"] = take_states(streams, output.last_hidden_state)
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.keep(plan.meaning, state)
             for name in NAMES:
                 if name in getattr(output, "__dataclass_fields__", {}):
                     output[name] = cache
+        left = Left(captured, streams, plan.heads, gathered[0] if gathered else None, sweeping and tuple(sweeping.solves))
+        if frame is not None:
+            frame.left = left
+        else:
+            self._decorate(output, left)
+            if decoder is not self:
+                _warn_losses(self, left)
         return output if call.return_dict else output.to_tuple()
 
     def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
@@ -413,22 +544,26 @@ class DepthModel:
             lowered: gets how each serial region is run.
 
         Returns:
-            what the stock head makes of the output and of taps with a head, by name; all streams by name; the new state.
+            the decoder's flat outputs; all streams by name; the new state.
         """
         from depthpass_lowering.eager import run
 
         runtime, plan = self._depth, groups[0][0]
         host = StockHost(self, captured, ())
-        # What runs has the program's pads in it; the head sees what the caller gave.
+        # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
         tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             hidden, *sides = host.part(
                 captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
             )
+            if host.hooked.live:
+                layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
+                host.live = Live(host.decoder, layers, captured, host.hooked, inner.tensors, inner.past, inner.cache)
+                hidden = host.live.hidden
         host.extras = sides
-        host.losses = {} if plan.program.losses and (self.training or "labels" in call.tensors) else None
+        host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
             streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
         else:
@@ -436,19 +571,16 @@ class DepthModel:
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
                 runtime.lowering, sweeping, lowered,
             )
+        if call.hidden_states:
+            streams[EMBEDDED] = hidden
+        warn_parts(self, host.counts)
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
         elif state.pads is not None:
             state.pads = nn.functional.pad(state.pads, (0, tokens.shape[1]))
         if host.losses is not None:
             gathered.append((host.losses, host.extra_loss))
-        if call.keep is not None:
-            streams = {name: x[:, call.keep] for name, x in streams.items()}
-        heads = {
-            name: list(host.part(captured.head, call.tensors, x))
-            for name, x in streams.items() if name == "output" or plan.heads[name]
-        }
-        return heads, streams, state
+        return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
 
     def _by_rows(
         self, groups, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
@@ -460,14 +592,15 @@ class DepthModel:
 
         parts, pool, captured = [], Pool(), whole.captured
         for plan, rows in groups:
+            group = StockHost(self, captured, ())
+            group.live, group.counts = whole.live and whole.live.of_rows(rows), whole.counts
             mine = [
                 s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s
                 for s, axis in zip(sides, captured.side_axes)
             ]
-            host = StockHost(self, captured, mine)
-            host.losses, host.pool = whole.losses, pool
+            group.extras, group.losses, group.pool = mine, whole.losses, pool
             streams, _ = run(
-                plan.schedule, host, hidden.index_select(0, rows), mine, captured.side_axes,
+                plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
             )
@@ -491,22 +624,19 @@ class DepthModel:
                 found = runtime.captures.get(key)
                 if found is None:
                     found = self._capture(call.tensors, names)
-                    runtime.captures[key] = found
+                    remember(runtime, key, found)
         return found
 
     def _watched(self) -> Watch:
-        watches = self._depth.watches
-        if not watches or not watches[-1].current():
-            check_hooks(self, self._depth.layers)
-            watches.append(Watch(self))
-        return watches[-1]
+        return watch(self._depth.watches, self, self._depth.decoder, self._depth.layers)
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
-        stock = without_hooks(stock_copy(self))
-        static = {"use_cache": False} if "use_cache" in names else {}
-        # Heads without the argument ask the config. The copy's config is its own.
-        stock.config.get_text_config(decoder=True).use_cache = False
-        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), torch.enable_grad():
+        with quiet(self.device):
+            stock = stock_decoder(self)
+            static = {"use_cache": False} if "use_cache" in names else {}
+            # Heads without the argument ask the config. The copy's config is its own.
+            for config in (stock.config, stock.config.get_text_config(decoder=True)):
+                config.use_cache = config.output_hidden_states = False
             found = capture(stock, tensors, static)
         if len(found.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
@@ -515,6 +645,18 @@ class DepthModel:
         return found
 
     # What transformers calls.
+
+    def init_continuous_batching(self, *args, **kwargs):
+        """Refused: continuous batching writes keys and values into pages that stock attention layers read.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError("continuous batching (generate_batch, cache_implementation='paged', transformers serve): a transformed "
+                         "model keeps a DepthCache, one slot per visit and delay lines, which has no pages. Use generate with "
+                         "a left-padded batch.")
+
+    generate_batch = continuous_batching_context_manager = init_continuous_batching
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         given = model_kwargs.get(STOCK_NAME)
@@ -546,11 +688,7 @@ class DepthModel:
         if pad_op(self.depth_program) is not None:
             self._say_prompt(generation_config, model_kwargs)
         if given is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation not in (None, "dynamic"):
-                raise InputError(
-                    f"cache_implementation={generation_config.cache_implementation!r}: a transformed model keeps its "
-                    "own DepthCache (one slot per visit and delay lines); leave cache_implementation unset."
-                )
+            check_implementation(generation_config.cache_implementation)
             # An assistant's tokens are taken back when the model it drafts for disagrees.
             model_kwargs[STOCK_NAME] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None
@@ -619,23 +757,31 @@ class DepthModel:
         return (_rebuild, (type(self)._stock_class,), *made[2:])
 
 
-def _share(call: Call) -> Tensor | float:
+def _share(arguments: Mapping[str, Any]) -> Tensor | float:
     """Factor of a loss that is a mean over this call, beside a loss that is summed over ``num_items_in_batch`` labels.
 
     Trainer splits a batch into several calls and divides each one's summed loss by the labels of all of them.
     """
-    if "num_items_in_batch" not in call.tensors:
+    if arguments.get("num_items_in_batch") is None:
         return 1.0
-    return (call.tensors["labels"][:, 1:] != -100).sum() / call.tensors["num_items_in_batch"]
+    return (arguments["labels"][:, 1:] != -100).sum() / arguments["num_items_in_batch"]
 
 
-def _logits(output, tap: str) -> Tensor:
-    """Logits that the stock head made of a tap."""
-    if getattr(output, "logits", None) is None:
-        raise UnsupportedModelError(
-            f"tap {tap!r}: asks for logits, but this model's outputs have {', '.join(output.keys())} only. Use a model with "
-            "a head, or head=False."
+def _warn_losses(model: nn.Module, left: Left) -> None:
+    """Losses of routers and exits are added to the loss of the outer class: a decoder has none to add them to."""
+    if left.losses is not None and left.losses[0] and model.training and torch.is_grad_enabled():
+        warnings.warn(
+            f"the decoder of a transformed {type(model).__name__} was called by itself, so its losses "
+            f"({', '.join(left.losses[0])}) are in no loss. Add outputs.losses_total to yours: their sum with coefficients.",
+            UserWarning, stacklevel=3,
         )
+
+
+def _logits(output, what: str, instead: str) -> Tensor:
+    """Logits that the stock head made of a stream."""
+    if getattr(output, "logits", None) is None:
+        raise UnsupportedModelError(f"{what} needs a model with a head; this one returns {', '.join(output.keys())}. Use one, or "
+                                    f"{instead}.")
     return output.logits
 
 
@@ -676,31 +822,23 @@ def _rebuild(stock_class: type) -> nn.Module:
 def depth_class(stock: type) -> type:
     """The class of transformed models of a stock class; it keeps the stock class's name."""
 
-    signature = inspect.signature(stock.forward)
-
     @functools.wraps(stock.forward)
     def forward(self, *args, prompt_length=None, **kwargs):
-        renamed = {n: kwargs.pop(n) for n in NAMES if n in kwargs and n not in signature.parameters}
-        bound = signature.bind_partial(self, *args, **kwargs)
-        arguments = dict(bound.arguments)
-        arguments.pop("self", None)
-        arguments |= arguments.pop("kwargs", {}) | renamed
-        if prompt_length is not None:
-            arguments["prompt_length"] = prompt_length
-        return self._run_program(arguments)
+        return self._call_stock(args, kwargs, prompt_length)
 
     # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
     body = {
         "config_class": None if stock.config_class is None else marked_class(stock.config_class),
-        "forward": torch.compiler.disable(forward), "_stock_forward": stock.forward, "_stock_class": stock,
+        "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
-    body["forward"].__signature__ = signature
+    body["forward"].__signature__ = inspect.signature(stock.forward)
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
         def generate(self, *args, **kwargs):
             _, cache = take_cache(kwargs)
+            check_generation(self, args, kwargs)
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate
@@ -725,9 +863,31 @@ def stock_copy(model: nn.Module) -> nn.Module:
     drop_wrapped_forward(copied)
     for layer in copied.get_submodule(model._depth.layers):
         layer.__dict__.pop("forward", None)
+    decoder = copied.get_submodule(model._depth.decoder)
+    # A wrapper that was put around a forward calls the transformed model.
+    for module in (copied, decoder):
+        module.__dict__.pop("forward", None)
+    if isinstance(decoder, DepthDecoder):
+        decoder.__class__ = type(decoder)._stock_class
+        del decoder._depth_door
     del copied._depth
     del copied.depth
     unmark(copied.config)
     if hasattr(copied.config, "depthpass"):
         del copied.config.depthpass
+    return copied
+
+
+def stock_decoder(model: nn.Module) -> nn.Module:
+    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`)."""
+    path, layers = model._depth.decoder, model._depth.layers
+    copied = structural_copy(model.get_submodule(path), leave=("_depth", "_depth_door"))
+    copied.__class__ = type(copied)._stock_class
+    copied._modules.pop(PREFIX, None)
+    # What was put around these forwards runs at each call.
+    for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
+        module.__dict__.pop("forward", None)
+    for module in copied.modules():
+        if is_controlled(module):
+            del module.forward
     return copied

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, SpecError
+from depthpass.hf.table import table_size
 from depthpass.ir.program import Op, Program
 
 if TYPE_CHECKING:
@@ -56,8 +57,9 @@ class Layout:
         return torch.where(mask, torch.as_tensor(pad, dtype=x.dtype, device=x.device), found)
 
     def trim(self, stream: Tensor) -> Tensor:
-        """``[batch, n + m, width]`` -> ``[batch, n, width]``."""
-        return stream.gather(1, self.outputs[..., None].expand(-1, -1, stream.shape[2]))
+        """``[batch, n + m, ...]`` -> ``[batch, n, ...]``."""
+        index = self.outputs.reshape(*self.outputs.shape, *[1] * (stream.dim() - 2))
+        return stream.gather(1, index.expand(-1, -1, *stream.shape[2:]))
 
 
 def pad_op(program: Program) -> Op | None:
@@ -96,7 +98,7 @@ def insert(model: nn.Module, program: Program, call: Call) -> tuple[Call, Layout
     if state is not None and state.length:
         return _after(model, o["tokens"], call), None
     name = "input_ids" if "input_ids" in call.tensors else "inputs_embeds"
-    if other := call.tensors.keys() - {name, "position_ids", "attention_mask", "labels", "num_items_in_batch"}:
+    if other := call.tensors.keys() - {name, "position_ids", "attention_mask"}:
         raise InputError(f"{min(other)}: a model with workspace pads does not know what to give the pads for it. Leave it "
                          "out.")
     new, count = call.tensors[name].shape[1], o["tokens"]
@@ -104,9 +106,6 @@ def insert(model: nn.Module, program: Program, call: Call) -> tuple[Call, Layout
     tensors = dict(call.tensors)
     tensors[name] = _tokens(model, o, tensors[name], layout)
     tensors["attention_mask"] = layout.spread(tensors["attention_mask"], True)
-    if "labels" in tensors:
-        # The prologue may take the number of columns from any of its arguments.
-        tensors["labels"] = layout.spread(tensors["labels"], IGNORED_LABEL)
     if "position_ids" in tensors:
         tensors["position_ids"] = _positions(tensors["position_ids"], layout, count)
         _check_positions(model, tensors["position_ids"])
@@ -142,8 +141,8 @@ def _split(call: Call) -> Tensor:
         if bool(((length < 1) | (length > total)).any()):
             raise InputError(f"prompt_length: expected between 1 and the row's number of real tokens {total.tolist()}, got "
                              f"{length.tolist()}.")
-    elif "labels" in call.tensors:
-        length = _unlabelled(call.tensors["labels"], real, total)
+    elif call.labels is not None and call.labels.shape == real.shape:
+        length = _unlabelled(call.labels, real, total)
     return (rank < length[:, None]).sum(-1) + 1
 
 
@@ -183,7 +182,7 @@ def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
 
 
 def _check_positions(model: nn.Module, positions: Tensor) -> None:
-    size = model._depth.position_table
+    size = table_size(model)
     if size is not None and int(positions.max()) >= size:
         raise InputError(f"the sequence reaches position {int(positions.max())} with its workspace pads, but the model's "
                          f"position table has {size} entries.")

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from depthpass.errors import UnsupportedModelError
+from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.ir.program import Program
 from depthpass.ir.verify import TIME_WIDTH, infer, parameters
 
@@ -159,6 +159,21 @@ class Factors(nn.Module):
 
     def forward(self) -> torch.Tensor:
         return self.weight
+
+
+def check_scopes(program: Program) -> None:
+    """Refuse scopes that cannot be the name of a module because every module has something of that name.
+
+    Raises:
+        SpecError: naming the scope.
+    """
+    keys = ("name", "lora", "modulate", "clock", "gate", "bias")
+    names = {str(v) for o in program if o.kind != "tap" for k, v in o.attrs if k in keys and v}
+    taken = DepthParameters()
+    for name in sorted(names | set(parameters(program, infer(program)))):
+        if word := next((w for w in name.split(".")[:-1] if hasattr(taken, w)), None):
+            raise SpecError(f"scope {word!r}: expected a name for new parameters that no torch module uses itself, got one "
+                            f"that they all have (nn.Module.{word}). Choose another scope, e.g. {word + '_1'!r}.")
 
 
 def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) -> DepthParameters:

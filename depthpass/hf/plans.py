@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from depthpass.errors import SpecError
-from depthpass.hf.parameters import build
+from depthpass.hf.parameters import build, check_scopes
 from depthpass.ir.program import Program, plain
 from depthpass.ir.verify import Type, infer
 from depthpass.passes.base import Context, Pass
@@ -96,6 +96,7 @@ def plan(spec, context: Context, chunk: int | None, stack: bool = True) -> Plan:
     check_program(program)
     if any(p.varies for p in passes):
         largest = apply_spec(stock, [p.settled(most=True) for p in passes], context)
+    check_scopes(largest)
     key = (spec_hash(passes), chunk)
     return Plan(key, passes, dump_spec(passes), program, schedule(program, chunk, stack), chunk, stack, largest)
 

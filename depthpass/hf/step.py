@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from depthpass_lowering.state import State
     from depthpass_lowering.step import Rooms
 
-Advanced = tuple[dict[str, list[Tensor]], dict[str, Tensor], "State"]
+Advanced = tuple[list[Tensor], dict[str, Tensor], "State"]
 
 
 def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
@@ -81,10 +81,10 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
         runtime.tokens[key] = step
     made = iter(step.run(*inputs))
     rooms.used = length + 1
-    heads = {name: [next(made) for _ in range(count)] for name, count in step.heads.items()}
+    parts = [next(made) for _ in range(step.parts)]
     streams = {name: next(made) for name in step.streams}
     new_lines = dict(zip(lines, made, strict=True))
-    return heads, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
+    return parts, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
 
 
 def _is_step(call: Call, state: State) -> bool:
@@ -95,7 +95,7 @@ def _is_step(call: Call, state: State) -> bool:
     if not set(call.tensors) <= {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}:
         return False
     # A token that is padding in some row leaves that row's delay lines as they are.
-    return not isinstance(call.keep, Tensor) and (call.valid is None or bool(call.valid[:, -1].all()))
+    return call.valid is None or bool(call.valid[:, -1].all())
 
 
 def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) -> str | None:
@@ -107,6 +107,8 @@ def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) ->
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return "autocast is on"
     host = StockHost(model, captured, ())
+    if host.hooked.live:
+        return "modules inside a block, the embedding or the final norm have hooks, which need module calls"
     indices = sorted({o["index"] for o in plan.program.visits})
     return next((reason for i in indices if (reason := host.refuses_schedule(i))), None)
 
@@ -116,14 +118,14 @@ class CompiledStep:
     """A compiled step.
 
     Attributes:
-        run: inputs -> head results, streams of taps, new delay lines; writes the rooms in place.
-        heads: how many results the head makes of each output, by name.
-        streams: taps without a head.
+        run: inputs -> the decoder's outputs, streams, new delay lines; writes the rooms in place.
+        parts: how many outputs the decoder has.
+        streams: names of the output's and the taps' streams.
         plan: what was compiled; kept, so that its identity is not given to another.
     """
 
     run: Callable[..., Sequence[Tensor]]
-    heads: dict[str, int]
+    parts: int
     streams: tuple[str, ...]
     plan: Plan
 
@@ -133,7 +135,7 @@ def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor
     host = StockHost(model, captured, ())
     found: dict[int, Tensor] = {}
     for part in (captured.prologue, captured.norm, captured.head):
-        found |= {id(t): t for t in host.tensors(part, model)}
+        found |= {id(t): t for t in host.tensors(part, host.decoder)}
     for index in sorted({o["index"] for o in plan.program.visits}):
         found |= {id(t): t for t in host.bound(index)[1]}
         for path in host.submodules_of(index):
@@ -190,7 +192,7 @@ def compile_step(
     """
     from depthpass_lowering.step import StepRun
 
-    heads: dict[str, int] = {}
+    counts: list[int] = []
     streams: list[str] = []
 
     def token(*flat: Tensor) -> list[Tensor]:
@@ -208,15 +210,13 @@ def compile_step(
             plan.schedule, host, hidden, sides, captured.side_axes, held, state_lines, valid, at, rank, plan.types
         )
         out, state = run.run()
-        parts = {n: list(host.part(captured.head, tensors, x)) for n, x in out.items() if n == "output" or plan.heads[n]}
-        plain = [n for n in out if n not in parts]
-        heads.update({n: len(p) for n, p in parts.items()})
-        streams[:] = plain
-        return [*(t for p in parts.values() for t in p), *(out[n] for n in plain), *(state.lines[n] for n in lines)]
+        parts = list(host.part(captured.head, tensors, out["output"]))
+        counts[:], streams[:] = [len(parts)], out
+        return [*parts, *out.values(), *(state.lines[n] for n in lines)]
 
     with torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         compiled = torch._inductor.compile(graph, inputs)
-    return CompiledStep(compiled, heads, tuple(streams), plan)
+    return CompiledStep(compiled, counts[0], tuple(streams), plan)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from depthpass.capture.attention import attention_style
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.auto import mark
-from depthpass.hf.inputs import position_table
+from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
 from depthpass.hf.model import (
     PREFIX,
     DepthModel,
@@ -26,6 +27,7 @@ from depthpass.hf.model import (
 from depthpass.hf.pads import pad_op, pad_token
 from depthpass.hf.parameters import build
 from depthpass.hf.plans import Plans, plan
+from depthpass.hf.table import position_table
 from depthpass.hf.watch import drop_capturing_hooks
 from depthpass.hf.weights import check_weights, retire, start_weights
 from depthpass.passes.base import Context
@@ -70,7 +72,7 @@ def transform(
         LoweringError: the program can be reported but not run yet; nothing has been changed.
     """
     inner = _inner(model)
-    if isinstance(inner, DepthModel):
+    if isinstance(inner, DepthModel | DepthDecoder):
         raise SpecError(
             f"this {type(inner).__name__} is already transformed. Call dp.restore(model) first, or pass one list with "
             "all passes."
@@ -105,7 +107,10 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
     check_one_device(model)
-    for module in (model, *model.get_submodule(find_layers(model))):
+    layers = find_layers(model)
+    check_distinct(model, layers)
+    decoder = decoder_path(model, layers)
+    for module in (model, model.get_submodule(decoder), *model.get_submodule(layers)):
         if "forward" in module.__dict__ and "_original_forward" not in module.__dict__:
             raise UnsupportedModelError(
                 f"this {type(module).__name__} has a forward of its own that its class does not know (patched by another "
@@ -117,8 +122,8 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     made = plan(passes, context, chunk, stack)
     if (pads := pad_op(made.program)) is not None:
         pad_token(pads, model.config)
-    check_weights(model.get_submodule(find_layers(model)), made.program)
-    return Runtime(Plans(made), find_layers(model), position_table(model))
+    check_weights(model.get_submodule(layers), made.program)
+    return Runtime(Plans(made), layers, decoder, position_table(model.get_submodule(decoder)))
 
 
 def check_one_device(model: nn.Module) -> None:
@@ -131,12 +136,31 @@ def check_one_device(model: nn.Module) -> None:
         )
 
 
+def check_distinct(model: nn.Module, layers: str) -> None:
+    """Refuse a list in which one block object stands twice: a program says such things by its visits.
+
+    Raises:
+        SpecError: naming the layer program that means the same.
+    """
+    places: dict[int, int] = {}
+    order = [places.setdefault(id(b), len(places)) for b in model.get_submodule(layers)]
+    if len(places) < len(order):
+        raise SpecError(
+            f"{layers} holds {len(order)} entries but {len(places)} different blocks: one block object stands there twice. "
+            f"Keep each block once (and num_hidden_layers={len(places)}) and say the order with dp.LayerProgram({order})."
+        )
+
+
 def install(model: nn.Module, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
     model.add_module(PREFIX, build(runtime.plan.largest, next(model.parameters()), model))
     model.depth.train(model.training)
     model._depth = runtime
     drop_capturing_hooks(model)
+    decoder: Any = model.get_submodule(runtime.decoder)
+    if decoder is not model:
+        decoder.__class__ = decoder_class(type(decoder))
+        decoder._depth_door = Door(model)
     for layer in model.get_submodule(runtime.layers):
         # Not a bound method: pickle would look it up by name on the layer.
         layer.forward = functools.partial(block_forward, layer)
@@ -149,6 +173,9 @@ def restore(model: nn.Module) -> nn.Module:
         SpecError: the model is not transformed.
     """
     inner = _inner(model)
+    if isinstance(inner, DepthDecoder):
+        raise SpecError(f"restore: expected a whole transformed model, got the decoder of one; pass the "
+                        f"{type(inner.depth_model).__name__} it belongs to.")
     if not isinstance(inner, DepthModel):
         raise SpecError(f"restore: expected a transformed model, got a stock {type(inner).__name__}.")
     if inner is model:

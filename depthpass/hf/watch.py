@@ -2,10 +2,43 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
-from torch.nn.modules.dropout import _DropoutNd
+import copy
+from collections.abc import Iterable, Mapping
+from operator import eq, itemgetter
+from types import MethodType
+from typing import Any
 
+import torch
+from torch import Tensor, nn
+
+from depthpass.capture.quiet import global_hook_tables
+from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
+from depthpass.hf.code import class_items, globals_read, mentions, own_bases
+from depthpass.hf.hooks import find_hooks, hook_tables
+
+KEPT = 4
+"""Watches that a model remembers: training and evaluation take turns."""
+
+_ALWAYS = frozenset({
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_depth", "_depth_door", "gradient_checkpointing",
+    "_gradient_checkpointing_func", "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized",
+    "hf_device_map", "_output_capturing_hooks_installed",
+})
+"""Attributes of modules that are looked at elsewhere, or that no capture depends on."""
+
+_AROUND = frozenset({"forward", "_original_forward", "_old_forward", "_hf_hook"})
+"""Where accelerate and others put what runs around a module's forward."""
+
+_SETTINGS = frozenset({
+    "depthpass", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "architectures", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "_commit_hash",
+    "id2label", "label2id", "problem_type", "_output_attentions", "initializer_range", "bos_token_id", "eos_token_id",
+})
+"""Fields of configs that no capture depends on: asked at each call, or about files and generation."""
 
 
 class Key:
@@ -20,82 +53,210 @@ class Key:
         return self.hash
 
     def __eq__(self, other: object) -> bool:
-        return self is other or (isinstance(other, Key) and self.value == other.value)
+        return self is other or (isinstance(other, Key) and self.hash == other.hash and self.value == other.value)
+
+
+class Same:
+    """Stands for one object in a key, whatever equality means to it; keeps it alive, so that no id is ever reused."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: object):
+        self.held = held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
 
 
 class Watch:
-    """What a capture depends on: the module tree, modes, dtypes, devices, hooks, dropout and adapter switches.
+    """What a capture depends on: modules, their classes, attributes and configs, tensors' shapes, the code they run.
+
+    Looking for a change compares whole tables in C, tens of microseconds for a small model. Only when one differs is it
+    asked what the change means, see :attr:`key`.
 
     Attributes:
-        key: hashable; equal keys mean that a capture may be reused.
+        key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
+            part in it.
         found: submodules looked up by (identity of their root, path).
+        live: where hooks are.
     """
 
-    def __init__(self, model: nn.Module):
-        modules = list(model.modules())
-        self.modules = modules  # kept alive, so that no id below is ever reused
-        self.children = [(m._modules, tuple(m._modules.items())) for m in modules if m._modules]
-        # Tables, not attributes: looking through them at every call has to be cheap.
-        self.states = [(m.__dict__, m.training, has_hooks(m)) for m in modules]
-        self.rates = [(m, m.p) for m in modules if isinstance(m, _DropoutNd)]
-        self.parameters = [
-            (m._parameters, k, p.dtype, p.device, len(m._parameters))
-            for m in modules for k, p in m._parameters.items() if p is not None
+    def __init__(self, model: nn.Module, decoder: str, layers: str):
+        self.modules = list(model.modules())  # kept alive, so that no id below is ever reused
+        self.types = list(map(type, self.modules))
+        self.tables: list[object] = []
+        self.copies: list[object] = []
+        seen: set[int] = set()
+        for module in self.modules:
+            self._table(module.__dict__, seen)
+            if module._modules:
+                self._table(module._modules, seen)
+        captured = list(model.get_submodule(decoder).modules())
+        classes = dict.fromkeys(map(type, captured))
+        for base in dict.fromkeys(b for cls in classes for b in own_bases(cls)):
+            self._table(base.__dict__, seen, deep=False)
+        self.globals = [
+            (itemgetter(*names, names[0]), table) for table, names in _merged(globals_read(cls) for cls in classes)
         ]
-        self.adapters = [(m, adapter_state(m)) for m in modules if hasattr(m, "merged_adapters")]
-        self.key = Key((
-            tuple(map(id, modules)), tuple(mode for _, mode, _ in self.states), tuple(p for _, p in self.rates),
-            tuple((k, dtype, device) for _, k, dtype, device, _ in self.parameters), tuple(s for _, s in self.adapters),
-        ))
+        self.read = [get(table) for get, table in self.globals]
+        self.tensors = [
+            (table, name, _form(t), len(table))
+            for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
+        ]
+        hooks = [t for m in self.modules for t in hook_tables(m)]
+        self.hooked = [t for t in hooks if t]
+        self.empty = [t for t in (*hooks, *(m._modules for m in self.modules)) if not t]
+        self.world = [t for t in global_hook_tables()]
+        self.hooks = [len(t) for t in self.world]
+        self.dtype = torch.get_default_dtype()
+        self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, model.get_submodule(layers))}))
         self.found: dict[tuple[int, str], nn.Module] = {}
+        self.live = find_hooks(captured[0], model.get_submodule(layers), getattr(model, "depth", None))
+
+    def _table(self, table: object, seen: set[int], deep: bool = True) -> None:
+        """Watch a table and the containers and configs in it."""
+        if id(table) in seen:
+            return
+        seen.add(id(table))
+        self.tables.append(table)
+        self.copies.append(dict(table) if isinstance(table, Mapping) else copy.copy(table))
+        if not deep:
+            return
+        for value in table.values() if isinstance(table, Mapping) else table:
+            if is_config(value):
+                self._table(value.__dict__, seen)
+            elif isinstance(value, dict | list | set) and value and not isinstance(value, _HookTable):
+                self._table(value, seen)
 
     def current(self) -> bool:
         """Whether nothing has changed since this watch was made."""
-        for table, items in self.children:
-            if len(table) != len(items):
+        try:
+            if not all(map(eq, self.tables, self.copies)) or list(map(type, self.modules)) != self.types:
                 return False
-            for name, child in items:
-                if table.get(name) is not child:
+            if any(self.empty) or not all(self.hooked) or list(map(len, self.world)) != self.hooks:
+                return False
+            for (get, table), values in zip(self.globals, self.read):
+                if get(table) != values:
                     return False
-        for table, mode, hooks in self.states:
-            if table["training"] is not mode or hooks is not bool(
-                table["_forward_hooks"] or table["_forward_pre_hooks"] or table["_backward_hooks"]
-                or table["_backward_pre_hooks"]
-            ):
+            if torch.get_default_dtype() is not self.dtype:
                 return False
-        for table, name, dtype, device, count in self.parameters:
-            p = table.get(name)
-            if p is None or p.dtype is not dtype or p.device != device or len(table) != count:
+        except (ValueError, RuntimeError, TypeError, KeyError):  # tables with tensors or arrays: their equality is none
+            return False
+        for table, name, held, count in self.tensors:
+            t = table.get(name)
+            if t is None or held is None:
+                if t is not held or len(table) != count:
+                    return False
+                continue
+            dtype, device, shape = held
+            if t.dtype is not dtype or t.device != device or t.shape != shape or len(table) != count:
                 return False
-        return all(m.p == p for m, p in self.rates) and all(adapter_state(m) == state for m, state in self.adapters)
+        return True
+
+    def _meaning(self, modules: list[nn.Module], classes: Iterable[type], called: set[int]) -> tuple:
+        """What of all this a capture of these modules depends on.
+
+        Args:
+            called: ids of those that are called as modules: what is put around their forward runs at each call.
+        """
+        names = frozenset().union(*(mentions(cls)[0] for cls in classes))
+        pieces = tuple(frozenset().union(*(mentions(cls)[1] for cls in classes)))
+
+        def counts(name: str, module: nn.Module) -> bool:
+            if name in _ALWAYS or (name in _AROUND and id(module) in called):
+                return False
+            return name in names or any(p in name for p in pieces)
+
+        met: dict[int, object] = {}
+        return (
+            tuple((Same(m), own_class(type(m)), tuple(m._modules), tuple(
+                (n, _frozen(v, met)) for n, v in m.__dict__.items() if counts(n, m)
+            )) for m in modules),
+            tuple(tuple((n, _form(t)) for n, t in table.items()) for m in modules for table in (m._parameters, m._buffers)),
+            tuple(
+                (base, tuple((n, Same(v)) for n, v in class_items(base).items()))
+                for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
+            ),
+            tuple(Same(v) for values in self.read for v in values), self.dtype,
+        )
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling a module runs more than its forward."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _form(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
 
 
-def check_hooks(model: nn.Module, layers: str) -> None:
-    """Refuse hooks that would never run: only the model itself and its blocks are called as modules.
+def _merged(tables: Iterable[tuple[tuple[dict[str, Any], tuple[str, ...]], ...]]) -> list[tuple[dict, tuple[str, ...]]]:
+    """Names by dictionary, each dictionary once."""
+    found: dict[int, tuple[dict, set[str]]] = {}
+    for group in tables:
+        for table, names in group:
+            found.setdefault(id(table), (table, set()))[1].update(n for n in names if n in table)
+    return [(table, tuple(sorted(names))) for table, names in found.values() if names]
+
+
+_HookTable = type(nn.Module()._forward_hooks)
+
+
+def _frozen(value: Any, met: dict[int, object]) -> object:
+    """A value as part of a key: by content where that is plain data or a config, else the object itself."""
+    if value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device | type | MethodType):
+        return value
+    if id(value) in met:
+        return met[id(value)]
+    if is_config(value):
+        met[id(value)] = Same(value)  # a config that holds itself
+        met[id(value)] = made = (type(value), tuple(
+            (n, _frozen(v, met)) for n, v in sorted(value.__dict__.items()) if n not in _SETTINGS
+        ))
+        return made
+    if isinstance(value, dict | list | tuple | set):
+        met[id(value)] = Same(value)
+        if isinstance(value, dict):
+            made = (dict, tuple((_frozen(k, met), _frozen(v, met)) for k, v in value.items()))
+        elif isinstance(value, set):
+            made = (set, frozenset(_frozen(v, met) for v in value))
+        else:
+            made = (type(value), tuple(_frozen(v, met) for v in value))
+        met[id(value)] = made
+        return made
+    return Same(value)
+
+
+def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> Watch:
+    """The watch on a model as it is now, the last of ``watches``: one of those that are remembered, or a new one.
 
     Raises:
-        UnsupportedModelError: a module inside a block, or before or after the blocks, has a hook.
+        UnsupportedModelError: the model has hooks that would never run.
     """
-    blocks = {id(b) for b in model.get_submodule(layers)}
-    for name, module in model.named_modules():
-        if module is model or id(module) in blocks or name.startswith("depth.") or not has_hooks(module):
-            continue
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values(),
-                 *module._backward_hooks.values(), *module._backward_pre_hooks.values()]
-        # transformers and PEFT make the embeddings require gradients for reentrant checkpoints, which are refused.
-        if all(getattr(h, "__name__", "").startswith("make_inputs_require_grad") for h in hooks):
-            continue
-        raise UnsupportedModelError(
-            f"{name} has a hook, which a transformed model would never run: its blocks run as captured graphs. Register "
-            "it on a block or on the model, or remove it."
-        )
+    for known in reversed(watches):
+        if known.current():
+            if known is not watches[-1]:
+                watches.remove(known)
+                watches.append(known)
+            return known
+    check_hooks()
+    made = Watch(model, decoder, layers)
+    watches[:] = [*watches[1 - KEPT :], made]
+    return made
+
+
+def check_hooks() -> None:
+    """Refuse hooks of all modules: inside the decoder only what has hooks of its own is called as modules.
+
+    Raises:
+        UnsupportedModelError: naming such a hook.
+    """
+    for hook in (h for t in global_hook_tables()[:4] for h in t.values()):
+        # Torch's own count and look: they change nothing.
+        if not getattr(hook, "__module__", "").startswith("torch."):
+            raise UnsupportedModelError(
+                f"{getattr(hook, '__qualname__', repr(hook))} is a hook of all modules (torch.nn.modules.module."
+                "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
+                "captured graphs. Remove it, or register hooks on the modules themselves."
+            )
 
 
 def drop_capturing_hooks(model: nn.Module) -> None:
@@ -119,15 +280,6 @@ def without_hooks(model: nn.Module) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.gradient_checkpointing = False
     return model
-
-
-def adapter_state(module: nn.Module) -> tuple:
-    """The switches of a PEFT layer that a trace bakes in."""
-    scaling = getattr(module, "scaling", None)
-    return (
-        module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters),
-        tuple(scaling.items()) if isinstance(scaling, dict) else None,
-    )
 
 
 class Binding:

@@ -170,6 +170,9 @@ def _yaml(text: str) -> Any:
         raise SpecError(f"mergekit config: expected at most {TEXT} characters, got {len(text)}.")
     try:
         return yaml.safe_load(text)
+    except yaml.composer.ComposerError as error:
+        raise SpecError("mergekit config: expected one document, got several (separated by ---), of which each makes a model of "
+                        "its own. Pass one of them.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
         raise SpecError(f"mergekit config: expected one YAML document, got text that is none: {reason}.") from None

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
+from depthpass.ir.verify import infer
 from depthpass.passes.base import Context, Numerics, Pass, require
 
 
@@ -54,8 +55,10 @@ class Pad(Pass):
             padded = op("pad", o.name, name=name, tokens=self.tokens, token=self.token)
             program = program.insert_after(o.name, [padded]).replace_uses(o.name, name)
         ops: list[Op] = []
+        types = infer(program)
         for o in program:
-            if o.kind in ("tap", "output"):
+            # A tapped choice of tokens is no stream: it is handed out as it is, without the pads.
+            if o.kind in ("tap", "output") and not types[o.args[0]].is_route:
                 name = str(int(program.fresh()[0]) + len(ops))
                 ops.append(op("trim", o.args[0], name=name, tokens=self.tokens))
                 o = replace(o, args=(name,))

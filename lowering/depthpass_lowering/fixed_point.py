@@ -21,8 +21,10 @@ from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
 from depthpass_lowering.dropout import draws
 from depthpass_lowering.eager import Run
+from depthpass_lowering.first_order import first_order
 from depthpass_lowering.state import Slot
 from depthpass_lowering.sweeps import Solve, Solver, Sweeper
+from depthpass_lowering.transforms import unschedulable
 
 SWEPT = frozenset({"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms", "detach"})
 """Ops that sweeps know; a route would choose other tokens in every sweep."""
@@ -127,6 +129,8 @@ class Swept(Run):
 
     def unswept(self, region: Region) -> str | None:
         """Why a region cannot be swept in this call, or None."""
+        if reason := unschedulable(self.hidden):
+            return reason
         unknown = {o.kind for o in region.ops} - SWEPT
         routed = next((a for o in region.ops for a in (*o.args, o.name) if self.types[a].tokens), None)
         if unknown or routed:
@@ -215,7 +219,7 @@ class _RegionFunction(torch.autograd.Function):
         return tuple(o.detach() for o in outs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *grads):
         if ctx.graph is None:
             raise RuntimeError("backward through a swept region a second time: its activations are freed. Run forward again, or "

@@ -26,11 +26,13 @@ from depthpass_lowering.attention import Masks
 from depthpass_lowering.buffers import Buffer, Use
 from depthpass_lowering.dropout import RandomState, draws
 from depthpass_lowering.eager import Run
+from depthpass_lowering.first_order import first_order
 from depthpass_lowering.fx_passes.region import KINDS, ChunkGraph, Parameter, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.products import LEAST_USES
 from depthpass_lowering.sink import Sink, sunk_linear
 from depthpass_lowering.state import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.transforms import unschedulable
 from depthpass_lowering.visits import RunningVisit
 
 _GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.WeakKeyDictionary()
@@ -121,6 +123,8 @@ class ScheduledRun(Run):
 
     def refuse(self, region: Region) -> str | None:
         """Why a region cannot be hand-scheduled in this call, or None."""
+        if reason := unschedulable(self.hidden):
+            return reason
         if torch.is_grad_enabled():
             if self.keep:
                 return "a cache is kept while gradients are recorded"
@@ -514,7 +518,7 @@ class RegionFunction(torch.autograd.Function):
         return tuple(o.detach() for o in outs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
+    @first_order
     def backward(ctx, *grads):
         if ctx.outs is None:
             raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "

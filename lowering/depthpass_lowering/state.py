@@ -187,6 +187,8 @@ def crop(state: State, length: int) -> State:
     Raises:
         CacheError: the delay lines do not reach back that far (they keep only what decoding needs, unless ``record``).
     """
+    if length == 0:  # nothing has to be known of it, not even the rows
+        return State(record=state.record)
     if state.lines and not state.record:
         raise CacheError(
             f"crop: the delay lines only hold the last tokens of each row, so {state.length - length} tokens cannot be "

@@ -5,7 +5,6 @@ import json
 import pytest
 
 import depthpass.hf.model
-from depthpass.hf.watch import adapter_state
 
 _ABOUT_FILES = ("_name_or_path", "architectures", "dtype", "transformers_version")
 
@@ -20,8 +19,17 @@ def _signature(model, tensors, static):
 
 
 def _kind(module):
-    adapter = adapter_state(module) if hasattr(module, "merged_adapters") else None
+    adapter = _adapter_state(module) if hasattr(module, "merged_adapters") else None
     return type(module), module.training, module.__dict__.get("p"), adapter
+
+
+def _adapter_state(module):
+    """The switches of a PEFT layer that a trace bakes in."""
+    scaling = getattr(module, "scaling", None)
+    return (
+        module.disable_adapters, tuple(module.active_adapters), tuple(module.merged_adapters),
+        tuple(scaling.items()) if isinstance(scaling, dict) else None,
+    )
 
 
 @pytest.fixture(scope="session")

@@ -243,11 +243,12 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
     ({"input_ids": IDS, "attention_mask": torch.zeros(1, 5)}, "row 0 is padding only; every row needs at least one"),
     ({"input_ids": IDS, "attention_mask": torch.ones(1, 4)}, r"attention_mask: expected shape \(1, 5\).*got \(1, 4\)"),
     ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 5, 5)}, r"expected a 2-D mask .*Dense and block masks"),
-    ({"input_ids": IDS, "attention_mask": {"full_attention": None}}, "expected a 2-D mask .* got dict"),
+    ({"input_ids": IDS, "attention_mask": {"full_attention": torch.ones(1, 1, 5, 5).bool()}}, "not causal over the row's"),
+    ({"input_ids": IDS, "attention_mask": {"full_attention": torch.ones(1, 5)}}, r"expected a mask \[batch, 1, 5, 5\]"),
+    ({"input_ids": IDS, "attention_mask": {"linear": torch.ones(1, 1, 5, 5)}}, "got one for 'linear' layers"),
     ({"input_ids": IDS, "position_ids": torch.arange(4)[None]}, r"position_ids: expected shape \(1, 5\).*\(1, 4\)"),
     ({"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1]])}, "packed rows are not supported"),
     ({"input_ids": IDS, "output_attentions": True}, "output_attentions: not available"),
-    ({"input_ids": IDS, "output_hidden_states": True}, "output_hidden_states: not available"),
     ({"input_ids": IDS, "attention_masks": torch.ones(1, 5)}, "attention_masks: .*Did you mean 'attention_mask'"),
     ({"input_ids": IDS, "logits_to_keep": -1}, "logits_to_keep: expected at least 0, got -1"),
     ({"input_ids": IDS, "logits_to_keep": torch.tensor([5])}, "logits_to_keep: .* 0..4, got 5"),
@@ -353,3 +354,21 @@ def test_refused_specs_leave_the_model_alone():
     del stock.depth
     assert list(stock.state_dict()) == keys and stock.config.to_dict() == settings
     assert not any("forward" in m.__dict__ for m in stock.modules())
+
+
+def test_a_padded_row_of_opt_runs_out_of_its_table_by_its_real_tokens():
+    turbo = turbo_of(stock_of("opt", max_position_embeddings=8))
+    with torch.no_grad():
+        assert turbo(**zoo.batch([8, 5])).logits.shape[1] == 8
+        longer = zoo.batch([10, 8])
+        assert turbo(**{n: x[1:] for n, x in longer.items()}).logits.shape[1] == 10  # 8 real tokens
+        with pytest.raises(InputError, match="reaches position 9, but the model's position table has 8 entries"):
+            turbo(**longer)
+
+
+def test_the_position_table_is_asked_as_it_is_now():
+    turbo = turbo_of(stock_of("gpt2", n_positions=8))
+    with torch.no_grad():
+        turbo(**zoo.batch([8]))
+        turbo.transformer.wpe = torch.nn.Embedding(16, turbo.config.n_embd)
+        assert turbo(**zoo.batch([12])).logits.shape[1] == 12

@@ -140,18 +140,18 @@ def test_captures_once_per_kind_of_call(captures):
         for items in (None, 7, torch.tensor(9)):
             labels = zoo.batch([n, n])["input_ids"]
             turbo(input_ids=labels, labels=labels, num_items_in_batch=items)
-    assert len(captures) == 3
+    assert len(captures) == 1  # the head and the loss are stock code
     for _ in range(2):
         turbo.train()
         call(2, [5])
         turbo.eval()
         call(2, [5])
-    assert len(captures) == 4
+    assert len(captures) == 2
     turbo.double()
     call(2, [5])
     turbo.float()
     call(2, [5])
-    assert len(captures) == 5
+    assert len(captures) == 3  # as before in float32
 
 
 def test_a_changed_dropout_is_captured_again(captures):

@@ -225,23 +225,11 @@ def test_hooks_on_blocks_and_model_run_once():
     for block in turbo.model.layers:
         block.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
     # Hooks need module calls, which the eager rung makes; it multiplies in another order.
-    torch.testing.assert_close(logits(turbo), plain)
+    with pytest.warns(UserWarning, match=r"block 1 were called 3 times .* chunks of 3\). What a hook sees is one visit of one"):
+        torch.testing.assert_close(logits(turbo), plain)
     assert seen == [(2, 7, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 1, 32)]
     turbo.model.layers[0].register_forward_hook(lambda module, args, out: out * 0)
     assert not torch.equal(logits(turbo), plain)
-
-
-def test_hooks_that_would_never_run_are_refused():
-    turbo = turbo_of(stock_of("llama"))
-    logits(turbo)
-    for name in ("model.layers.1.mlp", "model.embed_tokens", "lm_head", "model"):
-        for register in ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"):
-            handle = getattr(turbo.get_submodule(name), register)(lambda *a: None)
-            with pytest.raises(dp.UnsupportedModelError, match=f"^{name} has a hook, .*Register it on a block"):
-                logits(turbo)
-            handle.remove()
-    turbo.enable_input_require_grads()
-    assert torch.isfinite(logits(turbo)).all()
 
 
 def test_a_patched_forward_is_refused():

@@ -155,6 +155,29 @@ def test_taps_and_the_last_logits():
     torch.testing.assert_close(only.logits, out.logits[:, -1:])
 
 
+@pytest.mark.parametrize("spec", [
+    dp.MixtureOfRecursions(recursions=2, start=0, end=2, router="token", taps=True),
+    dp.MixtureOfRecursions(recursions=2, start=0, end=2, router="expert", mode="threshold", taps=True),
+    dp.MixtureOfDepths(mode="threshold", taps=True),
+], ids=["mor by token", "mor by expert", "mod"])
+def test_taps_of_routes_are_those_of_the_callers_tokens(spec):
+    stock = enliven(zoo.model("llama", 4), std=0.2)
+    ids = torch.randint(6, zoo.VOCABULARY, (2, 8), generator=torch.Generator().manual_seed(4))
+    padded = torch.cat((ids, torch.full((2, M), TOKEN)), 1)
+    plain = dp.transform(stock, spec)
+    enliven(plain.depth, seed=1, std=0.3, least=1)
+    for order in ([spec, dp.Pad(M, token=TOKEN)], [dp.Pad(M, token=TOKEN), spec]):
+        model = dp.transform(stock, order)
+        model.depth.load_state_dict(plain.depth.state_dict())
+        with torch.no_grad():
+            got, wanted = model(input_ids=ids, use_cache=False).taps, plain(input_ids=padded, use_cache=False).taps
+        assert got.keys() == wanted.keys() and any(n.endswith("taken") for n in got)
+        for name, tap in wanted.items():
+            # The prompt's last token has what the last pad has.
+            kept = torch.cat((tap[:, :7], tap[:, -1:]), 1)
+            torch.testing.assert_close(got[name], kept, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_zero_pads_change_nothing_and_saving_keeps_them(tmp_path):
     stock, model, _ = made("llama", SPECS["loop"], dtype=torch.float32)
     batch = zoo.batch([6, 6])

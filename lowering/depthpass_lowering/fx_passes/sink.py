@@ -17,8 +17,10 @@ def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
 
     Numerics: reassociated (sums over tokens in one product instead of one per chunk).
     """
-    whole = fx.GraphModule(gm, fx.Graph())
-    whole.graph.output(whole.graph.graph_copy(gm.graph, {}))
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    # Made of the whole graph: constants and subgraphs are taken along by what it mentions.
+    whole = fx.GraphModule(gm, graph)
     recompute_pass(whole)
     return _sunk(whole, lambda node: True)
 

@@ -1,0 +1,69 @@
+"""Trace a model as if nothing else were going on: no modes, transforms, hooks or autocast of the caller.
+
+The first call of a transformed model may come from anywhere: inside ``torch.func.grad``, under FlopCounterMode, in a
+profiler's global hooks, in inference mode. What it captures is kept, so it must not depend on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+
+import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.nn.modules import module as _module
+from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
+    "_global_forward_hooks_always_called", "_global_forward_hooks_with_kwargs",
+)
+
+
+@contextmanager
+def quiet(device: torch.device) -> Iterator[None]:
+    """Leave the caller's context for the time of a capture.
+
+    Args:
+        device: where the model's tensors are: autocast is switched off for it and for the CPU.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        # Modes of functions: `with torch.device(...)` above all.
+        while _len_torch_function_stack():
+            stack.enter_context(_pop_mode_temporarily())
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(without_autocast(torch.device("cpu")))
+        stack.enter_context(without_autocast(device))
+        # Hooks on saved tensors (offloading, checkpoints) cannot be taken off, only covered.
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))
+        stack.enter_context(_without_global_hooks())
+        yield
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """No autocast on a device; the meta device has none."""
+    return torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
+
+
+def global_hook_tables() -> tuple[dict, ...]:
+    """Where torch keeps the hooks of all modules of the process."""
+    return tuple(getattr(_module, name) for name in _GLOBAL_HOOKS)
+
+
+@contextmanager
+def _without_global_hooks() -> Iterator[None]:
+    tables = global_hook_tables()
+    kept = [dict(t) for t in tables]
+    for table in tables:
+        table.clear()
+    try:
+        yield
+    finally:
+        for table, items in zip(tables, kept):
+            table.update(items)

@@ -1,0 +1,92 @@
+"""What the code of module classes can look up besides its arguments: attributes of the classes, globals of their modules."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+import sys
+import types
+from collections.abc import Iterator
+from typing import Any
+
+_NAME = re.compile(r"\w+")
+_BASES = ("transformers.modeling_utils", "transformers.generation", "transformers.utils", "transformers.integrations",
+          "transformers.distributed", "contextlib", "torch")
+"""Modules under the classes of all models: what their functions look up decides nothing about a forward."""
+
+
+def own_bases(cls: type) -> tuple[type, ...]:
+    """The classes of a module's MRO that a library or user may have changed: all but torch's own and Python's."""
+    return tuple(b for b in cls.__mro__ if b.__module__.partition(".")[0] not in ("torch", "builtins", "typing", "abc"))
+
+
+def class_items(base: type) -> dict[str, Any]:
+    """What a class defines that a forward may use."""
+    return {n: v for n, v in base.__dict__.items() if not n.startswith("__") or n in ("__call__", "__getattr__")}
+
+
+@functools.cache
+def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...]:
+    """The globals that methods of a class read, by the dictionary they are in; through functions of the same module too."""
+    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    todo = [f for base in own_bases(cls) for v in vars(base).values() for f in _functions(v)]
+    seen: set[types.CodeType] = set()
+    while todo:
+        function = todo.pop()
+        home = function.__module__
+        if function.__code__ in seen or home not in sys.modules or home.startswith(_BASES):
+            continue
+        seen.add(function.__code__)
+        table, names = found.setdefault(id(function.__globals__), (function.__globals__, set()))
+        for name in _names(function.__code__):
+            if name in table:
+                names.add(name)
+                value = table[name]
+                todo += [f for f in _functions(value) if f.__module__ == function.__module__]
+    return tuple((table, tuple(sorted(names))) for table, names in found.values() if names)
+
+
+@functools.cache
+def mentions(cls: type) -> tuple[frozenset[str], frozenset[str]]:
+    """Attribute names that the code of a class mentions, and pieces of names that it may put together (f-strings)."""
+    names: set[str] = set()
+    pieces: set[str] = set()
+    for base in cls.__mro__[:-1]:
+        for value in vars(base).values():
+            for function in _functions(value):
+                for code in _codes(function.__code__):
+                    names |= {*code.co_names, *code.co_freevars}
+                    texts = [t for c in code.co_consts for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, str)]
+                    names |= {t for t in texts if _NAME.fullmatch(t)}
+                    pieces |= {t for t in texts if _NAME.fullmatch(t) and (t[0] == "_" or t[-1] == "_") and len(t) > 2}
+    return frozenset(names), frozenset(pieces)
+
+
+def _functions(value: object) -> Iterator[types.FunctionType]:
+    """The Python functions behind what a class or a module defines."""
+    if isinstance(value, property):
+        parts: list[object] = [value.fget]
+    elif isinstance(value, functools.cached_property):
+        parts = [value.func]
+    elif isinstance(value, classmethod | staticmethod):
+        parts = [value.__func__]
+    else:
+        parts = [value]
+    for part in parts:
+        if isinstance(part, types.FunctionType):
+            yield part
+            inner = inspect.unwrap(part)
+            if inner is not part and isinstance(inner, types.FunctionType):
+                yield inner
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _names(code: types.CodeType) -> set[str]:
+    return {n for c in _codes(code) for n in c.co_names}

@@ -1,0 +1,86 @@
+"""Where the hooks of a model are, as far as its decoder runs captured graphs instead of modules.
+
+A tool may also put an object of its own in the place of a module's ``forward`` (nnsight does). Functions there are part of
+what a model computes, and traced; such an object acts at run time, like a hook.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+
+from torch import nn
+
+_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_LIBRARIES = ("torch.", "accelerate.", "transformers.", "depthpass.")
+
+
+def hook_tables(module: nn.Module) -> tuple[dict, ...]:
+    """Where a module keeps what runs around its forward."""
+    return tuple(getattr(module, name) for name in _TABLES)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward.
+
+    What transformers and PEFT put on embeddings for reentrant checkpoints, which are refused, does not count.
+    """
+    return is_controlled(module) or any(
+        not getattr(h, "__name__", "").startswith("make_inputs_require_grad")
+        for table in hook_tables(module) for h in table.values()
+    )
+
+
+def is_controlled(module: nn.Module) -> bool:
+    """Whether a tool's object stands in the place of a module's forward."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not isinstance(forward, types.FunctionType | types.MethodType | functools.partial)
+
+
+def is_wrapped(block: nn.Module) -> bool:
+    """Whether something was put around the forward that a transform has given a block."""
+    forward = block.__dict__.get("forward")
+    return forward is not None and getattr(getattr(forward, "func", None), "__name__", "") != "block_forward"
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """Hooks of a decoder.
+
+    Attributes:
+        inside: blocks with hooks on modules inside them.
+        outer: whether the embedding, a position table or the final norm has hooks.
+        parameters: whether new modules (under ``depth.``) have hooks.
+        own: blocks with hooks of a user's on them or in them, or something around their forward: not those of FSDP,
+            accelerate or transformers.
+    """
+
+    inside: frozenset[int]
+    outer: bool
+    parameters: bool
+    own: frozenset[int]
+
+    @property
+    def live(self) -> bool:
+        """Whether something has to run as modules."""
+        return bool(self.inside or self.outer)
+
+
+def find_hooks(decoder: nn.Module, layers: nn.Module, depth: nn.Module | None) -> Hooked:
+    """The hooks of a decoder and its blocks."""
+    inside, own, within = set(), set(), set()
+    for index, block in enumerate(layers):
+        if is_wrapped(block):
+            own.add(index)
+        for module in block.modules():
+            within.add(module)
+            if has_hooks(module):
+                if module is not block:
+                    inside.add(index)
+                if is_controlled(module) or any(not (getattr(h, "__module__", None) or "").startswith(_OF_LIBRARIES)
+                       for table in hook_tables(module) for h in table.values()):
+                    own.add(index)
+    new = set() if depth is None else set(depth.modules())
+    outer = any(has_hooks(m) for m in decoder.modules() if m not in within and m not in new and m is not decoder)
+    return Hooked(frozenset(inside), outer, any(map(has_hooks, new)), frozenset(own))

@@ -1,0 +1,59 @@
+"""Decoders outside the zoo whose code does something unusual: through the inner decoder, on every rung, with gradients."""
+
+import pytest
+import torch
+import zoo
+from capture.support_table import FURTHER
+from transformers import AutoConfig, AutoModelForCausalLM
+from turbos import enliven
+
+import depthpass as dp
+from depthpass.errors import SpecError
+
+IDS = zoo.batch([9, 9], seed=5)["input_ids"]
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+DOTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+        "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+
+
+def stock_of(name):
+    torch.manual_seed(0)
+    if name in FURTHER:
+        return enliven(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **FURTHER[name])).eval(), std=0.1)
+    return enliven(zoo.model(name, 3, **(MOE if name == "phimoe" else DOTS)), std=0.1)
+
+
+# ctrl assigns its table of positions to itself, deepseek_v3 writes keys in two halves, phimoe and dots1 hold constants.
+@pytest.mark.parametrize("name", ["ctrl", "deepseek_v3", "phimoe", "dots1"])
+def test_numbers_and_gradients(name):
+    stock = stock_of(name)
+    made = dp.transform(stock, dp.Identity())
+    out = made(input_ids=IDS, labels=IDS, use_cache=False)
+    mine = torch.autograd.grad(out.loss, [p for p in made.parameters() if p.requires_grad], allow_unused=True)
+    out = stock(input_ids=IDS, labels=IDS, use_cache=False)
+    wanted = torch.autograd.grad(out.loss, [p for p in stock.parameters() if p.requires_grad], allow_unused=True)
+    with torch.no_grad():
+        torch.testing.assert_close(made(input_ids=IDS).logits, stock(input_ids=IDS).logits)
+    for (path, _), a, b in zip(stock.named_parameters(), mine, wanted, strict=True):
+        if a is not b:
+            torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, msg=lambda text, path=path: f"{path}: {text}")
+
+
+@pytest.mark.parametrize("name", ["phimoe", "dots1"])
+def test_the_scheduled_loop_without_gradients(name):
+    stock = stock_of(name)
+    spec = dp.TurboConn(bridges=[(2, 0)], group=2, rank=4)
+    eager, scheduled = (dp.transform(stock, spec, lowering=rung) for rung in ("eager", "scheduled"))
+    enliven(eager.depth, seed=1, least=1)
+    scheduled.depth.load_state_dict(eager.depth.state_dict())
+    with torch.no_grad():
+        torch.testing.assert_close(scheduled(input_ids=IDS).logits, eager(input_ids=IDS).logits)
+
+
+@pytest.mark.parametrize("scope", ["forward", "training", "to", "parameters"])
+def test_a_scope_that_every_module_has_is_refused(scope):
+    stock = zoo.model("llama", 3)
+    for spec in (dp.TurboConn(bridges=[(2, 0)], scope=scope), dp.Loop(start=1, end=2, times=2, lora_rank=2, scope=scope)):
+        with pytest.raises(SpecError, match=f"scope '{scope}'.*Choose another scope"):
+            dp.transform(stock, spec)
+    assert not hasattr(stock, "depth")

@@ -1,0 +1,104 @@
+"""Models with towers besides the text decoder: the program runs in the decoder, everything else stays stock code."""
+
+import pytest
+import torch
+import zoo
+from transformers import AutoModel, AutoModelForImageTextToText, Gemma3Config, LlavaConfig
+from turbos import enliven
+
+import depthpass as dp
+from depthpass.errors import InputError
+
+VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
+          "patch_size": 4}
+IMAGE = 90
+SPEC = dp.TurboConn(bridges=[(2, 0)], group=3, rank=4)
+
+
+def gemma(auto=AutoModelForImageTextToText, **more):
+    text = zoo.config("gemma3_text", 3, **more).to_dict()
+    config = Gemma3Config(text_config=text, vision_config=VISION, image_token_index=IMAGE, mm_tokens_per_image=4)
+    torch.manual_seed(0)
+    return enliven(auto.from_config(config).eval())
+
+
+def llava():
+    config = LlavaConfig(
+        text_config=zoo.config("llama", 3).to_dict(), image_token_index=IMAGE, image_seq_length=4,
+        vision_config={"model_type": "clip_vision_model", "projection_dim": 16, **VISION},
+    )
+    torch.manual_seed(0)
+    return enliven(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def inputs(lengths=(20, 14)):
+    """Padded rows of text, longer than the vision tower's table of 5 positions and than any window."""
+    return zoo.batch(list(lengths))
+
+
+def with_image():
+    ids = zoo.batch([20, 20])["input_ids"].clamp_max(IMAGE - 1)
+    ids[:, 3:7] = IMAGE
+    pixels = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values": pixels}
+
+
+def real(output, mask):
+    return output[0][mask.bool()]
+
+
+@pytest.mark.parametrize("style", ["sdpa", "eager"])
+@pytest.mark.parametrize("auto", [AutoModelForImageTextToText, AutoModel], ids=["with head", "base"])
+def test_text_through_masks_that_the_outer_class_makes(auto, style):
+    stock = gemma(auto)
+    stock.set_attn_implementation(style)
+    made, given = dp.transform(stock, dp.Identity()), inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            real(made(**given, use_cache=False), given["attention_mask"]),
+            real(stock(**given, use_cache=False), given["attention_mask"]),
+        )
+        alone = {n: x[:1] for n, x in inputs((20,)).items()}
+        torch.testing.assert_close(made(input_ids=alone["input_ids"])[0], stock(input_ids=alone["input_ids"])[0])
+
+
+@pytest.mark.parametrize("build", [gemma, llava])
+def test_a_padded_row_of_a_program_is_the_row_alone_and_generates_as_it_scores(build):
+    made, given = dp.transform(build(), SPEC), inputs()
+    enliven(made.depth, seed=1, least=1)
+    with torch.no_grad():
+        both = made(**given, use_cache=False).logits
+        one = made(input_ids=given["input_ids"][1:, 6:], use_cache=False).logits
+        torch.testing.assert_close(both[1:, 6:], one)
+        out = made.generate(**given, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        mask = torch.cat((given["attention_mask"], torch.ones(2, 4, dtype=torch.long)), 1)
+        scored = made(input_ids=out.sequences[:, :-1], attention_mask=mask, use_cache=False).logits[:, -5:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
+
+
+def test_images_that_are_read_causally():
+    stock = llava()
+    made, given = dp.transform(stock, dp.Identity()), with_image()
+    with torch.no_grad():
+        torch.testing.assert_close(made(**given).logits, stock(**given).logits)
+        other = made(**{**given, "pixel_values": -given["pixel_values"]}).logits
+        assert not torch.allclose(other, made(**given).logits)
+        wanted = stock.generate(**given, max_new_tokens=4, do_sample=False)
+        assert torch.equal(made.generate(**given, max_new_tokens=4, do_sample=False), wanted)
+
+
+def test_images_that_see_both_ways_are_refused_by_name():
+    stock = gemma()
+    made, given = dp.transform(stock, dp.Identity()), with_image()
+    with torch.no_grad():
+        torch.testing.assert_close(made(**given).logits, stock(**given).logits)
+        types = (given["input_ids"] == IMAGE).long()
+        with pytest.raises(InputError, match=r"not causal.*token_type_ids"):
+            made(**given, token_type_ids=types)
+        with pytest.raises(InputError, match="not causal"):
+            made.generate(**given, token_type_ids=types, max_new_tokens=2)
+        if "mm_encoder_outputs" in type(stock).forward.__code__.co_varnames:
+            image = {"image": stock.model.get_image_features(pixel_values=given.pop("pixel_values"), return_dict=True)}
+            torch.testing.assert_close(
+                made(**given, mm_encoder_outputs=image).logits, stock(**given, mm_encoder_outputs=dict(image)).logits
+            )

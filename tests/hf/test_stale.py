@@ -1,0 +1,306 @@
+"""What changes after the first call counts: a transformed model stays what ``restore`` gives, or refuses as it would before."""
+
+import functools
+import importlib
+import types
+
+import pytest
+import torch
+import zoo
+from torch import nn
+from turbos import GROUP, enliven, turbo_of
+
+import depthpass as dp
+from depthpass.errors import UnsupportedModelError
+
+IDS = zoo.batch([9, 9], seed=5)["input_ids"]
+
+
+def pair(name, **more):
+    """A transformed model that was called once, and what the transform took it from."""
+    made = dp.transform(enliven(zoo.model(name, 2, **more), least=1), dp.Identity())
+    call(made)
+    return made
+
+
+def call(model, **more):
+    with torch.no_grad():
+        return model(input_ids=IDS, use_cache=False, **more)
+
+
+def agrees(made):
+    torch.testing.assert_close(call(made).logits, call(dp.restore(made)).logits)
+
+
+def every(model, name, value):
+    found = [m for m in model.modules() if name in m.__dict__]
+    assert found
+    for module in found:
+        setattr(module, name, value)
+
+
+def set_config(name, value):
+    def change(model):
+        assert getattr(model.config, name) != value
+        setattr(model.config, name, value)
+
+    return change
+
+
+def set_attribute(name, value):
+    return lambda model: every(model, name, value)
+
+
+def new_bias(model):
+    up = model.model.layers[1].mlp.up_proj
+    up.bias = nn.Parameter(torch.randn(up.out_features, generator=torch.Generator().manual_seed(3)))
+
+
+def dropped_bias(model):
+    assert model.model.layers[0].self_attn.q_proj.bias is not None
+    model.model.layers[0].self_attn.q_proj.bias = None
+
+
+def wrapped_forward(model):
+    mlp = model.model.layers[1].mlp
+    forward = mlp.forward
+    mlp.forward = functools.wraps(forward)(lambda h: 2 * forward(h))
+
+
+def method_forward(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = types.MethodType(lambda self, h: self.down_proj(torch.tanh(self.up_proj(h))), mlp)
+
+
+def partial_forward(model):
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.forward = functools.partial(lambda f, h: f(h) + 1, norm.forward)
+
+
+class TwiceTheMlp(importlib.import_module("transformers.models.llama.modeling_llama").LlamaMLP):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def class_swap(model):
+    model.model.layers[1].mlp.__class__ = TwiceTheMlp
+
+
+def other_activation(model):
+    model.model.layers[0].mlp.act_fn = nn.Tanh()
+
+
+def other_module(model):
+    attention = model.model.layers[1].self_attn
+    attention.o_proj = enliven(nn.Linear(attention.o_proj.in_features, attention.o_proj.out_features), seed=7)
+
+
+def halved_rotary(model):
+    rotary = model.model.rotary_emb
+    rotary.attention_scaling = 0.5
+
+
+def in_a_container(model):
+    model.config.layer_types[0] = "full_attention"
+
+
+CHANGES = {
+    "llama": {
+        "another class": class_swap,
+        "another activation": other_activation,
+        "another linear": other_module,
+        "a bias where there was none": new_bias,
+        "a wrapped forward inside a block": wrapped_forward,
+        "a forward bound to a module": method_forward,
+        "a partial forward of a norm": partial_forward,
+        "scale of rotary tables": halved_rotary,
+        "eps of norms": set_attribute("variance_epsilon", 0.5),
+    },
+    "qwen2": {"scale of attention": set_attribute("scaling", 0.7), "no bias where there was one": dropped_bias},
+    "gemma2": {
+        "softcap of attention": set_attribute("attn_logit_softcapping", 0.5),
+        "softcap of logits": set_config("final_logit_softcapping", 0.3),
+    },
+    "granite": {
+        "scale of logits": set_config("logits_scaling", 4.0),
+        "scale of embeddings": set_attribute("embedding_multiplier", 3.0),
+        "scale of residuals": set_attribute("residual_multiplier", 0.1),
+    },
+    "cohere": {"scale of logits": set_attribute("logit_scale", 3.0)},
+    "mistral": {"window in the config": set_config("sliding_window", 2)},
+    "gemma3_text": {"kinds of layers": in_a_container},
+    "mixtral": {"experts per token": set_attribute("top_k", 1)},
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_changes_after_the_first_call_count(name):
+    made = pair(name)
+    for what, change in CHANGES[name].items():
+        before = call(made).logits
+        change(made)
+        agrees(made)
+        assert not torch.allclose(call(made).logits, before, atol=1e-3), f"{what}: the change has to matter"
+
+
+def test_a_change_counts_in_every_program_and_is_taken_back():
+    stock = enliven(zoo.model("llama", 3))
+    made = turbo_of(stock, bridges=[(2, 0)])
+    first = call(made).logits
+    norms = [m for m in made.modules() if hasattr(m, "variance_epsilon")]
+    kept = norms[0].variance_epsilon
+    for norm in norms:
+        norm.variance_epsilon = 0.5
+    fresh = turbo_of(dp.restore(made), bridges=[(2, 0)])
+    fresh.depth.load_state_dict(made.depth.state_dict())
+    assert made.depth_program == fresh.depth_program and GROUP == 3
+    torch.testing.assert_close(call(made).logits, call(fresh).logits)
+    for norm in norms:
+        norm.variance_epsilon = kept
+    assert torch.equal(call(made).logits, first)
+
+
+def test_the_loss_function_counts():
+    made = pair("llama")
+    call(made, labels=IDS)
+    made.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    assert torch.equal(call(made, labels=IDS).loss, call(dp.restore(made), labels=IDS).loss)
+
+
+@pytest.mark.parametrize("tokens", [102, 194])
+def test_resized_tied_embeddings_give_the_stock_loss(tokens):
+    made = dp.transform(enliven(zoo.model("llama", 2, tie_word_embeddings=True)), dp.Identity())
+    call(made, labels=IDS)
+    made.resize_token_embeddings(tokens, mean_resizing=False)
+    torch.testing.assert_close(call(made, labels=IDS).loss, call(dp.restore(made), labels=IDS).loss)
+    made(input_ids=IDS, labels=IDS).loss.backward()
+    assert made.get_input_embeddings().weight.grad.shape[0] == tokens
+
+
+def test_attention_dropout_counts():
+    made = dp.transform(enliven(zoo.model("llama", 2)), dp.Identity()).train()
+    call(made)
+    every(made, "attention_dropout", 0.5)
+    assert not torch.equal(call(made).logits, call(made).logits)
+    torch.manual_seed(0)
+    mine = call(made).logits
+    torch.manual_seed(0)
+    assert torch.equal(mine, call(dp.restore(made)).logits)
+
+
+def test_bidirectional_attention_is_refused_after_a_call_as_before_it():
+    made = pair("llama")
+    every(made, "is_causal", False)
+    with pytest.raises(UnsupportedModelError, match="is_causal=False"):
+        call(made)
+    every(made, "is_causal", True)
+    agrees(made)
+
+
+def test_a_saved_model_is_the_one_that_ran(tmp_path):
+    made = pair("mistral")
+    made.config.sliding_window = 2
+    made.save_pretrained(tmp_path)
+    assert torch.equal(call(made).logits, call(dp.from_pretrained(tmp_path)).logits)
+
+
+def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
+    from transformers.models.llama import modeling_llama
+
+    made = pair("llama")
+    first = call(made).logits
+    rotate = modeling_llama.apply_rotary_pos_emb
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, *a, **b: rotate(2 * q, k, cos, sin, *a, **b))
+        agrees(made)
+        assert not torch.allclose(call(made).logits, first)
+    forward = modeling_llama.LlamaMLP.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 3 * forward(self, x))
+        agrees(made)
+        assert not torch.allclose(call(made).logits, first)
+    assert torch.equal(call(made).logits, first)
+
+
+def test_hooks_of_all_modules_are_refused_by_name_and_torchs_own_are_not():
+    made = pair("llama")
+
+    def times(module, args, output):
+        return output * 1.5 if type(module).__name__ == "LlamaMLP" else None
+
+    handle = nn.modules.module.register_module_forward_hook(times)
+    try:
+        with pytest.raises(UnsupportedModelError, match="times is a hook of all modules"):
+            call(made)
+    finally:
+        handle.remove()
+    with torch.utils.module_tracker.ModuleTracker():
+        agrees(made)
+
+
+def test_a_wrapped_block_runs_its_wrapper_at_every_visit():
+    made = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
+    call(made)
+    block, seen = made.model.layers[1], []
+    forward = block.forward
+
+    def counted(hidden, *args, **kwargs):
+        seen.append(hidden.shape[1])
+        return forward(hidden, *args, **kwargs)
+
+    block.forward = counted
+    call(made)
+    assert sum(seen) == IDS.shape[1]
+
+
+# What is no change -----------------------------------------------------------------------------------------------
+
+
+def test_what_no_capture_depends_on_captures_nothing(captures):
+    made = pair("llama")
+    assert len(captures) == 1
+    for step in range(3):
+        made.global_step = step
+        made.config.use_cache = bool(step % 2)
+        made.generation_config.max_length = 20 + step
+        made.model.layers[0].note = f"step {step}"
+        with torch.no_grad():
+            for p in made.parameters():
+                p.mul_(1.01)
+        made.lm_head.weight.data = made.lm_head.weight.data.clone()
+        call(made)
+    assert len(captures) == 1
+    agrees(made)
+
+
+def test_generating_looks_at_one_watch():
+    made = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
+    made.generate(IDS, max_new_tokens=2, do_sample=False)
+    watch = made._depth.watches[-1]
+    made.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert made._depth.watches[-1] is watch
+
+
+def test_training_and_evaluation_take_turns_without_new_watches_or_captures(captures):
+    made = pair("llama")
+    kept = set()
+    for step in range(20):
+        made.train(step % 2 == 0)
+        call(made)
+        if step > 1:
+            kept.add(id(made._depth.watches[-1]))
+    assert len(kept) == 2 and len(captures) == 2
+
+
+def test_old_states_of_a_model_are_forgotten(monkeypatch):
+    from depthpass.hf import captured, watch
+
+    monkeypatch.setattr(captured, "KEPT", 2)
+    made = pair("llama")
+    for step in range(6):
+        every(made, "variance_epsilon", 0.1 * (step + 1))
+        agrees(made)
+    assert len(made._depth.captures) == 2 and len(made._depth.watches) <= watch.KEPT
+    alive = [c for c in made._depth.captures.values()]
+    owners = {id(o) for c in alive for o in (c.prologue, c.norm, c.head, *c.blocks)}
+    assert set(made._depth.bindings) <= owners
