@@ -275,6 +275,9 @@ def _positions(model, config, given, valid, batch: int, past: int, new: int, dev
             positions = (valid.long().cumsum(-1) * valid - 1)[:, past:]
             _check_table(model, None, positions)
             return positions
+        # A model with a table of positions depends on them itself, and numbers columns as the stock model does.
+        if valid is not None and model.depth_program.reads_positions and model._depth.position_table is None:
+            return (valid.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
         _check_table(model, past + new - 1, None)
         return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
     if value.dim() == 1:
