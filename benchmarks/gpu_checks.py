@@ -45,24 +45,23 @@ def kernels(stage: Stage) -> None:
     cases += [("gated_attention", c) for c in gated_cases(not stage.device.real)]
     worst: dict[tuple[str, str], float] = {}
     checks = {"slot_attention": check_attention, "bridge_in": check_bridge, "gated_attention": check_gated}
-    with stage.beside_others():
-        passed = 0
-        for kernel, case in stage.mine(cases):
-            dtype = str(case["dtype"]).removeprefix("torch.")
-            label = f"{kernel} {dtype} " + " ".join(f"{k}={v}" for k, v in case.items() if k != "dtype")
-            with stage.attempt(label):
-                found = checks[kernel](stage, case)
-                for part, error in found.items():
-                    limit = KERNEL_LIMITS[case["dtype"]] * (1 if part == "output" else 4)
-                    key = kernel + ("" if part == "output" else " gradients"), dtype
-                    worst[key] = max(worst.get(key, 0.0), error)
-                    if not error <= limit:
-                        stage.record(label, wrong=f"{part}: relative error {error:.1e} is above {limit:.0e}")
-                        break
-                else:
-                    passed += 1
-        stage.record("checked", passed=passed, of=len(stage.mine(cases)),
-                     worst={" ".join(k): f"{v:.1e}" for k, v in sorted(worst.items())})
+    passed = 0
+    for kernel, case in stage.mine(cases):
+        dtype = str(case["dtype"]).removeprefix("torch.")
+        label = f"{kernel} {dtype} " + " ".join(f"{k}={v}" for k, v in case.items() if k != "dtype")
+        with stage.attempt(label), stage.beside_others():
+            found = checks[kernel](stage, case)
+            for part, error in found.items():
+                limit = KERNEL_LIMITS[case["dtype"]] * (1 if part == "output" else 4)
+                key = kernel + ("" if part == "output" else " gradients"), dtype
+                worst[key] = max(worst.get(key, 0.0), error)
+                if not error <= limit:
+                    stage.record(label, wrong=f"{part}: relative error {error:.1e} is above {limit:.0e}")
+                    break
+            else:
+                passed += 1
+    stage.record("checked", passed=passed, of=len(stage.mine(cases)),
+                 worst={" ".join(k): f"{v:.1e}" for k, v in sorted(worst.items())})
 
 
 def check_attention(stage: Stage, case: dict) -> dict[str, float]:
@@ -269,10 +268,10 @@ def systems() -> dict[str, tuple[str, object, bool]]:
 def levels(stage: Stage) -> None:
     """Logits and every gradient of each level against the eager level in float64; padded rows; twice, as graphs replay."""
     level = LEVELS[1:][stage.shard] if stage.shards > 1 else None
-    with stage.beside_others():
-        for name, (kind, spec, loops) in systems().items():
-            for one in (level,) if level else LEVELS[1:]:
-                if one != "cudagraph" or loops:
+    for name, (kind, spec, loops) in systems().items():
+        for one in (level,) if level else LEVELS[1:]:
+            if one != "cudagraph" or loops:
+                with stage.beside_others():
                     check_level(stage, name, kind, spec, one, loops)
 
 
@@ -314,11 +313,13 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
         with stage.attempt(label):
             plain = errors(run(dtype, "eager"), want)
             found = errors(run(dtype, level if loops or level != "scheduled" else "auto"), want)
-            # A level may round otherwise, and is no further from the truth than the eager one by more than that.
-            floor = 1e-5 if dtype == torch.float32 else 1e-2
-            wrong = [f"{k}: {v:.1e}, eager {plain[k]:.1e}" for k, v in found.items() if not v <= min(3 * plain[k] + floor, 0.5)]
-            stage.record(label, logits=found["logits"], eager=plain["logits"], gradient=max(found.values()),
-                         **({"wrong": "; ".join(wrong[:6])} if wrong else {}))
+            # A level may round otherwise; it is no further from the truth than the eager one. In half precision single
+            # gradients are mostly noise, all of them together are not.
+            kept, floor = (list(found), 1e-5) if dtype == torch.float32 else (["logits", "all gradients"], 1e-2)
+            wrong = [f"{k}: {found[k]:.1e}, eager {plain[k]:.1e}" for k in kept
+                     if not (found[k] <= 2 * plain[k] + floor and found[k] < 1)]
+            stage.record(label, **{k: found[k] for k in ("logits", "all gradients")}, eager=plain["logits"],
+                         eager_gradients=plain["all gradients"], **({"wrong": "; ".join(wrong[:6])} if wrong else {}))
     if level in ("inductor", "cudagraph") and name != "mor":
         with stage.attempt(f"{level} {name} decoding"):
             check_decoding(stage, f"{level} {name} decoding", exact, spec, level, values, ids)
@@ -347,6 +348,11 @@ def errors(found, want) -> dict[str, float]:
     worst: dict[str, float] = {}
     for (logits, grads), (exact, right) in zip(found, want, strict=True):
         worst["logits"] = max(worst.get("logits", 0.0), relative(logits, exact))
+        apart = sum(
+            (grads[n].double() - g.double()).norm().item() ** 2 if n in grads else float("inf") for n, g in right.items()
+        )
+        total = (apart / sum(g.double().norm().item() ** 2 for g in right.values())) ** 0.5
+        worst["all gradients"] = max(worst.get("all gradients", 0.0), total if total == total else float("inf"))
         least = 1e-3 * sum(g.double().norm().item() for g in right.values()) / len(right)
         for n, g in right.items():
             size = max(g.double().norm().item(), least)

@@ -220,8 +220,8 @@ def attention(stage: Stage) -> None:
             failed[i, name] = f"{type(error).__name__}: {str(error)[:200]}"
             device.sync()
 
-    with stage.beside_others():
-        for i, (_, runs) in enumerate(rows):
+    for i, (_, runs) in enumerate(rows):
+        with stage.beside_others():
             for name, run in runs.items():
                 each(i, name, run, lambda run: run())
     with stage.alone():
@@ -229,7 +229,9 @@ def attention(stage: Stage) -> None:
             found: dict[str, float] = {}
             for name, run in runs.items():
                 if (i, name) not in failed:
-                    each(i, name, run, lambda run, name=name, found=found: found.update({name: 1e6 * repeated_seconds(stage, run)}))
+                    each(i, name, run, lambda run, name=name, found=found: found.update(
+                        {name: 1e6 * repeated_seconds(stage, run)}
+                    ))
             lost = {name: why for (j, name), why in failed.items() if j == i}
             stage.record(" ".join(f"{k}={v}" for k, v in setting.items()), **setting,
                          microseconds={k: round(t, 1) for k, t in found.items()},

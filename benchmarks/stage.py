@@ -1,7 +1,7 @@
 """One stage of the GPU run: its device, its lock, and its results, written to disk after every one of them.
 
 Stages run side by side while they compile and check, and one at a time while they measure: both hold one file lock, shared or
-exclusive. A stage that is killed keeps what it has recorded and lets go of the lock.
+exclusive, case by case, and take turns. A stage that is killed keeps what it has recorded and lets go of the lock.
 """
 
 from __future__ import annotations
@@ -124,7 +124,10 @@ class Stage:
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
         with open(self.out / "lock", "a") as file:
-            fcntl.flock(file, how)
+            # Whoever waits holds the turn, so that a measurement waits for the cases under way and for no later ones.
+            with open(self.out / "turn", "a") as turn:
+                fcntl.flock(turn, fcntl.LOCK_EX)
+                fcntl.flock(file, how)
             try:
                 yield
             finally:
@@ -135,7 +138,7 @@ class Stage:
         return self._locked(fcntl.LOCK_SH)
 
     def alone(self) -> contextlib.AbstractContextManager:
-        """Measuring: begins when nobody compiles or checks, and nobody else measures."""
+        """Measuring: begins when the cases that others compile or check are done; none of theirs begins before it ends."""
         return self._locked(fcntl.LOCK_EX)
 
     def mine(self, cases: list) -> list:

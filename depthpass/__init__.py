@@ -41,10 +41,11 @@ _PUBLIC = {
     "logit_lens": "depthpass.analysis.lens",
     "aligned_targets": "depthpass.losses",
     "relay_loss": "depthpass.losses",
+    "exit_loss": "depthpass.losses",
     "gradients": "depthpass.analysis.gradients",
     **dict.fromkeys(
-        ("DepthpassError", "SpecError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError", "InputError",
-         "CacheError", "LoweringError"),
+        ("DepthpassError", "SpecError", "CheckpointError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError",
+         "InputError", "CacheError", "LoweringError"),
         "depthpass.errors",
     ),
 }
@@ -68,3 +69,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_PUBLIC, *_PACKAGES})
+
+
+# Saved models load through the Auto classes of transformers, whichever of the two is imported first.
+importlib.import_module("depthpass.hf.auto").announce()

@@ -14,6 +14,10 @@ class SpecError(DepthpassError, ValueError):
     """A spec, or one of its fields, cannot be honoured."""
 
 
+class CheckpointError(SpecError, OSError):
+    """A saved model is damaged; the message names the file."""
+
+
 class UnsupportedModelError(DepthpassError, NotImplementedError):
     """The model contains something depthpass cannot treat soundly."""
 

@@ -1,4 +1,4 @@
-"""Losses on taps: RELAY's iteration-wise supervision (arXiv 2502.08482)."""
+"""Losses on taps: RELAY's iteration-wise supervision (arXiv 2502.08482), Ouro's losses of an exit gate (arXiv 2510.25741)."""
 
 from __future__ import annotations
 
@@ -113,3 +113,82 @@ def relay_loss(
     if total is None:
         raise InputError("relay_loss: expected a mask with a token in it, got an empty one.")
     return weight / len(targets) * total
+
+
+def exit_loss(
+    taps: Mapping[str, Tensor] | Any,
+    labels: Tensor,
+    *,
+    form: Literal["mixture", "expected"] = "mixture",
+    beta: float = 0.0,
+    scope: str = "loop",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Ouro's loss of a looped model with an exit gate: trains core and gate together.
+
+    With the probabilities lambda_t that the gate gives, a token ends after iteration t with p_t = lambda_t prod_(u<t)
+    (1 - lambda_u); the last iteration takes the rest. With z_t the logits after iteration t:
+
+        mixture    CE(sum_t p_t z_t, label)              the public code
+        expected   sum_t p_t CE(z_t, label)              the paper's first stage
+
+    plus beta KL(p || uniform), over the tokens whose *next* token has a label, as in the stock loss::
+
+        model = dp.transform(stock, dp.Loop(times=4, normalize="loop", exit=0.9, skip=False, taps=True))
+        dp.exit_loss(model(input_ids=ids), labels, beta=0.1).backward()
+
+    Args:
+        taps: a model's output, or its ``taps``: ``{scope}.t{t}`` and ``{scope}.t{t}.exit`` for every t.
+        labels: ``[batch, tokens]``, -100 where no loss is taken; shifted here.
+        form: whose cross-entropy.
+        beta: weight of the entropy term; the paper lowers it from 0.1 to 0.05.
+        scope: scope of the loop.
+        num_items_in_batch: divide by this instead of the labels that count, as a Trainer does when it accumulates.
+
+    Returns:
+        the loss, in float32 or the logits' precision where that is higher.
+
+    Raises:
+        InputError: taps or gates are missing, labels of another shape or without any to learn from, an unknown form.
+    """
+    if form not in ("mixture", "expected"):
+        raise InputError(f"exit_loss: form: expected 'mixture' or 'expected', got {form!r}.")
+    logits, gates = _exits(getattr(taps, "taps", taps), scope)
+    if labels.shape != logits[0].shape[:2]:
+        raise InputError(f"exit_loss: labels: expected shape {tuple(logits[0].shape[:2])}, got {tuple(labels.shape)}.")
+    want = labels[:, 1:].to(logits[0].device)
+    keep = want != -100
+    if not bool(keep.any()):
+        raise InputError("exit_loss: expected labels with a token to learn from, got -100 everywhere behind the first column.")
+    precise = [z[:, :-1][keep].to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    p = _exit_probabilities([g[:, :-1, 0][keep].to(precise[0].dtype) for g in gates])
+    if form == "mixture":
+        each = F.cross_entropy(sum(w[:, None] * z for w, z in zip(p, precise)), want[keep], reduction="none")
+    else:
+        each = sum(w * F.cross_entropy(z, want[keep], reduction="none") for w, z in zip(p, precise))
+    if beta:
+        each = each + beta * sum(torch.special.xlogy(w, w * len(p)) for w in p)
+    return each.sum() / (len(each) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _exits(taps: Any, scope: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Logits and gates by iteration."""
+    found = taps if isinstance(taps, Mapping) and not hasattr(taps, "to_tuple") else {}
+    times = 0
+    while f"{scope}.t{times + 1}" in found:
+        times += 1
+    names = [f"{scope}.t{t}" for t in range(1, times + 1)]
+    if missing := [n for n in [*names, *(f"{n}.exit" for n in names)] if n not in found] or not names:
+        lacking = f"without {', '.join(missing)}" if names else f"without {scope}.t1"
+        raise InputError(f"exit_loss: expected logits and gates of every iteration, got taps {lacking}. Use "
+                         "Loop(..., exit=q, skip=False, taps=True), and scope= for a loop of another scope.")
+    return [found[n] for n in names], [found[f"{n}.exit"] for n in names]
+
+
+def _exit_probabilities(gates: Sequence[Tensor]) -> list[Tensor]:
+    """p_1 .. p_T of exit probabilities lambda_1 .. lambda_T; the last one takes what is left."""
+    left, found = torch.ones_like(gates[0]), []
+    for gate in gates[:-1]:
+        found.append(left * gate)
+        left = left * (1 - gate)
+    return [*found, left]

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.limits import TEXT, shown
 from depthpass.passes.base import Pass, default_of, options
 from depthpass.passes.fields import describe
 from depthpass.passes.pipeline import as_passes
@@ -58,7 +59,7 @@ def load_spec(source: SpecLike) -> tuple[Pass, ...]:
         entries = source
     else:
         raise SpecError(
-            f"spec: expected a pass, a list of passes, a mapping, a path or YAML text, got {source!r} "
+            f"spec: expected a pass, a list of passes, a mapping, a path or YAML text, got {shown(source)} "
             f"({type(source).__name__}). Write for example TurboConn(group=4) or 'pass: turboconn'."
         )
     if not entries:
@@ -99,23 +100,23 @@ def _entries(source: Mapping[str, Any]) -> Sequence[Any]:
         return [source]
     for key in source:
         if key not in ("depthpass", "passes"):
-            raise SpecError(f"spec: unknown field {key!r}.{did_you_mean(str(key), ('depthpass', 'passes', 'pass'))} "
+            raise SpecError(f"spec: unknown field {shown(key)}.{did_you_mean(shown(key), ('depthpass', 'passes', 'pass'))} "
                             "Expected 'depthpass' (the version) and 'passes', or one mapping with 'pass'.")
     version = source.get("depthpass", VERSION)
     if type(version) is not int or version < 1:
-        raise SpecError(f"spec.depthpass: expected the schema version, at most {VERSION}, got {version!r}.")
+        raise SpecError(f"spec.depthpass: expected the schema version, at most {VERSION}, got {shown(version)}.")
     if version > VERSION:
         raise SpecError(f"spec.depthpass: this depthpass reads schema versions up to {VERSION}, got {version}. "
                         "Update depthpass.")
     passes = source.get("passes")
     if not isinstance(passes, list | tuple):
-        raise SpecError(f"spec.passes: expected a list of passes, got {passes!r} ({type(passes).__name__}).")
+        raise SpecError(f"spec.passes: expected a list of passes, got {shown(passes)} ({type(passes).__name__}).")
     return passes
 
 
 def _build(entry: Any, at: int) -> Pass:
     if not isinstance(entry, Mapping):
-        raise SpecError(f"spec.passes[{at}]: expected a pass or a mapping with 'pass', got {entry!r} "
+        raise SpecError(f"spec.passes[{at}]: expected a pass or a mapping with 'pass', got {shown(entry)} "
                         f"({type(entry).__name__}). Write for example {{'pass': 'turboconn', 'group': 4}}.")
     if "pass" not in entry:
         near = next((f" Did you mean 'pass' instead of {k!r}?" for k in entry if did_you_mean(str(k), ("pass",))), "")
@@ -123,13 +124,13 @@ def _build(entry: Any, at: int) -> Pass:
                         f"got {', '.join(map(repr, entry)) or 'an empty mapping'}.{near}")
     name = entry["pass"]
     if not isinstance(name, str):
-        raise SpecError(f"spec.passes[{at}].pass: expected the name of a pass, got {name!r} ({type(name).__name__}).")
+        raise SpecError(f"spec.passes[{at}].pass: expected the name of a pass, got {shown(name)} ({type(name).__name__}).")
     cls = pass_class(name)
     known = {f.name: f for f in fields(cls)}
     given = {k: v for k, v in entry.items() if k != "pass"}
     for key in given:
         if key not in known:
-            raise SpecError(f"{name}: unknown field {key!r}.{did_you_mean(str(key), known)} "
+            raise SpecError(f"{name}: unknown field {shown(key)}.{did_you_mean(shown(key), known)} "
                             f"Fields: {', '.join(known) or 'none'}.")
     for key, f in known.items():
         if key not in given and default_of(f) is MISSING:
@@ -171,17 +172,23 @@ def _neighbours(path: Path) -> list[str]:
 
 def _parse(text: str, where: str) -> Any:
     """Plain data from YAML or JSON text."""
+    if len(text) > TEXT:
+        raise SpecError(f"{where}: expected at most {TEXT} characters, got {len(text)}.")
     try:
         # JSON is YAML, except that YAML forbids tabs for indentation; spaces mean the same in JSON outside of
         # strings, and a raw tab inside a JSON string is not valid JSON.
         data = yaml.load(text.replace("\t", "  ") if text.lstrip()[:1] in ("{", "[") else text, Loader=_Loader)
     except yaml.YAMLError as error:
         raise SpecError(f"{where}: not valid YAML or JSON: {' '.join(str(error).split())}.") from None
+    except RecursionError:
+        raise SpecError(f"{where}: expected a list of passes, got mappings or lists hundreds of levels deep.") from None
+    except ValueError as error:  # an integer of thousands of digits, a date that is none
+        raise SpecError(f"{where}: a value cannot be read: {error}.") from None
     if data is None:
         raise SpecError(f"{where}: expected at least one pass, got an empty spec.")
     if not isinstance(data, dict | list):
         raise SpecError(
-            f"{where}: expected a mapping with 'pass' or 'passes', or a list of passes, got {data!r}. "
+            f"{where}: expected a mapping with 'pass' or 'passes', or a list of passes, got {shown(data)}. "
             f"Write 'pass: turboconn' for a pass, or a path ending in {', '.join(SUFFIXES)} for a file."
         )
     return data

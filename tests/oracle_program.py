@@ -226,11 +226,12 @@ def loop(
 
 def exits(
     row: Row, start: int, end: int, times: int, limit: float, criterion: str, gate: Callable[[Tensor], Tensor], *,
-    kv="own", inject=None,
+    kv="own", inject=None, adapter=None, noise=None, out_norm=False,
 ) -> tuple[Tensor, list[int]]:
     """A loop that tokens leave early; returns the stream after the coda and how many iterations each token ran.
 
-    ``gate(s)`` is the exit probability after a state. A token that left writes no keys in later iterations.
+    ``gate(s)`` is the exit probability after a state. A token that left writes no keys in later iterations, neither in the
+    core nor in the coda that a prediction runs through.
     """
     slots, out, ran = {}, [], []
 
@@ -238,10 +239,18 @@ def exits(
         keys = slots.setdefault(key, Keys())
         return own(keys) if first is None else shared(slots[first])
 
-    def distance(now, before):
+    def coda(s, i, key):
+        x = row.norm(s) if out_norm else s
+        for b in range(end, len(row.blocks)):
+            x = row.block(b, x, i, visit((key, b, "coda"), None))
+        return x
+
+    def predict(s, i, t):
+        return torch.softmax(row.model.get_output_embeddings()(row.norm(coda(s, i, t))), -1)
+
+    def distance(p, q):
         if criterion == "state":
-            return (now - before).norm() / now.norm()
-        p, q = (torch.softmax(row.model.get_output_embeddings()(row.norm(s)), -1) for s in (now, before))
+            return (p - q).norm() / p.norm()
         if criterion == "kl":
             return (q * (q / p).log()).sum()
         return (-(p * p.log()).sum() + (q * q.log()).sum()).abs()
@@ -250,21 +259,26 @@ def exits(
         e = row.embed[i]
         for b in range(start):
             e = row.block(b, e, i, visit(b, None))
-        s, survival = e, 1.0
+        s, survival = e if noise is None else noise[i], 1.0
+        vocabulary = row.model.config.vocab_size
+        before = {"state": s, "kl": torch.full((vocabulary,), 1 / vocabulary, dtype=e.dtype)}.get(criterion)
         for t in range(times):
-            x = s + e if inject == "add" and t else s
+            x = s + e if inject == "add" and s is not e else s
+            if inject == "concat":
+                x = adapter[0] @ torch.cat((s, e)) + adapter[1]
             for b in range(start, end):
                 x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
-            before, s, count = s, x, t + 1
+            s, count = x, t + 1
             survival = survival * (1 - gate(s).item())
             if criterion == "cdf" and 1 - survival >= limit:
                 break
-            if criterion != "cdf" and t and distance(s, before).item() < limit:
-                break
+            if criterion != "cdf" and count < times:
+                now = s if criterion == "state" else predict(s, i, t)
+                if before is not None and distance(now, before).item() < limit:
+                    break
+                before = now
         ran.append(count)
-        for b in range(end, len(row.blocks)):
-            s = row.block(b, s, i, visit((b, "coda"), None))
-        out.append(s)
+        out.append(coda(s, i, "end"))
     return torch.stack(out), ran
 
 
@@ -372,11 +386,14 @@ def inner_thinking(
     return torch.stack(streams)
 
 
-def compare(stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8) -> None:
+def compare(
+    stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8, counted: bool = False
+) -> None:
     """Outputs and every gradient of a transformed model against an oracle, row by row.
 
     Args:
         want: ``(row, parameters by name) -> stream`` after the last block; called under :func:`oracle_attention`.
+        counted: rows are numbered by their own tokens, not by columns.
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     columns = torch.arange(ids.shape[1])
@@ -391,7 +408,7 @@ def compare(stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: C
     with oracle_attention(stock):
         for r in range(len(ids)):
             real = mask[r]
-            row = Row(stock, ids[r, real], columns[real])
+            row = Row(stock, ids[r, real], columns[: int(real.sum())] if counted else columns[real])
             logits = row.logits(want(row, values))
             torch.testing.assert_close(got[r, real], logits, rtol=1e-9, atol=1e-9)
             loss = loss + (logits * weight[r, real]).sum()

@@ -55,14 +55,26 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
     return tuple(found)
 
 
-def cycles(program: Program, calls: bool = False) -> tuple[frozenset[str], ...]:
+def slot_order(program: Program) -> tuple[tuple[str, str], ...]:
+    """Pairs of visits (writer, reader) of one slot: what runs them has to run the writer first.
+
+    No dependence of values: the keys follow from the writer's input alone, so depth does not count its result. But the
+    writer is what puts them into the slot, even where nothing reads its result.
+    """
+    writers = {writes_slot(o): o.name for o in program.visits}
+    return tuple((writers[s], o.name) for o in program.visits for s in reads_slots(o) if writers[s] != o.name)
+
+
+def cycles(program: Program, calls: bool = False, slots: bool = False) -> tuple[frozenset[str], ...]:
     """The delay cycles: strongly connected components (with at least one dependence inside), in program order.
 
-    With ``calls`` also the cycles through a past.
+    With ``calls`` also the cycles through a past; with ``slots`` what has to stand on a cycle because of the slot order.
     """
     graph = nx.DiGraph()
     graph.add_nodes_from(o.name for o in program.ops if o.name)
     graph.add_edges_from((d.source, d.target) for d in dependences(program, calls))
+    if slots:
+        graph.add_edges_from(slot_order(program))
     found = [
         frozenset(c) for c in nx.strongly_connected_components(graph)
         if len(c) > 1 or any(graph.has_edge(v, v) for v in c)

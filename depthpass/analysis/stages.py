@@ -6,12 +6,18 @@ Two facts make the unrolled graph a small periodic one:
   earlier tokens is dominated by attention to the own one. Attention therefore counts as an arc of distance 0.
 - A top-k route waits for every token of the row. Its own depth is a number that depends on the row only; what follows
   is the longest path *from* the route, added to it. So every such route begins a stage of its own.
+
+Pads end the row, so what is computed at them, and what the last real token gets from the last of them when they are
+trimmed, is read by nothing that comes before. Where pads are tokens like any other they lengthen the row; elsewhere
+each one, and the last real token behind a ``trim``, is a node of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+
+import networkx as nx
 
 from depthpass.analysis.dependence import cycles, dependences
 from depthpass.analysis.growth import ZERO, Growth, maximum, total
@@ -40,15 +46,17 @@ class Step:
 
 
 Key = str | tuple[str, int]
-"""A value at token i, or (value, k): the value at the k-th pad token after the row's last real token i."""
+"""A value at token i of a longer row, or (value, k): the value at the k-th pad token after the row's last real token i; with
+k = 0, of a value behind a ``trim``, at that token itself."""
 
 
 class Stages:
     """The dependence system of a program, solved once per stage: from the sources, and from each top-k route.
 
     Attributes:
-        pads_apart: whether pad tokens differ from real ones in what they depend on, so that each is a node of its own.
-            Otherwise they simply lengthen the row.
+        pads_apart: whether pad tokens differ from real ones in what they depend on, or trimmed values are mixed with
+            others, so that each pad is a node of its own. Otherwise they simply lengthen the row.
+        trimmed: values behind a ``trim``, with the pads that the last real token's one stands behind.
 
     With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
     """
@@ -67,11 +75,13 @@ class Stages:
             self.reads[d.target].append((d.source, d.distance))
         self.routes = tuple(o.name for o in program.ops if _waits(o))
         self.writers = {writes_slot(o): o for o in program.visits}
-        self.pads_apart = any(
+        self.trimmed, mixed = self._trims()
+        self.pads_apart = mixed or any(
             (o.kind == "pad" and self._computed(o.args[0])) or (o.kind == "block" and self._outlives_keys(o))
             for o in program.ops
         )
         self.nodes = self._nodes(weights)
+        self._check_pads()
         self.arcs = {node.name: node for node in self.nodes}
         self.sources = frozenset(
             node.name for node in self.nodes if not node.arcs and node.name not in self.routes
@@ -88,6 +98,34 @@ class Stages:
         """Whether a value depends on more than its own token's embedding."""
         kinds = {self.program.defs[v].kind for v in self.ancestors(value)}
         return not kinds <= {"embed", "zeros", "noise", "pad"}
+
+    def _trims(self) -> tuple[dict[str, int], bool]:
+        """Values behind a trim, and whether any is mixed with values that are not, read at other tokens or padded again."""
+        found: dict[str, int] = {}
+        mixed = False
+        for o in self.program.ops:
+            if not o.name or o.kind == "delay":
+                continue
+            behind = {found.get(a, 0) for a in o.args}
+            if o.kind == "trim":
+                mixed |= behind != {0}
+                found[o.name] = o["tokens"]
+            elif any(behind) or (o.kind == "block" and any(self._source(s) in found for s in reads_slots(o))):
+                mixed |= len(behind) > 1 or o.kind in ("block", "pad")
+                found[o.name] = max(*behind, 1)
+        return found, mixed or any(o.args[0] in found for o in self.program.ops if o.kind == "delay")
+
+    def _check_pads(self) -> None:
+        """Refuse a delay over pads that reads what those pads have left at the last real token."""
+        graph = nx.DiGraph((u, node.name) for node in self.nodes for u, d in node.arcs if d == 0)
+        if not nx.is_directed_acyclic_graph(graph):
+            late = next(o.name for o in self.program.ops if o.kind == "delay" and o.args[0] in self.trimmed)
+            raise PassError(f"depth: the delay %{late} reads a trimmed value, which waits for the last pad, at pads that come "
+                            "before that one. Move the delay in front of the trim.")
+
+    def _source(self, slot: int) -> str:
+        """The value that the keys of a slot are computed from."""
+        return self.writers[slot].args[0]
 
     def ancestors(self, value: str) -> frozenset[str]:
         """Values that a value depends on, itself included."""
@@ -114,23 +152,31 @@ class Stages:
             if self.pads_apart:
                 later += [
                     (k, Node((o.name, k), self._pad_arcs(o, arcs, k), weight, max(absent - k, 0)))
-                    for k in range(1, self.pads(o.name) + 1)
+                    for k in range(0 if o.name in self.trimmed else 1, self.pads(o.name) + 1)
                 ]
         later.sort(key=lambda pair: pair[0])
         return tuple(real) + tuple(node for _, node in later)
 
     def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, int], ...], k: int) -> tuple[tuple[Key, int], ...]:
-        """What a value at the k-th pad token reads; distances count back from the last real token."""
+        """What a value at the k-th pad token, or at the last real one, reads; distances count back from the latter."""
+        if o.kind == "trim":
+            return (self._at(o.args[0], o["tokens"]),)
         if o.kind != "block":
-            return tuple(_at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
+            return tuple(self._at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
         # Pads may break the order of depths along the row, so attention reads every earlier token here.
-        found = [_at(o.args[0], k)]
+        found = [self._at(a, k) for a in o.args]
         for slot in reads_slots(o):
-            source = self.writers[slot].args[0]
+            source = self._source(slot)
             window = o["window"] if slot == o["slot"] else None
-            first = 0 if window is None else max(0, k + 1 - window)
-            found += [_at(source, j) for j in range(first, min(k, self.pads(source)) + 1)]
+            # Of real tokens the last one stands for all before it, unless a trim has given it something else.
+            least = -1 if source in self.trimmed else 0
+            first = least if window is None else max(least, k + 1 - window)
+            found += [self._at(source, j) for j in range(first, min(k, self.pads(source)) + 1)]
         return tuple(dict.fromkeys(found))
+
+    def _at(self, value: str, k: int) -> tuple[Key, int]:
+        """Arc to a value k tokens after the last real one; to that one or an earlier one for k <= 0."""
+        return ((value, k), 0) if k > 0 or (k == 0 and value in self.trimmed) else (value, -k)
 
     def solved(self, stage: str | None) -> dict[object, Growth]:
         """Longest paths to every node that start at the sources (None), or at a top-k route."""
@@ -140,19 +186,22 @@ class Stages:
         return self._solved[stage][0]
 
     def _keys(self, value: str) -> list[Key]:
-        pads = range(1, self.pads(value) + 1) if self.pads_apart else ()
+        pads = range(0 if value in self.trimmed else 1, self.pads(value) + 1) if self.pads_apart else ()
         return [value, *((value, k) for k in pads)]
 
-    def _ends(self, value: str, stage: str | None) -> list[tuple[Key, Growth]]:
-        """Keys at which a row's longest path may end, with their growth over n - 1."""
+    def _ends(self, value: str, stage: str | None) -> list[tuple[Key, int, Growth]]:
+        """Where a row's longest path may end: key, tokens after the last real one, growth over n - 1."""
         found = self.solved(stage)
-        if self.pads_apart:
-            return [(k, found[k]) for k in self._keys(value)]
-        return [(value, found[value].advanced(self.pads(value)))]
+        if not self.pads_apart:
+            later = self.trimmed.get(value, self.pads(value))
+            return [(value, later, found[value].advanced(later))]
+        # Behind a trim the last real token has a value of its own, and those before it the plain one.
+        back = int(value in self.trimmed)
+        return [(k, -back, found[k].delayed(back)) if k == value else (k, 0, found[k]) for k in self._keys(value)]
 
     def _before(self, value: str) -> list[str | None]:
         """Stages whose paths reach a value."""
-        return [s for s in (None, *self.routes) if s != value and any(g.reachable for _, g in self._ends(value, s))]
+        return [s for s in (None, *self.routes) if s != value and any(g.reachable for *_, g in self._ends(value, s))]
 
     def base(self, stage: str | None) -> Growth:
         """Depth at which a stage begins, over n - 1: a top-k route needs all its arguments at all tokens."""
@@ -164,7 +213,7 @@ class Stages:
         """Largest depth of a value over the tokens of a row, over n - 1."""
         if value not in self._rows:
             ends = [] if value not in self.routes else [self.base(value)]
-            ends += [total(self.base(s), g) for s in self._before(value) for _, g in self._ends(value, s)]
+            ends += [total(self.base(s), g) for s in self._before(value) for *_, g in self._ends(value, s)]
             self._rows[value] = maximum(ends)
         return self._rows[value]
 
@@ -204,16 +253,12 @@ class Stages:
 
     def _end(self, value: str, last: int) -> tuple[str | None, Key, int]:
         """(stage, key, token) at which a longest path of a row ends."""
-        stage, key, _ = max(
-            ((s, k, self.base(s).at(last) + g.at(last)) for s in self._before(value) for k, g in self._ends(value, s)),
-            key=lambda end: end[2],
+        stage, key, later, _ = max(
+            ((s, k, later, self.base(s).at(last) + g.at(last)) for s in self._before(value)
+             for k, later, g in self._ends(value, s)),
+            key=lambda end: end[3],
         )
-        return stage, key, last if self.pads_apart else last + self.pads(value)
-
-
-def _at(value: str, k: int) -> tuple[Key, int]:
-    """Arc to a value k tokens after the last real one; to that one or an earlier one for k <= 0."""
-    return ((value, k), 0) if k > 0 else (value, -k)
+        return stage, key, last + later
 
 
 def _waits(o: Op) -> bool:

@@ -1,8 +1,10 @@
-"""Task DAGs: how much serial work a problem needs, to be held against the depth a program has.
+"""Task DAGs: how much serial work one way to solve a problem takes, to be held against the depth a program has.
 
-A task is a DAG of *local* functions (bounded memory each). Following arXiv 2505.19245, chain of thought evaluates it in
+A task is a DAG of *local* functions (bounded memory each). Following arXiv 2505.19245, chain of thought can evaluate it in
 about as many steps as it has nodes, a looped model in about as many loops as it has levels, with one token (input or
-pad) per node of the widest level. Those three numbers are ``size``, ``depth`` and ``width``.
+pad) per node of the widest level. Those three numbers are ``size``, ``depth`` and ``width``. All are upper bounds: a DAG is
+one algorithm, and the problem may have a shallower one (parity is in TC^0, so constant depth and averaging attention decide
+it, whatever its tree of exclusive ors says).
 
 Conventions (systems.md, section 1, "CoT vs loop"): ``depth`` counts the *edges* of the longest path. Where the input
 symbols are not nodes of the DAG (grids such as edit distance), the first node still has to read its inputs, so the
@@ -86,11 +88,11 @@ class TaskDAG:
 
 @dataclass(frozen=True)
 class Sufficiency:
-    """Whether an available depth covers a task.
+    """Whether an available depth covers a task's DAG, evaluated level by level. No lower bound of the task itself.
 
     Attributes:
         task: name of the task.
-        needed_depth, available_depth: in rounds and in block visits.
+        needed_depth, available_depth: of the DAG and of the program, in block visits.
         missing_depth: how many are missing, 0 when it suffices.
         needed_tokens, available_tokens: width of the task and tokens (real and pad) of the sequence; None = not asked.
         sufficient: both suffice.
@@ -108,9 +110,9 @@ class Sufficiency:
 
     def rows(self) -> list[tuple[str, object]]:
         return [
-            ("task", self.task), ("needed depth (rounds)", self.needed_depth),
+            ("task", self.task), ("depth of its DAG (block visits)", self.needed_depth),
             ("available depth (block visits)", self.available_depth), ("missing depth", self.missing_depth),
-            ("needed tokens", self.needed_tokens),
+            ("widest level of its DAG (tokens)", self.needed_tokens),
             ("available tokens", "not given" if self.available_tokens is None else self.available_tokens),
             ("sufficient", self.sufficient),
         ]
@@ -119,10 +121,11 @@ class Sufficiency:
 def sufficient(
     task: TaskDAG, depth_at_n: int, *, tokens: int | None = None, visits_per_round: int = 1
 ) -> Sufficiency:
-    """Hold the depth of a program at one length against what a task needs.
+    """Hold the depth of a program at one length against a task's DAG.
 
-    This is a necessary condition, not a proof that a model learns or even represents the task: a path of ``depth``
-    block visits is long enough to evaluate the DAG level by level if each level fits into ``visits_per_round`` visits.
+    A path of ``depth`` block visits is long enough to evaluate the DAG level by level if each level fits into
+    ``visits_per_round`` visits. That says nothing about whether a model learns it; and since the DAG is one algorithm out of
+    many, a depth that falls short is no proof that the task is out of reach.
 
     Args:
         task: the task at this size.
@@ -141,16 +144,17 @@ def sufficient(
     needed = task.depth * visits_per_round
     missing = max(0, needed - int(depth_at_n))
     narrow = tokens is not None and tokens < task.width
-    parts = [f"{task.name}: needs {needed} visits in a row"]
+    parts = [f"{task.name}: this DAG, level by level, takes {needed} visits in a row"]
     if visits_per_round > 1:
         parts[0] += f" ({task.depth} rounds of {visits_per_round})"
     parts.append(f"the program has {depth_at_n}" + (f", {missing} too few" if missing else ", enough"))
     if tokens is not None:
-        parts.append(f"needs {task.width} tokens at once, has {tokens}"
+        parts.append(f"its widest level takes {task.width} tokens at once, the program has {tokens}"
                      + (f", {task.width - tokens} pads too few" if narrow else ", enough"))
     if missing:
         parts.append(f"or about {task.size} chain-of-thought steps, one per local function")
-    text = "; ".join(parts) + ". Necessary, not sufficient for learning it (arXiv 2505.19245)."
+    text = "; ".join(parts) + (". About this one DAG: another algorithm may take fewer, so this is no lower bound, and it says "
+                               "nothing about what training finds (arXiv 2505.19245).")
     enough = not missing and not narrow
     return Sufficiency(task.name, needed, int(depth_at_n), missing, task.width, tokens, enough, text)
 
@@ -197,7 +201,10 @@ def _scan(name: str, n: int, form: str, note: str) -> TaskDAG:
 
 
 def parity(n: int, form: str = "tree") -> TaskDAG:
-    """Parity of n bits: depth ceil(log2 n) as a tree, n as a left-to-right scan."""
+    """Parity of n bits: depth ceil(log2 n) as a tree, n as a left-to-right scan.
+
+    The problem itself is in TC^0 (constant depth with O(log n) bits per number): neither DAG is a lower bound.
+    """
     return _scan("parity", n, form, "one node is an exclusive or of two bits")
 
 

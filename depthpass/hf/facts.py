@@ -13,6 +13,8 @@ from torch import nn
 
 from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
+from depthpass.hf.auto import PREFIX as MARKED
+from depthpass.hf.auto import unmarked
 
 ModelLike = Any
 """A PreTrainedModel, a PreTrainedConfig, a mapping of a config's fields, or the path of a ``config.json``."""
@@ -141,7 +143,9 @@ def _config(source: ModelLike) -> Any:
             f"{where}: expected a transformers model, a config, a mapping of a config's fields or the path of a "
             f"config.json, got {type(source).__name__}."
         )
-    fields = dict(source)
+    fields = unmarked(dict(source), where)
+    if isinstance(names := fields.get("architectures"), list | tuple):
+        fields["architectures"] = [n.removeprefix(MARKED) if isinstance(n, str) else n for n in names]
     kind = fields.pop("model_type", None)
     if not isinstance(kind, str):
         raise InputError(f"{where}: expected a field 'model_type' such as \"llama\", got {kind!r}. Is this the config "

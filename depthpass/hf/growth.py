@@ -31,27 +31,30 @@ def without_cache(call: Call, arguments: dict[str, object], programs: Sequence[P
     return replace(call, use_cache=False)
 
 
-def check_growth(model: Any, inputs: dict[str, Any], last: int | None) -> None:
+def check_growth(model: Any, mask: object, prompt: tuple[int, int] | None, new: int | None) -> None:
     """Refuse to generate with a cache when the loop count would change on the way.
 
     As long as the count stays what it was, every cached token is what a forward pass over the whole row gives. Once it
     changes, every earlier token would have to run again.
 
     Args:
-        inputs: what ``generate`` hands to the model.
-        last: tokens of the row, pads included, when generation ends; None = not known.
+        mask: the prompt's attention mask, if any; ``generate`` drops one that is all ones.
+        prompt: rows and columns of the prompt; None = not known.
+        new: tokens that will be generated at most; None = not known. The last one is never run.
 
     Raises:
         InputError: rows of different counts, or a count that would change.
     """
-    mask = inputs.get("attention_mask")
-    ids = next((inputs[k] for k in ("input_ids", "inputs_embeds") if isinstance(inputs.get(k), Tensor)), mask)
-    if not isinstance(ids, Tensor) or last is None:
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        real = mask.long().sum(-1).tolist()
+    elif prompt is not None:
+        real = [prompt[1]] * prompt[0]
+    else:
         return
-    columns = ids.shape[1]
-    real = mask.long().sum(-1).tolist() if isinstance(mask, Tensor) and mask.dim() == 2 else [columns] * len(ids)
+    if new is None:
+        return
     now = model._depth.plan
-    first, most = min(real), max(real) + max(last - columns, 0)
+    first, most = min(real), max(real) + max(new - 1, 0)
 
     def settled(n: int) -> list:
         return [p.settled(tokens=n) for p in now.passes]

@@ -20,8 +20,10 @@ from depthpass.hf.table import table_size
 if TYPE_CHECKING:
     from depthpass.hf.doors import Frame
 
-_IGNORED = {"return_dict", "use_cache", "cache_position", "logits_to_keep", "attention_mask", "position_ids"}
-_REFUSED_FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
+_IGNORED = {
+    "output_hidden_states", "return_dict", "use_cache", "cache_position", "logits_to_keep", "attention_mask", "position_ids",
+}
+_REFUSED_FLAGS = ("output_attentions", "output_router_logits")
 _EMBEDS = ("input_ids", "inputs_embeds")
 _TENSORS = ("token_type_ids", "mm_token_type_ids")
 
@@ -35,6 +37,7 @@ class Call:
         valid: validity of all columns, old and new, ``[batch, past + new]``; None = no padding anywhere.
         past: columns seen before this call.
         cache_name: the argument that the cache was given as.
+        hidden_states: whether the stream after every visit is handed out.
         labels: of the outer call; None = none.
         prompt: real tokens of each row's prompt, ``[batch]`` or ``[1]``; None = not told. Only programs with pads ask.
     """
@@ -46,6 +49,7 @@ class Call:
     cache_name: str
     use_cache: bool
     return_dict: bool
+    hidden_states: bool = False
     labels: Tensor | None = None
     prompt: Tensor | None = None
 
@@ -165,7 +169,10 @@ def normalise(
     if use_cache is None:
         use_cache = cache is not None or (bool(getattr(config, "use_cache", False)) and not model.training)
     return_dict = given.get("return_dict", getattr(config, "return_dict", True))
-    return Call(tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), labels, _prompt(model, prompt))
+    states = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
+    return Call(
+        tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, _prompt(model, prompt)
+    )
 
 
 def _prompt(model, value: object) -> Tensor | None:
@@ -268,6 +275,9 @@ def _positions(model, config, given, valid, batch: int, past: int, new: int, dev
             positions = (valid.long().cumsum(-1) * valid - 1)[:, past:]
             _check_table(model, None, positions)
             return positions
+        # A model with a table of positions depends on them itself, and numbers columns as the stock model does.
+        if valid is not None and model.depth_program.reads_positions and model._depth.position_table is None:
+            return (valid.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
         _check_table(model, past + new - 1, None)
         return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
     if value.dim() == 1:

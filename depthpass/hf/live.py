@@ -26,7 +26,7 @@ from transformers.modeling_utils import AttentionInterface
 from depthpass.capture import Capture, Part
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.doors import call_names
-from depthpass.hf.hooks import Hooked, has_hooks
+from depthpass.hf.hooks import Hooked, has_hooks, is_controlled
 
 
 class _Asking:
@@ -286,7 +286,7 @@ def _twin(module: nn.Module, quiet: frozenset[nn.Module], keep: bool = False) ->
     }
     for name in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
         twin.__dict__[name] = type(module.__dict__[name])()
-    if keep:
+    if keep or is_controlled(module):
         twin.__dict__.pop("forward", None)
     return twin
 

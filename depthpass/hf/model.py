@@ -12,7 +12,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,11 +26,14 @@ from depthpass.capture.direct import direct
 from depthpass.capture.quiet import quiet, without_autocast
 from depthpass.capture.structure import structural_copy
 from depthpass.errors import InputError, LoweringError, UnsupportedModelError
+from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
 from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
+from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
+from depthpass.hf.hooks import is_controlled
 from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
@@ -40,6 +43,12 @@ from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
+
+if TYPE_CHECKING:
+    from depthpass_lowering.losses import Pool
+
+PROMPT = "_depth_prompt"
+"""Rows and columns of the prompt, and how many of them count as ids, on the config of one call of ``generate``."""
 
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
@@ -177,6 +186,7 @@ class StockHost:
         self.counts: Counter[int] = Counter()
         self.ratios = model._depth.ratios
         self.losses: dict[str, Tensor] | None = None
+        self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
         self.runner = _runner(model._depth.lowering)
 
@@ -282,7 +292,16 @@ class StockHost:
 @functools.cache
 def _compiled_stock(stock: type) -> Callable:
     """The stock forward with what stands around the decoder compiled."""
-    return torch.compile(stock.forward, dynamic=True)
+    compiled = torch.compile(stock.forward, dynamic=True)
+
+    @functools.wraps(stock.forward)
+    def forward(*args, **kwargs):
+        with warnings.catch_warnings():
+            # Dynamo looks at the gradient of the decoder's output, which has none.
+            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+            return compiled(*args, **kwargs)
+
+    return forward
 
 
 def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
@@ -345,11 +364,29 @@ class DepthModel:
         from depthpass.hf.transform import install, prepare
 
         spec, chunk, home, policy = spec_of(config, type(self).__name__)
+        if config.architectures:
+            config.architectures = [type(self).__name__]
+        # Heads make their base model from the config, through an Auto class: that is stock.
+        unmark(config)
         super().__init__(config, *args, **kwargs)
+        mark(self.config)
         install(self, prepare(self, spec if home is None else home, chunk))
         if home is not None:
             self._depth.plans.default = self._depth.plans.of(self, spec, chunk)
         self._depth.fixed_point = policy
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As :func:`depthpass.from_pretrained`, for this class; what the Auto classes call."""
+        from depthpass.hf.save import load_as
+
+        return load_as(cls, pretrained_model_name_or_path, args, kwargs)
+
+    @classmethod
+    def _from_config(cls, config, **kwargs):
+        from depthpass.hf.save import own_depth_class
+
+        return super(DepthModel, own_depth_class(cls, config.to_dict(), cls.__name__))._from_config(config, **kwargs)
 
     @property
     def depth_program(self) -> Program:
@@ -473,6 +510,8 @@ class DepthModel:
             call.cache.check_program(plan.meaning, call.cache_name)
         if len(groups) > 1:
             call = without_cache(call, arguments, [p.program for p, _ in groups])
+        if call.hidden_states:
+            groups = [(with_states(self, groups), None)]
         captured = self._captured(call, names)
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
@@ -480,13 +519,15 @@ class DepthModel:
         lowered: list[Lowered] = []
         with shapes_only(call.tensors["attention_mask"]):
             parts, streams, state = (
-                advance_token(self, plan, captured, call, state)
+                (None if call.hidden_states else advance_token(self, plan, captured, call, state))
                 or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
             )
         runtime.lowered = tuple(lowered)
         batch = next(iter(call.tensors.values())).shape[0]
         runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
         output = pytree.tree_unflatten(parts, captured.out_spec)
+        if call.hidden_states:
+            output["hidden_states"] = take_states(streams, output.last_hidden_state)
         if call.use_cache:
             cache = call.cache if call.cache is not None else DepthCache(self)
             cache.keep(plan.meaning, state)
@@ -539,6 +580,8 @@ class DepthModel:
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
                 runtime.lowering, sweeping, lowered,
             )
+        if call.hidden_states:
+            streams[EMBEDDED] = hidden
         warn_parts(self, host.counts)
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
@@ -549,27 +592,31 @@ class DepthModel:
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
 
     def _by_rows(
-        self, groups, host: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
+        self, groups, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
     ):
         """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
         from depthpass_lowering.eager import run
+        from depthpass_lowering.losses import Pool
         from depthpass_lowering.state import State
 
-        parts, captured = [], host.captured
+        parts, pool, captured = [], Pool(), whole.captured
         for plan, rows in groups:
             group = StockHost(self, captured, ())
-            group.live, group.counts = host.live and host.live.of_rows(rows), host.counts
+            group.live, group.counts = whole.live and whole.live.of_rows(rows), whole.counts
             mine = [
                 s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s
                 for s, axis in zip(sides, captured.side_axes)
             ]
-            group.extras = mine
+            group.extras, group.losses, group.pool = mine, whole.losses, pool
             streams, _ = run(
                 plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
             )
             parts.append(streams)
+        pool.move()
+        if pool.sums:
+            whole.losses, whole.extra_loss = pool.values()
         back = torch.argsort(torch.cat([rows for _, rows in groups]))
         return {name: torch.cat([p[name] for p in parts]).index_select(0, back) for name in parts[0]}
 
@@ -597,7 +644,8 @@ class DepthModel:
             stock = stock_decoder(self)
             static = {"use_cache": False} if "use_cache" in names else {}
             # Heads without the argument ask the config. The copy's config is its own.
-            stock.config.get_text_config(decoder=True).use_cache = False
+            for config in (stock.config, stock.config.get_text_config(decoder=True)):
+                config.use_cache = config.output_hidden_states = False
             found = capture(stock, tensors, static)
         if len(found.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
@@ -630,7 +678,10 @@ class DepthModel:
                 "the rule is applied afresh to the row so far at every step."
             )
         if generation_config.use_cache is not False and "length" in self._depth.plan.varies:
-            check_growth(self, model_kwargs, generation_config.max_length)
+            prompt, given_ids = getattr(generation_config, PROMPT, (None, None))
+            known = given_ids is not None and generation_config.max_length is not None
+            check_growth(self, model_kwargs.get("attention_mask"), prompt,
+                         generation_config.max_length - given_ids if known else None)
         if generation_config.use_cache is not False and self.depth_program.reads_calls:
             warnings.warn(
                 "generate: with kv='last' or 'mod:k' a decoded token reads other keys of earlier tokens than it does when "
@@ -652,6 +703,14 @@ class DepthModel:
             return None
         return super()._prepare_cache_for_generation(generation_config, model_kwargs, generation_mode, *args, **kwargs)
 
+    def _prepare_generated_length(self, generation_config, *args, inputs_tensor=None, input_ids_length=None, **kwargs):
+        # The config is this call's own copy; what prepares the cache is told neither the prompt nor a mask of ones.
+        if isinstance(inputs_tensor, Tensor):
+            setattr(generation_config, PROMPT, (tuple(inputs_tensor.shape[:2]), input_ids_length))
+        return super()._prepare_generated_length(
+            generation_config, *args, inputs_tensor=inputs_tensor, input_ids_length=input_ids_length, **kwargs
+        )
+
     def _say_prompt(self, generation_config, model_kwargs) -> None:
         """Where the pads go: after the prompt, which is the first call of a cache, and must be said without one."""
         if generation_config.prefill_chunk_size is not None:
@@ -670,21 +729,31 @@ class DepthModel:
             gradient_checkpointing_func = not_reentrant(gradient_checkpointing_func)
         return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, stock: bool = False, **kwargs):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
 
-        A save that fails leaves the files of an earlier one as they were.
+        A save that fails leaves the files of an earlier one as they were. ``dp.from_pretrained`` loads the files, and so do
+        the Auto classes of transformers where depthpass is imported; where it is not, they stop with an error that says so.
+
+        Args:
+            stock: let stock code load the files as well, as the *base* model without the program. It then names a weight
+                that says so among those it does not use, and ``dp.from_pretrained`` loads the whole model all the same.
 
         Raises:
             InputError: ``safe_serialization=False`` was asked for (only safetensors are written), or
                 ``save_directory`` is a file.
         """
-        from depthpass.hf.save import configured, replacing
+        from depthpass.hf.files import replacing
+        from depthpass.hf.save import configured, with_notice
 
         if kwargs.get("safe_serialization") is False:
             raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
                              "only. Leave the argument out.")
-        with configured(self):
+        if stock:
+            state, args = (args[0], (None, *args[1:])) if args else (kwargs.pop("state_dict", None), args)
+            state = with_notice(self.state_dict() if state is None else state)
+            args, kwargs = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "state_dict": state})
+        with configured(self, stock):
             if not is_main_process or kwargs.get("distributed_checkpoint"):
                 return super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             with replacing(save_directory) as folder:
@@ -768,6 +837,7 @@ def depth_class(stock: type) -> type:
 
     # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
     body = {
+        "config_class": None if stock.config_class is None else marked_class(stock.config_class),
         "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
@@ -811,6 +881,7 @@ def stock_copy(model: nn.Module) -> nn.Module:
         del decoder._depth_door
     del copied._depth
     del copied.depth
+    unmark(copied.config)
     if hasattr(copied.config, "depthpass"):
         del copied.config.depthpass
     return copied
@@ -825,4 +896,7 @@ def stock_decoder(model: nn.Module) -> nn.Module:
     # What was put around these forwards runs at each call.
     for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
         module.__dict__.pop("forward", None)
+    for module in copied.modules():
+        if is_controlled(module):
+            del module.forward
     return copied

@@ -46,8 +46,8 @@ class Balance(nn.Module):
         self.register_buffer("bias", torch.zeros(width, dtype=wide, device=like.device))
 
     @torch.no_grad()
-    def move(self, score: torch.Tensor, valid: torch.Tensor | None, rate: float) -> None:
-        """One step towards the places that fewer tokens chose than the mean.
+    def load(self, score: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        """How many tokens chose each place, ``[width]``.
 
         Args:
             score: with the bias, ``[batch, tokens, width]``.
@@ -56,7 +56,11 @@ class Balance(nn.Module):
         chosen = nn.functional.one_hot(score.argmax(-1), len(self.bias)).to(self.bias.dtype)
         if valid is not None:
             chosen = chosen * valid[..., None]
-        load = chosen.sum((0, 1))
+        return chosen.sum((0, 1))
+
+    @torch.no_grad()
+    def move(self, load: torch.Tensor, rate: float) -> None:
+        """One step towards the places that fewer tokens chose than the mean."""
         self.bias += rate * torch.sign(load.mean() - load)
 
 
@@ -219,6 +223,34 @@ def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) 
     return root
 
 
+def sizes(program: Program, model: nn.Module) -> dict[str, int]:
+    """Elements of every new parameter of a program on a model, by name; nothing is allocated.
+
+    Raises:
+        UnsupportedModelError: as :func:`build`.
+    """
+    like = next(model.parameters())
+    made = build(program, torch.empty(0, dtype=like.dtype, device="meta"), model)
+    return {name: p.numel() for name, p in made.named_parameters()}
+
+
+def counted(made: nn.Module) -> int:
+    """Elements of the new parameters that a transformed model has; what PEFT has put beside them is not theirs."""
+    def beside(name: str) -> bool:
+        return any(part == "original_module" or part.startswith("lora_") for part in name.split("."))
+
+    return sum(p.numel() for name, p in made.named_parameters() if not beside(name))
+
+
+def linear_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Linear maps of a block by path, under any PEFT wrapping."""
+    # GPT-2's Conv1D is a linear map with its matrix transposed.
+    return [
+        (path.removesuffix(".base_layer"), m) for path, m in block.named_modules()
+        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and "lora_" not in path
+    ]
+
+
 def _heads(config) -> tuple[int, int]:
     """Number and size of the query heads of every block."""
     text = None if config is None else config.get_text_config(decoder=True)
@@ -233,15 +265,10 @@ def _heads(config) -> tuple[int, int]:
 
 
 def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Module]]:
-    """Linear maps of a block by path, under any PEFT wrapping."""
+    """The linear maps of a model's block."""
     from depthpass.capture.export import find_layers
 
-    block = None if model is None else model.get_submodule(find_layers(model))[index]
-    # GPT-2's Conv1D is a linear map with its matrix transposed.
-    found = [] if block is None else [
-        (path.removesuffix(".base_layer"), m) for path, m in block.named_modules()
-        if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and "lora_" not in path
-    ]
+    found = [] if model is None else linear_maps(model.get_submodule(find_layers(model))[index])
     if not found:
         raise UnsupportedModelError(
             f"per-visit LoRA: block {index} of {type(model).__name__} has no linear maps to update. Leave lora_rank out."

@@ -116,7 +116,9 @@ def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
     if plans.borrowed:
         raise SpecError("a switch inside a dp.using block would end with it. Open another dp.using block instead.")
     plans.default = wanted
-    inner.config.depthpass = inner._depth.config()
+    from depthpass.hf.save import own_class
+
+    inner.config.depthpass = inner._depth.config() | own_class(type(inner)._stock_class)
     parameters: Any = depth_module(inner)
     parameters.text = str(wanted.program)
 

@@ -11,6 +11,7 @@ from torch import nn
 from depthpass.capture.attention import attention_style
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import SpecError, UnsupportedModelError
+from depthpass.hf.auto import mark
 from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
 from depthpass.hf.model import (
     PREFIX,
@@ -78,6 +79,8 @@ def transform(
         )
     from depthpass_lowering.ladder import check_rung
 
+    from depthpass.hf.save import own_class
+
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
     runtime.lowering, runtime.fixed_point = check_rung(lowering), policy
@@ -87,7 +90,8 @@ def transform(
     drop_wrapped_forward(made)
     install(made, runtime)
     start_weights(made.get_submodule(runtime.layers), runtime.program)
-    made.config.depthpass = runtime.config()
+    made.config.depthpass = runtime.config() | own_class(type(made)._stock_class)
+    mark(made.config)
     return whole
 
 

@@ -6,6 +6,7 @@ remembered. Slow and short on purpose; lowerings are tested against it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from itertools import accumulate
@@ -138,7 +139,7 @@ class Interpretation:
             case "zeros":
                 return self.embed.new_zeros(o["width"] or self.program.width)
             case "noise" if self.noise is not None:
-                return o["std"] * self.noise[i, : o["width"] or self.program.width]
+                return o["std"] * _cut(self.noise[i, : o["width"] or self.program.width], o["cut"])
             case "linear" if weight is not None:
                 product = weight @ torch.cat(args)
                 return product + self.parameters[f"{o['name']}.bias"] if o["bias"] else product
@@ -218,17 +219,16 @@ class Interpretation:
 
     def _loss(self, o: Op) -> Tensor:
         score = {i: self.value(o.args[0], i) for i in range(self.tokens)}
+        route = self.program.defs[o.args[1]] if len(o.args) == 2 else None
+        inside = [i for i in score if route is None or len(route.args) == 1 or self.value(route.args[1], i)]
         if o["rule"] == "z":
-            return torch.stack([s.logsumexp(-1).square() for s in score.values()]).mean()
+            terms = [score[i].logsumexp(-1).square() for i in inside]
+            return torch.stack(terms).mean() if terms else self.embed.new_zeros(())
         if o["rule"] == "balance":
             p = torch.stack(list(score.values()))
             share = torch.bincount(p.argmax(-1), minlength=p.shape[1]) / len(p)
             return p.shape[1] * (share * p.mean(0)).sum()
-        if len(o.args) == 1:
-            return torch.stack([-torch.nn.functional.logsigmoid(s) for s in score.values()]).mean()
-        route = self.program.defs[o.args[1]]
-        inside = [i for i in score if len(route.args) == 1 or self.value(route.args[1], i)]
-        signs = [1.0 if self.value(route.name, i) else -1.0 for i in inside]
+        signs = [1.0 if route is None or self.value(route.name, i) else -1.0 for i in inside]
         terms = [-torch.nn.functional.logsigmoid(sign * score[i]) for i, sign in zip(inside, signs, strict=True)]
         return torch.stack(terms).mean() if terms else self.embed.new_zeros(())
 
@@ -240,6 +240,14 @@ class Interpretation:
             if reached >= o["cdf"]:
                 return state
         return args[half - 1]
+
+
+def _cut(x: Tensor, cut: float | None) -> Tensor:
+    """Draws cut off at ``cut``: each goes where the cut distribution has as much below it."""
+    if cut is None:
+        return x
+    below, outside = torch.special.ndtr(x), (1 - math.erf(cut / math.sqrt(2))) / 2
+    return torch.special.ndtri(outside + (1 - 2 * outside) * below).clamp(-cut, cut)
 
 
 def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:

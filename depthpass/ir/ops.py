@@ -7,7 +7,7 @@ may name a value defined later, so every cycle passes through a delay of at leas
 kind         meaning (x, y are streams, r a route)
 ===========  ====================================================================================================
 embed        the stream that enters the first block of the stock model
-zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std`` (Huginn)
+zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std``, cut off at ``cut`` of them (Huginn)
 block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
              of its own (shared KV); ``past`` names the slot whose entries of *earlier calls* it reads instead of its
              own ones, which then do not outlive a call; ``gate`` + ``window`` mix ``keys`` and own ones,
@@ -22,7 +22,9 @@ linear       a learned affine map; several arguments are concatenated along the 
              its last argument
 weigh        times a learned vector of the stream's width
 scale        times a constant
-add, mul     sum, product; a stream of width 1 broadcasts; an absent summand adds nothing
+add, mul     sum, product; a stream of width 1 broadcasts; an absent summand adds nothing. ``lands``: of a sum that a bridge
+             makes between two visits, whether it lands on the ``output`` of the first, so that who reads the stream after
+             that visit reads the sum, or on the ``input`` of the second
 act          an elementwise function (sigmoid, silu, tanh, gelu), or ``softmax`` over the width
 pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
@@ -46,7 +48,8 @@ tap          name a stream (``head true``: as logits) or a route so that it is h
 loss         a training loss, ``coefficient`` times a mean over real tokens, called ``name`` (losses of one name are
              summed). ``bce (score, route)``: cross-entropy of the score of width 1 as a logit, against whether the route
              took the token, over the tokens it chose from; without a route all were taken. ``balance (p)``: R sum_j f_j
-             mean(p_j), f_j the share of tokens whose largest entry is j. ``z (score)``: logsumexp over the width, squared
+             mean(p_j), f_j the share of tokens whose largest entry is j. ``z (score, route)``: logsumexp over the width,
+             squared, over the tokens that the route chose from; without a route over all
 average      before anything runs, a block's weights become the mean of those of ``blocks``
 retire       a block that no visit runs: its weights are kept under their stock names and do not train
 output       the stream that goes to the head of the stock model
@@ -120,7 +123,7 @@ OPS: dict[str, OpDef] = {
     for d in (
         _def("embed", None, (0, 0)),
         _def("zeros", None, (0, 0), width=AttrDef(int)),
-        _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int)),
+        _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int), cut=AttrDef(float)),
         _def(
             "block", "index", (1, 2), token_local=False,
             index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), past=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
@@ -136,7 +139,7 @@ OPS: dict[str, OpDef] = {
         ),
         _def("weigh", "name", name=_REQ_NAME, init=AttrDef(float, 1.0)),
         _def("scale", "by", by=AttrDef(float, required=True)),
-        _def("add", None, (2, None)),
+        _def("add", None, (2, None), lands=AttrDef(str, "output", choices=("output", "input"))),
         _def("mul", None, (2, 2)),
         _def("act", "fn", fn=AttrDef(str, required=True, choices=ACTIVATIONS)),
         _def("rms", name=AttrDef(str), eps=AttrDef(float, 1e-6)),

@@ -9,6 +9,7 @@ from typing import Any
 
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS, Attr
+from depthpass.limits import check_program
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,14 @@ class Program:
     def reads_calls(self) -> bool:
         """Whether what the program computes depends on how tokens are split into calls."""
         return any(o["past"] is not None for o in self.visits)
+
+    @property
+    def reads_positions(self) -> bool:
+        """Whether it computes with absolute positions, so that a row has to be numbered by its own tokens.
+
+        Attention sees differences of rotated positions alone; a gate on the rotated query sees the position itself.
+        """
+        return any(o["gate"] is not None and o["gate_input"] == "query" for o in self.visits)
 
     @property
     def output(self) -> str:
@@ -212,6 +221,7 @@ def plain(model: str, blocks: int, width: int) -> Program:
       %3 = norm (%2)
       output %3
     """
+    check_program(blocks, blocks + 3, model)
     ops = [op("embed", name="0")]
     ops += [op("block", str(i), name=str(i + 1), index=i, slot=i) for i in range(blocks)]
     ops += [op("norm", str(blocks), name=str(blocks + 1)), op("output", str(blocks + 1))]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from depthpass.errors import VerifyError, did_you_mean
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.limits import INTEGER, check_program, shown
 
 NEVER = 1 << 40
 """Tokens that a value is absent for when it never exists."""
@@ -19,13 +20,15 @@ _NEEDS = {
     "block": {"window": "gate", "gate_input": "gate", "gate_init": "gate", "lora": "lora_rank", "lora_rank": "lora",
               "clock": "modulate", "step": "clock", "base": "modulate"},
 }
+_AT_MOST = {"delay": "tokens", "pad": "tokens", "linear": "out", "block": "lora_rank", "zeros": "width", "noise": "width"}
+"""Attributes that memory is made for, whatever the model."""
 _BLOCKS = ("block", "average", "retire")
 _AT_LEAST = {
     "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
     "zeros": {"width": 1},
     "logits": {"width": 1},
     "pad": {"token": 0},
-    "noise": {"width": 1, "std": 0.0},
+    "noise": {"width": 1, "std": 0.0, "cut": 0.0},
     "linear": {"out": 1, "init": 0.0},
     "pick": {"index": 0},
     "loss": {"coefficient": 0.0},
@@ -218,8 +221,8 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
         _expect(not first.is_route and first.tokens is None and first.absent == 0, o, "a score that every token has",
                 "something else")
         _expect(o["rule"] != "bce" or first.width == 1, o, "a score of width 1", f"width {first.width}")
-        _expect(len(args) == 1 or (o["rule"] == "bce" and args[1].is_route), o,
-                "a route as second argument of bce alone", "something else")
+        _expect(len(args) == 1 or (o["rule"] != "balance" and args[1].is_route), o,
+                "a route as second argument, of bce or z", "something else")
         return first
     if kind == "tap" and first.is_route:
         _expect(not o["head"], o, "a stream for head true", "a route")
@@ -252,6 +255,7 @@ def _verify(program: Program) -> None:
         raise VerifyError(f"expected a model name without spaces and '#', got {program.model!r}.")
     if program.blocks < 1 or program.width < 1:
         raise VerifyError(f"expected blocks and width of at least 1, got {program.blocks} and {program.width}.")
+    check_program(len(program.visits), len(program.ops))
     if not program.ops or [o.kind for o in program.ops].count("output") != 1 or program.ops[-1].kind != "output":
         raise VerifyError("expected exactly one output, as the last op.")
     for o in program.ops:
@@ -323,6 +327,8 @@ def _check_attrs(program: Program, o: Op) -> None:
     for key, low in _AT_LEAST.get(o.kind, {}).items():
         if o[key] is not None and o[key] < low:
             raise VerifyError(f"{_where(o)}: expected {key} of at least {low}, got {o[key]}.")
+    if (key := _AT_MOST.get(o.kind)) and o[key] is not None and o[key] > max(INTEGER, program.width):
+        raise VerifyError(f"{_where(o)}: expected {key} of at most {max(INTEGER, program.width)}, got {shown(o[key])}.")
     if o.kind in ("delay", "pad", "trim") and o["tokens"] < 1:
         raise VerifyError(f"{_where(o)}: expected at least 1 token, got {o['tokens']}; a cycle needs a delay.")
     if o.kind == "route":

@@ -10,7 +10,8 @@ from typing import Any, ClassVar, Literal, Self
 
 from depthpass.errors import SpecError
 from depthpass.ir.program import Program
-from depthpass.passes.fields import check_field
+from depthpass.limits import INTEGER, shown
+from depthpass.passes.fields import check_field, integers
 
 Numerics = Literal["exact", "reassociated", "changing"]
 """``exact``: same numbers; ``reassociated``: same up to rounding; ``changing``: another function."""
@@ -54,17 +55,22 @@ class Pass:
             options at their identity setting is said in its docstring; this is what it does in general.
         shown: options that provenance comments show even at their defaults.
         loop_field: the option that counts iterations, which :func:`depthpass.set_loops` changes; None = no loop.
+        names: options whose integers name something (a token) or only limit it (a window); all others are counts and
+            positions, which are bounded, because a spec may come with somebody else's checkpoint.
     """
 
     name: ClassVar[str] = ""
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ()
     loop_field: ClassVar[str | None] = None
+    names: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         types = self.field_types()
         for f in fields(self):
             value = check_field(f"{self.name}.{f.name}", getattr(self, f.name), types[f.name])
+            if f.name not in self.names and (most := max(map(abs, integers(value)), default=0)) > INTEGER:
+                raise SpecError(f"{self.name}.{f.name}: expected integers of at most {INTEGER}, got {shown(most)}.")
             object.__setattr__(self, f.name, value)
         self.validate()
 
@@ -140,7 +146,7 @@ def default_of(f: Field[Any]) -> Any:
 def require(ok: bool, where: str, expected: str, got: object, remedy: str = "") -> None:
     """Raise the one shape of spec error unless ``ok``."""
     if not ok:
-        raise SpecError(f"{where}: expected {expected}, got {got!r}.{' ' + remedy if remedy else ''}")
+        raise SpecError(f"{where}: expected {expected}, got {shown(got)}.{' ' + remedy if remedy else ''}")
 
 
 def _short(value: object) -> str:

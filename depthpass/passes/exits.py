@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from depthpass.ir.program import Op
 from depthpass.passes.streams import Builder
 
 
@@ -16,10 +17,14 @@ class Exits:
 
     Attributes:
         criterion: ``cdf``: stay while the product of 1 - lambda_u over the iterations so far is above 1 - ``limit``;
-            the others: stay while the distance between this iteration's state or logits and the one before's is at least
-            ``limit``, which the first iteration cannot tell.
+            the others: stay while the distance between this iteration's state or prediction and the one before's is at
+            least ``limit``. Before the first iteration stand the state that the loop starts from (``state``) and the uniform
+            distribution (``kl``); ``entropy`` has nothing to compare the first one with.
         gate: name of the parameters of lambda_t = sigmoid(w norm(s_t) + b).
         vocabulary: size of the logits; only ``kl`` and ``entropy`` need it.
+        coda: visits between the loop and the head, which a prediction passes. They have slots of their own in every
+            iteration: the coda of iteration t sees the earlier tokens that took iteration t.
+        out_norm: whether the stock final norm stands before the coda.
         route: the tokens of the next iteration; empty = all.
         kept: what the criterion remembers of every token: the product, or the last logits.
         iterations: how many have been decided on.
@@ -30,6 +35,8 @@ class Exits:
     limit: float
     gate: str
     vocabulary: int | None
+    coda: tuple[Op, ...] = ()
+    out_norm: bool = False
     route: str = ""
     kept: str = ""
     iterations: int = 0
@@ -73,11 +80,22 @@ class Exits:
         return stay, stay
 
     def _moved(self, x: str, before: str) -> tuple[str, str]:
-        """How far the state, or what the head makes of it, has moved; nothing after the first iteration."""
-        build, first = self.build, self.iterations == 1
+        """How far the state, or what coda and head make of it, has moved."""
+        build = self.build
         if self.criterion == "state":
-            return ("" if first else build.emit("distance", x, before, rule="state")), ""
-        logits = build.emit("logits", build.norm(x), width=self.vocabulary)
-        if first:
+            return build.emit("distance", x, before, rule="state"), ""
+        logits = self._predict(x)
+        if self.iterations > 1:
+            return build.emit("distance", logits, self.enter(self.kept), rule=self.criterion), logits
+        if self.criterion == "entropy":
             return "", logits
-        return build.emit("distance", logits, self.enter(self.kept), rule=self.criterion), logits
+        uniform = build.emit("scale", logits, by=0.0)
+        return build.emit("distance", logits, uniform, rule="kl"), logits
+
+    def _predict(self, x: str) -> str:
+        """What the model would say if the loop ended here."""
+        build = self.build
+        y = build.norm(x) if self.out_norm else x
+        for v in self.coda:
+            y = build.visit(v, y)
+        return build.emit("logits", build.norm(y), width=self.vocabulary)

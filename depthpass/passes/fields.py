@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union
 
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.limits import shown
 
 
 class _Mismatch(Exception):
@@ -29,8 +30,17 @@ def check_field(where: str, value: Any, annotation: Any) -> Any:
     try:
         return _fit(value, annotation)
     except _Mismatch:
-        got = f"{value!r} ({type(value).__name__})"
+        got = f"{shown(value)} ({type(value).__name__})"
         raise SpecError(f"{where}: expected {describe(annotation)}, got {got}.{_hint(value, annotation)}") from None
+
+
+def integers(value: Any) -> Iterator[int]:
+    """The integers of a field's canonical value."""
+    if isinstance(value, tuple):
+        for v in value:
+            yield from integers(v)
+    elif isinstance(value, int) and not isinstance(value, bool):
+        yield value
 
 
 def describe(annotation: Any) -> str:
@@ -67,8 +77,12 @@ def _fit(value: Any, annotation: Any) -> Any:
     if origin is tuple:
         return _fit_tuple(value, args)
     if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):
-        if math.isfinite(value):
-            return float(value)
+        try:
+            number = float(value)
+        except OverflowError:
+            raise _Mismatch from None
+        if math.isfinite(number):
+            return number
         raise _Mismatch
     if annotation is type(None) and value is None:
         return None

@@ -11,6 +11,7 @@ import yaml
 
 from depthpass.errors import PassError, SpecError, did_you_mean
 from depthpass.ir.program import Program
+from depthpass.limits import TEXT, check_program, shown
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.streams import Builder, check_scope, modulation, straight
 
@@ -61,13 +62,7 @@ class LayerProgram(Pass):
             >>> LayerProgram.from_mergekit(text).layers
             (0, 1, 2, 1, 2, 3)
         """
-        try:
-            data = yaml.safe_load(config) if isinstance(config, str) else config
-        except yaml.composer.ComposerError as error:
-            raise SpecError("mergekit config: expected one document, got several (separated by ---), of which each makes a "
-                            "model of its own. Pass one of them.") from error
-        except yaml.YAMLError as error:
-            raise SpecError(f"mergekit config: cannot be read as YAML: {str(error).splitlines()[0]}.") from error
+        data = _yaml(config) if isinstance(config, str) else config
         if not isinstance(data, Mapping) or not isinstance(data.get("slices"), Sequence) or not data["slices"]:
             raise SpecError("mergekit config: expected a mapping with a list 'slices', "
                             f"got {', '.join(data) if isinstance(data, Mapping) else repr(data)}.")
@@ -102,7 +97,8 @@ class LayerProgram(Pass):
         for i, pair in enumerate(ranges):
             ok = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(p) is int for p in pair)
             if not ok or not 0 <= pair[0] < pair[1]:
-                raise SpecError(f"layer range {i}: expected [start, end) with 0 <= start < end, got {pair!r}.")
+                raise SpecError(f"layer range {i}: expected [start, end) with 0 <= start < end, got {shown(pair)}.")
+            check_program(len(layers) + pair[1] - pair[0], 0, f"layer range {i}")
             layers += range(*pair)
         return cls(tuple(layers))
 
@@ -119,7 +115,10 @@ class LayerProgram(Pass):
             match = re.fullmatch(r"(\d+)(?::(\d+))?", word)
             if not match:
                 raise SpecError(f"layer map: expected numbers and start:end ranges, got {word!r} in {text!r}.")
+            if len(word) > 20:
+                raise SpecError(f"layer map: expected block numbers, got {shown(word)}.")
             piece = range(int(match[1]), int(match[2]) if match[2] else int(match[1]) + 1)
+            check_program(len(layers) + len(piece), 0, "layer map")
             if not piece:
                 raise SpecError(f"layer map: expected a range start:end with start < end, got {word!r}.")
             layers += piece
@@ -164,6 +163,19 @@ class Skip(Pass):
         if not left:
             raise PassError(f"skip: expected a range that leaves a visit, got all {count}.")
         return LayerProgram(left).apply(program, ctx)
+
+
+def _yaml(text: str) -> Any:
+    if len(text) > TEXT:
+        raise SpecError(f"mergekit config: expected at most {TEXT} characters, got {len(text)}.")
+    try:
+        return yaml.safe_load(text)
+    except yaml.composer.ComposerError as error:
+        raise SpecError("mergekit config: expected one document, got several (separated by ---), of which each makes a model of "
+                        "its own. Pass one of them.") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
+        raise SpecError(f"mergekit config: expected one YAML document, got text that is none: {reason}.") from None
 
 
 def visit_list(who: str, program: Program, layers: Sequence[int], scaled: Collection[int], scope: str) -> Program:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
+from depthpass.limits import check_program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.exits import Exits
 from depthpass.passes.layer_program import check_range
@@ -24,7 +25,7 @@ class Loop(Pass):
         y = coda(s)
 
     Covers plain loops, damped loops (arXiv 2605.23872: s += (core(s) - s) / T), Huginn (arXiv 2502.05171:
-    ``inject="concat", state="noise", out_norm=True``), Ouro (arXiv 2510.25741: ``normalize="loop", exit=q``), relaxed
+    :meth:`huginn`), Ouro (arXiv 2510.25741: ``normalize="loop", exit=q``), relaxed
     recursive models (arXiv 2410.20672: ``lora_rank``) and timestep-encoded loops (arXiv 2410.01405: ``timestep``).
 
     rewrite:
@@ -55,6 +56,7 @@ class Loop(Pass):
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
         noise_std: standard deviation of the noise.
+        noise_cut: draw the noise from a normal distribution cut off at so many ``noise_std``; None = from a whole one.
         kv: keys that iteration t reads: its ``own`` slots, those of the ``first`` iteration, or, of the tokens of earlier
             calls, those of the ``last`` iteration or (``mod:k``) of the last one congruent to t modulo k; one slot per
             block (k of them) then outlives a call. ``last`` and ``mod:k`` score a whole row as ``own`` does, and decode
@@ -63,9 +65,11 @@ class Loop(Pass):
             coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
         exit: let tokens leave the loop early, at this value of ``criterion``.
         criterion: ``cdf``: a learned gate gives an exit probability after each iteration; a token leaves when their
-            cumulative probability reaches ``exit`` (Ouro's q). Huginn's compare an iteration with the one before, from the
-            second on; a token leaves when the distance is below ``exit``: ``state``: |s_t - s_(t-1)| / |s_t|; of
-            p_t = softmax(head(norm(s_t))) ``kl``: KL(p_(t-1) || p_t), or ``entropy``: |H(p_t) - H(p_(t-1))|.
+            cumulative probability reaches ``exit`` (Ouro's q). Huginn's compare an iteration with the one before; a token
+            leaves when the distance is below ``exit``: ``state``: |s_t - s_(t-1)| / |s_t|, s_0 the state that the loop
+            starts from; of p_t, what coda and head make of s_t, ``kl``: KL(p_(t-1) || p_t), p_0 uniform, or ``entropy``:
+            |H(p_t) - H(p_(t-1))|, from the second iteration on. (The coda of a decision sees the earlier tokens that took
+            the same iteration.)
         skip: tokens that left take no further iteration: no work, and no keys in it, so that in iteration t (with
             ``kv="own"``) a token sees the earlier tokens that ran iteration t. False (``cdf`` only): run all iterations
             with all keys and pick states afterwards; with ``taps`` also hand out the gates' probabilities
@@ -93,6 +97,7 @@ class Loop(Pass):
     inject: Literal["add", "concat"] | None = None
     state: Literal["input", "zeros", "noise"] = "input"
     noise_std: float = 1.0
+    noise_cut: float | None = None
     kv: str = "own"
     taps: bool = False
     exit: float | None = None
@@ -109,6 +114,15 @@ class Loop(Pass):
     eval_times: int | None = None
     bptt: int | None = None
 
+    @classmethod
+    def huginn(cls, start: int, end: int | None = None, **overrides: Any) -> Loop:
+        """The loop of Huginn's public code: e and s through an adapter in every iteration, the final norm before the coda,
+        s_0 of standard deviation sqrt(2/5), cut off at three of them; with a ``mean``, so many iterations in evaluation."""
+        mean = overrides.get("mean")
+        evaluated = {} if mean is None else {"eval_times": max(1, round(mean))}
+        return cls(**{"start": start, "end": end, "inject": "concat", "state": "noise", "noise_std": math.sqrt(2 / 5),
+                      "noise_cut": 3.0, "out_norm": True, **evaluated, **overrides})
+
     def validate(self) -> None:
         require(self.start >= 0, "loop.start", "a position of at least 0", self.start)
         require(self.end is None or self.end > self.start, "loop.end", f"a position above start={self.start}", self.end,
@@ -117,7 +131,11 @@ class Loop(Pass):
         require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
                 f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
-        require(self.noise_std == 1.0 or self.state == "noise", "loop.noise_std", "state='noise' beside it", self.state)
+        cut = self.noise_cut
+        require(cut is None or 0 < cut < math.inf, "loop.noise_cut", "a positive number", cut)
+        for name, default in (("noise_std", 1.0), ("noise_cut", None)):
+            require(getattr(self, name) == default or self.state == "noise", f"loop.{name}", "state='noise' beside it",
+                    self.state)
         kind, _, count = self.kv.partition(":")
         known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last") and not count
         require(known, "loop.kv", "own, first, last or mod:k", self.kv)
@@ -183,9 +201,10 @@ class Loop(Pass):
         cdf = self.criterion == "cdf"
         require(0 < self.exit <= (1 if cdf else math.inf), "loop.exit", "a probability in (0, 1]" if cdf else
                 "a positive distance", self.exit)
-        require(self._least() >= (2 if cdf else 3), "loop.times", "at least 2 with an exit" if cdf else
-                f"at least 3 with criterion={self.criterion!r}", self.times,
-                "" if cdf else "It compares two iterations, and there must be one left to skip.")
+        least = 3 if self.criterion == "entropy" else 2
+        require(self._least() >= least, "loop.times", "at least 2 with an exit" if least == 2 else
+                "at least 3 with criterion='entropy'", self.times,
+                "" if least == 2 else "It compares two iterations, and there must be one left to skip.")
         require(cdf or self.skip, "loop.skip", f"True with criterion={self.criterion!r}", self.skip)
         require(not self.skip or self.kv in ("own", "first"), "loop.kv", "'own' or 'first' with an exit that skips visits",
                 self.kv, "The slot of a later iteration does not hold the tokens that left before it.")
@@ -205,7 +224,7 @@ class Loop(Pass):
         x = visits[0].args[0]
         for v in prelude:
             x = build.visit(v, x)
-        exits = self._exits(build, ctx)
+        exits = self._exits(build, ctx, coda)
         states = self._iterate(build, core, x, exits)
         s = states[-1]
         if self.exit is not None and exits is None:
@@ -219,7 +238,7 @@ class Loop(Pass):
         program = build.splice(visits, y)
         return self._tapped(program, states, s) if self.taps else program
 
-    def _exits(self, build: Builder, ctx: Context) -> Exits | None:
+    def _exits(self, build: Builder, ctx: Context, coda: tuple[Op, ...]) -> Exits | None:
         """The routes of an exit that skips visits; None without one."""
         if self.exit is None or not self.skip:
             return None
@@ -227,13 +246,13 @@ class Loop(Pass):
         if self.criterion in ("kl", "entropy") and not isinstance(vocabulary, int):
             raise PassError(f"loop.criterion: {self.criterion!r} needs the size of the model's vocabulary, got {vocabulary!r} "
                             f"for {ctx.model}. Use criterion='state' or 'cdf'.")
-        return Exits(build, self.criterion, self.exit, f"{self.scope}.exit", vocabulary)
+        return Exits(build, self.criterion, self.exit, f"{self.scope}.exit", vocabulary, coda, self.out_norm)
 
     def _iterate(self, build: Builder, core: tuple[Op, ...], e: str, exits: Exits | None) -> list[str]:
         """All iterations; the states after each, of every token."""
         s, count = e, cast(int, self.times)  # settled by apply
         if self.state != "input":
-            s = build.emit("zeros") if self.state == "zeros" else build.emit("noise", std=self.noise_std)
+            s = build.emit("zeros") if self.state == "zeros" else self._noise(build)
         states: list[str] = []
         slots: list[int] = []
         grid: list[list[str]] = []
@@ -265,6 +284,10 @@ class Loop(Pass):
             states.append(s := x)
         self._keep_last(build, grid)
         return states
+
+    def _noise(self, build: Builder) -> str:
+        cut = {} if self.noise_cut is None else {"cut": float(self.noise_cut)}
+        return build.emit("noise", std=self.noise_std, **cut)
 
     def _keep_last(self, build: Builder, grid: list[list[str]]) -> None:
         """``last`` and ``mod:k``: a visit reads earlier calls' entries in the slot of the iteration that keeps its own."""
@@ -302,6 +325,8 @@ class Loop(Pass):
         at = program.index[end] + 1
         tail = [o for o in program.ops[at:-1] if o.kind != "tap"]
         new: list[Op] = []
+        visits = len(program.visits) + len(states) * sum(o.kind == "block" for o in tail)
+        check_program(visits, len(program.ops) + len(states) * len(tail), "loop.taps")
         names = iter(program.fresh(len(states) * len(tail)))
         slot = 1 + max(o["slot"] for o in program.visits)
         for t, state in enumerate(states, 1):

@@ -50,7 +50,8 @@ class MixtureOfRecursions(Pass):
         sharing: ``middle_cycle``, ``cycle``: the stack R times; ``middle_sequence``, ``sequence``: each of its blocks R
             times before the next one, routed for itself. ``middle_*``: the first and the last layer are not shared.
         init: the shared blocks are the layers at regular steps from first to last (``stepwise``), the ``first`` or
-            ``last`` b, or the ``average`` of the layers that are tied.
+            ``last`` b, or the ``average`` of the layers that are tied. Steps are rounded as in the public code: halves to
+            the even layer number.
         start: first position of a stack that is repeated as it is; None with ``end`` given = 1.
         end: one past its last position; None with ``start`` given = all but the last visit.
         router: ``expert`` (a router per recursion chooses tokens) or ``token`` (a token chooses its depth at once).
@@ -68,7 +69,8 @@ class MixtureOfRecursions(Pass):
         balancing: ``loss`` as above, or ``loss_free``: a bias for the choice alone, moved by ``rate`` after each
             training pass towards depths chosen by fewer tokens than the mean.
         rate: step of that bias.
-        z: coefficient of the loss ``{scope}.z``, the squared logsumexp of the scores; None = 0 (expert), 1e-5 (token).
+        z: coefficient of the loss ``{scope}.z``, the squared logsumexp of the scores, for every expert router over the
+            tokens that it chose from, summed over r; None = 0 (expert), 1e-5 (token).
         taps: hand out scores, ``{scope}.r{r}`` (token choice: the probabilities ``{scope}.p``), and who is taken,
             ``{scope}.r{r}.taken``.
         scope: first part of the parameter, loss and tap names.
@@ -192,11 +194,6 @@ class _Recursions:
                 self.slots.append(self.build.slot_of(x))
         return x
 
-    def score(self, x: str, router: str, out: int) -> str:
-        score = self.build.emit("linear", x, parameter=router, out=out, bias=False)
-        self.build.loss("z", f"{self.spec.scope}.z", self.z, score)
-        return score
-
     def tap(self, name: str, value: str) -> None:
         if self.spec.taps:
             self.build.tap(f"{self.prefix}.{name}", value, head=False)
@@ -208,12 +205,14 @@ class _Recursions:
             if r == 1 and spec.combine == "delta":
                 x = self.visits(x, 1)
                 continue
-            score = self.score(x, f"{self.prefix}.r{r}.router", 1)
+            score = build.emit("linear", x, parameter=f"{self.prefix}.r{r}.router", out=1, bias=False)
             self.tap(f"r{r}", score)
             chance = build.emit("act", score, fn="sigmoid")
             active = self.expert_route(chance, active, r)
+            judged = (score, active) if active else (score,)
+            build.loss("z", f"{spec.scope}.z", self.z, *judged)
             if spec.mode == "topk":
-                build.loss("bce", f"{spec.scope}.aux", spec.aux, score, *((active,) if active else ()))
+                build.loss("bce", f"{spec.scope}.aux", spec.aux, *judged)
             if not active:
                 x = build.emit("add", x, build.emit("mul", self.visits(x, r), self.weight(chance, r)))
                 continue
@@ -246,7 +245,8 @@ class _Recursions:
 
     def by_token(self, x: str) -> str:
         spec, build = self.spec, self.build
-        score = self.score(x, f"{self.prefix}.router", spec.recursions)
+        score = build.emit("linear", x, parameter=f"{self.prefix}.router", out=spec.recursions, bias=False)
+        build.loss("z", f"{spec.scope}.z", self.z, score)
         p = build.emit("act", score, fn="softmax")
         self.tap("p", p)
         free = spec.balancing == "loss_free"

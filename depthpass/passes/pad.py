@@ -34,6 +34,7 @@ class Pad(Pass):
 
     name: ClassVar[str] = "pad"
     numerics: ClassVar[Numerics] = "changing"
+    names: ClassVar[tuple[str, ...]] = ("token",)
 
     tokens: int
     token: int | None = None

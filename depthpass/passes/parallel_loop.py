@@ -50,6 +50,7 @@ class ParallelLoop(Pass):
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("loops",)
     loop_field: ClassVar[str | None] = "loops"
+    names: ClassVar[tuple[str, ...]] = ("window",)
 
     loops: int = 2
     window: int = 64

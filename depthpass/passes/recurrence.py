@@ -8,6 +8,7 @@ from typing import ClassVar, Self
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Program
+from depthpass.limits import check_program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.layer_program import check_range, visit_list
 from depthpass.passes.streams import straight
@@ -56,6 +57,7 @@ class IntraLayerRecurrence(Pass):
         if len(self.reuse) != count:
             raise PassError(f"intra_layer_recurrence.reuse: expected one count for each of the {count} visits, "
                             f"got {len(self.reuse)}.")
+        check_program(sum(self.reuse), 0, "intra_layer_recurrence.reuse")
         layers = [i for i, r in enumerate(self.reuse) for _ in range(r)]
         return visit_list(self.name, program, layers, range(len(layers)) if self.scales else (), self.scope)
 
@@ -99,6 +101,7 @@ class Repeat(Pass):
     def apply(self, program: Program, ctx: Context) -> Program:
         count = len(straight(program, self.name))
         check_range("repeat", self.start, self.end, count)
+        check_program(self.times * (self.end - self.start), 0, "repeat.times")
         core = (*range(self.start, self.end),) * self.times
         scaled = range(self.start, self.start + len(core)) if self.scales else ()
         layers = (*range(self.start), *core, *range(self.end, count))

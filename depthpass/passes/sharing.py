@@ -33,8 +33,9 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
 
     ``middle_*`` leaves the first and the last visit their own blocks (n = L - 2). ``cycle`` ties the layers j, j + b,
     j + 2b, ... (the stack is gone through R times), ``sequence`` ties R neighbours (each block R times before the next).
-    The shared blocks are those at regular steps from the first to the last (``stepwise``), the ``first`` or the ``last``
-    b, or the first of each tied set, holding the ``average`` of its weights.
+    The shared blocks are those at regular steps from the first to the last (``stepwise``, as the public code rounds them:
+    see :func:`_stepwise`), the ``first`` or the ``last`` b, or the first of each tied set, holding the ``average`` of its
+    weights.
 
     Raises:
         PassError: n is not a multiple of R, or the program visits a block twice.
@@ -57,9 +58,9 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
     tied = [
         middle[j * recursions : (j + 1) * recursions] if sharing.endswith("sequence") else middle[j::b] for j in range(b)
     ]
-    steps = [0] if b == 1 else [round(j * (n - 1) / (b - 1)) for j in range(b)]
     kept = {
-        "stepwise": tuple(middle[p] for p in steps), "average": tuple(group[0] for group in tied),
+        "stepwise": tuple(visits[p] for p in _stepwise(edge, len(visits) - 1 - edge, b)),
+        "average": tuple(group[0] for group in tied),
         "first": middle[:b], "last": middle[n - b :],
     }[init]
     directives = []
@@ -71,3 +72,18 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
     directives += [op("retire", index=v["index"]) for v in middle if v not in kept]
     stacks = tuple((v,) for v in kept) if sharing.endswith("sequence") else (kept,)
     return Shared(visits[:edge], stacks, visits[len(visits) - edge :], tuple(directives))
+
+
+def _stepwise(first: int, last: int, count: int) -> list[int]:
+    """So many positions at even steps, both ends included; a tie goes to the even *position in the whole stack*.
+
+    Rounding positions within the shared part instead picks other layers: of 8 layers with two recursions 1, 4 and 6 are
+    kept, not 1, 3 and 6.
+
+    >>> _stepwise(1, 6, 3)
+    [1, 4, 6]
+    """
+    if count == 1:
+        return [first]
+    step = (last - first) / (count - 1)
+    return [*(round(first + j * step) for j in range(count - 1)), last]

@@ -10,6 +10,7 @@ from typing import Any
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op, writes_slot
 from depthpass.ir.verify import infer
+from depthpass.limits import check_program
 
 _CARRIERS = ("linear", "scale", "weigh", "act", "rms")
 
@@ -18,12 +19,14 @@ def after_bridges(program: Program, name: str) -> str:
     """The stream after ``name`` and after every bridge that lands on it.
 
     A bridge landing is an ``add`` of the stream and of values that each come from one delay through maps of one
-    argument; this is what TurboConn inserts, and it is recognised whichever pass inserted it.
+    argument; this is what TurboConn inserts, and it is recognised whichever pass inserted it. What lands on the input of
+    the visit behind (``lands input``) is no part of the stream after ``name``.
     """
     while True:
         landings = [
             o for o in program.users(name)
-            if o.kind == "add" and o.args[0] == name and all(_comes_from_delay(program, a) for a in o.args[1:])
+            if o.kind == "add" and o["lands"] == "output" and o.args[0] == name
+            and all(_comes_from_delay(program, a) for a in o.args[1:])
         ]
         if len(landings) != 1:
             return name
@@ -81,11 +84,19 @@ class Builder:
         self._slots = count(1 + max((o["slot"] for o in program.visits), default=-1))
         self._kept: set[str] = set()
         self._normed: dict[str, str] = {}
+        self._visits = 0
+        self._places: dict[str, int] = {}
+
+    def _append(self, built: Op) -> None:
+        self._visits += built.kind == "block"
+        check_program(self._visits, len(self.ops) + 1, "spec")
+        self._places[built.name] = len(self.ops)
+        self.ops.append(built)
 
     def emit(self, kind: str, *args: str, parameter: str = "", **attrs: Any) -> str:
         """Append an op and return the name of its value; ``parameter`` is the op's own attribute ``name``."""
         built = op(kind, *args, name=next(self._names), **attrs)
-        self.ops.append(built.with_attrs(name=parameter) if parameter else built)
+        self._append(built.with_attrs(name=parameter) if parameter else built)
         return built.name
 
     def norm(self, x: str) -> str:
@@ -95,12 +106,12 @@ class Builder:
         return self._normed[x]
 
     def tap(self, name: str, value: str, *, head: bool) -> None:
-        self.ops.append(op("tap", value, head=head).with_attrs(name=name))
+        self._append(op("tap", value, head=head).with_attrs(name=name))
 
     def loss(self, rule: str, name: str, coefficient: float, *args: str) -> None:
         """Append a training loss, unless its coefficient is 0."""
         if coefficient:
-            self.ops.append(op("loss", *args, rule=rule, coefficient=coefficient).with_attrs(name=name))
+            self._append(op("loss", *args, rule=rule, coefficient=coefficient).with_attrs(name=name))
 
     def visit(self, like: Op, x: str, *, asks: str = "", **attrs: Any) -> str:
         """Append a copy of a visit that reads ``x``, with a slot of its own.
@@ -112,16 +123,16 @@ class Builder:
         if like.name in self._kept:
             copy = replace(copy, name=next(self._names), note="").with_attrs(slot=next(self._slots))
         self._kept.add(like.name)
-        self.ops.append(copy)
+        self._append(copy)
         return copy.name
 
     def set(self, value: str, **attrs: Any) -> None:
         """Set attributes of an op appended before."""
-        self.ops = [o.with_attrs(**attrs) if o.name == value else o for o in self.ops]
+        self.ops[self._places[value]] = self.ops[self._places[value]].with_attrs(**attrs)
 
     def slot_of(self, value: str) -> int:
         """Slot of a visit appended before."""
-        return next(o["slot"] for o in self.ops if o.name == value)
+        return self.ops[self._places[value]]["slot"]
 
     def splice(self, visits: tuple[Op, ...], end: str) -> Program:
         """The program with ``visits`` (a straight stack) replaced by the collected ops, which end in ``end``."""

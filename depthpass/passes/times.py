@@ -6,18 +6,22 @@ import ast
 import math
 import operator
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.limits import FORMULA, INTEGER, shown
 
 if TYPE_CHECKING:
     import sympy
 
 SHOWN = 1024
 """Tokens at which a program with a count that depends on n is printed when nobody says for how many."""
+
+LARGEST = 1e18
+"""Bound of every number in a count's expression."""
 
 _CALLS: dict[str, Callable[..., float]] = {
     "ceil": math.ceil, "floor": math.floor, "round": round, "log2": math.log2, "log": math.log, "sqrt": math.sqrt,
@@ -32,26 +36,42 @@ _OPERATORS: dict[type, Callable[[float, float], float]] = {
 def count_at(text: str, n: int) -> int:
     """A count such as ``ceil(2 * log2(n) ** 1.5)`` for a row of n real tokens; never below 1.
 
+    Exact: ``floor(0.29 * n)`` is 29 at 100 and ``ceil(log(n, 5))`` is 3 at 125, as :func:`formula` says, which is evaluated
+    by the same rules. Numbers with a point stand for the decimal fractions they are written as.
+
     Raises:
-        SpecError: the expression cannot be read, or is no number at n.
+        SpecError: the expression cannot be read, is no whole number at n, or one above the largest count.
     """
+    return _count(text, int(n))
+
+
+@lru_cache(maxsize=1 << 14)
+def _count(text: str, n: int) -> int:
     try:
-        found = _value(_tree(text), text, n)
-    except (ArithmeticError, ValueError, TypeError) as error:
+        _size(_tree(text), text, n)
+        found = _exact(_tree(text), n)
+    except (ArithmeticError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"loop.times: {text!r} has no value at n = {n}: {error}.") from None
-    if isinstance(found, complex) or not math.isfinite(found) or found != int(found):
-        raise SpecError(f"loop.times: expected a whole number from {text!r}, got {found!r} at n = {n}. Wrap it in ceil(), "
-                        "floor() or round().")
-    return max(1, int(found))
+    if found.is_finite is False or found.is_real is False:
+        raise SpecError(f"loop.times: {text!r} has no value at n = {n}: it gives {found}.")
+    whole = found if found.is_Integer else found.round()
+    if not found.is_Integer and not (whole - found).equals(0):
+        raise SpecError(f"loop.times: expected a whole number from {text!r}, got {shown(float(found))} at n = {n}. Wrap it in "
+                        "ceil(), floor() or round().")
+    if whole > INTEGER:
+        raise SpecError(f"loop.times: expected a count of at most {INTEGER} from {text!r}, got more at n = {n}.")
+    return max(1, int(whole))
 
 
 @cache
 def _tree(text: str) -> ast.expr:
+    if len(text) > FORMULA:
+        raise SpecError(f"loop.times: expected an expression in n of at most {FORMULA} characters, got {len(text)}.")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError:
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
         raise SpecError(f"loop.times: expected an expression in n such as 'ceil(log2(n))', got {text!r}.") from None
     if not any(isinstance(node, ast.Name) and node.id == "n" for node in ast.walk(tree)):
         raise SpecError(f"loop.times: expected an expression in n such as 'ceil(log2(n))', got {text!r}, in which there is "
@@ -65,13 +85,24 @@ def formula(text: str) -> sympy.Expr:
 
     from depthpass.analysis.closed_form import n
 
-    known: dict[str, Any] = {"ceil": sympy.ceiling, "floor": sympy.floor, "log": sympy.log, "sqrt": sympy.sqrt, "min": sympy.Min,
-             "max": sympy.Max, "log2": lambda x: sympy.log(x, 2), "round": sympy.Function("round")}
+    count_at(text, SHOWN)  # refuses what is not understood
+    return sympy.Max(1, _exact(_tree(text), n))
 
-    def build(node: ast.expr) -> Any:
+
+def _exact(node: ast.expr, n: int | sympy.Expr) -> sympy.Expr:
+    """The value of an expression at n, a number or a symbol."""
+    import sympy
+
+    known: dict[str, Callable[..., Any]] = {
+        "ceil": sympy.ceiling, "floor": sympy.floor, "log": sympy.log, "sqrt": sympy.sqrt, "min": sympy.Min,
+        "max": sympy.Max, "log2": lambda x: sympy.log(x, 2), "round": _rounded,
+    }
+
+    def build(node: ast.expr) -> sympy.Expr:
         match node:
             case ast.Constant(value=number):
-                return sympy.nsimplify(number)
+                # The shortest text that gives the float: what its author wrote.
+                return sympy.Rational(repr(number))
             case ast.UnaryOp(operand=inner):
                 return -build(inner)
             case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
@@ -80,28 +111,51 @@ def formula(text: str) -> sympy.Expr:
                 return _OPERATORS[type(op)](build(left), build(right))
             case ast.Call(func=ast.Name(id=name), args=args):
                 return known[name](*map(build, args))
-        return n
+        return sympy.sympify(n)
 
-    count_at(text, SHOWN)  # refuses what is not understood
-    return sympy.Max(1, build(_tree(text)))
+    return build(node)
 
 
-def _value(node: ast.expr, text: str, n: int) -> float:
+def _rounded(x: sympy.Expr) -> sympy.Expr:
+    """To the nearest integer, halves to the even one, as Python's ``round``."""
+    import sympy
+
+    quarter = (2 * x - 1) / 4
+    return sympy.floor(x + sympy.Rational(1, 2)) + sympy.ceiling(quarter) - sympy.floor(quarter) - 1
+
+
+def _size(node: ast.expr, text: str, n: int) -> float:
+    """About the value of an expression at n: refuses what is not understood, and numbers too large to compute with.
+
+    Exact arithmetic takes as long as its numbers have digits, so this walks ahead in floating point.
+    """
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            return number
+            found = float(number)
         case ast.Name(id="n"):
-            return n
+            found = float(n)
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            return -_value(inner, text, n)
+            found = -_size(inner, text, n)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(left, text, n), _value(right, text, n))
+            found = _about(op, _size(left, text, n), _size(right, text, n), text, n)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
-            return _CALLS[name](*(_value(a, text, n) for a in args))
-    name = node.func if isinstance(node, ast.Call) else node
-    near = did_you_mean(name.id, (*_CALLS, "n")) if isinstance(name, ast.Name) else ""
-    raise SpecError(f"loop.times: {ast.unparse(node)!r} in {text!r} is not understood.{near} Known: n, numbers, + - * / // "
-                    f"**, {', '.join(_CALLS)}.")
+            found = _CALLS[name](*(_size(a, text, n) for a in args))
+        case _:
+            name = node.func if isinstance(node, ast.Call) else node
+            near = did_you_mean(name.id, (*_CALLS, "n")) if isinstance(name, ast.Name) else ""
+            raise SpecError(f"loop.times: {ast.unparse(node)!r} in {text!r} is not understood.{near} Known: n, numbers, + - * "
+                            f"/ // **, {', '.join(_CALLS)}.")
+    if isinstance(found, complex) or not abs(found) < LARGEST:
+        raise SpecError(f"loop.times: expected numbers below {LARGEST:g}, got {found:g} from {ast.unparse(node)!r} at n = {n}.")
+    return float(found)
+
+
+def _about(op: ast.operator, left: float, right: float, text: str, n: int) -> float:
+    if isinstance(op, ast.Pow) and abs(right) > 64:
+        raise SpecError(f"loop.times: expected exponents of at most 64, got {right:g} in {text!r} at n = {n}.")
+    if isinstance(op, ast.Pow) and left and abs(right) * abs(math.log2(abs(left))) > math.log2(LARGEST):
+        raise SpecError(f"loop.times: expected numbers below {LARGEST:g}, got {left:g} ** {right:g} in {text!r} at n = {n}.")
+    return _OPERATORS[type(op)](left, right)
 
 
 def draw(mean: float, sigma: float, low: int, high: int, generator: torch.Generator | None = None) -> int:
@@ -112,5 +166,6 @@ def draw(mean: float, sigma: float, low: int, high: int, generator: torch.Genera
         generator: on the CPU; None = torch's default one.
     """
     normal = torch.randn((), dtype=torch.float64, generator=generator)
-    rate = torch.exp(math.log(mean) - sigma**2 / 2 + sigma * normal)
+    # Far above the range it is cut off anyway, and a Poisson of an infinite rate is no number.
+    rate = torch.exp(math.log(mean) - sigma**2 / 2 + sigma * normal).clamp_max(1e9)
     return min(max(int(torch.poisson(rate, generator=generator)) + 1, low), high)

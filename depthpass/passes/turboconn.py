@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
+from depthpass.limits import check_program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.streams import after_bridges, check_whole, insert_before, linear
 
@@ -49,7 +50,8 @@ class TurboConn(Pass):
         `%7 = linear turboconn.s2_d0.down (%6) out 8`
 
     Parameters (under ``depth.`` in the state dict): ``turboconn.s{source}_d{destination}.{down,up}.{weight,bias}``,
-    or ``.full.`` when ``rank`` is None. Identity: any zero ``up`` (the initial state).
+    or ``.full.`` when ``rank`` is None. Identity: any zero ``up`` (the initial state): bit for bit where the row is one
+    chunk, to rounding (1e-6 in float32) where it is cut into several, whose products are those of smaller matrices.
 
     Args:
         bridges: explicit (source, destination) pairs, as positions in the program's list of visits: block numbers in
@@ -67,6 +69,10 @@ class TurboConn(Pass):
         preset: a layout of the official code by name, instead of bridges or rule: ``llama-1b`` (16 blocks, 15
             bridges), ``llama-8b`` (32 blocks, 45 bridges), or the control ``sparse`` (last to first).
         write: add on the destination block's ``output`` (as the official code) or on its ``input``.
+        wiring: ``paper``, as above; ``code``, as the public code runs, which the published numbers were made with: *every*
+            bridge reads the source of the last bridge in the list (a loop variable is not unpacked), through the Down of
+            that source's first, second, .. bridge for the first, second, .. bridge of its own source. Those bridges have
+            an Up of their own only; Down maps of other sources do not exist here (there they get no gradient).
         init_std: standard deviation of Down's initial weight; its bias starts from zero.
         scope: first part of the parameter names; set it to apply the pass twice to one program.
 
@@ -93,6 +99,7 @@ class TurboConn(Pass):
     destinations: tuple[int, int] | None = None
     preset: Literal["llama-1b", "llama-8b", "sparse"] | None = None
     write: Literal["output", "input"] = "output"
+    wiring: Literal["paper", "code"] = "paper"
     init_std: float = 0.02
     scope: str = "turboconn"
 
@@ -120,6 +127,8 @@ class TurboConn(Pass):
                 "gain is 0.01 * alpha; leave one of them out.")
         require(self.init_std > 0, f"{n}.init_std", "a positive number", self.init_std,
                 "With Down and Up both zero no gradient ever flows.")
+        require(self.wiring == "paper" or (self.rank is not None and self.write == "output"), f"{n}.wiring",
+                "'paper' without a rank or with write='input'", self.wiring, "The public code has neither.")
         require(self.scope.isidentifier(), f"{n}.scope", "a plain name of letters, digits and _", self.scope)
         rule = {"stride": self.stride != 2, "min_span": self.min_span is not None,
                 "sources": self.sources is not None, "destinations": self.destinations is not None}
@@ -187,6 +196,7 @@ class TurboConn(Pass):
         destinations = range(*(self.destinations or (0, visits)), self.stride)
         spans = [s - d for s in sources for d in destinations if s > d]
         least = self.min_span if self.min_span is not None else min(MIN_SPAN, max(spans, default=MIN_SPAN))
+        check_program(visits, 5 * sum(span >= least for span in spans), "turboconn")
         found = tuple((s, d) for s in sources for d in destinations if s - d >= least)
         if not found:
             raise PassError(
@@ -203,14 +213,15 @@ class TurboConn(Pass):
         self._check_names(program, bridges)
         check_whole(self.name, program, sorted({p for bridge in bridges for p in bridge}))
         names = iter(program.fresh(5 * len(bridges)))
-        rank = self.rank
-        low = {b: next(names) for b in bridges} if rank is not None else {}
-        streams: dict[int, str] = {}
+        rank, feeds = self.rank, self._feeds(bridges)
+        maps = dict.fromkeys(feeds[b] for b in bridges)
+        low = {b: next(names) for b in maps} if rank is not None else {}
+        streams: dict[int | str, str] = {}
         for d in sorted({d for _, d in bridges}):
             arriving = [b for b in bridges if b[1] == d]
             ops: list[Op] = []
             for bridge in arriving:
-                ops += self._arrive(program, bridge, low.get(bridge), streams, names)
+                ops += self._arrive(program, bridge, low.get(feeds[bridge]), streams, names)
             ups = [o.name for o in ops if o.kind == "linear"]
             program = self._land(program, visits[d].name, ops, ups, next(names))
         if rank is None:
@@ -224,21 +235,43 @@ class TurboConn(Pass):
             ])
         return program
 
+    def _feeds(self, bridges: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], tuple[int, int]]:
+        """The bridge whose Down each bridge reads: its own, or as the public code has it.
+
+        Raises:
+            PassError: the public code could not run these bridges, or would feed them within a token.
+        """
+        if self.wiring == "paper":
+            return {b: b for b in bridges}
+        last = bridges[-1][0]
+        downs = [b for b in bridges if b[0] == last]
+        found = {}
+        for i, b in enumerate(bridges):
+            order = sum(other[0] == b[0] for other in bridges[:i])
+            if order >= len(downs) or b[1] > last:
+                why = (f"{b} lands above the source {last} of the last bridge" if b[1] > last else
+                       f"{b} is bridge {order + 1} of its source, the last one's source {last} has {len(downs)}")
+                raise PassError(f"turboconn.wiring: expected bridges that the public code can run, got {why}. Put a source with "
+                                "as many bridges as any other, above every destination, last; or use wiring='paper'.")
+            found[b] = downs[order]
+        return found
+
     def _arrive(
-        self, program: Program, bridge: tuple[int, int], low: str | None, streams: dict[int, str], names: Iterator[str]
+        self, program: Program, bridge: tuple[int, int], low: str | None, streams: dict[int | str, str],
+        names: Iterator[str],
     ) -> list[Op]:
         """Ops that bring one bridge's value to its destination; the last one is the linear map to the width."""
         s, note = bridge[0], self._note(bridge)
         shared = note if low else f"{self.label}: bridges from {bridge[0]}"
-        source = low or after_bridges(program, program.visits[s].name)
-        value = streams.get(s) if low is None else None
+        source, key = low or after_bridges(program, program.visits[s].name), low or s
+        value = streams.get(key)
         ops = []
         if value is None:
             ops.append(op("delay", source, name=(value := next(names)), note=shared, tokens=self.group))
             if self.multiplier != 1.0:
                 ops.append(op("scale", value, name=(value := next(names)), note=shared, by=self.multiplier))
             # Without Down all bridges of one source read one delayed stream: one delay line of the full width.
-            streams[s] = value
+            streams[key] = value
         kind = "full" if low is None else "up"
         ops.append(linear(self._parameter(bridge, kind), program.width, value, name=next(names), note=note, init=0.0))
         return ops
@@ -247,7 +280,7 @@ class TurboConn(Pass):
         """Add the arriving values on the visit's output, or on its input."""
         if self.write == "input":
             stream = program.defs[visit].args[0]
-            ops = [*ops, op("add", stream, *ups, name=name)]
+            ops = [*ops, op("add", stream, *ups, name=name, lands="input")]
             return insert_before(program, visit, ops).map_ops(
                 lambda o: replace(o, args=(name,)) if o.name == visit else o
             )

@@ -89,6 +89,8 @@ def _number(x: Number, section: str) -> dict[str, Any]:
         found |= {"stock": as_json(x.stock), "ratio": x.ratio}
     if x.out_of is not None:
         found["out_of"] = x.out_of
+    if x.least:
+        found["at_least"] = True
     if x.note:
         found["note"] = x.note
     return found

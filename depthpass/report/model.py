@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -69,6 +70,8 @@ class Report:
         task: a computation held against the depth at n; None when it was not asked for.
         lengths: how loop counts vary; None when all are fixed. The program is the one at ``seq_len``, in evaluation.
         ratios: shares of tokens by route label that stand in place of the program's own.
+        added: elements of all new parameters, counted on the model or sized from its config; None where neither could
+            be done.
     """
 
     program: Program
@@ -85,6 +88,7 @@ class Report:
     lengths: Lengths | None = None
     fixed_point: FixedPoint | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
+    added: int | None = None
 
     @property
     def model(self) -> str:
@@ -148,19 +152,15 @@ class Report:
 
     @cached_property
     def new_parameters(self) -> int:
-        """Elements of the parameters that passes added; those sized from the model's own blocks are not included."""
-        total = 0
-        for p in parameters(self.program).values():
-            size = 1
-            for d in p.shape:
-                size *= d
-            total += size
-        return total
+        """Elements of the parameters that passes added; at least so many where :attr:`unsized_parameters` names more."""
+        if self.added is not None:
+            return self.added
+        return sum(math.prod(p.shape) for p in parameters(self.program).values() if p.trained)
 
     @property
     def unsized_parameters(self) -> tuple[str, ...]:
-        """Names of gates and per-visit LoRA, whose parameters are sized when the model is transformed."""
-        keys = ("gate", "lora")
+        """Names of gates and per-visit LoRA that could not be sized: without a model or config nothing says how large."""
+        keys = () if self.added is not None else ("gate", "lora")
         return tuple(dict.fromkeys(o[k] for o in self.program.visits for k in keys if o[k] is not None))
 
     @cached_property
@@ -213,12 +213,12 @@ class Report:
 
     @cached_property
     def sufficiency(self) -> Sufficiency | None:
-        """Whether the depth and the tokens at n cover the task; None without a task."""
+        """Whether the depth and the tokens at n cover the task's DAG; None without a task."""
         if self.task is None:
             return None
         from depthpass.analysis.tasks import sufficient
 
-        pads = self.types[self.program.output].pads
+        pads = max(t.pads for t in self.types.values())
         return sufficient(self.task, self.depth_at(self.seq_len), tokens=self.seq_len + pads)
 
     @cached_property
@@ -300,6 +300,7 @@ def build_report(
     lengths: Lengths | None = None,
     fixed_point: FixedPoint | None = None,
     ratios: Mapping[str, float] | None = None,
+    added: int | None = None,
 ) -> Report:
     """Analyse a program and collect the results.
 
@@ -316,6 +317,7 @@ def build_report(
         lengths: how loop counts vary, for a spec in which they do.
         fixed_point: how serial regions are swept; None = token loop.
         ratios: shares of tokens by route label, as ``cost`` was counted with.
+        added: elements of all new parameters, when the caller knows them.
 
     Raises:
         SpecError: a length or batch below 1, or facts of another model.
@@ -335,7 +337,8 @@ def build_report(
     depths = {name: depth(program, name) for name in outputs}
     proven = None if complexity is None else tuple(complexity)
     return Report(
-        program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths, fixed_point, ratios or {}
+        program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths, fixed_point, ratios or {},
+        added,
     )
 
 

@@ -22,6 +22,7 @@ class Number:
         note: what it counts, or how it was found.
         stock: the same number of the stock model, where it has one.
         out_of: the whole that the value is a part of, in the same unit.
+        least: whether the value is a lower bound.
     """
 
     key: str
@@ -31,16 +32,20 @@ class Number:
     note: str = ""
     stock: Value | None = None
     out_of: int | None = None
+    least: bool = False
 
     @property
     def text(self) -> str:
         """Value with unit, e.g. ``14 of 16 block visits``."""
-        return f"{self.figure} {self.unit}" if self.out_of is not None else with_unit(self.value, self.unit)
+        if self.out_of is not None:
+            return f"{self.figure} {self.unit}"
+        return ("at least " if self.least else "") + with_unit(self.value, self.unit)
 
     @property
     def figure(self) -> str:
         """Value without unit."""
-        return plain(self.value) + (f" of {plain(self.out_of)}" if self.out_of is not None else "")
+        whole = f" of {plain(self.out_of)}" if self.out_of is not None else ""
+        return ("at least " if self.least else "") + plain(self.value) + whole
 
     @property
     def remark(self) -> str:

@@ -64,7 +64,8 @@ def _model(report: Report) -> Section:
         ]
     found.append(
         Number("new_parameters", "new parameters", report.new_parameters, "parameters",
-               f"plus those of {', '.join(report.unsized_parameters)}" if report.unsized_parameters else "")
+               f"plus those of {', '.join(report.unsized_parameters)}" if report.unsized_parameters else "",
+               least=bool(report.unsized_parameters))
     )
     return Section("Model", tuple(found))
 
@@ -260,12 +261,13 @@ def _task(report: Report) -> Section:
     s = report.sufficiency
     assert s is not None
     return Section(f"Task: {s.task}", (
-        Number("task_needed_depth", "depth it needs", s.needed_depth, "rounds"),
+        Number("task_needed_depth", "depth of its DAG", s.needed_depth, "rounds",
+               "level by level; another algorithm may take fewer"),
         Number("task_available_depth", "depth at hand", s.available_depth, "block visits"),
         Number("task_missing_depth", "missing", s.missing_depth, "block visits"),
-        Number("task_needed_tokens", "tokens it needs at once", s.needed_tokens, "tokens"),
-        Number("task_sufficient", "sufficient", "yes" if s.sufficient else "no", "",
-               "a necessary condition; says nothing about what training finds"),
+        Number("task_needed_tokens", "widest level of its DAG", s.needed_tokens, "tokens"),
+        Number("task_sufficient", "deep and wide enough for this DAG", "yes" if s.sufficient else "no", "",
+               "about this one DAG: no lower bound of the task, and nothing about what training finds"),
     ))
 
 
@@ -286,8 +288,7 @@ def not_counted(report: Report) -> tuple[str, ...]:
         found.append("Depth and work are those of one call: with kv='last' or 'mod:k' a cached token reads keys of later "
                      "iterations, so the function itself changes with the split into calls.")
     if report.unsized_parameters:
-        found.append("New parameters leave out attention gates and per-visit LoRA: they are sized from the "
-                     "model's blocks when it is transformed.")
+        found.append("New parameters leave out attention gates and per-visit LoRA: no model or config says how large they are.")
     if report.cost is None:
         found.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")
         found.append("No FLOPs, weight traffic, activations or times: ask for the cost analysis.")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from depthpass.errors import SpecError
+from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.ir import Program, parse_program, plain, verify
 from depthpass.ir.shares import Ratios, by_route, checked_ratios
 from depthpass.report.model import Report, build_report
@@ -33,12 +33,14 @@ class Subject:
     Attributes:
         stock: the model, on the meta device when it comes from a config; None for programs without a model.
         own: program, plan and chunk of a model that was given transformed; it takes no other spec.
+        added: elements of that model's new parameters.
         fixed_point: how that model sweeps its serial regions; None = token loop.
         ratios: those that are set on it.
     """
 
     stock: nn.Module | None
     own: tuple[Program, dict[str, Any], int | None] | None = None
+    added: int | None = None
     fixed_point: FixedPoint | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
 
@@ -51,10 +53,14 @@ class Subject:
 
         if getattr(source, "depth_program", None) is None:
             return cls(stock_model(source))
+        from depthpass.hf.model import depth_module
+        from depthpass.hf.parameters import counted
         from depthpass.hf.transform import restore
 
+        base = getattr(source, "get_base_model", None)
+        added = counted(depth_module(base() if callable(base) else source))
         own = source.depth_program, source.depth_spec, source.depth_schedule.chunk
-        return cls(stock_model(restore(source)), own, source._depth.fixed_point, dict(source._depth.ratios))
+        return cls(stock_model(restore(source)), own, added, source._depth.fixed_point, dict(source._depth.ratios))
 
     @cached_property
     def facts(self) -> ModelFacts | None:
@@ -127,8 +133,32 @@ class Subject:
         claims = proven(made, precision, 1 if varying is None else varying.loops)
         return build_report(
             made, regions, self.facts, seq_len, batch, counted, claims, spec=plan, ceilings=ceilings, task=task,
-            lengths=varying, fixed_point=self.fixed_point, ratios=chosen,
+            lengths=varying, fixed_point=self.fixed_point, ratios=chosen, added=self._added(made, plan),
         )
+
+    def _added(self, program: Program, plan: dict[str, Any] | None) -> int | None:
+        """Elements of the new parameters: counted on a transformed model, else sized from the stock one; None = neither."""
+        if self.added is not None or self.stock is None:
+            return self.added
+        from depthpass.hf.parameters import sizes
+
+        try:
+            return sum(sizes(self._largest(program, plan), self.stock).values())
+        except UnsupportedModelError:
+            # A model that has no such sizes is told so by transform; here they are left out, and the report says so.
+            return None
+
+    def _largest(self, program: Program, plan: dict[str, Any] | None) -> Program:
+        """The program that a transform makes parameters for: that of the largest loop counts."""
+        from depthpass.hf.transform import context_of
+        from depthpass.passes import apply_spec
+        from depthpass.spec import load_spec
+
+        passes = [] if plan is None else load_spec(plan)
+        if not any(p.varies for p in passes):
+            return program
+        return apply_spec(plain(program.model, program.blocks, program.width), [p.settled(most=True) for p in passes],
+                          context_of(self.stock))
 
     def _lengths(self, plan: dict[str, Any]) -> Lengths | None:
         from depthpass.hf.transform import context_of
@@ -148,8 +178,14 @@ def proven(program: Program, precision: str, loops: Any = 1) -> list[Statement]:
         loops: loop count in n; any constant is as good as 1.
     """
     from depthpass.analysis.complexity import complexity
+    from depthpass.analysis.dependence import cycles
     from depthpass.ir import infer
 
-    kinds = {o.kind for o in program.ops}
-    pads = infer(program)[program.output].pads
-    return complexity(loops, pads, precision, delay_edges="delay" in kinds, token_routing="route" in kinds)
+    fed = {v for cycle in cycles(program) for v in cycle}
+    delays = {o.name for o in program if o.kind == "delay"}
+    routes = [o for o in program if o.kind == "route"]
+    ranked = any(o["rule"] == "topk" and o["capacity"] < 1 for o in routes)
+    return complexity(
+        loops, max(t.pads for t in infer(program).values()), precision, delay_edges=bool(delays & fed), shifts=bool(delays - fed),
+        token_routing="topk" if ranked else bool(routes),
+    )

@@ -148,7 +148,7 @@ def _table(
         cells = [numbers.get(key) for numbers in found]
         there = [c for c in cells if c is not None]
         unit = next((c.unit for c in there if c.unit), "")
-        rows.append((there[0].label, unit, tuple(None if c is None else c.value for c in cells)))
+        rows.append((there[0].label, unit, tuple(None if c is None else c.figure if c.least else c.value for c in cells)))
     return Comparison(title, names, reports, tuple(rows))
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 
 import networkx as nx
 
-from depthpass.analysis.dependence import back_delays, cycles, dependences
+from depthpass.analysis.dependence import back_delays, cycles, dependences, slot_order
 from depthpass.errors import PassError, SpecError
 from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import infer
@@ -112,10 +112,10 @@ def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> 
         SpecError: ``chunk`` is below 1 or above the smallest delay of a cycle.
         PassError: a route that needs later tokens lies on a delay cycle.
     """
-    if chunk is not None and (not isinstance(chunk, int) or chunk < 1):
+    if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise SpecError(f"chunk: expected an integer of at least 1, got {chunk!r}.")
     component_of: dict[str, int] = {}
-    loops = cycles(program)
+    loops = cycles(program, slots=True)
     for c, cycle in enumerate(loops):
         component_of |= dict.fromkeys(cycle, c)
     graph = nx.DiGraph()
@@ -133,6 +133,7 @@ def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> 
         elif d.kind == "future" and key_of[d.source][0] == "loop":
             raise PassError("a sequence-level top-k route lies on a delay cycle: it needs tokens that do not exist yet. "
                             "Use rule threshold or choice, or move the delay.")
+    graph.add_edges_from((key_of[w], key_of[r]) for w, r in slot_order(program) if key_of[w] != key_of[r])
     for k, ops in nodes.items():
         for o in ops:
             if not o.name:

@@ -19,7 +19,8 @@ def implementation(problem: Gated, asked: str) -> str:
     widest, limit = max(problem.q.shape[-1], problem.v.shape[-1]), None
     if widest > MAX_HEAD_DIM:
         limit = f"head dimension {widest} is above {MAX_HEAD_DIM}"
-    return select.resolve("gated_attention", asked, problem.q, limit)
+    size = problem.q.shape[0], problem.q.shape[2], problem.k.shape[2]
+    return select.resolve("gated_attention", asked, problem.q, limit, size)
 
 
 @torch.library.custom_op("depthpass_kernels::gated_attention", mutates_args=())

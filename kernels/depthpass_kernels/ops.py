@@ -21,13 +21,15 @@ from depthpass_kernels.slot_attention.problem import Problem
 
 MAX_HEAD_DIM = 256
 MAX_HIDDEN = 16384
+BOTH = "forward and backward"
 
 
-def _attention_implementation(problem: Problem, implementation: str) -> str:
+def _attention_implementation(problem: Problem, implementation: str, what: str = "forward") -> str:
     widest, limit = max(problem.q.shape[-1], problem.v.shape[-1]), None
     if widest > MAX_HEAD_DIM:
         limit = f"head dimension {widest} is above {MAX_HEAD_DIM}"
-    return select.resolve("slot_attention", implementation, problem.q, limit)
+    size = problem.q.shape[0], problem.q.shape[2], problem.k.shape[2]
+    return select.resolve("slot_attention", implementation, problem.q, limit, size, what)
 
 
 def _own_precision(problem: Problem) -> contextlib.AbstractContextManager:
@@ -100,7 +102,7 @@ def slot_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return dq, dk, dv, dsinks; dsinks is empty without sinks."""
     problem = Problem(q, k, v, valid, row_start, sinks, q_offset, q_start, scale, window, chunk, softcap)
-    chosen = _attention_implementation(problem, implementation)
+    chosen = _attention_implementation(problem, implementation, BOTH)
     if problem.q.numel() == 0:
         dk, dv = problem.new_dkv()
         return problem.new_dq(), dk.zero_(), dv.zero_(), _sink_gradient(problem, None)
@@ -152,7 +154,7 @@ def attention_backward_accumulate(
     problem: Problem, grad: Tensor, out: Tensor, lse: Tensor, dk: Tensor, dv: Tensor, implementation: str
 ) -> tuple[Tensor, Tensor]:
     """What the op runs."""
-    chosen = _attention_implementation(problem, implementation)
+    chosen = _attention_implementation(problem, implementation, BOTH)
     if problem.q.numel() == 0:
         return problem.new_dq(), _sink_gradient(problem, None)
     if chosen == "triton":
@@ -212,7 +214,9 @@ def _bridge_implementation(problem: BridgeIn, implementation: str) -> str:
     hidden, limit = problem.x.shape[-1], None
     if problem.norm_weight is not None and hidden > MAX_HIDDEN:
         limit = f"hidden size {hidden} is above {MAX_HIDDEN}"
-    return select.resolve("bridge_in", implementation, problem.x, limit)
+    size = 1, problem.x.numel() // max(hidden, 1), problem.c.shape[-1]
+    what = "forward" if problem.norm_weight is None else "forward and norm"
+    return select.resolve("bridge_in", implementation, problem.x, limit, size, what)
 
 
 @torch.library.custom_op("depthpass_kernels::bridge_in", mutates_args=())

@@ -5,13 +5,12 @@
 - `"naive"`: the torch reference, on every device and floating dtype;
 - `"triton"`: the Triton kernel, or `KernelUnavailableError` with the reason. Never another implementation in
   its place;
-- `"auto"`: the Triton kernel for CUDA tensors it supports when triton is installed, the reference everywhere
-  else.
+- `"auto"`: for CUDA tensors that the Triton kernel supports, when triton is installed, the faster one in the
+  table of measurements (`depthpass_kernels.measured`); the reference everywhere else.
 
-**The automatic rule is not yet measured on a GPU**: no figure says where the kernels beat SDPA, FlexAttention
-or Inductor. `set_auto(op, "naive")` takes an op off the rule for the whole process; passing `implementation=`
-overrides it for one call. The choice is made when the op *runs*, so a graph traced on fake or meta tensors
-does not freeze it.
+`set_auto(op, "naive")` takes an op off the rule for the whole process; passing `implementation=` overrides it
+for one call. The choice is made when the op *runs*, so a graph traced on fake or meta tensors does not freeze
+it.
 """
 
 import functools
@@ -20,11 +19,13 @@ import importlib.util
 import torch
 from torch import Tensor
 
+from depthpass_kernels import measured
+
 IMPLEMENTATIONS = ("auto", "naive", "triton")
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIN_CAPABILITY = (8, 0)
 
-_auto_on_cuda = {"slot_attention": "triton", "bridge_in": "triton", "gated_attention": "triton"}
+_auto_on_cuda = {"slot_attention": "measured", "bridge_in": "measured", "gated_attention": "measured"}
 
 
 class KernelUnavailableError(RuntimeError):
@@ -36,7 +37,7 @@ def set_auto(op: str, implementation: str) -> str:
 
     Args:
         op: `"slot_attention"`, `"gated_attention"` or `"bridge_in"`.
-        implementation: `"triton"` or `"naive"`.
+        implementation: `"measured"` (the table), `"triton"` or `"naive"`.
 
     Example:
         >>> previous = set_auto("slot_attention", "naive")
@@ -45,8 +46,8 @@ def set_auto(op: str, implementation: str) -> str:
     """
     if op not in _auto_on_cuda:
         raise ValueError(f"set_auto: op: expected one of {sorted(_auto_on_cuda)}, got {op!r}")
-    if implementation not in ("naive", "triton"):
-        raise ValueError(f"set_auto: implementation: expected 'naive' or 'triton', got {implementation!r}")
+    if implementation not in ("measured", "naive", "triton"):
+        raise ValueError(f"set_auto: implementation: expected 'measured', 'naive' or 'triton', got {implementation!r}")
     previous, _auto_on_cuda[op] = _auto_on_cuda[op], implementation
     return previous
 
@@ -103,14 +104,28 @@ def _gpu_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def resolve(op: str, implementation: str, tensor: Tensor, limit: str | None = None) -> str:
-    """Return `"naive"` or `"triton"` for a call on `tensor`, or raise KernelUnavailableError."""
+def resolve(
+    op: str,
+    implementation: str,
+    tensor: Tensor,
+    limit: str | None = None,
+    size: tuple[int, int, int] = (1, 1, 1),
+    what: str = "forward",
+) -> str:
+    """Return `"naive"` or `"triton"` for a call on `tensor`, or raise KernelUnavailableError.
+
+    Args:
+        size: rows, queries and keys of the call, as the table of measurements has them.
+        what: `"forward"` or `"forward and backward"`.
+    """
     if implementation == "naive":
         return "naive"
     if implementation == "auto" and (tensor.device.type != "cuda" or _auto_on_cuda[op] == "naive"):
         return "naive"
     reason = obstacle(tensor, limit)
     if reason is None:
+        if implementation == "auto" and _auto_on_cuda[op] == "measured" and torch.cuda.is_available():
+            return measured.fastest(op, what, torch.cuda.get_device_capability(tensor.device), *size)
         return "triton"
     if implementation == "auto":
         return "naive"

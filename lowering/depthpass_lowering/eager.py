@@ -6,7 +6,7 @@ regions see all m tokens at once, serial regions run in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -21,8 +21,8 @@ from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
 from depthpass_lowering.local_ops import ACTIVATIONS, rms
-from depthpass_lowering.losses import loss
-from depthpass_lowering.noise import noise
+from depthpass_lowering.losses import Pool, sums_of
+from depthpass_lowering.noise import cut_off, noise
 from depthpass_lowering.routes import Route, choose
 from depthpass_lowering.stacked import StackedVisit
 from depthpass_lowering.state import Span, State, push_delay, read_delay, spans
@@ -84,7 +84,8 @@ class Run:
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
-        self.later: list[Callable[[], None]] = []
+        # Groups of rows with programs of their own share a pool; whoever made it closes it.
+        self.pool: Pool = getattr(host, "pool", None) or Pool()
         self.record: list[Lowered] = []
 
     def run(self) -> tuple[dict[str, Tensor], State]:
@@ -97,11 +98,16 @@ class Run:
                 self._region(region, reads, results)
         for o in self.passing:
             self.state.slots.pop(o["slot"], None)
-        for move in self.later:
-            move()
+        if getattr(self.host, "pool", None) is None:
+            self._close()
         self.state.length += self.count
         self.state.valid = self.valid
         return self.out, self.state
+
+    def _close(self) -> None:
+        self.pool.move()
+        if self.pool.sums:
+            self.host.losses, self.host.extra_loss = self.pool.values()
 
     def _step(self) -> Step | None:
         """The order with stacked visits for this call, or None: region by region."""
@@ -455,19 +461,18 @@ class Run:
             balance = self.host.module(o["bias"])
             score = score.detach() + balance.bias
             if o["rate"] and getattr(self.host, "training", False) and torch.is_grad_enabled():
-                self.later.append(lambda: balance.move(score, span.valid, o["rate"]))
+                self.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
         return choose(o, score, outer, span.valid, span.start, getattr(self.host, "ratios", {}).get(o["label"]))
 
     def _loss(self, o: Op, local: dict, span: Span) -> None:
-        losses = getattr(self.host, "losses", None)
-        if losses is None:  # a host that does not train asks for none
+        if getattr(self.host, "losses", None) is None:  # a host that does not train asks for none
             return
         route = local[o.args[1]] if len(o.args) == 2 else None
         nest = self.program.defs[o.args[1]].args[1:] if route is not None else ()
         among = local[nest[0]].chosen if nest else span.valid
-        value = loss(o["rule"], local[o.args[0]], None if route is None else route.chosen, among)
-        losses[o["name"]] = losses.get(o["name"], 0) + value
-        self.host.extra_loss = self.host.extra_loss + o["coefficient"] * value
+        sums = sums_of(o["rule"], local[o.args[0]], None if route is None else route.chosen, among)
+        place = [p for p in self.program.losses if p["name"] == o["name"]].index(o)
+        self.pool.loss((o["name"], place), o, sums)
 
     def _logits(self, o: Op, normed: Tensor) -> Tensor:
         found = self.host.logits(normed)
@@ -480,12 +485,12 @@ class Run:
         width = o["width"] or self.program.width
         # A host that does not say is scored, not trained.
         if getattr(self.host, "training", False):
-            return o["std"] * self.hidden.new_empty(self.hidden.shape[0], span.count, width).normal_()
+            return o["std"] * cut_off(self.hidden.new_empty(self.hidden.shape[0], span.count, width).normal_(), o["cut"])
         number = [p.name for p in self.program if p.kind == "noise"].index(o.name)
         rank = span.rank
         if rank is None:
             rank = torch.arange(span.start, span.start + span.count)[None]
-        drawn = o["std"] * noise(number, rank, width).to(self.hidden)
+        drawn = o["std"] * cut_off(noise(number, rank, width).double(), o["cut"]).to(self.hidden)
         return drawn.expand(self.hidden.shape[0], -1, -1)
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from depthpass.errors import SpecError, did_you_mean
 from depthpass_lowering.eager import Run
 
@@ -22,8 +24,10 @@ def check_rung(name: str) -> str:
     return name
 
 
-def rung(name: str) -> type[Run]:
-    """The run class of a rung."""
+def rung(name: str | Callable[..., Run]) -> Callable[..., Run]:
+    """What makes the runs of a rung; a maker itself stands for a rung of its own (:mod:`depthpass_lowering.recording`)."""
+    if callable(name):
+        return name
     if name == AUTO_INDUCTOR:
         from depthpass_lowering.compiled import AutoCompiledRun
 

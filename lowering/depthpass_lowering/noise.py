@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,18 @@ def noise(number: int, places: Tensor, width: int) -> Tensor:
     first, last = (int(p) // BLOCK for p in places.aminmax())
     table = torch.cat([_block(number, b, width) for b in range(first, last + 1)])
     return table[places.cpu() - first * BLOCK]
+
+
+def cut_off(x: Tensor, cut: float | None) -> Tensor:
+    """Draws of a standard normal distribution as draws of one that is cut off at ``cut`` on both sides; None = as they are.
+
+    The two distribution functions are matched, so nothing is thrown away: a draw stays a function of its place.
+    """
+    if cut is None:
+        return x
+    precise = x.to(torch.promote_types(x.dtype, torch.float32))
+    inside = torch.erfinv(torch.erf(precise / math.sqrt(2)) * math.erf(cut / math.sqrt(2))) * math.sqrt(2)
+    return inside.clamp(-cut, cut).to(x.dtype)
 
 
 def _block(number: int, block: int, width: int) -> Tensor:

@@ -49,7 +49,7 @@ class Plan:
     """
 
     def __init__(self, before: Slot, columns: Tensor, real: Tensor | None, rows: Tensor | None):
-        batch, held = before.columns.shape
+        batch = len(before.columns)
         active = torch.arange(batch, device=columns.device) if rows is None else rows
         counts = reality(before).sum(-1)
         added = columns.shape[1] if real is None else real.sum(-1)
@@ -62,7 +62,9 @@ class Plan:
         rank = entry if real is None else (real.long().cumsum(1) - 1)[row, entry]
         self.source, self.place = (row, entry), (active[row], counts[active[row]] + rank)
         self.columns = before.columns.new_zeros(batch, self.high)
-        self.columns[:, :held] = before.columns
+        # A slot may be wider than its longest row: rows that were dropped or reordered leave their width behind.
+        held = min(before.columns.shape[1], self.high)
+        self.columns[:, :held] = before.columns[:, :held]
         self.columns.index_put_(self.place, columns[self.source])
         self.valid = torch.arange(self.high, device=after.device)[None] < after[:, None]
         self.full = bool((after[active] == self.high).all())
@@ -98,11 +100,11 @@ def _room(slot: Slot, entries: int) -> RaggedRoom:
     """Memory with the slot's entries and place for at least so many per row."""
     if slot.ragged is not None and slot.ragged.open_to(slot, entries):
         return slot.ragged
-    size, held = entries + room_for(entries), slot.columns.shape[1]
+    size, held = entries + room_for(entries), min(slot.columns.shape[1], entries)
 
     def longer(t: Tensor) -> Tensor:
         made = t.new_zeros((t.shape[0], size, *t.shape[2:]))
-        made[:, :held] = t
+        made[:, :held] = t[:, :held]
         return made
 
     return RaggedRoom(*(tuple(longer(t.transpose(1, 2)) for t in side) for side in (slot.keys, slot.values)))

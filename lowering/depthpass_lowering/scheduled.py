@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 
@@ -101,6 +102,8 @@ class ScheduledRun(Run):
 
     def _trained(self, region: Region, inputs: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
         """The wanted streams of a region, as one node of the outer graph."""
+        if self.hidden.is_cuda and not self.strict:
+            _warn_slow()
         parameters = region_parameters(region, self.host)
         job = Job(self, region, inputs, wanted, parameters)
         return dict(zip(wanted, RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())))
@@ -149,6 +152,16 @@ class ScheduledRun(Run):
                 return f"block {o['index']} shares the keys of slot {o['keys']} across the border of the token loop"
         unknown = {o.kind for o in region.ops} - KINDS
         return f"op {min(unknown)} in a serial region" if unknown else None
+
+
+@functools.cache
+def _warn_slow() -> None:
+    """Once per process: on a GPU the loop waits for Python."""
+    warnings.warn(
+        "lowering='auto' trains a token loop on this GPU kernel by kernel, which on an H100 at the Llama-3.2-1B shape took 7 to "
+        "15 times as long as lowering='cudagraph' (docs/benchmarks.md). Use dp.transform(..., lowering='cudagraph') where rows "
+        "have a few lengths; lowering='scheduled' runs as now, without this warning.", UserWarning, stacklevel=2,
+    )
 
 
 class StrictScheduledRun(ScheduledRun):

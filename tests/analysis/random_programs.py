@@ -105,9 +105,16 @@ def random_program(seed: int, *, routes: bool = True, pads: bool = True, max_del
         kinds = ["visit"] * 6 + ["back"] * 3 + ["forward", "mix", "select", "zeros"] + ["routed"] * (2 * routes)
         pad_at = rng.choice([None, None, 0, 3]) if pads else None
         pad, trim = rng.randint(1, 3), rng.random() < 0.4
+        # Trimmed in the middle, so that later visits, delays and pads read what the last pad has left.
+        trim_at = pad_at + rng.randint(1, 5) if pad_at is not None and trim and rng.random() < 0.6 else None
         for i in range(rng.randint(3, 12)):
             if i == pad_at:
                 b.streams = [b.emit("pad", b.streams[-1], tokens=pad)]
+            if i == trim_at:
+                b.streams = [b.emit("trim", b.streams[-1], tokens=pad)]
+                if rng.random() < 0.3:
+                    b.streams = [b.emit("pad", b.streams[-1], tokens=rng.randint(1, 2))]
+                trim = False
             match rng.choice(kinds):
                 case "visit":
                     b.keep(b.visit(b.recent()))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import sympy as sp
 import torch
@@ -6,6 +8,7 @@ from cost_models import llama_1b, tiny
 from hypothesis import given, reject, settings
 from torch.utils.flop_counter import FlopCounterMode
 
+import depthpass as dp
 from depthpass.analysis.cost import cost, model_cost, visit_equivalents
 from depthpass.analysis.cost.symbols import B, g, n
 from depthpass.analysis.cost.visits import stacks
@@ -269,3 +272,37 @@ def test_bad_input_is_explained():
         cost(STOCK, llama_1b())
     with pytest.raises(SpecError, match="chunk: expected at most 4"):
         cost(turbo(4), llama_1b(), chunk=5)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_flops_of_a_visits_lora_are_those_that_torch_counts(name):
+    """Beside the same loop without it: forward, backward, and with a frozen base only what the LoRA needs."""
+    stock = zoo.model(name)
+    ids = torch.randint(3, zoo.VOCABULARY, (2, 19))
+    measured, counted = [], []
+    for rank in (None, 3):
+        model = dp.transform(stock, dp.Loop(1, 3, times=3, lora_rank=rank))
+        model(input_ids=ids, use_cache=False)
+        with FlopCounterMode(display=False) as forward:
+            loss = model(input_ids=ids, use_cache=False).logits.sum()
+        with FlopCounterMode(display=False) as backward:
+            loss.backward()
+        measured.append((forward.get_total_flops(), backward.get_total_flops()))
+        found = dp.report(model, seq_len=19, batch=2).cost
+        counted.append((found.at("FLOPs forward", 19, 2), found.at("FLOPs backward", 19, 2)))
+    added = [b - a for a, b in zip(*measured)]
+    assert [b - a for a, b in zip(*counted)] == added and min(added) > 0
+    assert found.evaluate(found.flops["new"], 19, 2) == found.evaluate(found.flops["new"], 190, 1) == added[0]
+    assert sum(p.numel() for p in model.depth.parameters()) == found.at("parameters new", 19)
+
+
+def test_a_lora_in_a_token_loop_is_multiplied_out_for_every_chunk():
+    spec = [dp.Loop(1, 3, times=2, lora_rank=2), dp.TurboConn(bridges=[(4, 1)], group=3, rank=2)]
+    bare = [replace(spec[0], lora_rank=None), spec[1]]
+    found, plain_ = (dp.report(zoo.config("llama"), s, seq_len=20).cost for s in (spec, bare))
+    once = sum(2 * 2 * a * b for _, a, b in found.model.blocks[1].matrices)
+    # Visits 2, 3 and 4 of 1 2 1 2 lie on the cycle, 1 does not.
+    assert found.evaluate(found.flops["new"] - plain_.flops["new"], 20) == once + 3 * 7 * once
+    chunked = found.regions[1]
+    assert (chunked.serial, chunked.visits) == (True, 3)
+    assert found.evaluate(chunked.flops - plain_.regions[1].flops, 20) == 3 * 7 * once

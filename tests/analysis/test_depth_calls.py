@@ -2,13 +2,13 @@
 
 import pytest
 
-from depthpass.analysis.bruteforce import brute_depth
 from depthpass.analysis.depth import depth
 from depthpass.ir import plain
 from depthpass.ir.interpret import Interpretation
 from depthpass.passes.base import Context
 from depthpass.passes.loop import Loop
 from depthpass.passes.pipeline import apply_spec
+from tests.analysis.recorded import brute_depth
 from tests.passes.toy import WIDTH, Toy
 
 

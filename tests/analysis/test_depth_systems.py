@@ -10,10 +10,10 @@ from fractions import Fraction
 import pytest
 import sympy
 
-from depthpass.analysis.bruteforce import brute_depth
 from depthpass.analysis.closed_form import n
 from depthpass.analysis.depth import depth
 from depthpass.ir import Program, plain
+from tests.analysis.recorded import brute_depth
 from tests.analysis.systems import (
     Text,
     bridged,

@@ -1,4 +1,5 @@
 import math
+import random
 
 import networkx as nx
 import pytest
@@ -112,7 +113,25 @@ def test_sufficient_says_what_is_missing():
     assert not sufficient(edit_distance(30), 59, visits_per_round=2).sufficient
     narrow = sufficient(edit_distance(30), 59, tokens=20)
     assert not narrow.sufficient and "10 pads too few" in narrow.text
-    assert dict(narrow.rows())["needed tokens"] == 30
+    assert dict(narrow.rows())["widest level of its DAG (tokens)"] == 30
+
+
+def test_a_verdict_is_about_one_dag_and_no_lower_bound():
+    """Counter-example: two layers of uniform attention and a threshold per count decide parity at any length.
+
+    The tree of exclusive ors has depth 6 here and the scan 64; both verdicts on depth 2 must not say that it cannot be done.
+    """
+    rng = random.Random(0)
+    for _ in range(50):
+        n = rng.randint(1, 64)
+        bits = [rng.randint(0, 1) for _ in range(n)]
+        mean = sum(bits) / n  # layer 1: uniform attention, O(log n) bits
+        levels = [mean >= k / n - 1e-9 for k in range(1, n + 1)]  # layer 2: one threshold per pad
+        assert sum((-1) ** k * on for k, on in enumerate(levels)) == sum(bits) % 2
+    for form in ("tree", "chain"):
+        verdict = sufficient(parity(64, form), 2)
+        assert not verdict.sufficient and "no lower bound" in verdict.text
+        assert "needs" not in verdict.text and "Necessary" not in verdict.text
 
 
 def test_turboconn_depth_covers_a_scan_of_parity_at_group_one_but_not_at_group_four():

@@ -85,7 +85,7 @@ def test_program_files(run, config: str, tmp_path: Path) -> None:
 
 def test_tasks(run, config: str) -> None:
     out = run("report", config, "--no-cost", "--seq-len", 64, "--task", "edit_distance:10,10")[1]
-    assert re.search(r"depth it needs +19 rounds", out) and re.search(r"missing +13 block visits", out)
+    assert re.search(r"depth of its DAG +19 rounds", out) and re.search(r"missing +13 block visits", out)
 
 
 def test_show_prints_the_program_around_each_pass(run, config: str) -> None:

@@ -237,3 +237,46 @@ def test_generation_and_sweeps_go_through_the_decoder():
         tokens = turbo.generate(input_ids=ids, max_new_tokens=GROUP + 2, do_sample=False, eos_token_id=None)
         step = turbo.lm_head(turbo.model(input_ids=tokens[:, :-1]).last_hidden_state[:, 8:]).argmax(-1)
     assert torch.equal(step, tokens[:, 9:])
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "gemma3_text", "gpt_oss"])
+def test_hidden_states_are_those_of_the_stock_model_and_of_every_visit(name):
+    stock = stock_of(name, dtype=torch.float64)
+    turbo = turbo_of(stock)
+    same, batch = dp.transform(stock, dp.Identity()), zoo.batch(LENGTHS)
+    real = batch["attention_mask"].bool()
+    limit = {"rtol": 1e-12, "atol": 1e-12} if next(stock.parameters()).dtype == torch.float64 else {}
+    with torch.no_grad():
+        want = stock(**batch, output_hidden_states=True).hidden_states
+        for door in (same, decoder_of(same)):
+            found = door(**batch, output_hidden_states=True).hidden_states
+            assert len(found) == len(want) == 4
+            for a, b in zip(found, want):
+                torch.testing.assert_close(a[real], b[real], **limit)
+        whole = turbo(**batch, output_hidden_states=True, use_cache=False)
+        assert torch.equal(whole.hidden_states[-1][real], decoder_of(turbo)(**batch, use_cache=False).last_hidden_state[real])
+        assert turbo(**batch).hidden_states is None and not hasattr(whole, "taps")
+
+
+def test_hidden_states_of_loops_caches_and_pads():
+    stock = stock_of("llama")
+    looped = dp.transform(stock, [dp.Loop(start=1, end=2, times=3), dp.Taps(at=[1], scope="mine")])
+    ids = zoo.batch([8, 8])["input_ids"]
+    with torch.no_grad():
+        out = looped(input_ids=ids, output_hidden_states=True)
+        assert len(out.hidden_states) == 6 and out.taps.keys() == {"mine.v1"}
+        assert torch.equal(out.hidden_states[2], out.taps["mine.v1"])
+        alone = dp.transform(stock, dp.LayerProgram([0, 1, 1, 1, 2]))(input_ids=ids, output_hidden_states=True).hidden_states
+        assert all(torch.equal(a, b) for a, b in zip(out.hidden_states, alone))
+        cache = dp.DepthCache(looped)
+        parts = [looped(input_ids=ids[:, a:b], past_key_values=cache, output_hidden_states=h).hidden_states
+                 for a, b, h in ((0, 3, True), (3, 5, False), (5, 8, True))]
+        assert parts[1] is None
+        torch.testing.assert_close(parts[2][3], out.hidden_states[3][:, 5:], rtol=1e-4, atol=1e-4)
+        padded = dp.transform(stock, [spec(), dp.Pad(2, token=5)])(input_ids=ids, output_hidden_states=True)
+        assert all(h.shape == (2, 8, 32) for h in padded.hidden_states)
+        made = looped.generate(ids, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True, eos_token_id=None)
+        assert [len(h) for h in made.hidden_states] == [6, 6] and made.hidden_states[1][0].shape == (2, 1, 32)
+    routed = dp.transform(stock, dp.MixtureOfRecursions(recursions=2, start=1, end=2))
+    with pytest.raises(dp.InputError, match=r"output_hidden_states: the visit .* runs on the tokens of a route only"):
+        routed(input_ids=ids, output_hidden_states=True)

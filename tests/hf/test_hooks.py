@@ -226,3 +226,30 @@ def test_torchinfo_sees_every_module():
         mine = next(i for i in found.summary_list if i.class_name == "LlamaMLP")
         assert mine.output_size[-1] == 32 and not mine.is_recursive
     assert torch.equal(logits(turbo), want)
+
+
+@pytest.mark.parametrize("warm", [False, True])
+def test_nnsight_reads_and_edits_what_runs(warm):
+    nnsight = pytest.importorskip("nnsight")
+    stock = stock_of("llama")
+    same, turbo, ids = dp.transform(stock, dp.Identity()), turbo_of(stock), zoo.batch([8, 8])["input_ids"]
+    with torch.no_grad():
+        plain = turbo_of(stock)(input_ids=ids).logits
+        if warm:
+            turbo(input_ids=ids), same(input_ids=ids)
+        edited = []
+        for model in (same, copy.deepcopy(stock)):
+            traced = nnsight.NNsight(model)
+            with traced.trace(input_ids=ids):
+                traced.model.layers[1].mlp.output[:] = 0
+                inner = traced.model.layers[2].self_attn.o_proj.output.save()
+                norm = traced.model.norm.output.save()
+                found = traced.lm_head.output.save()
+            edited.append((inner, norm, found))
+        assert all(torch.equal(a, b) for a, b in zip(*edited))
+        traced = nnsight.NNsight(turbo)
+        with traced.trace(input_ids=ids):
+            inside = traced.model.layers[1].mlp.output.save()
+            found = traced.lm_head.output.save()
+        assert inside.shape == (2, GROUP, 32)  # the first chunk: a warning has said so
+        close(found, plain)

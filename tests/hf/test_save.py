@@ -46,10 +46,11 @@ def test_what_is_written(turbo, tmp_path):
     turbo.save_pretrained(tmp_path)
     assert sorted(files(tmp_path)) == ["config.json", "generation_config.json", "model.safetensors"]
     settings = json.loads((tmp_path / "config.json").read_text())
-    assert settings["architectures"] == ["LlamaForCausalLM"] and settings["model_type"] == "llama"
-    assert settings["depthpass"] == {"spec": {
+    assert settings["architectures"] == ["DepthpassLlamaForCausalLM"] and "dp.from_pretrained" in settings["model_type"]
+    assert settings["depthpass"] == {"stock": {"model_type": "llama", "tie_word_embeddings": True}, "spec": {
         "depthpass": 1, "passes": [{"pass": "turboconn", "bridges": [[2, 0], [2, 1]], "group": 3, "rank": 6}],
     }}
+    assert turbo.config.model_type == "llama" and turbo.config.to_dict()["model_type"] == "llama"
     held = load_file(tmp_path / "model.safetensors")
     assert held.keys() == turbo.state_dict().keys() - {"lm_head.weight"}  # tied: stored once
     assert all(torch.equal(t, turbo.state_dict()[n]) for n, t in held.items())
@@ -73,8 +74,8 @@ def test_round_trip(turbo, tmp_path, size):
     assert torch.equal(logits(type(turbo).from_pretrained(tmp_path)), logits(turbo))
 
 
-def test_stock_transformers_loads_the_base(turbo, tmp_path):
-    turbo.save_pretrained(tmp_path, max_shard_size="9KB")
+def test_stock_transformers_loads_the_base_where_it_was_asked_for(turbo, tmp_path):
+    turbo.save_pretrained(tmp_path, max_shard_size="9KB", stock=True)
     base = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(base) is transformers.LlamaForCausalLM and torch.equal(logits(base), logits(dp.restore(turbo)))
     assert base.lm_head.weight is base.model.embed_tokens.weight
@@ -249,8 +250,10 @@ def test_weights_of_other_shapes_are_refused(turbo, tmp_path):
         dp.from_pretrained(tmp_path, ignore_mismatched_sizes=True)
 
 
-def test_an_unknown_class_name_falls_back_to_the_architecture(turbo, tmp_path):
+def test_an_unknown_class_name_is_no_reason_to_load_another_class(turbo, tmp_path):
     turbo.save_pretrained(tmp_path)
     edit(tmp_path, lambda c: c.update(architectures=["MyFork"]))
-    loaded = dp.from_pretrained(tmp_path)
+    with pytest.raises(SpecError, match=r"expected the name of a transformers class.*MyFork.*model_class=YourClass"):
+        dp.from_pretrained(tmp_path)
+    loaded = dp.from_pretrained(tmp_path, model_class=transformers.LlamaForCausalLM)
     assert isinstance(loaded, transformers.LlamaForCausalLM) and torch.equal(logits(loaded), logits(turbo))

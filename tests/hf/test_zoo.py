@@ -112,5 +112,7 @@ def test_save_and_load(models, tmp_path):
     loaded = dp.from_pretrained(tmp_path, attn_implementation=style)
     assert {n: t.shape for n, t in loaded.state_dict().items()} == {n: t.shape for n, t in turbo.state_dict().items()}
     assert torch.equal(logits(loaded, batch), logits(turbo, batch))
+    turbo.save_pretrained(tmp_path, stock=True)
+    assert torch.equal(logits(dp.from_pretrained(tmp_path, attn_implementation=style), batch), logits(turbo, batch))
     plain = type(stock).from_pretrained(tmp_path, attn_implementation=style)
     assert type(plain) is type(stock) and torch.equal(logits(plain, batch), logits(stock, batch))

@@ -174,13 +174,13 @@ def test_auto_rule(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_auto_can_be_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(select, "triton_installed", lambda: True)
-    assert set_auto("slot_attention", "naive") == "triton"
+    assert set_auto("slot_attention", "naive") == "measured"
     assert select.resolve("slot_attention", "auto", OnCuda(torch.bfloat16)) == "naive"
     assert select.resolve("slot_attention", "triton", OnCuda(torch.bfloat16)) == "triton"
-    assert set_auto("slot_attention", "triton") == "naive"
+    assert set_auto("slot_attention", "measured") == "naive"
     with pytest.raises(ValueError, match="op: expected one of"):
         set_auto("attention", "naive")
-    with pytest.raises(ValueError, match="implementation: expected 'naive' or 'triton'"):
+    with pytest.raises(ValueError, match="implementation: expected 'measured', 'naive' or 'triton'"):
         set_auto("slot_attention", "auto")
 
 

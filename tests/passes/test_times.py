@@ -40,6 +40,23 @@ def test_expressions_that_are_refused(text, word):
         dp.Loop(0, 1, times=text)
 
 
+@pytest.mark.parametrize(("text", "want"), [
+    ("floor(n*0.29)", lambda n: max(1, 29 * n // 100)),
+    ("ceil(log(n, 5))", lambda n: next(k for k in range(1, 99) if 5**k >= n or n == 1)),
+    ("floor(log(n, 10)) + 1", lambda n: len(str(n))),
+    ("ceil(log2(n) / 3)", lambda n: max(1, next(k for k in range(99) if 8**k >= n))),
+    ("round(n / 2)", lambda n: max(1, round(n / 2))), ("round(0.25*n)", lambda n: max(1, round(n / 4))),
+    ("2**log2(n)", lambda n: n), ("floor(sqrt(n)**2)", lambda n: n), ("floor((n*0.1)*10)", lambda n: n),
+])
+def test_counts_are_exact_and_those_of_the_report(text, want):
+    from depthpass.analysis.closed_form import n as symbol
+    from depthpass.passes.times import formula
+
+    made = formula(text)
+    for n in (*range(1, 130), 625, 1000, 3125, 15625):
+        assert count_at(text, n) == want(n) == made.subs(symbol, n), n
+
+
 def test_drawn_counts_are_huginns():
     """r - 1 has the mean of the rate and the variance of a log-normal Poisson mixture."""
     generator = torch.Generator().manual_seed(0)

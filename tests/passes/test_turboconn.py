@@ -212,3 +212,30 @@ def test_one_block_takes_no_bridge() -> None:
     with pytest.raises(PassError, match="expected a program of at least 2 visits for 'sparse'"):
         turbo(plain("M", 1, 8), TurboConn.sparse())
     assert TurboConn(bridges=[(1, 0)]).resolve(2) == TurboConn(stride=1).resolve(2) == ((1, 0),)
+
+
+@pytest.mark.parametrize(("preset", "blocks", "last"), [("llama-1b", 16, 14), ("llama-8b", 32, 30)])
+def test_the_public_codes_wiring_reads_one_source(preset: str, blocks: int, last: int) -> None:
+    """All bridges read the last one's source; the depth is the longest climb from there, not the longest bridge."""
+    program = turbo(plain("LlamaForCausalLM", blocks, 64), TurboConn(preset=preset, wiring="code", rank=3))
+    bridges = TurboConn(preset=preset).resolve(blocks)
+    assert bridges_of(program) == {(last, d, 4) for _, d in bridges}
+    own = [d for s, d in bridges if s == last]
+    names = set(parameters(program))
+    assert names == {f"turboconn.s{s}_d{d}.up.{k}" for s, d in bridges for k in ("weight", "bias")} | {
+        f"turboconn.s{last}_d{d}.down.{k}" for d in own for k in ("weight", "bias")
+    }
+    assert sum(o.kind == "delay" for o in program) == len(own)
+    one_source = [TurboConn(bridges=[(3, 0), (3, 1)], rank=3, wiring=w) for w in ("paper", "code")]
+    assert len({str(turbo(plain("M", 4, 8), spec)) for spec in one_source}) == 1
+
+
+@pytest.mark.parametrize(("bridges", "message"), [
+    ([(3, 0), (3, 1), (2, 0)], r"\(3, 1\) is bridge 2 of its source, the last one's source 2 has 1"),
+    ([(3, 2), (1, 0)], r"\(3, 2\) lands above the source 1 of the last bridge"),
+])
+def test_what_the_public_code_could_not_run_is_refused(bridges: list, message: str) -> None:
+    with pytest.raises(PassError, match=message):
+        turbo(plain("M", 4, 8), TurboConn(bridges=bridges, wiring="code", rank=2))
+    with pytest.raises(SpecError, match=r"turboconn\.wiring: expected 'paper' without a rank"):
+        TurboConn(wiring="code", rank=None)

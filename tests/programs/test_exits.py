@@ -1,10 +1,13 @@
 """Early exits that skip visits, against the token-by-token oracle: float64, outputs, all gradients, and the work done."""
 
+import math
+
 import oracle_program as oracle
 import pytest
 import torch
 import zoo
 from depthpass_lowering.eager import distance
+from depthpass_lowering.noise import cut_off, noise
 from turbos import enliven
 
 import depthpass as dp
@@ -13,6 +16,7 @@ from depthpass.ir.interpret import Interpretation
 from tests.passes.toy import WIDTH, Toy
 
 LENGTHS = [9, 6]
+HUGINN = {"inject": "concat", "state": "noise", "noise_std": math.sqrt(2 / 5), "noise_cut": 3.0, "out_norm": True}
 CASES = {
     "cdf": ("llama", {"exit": 0.7, "times": 4}),
     "cdf_first": ("mixtral", {"exit": 0.8, "times": 3, "kv": "first"}),
@@ -20,8 +24,14 @@ CASES = {
     "state": ("qwen2", {"exit": 0.5, "times": 4, "criterion": "state"}),
     "state_first": ("gemma3_text", {"exit": 0.45, "times": 4, "criterion": "state", "kv": "first"}),
     "kl": ("gpt_neox", {"exit": 0.15, "times": 4, "criterion": "kl"}),
+    "kl_twice": ("qwen2", {"exit": 0.6, "times": 2, "criterion": "kl"}),
     "entropy": ("llama", {"exit": 0.05, "times": 5, "criterion": "entropy"}),
+    "huginn_kl": ("gpt_neox", {"exit": 0.8, "times": 4, "criterion": "kl", **HUGINN}),
+    "huginn_entropy": ("llama", {"exit": 0.05, "times": 5, "criterion": "entropy", "kv": "first", **HUGINN}),
+    "huginn_state": ("llama", {"exit": 1.0, "times": 4, "criterion": "state", **HUGINN}),
 }
+END = 2
+"""Of the core: a block is left as the coda of three."""
 
 
 def made(name, spec, layers=3):
@@ -32,11 +42,26 @@ def made(name, spec, layers=3):
     return stock, model
 
 
+def huginn_start(i, width):
+    """Token i's start: where a normal draw cut off at three deviations has as much of its mass below it, by bisection."""
+    def mass(x, cut):
+        return (math.erf(x / math.sqrt(2)) + math.erf(cut / math.sqrt(2))) / (2 * math.erf(cut / math.sqrt(2)))
+
+    start = []
+    for u in (mass(x, 40.0) for x in noise(0, torch.tensor([i]), width)[0].tolist()):
+        low, high = -3.0, 3.0
+        for _ in range(60):
+            low, high = ((low + high) / 2, high) if mass((low + high) / 2, 3.0) < u else (low, (low + high) / 2)
+        start.append(math.sqrt(2 / 5) * low)
+    return torch.tensor(start, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_exits_equal_the_oracle(case):
     name, options = CASES[case]
-    stock, model = made(name, dp.Loop(start=1, end=2 if name == "mixtral" else 3, **options))
+    stock, model = made(name, dp.Loop(start=1, end=END, **options))
     taken = []
+    drawn = [huginn_start(i, 32) for i in range(max(LENGTHS))]
 
     def want(row, p):
         def gate(s):
@@ -45,8 +70,9 @@ def test_exits_equal_the_oracle(case):
             return torch.sigmoid(p["loop.exit.weight"] @ row.norm(s) + p["loop.exit.bias"])
 
         stream, ran = oracle.exits(
-            row, 1, 2 if name == "mixtral" else 3, options["times"], options["exit"], options.get("criterion", "cdf"), gate,
-            kv=options.get("kv", "own"), inject=options.get("inject"),
+            row, 1, END, options["times"], options["exit"], options.get("criterion", "cdf"), gate,
+            kv=options.get("kv", "own"), inject=options.get("inject"), noise=drawn if "state" in options else None,
+            adapter=(p.get("loop.inject.weight"), p.get("loop.inject.bias")), out_norm=options.get("out_norm", False),
         )
         taken.extend(ran)
         return stream
@@ -107,7 +133,10 @@ def test_taps_and_labels_beside_logits_of_the_state():
 @pytest.mark.parametrize(("options", "message"), [
     ({"criterion": "kl"}, r"loop\.exit: expected a value to leave at beside criterion='kl'"),
     ({"exit": 0.5, "times": 1}, r"loop\.times: expected at least 2 with an exit"),
-    ({"exit": 0.5, "times": 2, "criterion": "state"}, r"loop\.times: expected at least 3 with criterion='state'"),
+    ({"exit": 0.5, "times": 1, "criterion": "kl"}, r"loop\.times: expected at least 2 with an exit"),
+    ({"exit": 0.5, "times": 2, "criterion": "entropy"}, r"loop\.times: expected at least 3 with criterion='entropy'"),
+    ({"noise_cut": 3.0}, r"loop\.noise_cut: expected state='noise' beside it"),
+    ({"noise_cut": 0.0, "state": "noise", "inject": "add"}, r"loop\.noise_cut: expected a positive number"),
     ({"exit": 1.5}, r"loop\.exit: expected a probability"),
     ({"exit": -1.0, "criterion": "entropy", "times": 3}, r"loop\.exit: expected a positive distance"),
     ({"exit": 0.5, "kv": "last"}, r"loop\.kv: expected 'own' or 'first'"),
@@ -141,3 +170,33 @@ def test_distances_of_the_interpreter_and_the_lowering_agree():
         args = [run.stream(a.strip(" %")) for a in arguments.split(",")]
         torch.testing.assert_close(run.stream("d"), distance(rule, *args))
         assert run.stream("d").shape == (5, 1)
+
+
+def test_start_noise_is_cut_off_and_otherwise_normal():
+    """The largest distance of the drawn distribution from the one that Huginn's code draws from, at 20,000 draws."""
+    ends = math.erf(3 / math.sqrt(2))
+    drawn = cut_off(noise(0, torch.arange(625), 32).double(), 3.0).flatten().sort().values
+    mass = (torch.erf(drawn / math.sqrt(2)) + ends) / (2 * ends)
+    assert drawn.abs().max() <= 3 and drawn.abs().max() > 2.9
+    assert (mass - torch.arange(1, len(drawn) + 1) / len(drawn)).abs().max() < 1.63 / math.sqrt(len(drawn))
+    spec = dp.Loop.huginn(1, 2, times=3)
+    assert (spec.inject, spec.state, spec.out_norm, spec.noise_cut) == ("concat", "noise", True, 3.0)
+    assert dp.Loop.huginn(1, 2, times=(1, 9), mean=4).settled().times == 4 == dp.Loop.huginn(1, 2, times=4).times
+    trained = made("llama", spec)[1].train()
+    ids = zoo.batch([9, 9])["input_ids"]
+    torch.manual_seed(1)
+    first = trained(ids).logits
+    assert not torch.equal(first, trained(ids).logits), "training draws anew"
+    torch.manual_seed(1)
+    assert torch.equal(first, trained(ids).logits)
+
+
+def test_exits_through_the_coda_decode_as_they_score():
+    _, model = made("llama", dp.Loop.huginn(1, 2, times=4, exit=0.8, criterion="kl"))
+    ids = zoo.batch([9, 9])["input_ids"]
+    with torch.no_grad():
+        whole = model(ids, use_cache=False).logits
+        cache, steps = dp.DepthCache(model), []
+        for i in range(9):
+            steps.append(model(ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
+    torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=1e-10, atol=1e-10)

@@ -1,7 +1,9 @@
 """Token choice, shared stacks, training losses, Mixture-of-Depths and readings of Inner Thinking against naive oracles."""
 
+import itertools
 import math
 
+import numpy as np
 import oracle_program as oracle
 import pytest
 import torch
@@ -10,6 +12,8 @@ import zoo
 from turbos import enliven
 
 import depthpass as dp
+from depthpass.ir import plain
+from depthpass.passes import Context, apply_spec
 
 LENGTHS = [8, 5]
 FOUR = ("llama", "qwen3", "gpt2", "mixtral")
@@ -82,6 +86,20 @@ def test_a_balancing_bias_moves_choices_and_not_weights():
     torch.testing.assert_close(bias - before, 0.25 * torch.sign(load.mean() - load).double())
 
 
+def test_positions_of_the_shared_layers_are_those_of_the_public_code():
+    """``round(linspace(first, last, b))`` over positions in the whole stack, for every count up to 40 layers."""
+    for layers, recursions, sharing in itertools.product(range(3, 41), range(1, 20), ("middle_cycle", "cycle")):
+        edge = int(sharing == "middle_cycle")
+        if (shared := layers - 2 * edge) < 1 or shared % recursions:
+            continue
+        program = plain("LlamaForCausalLM", layers, 8)
+        spec = dp.MixtureOfRecursions(sharing=sharing, recursions=recursions)
+        made = apply_spec(program, [spec], Context.of(program))
+        retired = {o["index"] for o in made if o.kind == "retire"}
+        want = {round(float(x)) for x in np.linspace(edge, layers - 1 - edge, shared // recursions)}
+        assert set(range(edge, layers - edge)) - retired == want, (layers, recursions, sharing)
+
+
 def bce(logit, taken):
     return F.softplus(-logit if taken else logit)
 
@@ -126,7 +144,7 @@ def _scored(row, routers, terms, scores):
     active = list(range(row.tokens))
     for r, router in enumerate(routers):
         s = [router.flatten() @ x for x in streams]
-        scores[r] += s
+        scores[r] += [s[i] for i in active]
         taken = oracle.best([torch.sigmoid(v).item() for v in s], active, max(1, (3 - r) * row.tokens // 3))
         terms[r] += [bce(s[i], i in taken) for i in active]
         keys, new = oracle.Keys(), list(streams)
@@ -170,15 +188,18 @@ def test_losses_are_scaled_like_the_summed_loss_of_a_trainer():
 
 
 SHARINGS = {
-    "middle_cycle": (8, [0], [[1, 6]], [7]), "cycle": (6, [], [[0, 5]], []),
-    "middle_sequence": (8, [0], [[1], [6]], [7]), "sequence": (6, [], [[0], [5]], []),
+    ("middle_cycle", 3): (8, [0], [[1, 6]], [7]), ("cycle", 3): (6, [], [[0, 5]], []),
+    ("middle_sequence", 3): (8, [0], [[1], [6]], [7]), ("sequence", 3): (6, [], [[0], [5]], []),
+    # A tie: the public code rounds 3.5 of the whole stack, not 2.5 of its shared part.
+    ("middle_cycle", 2): (8, [0], [[1, 4, 6]], [7]), ("middle_sequence", 2): (8, [0], [[1], [4], [6]], [7]),
 }
 
 
-@pytest.mark.parametrize("sharing", SHARINGS)
-def test_a_stack_becomes_a_shared_one(sharing):
-    layers, before, stacks, after = SHARINGS[sharing]
-    stock, model = made("llama", dp.MixtureOfRecursions(sharing=sharing, aux=0.0), layers)
+@pytest.mark.parametrize(("sharing", "recursions"), SHARINGS)
+def test_a_stack_becomes_a_shared_one(sharing, recursions):
+    layers, before, stacks, after = SHARINGS[sharing, recursions]
+    spec = dp.MixtureOfRecursions(sharing=sharing, recursions=recursions, aux=0.0)
+    stock, model = made("llama", spec, layers)
 
     def want(row, p):
         streams = list(row.embed)
@@ -188,9 +209,10 @@ def test_a_stack_becomes_a_shared_one(sharing):
         for j, stack in enumerate(stacks):
             prefix = f"mor.s{j}" if "sequence" in sharing else "mor"
             active = list(range(row.tokens))
-            for r in (1, 2, 3):
+            for r in range(1, recursions + 1):
                 chance = [torch.sigmoid(p[f"{prefix}.r{r}.router.weight"].flatten() @ x) for x in streams]
-                active = oracle.best([c.item() for c in chance], active, max(1, (4 - r) * row.tokens // 3))
+                share = max(1, (recursions + 1 - r) * row.tokens // recursions)
+                active = oracle.best([c.item() for c in chance], active, share)
                 y = {i: streams[i] for i in active}
                 for b in stack:
                     keys = oracle.Keys()

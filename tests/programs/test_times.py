@@ -82,7 +82,7 @@ def test_generation_with_a_cache_where_the_count_stays_and_without_one_elsewhere
     assert torch.equal(cached, model.generate(**batch, max_new_tokens=2, use_cache=False, **settings))
     with dp.using(model, dp.Loop(1, 2, times=3)):
         assert torch.equal(cached, model.generate(**batch, max_new_tokens=2, **settings))
-    with pytest.raises(dp.InputError, match=r"this call has 5 to 12, and changes at 9.*use_cache=False"):
+    with pytest.raises(dp.InputError, match=r"this call has 5 to 11, and changes at 9.*use_cache=False"):
         model.generate(**batch, max_new_tokens=6, **settings)
     far = model.generate(**batch, max_new_tokens=6, use_cache=False, **settings)
     ids, mask = batch["input_ids"], batch["attention_mask"]
@@ -94,6 +94,26 @@ def test_generation_with_a_cache_where_the_count_stays_and_without_one_elsewhere
             rows.append(alone(input_ids=row[None, real.bool()], position_ids=columns, use_cache=False).logits[:, -1].argmax(-1))
         ids, mask = torch.cat((ids, torch.stack(rows)), 1), torch.nn.functional.pad(mask, (0, 1), value=1)
     assert torch.equal(far, ids)
+
+
+@pytest.mark.parametrize("length", [{"max_new_tokens": 3}, {"max_length": 10}, {"max_new_tokens": 3, "num_beams": 2}])
+def test_generation_without_padding_is_refused_at_the_start(length):
+    """``generate`` drops a mask of ones, and hands neither it nor the ids to what prepares the cache."""
+    stock, model = made("llama", dp.Loop(1, 3, times=LOG), dtype=torch.float32)
+    ids = zoo.batch([7, 7])["input_ids"]
+    ran = []
+    model.model.layers[0].register_forward_pre_hook(lambda *args: ran.append(1))
+    settings = {"do_sample": False, "eos_token_id": None}
+    for prompt in ({"inputs": ids}, {"inputs": ids, "attention_mask": torch.ones_like(ids)},
+                   {"inputs_embeds": model.get_input_embeddings()(ids)}):
+        if "inputs_embeds" in prompt and "max_length" in length:
+            continue
+        with pytest.raises(dp.InputError, match=r"this call has 7 to 9, and changes at 9"):
+            model.generate(**prompt, **length, **settings)
+        assert not ran
+    # One token less: the ninth is generated, and never run.
+    got = model.generate(ids, max_new_tokens=2, **settings)
+    assert torch.equal(got, dp.transform(stock, dp.Loop(1, 3, times=3)).generate(ids, max_new_tokens=2, **settings))
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

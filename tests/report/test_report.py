@@ -13,6 +13,7 @@ import zoo
 from transformers import AutoConfig
 
 import depthpass
+import depthpass as dp
 import depthpass.report as package
 from depthpass.analysis.closed_form import n
 from depthpass.analysis.roofline import assumed
@@ -82,11 +83,42 @@ def test_gated_windows_keep_fewer_keys() -> None:
     assert made.slot_tokens == {**dict.fromkeys(range(16), 4600), **dict.fromkeys(range(16, 32), 64)}
 
 
-def test_parameters_sized_by_the_model_are_named_not_counted() -> None:
+SIZED_BY_BLOCKS = {
+    "query gates": ("llama", dp.ParallelLoop(loops=2, window=4)),
+    "hidden gates": ("qwen3", dp.ParallelLoop(loops=2, window=4, gate="hidden")),
+    "per-visit LoRA": ("gpt2", dp.Loop(1, 3, times=3, lora_rank=2)),
+    "LoRA of a drawn count": ("llama", dp.Loop(1, 3, times=(1, 4), lora_rank=2)),
+    "a balancing bias is no parameter": ("llama", dp.MixtureOfRecursions(start=1, router="token", balancing="loss_free")),
+}
+
+
+@pytest.mark.parametrize("case", SIZED_BY_BLOCKS)
+def test_new_parameters_are_counted_on_models_and_sized_on_configs(case: str) -> None:
+    name, spec = SIZED_BY_BLOCKS[case]
+    stock = zoo.model(name)
+    model = dp.transform(stock, spec)
+    want = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stock.parameters())
+    for source, given in ((model, None), (stock, spec), (zoo.config(name), spec)):
+        made = dp.report(source, given, seq_len=9, cost=False)
+        assert (made.new_parameters, made.unsized_parameters, want > 0) == (want, (), True)
+        assert made.number("new_parameters").figure == f"{want:,}"
+        assert f"<b>{want:,}</b>" in made.to_html()
+
+
+def test_a_model_with_fewer_loops_than_it_was_made_for_keeps_its_parameters() -> None:
+    model = dp.transform(zoo.model("llama"), dp.Loop(1, 3, times=4, lora_rank=2))
+    before = dp.report(model, seq_len=5, cost=False).new_parameters
+    assert dp.report(dp.set_loops(model, 2), seq_len=5, cost=False).new_parameters == before
+
+
+def test_parameters_that_nothing_sizes_are_a_lower_bound_by_name() -> None:
     program = parallel_loops(2, 2)
     made = build_report(program, schedule(program), None, 5, 1)
     assert made.unsized_parameters == ("g0", "g1")
-    assert "g0, g1" in made.number("new_parameters").note
+    number = made.number("new_parameters")
+    assert "g0, g1" in number.note and number.text == "at least 0 parameters"
+    assert "<b>at least 0</b>" in made.to_html() and "at least 0" in str(made)
+    assert made.to_dict()["numbers"]["new_parameters"]["at_least"] is True
     assert any("attention gates" in line for line in made.not_counted)
 
 

@@ -117,7 +117,7 @@ class _Builder:
     # FLOPs ---------------------------------------------------------------------------------------------------
 
     def _forward(self) -> dict[str, sp.Expr]:
-        found: dict[str, sp.Expr] = {"new": self.new.flops}
+        found: dict[str, sp.Expr] = {"new": self.new.flops + _sum(self._fixed().values())}
         for part, times in self.around:
             _add(found, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times)
         for v in self.visits:
@@ -131,14 +131,32 @@ class _Builder:
             return {}
         times = 2 if self.trainable == "all" else 1
         stopped = self.program.stopped
-        found: dict[str, sp.Expr] = {"new": 2 * _sum(e for k, e in self.new.by_op.items() if k not in stopped)}
+        new = [*self.new.by_op.items(), *self._fixed().items()]
+        found: dict[str, sp.Expr] = {"new": 2 * _sum(e for k, e in new if k not in stopped)}
         for part, repeats in self.around[1:]:
             _add(found, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times * repeats)
         for v in self.visits:
             if v.op.name in self.graded:
-                _add(found, v.gemm_flops(), times)
+                # A LoRA of the visit gets its gradient through that of the weight it is added to.
+                _add(found, v.gemm_flops(), 2 if v.op["lora"] else times)
                 _add(found, {"attention": v.attention_flops(self.attention)}, 2)
         return _ordered(found)
+
+    def _fixed(self) -> dict[str, sp.Expr]:
+        """FLOPs by visit name of what it does in every call, over all its calls."""
+        calls = {o.name: self._steps(r) for r in self.schedule.regions for o in r.visits}
+        return {k: e * calls[k] for k, e in self.new.per_call.items()}
+
+    def _chunk(self, region: Region) -> sp.Expr | None:
+        if region.chunk is None:
+            return None
+        return g if region.chunk == self.schedule.chunk else sp.Integer(region.chunk)
+
+    def _steps(self, region: Region) -> sp.Expr:
+        """Calls of one sequence."""
+        chunk = self._chunk(region)
+        pads = max((self.types[o.name].pads for o in region.ops if o.name), default=0)
+        return _ONE if chunk is None else sp.ceiling((n + pads) / chunk)
 
     @cached_property
     def graded(self) -> frozenset[str]:
@@ -173,17 +191,14 @@ class _Builder:
 
     def _region(self, index: int, region: Region) -> RegionCost:
         inside = [self.by_name[o.name] for o in region.visits]
-        pads = max((self.types[o.name].pads for o in region.ops if o.name), default=0)
-        chunk = None
-        if region.chunk is not None:
-            chunk = g if region.chunk == self.schedule.chunk else sp.Integer(region.chunk)
+        chunk, steps = self._chunk(region), self._steps(region)
         flops = _sum(e for v in inside for e in v.gemm_flops().values())
         flops += _sum(v.attention_flops(self.attention) for v in inside)
         flops += _sum(self.new.by_op.get(o.name, sp.Integer(0)) for o in region.ops)
+        flops += steps * sum(self.new.per_call.get(o.name, 0) for o in region.visits)
         read = _sum(self._elements(v, B * v.tokens.total if chunk is None else B * v.tokens.share * chunk)
                     for v in inside)
         read += sum(self.new.elements.get(o.name, 0) for o in region.ops)
-        steps = _ONE if chunk is None else sp.ceiling((n + pads) / chunk)
         return RegionCost(index, region.serial, len(inside), chunk, steps, sp.expand(flops),
                           sp.expand(read * self.model.itemsize))
 

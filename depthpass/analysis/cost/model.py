@@ -57,12 +57,14 @@ class PartCost:
         count: FLOPs and activation bytes, symbolic in B and n.
         weights: what a run of it reads.
         kind: blocks with the same kind are alike.
+        matrices: (rows, columns) of its linear maps by path: what a per-visit LoRA updates.
     """
 
     name: str
     count: Count
     weights: Weights
     kind: int = 0
+    matrices: tuple[tuple[str, int, int], ...] = ()
 
     @cached_property
     def kv_width(self) -> int:
@@ -137,7 +139,8 @@ def model_cost(model: nn.Module) -> ModelCost:
         kinds[i]: _count_block(captured.blocks[at], full[i], tensors, captured.width) for at, i in enumerate(chosen)
     }
     blocks = tuple(
-        PartCost(f"block {i}", counted[kind], _weights(full[i], counted[kind]), kind) for i, kind in enumerate(kinds)
+        PartCost(f"block {i}", counted[kind], _weights(full[i], counted[kind]), kind, _matrices(full[i]))
+        for i, kind in enumerate(kinds)
     )
     embeddings = cast(Any, model).get_input_embeddings().weight.shape[0]
     around = {
@@ -266,6 +269,12 @@ def expert_sizes(module: nn.Module) -> dict[str, Experts]:
             experts = stacked[0].shape[0]
             found[path] = Experts(sum(p.numel() for p in stacked) // experts, experts)
     return found
+
+
+def _matrices(block: nn.Module) -> tuple[tuple[str, int, int], ...]:
+    from depthpass.hf.parameters import linear_maps
+
+    return tuple((path, *cast(Any, m).weight.shape) for path, m in linear_maps(block))
 
 
 def _weights(module: nn.Module, counted: Count) -> Weights:

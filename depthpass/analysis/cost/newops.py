@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -24,6 +25,8 @@ class NewOps:
         parameters: distinct new parameters.
         parameters_visited: once per op that reads them.
         by_op: FLOPs by value name, in B and n.
+        per_call: FLOPs by visit name of every call of the visit, whatever its tokens: a LoRA of its own is multiplied out
+            and added to the stock weight before the weight's product.
         tokens: tokens an op works on, by value name.
         elements: weights an op reads, by value name.
         elementwise_flops: sums, products, activations.
@@ -35,6 +38,7 @@ class NewOps:
     parameters: int = 0
     parameters_visited: int = 0
     by_op: Mapping[str, sp.Expr] = field(default_factory=dict)
+    per_call: Mapping[str, int] = field(default_factory=dict)
     tokens: Mapping[str, Tokens] = field(default_factory=dict)
     elements: Mapping[str, int] = field(default_factory=dict)
     elementwise_flops: sp.Expr = sp.S.Zero
@@ -44,12 +48,13 @@ class NewOps:
 
     @property
     def flops(self) -> sp.Expr:
-        """Forward, over all tokens."""
+        """Forward, over all tokens; without what a visit does in every call."""
         return sum(self.by_op.values(), sp.Integer(0))
 
     def decode_flops(self, expected: bool) -> sp.Expr:
         """One token per row, as expected over routes or on every route."""
-        return sum(
+        fixed = sp.Integer(sum(self.per_call.values()))
+        return fixed + sum(
             (e / self.tokens[k].total * (self.tokens[k].share if expected else 1)
              for k, e in self.by_op.items() if self.tokens[k].total != 0),
             sp.Integer(0),
@@ -61,7 +66,8 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
     by_op: dict[str, sp.Expr] = {}
     elements: dict[str, int] = {}
     elementwise = saved = sp.Integer(0)
-    distinct: dict[str, int] = {k: _numel(p.shape) for k, p in parameters(program, dict(types)).items()}
+    per_call: dict[str, int] = {}
+    distinct: dict[str, int] = {k: math.prod(p.shape) for k, p in parameters(program, dict(types)).items() if p.trained}
     notes: list[str] = []
     for o in program.ops:
         if not o.name or types[o.name].is_route:
@@ -85,10 +91,17 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
             if o.kind == "weigh" or (o.kind == "rms" and o["name"]):
                 elements[o.name] = width
         elif o.kind == "block":
-            for name, size, flops in _per_visit(o, model, notes):
+            for name, size, flops in _gates(o, model):
                 distinct[name] = size
                 elements[o.name] = elements.get(o.name, 0) + size
                 by_op[o.name] = by_op.get(o.name, sp.Integer(0)) + rows * flops
+            if o["lora"] is not None:
+                shapes, r = [(a, b) for _, a, b in model.blocks[o["index"]].matrices], o["lora_rank"]
+                distinct[f"lora {o['lora']}"] = size = sum(r * (a + b) for a, b in shapes)
+                elements[o.name] = elements.get(o.name, 0) + size
+                per_call[o.name] = sum(2 * r * a * b for a, b in shapes)
+                notes.append("per-visit LoRA is multiplied out for every call of a visit (chunk by chunk in a token loop); not "
+                             "counted: writing and reading the weights it makes, and adding it to them")
             if o["modulate"] is not None:
                 # Two scaled and two gated values per token; a clock's factors are made once for all tokens.
                 elementwise += 4 * rows * width
@@ -96,14 +109,14 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
                 if o["clock"] is not None:
                     notes.append("not counted: time encoders and the factors made from them, once per call")
     return NewOps(
-        sum(distinct.values()), sum(elements.values()), {k: sp.expand(e) for k, e in by_op.items()},
+        sum(distinct.values()), sum(elements.values()), {k: sp.expand(e) for k, e in by_op.items()}, per_call,
         {k: tokens[k] for k in by_op}, elements, sp.expand(elementwise), sp.expand(saved), tuple(elements),
         tuple(dict.fromkeys(notes)),
     )
 
 
-def _per_visit(o: Op, model: ModelCost, notes: list[str]) -> list[tuple[str, int, int]]:
-    """(name, elements, FLOPs per token) of the parameters a visit has of its own."""
+def _gates(o: Op, model: ModelCost) -> list[tuple[str, int, int]]:
+    """(name, elements, FLOPs per token) of a visit's gate."""
     part, found = model.blocks[o["index"]], []
     if o["gate"] is not None:
         # One sigmoid gate per head: from the query itself, or from a norm and a linear map of the block's input.
@@ -115,13 +128,4 @@ def _per_visit(o: Op, model: ModelCost, notes: list[str]) -> list[tuple[str, int
         else:
             size, flops = heads * (model.width + 1) + model.width, 2 * heads * model.width
         found.append((f"gate {o['gate']}", size, flops))
-    if o["lora"] is not None:
-        notes.append("not counted: per-visit LoRA")
     return found
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for d in shape:
-        size *= d
-    return size

@@ -22,6 +22,7 @@ from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import Type
 from depthpass.schedule.regions import Region
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
+from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
 from depthpass_lowering.local_ops import ACTIVATIONS, rms
 
@@ -143,7 +144,7 @@ class _Builder:
             if o.name not in self.bridges:
                 self.env[o.name] = self._op(o)
         graph.output(tuple(self.env[r] for r in self.results))
-        graph.eliminate_dead_code()
+        graph.eliminate_dead_code(keeps)
         gm = fx.GraphModule(self.root, graph)
         gm.graph.lint()
         nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
