@@ -31,6 +31,8 @@ _PUBLIC = {
     "DepthCache": "depthpass.hf.cache",
     "DepthModel": "depthpass.hf.model",
     "report": "depthpass.report",
+    "search": "depthpass.search",
+    "SearchResult": "depthpass.search",
     "FixedPoint": "depthpass.schedule.fixed_point",
     "contraction": "depthpass.analysis.contraction",
     "Program": "depthpass.ir",

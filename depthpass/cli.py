@@ -1,4 +1,4 @@
-"""The command line: ``depthpass report | show | compare | sweep | contraction | doctor | calibrate | demo``.
+"""The command line: ``depthpass report | show | compare | sweep | contraction | search | doctor | calibrate | demo``.
 
 Exit codes: 0 done, 1 the answer is no (``doctor`` found a problem), 2 bad input; errors go to standard error.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from depthpass.ir import Program
     from depthpass.passes import Pass
 
-COMMANDS = ("report", "show", "compare", "sweep", "contraction", "doctor", "calibrate", "demo")
+COMMANDS = ("report", "show", "compare", "sweep", "contraction", "search", "doctor", "calibrate", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -116,6 +116,25 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=_positive, default=1, metavar="B", help="random rows (default: 1)")
     p.add_argument("--eps", type=float, default=1e-3, help="relative error that counts as right (default: 0.001)")
     p.add_argument("--max-sweeps", type=_positive, metavar="K", help="stop after so many sweeps")
+    _form(p, "json")
+
+    p = add("search", _search, "Which blocks to skip and repeat, from samples, with controls.")
+    p.add_argument("checkpoint", metavar="FOLDER", help="a causal language model that save_pretrained wrote")
+    p.add_argument("--samples", required=True, metavar="FILE",
+                   help="JSON or JSON lines of [prompt, answer] pairs: token ids, or text for the folder's tokenizer")
+    p.add_argument("--score", default="exact_match",
+                   help="exact_match, greedy_match, log_prob or perplexity (default: exact_match)")
+    p.add_argument("--space", default="cola", metavar="NAME|YAML",
+                   help="cola, dr_llm, polar, rys, or fields as '{skip: [1, 2], repeat: any, edits: 1}' (default: cola)")
+    p.add_argument("--method", default="mcts", help="mcts, beam, random, sweep or exhaustive (default: mcts)")
+    p.add_argument("--budget", type=int, metavar="N", help="programs to score (default: 200, or all for sweep, exhaustive)")
+    p.add_argument("--seed", type=int, default=0, metavar="S", help="of split, search and random control (default: 0)")
+    p.add_argument("--per-sample", action="store_true", help="a search for each sample, its answer in sight (an oracle)")
+    p.add_argument("--held-out", type=float, default=0.5, metavar="SHARE", help="samples kept for comparison (default: 0.5)")
+    p.add_argument("--batch", type=_positive, default=32, metavar="B", help="rows of a call (default: 32)")
+    p.add_argument("--out", metavar="FILE|FOLDER", help="write the best spec (.yaml, .json), or a folder with everything")
+    p.add_argument("--plot", metavar="FILE", help="also write score against visits as SVG")
+    p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")
     _form(p, "json")
 
     p = add("doctor", _doctor, "Versions, devices, and whether a config can be treated.")
@@ -256,6 +275,39 @@ def _contraction(args: argparse.Namespace) -> int:
             raise InputError(f"--ids: expected token ids of 0 to {size - 1}, got {int(ids.min())} to {int(ids.max())}.")
     _emit(contraction(model, {"input_ids": ids, "labels": ids}, eps=args.eps, max_sweeps=args.max_sweeps), args.form)
     return 0
+
+
+def _search(args: argparse.Namespace) -> int:
+    from depthpass.search.files import read_samples
+    from depthpass.search.run import search
+
+    text, space = _read(args.samples, "samples"), _space(args.space)
+    from depthpass.hf.checkpoints import load_language_model, load_tokenizer
+
+    samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
+    found = search(
+        load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method, budget=args.budget,
+        seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
+    )
+    if args.out:
+        found.save(args.out)
+    if args.plot:
+        _write(args.plot, found.to_svg())
+    if args.heat_map:
+        _write(args.heat_map, found.heat_map().to_svg())
+    _emit(found, args.form)
+    return 0
+
+
+def _space(text: str) -> Any:
+    import yaml
+
+    if not text.lstrip().startswith(("{", "[")):
+        return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise InputError(f"--space: expected a name or fields as YAML, got {text!r}: {error}.") from None
 
 
 def _rows(path: str) -> list[list[int]]:

@@ -38,6 +38,7 @@ from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normali
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
+from depthpass.hf.prefixes import running
 from depthpass.hf.watch import Binding, Watch, watch
 from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint, Measure
@@ -169,6 +170,7 @@ class StockHost:
         runner: gives the callable to run a captured graph with.
         live: what runs as modules in this call; None = nothing.
         counts: calls of each block with hooks.
+        prefix: what this call shares with others that begin with the same visits (a search); None = nothing.
     """
 
     adapts = True
@@ -185,6 +187,7 @@ class StockHost:
         self.live: Live | None = None
         self.counts: Counter[int] = Counter()
         self.ratios = model._depth.ratios
+        self.prefix = running(model)
         self.losses: dict[str, Tensor] | None = None
         self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
@@ -211,7 +214,10 @@ class StockHost:
         return runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self))
+        call = BlockCall(self.captured.blocks[index], visit, sides, self)
+        if self.prefix is None:
+            return self.layers[index](hidden, call)
+        return self.prefix.visit(visit, hidden, lambda: self.layers[index](hidden, call))
 
     def sides_of(self, index: int) -> tuple[int, ...]:
         return self.captured.blocks[index].sides

@@ -1,0 +1,29 @@
+"""Search over layer programs: which blocks to skip and to repeat, with the controls that a claim needs.
+
+``depthpass.search(...)`` is both this package and the function that searches.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from typing import Any
+
+from depthpass.search.mcts import MCTS
+from depthpass.search.methods import Beam, Exhaustive, Method, RandomSearch, Sweep
+from depthpass.search.result import Control, Found, SearchResult
+from depthpass.search.run import search
+from depthpass.search.space import PRESETS, Listed, Space
+
+__all__ = ["Beam", "Control", "Exhaustive", "Found", "Listed", "MCTS", "Method", "PRESETS", "RandomSearch", "SearchResult",
+           "Space", "Sweep", "search"]
+
+
+class _CallablePackage(types.ModuleType):
+    """Lets ``depthpass.search(...)`` work although importing this package puts it under that very name."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> SearchResult:
+        return search(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallablePackage
