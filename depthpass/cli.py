@@ -279,9 +279,14 @@ def _contraction(args: argparse.Namespace) -> int:
 
 def _search(args: argparse.Namespace) -> int:
     from depthpass.search.files import read_samples
+    from depthpass.search.methods import load_method
     from depthpass.search.run import search
+    from depthpass.search.scores import load_score
+    from depthpass.search.space import load_space
 
-    text, space = _read(args.samples, "samples"), _space(args.space)
+    text, space = _read(args.samples, "samples"), load_space(_space(args.space))
+    # Before a model is loaded, which may take long.
+    load_method(args.method), load_score(args.score)
     from depthpass.hf.checkpoints import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))

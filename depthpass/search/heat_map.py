@@ -30,7 +30,8 @@ class HeatMap:
 
     def __str__(self) -> str:
         blocks = len(self.scores)
-        head = f"score by start (down) and end (across, exclusive) of the range that runs {self.times} times; stock {self.stock:.3g}"
+        head = (f"score by start (down) and end (across, exclusive) of the range that runs {self.times} times; stock "
+                f"{self.stock:.3g}")
         lines = [head, "       " + "".join(f"{end:>7}" for end in range(1, blocks + 1))]
         for start, row in enumerate(self.scores):
             lines.append(f"{start:>7}" + "".join(f"{'' if s is None else f'{s:.3g}':>7}" for s in row))

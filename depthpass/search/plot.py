@@ -58,7 +58,8 @@ def heat_svg(found: HeatMap) -> str:
         parts.append(f'<text x="{54}" y="{35 + cell * i}" text-anchor="end">{i}</text>')
         parts.append(f'<text x="{71 + cell * i}" y="14" text-anchor="middle">{i + 1}</text>')
     side = 70 + cell * blocks
-    parts.append(f'<text x="60" y="{side - 24}">range [start, end) run {found.times} times, against stock {found.stock:.3g}</text>')
+    parts.append(f'<text x="60" y="{side - 24}">range [start, end) run {found.times} times, against stock '
+                 f"{found.stock:.3g}</text>")
     return _file(max(side, 320), side, parts)
 
 

@@ -168,6 +168,11 @@ class SearchResult:
 
         return to_text(self)
 
+    def __rich__(self) -> Any:
+        from rich.text import Text
+
+        return Text(str(self))
+
     def front_table(self) -> str:
         """The Pareto front as a table in text."""
         from depthpass.search.text import front_lines

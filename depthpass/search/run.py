@@ -14,7 +14,7 @@ from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep, load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
 from depthpass.search.samples import Sample, SamplesLike, check_fit, load_samples, split
-from depthpass.search.scores import Own, Score, load_score
+from depthpass.search.scores import Own, load_score
 from depthpass.search.space import Layers, Listed, Space, SpaceLike, listing, load_space, stock
 from depthpass.search.subject import subject
 

@@ -13,6 +13,8 @@ from depthpass.limits import VISITS, shown
 Layers = tuple[int, ...]
 """A layer program: blocks in the order of their visits."""
 
+Lengths = tuple[int, ...] | Literal["any"]
+
 MOST = 1 << 20
 """Most programs that are listed."""
 
@@ -36,8 +38,8 @@ class Space:
         InputError: a field is out of range.
     """
 
-    skip: tuple[int, ...] | Literal["any"] = (1, 2, 3, 4)
-    repeat: tuple[int, ...] | Literal["any"] = (1, 2, 3, 4)
+    skip: Lengths = (1, 2, 3, 4)
+    repeat: Lengths = (1, 2, 3, 4)
     times: tuple[int, ...] = (1, 2, 3, 4)
     shortest: int = 1
     longest: float = 2.0
@@ -195,7 +197,8 @@ def load_space(space: SpaceLike) -> Space | Listed:
         for name in space:
             if name not in known:
                 raise InputError(f"space.{name}: no such field; expected {', '.join(known)}.{did_you_mean(str(name), known)}")
-        return Space(**{n: tuple(v) if isinstance(v, list) else v for n, v in space.items()})
+        made: dict[str, Any] = dict(space)
+        return Space(**made)
     if isinstance(space, Iterable):
         return Listed(tuple(space))
     raise InputError(f"space: expected a name ({', '.join(PRESETS)}), a Space, its fields or a list of layer programs, got "
@@ -216,9 +219,9 @@ def listing(space: Space | Listed, blocks: int, most: int = MOST) -> tuple[list[
     return found, True
 
 
-def _spans(lengths: tuple[int, ...] | str, most: int) -> Iterable[int]:
-    return range(1, most + 1) if lengths == "any" else [n for n in lengths if n <= most]
+def _spans(lengths: Lengths, most: int) -> Iterable[int]:
+    return range(1, most + 1) if isinstance(lengths, str) else [n for n in lengths if n <= most]
 
 
-def _lengths(lengths: tuple[int, ...] | str) -> str:
-    return "any length" if lengths == "any" else f"length {', '.join(map(str, lengths))}" if lengths else "no length"
+def _lengths(lengths: Lengths) -> str:
+    return "any length" if isinstance(lengths, str) else f"length {', '.join(map(str, lengths))}" if lengths else "no length"

@@ -75,4 +75,4 @@ def bootstrap(total: Total, n: int, seed: int = 0) -> tuple[float, float] | None
 
 
 def _short(x: float) -> str:
-    return f"{x:.3f}" if 0 == x or 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"
+    return f"{x:.3f}" if x == 0 or 1e-3 <= abs(x) < 1e4 else f"{x:.3g}"

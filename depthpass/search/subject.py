@@ -29,10 +29,10 @@ def subject(model: Any) -> Iterator[tuple[Any, Any]]:
 
     if not isinstance(model, nn.Module):
         raise InputError(f"search: expected a model, got {type(model).__name__}.")
-    inner = _inner(model)
+    inner: Any = _inner(model)
     if not isinstance(inner, DepthModel):
         model = transform(model, Identity())
-        inner = _inner(model)
+        inner: Any = _inner(model)
     if not callable(getattr(inner, "generate", None)) or inner._depth.decoder == "":
         raise InputError(f"search: expected a causal language model, with a head, got {type(inner).__name__}. Load it with "
                          "AutoModelForCausalLM.")
