@@ -1,10 +1,10 @@
 """Search over layer programs on a model trained from scratch, with the controls that a claim needs.
 
-A small Llama-shaped model learns the second largest of some digits, and not perfectly. Then three searches: one program for all
+A small Llama-shaped model learns the median of some digits, and not perfectly. Then three searches: one program for all
 samples, a program for each sample with its answer in sight (as CoLa and Dr.LLM search), and the scan of repeated ranges
 (RYS). Each is printed beside as many random and input-blind programs, on samples that nobody searched on.
 
-    python examples/layer_search.py [--steps 400] [--budget 60] [--samples 80] [--out layer_search]
+    python examples/layer_search.py [--steps 150] [--budget 40] [--samples 60] [--out layer_search]
 
 Takes about a minute on one CPU core and writes specs, JSON and pictures to OUT.
 """
@@ -24,11 +24,11 @@ EQUALS, TOKENS = 10, 11
 
 
 def pairs(count: int, seed: int) -> list[tuple[list[int], list[int]]]:
-    """4 to 8 digits and ``=``, and the second largest of the digits."""
+    """5 to 11 digits and ``=``, and their median."""
     rng, found = random.Random(seed), []
     for _ in range(count):
-        digits = [rng.randrange(EQUALS) for _ in range(rng.randint(4, 8))]
-        found.append(([*digits, EQUALS], [sorted(digits)[-2]]))
+        digits = [rng.randrange(EQUALS) for _ in range(2 * rng.randint(2, 5) + 1)]
+        found.append(([*digits, EQUALS], [sorted(digits)[len(digits) // 2]]))
     return found
 
 
@@ -59,13 +59,13 @@ def train(model: LlamaForCausalLM, steps: int, rows: int = 64) -> float:
     return loss.item()
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--budget", type=int, default=60)
-    parser.add_argument("--samples", type=int, default=80)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--budget", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--out", type=Path, default=Path("layer_search"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     model = build()
     print(f"trained: loss {train(model, args.steps):.3f}\n")
     # Seeds of the training data start at 10 000.

@@ -174,6 +174,8 @@ def test_a_search_per_sample_is_an_oracle_with_the_same_for_random_programs(smal
 ])
 def test_other_architectures(kind, more):
     stock = build(kind, **more)
+    if kind == "qwen3_moe":
+        stock = stock.float()  # torch has no grouped product in float64
     samples = answered(stock, 6)
     result = dp.search(stock, samples, score="exact_match", method="sweep", space=dict(skip=[1], repeat=[2], times=[1]),
                        held_out=0.3)
@@ -182,7 +184,7 @@ def test_other_architectures(kind, more):
     assert {t.layers: list(t.values) for t in result.trials} == by_hand(stock, found, programs, is_right)
     scores = dp.search(stock, samples, score="log_prob", method="sweep", space=programs, held_out=0.3)
     truth = by_hand(stock, found, programs, log_prob)
-    assert all(t.values == pytest.approx(truth[t.layers], rel=1e-5) for t in scores.trials)
+    assert all(t.values == pytest.approx(truth[t.layers], rel=1e-4) for t in scores.trials)
 
 
 def test_the_model_stays_as_it_was_and_results_load(small, tmp_path):
