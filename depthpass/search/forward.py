@@ -24,8 +24,11 @@ class Forward:
     """
 
     def __init__(self, model: Any, samples: Sequence[Sample], memo: int, batch: int):
+        from depthpass.capture.attention import signature_names
         from depthpass.hf.prefixes import PrefixMemo
 
+        inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
+        self.keeps = "logits_to_keep" in signature_names(inner.forward)
         self.model, self.samples, self.batch = model, samples, batch
         self.memo = PrefixMemo(memo)
 
@@ -45,10 +48,14 @@ class Forward:
             texts = [self.samples[r].prompt + self.samples[r].answer[:-1] for r in part]
             width = max(map(len, texts))
             ids = torch.tensor([t + t[-1:] * (width - len(t)) for t in texts], device=self.model.device)
+            # Logits are wide: none before the first answer where the model can leave them out.
+            kept = max(width - len(self.samples[r].prompt) + 1 for r in part)
+            some = {"logits_to_keep": kept} if self.keeps else {}
             with self.using(layers), self.memo.running(self.model, ("answers", part), layers, False):
-                logits = self.model(input_ids=ids, use_cache=False).logits
+                logits = self.model(input_ids=ids, use_cache=False, **some).logits
+            first = width - logits.shape[1]
             for row, t, own in zip(part, texts, logits):
-                yield row, own[len(t) - len(self.samples[row].answer) : len(t)]
+                yield row, own[len(t) - len(self.samples[row].answer) - first : len(t) - first]
 
     @torch.no_grad()
     def generated(self, layers: Layers, rows: Sequence[int]) -> Iterator[tuple[int, tuple[int, ...]]]:

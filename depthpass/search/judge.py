@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from depthpass.passes.layer_program import LayerProgram
 from depthpass.search.forward import Forward
 from depthpass.search.scores import Score, check_values
 from depthpass.search.space import Layers
@@ -29,6 +30,11 @@ class Trial:
     @property
     def visits(self) -> int:
         return len(self.layers)
+
+    @property
+    def spec(self) -> LayerProgram:
+        """What ``dp.transform`` takes."""
+        return LayerProgram(self.layers)
 
 
 class Bench:

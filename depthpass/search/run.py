@@ -13,7 +13,7 @@ from depthpass.search.forward import Forward
 from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep, load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
-from depthpass.search.samples import Sample, SamplesLike, check_fit, load_samples, split
+from depthpass.search.samples import Sample, SamplesLike, check_apart, check_fit, load_samples, split
 from depthpass.search.scores import Own, load_score
 from depthpass.search.space import Layers, Listed, Space, SpaceLike, listing, load_space, stock
 from depthpass.search.subject import subject
@@ -79,6 +79,7 @@ def search(
         searched, rest = split(given, held_out, seed)
     else:
         searched, rest = given, load_samples(held_out, seed, "held_out")
+        check_apart(searched, rest)
     with subject(model) as (live, inner):
         from depthpass.hf.table import table_size
 
@@ -86,7 +87,7 @@ def search(
         where.check(blocks)
         how.check(where, blocks, BUDGET if budget is None and not how.complete else budget)
         for part, what in ((given, "samples"), (rest, "held_out")):
-            check_fit(part, inner.get_input_embeddings().num_embeddings, table_size(inner), what)
+            check_fit(part, len(inner.get_input_embeddings().weight), table_size(inner), what)
         budget = _budget(budget, how, where, blocks)
         bench = Bench(Forward(live, (*searched, *rest), (1 << 30) * memo if isinstance(memo, bool) else memo, batch), judged)
         made = Search(bench, how, where, budget, seed, len(searched), stock(blocks))

@@ -88,15 +88,29 @@ def check_fit(samples: Sequence[Sample], vocabulary: int, table: int | None, wha
 
 
 def split(samples: Sequence[Sample], share: float, seed: int) -> tuple[tuple[Sample, ...], tuple[Sample, ...]]:
-    """Samples to search on, at least one, and a held-out share; a permutation by seed.
+    """Samples to search on, at least one, and a held-out share of the different ones; a permutation by seed.
+
+    Equal samples stay together: what is held out was not searched on.
 
     Raises:
         InputError: the share is not in [0, 1).
     """
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
         raise InputError(f"held_out: expected a share of at least 0 and below 1, or samples, got {shown(share)}.")
-    order = list(range(len(samples)))
+    order = list(dict.fromkeys(samples))
     random.Random(seed).shuffle(order)
-    count = min(len(samples) - 1, max(round(share * len(samples)), 1 if share else 0))
-    held = set(order[:count])
-    return tuple(s for i, s in enumerate(samples) if i not in held), tuple(samples[i] for i in sorted(held))
+    held = set(order[: min(len(order) - 1, max(round(share * len(order)), 1 if share else 0))])
+    return tuple(s for s in samples if s not in held), tuple(s for s in samples if s in held)
+
+
+def check_apart(searched: Sequence[Sample], held: Sequence[Sample]) -> None:
+    """Refuse held-out samples that are searched on.
+
+    Raises:
+        InputError: naming one.
+    """
+    known = set(searched)
+    for i, s in enumerate(held):
+        if s in known:
+            raise InputError(f"held_out[{i}]: expected samples that are not searched on, got one that is: prompt "
+                             f"{shown(list(s.prompt))}.")

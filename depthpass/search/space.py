@@ -15,7 +15,7 @@ Layers = tuple[int, ...]
 
 Lengths = tuple[int, ...] | Literal["any"]
 
-MOST = 1 << 20
+MOST = 1 << 17
 """Most programs that are listed."""
 
 

@@ -53,7 +53,8 @@ def test_a_sweep_with_everything_written(small, folder, run, tmp_path):
     assert all((tmp_path / name).read_text().startswith("<svg") for name in ("p.svg", "m.svg"))
     code, again, _ = run("search", folder, "--samples", text, *options)
     assert code == 0 and json.loads(again)["trials"] == found["trials"]
-    code, plain, _ = run("search", folder, "--samples", ids, "--method", "beam", "--budget", 3, "--space", "{skip: [1], edits: 1}")
+    code, plain, _ = run("search", folder, "--samples", ids, "--method", "beam", "--budget", 3,
+                         "--space", "{skip: [1], edits: 1}")
     assert code == 0 and "control: random" in plain and "block visits:" in plain
 
 

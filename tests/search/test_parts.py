@@ -40,7 +40,7 @@ def test_intervals_cover():
         hits["paired"] += low <= 0.7 - (0.8 * 0.7 + 0.2 * 0.5) <= high
         if seed < 60:
             values = [rng.gauss(1, 2) for _ in range(40)]
-            low, high = statistics.bootstrap(lambda places: sum(values[i] for i in places) / len(places), 40)
+            low, high = statistics.bootstrap(lambda places, v=values: sum(v[i] for i in places) / len(places), 40)
             hits["bootstrap"] += low <= 1 <= high
     assert hits["wilson"] / 300 > 0.9 and hits["paired"] / 300 > 0.9 and hits["bootstrap"] / 60 > 0.85
     assert statistics.bootstrap(lambda places: 0.0, 1) is None

@@ -119,9 +119,10 @@ def test_streams_and_caches_of_shared_prefixes_are_those_of_a_model_of_its_own(s
     from depthpass.hf.prefixes import PrefixMemo
 
     memo, ids = PrefixMemo(1 << 30), torch.randint(13, (3, 7), generator=torch.Generator().manual_seed(0))
+    own = dp.transform(small.stock, dp.Identity())
     for layers in [(0, 1, 2, 3), (0, 1, 1, 2, 3), (0, 1, 1, 3), (0, 1, 1, 2, 3, 2)]:
-        own, cache, other = dp.transform(small.stock, dp.LayerProgram(layers)), dp.DepthCache(small.live), None
-        other = dp.DepthCache(own)
+        cache, other = dp.DepthCache(small.live), dp.DepthCache(own)
+        dp.switch(own, dp.LayerProgram(layers))
         with torch.no_grad(), dp.using(small.live, dp.LayerProgram(layers)):
             with memo.running(small.live, "ids", layers, True):
                 got = small.live(input_ids=ids[:, :5], past_key_values=cache, use_cache=True).logits
@@ -169,7 +170,8 @@ def test_a_search_per_sample_is_an_oracle_with_the_same_for_random_programs(smal
 
 
 @pytest.mark.parametrize("kind, more", [
-    ("gpt2", {}), ("mistral", {"sliding_window": 3}), ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
+    ("gpt2", {}), ("mistral", {"sliding_window": 3}),
+    ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
     ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 8}),
 ])
 def test_other_architectures(kind, more):
@@ -198,7 +200,7 @@ def test_the_model_stays_as_it_was_and_results_load(small, tmp_path):
                  tmp_path / "all" / f"front-{result.best.visits}.yaml"):
         loaded = dp.transform(small.stock, spec)
         assert [o["index"] for o in loaded.depth_program.visits] == list(result.best.layers)
-        loaded(input_ids=ids)
+    loaded(input_ids=ids)
     assert (tmp_path / "all" / "front.svg").read_text().startswith("<svg")
     live = dp.transform(stock, dp.LayerProgram([0, 2, 3])).train()
     dp.search(live, small.samples, method="beam", budget=2, score="perplexity")
@@ -232,13 +234,43 @@ def test_samples_may_be_drawn(small):
     assert dp.search(small.live, lambda: draw(8, 5), seed=5, **options).stock.searched.n == 4
 
 
+def test_a_search_captures_once(monkeypatch, small):
+    import depthpass.hf.model
+
+    made, real = [], depthpass.hf.model.capture
+    monkeypatch.setattr(depthpass.hf.model, "capture", lambda *a: made.append(1) or real(*a))
+    result = dp.search(small.stock, small.samples, score="exact_match", method="random", budget=10)
+    assert len(made) == 1 and len({t.layers for t in result.trials}) == 11
+
+
+def test_a_peft_model_is_searched_with_its_adapter(small):
+    peft = pytest.importorskip("peft")
+    wrapped = peft.get_peft_model(copy.deepcopy(small.stock), peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    for n, p in wrapped.named_parameters():
+        if "lora_B" in n:
+            torch.nn.init.normal_(p)
+    merged = copy.deepcopy(wrapped).merge_and_unload()
+    result = dp.search(wrapped, small.samples, score="log_prob", method="sweep", space=[[0, 1, 1, 3]])
+    searched, _ = parts(small.samples)
+    truth = by_hand(merged, searched, [(0, 1, 2, 3), (0, 1, 1, 3)], log_prob)
+    assert all(t.values == pytest.approx(truth[t.layers], rel=1e-8) for t in result.trials)
+    assert result.block_visits.saved > 0
+
+
+def test_equal_samples_are_on_one_side(small):
+    searched, held = parts([*small.samples, *small.samples])
+    assert len(searched) == len(held) == 12 and not set(searched) & set(held)
+    assert parts(small.samples[:1] * 4)[1] == ()
+
+
 @pytest.mark.parametrize("change, words", [
     (dict(samples=[]), "at least one"), (dict(samples="text"), "pairs"), (dict(samples=[([1], [])]), r"samples\[0\] answer"),
     (dict(samples=[([1, 2],)]), r"samples\[0\]: expected a pair"), (dict(samples=[([1], [13])]), "0 to 12, got 13"),
     (dict(method="mtcs"), "Did you mean 'mcts'"), (dict(score="logprob"), "Did you mean 'log_prob'"),
     (dict(space="cloa"), "Did you mean 'cola'"), (dict(space=dict(skip=[], repeat=[])), "no program"),
     (dict(budget=0), "budget"), (dict(budget=2.5), "budget"), (dict(budget=True), "budget"), (dict(batch=0), "batch"),
-    (dict(seed="a"), "seed"), (dict(held_out=1.0), "held_out"), (dict(held_out=[]), "held_out"), (dict(memo=-1), "memo"),
+    (dict(seed="a"), "seed"), (dict(held_out=1.0), "held_out"), (dict(held_out=[]), "held_out"),
+    (dict(samples=[([1], [2])], held_out=[([1], [2])]), r"held_out\[0\]: expected samples that are not"), (dict(memo=-1), "memo"),
     (dict(per_sample=1), "per_sample"), (dict(method="exhaustive", budget=5), "larger budget"),
     (dict(method=dp.SpecError), "method"),
 ])
