@@ -55,7 +55,7 @@ class PrefixMemo:
         self.asked = self.ran = 0
 
     @contextmanager
-    def running(self, model: nn.Module, rows: Hashable, layers: tuple[int, ...], keep: bool) -> Iterator[None]:
+    def running(self, model: Any, rows: Hashable, layers: tuple[int, ...], keep: bool) -> Iterator[None]:
         """The one call of ``model`` in this block runs ``layers`` over ``rows``, all tokens at once.
 
         Args:

@@ -110,10 +110,10 @@ def _own(score: Own) -> Callable[[Forward, Layers, Sequence[int]], list[float]]:
     def values(forward: Forward, layers: Layers, rows: Sequence[int]) -> list[float]:
         samples = [forward.samples[r] for r in rows]
         with forward.using(layers), torch.no_grad():
-            given = score(forward.model, samples)
-            if _is_number(given) and len(samples) > 1:  # of all samples together: ask for one at a time
-                given = [score(forward.model, [s]) for s in samples]
-        given = [given] if _is_number(given) else given.tolist() if isinstance(given, torch.Tensor) else given
+            answer: Any = score(forward.model, samples)
+            if _is_number(answer) and len(samples) > 1:  # of all samples together: ask for one at a time
+                answer = [score(forward.model, [s]) for s in samples]
+        given: Any = [answer] if _is_number(answer) else answer.tolist() if isinstance(answer, torch.Tensor) else answer
         if not isinstance(given, Sequence) or len(given) != len(samples) or not all(map(_is_number, given)):
             raise InputError(f"score: expected {len(samples)} numbers, one for each sample, got {shown(given)}. Write "
                              "score(model, samples) so that it returns a list.")

@@ -48,7 +48,7 @@ class Space:
 
     def __post_init__(self):
         for name in ("skip", "repeat", "times"):
-            value = getattr(self, name)
+            value: Any = getattr(self, name)
             if value == "any" and name != "times":
                 continue
             if isinstance(value, int) and not isinstance(value, bool):

@@ -40,13 +40,14 @@ def subject(model: Any) -> Iterator[tuple[Any, Any]]:
     if not _only_visits(inner.depth_program):
         raise InputError(f"search: expected a stock model or one transformed with Identity or a layer program, got one with "
                          f"{spec}, which a layer program would replace. Call dp.restore(model) first.")
-    modes = {m: m.training for m in inner.modules()}
-    inner.eval()
+    module: Any = inner
+    modes = {m: m.training for m in module.modules()}
+    module.eval()
     try:
         yield model, inner
     finally:
-        for module, training in modes.items():
-            module.training = training
+        for part, training in modes.items():
+            part.training = training
 
 
 def _inner(model: Any) -> Any:
