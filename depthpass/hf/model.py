@@ -34,7 +34,9 @@ from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.hooks import is_controlled
-from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
+from depthpass.hf.inputs import (
+    Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen, without_crossing,
+)
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.plans import Plan, Plans
@@ -74,7 +76,7 @@ class Runtime:
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
-        ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
+        ran: the programs of the last call with their rows and columns, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
         said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
             see parts of rows.
@@ -92,7 +94,7 @@ class Runtime:
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
-    ran: tuple[tuple[Program, int], ...] = ()
+    ran: tuple[tuple[Program, int, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
     said_compiled: bool = False
     said_parts: bool = False
@@ -389,8 +391,15 @@ class DepthModel:
 
     @property
     def depth_ran(self) -> tuple[tuple[Program, int], ...]:
-        """The programs that the last call ran, with their numbers of rows: counts that are drawn or follow n show here."""
-        return self._depth.ran
+        """The programs that the last call ran, with their numbers of rows: counts that are drawn or follow n show here.
+
+        Each sequence of packed rows counts as a row.
+        """
+        rows: Counter[int] = Counter()
+        programs = {id(p): p for p, _, _ in self._depth.ran}
+        for program, count, _ in self._depth.ran:
+            rows[id(program)] += count
+        return tuple((programs[key], count) for key, count in rows.items())
 
     @property
     def depth_lowered(self) -> tuple[Lowered, ...]:
@@ -418,8 +427,13 @@ class DepthModel:
         # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
         forward = _compiled_stock(stock) if compiled else stock.forward
+        if (labels := without_crossing(self, call_names(stock), arguments)) is not None:
+            args = tuple(labels if a is arguments["labels"] else a for a in args)
+            given = {n: labels if n == "labels" else a for n, a in given.items()}
         with inside(Frame(decoder, self, arguments, name)) as frame:
             output = forward(self, *args, **given)
+        if labels is not None:
+            frame.arguments = {**arguments, "labels": labels}
         if frame.left is None:
             raise UnsupportedModelError(
                 f"the forward of {type(self).__name__} does not call {self._depth.decoder} ({type(decoder).__name__}), which "
@@ -508,14 +522,17 @@ class DepthModel:
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
-        with shapes_only(call.tensors["attention_mask"]):
-            parts, streams, state = (
-                (None if call.hidden_states else advance_token(self, plan, captured, call, state))
-                or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
-            )
-        runtime.lowered = tuple(lowered)
-        batch = next(iter(call.tensors.values())).shape[0]
-        runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
+        if call.packing is not None:
+            parts, streams, runs = self._advance_packed(groups, captured, call, sweeping, gathered, lowered)
+        else:
+            with shapes_only(call.tensors["attention_mask"]):
+                parts, streams, state = (
+                    (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                    or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
+                )
+            rows, columns = call.tensors["attention_mask"].shape
+            runs = [(p.program, rows if some is None else len(some), columns) for p, some in groups]
+        runtime.lowered, runtime.ran = tuple(lowered), tuple(runs)
         output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.hidden_states:
             output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -552,17 +569,7 @@ class DepthModel:
         host = StockHost(self, captured, ())
         # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
-        tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
-        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
-        with without_autocast(tokens.device):
-            hidden, *sides = host.part(
-                captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
-            )
-            if host.hooked.live:
-                layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
-                host.live = Live(host.decoder, layers, captured, host.hooked, inner.tensors, inner.past, inner.cache)
-                hidden = host.live.hidden
-        host.extras = sides
+        hidden, sides = self._embedded(host, inner)
         host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
             streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
@@ -577,10 +584,70 @@ class DepthModel:
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
         elif state.pads is not None:
-            state.pads = nn.functional.pad(state.pads, (0, tokens.shape[1]))
+            state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
         if host.losses is not None:
             gathered.append((host.losses, host.extra_loss))
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
+
+    def _embedded(self, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
+        """The embedded tokens of a call and the tables beside them; the host gets what it needs to run blocks."""
+        runtime, captured = self._depth, host.captured
+        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
+        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
+        with without_autocast(tokens.device):
+            hidden, *sides = host.part(captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1]))
+            if host.hooked.live:
+                layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
+                host.live = Live(host.decoder, layers, captured, host.hooked, call.tensors, call.past, call.cache)
+                hidden = host.live.hidden
+        host.extras = sides
+        return hidden, sides
+
+    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: list[Lowered]):
+        """The outputs of packed rows: every sequence in them is run as a row.
+
+        Args:
+            groups: plans with the sequences that run them, by number.
+
+        Returns:
+            the decoder's flat outputs; all streams by name; the programs that ran with their rows and columns.
+        """
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.losses import Pool
+        from depthpass_lowering.state import State
+
+        whole, packing, pool = StockHost(self, captured, ()), call.packing, Pool()
+        asked = any(plan.program.losses for plan, _ in groups) and (self.training or call.labels is not None)
+        whole.losses = {} if asked else None
+        # Modules with hooks (FSDP's among them) are called as often for packed rows as for others.
+        together = bool(whole.hooked.live) or any(
+            whole.refuses_schedule(i) is not None for i in {o["index"] for plan, _ in groups for o in plan.program.visits}
+        )
+        parts, runs = [], []
+        for plan, segments in groups:
+            for rows in packing.rows(segments, together):
+                host = StockHost(self, captured, ())
+                host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
+                inner, layout = insert(self, plan.program, call.of(rows))
+                hidden, sides = self._embedded(host, inner)
+                streams, _ = run(
+                    plan.schedule, host, hidden, sides, captured.side_axes, State(), inner.valid, False, plan.types,
+                    self._depth.lowering, sweeping, lowered,
+                )
+                if call.hidden_states:
+                    streams[EMBEDDED] = hidden
+                if layout is not None:
+                    streams = {name: layout.trim(x) for name, x in streams.items()}
+                parts.append((rows, streams))
+                runs.append((plan.program, *rows.source.shape))
+        pool.move()
+        if pool.sums:
+            whole.losses, whole.extra_loss = pool.values()
+        warn_parts(self, whole.counts)
+        if whole.losses is not None:
+            gathered.append((whole.losses, whole.extra_loss))
+        streams = {name: packing.join([(rows, found[name]) for rows, found in parts]) for name in parts[0][1]}
+        return list(whole.part(captured.head, call.tensors, streams["output"])), streams, runs
 
     def _by_rows(
         self, groups, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
