@@ -253,3 +253,12 @@ def bind(cls: type, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     if caches := [c for c in held.values() if c is not None]:
         given[next((n for n in NAMES if n in call_names(cls)), STOCK_NAME)] = caches[0]
     return arguments | held, given
+
+
+def replaced(cls: type, args: tuple, kwargs: dict[str, Any], name: str, value: object) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with another value for one of them, by position or by name as it was given."""
+    names = list(_named(cls).parameters)[1:]
+    at = names.index(name) if name in names else len(args)
+    if at < len(args):
+        return (*args[:at], value, *args[at + 1 :]), kwargs
+    return args, {**kwargs, name: value}

@@ -29,7 +29,7 @@ from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
-from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
+from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, replaced, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
@@ -428,8 +428,7 @@ class DepthModel:
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
         forward = _compiled_stock(stock) if compiled else stock.forward
         if (labels := without_crossing(self, call_names(stock), arguments)) is not None:
-            args = tuple(labels if a is arguments["labels"] else a for a in args)
-            given = {n: labels if n == "labels" else a for n, a in given.items()}
+            args, given = replaced(stock, args, given, "labels", labels)
         with inside(Frame(decoder, self, arguments, name)) as frame:
             output = forward(self, *args, **given)
         if labels is not None:

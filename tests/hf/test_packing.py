@@ -101,8 +101,8 @@ def test_feedback_starts_anew_with_every_segment(name, rung):
     assert model.depth_ran == ((model.depth_program, len(ALL)),)
     ran = {(r.rung, r.tokens) for r in model.depth_lowered}
     mine, wanted = gradients(model, found), alone(model, batch["input_ids"])
-    # Eager attention takes its softmax in float32.
-    limit = 1e-5 if name == "gpt_oss" else 1e-9
+    # Norms, softmax and rotary tables that compute in float32 whatever they are given.
+    limit = 1e-9 if name in ("llama", "gpt2") else 1e-5
     assert_close(found, wanted, limit)
     assert_same_gradients(mine, gradients(model, wanted), 10 * limit)
     # Segments of more than half the padded width of a group run in it; the rung is that of any other call.
@@ -114,17 +114,16 @@ def test_every_program(program):
     model = made(PROGRAMS[program])
     batch = packed()
     out = model(**batch)
-    found = pieces(out.logits)
+    ran, found = model.depth_ran, pieces(out.logits)
+    assert sum(rows for _, rows in ran) == len(ALL)
+    assert len(ran) == (len({max(1, (n - 1).bit_length()) for n in ALL}) if "growing" in program else 1)
     mine, wanted = gradients(model, found), alone(model, batch["input_ids"])
     assert_close(found, wanted)
     assert_same_gradients(mine, gradients(model, wanted))
     for name, tap in getattr(out, "taps", {}).items():
         assert_close(pieces(tap), alone(model, batch["input_ids"], lambda o, name=name: o.taps[name]))
-    assert sum(rows for _, rows in model.depth_ran) == len(ALL)
     joined = model.model(**batch).last_hidden_state
     torch.testing.assert_close(model.lm_head(joined), out.logits, rtol=1e-9, atol=1e-9)
-    if program in ("growing", "feedback_after_growing"):
-        assert len(model.depth_ran) == len({max(1, (n - 1).bit_length()) for n in ALL})
 
 
 def test_segments_in_packed_rows_differ_from_one_long_row():
@@ -146,15 +145,17 @@ def test_losses_of_routers_are_means_over_all_tokens():
     for x in pieces(ids):
         rows.append(model(input_ids=x, labels=x).losses)
     for name, value in out.losses.items():
-        assert value == pytest.approx(float((torch.stack([r[name] for r in rows]) @ tokens) / tokens.sum()), rel=1e-9), name
+        wanted = torch.stack([r[name] for r in rows]).detach() @ tokens / tokens.sum()
+        torch.testing.assert_close(value.detach(), wanted, rtol=1e-9, atol=1e-12)
     logits = torch.cat([model(input_ids=x).logits[0, :-1] for x in pieces(ids)])
     plain = torch.nn.functional.cross_entropy(logits.float(), torch.cat([x[0, 1:] for x in pieces(ids)]))
-    assert float(out.loss) == pytest.approx(float(plain + out.losses_total), rel=1e-6)
+    assert float(out.loss.detach()) == pytest.approx(float((plain + out.losses_total).detach()), rel=1e-6)
     separated = ids.masked_fill(batch["position_ids"] == 0, -100)
     assert torch.equal(model(**batch, labels=separated).loss, out.loss)
     # As a Trainer asks for it: a share of all labels of the step.
     count = int((separated != -100).sum())
-    assert float(model(**batch, labels=ids, num_items_in_batch=2 * count).loss) == pytest.approx(float(out.loss) / 2, rel=1e-6)
+    shared = model(**batch, labels=ids, num_items_in_batch=2 * count).loss
+    torch.testing.assert_close(shared, out.loss / 2, rtol=1e-6, atol=0.0)
     # By position in the argument list, too.
     assert torch.equal(model(ids, None, batch["position_ids"], None, None, ids).loss, out.loss)
 
@@ -342,19 +343,19 @@ def test_prompts_of_segments_end_where_each_one_says():
     assert torch.equal(model(**batch, labels=labels).logits, model(**batch, prompt_length=prompts).logits)
 
 
+@pytest.mark.compile
+@pytest.mark.slow
 def test_the_inductor_rung():
-    if torch.version.hip is not None:
-        pytest.skip("needs a C++ compiler for the CPU")
     slow, fast = made(spec(group=2), rung="eager"), made(spec(group=2), rung="inductor")
     batch = packed()
-    assert_close(pieces(fast(**batch).logits), pieces(slow(**batch).logits))
+    assert_close(pieces(fast(**batch).logits), pieces(slow(**batch).logits), 1e-5)  # norms compute in float32
     labels = batch["input_ids"]
     runs = []
     for model in (slow, fast):
         model.zero_grad()
         model(**batch, labels=labels).loss.backward()
         runs.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert_same_gradients(runs[1], runs[0], 1e-6)
+    assert_same_gradients(runs[1], runs[0], 1e-4)
 
 
 def test_fixed_point_sweeps():
