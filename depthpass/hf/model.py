@@ -35,7 +35,14 @@ from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.hooks import is_controlled
 from depthpass.hf.inputs import (
-    Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen, without_crossing,
+    Call,
+    as_index,
+    check_outer,
+    check_rows,
+    normalise,
+    shapes_only,
+    warn_frozen,
+    without_crossing,
 )
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
@@ -646,6 +653,8 @@ class DepthModel:
         if whole.losses is not None:
             gathered.append((whole.losses, whole.extra_loss))
         streams = {name: packing.join([(rows, found[name]) for rows, found in parts]) for name in parts[0][1]}
+        if captured.head.extras:
+            self._embedded(whole, call)
         return list(whole.part(captured.head, call.tensors, streams["output"])), streams, runs
 
     def _by_rows(

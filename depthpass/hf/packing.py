@@ -113,8 +113,17 @@ class Packing:
         """
         widths = self.widths.tolist()
         wanted = list(range(len(widths))) if segments is None else segments.tolist()
-        return [self._rows(torch.tensor(g, device=self.first.device), max(widths[i] for i in g))
-                for g in ([wanted] if together else _similar(wanted, widths))]
+        return [self._group(g, max(widths[i] for i in g)) for g in ([wanted] if together else _similar(wanted, widths))]
+
+    def fixed_rows(self, count: int) -> list[Rows]:
+        """All segments in groups of exactly so many rows, the last one filled up with copies of one of its segments."""
+        widths = self.widths.tolist()
+        order = sorted(range(len(widths)), key=lambda i: -widths[i])
+        groups = [order[i : i + count] for i in range(0, len(order), count)]
+        return [self._group(g + g[-1:] * (count - len(g)), widths[g[0]]) for g in groups]
+
+    def _group(self, segments: list[int], columns: int) -> Rows:
+        return self._rows(torch.tensor(segments, device=self.first.device), columns)
 
     def _rows(self, segments: Tensor, columns: int) -> Rows:
         places = torch.arange(columns, device=segments.device)[None]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import zoo
-from turbos import enliven, pair, spec, stock_of, turbo_of
+from turbos import enliven, pair, spec, stock_of
 
 import depthpass as dp
 from depthpass.errors import InputError
@@ -225,15 +225,12 @@ def test_the_masks_ones_change_nothing_and_gaps_are_no_starts():
     assert torch.equal(turbo(**batch, attention_mask=torch.ones(2, 23)).logits, turbo(**batch).logits)
     ids, far = zoo.batch([8])["input_ids"], torch.arange(0, 16, 2)[None]
     # Without a mask transformers takes every jump for another sequence, with one it does not.
-    stock = dp.transform(pair("llama")[0], dp.Identity())
-    assert torch.equal(stock(input_ids=ids, position_ids=far).logits[0], torch.cat([
-        stock(input_ids=ids[:, i : i + 1], position_ids=far[:, i : i + 1], use_cache=False).logits[0] for i in range(8)
-    ])) or (stock(input_ids=ids, position_ids=far).logits - pair("llama")[0](
-        input_ids=ids, position_ids=far, use_cache=False).logits).abs().max() < 1e-5
-    gaps = stock(input_ids=ids, position_ids=far, attention_mask=torch.ones_like(ids)).logits
-    torch.testing.assert_close(
-        gaps, pair("llama")[0](input_ids=ids, position_ids=far, attention_mask=torch.ones_like(ids), use_cache=False).logits,
-    )
+    stock, same = pair("llama")[0], dp.transform(pair("llama")[0], dp.Identity())
+    given = {"input_ids": ids, "position_ids": far, "use_cache": False}
+    torch.testing.assert_close(same(input_ids=ids, position_ids=far).logits, stock(**given).logits, rtol=1e-4, atol=1e-4)
+    masked = {**given, "attention_mask": torch.ones_like(ids)}
+    torch.testing.assert_close(same(**masked).logits, stock(**masked).logits, rtol=1e-4, atol=1e-4)
+    assert (stock(**masked).logits - stock(**given).logits).abs().max() > 1e-2
 
 
 def test_embeddings_hidden_states_and_checkpoints():
@@ -258,9 +255,11 @@ def test_hooks_see_every_visit_once_per_chunk_whatever_the_lengths():
     model = made(dp.LayerProgram([0, 1, 2, 1]))
     batch, seen = packed(), []
     wanted = model(**batch).logits
-    with model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(a[0].shape)):
-        with pytest.warns(UserWarning, match="hooks on or in block 1 were called 2 times"):
-            found = model(**batch).logits
+    with (
+        model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(a[0].shape)),
+        pytest.warns(UserWarning, match="hooks on or in block 1 were called 2 times"),
+    ):
+        found = model(**batch).logits
     torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert [tuple(s[:2]) for s in seen] == [(len(ALL), max(ALL))] * 2
     with model.model.layers[1].mlp.register_forward_hook(lambda m, a, o: 2 * o):
@@ -430,9 +429,3 @@ def test_fixed_point_sweeps():
     out = swept(**batch)
     torch.testing.assert_close(out.logits, wanted, rtol=1e-6, atol=1e-6)
     assert out.sweeps
-
-
-def test_turbo_of_is_used_with_a_random_bridge():
-    """The helpers give bridges that matter: without them packed and plain rows would agree for the wrong reason."""
-    stock = stock_of("llama")
-    assert (turbo_of(stock)(**packed()).logits - dp.transform(stock, dp.Identity())(**packed()).logits).abs().max() > 1e-3
