@@ -127,8 +127,20 @@ def test_code_around_the_model_and_explicit_positions():
     )
 
 
+def test_after_a_block_has_run_as_a_module():
+    """A transformed model with hooks inside a block, earlier in the process, leaves other models' graphs whole."""
+    model, turbo = pair("llama")
+    batch = inputs([8, 6])
+    with (
+        turbo.model.layers[1].mlp.register_forward_hook(lambda m, a, o: None),
+        pytest.warns(UserWarning, match="hooks on or in block 1"),
+    ):
+        turbo(**batch)
+    assert_equal(model, turbo, torch.compile(model, backend=depthpass_backend, fullgraph=True), batch, rtol=1e-12)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("llama", 2), ("gpt2", 1), ("gemma3_text", 2)])
+@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("gemma3_text", 2)])
 def test_packed_rows(name, rows):
     """Each sequence is a row of its own, outputs and every gradient; a graph of one row runs them one by one."""
     model, turbo = pair(name)
