@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from depthpass.errors import CacheError, DepthpassError, InputError, did_you_mean
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
-from depthpass.hf.dense import validity_of
+from depthpass.hf.dense import made_of_packed_rows, validity_of
 from depthpass.hf.packing import WORDS, Packing, Rows, check_batched, find_packing
 from depthpass.hf.pads import IGNORED_LABEL, pad_op
 from depthpass.hf.table import table_size
@@ -159,11 +159,14 @@ def normalise(
         if cache.state.length and cache.batch_size not in (-1, batch):
             raise CacheError(f"{cache_name}: holds {cache.batch_size} rows, the call has {batch}.")
     past = cache.state.tokens if cache is not None else 0
+    told = _told_positions(given, batch, new, device)
     mask = given.get("attention_mask")
     if isinstance(mask, Mapping):
-        mask = given["attention_mask"] = validity_of(mask, config, batch, past, new)
+        # Masks of packed rows are made where there is no 2-D mask.
+        rows = None if past or told is None else find_packing({}, told, None, False, (batch, new), device)
+        packed = rows is not None and made_of_packed_rows(mask, config, rows.starts)
+        mask = given["attention_mask"] = None if packed else validity_of(mask, config, batch, past, new)
     valid = _validity(mask, batch, past, new, device, cache)
-    told = _told_positions(given, batch, new, device)
     packing = _packing(given, told, valid, past, (batch, new), device)
     positions = _positions(model, config, told, packing, valid, batch, past, new, device)
     tensors: dict[str, Tensor] = {source[0]: tokens, "position_ids": positions}

@@ -14,8 +14,9 @@ pytestmark = pytest.mark.usefixtures("one_capture")
 LENGTHS = [[6, 1, 9, 3, 4], [11, 2, 8, 2]]
 """Segments of two packed rows of 23 columns; windows and chunks of the models are of 4."""
 ALL = [n for row in LENGTHS for n in row]
-MIXING = ("gpt_oss", "opt")
-"""Stock models that mix packed sequences: they make masks without positions, or number positions from the mask alone."""
+MIXING = ("gpt_oss", "opt", "llama4_text")
+"""Stock models that mix packed sequences in some version of transformers: masks made without positions, positions numbered
+from the mask alone, chunks counted over the whole row."""
 LOG = "ceil(log2(n))"
 PROGRAMS = {
     "loop": dp.Loop(start=1, end=2, times=2, inject="add", kv="first"),
