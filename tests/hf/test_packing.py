@@ -324,6 +324,18 @@ def test_what_contradicts_itself_is_refused_by_name():
         pads(**batch, prompt_length=torch.tensor([1, 2]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_under_vmap_rows_that_restart_are_refused_and_others_run():
+    _, turbo = pair("llama")
+    ids = zoo.batch([8, 8, 8])["input_ids"][:, None]
+    on = torch.arange(8).expand(3, 1, 8)
+    run = torch.func.vmap(lambda i, p: turbo(input_ids=i, position_ids=p, use_cache=False).logits)
+    wanted = turbo(input_ids=ids[:, 0], use_cache=False).logits
+    torch.testing.assert_close(run(ids, on)[:, 0], wanted, rtol=1e-4, atol=1e-4)
+    with pytest.raises(InputError, match=r"restart inside a row .*vmap"):
+        run(ids, on % 5)
+
+
 def test_later_tokens_of_a_cache_may_not_start_a_sequence():
     _, turbo = pair("llama")
     ids, cache = zoo.batch([8])["input_ids"], dp.DepthCache(pair("llama")[1])
