@@ -418,6 +418,34 @@ def test_training_on_flattened_batches_is_training_on_padded_ones(tmp_path):
     assert_same_gradients(moved, steps, 1e-4)
 
 
+def test_trl_without_padding_is_trl_with_padding(tmp_path, monkeypatch):
+    """SFTTrainer hands over positions, lengths and numbers at once, and may call the decoder alone."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(zoo.VOCABULARY)}, unk_token="3"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", bos_token="1", eos_token="2", unk_token="3")
+    found = []
+    for options in ({"padding_free": True, "max_length": None}, {}, {"packing": True, "max_length": 64}):
+        model = made(spec(group=2))
+        before, ran = {n: p.detach().clone() for n, p in model.named_parameters()}, []
+        model.register_forward_hook(lambda m, a, o, ran=ran: ran.append(sum(rows for _, rows in m.depth_ran)))
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=3, learning_rate=1e-2, report_to=[],
+            use_cpu=True, bf16=False, disable_tqdm=True, save_strategy="no", optim="sgd", lr_scheduler_type="constant",
+            shuffle_dataset=False, gradient_checkpointing=False, **options,
+        )
+        rows = datasets.Dataset.from_list(examples(12))
+        trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer).train()
+        found.append(({n: p.detach() - before[n] for n, p in model.named_parameters()}, ran))
+    (free, counts), (padded, _), (_, packed_counts) = found
+    assert counts == [3, 3] and max(packed_counts) > 3
+    assert all(g.abs().max() > 0 for n, g in padded.items() if n.startswith("depth"))
+    assert_same_gradients(free, padded, 1e-4)
+
+
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_the_inductor_rung():
