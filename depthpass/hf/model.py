@@ -640,7 +640,9 @@ class DepthModel:
         )
         parts, runs = [], []
         for plan, segments in groups:
-            for rows in packing.rows(segments, together):
+            # Chunks of token loops are compiled once per number of rows.
+            compiled = self._depth.lowering in ("inductor", "cudagraph") and bool(plan.schedule.serial_regions)
+            for rows in packing.rows(segments, together, powers=compiled):
                 host = StockHost(self, captured, ())
                 host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
                 inner, layout = insert(self, plan.program, call.of(rows))

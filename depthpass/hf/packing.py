@@ -104,16 +104,20 @@ class Packing:
         own = self.inside if self.real is None else self.inside & self.real.flatten()
         return torch.zeros_like(self.first).index_add_(0, self.number[own], torch.ones_like(self.number[own])).tolist()
 
-    def rows(self, segments: Tensor | None, together: bool = False) -> list[Rows]:
+    def rows(self, segments: Tensor | None, together: bool = False, powers: bool = False) -> list[Rows]:
         """Segments as rows, in groups of similar width.
 
         Args:
             segments: which ones; None = all.
             together: put all into one group, however much padding that takes.
+            powers: groups of 1, 2, 4, 8, ... rows only: what is compiled for a number of rows meets few numbers.
         """
         widths = self.widths.tolist()
         wanted = list(range(len(widths))) if segments is None else segments.tolist()
-        return [self._group(g, max(widths[i] for i in g)) for g in ([wanted] if together else _similar(wanted, widths))]
+        groups = [wanted] if together else _similar(wanted, widths)
+        if powers:
+            groups = [part for g in groups for part in _powers(g)]
+        return [self._group(g, max(widths[i] for i in g)) for g in groups]
 
     def fixed_rows(self, count: int) -> list[Rows]:
         """All segments in groups of exactly so many rows, the last one filled up with copies of one of its segments."""
@@ -164,6 +168,16 @@ def _similar(segments: list[int], widths: Sequence[int]) -> list[list[int]]:
         groups[-1].append(i)
         filled += widths[i]
     return groups
+
+
+def _powers(group: list[int]) -> list[list[int]]:
+    """A group cut into parts whose sizes are powers of two, largest first."""
+    parts = []
+    while group:
+        size = 1 << len(group).bit_length() - 1
+        parts.append(group[:size])
+        group = group[size:]
+    return parts
 
 
 def find_packing(

@@ -3,11 +3,13 @@
 import pytest
 import torch
 import zoo
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from turbos import enliven, pair, spec, stock_of
 
 import depthpass as dp
 from depthpass.errors import InputError
-from depthpass.hf.packing import _similar
+from depthpass.hf.packing import _powers, _similar, find_packing
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
@@ -227,11 +229,11 @@ def test_the_masks_ones_change_nothing_and_gaps_are_no_starts():
     ids, far = zoo.batch([8])["input_ids"], torch.arange(0, 16, 2)[None]
     # Without a mask transformers takes every jump for another sequence, with one it does not.
     stock, same = pair("llama")[0], dp.transform(pair("llama")[0], dp.Identity())
-    given = {"input_ids": ids, "position_ids": far, "use_cache": False}
-    torch.testing.assert_close(same(input_ids=ids, position_ids=far).logits, stock(**given).logits, rtol=1e-4, atol=1e-4)
-    masked = {**given, "attention_mask": torch.ones_like(ids)}
+    call = {"input_ids": ids, "position_ids": far, "use_cache": False}
+    torch.testing.assert_close(same(input_ids=ids, position_ids=far).logits, stock(**call).logits, rtol=1e-4, atol=1e-4)
+    masked = {**call, "attention_mask": torch.ones_like(ids)}
     torch.testing.assert_close(same(**masked).logits, stock(**masked).logits, rtol=1e-4, atol=1e-4)
-    assert (stock(**masked).logits - stock(**given).logits).abs().max() > 1e-2
+    assert (stock(**masked).logits - stock(**call).logits).abs().max() > 1e-2
 
 
 def test_embeddings_hidden_states_and_checkpoints():
@@ -276,6 +278,50 @@ def test_padding_between_segments_is_bounded():
         assert sum(len(g) * max(widths[i] for i in g) for g in groups) <= 2 * sum(widths)
         assert len(groups) <= 1 + max(widths).bit_length()
     assert len(_similar([0, 1, 2], [9, 8, 5])) == 1
+    assert [len(g) for g in _powers(list(range(11)))] == [8, 2, 1] and _powers([3, 4, 5]) == [[3, 4], [5]]
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_segments_are_where_a_plain_loop_finds_them(data):
+    """Any rows of real tokens, padding and boundaries: starts, positions, sizes, and the way there and back."""
+    batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 9))
+    flags = st.lists(st.booleans(), min_size=tokens, max_size=tokens)
+    real = [data.draw(flags.filter(any)) for _ in range(batch)] if data.draw(st.booleans()) else [[True] * tokens] * batch
+    breaks, gaps = [data.draw(flags) for _ in range(batch)], data.draw(st.booleans())
+    wanted, positions = [], torch.full((batch, tokens), 5)
+    for r in range(batch):
+        row: list[list[int]] = []
+        for c in range(tokens):
+            if real[r][c]:
+                if breaks[r][c] or not row:
+                    row.append([])
+                row[-1].append(c)
+                positions[r, c] = len(row[-1]) - 1
+        wanted += [(r, columns) for columns in row]
+    mask = None if all(map(all, real)) else torch.tensor(real)
+    found = find_packing({}, positions, mask, gaps, (batch, tokens), positions.device)
+    if len(wanted) == batch:
+        assert found is None
+        return
+    assert found.first.tolist() == [r * tokens + columns[0] for r, columns in wanted]
+    assert found.widths.tolist() == [columns[-1] - columns[0] + 1 for _, columns in wanted]
+    assert found.tokens == [len(columns) for _, columns in wanted]
+    x, parts = torch.randn(batch, tokens, 2), []
+    for rows in found.rows(None, powers=data.draw(st.booleans())) if data.draw(st.booleans()) else found.fixed_rows(2):
+        taken = rows.take(x, 7.0)
+        for i, number in enumerate(rows.segments.tolist()):
+            r, columns = wanted[number]
+            row = torch.full_like(taken[i], 7.0)
+            row[[c - columns[0] for c in columns]] = x[r, columns]
+            assert torch.equal(taken[i], row)
+        parts.append((rows, taken))
+    back, inside = found.join(parts), torch.zeros(batch, tokens)
+    for r, columns in wanted:
+        assert torch.equal(back[r, columns], x[r, columns])
+        inside[r, columns[0] : columns[-1] + 1] = 1
+    assert torch.equal(back[inside == 0], torch.zeros_like(back[inside == 0]))
+    assert torch.equal(found.inside.view(batch, tokens), inside.bool())
 
 
 def test_the_ledger_counts_what_ran():
@@ -300,7 +346,7 @@ def test_what_contradicts_itself_is_refused_by_name():
     lengths, ids = words["lengths"], batch["input_ids"]
     ends = lengths["cu_seq_lens_q"]
     cache = dp.DepthCache(turbo)
-    for given, message in [
+    for arguments, message in [
         ({**batch, "use_cache": True}, "use_cache: the rows of this call are packed"),
         ({**batch, "past_key_values": cache}, "past_key_values: the rows of this call are packed"),
         ({**batch, "cu_seq_lens_q": torch.tensor([0, 23, 46])}, "position_ids: restart at column 6 of row 0"),
@@ -314,9 +360,9 @@ def test_what_contradicts_itself_is_refused_by_name():
         ({"input_ids": ids, **lengths, "seq_idx": torch.zeros(2, 23, dtype=torch.int)}, "seq_idx: numbers other sequences"),
     ]:
         with pytest.raises(InputError, match=message):
-            turbo(**given)
+            turbo(**arguments)
         with pytest.raises(InputError, match=message):
-            turbo.model(**given)
+            turbo.model(**arguments)
     with pytest.raises(InputError, match="the rows of this call are packed"):
         turbo.generate(**batch, max_new_tokens=2, do_sample=False)
     pads = made(PROGRAMS["pads"])
@@ -449,9 +495,11 @@ def test_trl_without_padding_is_trl_with_padding(tmp_path, monkeypatch):
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_the_inductor_rung():
+    """Chunks are compiled once per number of rows, so sequences run in groups of 1, 2, 4, ... rows."""
     slow, fast = made(spec(group=2), rung="eager"), made(spec(group=2), rung="inductor")
     batch = packed()
     assert_close(pieces(fast(**batch).logits), pieces(slow(**batch).logits), 1e-5)  # norms compute in float32
+    assert {rows for _, rows, _ in fast._depth.ran} <= {1, 2, 4, 8} and sum(r for _, r, _ in fast._depth.ran) == len(ALL)
     labels = batch["input_ids"]
     runs = []
     for model in (slow, fast):
