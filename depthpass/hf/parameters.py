@@ -108,6 +108,9 @@ class LowRank(nn.Module):
         weight: the stock matrix, whatever its layout (``[out, in]``, or ``[in, out]`` in GPT-2).
     """
 
+    low_rank = True
+    """How a visit knows it, in whatever it is wrapped."""
+
     def __init__(self, weight: torch.Tensor, rank: int, like: torch.Tensor):
         super().__init__()
         self.a = nn.Parameter(like.new_empty(rank, weight.shape[1]))
@@ -115,7 +118,7 @@ class LowRank(nn.Module):
         if not self.a.is_meta:
             nn.init.normal_(self.a, 0.0, 0.02)
 
-    def delta(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """The update, of the stock matrix's shape."""
         return self.b @ self.a
 
