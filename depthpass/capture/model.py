@@ -115,8 +115,7 @@ class Capture:
     def tables(self) -> Part:
         """The prologue without the embedding, ``-> outputs``: for callers that have embedded the tokens themselves."""
         part, graph = self.prologue, fx.Graph()
-        hidden, *sides = graph.graph_copy(part.graph.graph, {})  # type: ignore[misc]
-        graph.output(tuple(sides))
+        graph.output(tuple(graph.graph_copy(part.graph.graph, {})[1:]))  # type: ignore[index]
         # Nobody sees the embedding, so nothing has to be asserted of it.
         for node in reversed(list(graph.nodes)):
             if not node.users and node.op == "call_function":

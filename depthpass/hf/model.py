@@ -245,7 +245,8 @@ class StockHost:
         given = (*streams, *extras, *(inputs[i] for i in part.inputs))
         if not self.dispatched:
             return runner(part.graph)(visit, *given, *self.tensors(part, self.decoder))
-        owners = {self.decoder.get_submodule(name.lstrip("/").rpartition(".")[0]) for name in part.params if name not in part.constants}
+        names = (name.lstrip("/").rpartition(".")[0] for name in part.params if name not in part.constants)
+        owners = set(map(self.decoder.get_submodule, names))
         with resident(owners):
             params = [p.to(self.home) for p in self.tensors(part, self.decoder)]
             return runner(part.graph)(visit, *(x.to(self.home) for x in given), *params)

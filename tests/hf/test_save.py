@@ -132,17 +132,6 @@ def test_device_map_and_settings_are_passed_on(turbo, tmp_path):
     assert dp.from_pretrained(tmp_path, config=given).config.rms_norm_eps == 0.5
 
 
-def test_a_model_over_several_devices_is_refused(turbo, tmp_path):
-    turbo.save_pretrained(tmp_path)
-    stock = dp.restore(turbo)
-    stock.hf_device_map = {"model": "cpu", "lm_head": "disk"}
-    with pytest.raises(dp.UnsupportedModelError, match=r"spread over cpu, disk by its device_map.*one device"):
-        dp.transform(stock, spec())
-    places = {"model.embed_tokens": "cpu", "model": "cpu", "lm_head": "cpu", "depth": "disk"}
-    with pytest.raises(dp.UnsupportedModelError, match="spread over cpu, disk"):
-        dp.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
-
-
 def test_heads_and_experts(tmp_path):
     torch.manual_seed(0)
     head = turbo_of(enliven(AutoModelForSequenceClassification.from_config(zoo.config("llama", 3, num_labels=3)).eval()))
