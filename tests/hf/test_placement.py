@@ -16,7 +16,10 @@ import depthpass as dp
 
 accelerate = pytest.importorskip("accelerate")
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:transformers.*")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:transformers.*"),
+    pytest.mark.filterwarnings("ignore:hooks on or in block:UserWarning"),
+]
 
 BATCH = zoo.batch([5, 9], seed=5)
 IDS = zoo.batch([9, 9], seed=5)["input_ids"]
@@ -79,11 +82,11 @@ def test_offloaded_models_compute_generate_and_save_what_whole_ones_do(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma2", "opt"])
-def test_offloaded_position_tables_and_tied_heads(tmp_path, name):
+def test_offloaded_position_tables_and_tied_heads(name):
     whole = made("turboconn", stock(name))
     model = accelerate.cpu_offload(made("turboconn", stock(name)))
     with torch.no_grad():
-        torch.testing.assert_close(model(**BATCH).logits, whole(**BATCH).logits, atol=1e-12, rtol=0)
+        torch.testing.assert_close(model(input_ids=IDS).logits, whole(input_ids=IDS).logits, atol=1e-12, rtol=0)
 
 
 def test_loading_with_a_device_map(tmp_path):
@@ -97,7 +100,7 @@ def test_loading_with_a_device_map(tmp_path):
                        whole.generate(**BATCH, max_new_tokens=3, do_sample=False))
     model.save_pretrained(tmp_path / "again", max_shard_size="9KB")
     assert len(set(json.loads((tmp_path / "again/model.safetensors.index.json").read_text())["weight_map"].values())) > 1
-    assert torch.equal(dp.from_pretrained(tmp_path / "again")(**BATCH).logits, dp.from_pretrained(tmp_path / "saved")(**BATCH).logits)
+    torch.testing.assert_close(dp.from_pretrained(tmp_path / "again")(**BATCH).logits, whole(**BATCH).logits, atol=1e-12, rtol=0)
 
 
 def layer(module):
@@ -133,7 +136,7 @@ def test_checkpoint_wrappers_inside_blocks_are_honoured_and_reentrant_ones_refus
     whole, model = made("turboconn").train(), made("turboconn").train()
     apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ == "LlamaMLP")
     runs = []
-    model.model.layers[0].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
+    model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
     for one in (whole, model):
         one(input_ids=IDS, labels=IDS).loss.backward()
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):

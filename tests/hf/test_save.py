@@ -12,7 +12,7 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from turbos import enliven, spec, stock_of, turbo_of
+from turbos import enliven, stock_of, turbo_of
 
 import depthpass as dp
 from depthpass.errors import InputError, SpecError
