@@ -38,6 +38,7 @@ from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normali
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.placement import (
+    check_devices,
     copied,
     full_state,
     gather_new,
@@ -315,6 +316,8 @@ class StockHost:
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
         from depthpass_lowering.attention import additive, sdpa_attention
 
+        if mask is not None and mask.device != q.device:  # the block is on another device than the streams
+            mask = mask.to(q.device)
         if self.style == "sdpa":
             if site.softcap is not None or sinks is not None:
                 raise LoweringError("sdpa attention has no softcap and no sinks; load the model with "
@@ -596,6 +599,8 @@ class DepthModel:
         runtime, plan = self._depth, groups[0][0]
         host = StockHost(self, captured, ())
         gather_new(depth_module(self))
+        if host.dispatched:
+            check_devices(host.layers, plan.program)
         # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
         tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from depthpass.errors import SpecError, UnsupportedModelError
+from depthpass.hf.placement import unwrapped
 from depthpass.ir.program import Program
 from depthpass.ir.verify import TIME_WIDTH, infer, parameters
 
@@ -271,7 +272,7 @@ def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Module]
     """The linear maps of a model's block."""
     from depthpass.capture.export import find_layers
 
-    found = [] if model is None else linear_maps(model.get_submodule(find_layers(model))[index])
+    found = [] if model is None else linear_maps(unwrapped(model.get_submodule(find_layers(model))[index]))
     if not found:
         raise UnsupportedModelError(
             f"per-visit LoRA: block {index} of {type(model).__name__} has no linear maps to update. Leave lora_rank out."

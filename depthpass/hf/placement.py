@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.capture.export import sharing_copy
+from depthpass.errors import UnsupportedModelError
+from depthpass.ir.program import Program
 
 _WRAPPED = "_checkpoint_wrapped_module"
 
@@ -122,6 +124,21 @@ def home(model: nn.Module) -> torch.device:
     return next(iter(model.parameters())).device
 
 
+def check_devices(blocks: Iterable[nn.Module], program: Program) -> None:
+    """Refuse blocks on several devices for programs whose visits keep more than keys and values there.
+
+    Raises:
+        UnsupportedModelError: naming the devices.
+    """
+    held = {h.execution_device for block in blocks for m in block.modules() for h in align_hooks(m)} - {None}
+    devices = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in held}
+    if len(devices) > 1 and any(o.kind == "route" or (o.kind == "block" and (o["gate"] or o["keys"] is not None)) for o in program):
+        raise UnsupportedModelError(
+            f"device_map: blocks run on {', '.join(sorted(devices))}, but routed tokens and keys that visits share have to be on "
+            "one device. Put the blocks on one (offloading to CPU or disk does not count)."
+        )
+
+
 @contextmanager
 def resident(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Have the weights of modules loaded for a time, those that accelerate offloads."""
@@ -206,7 +223,8 @@ def needs_root(model: nn.Module) -> bool:
 
 def gathered_state(model: nn.Module) -> Mapping[str, Tensor] | None:
     """All weights of a sharded model, in the first process; every process has to ask. None = the model is not sharded."""
-    if not any(map(is_sharded, model.parameters())):
+    # Between passes the root unit may have its parameters whole, which a state dict takes back first.
+    if not any(map(_state, model.modules())) and not any(map(is_sharded, model.parameters())):
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 

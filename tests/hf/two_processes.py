@@ -83,8 +83,9 @@ def blocks(model):
 
 
 def decoder(model):
-    fully_shard(model.model, mesh=MESH)
-    return blocks(model)
+    for module in (*model.model.layers, model.model):
+        fully_shard(module, mesh=MESH)
+    return fully_shard(model, mesh=MESH)
 
 
 def parts(model):
