@@ -132,7 +132,8 @@ def check_devices(blocks: Iterable[nn.Module], program: Program) -> None:
     """
     held = {h.execution_device for block in blocks for m in block.modules() for h in align_hooks(m)} - {None}
     devices = {f"cuda:{d}" if isinstance(d, int) else str(d) for d in held}
-    if len(devices) > 1 and any(o.kind == "route" or (o.kind == "block" and (o["gate"] or o["keys"] is not None)) for o in program):
+    shares = any(o["gate"] or o["keys"] is not None for o in program.visits)
+    if len(devices) > 1 and (shares or any(o.kind == "route" for o in program)):
         raise UnsupportedModelError(
             f"device_map: blocks run on {', '.join(sorted(devices))}, but routed tokens and keys that visits share have to be on "
             "one device. Put the blocks on one (offloading to CPU or disk does not count)."

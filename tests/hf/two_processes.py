@@ -11,7 +11,6 @@ import torch.distributed.checkpoint as checkpoints
 import zoo
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -26,7 +25,11 @@ RANK, MESH = dist.get_rank(), init_device_mesh("cpu", (2,))
 IDS = zoo.batch([9] * 4, seed=5)["input_ids"]
 MINE = IDS[2 * RANK : 2 * RANK + 2]
 SPECS = {"turboconn": dp.TurboConn(bridges=[(2, 0), (2, 1)], group=3, rank=6), "loop": dp.Loop(1, 2, 3, lora_rank=2)}
-SAVED = ("root", "blocks", "parts", "accelerate, wrapped")
+SAVED = ("root", "accelerate, wrapped")
+CASES = {
+    "turboconn": ("root", "decoder", "parts", "accelerate, wrapped", "enabled"),
+    "loop": ("blocks", "accelerate, wrapped", "ddp, enabled"),
+}
 
 
 def made(spec, dtype=torch.float64, live=True):
@@ -54,10 +57,6 @@ def gradients(model, wanted):
         "largest": max(b.abs().max().item() for *_, b in pairs),
         "moved": max((b.abs().max().item() for n, _, b in pairs if "depth." in n), default=0.0),
     }
-
-
-def is_block(module):
-    return type(module).__name__ == "LlamaDecoderLayer"
 
 
 def accelerated(model, wrapped=False, policy=None):
@@ -106,25 +105,18 @@ def enabled(model):
     return model
 
 
-def wrapped(model):
-    apply_activation_checkpointing(model, check_fn=is_block)
-    return model
-
-
 UNITS = {
     "root": lambda m: fully_shard(m, mesh=MESH), "blocks": blocks, "decoder": decoder, "parts": parts,
-    "accelerate": accelerated, "accelerate, wrapped": lambda m: accelerated(m, True),
-    "enabled": lambda m: blocks(enabled(m)), "wrapped": lambda m: blocks(wrapped(m)),
-    "ddp": torch.nn.parallel.DistributedDataParallel,
-    "ddp, enabled": lambda m: torch.nn.parallel.DistributedDataParallel(enabled(m), static_graph=True),
+    "accelerate, wrapped": lambda m: accelerated(m, True),
+    "enabled": lambda m: blocks(enabled(m)),     "ddp, enabled": lambda m: torch.nn.parallel.DistributedDataParallel(enabled(m), static_graph=True),
 }
 
 
 for program, spec in SPECS.items():
     wanted = made(spec)
     wanted(input_ids=IDS, labels=IDS).loss.backward()
-    for number, (name, shard) in enumerate(UNITS.items()):
-        model = made(spec)
+    for number, name in enumerate(CASES[program]):
+        model, shard = made(spec), UNITS[name]
         if number % 2:
             model(input_ids=MINE, labels=MINE)
         model = shard(model)
