@@ -108,7 +108,8 @@ def enabled(model):
 UNITS = {
     "root": lambda m: fully_shard(m, mesh=MESH), "blocks": blocks, "decoder": decoder, "parts": parts,
     "accelerate, wrapped": lambda m: accelerated(m, True),
-    "enabled": lambda m: blocks(enabled(m)),     "ddp, enabled": lambda m: torch.nn.parallel.DistributedDataParallel(enabled(m), static_graph=True),
+    "enabled": lambda m: blocks(enabled(m)),
+    "ddp, enabled": lambda m: torch.nn.parallel.DistributedDataParallel(enabled(m), static_graph=True),
 }
 
 
