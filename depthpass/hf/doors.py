@@ -24,9 +24,13 @@ from transformers import PreTrainedModel
 from depthpass.capture import Capture
 from depthpass.errors import InputError, SpecError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME
+from depthpass.hf.placement import needs_root
 
 DISABLED = "a transformed model runs its program itself: pass lowering='inductor' to dp.transform to have it compiled"
 """What Dynamo says where it has to compile a whole graph."""
+
+DECODER = "_depth_decoder"
+"""Argument of an outer model that only its decoder is wanted for, with the decoder's arguments: hooks of the model run."""
 
 
 @dataclass(eq=False)
@@ -125,6 +129,8 @@ class DepthDecoder:
     def _answer(self, arguments: dict[str, object]):
         frame = _frame.get()
         if frame is None or frame.decoder is not self:
+            if self.depth_model is not self and needs_root(self.depth_model):
+                return self.depth_model(**{DECODER: arguments})
             return self.depth_model._run_program(self, arguments, None)
         if frame.answer is not None:
             return frame.answer

@@ -29,7 +29,7 @@ from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
-from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, replaced, untraced
+from depthpass.hf.doors import DECODER, DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, replaced, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
@@ -46,6 +46,19 @@ from depthpass.hf.inputs import (
 )
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
+from depthpass.hf.placement import (
+    check_devices,
+    copied,
+    full_state,
+    gather_new,
+    gathered_state,
+    home,
+    keep_streams_home,
+    resident,
+    set_forward,
+    sharded_dtypes,
+    unwrapped,
+)
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch, watch
 from depthpass.ir.program import Program
@@ -149,6 +162,18 @@ class BlockCall:
 
     @functools.partial(torch.compiler.disable, reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        host = self.host
+        if not host.dispatched:
+            return self._run(layer, hidden)
+        live = self.visit.index in host.hooked.inside
+        with resident(m for m in layer.modules() if m is not layer and not live):
+            return self._run(layer, hidden)
+
+    def to(self, device, *args, **kwargs) -> BlockCall:
+        """The same call on another device, as accelerate moves what a module is called with."""
+        return BlockCall(self.block, self.visit, [s.to(device, *args, **kwargs) for s in self.sides], self.host)
+
+    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         host, visit = self.host, self.visit
         bound = host.tensors(self.block, layer)
         params = visit.adapt(self.block.template.params, bound)
@@ -157,6 +182,13 @@ class BlockCall:
         if visit.index in host.hooked.inside:
             return host.live.block(layer, visit, params, bound, hidden)
         return visit.run(self.block.template, hidden, self.sides, params, host.runner)
+
+
+# FSDP2 casts what a unit is called with to the unit's dtype.
+pytree.register_pytree_node(
+    BlockCall, lambda call: (list(call.sides), (call.block, call.visit, call.host)),
+    lambda sides, rest: BlockCall(rest[0], rest[1], sides, rest[2]),
+)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -198,6 +230,10 @@ class StockHost:
         self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
         self.runner = _runner(model._depth.lowering)
+        self.dispatched = model._depth.watches[-1].dispatched
+        if self.dispatched:
+            self.home = home(model)
+            keep_streams_home(self.layers, depth_module(model))
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
@@ -213,11 +249,17 @@ class StockHost:
         return [read() for read in found]
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
-        params = self.tensors(part, self.decoder)
         extras = [self.extras[e] for e in part.extras]
         # Embedding and tables are one small op each: not worth compiling.
-        runner = direct if part is self.captured.prologue else self.runner
-        return runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
+        runner = self.runner if part is self.captured.norm or part is self.captured.head else direct
+        given = (*streams, *extras, *(inputs[i] for i in part.inputs))
+        if not self.dispatched:
+            return runner(part.graph)(visit, *given, *self.tensors(part, self.decoder))
+        names = (name.lstrip("/").rpartition(".")[0] for name in part.params if name not in part.constants)
+        owners = set(map(self.decoder.get_submodule, names))
+        with resident(owners):
+            params = [p.to(self.home) for p in self.tensors(part, self.decoder)]
+            return runner(part.graph)(visit, *(x.to(self.home) for x in given), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         return self.layers[index](hidden, BlockCall(self.captured.blocks[index], visit, sides, self))
@@ -266,6 +308,8 @@ class StockHost:
 
     def refuses_schedule(self, index: int) -> str | None:
         layer = self.layers[index]
+        if self.dispatched:
+            return "accelerate moves weights between devices (device_map, offload), which needs module calls"
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
         if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
@@ -281,6 +325,8 @@ class StockHost:
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
         from depthpass_lowering.attention import additive, sdpa_attention
 
+        if mask is not None and mask.device != q.device:  # the block is on another device than the streams
+            mask = mask.to(q.device)
         if self.style == "sdpa":
             if site.softcap is not None or sinks is not None:
                 raise LoweringError("sdpa attention has no softcap and no sinks; load the model with "
@@ -431,6 +477,8 @@ class DepthModel:
 
     def _call_stock(self, args: tuple, kwargs: dict[str, object], prompt_length):
         """A call of the outer class: stock code around its decoder, where the program runs."""
+        if DECODER in kwargs:
+            return self._run_program(self.get_submodule(self._depth.decoder), kwargs[DECODER], None)
         stock = type(self)._stock_class
         arguments, given = bind(stock, self, args, kwargs)
         if prompt_length is not None:
@@ -582,6 +630,9 @@ class DepthModel:
 
         runtime, plan = self._depth, groups[0][0]
         host = StockHost(self, captured, ())
+        gather_new(depth_module(self))
+        if host.dispatched:
+            check_devices(host.layers, plan.program)
         # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
         hidden, sides = self._embedded(host, inner)
@@ -610,11 +661,14 @@ class DepthModel:
         tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
         # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
         with without_autocast(tokens.device):
-            hidden, *sides = host.part(captured.prologue, call.tensors, visit=_Prologue(call.past, tokens.shape[1]))
+            visit = _Prologue(call.past, tokens.shape[1])
             if host.hooked.live:
                 layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
                 host.live = Live(host.decoder, layers, captured, host.hooked, call.tensors, call.past, call.cache)
-                hidden = host.live.hidden
+                # The embedding has run as a module; its weights may be nowhere now.
+                hidden, sides = host.live.hidden, host.part(captured.tables, call.tensors, visit=visit)
+            else:
+                hidden, *sides = host.part(captured.prologue, call.tensors, visit=visit)
         host.extras = sides
         return hidden, sides
 
@@ -632,6 +686,10 @@ class DepthModel:
         from depthpass_lowering.state import State
 
         whole, packing, pool = StockHost(self, captured, ()), call.packing, Pool()
+        gather_new(depth_module(self))
+        if whole.dispatched:
+            for plan, _ in groups:
+                check_devices(whole.layers, plan.program)
         asked = any(plan.program.losses for plan, _ in groups) and (self.training or call.labels is not None)
         whole.losses = {} if asked else None
         # Modules with hooks (FSDP's among them) are called as often for packed rows as for others.
@@ -717,8 +775,9 @@ class DepthModel:
         return watch(self._depth.watches, self, self._depth.decoder, self._depth.layers)
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
-        with quiet(self.device):
-            stock = stock_decoder(self)
+        moved = home(self) if self._depth.watches[-1].dispatched else None
+        with quiet(moved or self.device):
+            stock = stock_decoder(self, moved)
             static = {"use_cache": False} if "use_cache" in names else {}
             # Heads without the argument ask the config. The copy's config is its own.
             for config in (stock.config, stock.config.get_text_config(decoder=True)):
@@ -809,6 +868,7 @@ class DepthModel:
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, stock: bool = False, **kwargs):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
 
+        Weights that are spread over processes (FSDP2) are gathered, so every process has to call this; the first one writes.
         A save that fails leaves the files of an earlier one as they were. ``dp.from_pretrained`` loads the files, and so do
         the Auto classes of transformers where depthpass is imported; where it is not, they stop with an error that says so.
 
@@ -826,9 +886,12 @@ class DepthModel:
         if kwargs.get("safe_serialization") is False:
             raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
                              "only. Leave the argument out.")
+        state, args = (args[0], (None, *args[1:])) if args else (kwargs.pop("state_dict", None), args)
+        if state is None and not kwargs.get("distributed_checkpoint"):
+            state, is_main_process = self._whole_state(is_main_process)
         if stock:
-            state, args = (args[0], (None, *args[1:])) if args else (kwargs.pop("state_dict", None), args)
             state = with_notice(self.state_dict() if state is None else state)
+        if state is not None:
             args, kwargs = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "state_dict": state})
         with configured(self, stock):
             if not is_main_process or kwargs.get("distributed_checkpoint"):
@@ -837,6 +900,13 @@ class DepthModel:
                 if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
                     kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
                 super().save_pretrained(folder, is_main_process, *args, **kwargs)
+
+    def _whole_state(self, is_main_process: bool) -> tuple[Mapping[str, Tensor] | None, bool]:
+        """The weights to save where the model does not have them all at hand, and whether this process writes them."""
+        state = gathered_state(self)
+        if state is not None:
+            return state, is_main_process and torch.distributed.get_rank() == 0
+        return (full_state(self) if any(p.is_meta for p in self.parameters()) else None), is_main_process
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)
@@ -942,38 +1012,40 @@ def drop_wrapped_forward(model: nn.Module) -> None:
 
 def stock_copy(model: nn.Module) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
-    from depthpass.capture.export import sharing_copy
-
-    copied = sharing_copy(model)
-    copied.__class__ = type(model)._stock_class
-    drop_wrapped_forward(copied)
-    for layer in copied.get_submodule(model._depth.layers):
-        layer.__dict__.pop("forward", None)
-    decoder = copied.get_submodule(model._depth.decoder)
-    # A wrapper that was put around a forward calls the transformed model.
-    for module in (copied, decoder):
-        module.__dict__.pop("forward", None)
+    made = copied(model)
+    made.__class__ = type(model)._stock_class
+    drop_wrapped_forward(made)
+    decoder = made.get_submodule(model._depth.decoder)
     if isinstance(decoder, DepthDecoder):
         decoder.__class__ = type(decoder)._stock_class
         del decoder._depth_door
-    del copied._depth
-    del copied.depth
-    unmark(copied.config)
-    if hasattr(copied.config, "depthpass"):
-        del copied.config.depthpass
-    return copied
+    # A wrapper that was put around a forward calls the transformed model.
+    for module in (made, decoder, *map(unwrapped, made.get_submodule(model._depth.layers))):
+        set_forward(module, None)
+    del made._depth
+    del made.depth
+    unmark(made.config)
+    if hasattr(made.config, "depthpass"):
+        del made.config.depthpass
+    return made
 
 
-def stock_decoder(model: nn.Module) -> nn.Module:
-    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`)."""
+def stock_decoder(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`).
+
+    Args:
+        device: where its tensors are; None = where they are now.
+    """
     path, layers = model._depth.decoder, model._depth.layers
-    copied = structural_copy(model.get_submodule(path), leave=("_depth", "_depth_door"))
-    copied.__class__ = type(copied)._stock_class
-    copied._modules.pop(PREFIX, None)
+    made = structural_copy(
+        model.get_submodule(path), leave=("_depth", "_depth_door"), dtypes=sharded_dtypes(model.modules()), device=device
+    )
+    made.__class__ = type(made)._stock_class
+    made._modules.pop(PREFIX, None)
     # What was put around these forwards runs at each call.
-    for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
+    for module in (made, *made.get_submodule(layers[len(path) + 1 if path else 0 :])):
         module.__dict__.pop("forward", None)
-    for module in copied.modules():
+    for module in made.modules():
         if is_controlled(module):
             del module.forward
-    return copied
+    return made
