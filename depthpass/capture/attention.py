@@ -206,7 +206,7 @@ def _without_padding(fn: object, constants: set[int]) -> object:
         what = f"a tensor of shape {tuple(fn.shape)}" if isinstance(fn, torch.Tensor) else f"a {type(fn).__name__}"
         raise UnsupportedModelError(
             f"the attention mask depends on {what} (packed sequences from position_ids, token types, prefixes, image "
-            "blocks, ...), which is not supported. For packed rows pass one sequence per row with an attention_mask."
+            "blocks, ...), which is not supported. Packed rows are known by position_ids, cu_seq_lens or seq_idx of a call."
         )
     if not isinstance(fn, types.FunctionType) or fn.__closure__ is None:
         return fn

@@ -22,8 +22,8 @@ from depthpass.errors import UnsupportedModelError
 _ROWS = 4
 _LARGE = 24
 _ADVICE = (
-    "Expected a causal mask, a sliding window or chunks, with padding from a 2-D attention_mask [batch, tokens]; prefix, "
-    "bidirectional, packed and custom masks are not supported."
+    "Expected a causal mask, a sliding window or chunks, with padding from a 2-D attention_mask [batch, tokens] or packed rows "
+    "from position_ids; prefix, bidirectional and custom masks are not supported."
 )
 
 

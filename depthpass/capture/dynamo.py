@@ -47,8 +47,9 @@ class DynamoCapture:
         inputs: position of each other tensor, by the name that the capture's parts use.
         labels: what the caller calls each of these inputs, for messages.
         valid: the input that says which tokens are real, ``[batch, tokens]``; None = all are.
-        positions: an input that must count up by one within each row; None = no such.
+        positions: an input that starts another sequence wherever it does not count up by one; None = no such.
         tokens: an input and its dimension that runs over the tokens.
+        rows: number of rows that the graph is fixed to; None = any.
     """
 
     capture: Capture
@@ -58,6 +59,7 @@ class DynamoCapture:
     valid: str | None
     positions: str | None
     tokens: tuple[str, int]
+    rows: int | None
 
 
 def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Module) -> DynamoCapture:
@@ -101,7 +103,7 @@ def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Mod
     valid, positions = _one(masks, "valid"), _one(masks, "positions")
     return DynamoCapture(
         captured, parameters, inputs, {name: labels[i] for name, i in inputs.items()}, valid and valid.name,
-        positions and positions.name, (held[0].name, held[1]),
+        positions and positions.name, (held[0].name, held[1]), int(batch) if batch.is_Integer else None,
     )
 
 

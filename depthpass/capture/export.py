@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -22,9 +23,13 @@ __all__ = ["find_layers", "sharing_copy", "trace"]
 _SIZES = {"batch": 3, "tokens": 7}
 
 
-def sharing_copy(module: nn.Module) -> nn.Module:
-    """Deep copy of a module tree that keeps the very same Parameters and buffers."""
-    memo = {id(t): t for t in (*module.parameters(), *module.buffers())}
+def sharing_copy(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
+    """Deep copy of a module tree that keeps the very same Parameters and buffers.
+
+    Args:
+        shared: further objects that the copy keeps.
+    """
+    memo = {id(t): t for t in (*module.parameters(), *module.buffers(), *shared)}
     return copy.deepcopy(module, memo)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import functools
+import itertools
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import fx
@@ -108,6 +110,23 @@ class Capture:
     layers: str
     width: int
     out_spec: pytree.TreeSpec
+
+    @functools.cached_property
+    def tables(self) -> Part:
+        """The prologue without the embedding, ``-> outputs``: for callers that have embedded the tokens themselves."""
+        part, graph = self.prologue, fx.Graph()
+        graph.output(tuple(graph.graph_copy(part.graph.graph, {})[1:]))  # type: ignore[index]
+        # Nobody sees the embedding, so nothing has to be asserted of it.
+        for node in reversed(list(graph.nodes)):
+            if not node.users and node.op == "call_function":
+                graph.erase_node(node)
+        places = [n for n in graph.nodes if n.op == "placeholder"]
+        first = len(places) - len(part.params)
+        used = [bool(n.users) for n in places[first:]]
+        for node, kept in zip(places[first:], used):
+            if not kept:
+                graph.erase_node(node)
+        return replace(part, graph=fx.GraphModule(part.graph, graph), params=tuple(itertools.compress(part.params, used)))
 
     @property
     def templates(self) -> tuple[Template, ...]:

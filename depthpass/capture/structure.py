@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,17 +22,23 @@ _HOOKS = (
 )
 
 
-def structural_copy(model: nn.Module, leave: tuple[str, ...] = ()) -> nn.Module:
+def structural_copy(
+    model: nn.Module, leave: tuple[str, ...] = (), dtypes: Mapping[int, torch.dtype] | None = None,
+    device: torch.device | None = None,
+) -> nn.Module:
     """A copy that shares parameters and buffers where they are plain tensors, and stands in for them where they are not.
 
     Configs are copied, so are containers; functions and methods that belong to the old tree (a wrapper around a forward)
-    belong to the new one. Hooks and gradient checkpointing are left out, and so is the class that FSDP puts in front of a
-    module's own.
+    belong to the new one. Hooks and checkpoints (also torch's wrapper modules) are left out, and so are the class that FSDP
+    puts in front of a module's own and the forward that accelerate puts around it.
 
     Args:
         leave: attributes of the model that its copy does not get.
+        dtypes: of tensors that have another one when they are used, by their ids.
+        device: where the copy's tensors are; None = where they are now.
     """
     copier = _Copier()
+    copier.dtypes, copier.device = dtypes or {}, device
     copier.leave = (model, leave)
     return copier.module(model)
 
@@ -68,6 +74,8 @@ class _Copier:
         self.kept: list[Any] = []  # what is in `made`: an id must not be given to another object meanwhile
         self.leave: tuple[nn.Module | None, tuple[str, ...]] = (None, ())
         self.room: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self.dtypes: Mapping[int, torch.dtype] = {}
+        self.device: torch.device | None = None
 
     def keep(self, old: Any, new: Any) -> Any:
         self.made[id(old)] = new
@@ -79,9 +87,13 @@ class _Copier:
             return self.made[id(old)]
         if isinstance(old, torch.jit.ScriptModule):
             return self.keep(old, copy.deepcopy(old))
+        if (inner := old._modules.get("_checkpoint_wrapped_module")) is not None:
+            return self.keep(old, self.module(inner))
         new = self.keep(old, object.__new__(own_class(type(old))))
         left = self.leave[1] if old is self.leave[0] else ()
         table = {n: v for n, v in old.__dict__.items() if n not in left}
+        if "_hf_hook" in table:
+            _unhook(old, table)
         for name in _HOOKS:
             if name in table:
                 new.__dict__[name] = type(table[name])()
@@ -97,22 +109,28 @@ class _Copier:
 
     def parameter(self, old: Tensor | None) -> Tensor | None:
         # A functional call puts plain tensors in the place of parameters, which a trace refuses.
-        if old is None or (isinstance(old, nn.Parameter) and is_plain(old)):
+        if old is None or (isinstance(old, nn.Parameter) and self.fits(old)):
             return old
         if id(old) not in self.made:
             self.keep(old, nn.Parameter(self.stand_in(old), old.is_floating_point() or old.is_complex()))
         return self.made[id(old)]
 
     def tensor(self, old: Tensor) -> Tensor:
-        if is_plain(old):
+        if self.fits(old):
             return old
-        return self.made[id(old)] if id(old) in self.made else self.keep(old, self.stand_in(old))
+        if id(old) in self.made:
+            return self.made[id(old)]
+        # The values of a table may be asked for.
+        return self.keep(old, old.to(self.device) if is_plain(old) and not old.is_meta else self.stand_in(old))
+
+    def fits(self, old: Tensor) -> bool:
+        return is_plain(old) and (self.device is None or old.device == self.device)
 
     def stand_in(self, old: Tensor) -> Tensor:
         """A tensor of the same shape, dtype and device whose values nobody may read; all of them share one memory."""
-        key, size = (old.dtype, old.device), old.numel()
+        key, size = (self.dtypes.get(id(old), old.dtype), self.device or old.device), old.numel()
         if key not in self.room or self.room[key].numel() < size:
-            self.room[key] = torch.empty(size, dtype=old.dtype, device=old.device)
+            self.room[key] = torch.empty(size, dtype=key[0], device=key[1])
         return self.room[key][:size].detach().view(old.shape)
 
     def value(self, old: Any) -> Any:
@@ -183,6 +201,15 @@ class _Copier:
 
     def reaches(self, value: Any) -> bool:
         return isinstance(value, nn.Module) or (is_config(value) and id(value) in self.made)
+
+
+def _unhook(old: nn.Module, table: dict[str, Any]) -> None:
+    """Leave out of a module's table what accelerate has put around its forward."""
+    inner = table.pop("_old_forward", None)
+    del table["_hf_hook"]
+    table.pop("forward", None)
+    if inner is not None and getattr(inner, "__self__", None) is not old:
+        table["forward"] = inner
 
 
 _EMPTY = object()

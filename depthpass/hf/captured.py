@@ -24,7 +24,7 @@ def forget(runtime: Runtime, old: Capture) -> None:
     """Drop what is kept by a capture's identity, which another capture may get after it."""
     if any(c is old for c in runtime.captures.values()):
         return
-    for owner in (old.prologue, old.norm, old.head, *old.blocks):
+    for owner in (old.prologue, old.__dict__.get("tables"), old.norm, old.head, *old.blocks):
         runtime.bindings.pop(id(owner), None)
     for key in [k for k in runtime.tokens if k[0] == id(old)]:
         del runtime.tokens[key]

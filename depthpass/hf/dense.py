@@ -48,10 +48,28 @@ def validity_of(masks: Mapping[str, Any], config: Any, batch: int, past: int, ne
         if bool(differs.any()):
             raise InputError(
                 f"attention_mask: the mask that was made for {kind} layers is not causal over the row's real tokens (tokens of "
-                "an image that see each other, packed rows, prefixes); a token that sees later ones has no place in a token "
+                "an image that see each other, prefixes); a token that sees later ones has no place in a token "
                 "loop. Give text alone, or leave token_type_ids (mm_token_type_ids) out to let images be read causally."
             )
     return valid
+
+
+def made_of_packed_rows(masks: Mapping[str, Any], config: Any, starts: Tensor) -> bool:
+    """Whether every mask is causal, a window or chunks inside the sequences of packed rows, and nothing else.
+
+    Args:
+        masks, config: as for :func:`validity_of`.
+        starts: first token of every sequence, ``[batch, new]``.
+    """
+    new = starts.shape[1]
+    columns = torch.arange(new, device=starts.device).expand_as(starts)
+    place, number = columns - torch.where(starts, columns, 0).cummax(1).values, starts.cumsum(1)
+    inside = (number[:, :, None] == number[:, None]) & (columns[:, None] <= columns[:, :, None])
+    for kind, mask in masks.items():
+        seen = _seen(kind, mask, 0, new)
+        if seen is None or bool((seen != (inside & _near(kind, config, place[:, :, None], place[:, None]))).any()):
+            return False
+    return True
 
 
 def _seen(kind: str, mask: Any, past: int, new: int) -> Tensor | None:

@@ -24,9 +24,13 @@ from transformers import PreTrainedModel
 from depthpass.capture import Capture
 from depthpass.errors import InputError, SpecError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME
+from depthpass.hf.placement import needs_root
 
 DISABLED = "a transformed model runs its program itself: pass lowering='inductor' to dp.transform to have it compiled"
 """What Dynamo says where it has to compile a whole graph."""
+
+DECODER = "_depth_decoder"
+"""Argument of an outer model that only its decoder is wanted for, with the decoder's arguments: hooks of the model run."""
 
 
 @dataclass(eq=False)
@@ -125,6 +129,8 @@ class DepthDecoder:
     def _answer(self, arguments: dict[str, object]):
         frame = _frame.get()
         if frame is None or frame.decoder is not self:
+            if self.depth_model is not self and needs_root(self.depth_model):
+                return self.depth_model(**{DECODER: arguments})
             return self.depth_model._run_program(self, arguments, None)
         if frame.answer is not None:
             return frame.answer
@@ -253,3 +259,12 @@ def bind(cls: type, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     if caches := [c for c in held.values() if c is not None]:
         given[next((n for n in NAMES if n in call_names(cls)), STOCK_NAME)] = caches[0]
     return arguments | held, given
+
+
+def replaced(cls: type, args: tuple, kwargs: dict[str, Any], name: str, value: object) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of a call with another value for one of them, by position or by name as it was given."""
+    names = list(_named(cls).parameters)[1:]
+    at = names.index(name) if name in names else len(args)
+    if at < len(args):
+        return (*args[:at], value, *args[at + 1 :]), kwargs
+    return args, {**kwargs, name: value}

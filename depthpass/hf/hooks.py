@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from depthpass.errors import UnsupportedModelError
+from depthpass.hf.placement import is_placed, is_wrapper, own_forward, unwrapped
 
 _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_LIBRARIES = ("torch.", "accelerate.", "transformers.", "depthpass.")
@@ -26,9 +27,10 @@ def hook_tables(module: nn.Module) -> tuple[dict, ...]:
 def has_hooks(module: nn.Module) -> bool:
     """Whether calling a module runs more than its forward.
 
+    Torch's wrapper around it that checkpoints its activations counts; what accelerate puts around it to move tensors does not.
     What transformers and PEFT put on embeddings for reentrant checkpoints, which are refused, does not count.
     """
-    return is_controlled(module) or any(
+    return is_controlled(module) or is_wrapper(module) or any(
         not getattr(h, "__name__", "").startswith("make_inputs_require_grad")
         for table in hook_tables(module) for h in table.values()
     )
@@ -36,13 +38,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_controlled(module: nn.Module) -> bool:
     """Whether a tool's object stands in the place of a module's forward."""
-    forward = module.__dict__.get("forward")
+    if "_hf_hook" in module.__dict__ and not is_placed(module):
+        return True
+    forward = own_forward(module)
     return forward is not None and not isinstance(forward, types.FunctionType | types.MethodType | functools.partial)
 
 
 def is_wrapped(block: nn.Module) -> bool:
     """Whether something was put around the forward that a transform has given a block."""
-    forward = block.__dict__.get("forward")
+    forward = own_forward(unwrapped(block))
     return forward is not None and getattr(getattr(forward, "func", None), "__name__", "") != "block_forward"
 
 
@@ -99,7 +103,7 @@ def find_hooks(decoder: nn.Module, layers: nn.Module, depth: nn.Module | None) -
             within.add(module)
             if has_hooks(module):
                 check_rows_alike(module)
-                if module is not block:
+                if module is not block and not (is_wrapper(block) and module is unwrapped(block)):
                     inside.add(index)
                 if is_controlled(module) or not all(
                     _of_library(h) for table in hook_tables(module) for h in table.values()

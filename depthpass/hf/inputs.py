@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from depthpass.errors import CacheError, DepthpassError, InputError, did_you_mean
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
-from depthpass.hf.dense import validity_of
-from depthpass.hf.pads import pad_op
+from depthpass.hf.dense import made_of_packed_rows, validity_of
+from depthpass.hf.packing import WORDS, Packing, Rows, check_batched, find_packing
+from depthpass.hf.pads import IGNORED_LABEL, pad_op
 from depthpass.hf.table import table_size
 
 if TYPE_CHECKING:
@@ -39,7 +40,9 @@ class Call:
         cache_name: the argument that the cache was given as.
         hidden_states: whether the stream after every visit is handed out.
         labels: of the outer call; None = none.
-        prompt: real tokens of each row's prompt, ``[batch]`` or ``[1]``; None = not told. Only programs with pads ask.
+        prompt: real tokens of each row's prompt (of each segment's in packed rows), ``[batch]`` or ``[1]``; None = not told.
+            Only programs with pads ask.
+        packing: where the sequences of packed rows lie; None = every row is one sequence.
     """
 
     tensors: dict[str, Tensor]
@@ -52,6 +55,17 @@ class Call:
     hidden_states: bool = False
     labels: Tensor | None = None
     prompt: Tensor | None = None
+    packing: Packing | None = None
+
+    def of(self, rows: Rows) -> Call:
+        """Segments of a packed call as a call in which each is a row."""
+        tensors = {n: rows.take(t, 0 if n == "attention_mask" else None) for n, t in self.tensors.items()}
+        labels, prompt = self.labels, self.prompt
+        if labels is not None and labels.shape == self.tensors["attention_mask"].shape:
+            labels = rows.take(labels, IGNORED_LABEL)
+        if prompt is not None and len(prompt) > 1:
+            prompt = prompt[rows.segments]
+        return replace(self, tensors=tensors, valid=rows.valid, labels=labels, prompt=prompt, packing=None)
 
 
 def check_outer(model: nn.Module, names: tuple[str, ...], arguments: dict[str, object]) -> None:
@@ -68,7 +82,7 @@ def check_outer(model: nn.Module, names: tuple[str, ...], arguments: dict[str, o
     _prompt(model, given.pop("prompt_length", None))
     _refuse_flags(given, model.config)
     take_cache(given)
-    known = {*names, "num_items_in_batch", *NAMES, *_IGNORED}
+    known = {*names, "num_items_in_batch", *NAMES, *_IGNORED, *WORDS}
     _refuse_unknown(model, {n: v for n, v in given.items() if n not in known}, known)
     tokens = next((given[n] for n in _EMBEDS if isinstance(given.get(n), Tensor)), None)
     if tokens is None or tokens.dim() < 2:
@@ -114,6 +128,8 @@ def normalise(
     labels = None
     if frame is not None:
         prompt, labels = frame.arguments.get("prompt_length"), frame.arguments.get("labels")
+        # Outer classes that know no such keywords do not hand them on.
+        given = {n: frame.arguments[n] for n in WORDS if frame.arguments.get(n) is not None} | given
     _refuse_flags(given, config)
     source = [n for n in _EMBEDS if n in given]
     if len(source) != 1:
@@ -143,19 +159,24 @@ def normalise(
         if cache.state.length and cache.batch_size not in (-1, batch):
             raise CacheError(f"{cache_name}: holds {cache.batch_size} rows, the call has {batch}.")
     past = cache.state.tokens if cache is not None else 0
+    told = _told_positions(given, batch, new, device)
     mask = given.get("attention_mask")
     if isinstance(mask, Mapping):
-        mask = given["attention_mask"] = validity_of(mask, config, batch, past, new)
+        # Masks of packed rows are made where there is no 2-D mask.
+        rows = None if past or told is None else find_packing({}, told, None, False, (batch, new), device)
+        packed = rows is not None and made_of_packed_rows(mask, config, rows.starts)
+        mask = given["attention_mask"] = None if packed else validity_of(mask, config, batch, past, new)
     valid = _validity(mask, batch, past, new, device, cache)
-    positions = _positions(model, config, given, valid, batch, past, new, device)
+    packing = _packing(given, told, valid, past, (batch, new), device)
+    positions = _positions(model, config, told, packing, valid, batch, past, new, device)
     tensors: dict[str, Tensor] = {source[0]: tokens, "position_ids": positions}
     tensors["attention_mask"] = (
         torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
     )
     # What stock outer classes hand on to their decoder for the loss and for blocks says nothing here.
-    known = {*names, "num_items_in_batch", *NAMES, *_IGNORED}
+    known = {*names, "num_items_in_batch", *NAMES, *_IGNORED, *WORDS}
     for name, value in given.items():
-        if name in _IGNORED or name in tensors or name == "num_items_in_batch":
+        if name in _IGNORED or name in tensors or name in WORDS or name == "num_items_in_batch":
             continue
         if name not in known:
             _refuse_unknown(decoder, {name: value}, known)
@@ -166,13 +187,53 @@ def normalise(
     if "position_ids" not in names:
         tensors.pop("position_ids")
     use_cache = given.get("use_cache")
+    if packing is not None:
+        _refuse_cache(cache, cache_name, use_cache)
+        use_cache = False
     if use_cache is None:
         use_cache = cache is not None or (bool(getattr(config, "use_cache", False)) and not model.training)
     return_dict = given.get("return_dict", getattr(config, "return_dict", True))
     states = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
+    prompt = _prompt(model, prompt)
+    if packing is not None and prompt is not None and len(prompt) not in (1, len(packing.first)):
+        raise InputError(f"prompt_length: expected one number, or one for each of the {len(packing.first)} sequences in the "
+                         f"packed rows, got {len(prompt)}.")
     return Call(
-        tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, _prompt(model, prompt)
+        tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, prompt, packing
     )
+
+
+def _refuse_cache(cache: DepthCache | None, name: str, use_cache: object) -> None:
+    if cache is not None or use_cache:
+        raise InputError(
+            f"{name if cache is not None else 'use_cache'}: the rows of this call are packed (position_ids restart inside a row, "
+            "or cu_seq_lens or seq_idx say so), and a cache holds one sequence per row. Pass use_cache=False, or one sequence "
+            "in each row."
+        )
+
+
+def without_crossing(model: nn.Module, names: tuple[str, ...], arguments: dict[str, object]) -> Tensor | None:
+    """Labels of packed rows for a loss that shifts them: none at the start of a sequence, which no token predicts.
+
+    Args:
+        names: parameters of the stock forward.
+        arguments: what the caller gave, by name; checked by :func:`check_outer`.
+
+    Returns:
+        ``[batch, tokens]``, or None where the labels stand as they are.
+    """
+    labels = arguments.get("labels")
+    tokens = next((arguments[n] for n in _EMBEDS if isinstance(arguments.get(n), Tensor)), None)
+    if not isinstance(labels, Tensor) or tokens is None or "logits_to_keep" not in names:
+        return None
+    given = {n: v for n, v in arguments.items() if v is not None}
+    batch, new = tokens.shape[:2]
+    _, cache = take_cache(dict(given))
+    mask = given.get("attention_mask")
+    past = cache.state.tokens if isinstance(cache, DepthCache) else 0
+    valid = _validity(mask, batch, past, new, tokens.device, cache) if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    packing = _packing(given, _told_positions(given, batch, new, tokens.device), valid, past, (batch, new), tokens.device)
+    return None if packing is None else labels.masked_fill(packing.starts.to(labels.device), IGNORED_LABEL)
 
 
 def _prompt(model, value: object) -> Tensor | None:
@@ -267,30 +328,54 @@ def check_rows(valid: Tensor) -> None:
         raise InputError(f"attention_mask: row {empty[0]} is padding only; every row needs at least one real token.")
 
 
-def _positions(model, config, given, valid, batch: int, past: int, new: int, device: torch.device) -> Tensor:
+def _told_positions(given: Mapping[str, object], batch: int, new: int, device: torch.device) -> Tensor | None:
+    """``position_ids`` as given, for every row."""
     value = given.get("position_ids")
     if value is None:
-        if config.model_type == "opt" and valid is not None:
-            # OPT counts real tokens (its own embedding does so from the mask); all others count columns.
-            positions = (valid.long().cumsum(-1) * valid - 1)[:, past:]
-            _check_table(model, None, positions)
-            return positions
-        # A model with a table of positions depends on them itself, and numbers columns as the stock model does.
-        if valid is not None and model.depth_program.reads_positions and model._depth.position_table is None:
-            return (valid.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
-        _check_table(model, past + new - 1, None)
-        return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
+        return None
+    if not isinstance(value, Tensor):
+        raise InputError(f"position_ids: expected a tensor {(batch, new)}, got {type(value).__name__}.")
     if value.dim() == 1:
         value = value[None]
     if value.dim() != 2 or value.shape[1] != new or value.shape[0] not in (1, batch):
         raise InputError(f"position_ids: expected shape {(batch, new)} (new tokens only), got {tuple(value.shape)}.")
-    if given.get("attention_mask") is None and past == 0 and new > 1 and bool((value.diff(dim=-1) != 1).any()):
-        raise InputError(
-            "position_ids: restart inside a row (packed sequences) without an attention_mask; packed rows are not "
-            "supported. Put one sequence in each row."
-        )
-    _check_table(model, None, value)
-    return value.to(device).expand(batch, -1).contiguous()
+    return value.to(device).expand(batch, -1)
+
+
+def _packing(
+    given: Mapping[str, object], positions: Tensor | None, valid: Tensor | None, past: int, shape: tuple[int, int],
+    device: torch.device,
+) -> Packing | None:
+    """Where sequences start inside the rows of a call."""
+    gaps = given.get("attention_mask") is not None or past > 0
+    if positions is not None and torch._C._functorch.is_batchedtensor(positions):
+        check_batched(positions, gaps)
+        positions = None
+    real = None if valid is None else valid[:, past:]
+    if real is not None and (real.is_meta or torch._C._functorch.is_batchedtensor(real)):
+        return None
+    return find_packing({n: given[n] for n in WORDS if n in given}, positions, real, gaps, shape, device)
+
+
+def _positions(
+    model, config, told: Tensor | None, packing: Packing | None, valid, batch: int, past: int, new: int, device: torch.device
+) -> Tensor:
+    if told is not None:
+        _check_table(model, None, told)
+        return told.contiguous()
+    if packing is not None:
+        _check_table(model, None, packing.positions)
+        return packing.positions
+    if config.model_type == "opt" and valid is not None:
+        # OPT counts real tokens (its own embedding does so from the mask); all others count columns.
+        positions = (valid.long().cumsum(-1) * valid - 1)[:, past:]
+        _check_table(model, None, positions)
+        return positions
+    # A model with a table of positions depends on them itself, and numbers columns as the stock model does.
+    if valid is not None and model.depth_program.reads_positions and model._depth.position_table is None:
+        return (valid.long().cumsum(-1) - 1).clamp_min(0)[:, past:]
+    _check_table(model, past + new - 1, None)
+    return torch.arange(past, past + new, device=device)[None].expand(batch, -1).contiguous()
 
 
 def _check_table(model, last: int | None, positions: Tensor | None) -> None:

@@ -111,12 +111,11 @@ class Counter:
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
         if not module.training:
             return
-        given: Any = kwargs.get("input_ids", kwargs.get("inputs_embeds", args[0] if args else None))
-        for program, rows in self.model.depth_ran:
+        for program, rows, columns in self.model._depth.ran:
             # By identity: a program is made once per plan, and the ledger keeps it alive.
             if id(program) not in self.costs:
                 self.costs[id(program)] = program, cost(program, self.parts, trainable=self.trainable)
-            self.calls.append((id(program), rows, given.shape[1]))
+            self.calls.append((id(program), rows, columns))
 
     def close(self, step: int) -> Entry:
         """The entry of what was counted since the last one."""

@@ -54,7 +54,10 @@ def _install() -> None:
 
     @functools.wraps(stock)
     def get_interface(self, *args, **kwargs):
-        return stock(self, *args, **kwargs) if _asking.get() is None else _visit_attention
+        # Dynamo cannot read context variables, and never traces a live block.
+        if torch.compiler.is_compiling() or _asking.get() is None:
+            return stock(self, *args, **kwargs)
+        return _visit_attention
 
     AttentionInterface.get_interface = get_interface
 

@@ -29,14 +29,36 @@ from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
-from depthpass.hf.doors import DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, untraced
+from depthpass.hf.doors import DECODER, DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, replaced, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.hooks import is_controlled
-from depthpass.hf.inputs import Call, as_index, check_outer, check_rows, normalise, shapes_only, warn_frozen
+from depthpass.hf.inputs import (
+    Call,
+    as_index,
+    check_outer,
+    check_rows,
+    normalise,
+    shapes_only,
+    warn_frozen,
+    without_crossing,
+)
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
+from depthpass.hf.placement import (
+    check_devices,
+    copied,
+    full_state,
+    gather_new,
+    gathered_state,
+    home,
+    keep_streams_home,
+    resident,
+    set_forward,
+    sharded_dtypes,
+    unwrapped,
+)
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.prefixes import running
 from depthpass.hf.watch import Binding, Watch, watch
@@ -75,7 +97,7 @@ class Runtime:
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
-        ran: the programs of the last call with their numbers of rows, for ledgers; never read to decide what runs.
+        ran: the programs of the last call with their rows and columns, for ledgers; never read to decide what runs.
         lowered: how each serial region of the last call was run, likewise.
         said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
             see parts of rows.
@@ -93,7 +115,7 @@ class Runtime:
     bindings: dict[int, list[Binding]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
-    ran: tuple[tuple[Program, int], ...] = ()
+    ran: tuple[tuple[Program, int, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
     said_compiled: bool = False
     said_parts: bool = False
@@ -141,6 +163,18 @@ class BlockCall:
 
     @functools.partial(torch.compiler.disable, reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+        host = self.host
+        if not host.dispatched:
+            return self._run(layer, hidden)
+        live = self.visit.index in host.hooked.inside
+        with resident(m for m in layer.modules() if m is not layer and not live):
+            return self._run(layer, hidden)
+
+    def to(self, device, *args, **kwargs) -> BlockCall:
+        """The same call on another device, as accelerate moves what a module is called with."""
+        return BlockCall(self.block, self.visit, [s.to(device, *args, **kwargs) for s in self.sides], self.host)
+
+    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         host, visit = self.host, self.visit
         bound = host.tensors(self.block, layer)
         params = visit.adapt(self.block.template.params, bound)
@@ -149,6 +183,13 @@ class BlockCall:
         if visit.index in host.hooked.inside:
             return host.live.block(layer, visit, params, bound, hidden)
         return visit.run(self.block.template, hidden, self.sides, params, host.runner)
+
+
+# FSDP2 casts what a unit is called with to the unit's dtype.
+pytree.register_pytree_node(
+    BlockCall, lambda call: (list(call.sides), (call.block, call.visit, call.host)),
+    lambda sides, rest: BlockCall(rest[0], rest[1], sides, rest[2]),
+)
 
 
 def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
@@ -192,6 +233,10 @@ class StockHost:
         self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
         self.runner = _runner(model._depth.lowering)
+        self.dispatched = model._depth.watches[-1].dispatched
+        if self.dispatched:
+            self.home = home(model)
+            keep_streams_home(self.layers, depth_module(model))
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
@@ -207,11 +252,17 @@ class StockHost:
         return [read() for read in found]
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
-        params = self.tensors(part, self.decoder)
         extras = [self.extras[e] for e in part.extras]
         # Embedding and tables are one small op each: not worth compiling.
-        runner = direct if part is self.captured.prologue else self.runner
-        return runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
+        runner = self.runner if part is self.captured.norm or part is self.captured.head else direct
+        given = (*streams, *extras, *(inputs[i] for i in part.inputs))
+        if not self.dispatched:
+            return runner(part.graph)(visit, *given, *self.tensors(part, self.decoder))
+        names = (name.lstrip("/").rpartition(".")[0] for name in part.params if name not in part.constants)
+        owners = set(map(self.decoder.get_submodule, names))
+        with resident(owners):
+            params = [p.to(self.home) for p in self.tensors(part, self.decoder)]
+            return runner(part.graph)(visit, *(x.to(self.home) for x in given), *params)
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         call = BlockCall(self.captured.blocks[index], visit, sides, self)
@@ -263,6 +314,8 @@ class StockHost:
 
     def refuses_schedule(self, index: int) -> str | None:
         layer = self.layers[index]
+        if self.dispatched:
+            return "accelerate moves weights between devices (device_map, offload), which needs module calls"
         if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
             return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
         if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
@@ -278,6 +331,8 @@ class StockHost:
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
         from depthpass_lowering.attention import additive, sdpa_attention
 
+        if mask is not None and mask.device != q.device:  # the block is on another device than the streams
+            mask = mask.to(q.device)
         if self.style == "sdpa":
             if site.softcap is not None or sinks is not None:
                 raise LoweringError("sdpa attention has no softcap and no sinks; load the model with "
@@ -404,8 +459,15 @@ class DepthModel:
 
     @property
     def depth_ran(self) -> tuple[tuple[Program, int], ...]:
-        """The programs that the last call ran, with their numbers of rows: counts that are drawn or follow n show here."""
-        return self._depth.ran
+        """The programs that the last call ran, with their numbers of rows: counts that are drawn or follow n show here.
+
+        Each sequence of packed rows counts as a row.
+        """
+        rows: Counter[int] = Counter()
+        programs = {id(p): p for p, _, _ in self._depth.ran}
+        for program, count, _ in self._depth.ran:
+            rows[id(program)] += count
+        return tuple((programs[key], count) for key, count in rows.items())
 
     @property
     def depth_lowered(self) -> tuple[Lowered, ...]:
@@ -421,6 +483,8 @@ class DepthModel:
 
     def _call_stock(self, args: tuple, kwargs: dict[str, object], prompt_length):
         """A call of the outer class: stock code around its decoder, where the program runs."""
+        if DECODER in kwargs:
+            return self._run_program(self.get_submodule(self._depth.decoder), kwargs[DECODER], None)
         stock = type(self)._stock_class
         arguments, given = bind(stock, self, args, kwargs)
         if prompt_length is not None:
@@ -433,8 +497,12 @@ class DepthModel:
         # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
         forward = _compiled_stock(stock) if compiled else stock.forward
+        if (labels := without_crossing(self, call_names(stock), arguments)) is not None:
+            args, given = replaced(stock, args, given, "labels", labels)
         with inside(Frame(decoder, self, arguments, name)) as frame:
             output = forward(self, *args, **given)
+        if labels is not None:
+            frame.arguments = {**arguments, "labels": labels}
         if frame.left is None:
             raise UnsupportedModelError(
                 f"the forward of {type(self).__name__} does not call {self._depth.decoder} ({type(decoder).__name__}), which "
@@ -523,14 +591,17 @@ class DepthModel:
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
-        with shapes_only(call.tensors["attention_mask"]):
-            parts, streams, state = (
-                (None if call.hidden_states else advance_token(self, plan, captured, call, state))
-                or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
-            )
-        runtime.lowered = tuple(lowered)
-        batch = next(iter(call.tensors.values())).shape[0]
-        runtime.ran = tuple((p.program, batch if rows is None else len(rows)) for p, rows in groups)
+        if call.packing is not None:
+            parts, streams, runs = self._advance_packed(groups, captured, call, sweeping, gathered, lowered)
+        else:
+            with shapes_only(call.tensors["attention_mask"]):
+                parts, streams, state = (
+                    (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                    or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
+                )
+            rows, columns = call.tensors["attention_mask"].shape
+            runs = [(p.program, rows if some is None else len(some), columns) for p, some in groups]
+        runtime.lowered, runtime.ran = tuple(lowered), tuple(runs)
         output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.hidden_states:
             output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -565,19 +636,12 @@ class DepthModel:
 
         runtime, plan = self._depth, groups[0][0]
         host = StockHost(self, captured, ())
+        gather_new(depth_module(self))
+        if host.dispatched:
+            check_devices(host.layers, plan.program)
         # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
-        tokens = inner.tensors["input_ids" if "input_ids" in inner.tensors else "inputs_embeds"]
-        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
-        with without_autocast(tokens.device):
-            hidden, *sides = host.part(
-                captured.prologue, inner.tensors, visit=_Prologue(inner.past, tokens.shape[1])
-            )
-            if host.hooked.live:
-                layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
-                host.live = Live(host.decoder, layers, captured, host.hooked, inner.tensors, inner.past, inner.cache)
-                hidden = host.live.hidden
-        host.extras = sides
+        hidden, sides = self._embedded(host, inner)
         host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
             streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
@@ -592,10 +656,81 @@ class DepthModel:
         if layout is not None:
             streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
         elif state.pads is not None:
-            state.pads = nn.functional.pad(state.pads, (0, tokens.shape[1]))
+            state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
         if host.losses is not None:
             gathered.append((host.losses, host.extra_loss))
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
+
+    def _embedded(self, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
+        """The embedded tokens of a call and the tables beside them; the host gets what it needs to run blocks."""
+        runtime, captured = self._depth, host.captured
+        tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
+        # Stock rotary embeddings switch autocast off. A capture is made without autocast and cannot tell.
+        with without_autocast(tokens.device):
+            visit = _Prologue(call.past, tokens.shape[1])
+            if host.hooked.live:
+                layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
+                host.live = Live(host.decoder, layers, captured, host.hooked, call.tensors, call.past, call.cache)
+                # The embedding has run as a module; its weights may be nowhere now.
+                hidden, sides = host.live.hidden, host.part(captured.tables, call.tensors, visit=visit)
+            else:
+                hidden, *sides = host.part(captured.prologue, call.tensors, visit=visit)
+        host.extras = sides
+        return hidden, sides
+
+    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: list[Lowered]):
+        """The outputs of packed rows: every sequence in them is run as a row.
+
+        Args:
+            groups: plans with the sequences that run them, by number.
+
+        Returns:
+            the decoder's flat outputs; all streams by name; the programs that ran with their rows and columns.
+        """
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.losses import Pool
+        from depthpass_lowering.state import State
+
+        whole, packing, pool = StockHost(self, captured, ()), call.packing, Pool()
+        gather_new(depth_module(self))
+        if whole.dispatched:
+            for plan, _ in groups:
+                check_devices(whole.layers, plan.program)
+        asked = any(plan.program.losses for plan, _ in groups) and (self.training or call.labels is not None)
+        whole.losses = {} if asked else None
+        # Modules with hooks (FSDP's among them) are called as often for packed rows as for others.
+        together = bool(whole.hooked.live) or any(
+            whole.refuses_schedule(i) is not None for i in {o["index"] for plan, _ in groups for o in plan.program.visits}
+        )
+        parts, runs = [], []
+        for plan, segments in groups:
+            # Chunks of token loops are compiled once per number of rows.
+            compiled = self._depth.lowering in ("inductor", "cudagraph") and bool(plan.schedule.serial_regions)
+            for rows in packing.rows(segments, together, powers=compiled):
+                host = StockHost(self, captured, ())
+                host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
+                inner, layout = insert(self, plan.program, call.of(rows))
+                hidden, sides = self._embedded(host, inner)
+                streams, _ = run(
+                    plan.schedule, host, hidden, sides, captured.side_axes, State(), inner.valid, False, plan.types,
+                    self._depth.lowering, sweeping, lowered,
+                )
+                if call.hidden_states:
+                    streams[EMBEDDED] = hidden
+                if layout is not None:
+                    streams = {name: layout.trim(x) for name, x in streams.items()}
+                parts.append((rows, streams))
+                runs.append((plan.program, *rows.source.shape))
+        pool.move()
+        if pool.sums:
+            whole.losses, whole.extra_loss = pool.values()
+        warn_parts(self, whole.counts)
+        if whole.losses is not None:
+            gathered.append((whole.losses, whole.extra_loss))
+        streams = {name: packing.join([(rows, found[name]) for rows, found in parts]) for name in parts[0][1]}
+        if captured.head.extras:
+            self._embedded(whole, call)
+        return list(whole.part(captured.head, call.tensors, streams["output"])), streams, runs
 
     def _by_rows(
         self, groups, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
@@ -646,8 +781,9 @@ class DepthModel:
         return watch(self._depth.watches, self, self._depth.decoder, self._depth.layers)
 
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
-        with quiet(self.device):
-            stock = stock_decoder(self)
+        moved = home(self) if self._depth.watches[-1].dispatched else None
+        with quiet(moved or self.device):
+            stock = stock_decoder(self, moved)
             static = {"use_cache": False} if "use_cache" in names else {}
             # Heads without the argument ask the config. The copy's config is its own.
             for config in (stock.config, stock.config.get_text_config(decoder=True)):
@@ -738,6 +874,7 @@ class DepthModel:
     def save_pretrained(self, save_directory, is_main_process: bool = True, *args, stock: bool = False, **kwargs):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
 
+        Weights that are spread over processes (FSDP2) are gathered, so every process has to call this; the first one writes.
         A save that fails leaves the files of an earlier one as they were. ``dp.from_pretrained`` loads the files, and so do
         the Auto classes of transformers where depthpass is imported; where it is not, they stop with an error that says so.
 
@@ -755,9 +892,12 @@ class DepthModel:
         if kwargs.get("safe_serialization") is False:
             raise InputError("safe_serialization: expected True, got False; a transformed model is saved as safetensors "
                              "only. Leave the argument out.")
+        state, args = (args[0], (None, *args[1:])) if args else (kwargs.pop("state_dict", None), args)
+        if state is None and not kwargs.get("distributed_checkpoint"):
+            state, is_main_process = self._whole_state(is_main_process)
         if stock:
-            state, args = (args[0], (None, *args[1:])) if args else (kwargs.pop("state_dict", None), args)
             state = with_notice(self.state_dict() if state is None else state)
+        if state is not None:
             args, kwargs = ((state, *args[1:]), kwargs) if args else (args, {**kwargs, "state_dict": state})
         with configured(self, stock):
             if not is_main_process or kwargs.get("distributed_checkpoint"):
@@ -766,6 +906,13 @@ class DepthModel:
                 if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
                     kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
                 super().save_pretrained(folder, is_main_process, *args, **kwargs)
+
+    def _whole_state(self, is_main_process: bool) -> tuple[Mapping[str, Tensor] | None, bool]:
+        """The weights to save where the model does not have them all at hand, and whether this process writes them."""
+        state = gathered_state(self)
+        if state is not None:
+            return state, is_main_process and torch.distributed.get_rank() == 0
+        return (full_state(self) if any(p.is_meta for p in self.parameters()) else None), is_main_process
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)
@@ -871,38 +1018,40 @@ def drop_wrapped_forward(model: nn.Module) -> None:
 
 def stock_copy(model: nn.Module) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
-    from depthpass.capture.export import sharing_copy
-
-    copied = sharing_copy(model)
-    copied.__class__ = type(model)._stock_class
-    drop_wrapped_forward(copied)
-    for layer in copied.get_submodule(model._depth.layers):
-        layer.__dict__.pop("forward", None)
-    decoder = copied.get_submodule(model._depth.decoder)
-    # A wrapper that was put around a forward calls the transformed model.
-    for module in (copied, decoder):
-        module.__dict__.pop("forward", None)
+    made = copied(model)
+    made.__class__ = type(model)._stock_class
+    drop_wrapped_forward(made)
+    decoder = made.get_submodule(model._depth.decoder)
     if isinstance(decoder, DepthDecoder):
         decoder.__class__ = type(decoder)._stock_class
         del decoder._depth_door
-    del copied._depth
-    del copied.depth
-    unmark(copied.config)
-    if hasattr(copied.config, "depthpass"):
-        del copied.config.depthpass
-    return copied
+    # A wrapper that was put around a forward calls the transformed model.
+    for module in (made, decoder, *map(unwrapped, made.get_submodule(model._depth.layers))):
+        set_forward(module, None)
+    del made._depth
+    del made.depth
+    unmark(made.config)
+    if hasattr(made.config, "depthpass"):
+        del made.config.depthpass
+    return made
 
 
-def stock_decoder(model: nn.Module) -> nn.Module:
-    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`)."""
+def stock_decoder(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`).
+
+    Args:
+        device: where its tensors are; None = where they are now.
+    """
     path, layers = model._depth.decoder, model._depth.layers
-    copied = structural_copy(model.get_submodule(path), leave=("_depth", "_depth_door"))
-    copied.__class__ = type(copied)._stock_class
-    copied._modules.pop(PREFIX, None)
+    made = structural_copy(
+        model.get_submodule(path), leave=("_depth", "_depth_door"), dtypes=sharded_dtypes(model.modules()), device=device
+    )
+    made.__class__ = type(made)._stock_class
+    made._modules.pop(PREFIX, None)
     # What was put around these forwards runs at each call.
-    for module in (copied, *copied.get_submodule(layers[len(path) + 1 if path else 0 :])):
+    for module in (made, *made.get_submodule(layers[len(path) + 1 if path else 0 :])):
         module.__dict__.pop("forward", None)
-    for module in copied.modules():
+    for module in made.modules():
         if is_controlled(module):
             del module.forward
-    return copied
+    return made

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from depthpass.errors import SpecError, UnsupportedModelError
+from depthpass.hf.placement import unwrapped
 from depthpass.ir.program import Program
 from depthpass.ir.verify import TIME_WIDTH, infer, parameters
 
@@ -108,6 +109,9 @@ class LowRank(nn.Module):
         weight: the stock matrix, whatever its layout (``[out, in]``, or ``[in, out]`` in GPT-2).
     """
 
+    low_rank = True
+    """How a visit knows it, in whatever it is wrapped."""
+
     def __init__(self, weight: torch.Tensor, rank: int, like: torch.Tensor):
         super().__init__()
         self.a = nn.Parameter(like.new_empty(rank, weight.shape[1]))
@@ -115,7 +119,7 @@ class LowRank(nn.Module):
         if not self.a.is_meta:
             nn.init.normal_(self.a, 0.0, 0.02)
 
-    def delta(self) -> torch.Tensor:
+    def forward(self) -> torch.Tensor:
         """The update, of the stock matrix's shape."""
         return self.b @ self.a
 
@@ -268,7 +272,7 @@ def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Module]
     """The linear maps of a model's block."""
     from depthpass.capture.export import find_layers
 
-    found = [] if model is None else linear_maps(model.get_submodule(find_layers(model))[index])
+    found = [] if model is None else linear_maps(unwrapped(model.get_submodule(find_layers(model))[index]))
     if not found:
         raise UnsupportedModelError(
             f"per-visit LoRA: block {index} of {type(model).__name__} has no linear maps to update. Leave lora_rank out."

@@ -162,6 +162,8 @@ class Plans:
     def running(self, model: nn.Module, call: Call) -> list[tuple[Plan, torch.Tensor | None]]:
         """What a call runs: one plan for all rows, or one for each group of rows (by index) of equal loop counts.
 
+        The sequences of packed rows count as rows.
+
         A count that is drawn is drawn once per call, for all rows.
         """
         now = self.current
@@ -172,7 +174,10 @@ class Plans:
             return [(self.of(model, drawn, now.chunk), None)]
         tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
         columns = call.past + tokens.shape[1]
-        counts = [columns] * len(tokens) if call.valid is None else call.valid.sum(-1).tolist()
+        if call.packing is not None:
+            counts = call.packing.tokens
+        else:
+            counts = [columns] * len(tokens) if call.valid is None else call.valid.sum(-1).tolist()
         groups: dict[Plan, list[int]] = {}
         for row, n in enumerate(counts):
             passes = [p.settled(tokens=n) for p in drawn]

@@ -22,7 +22,6 @@ from depthpass.hf.damage import find_damage, holding
 from depthpass.hf.files import interrupted, recover
 from depthpass.hf.model import PREFIX, depth_class
 from depthpass.hf.plans import sizes
-from depthpass.hf.transform import check_one_device
 from depthpass.hf.weights import retire
 from depthpass.limits import shown
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
@@ -50,7 +49,6 @@ def from_pretrained(path: str | os.PathLike, *, model_class: type | None = None,
         SpecError: not a depthpass checkpoint, or its weights under ``depth.`` are not those of its spec.
         CheckpointError: the files are damaged.
         InputError: ``use_safetensors=False`` was asked for.
-        UnsupportedModelError: ``device_map`` spreads the model over several devices.
     """
     check_safetensors(kwargs)
     settings = _settings(path, kwargs)
@@ -129,7 +127,6 @@ def load(cls: type, path: str | os.PathLike, args: tuple, kwargs: dict[str, Any]
     whole = cls._stock_class.__name__ in _names(settings) and settings.get("quantization_config") is None
     _check_keys(info, folder, where, model.base_model_prefix, whole=whole, lenient=lenient)
     retire(model.get_submodule(model._depth.layers), model.depth_program, frozen=True)
-    check_one_device(model)
     return (model, info) if wanted else model
 
 

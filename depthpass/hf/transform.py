@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from depthpass.capture.attention import attention_style
-from depthpass.capture.export import find_layers, sharing_copy
+from depthpass.capture.export import find_layers
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.auto import mark
 from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
@@ -26,6 +26,7 @@ from depthpass.hf.model import (
 )
 from depthpass.hf.pads import pad_op, pad_token
 from depthpass.hf.parameters import build
+from depthpass.hf.placement import copied, home, is_dispatched, own_forward, set_forward, unwrapped
 from depthpass.hf.plans import Plans, plan
 from depthpass.hf.table import position_table
 from depthpass.hf.watch import drop_capturing_hooks
@@ -84,7 +85,7 @@ def transform(
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
     runtime.lowering, runtime.fixed_point = check_rung(lowering), policy
-    whole = sharing_copy(model)
+    whole = copied(model)
     made = _inner(whole)
     made.__class__ = depth_class(type(inner))
     drop_wrapped_forward(made)
@@ -106,15 +107,15 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
     attention_style(model)
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
-    check_one_device(model)
     layers = find_layers(model)
     check_distinct(model, layers)
     decoder = decoder_path(model, layers)
     for module in (model, model.get_submodule(decoder), *model.get_submodule(layers)):
-        if "forward" in module.__dict__ and "_original_forward" not in module.__dict__:
+        module = unwrapped(module)
+        if own_forward(module) is not None and "_original_forward" not in module.__dict__:
             raise UnsupportedModelError(
                 f"this {type(module).__name__} has a forward of its own that its class does not know (patched by another "
-                "library, or by an accelerate hook); a transformed model would not run it. Undo the patch first."
+                "library); a transformed model would not run it. Undo the patch first."
             )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
@@ -124,16 +125,6 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
         pad_token(pads, model.config)
     check_weights(model.get_submodule(layers), made.program)
     return Runtime(Plans(made), layers, decoder, position_table(model.get_submodule(decoder)))
-
-
-def check_one_device(model: nn.Module) -> None:
-    """Raise UnsupportedModelError for a model whose device map names several devices."""
-    # Its hooks move what a block is called with, but neither a block's tables nor its keys and values.
-    if len(devices := {str(d) for d in getattr(model, "hf_device_map", {}).values()}) > 1:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} is spread over {', '.join(sorted(devices))} by its device_map; a transformed model "
-            "runs on one device. Load it with device_map={'': device}."
-        )
 
 
 def check_distinct(model: nn.Module, layers: str) -> None:
@@ -153,7 +144,11 @@ def check_distinct(model: nn.Module, layers: str) -> None:
 
 def install(model: nn.Module, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
-    model.add_module(PREFIX, build(runtime.plan.largest, next(model.parameters()), model))
+    like = next(model.parameters())
+    if is_dispatched(model):
+        # Beside the streams, whatever is offloaded; on a model that is dispatched later they go where its map says.
+        like = torch.empty(0, dtype=like.dtype, device=home(model))
+    model.add_module(PREFIX, build(runtime.plan.largest, like, model))
     model.depth.train(model.training)
     model._depth = runtime
     drop_capturing_hooks(model)
@@ -161,9 +156,12 @@ def install(model: nn.Module, runtime: Runtime) -> None:
     if decoder is not model:
         decoder.__class__ = decoder_class(type(decoder))
         decoder._depth_door = Door(model)
-    for layer in model.get_submodule(runtime.layers):
+    for module in (model, decoder):
+        if "_hf_hook" in module.__dict__:
+            set_forward(module, None)
+    for layer in map(unwrapped, model.get_submodule(runtime.layers)):
         # Not a bound method: pickle would look it up by name on the layer.
-        layer.forward = functools.partial(block_forward, layer)
+        set_forward(layer, functools.partial(block_forward, layer))
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -180,7 +178,7 @@ def restore(model: nn.Module) -> nn.Module:
         raise SpecError(f"restore: expected a transformed model, got a stock {type(inner).__name__}.")
     if inner is model:
         return _revived(stock_copy(inner), inner)
-    whole = sharing_copy(model)
+    whole = copied(model)
     stock = _inner(whole)
     _replace(whole, stock, _revived(stock_copy(stock), inner))
     return whole

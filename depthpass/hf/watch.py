@@ -16,6 +16,7 @@ from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.code import class_items, globals_read, mentions, own_bases
 from depthpass.hf.hooks import find_hooks, hook_tables
+from depthpass.hf.placement import is_dispatched, is_reentrant, sharded_dtypes, unwrapped
 
 KEPT = 4
 """Watches that a model remembers: training and evaluation take turns."""
@@ -82,6 +83,7 @@ class Watch:
             part in it.
         found: submodules looked up by (identity of their root, path).
         live: where hooks are.
+        dispatched: whether accelerate moves tensors of the model between devices.
     """
 
     def __init__(self, model: nn.Module, decoder: str, layers: str):
@@ -112,8 +114,10 @@ class Watch:
         self.world = [t for t in global_hook_tables()]
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
+        self.dtypes = sharded_dtypes(self.modules)
         self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, model.get_submodule(layers))}))
         self.found: dict[tuple[int, str], nn.Module] = {}
+        self.dispatched = is_dispatched(model)
         self.live = find_hooks(captured[0], model.get_submodule(layers), getattr(model, "depth", None))
 
     def _table(self, table: object, seen: set[int], deep: bool = True) -> None:
@@ -175,7 +179,10 @@ class Watch:
             tuple((Same(m), own_class(type(m)), tuple(m._modules), tuple(
                 (n, _frozen(v, met)) for n, v in m.__dict__.items() if counts(n, m)
             )) for m in modules),
-            tuple(tuple((n, _form(t)) for n, t in table.items()) for m in modules for table in (m._parameters, m._buffers)),
+            tuple(
+                tuple((n, _form(t), self.dtypes.get(id(t))) for n, t in table.items())
+                for m in modules for table in (m._parameters, m._buffers)
+            ),
             tuple(
                 (base, tuple((n, Same(v)) for n, v in class_items(base).items()))
                 for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
@@ -238,6 +245,7 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
                 watches.append(known)
             return known
     check_hooks()
+    check_checkpoints(model)
     made = Watch(model, decoder, layers)
     watches[:] = [*watches[1 - KEPT :], made]
     return made
@@ -256,6 +264,20 @@ def check_hooks() -> None:
                 f"{getattr(hook, '__qualname__', repr(hook))} is a hook of all modules (torch.nn.modules.module."
                 "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
                 "captured graphs. Remove it, or register hooks on the modules themselves."
+            )
+
+
+def check_checkpoints(model: nn.Module) -> None:
+    """Refuse reentrant wrappers for activation checkpoints.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if is_reentrant(module):
+            raise UnsupportedModelError(
+                f"{name}: checkpoint_impl=CheckpointImpl.REENTRANT would lose the gradient through keys, values and delays, "
+                "which leave a block besides its output. Use CheckpointImpl.NO_REENTRANT, the default of checkpoint_wrapper."
             )
 
 
@@ -289,8 +311,9 @@ class Binding:
 
     def __init__(self, root: nn.Module, path: str):
         *parents, self.name = path.split(".")
+        root = unwrapped(root)
         for part in parents:
-            root = getattr(root, part)
+            root = unwrapped(getattr(root, part))
         self.table = root._parameters if self.name in root._parameters else root._buffers
         if self.name not in self.table:
             raise AttributeError(f"{type(root).__name__} has no parameter or buffer {self.name!r}.")

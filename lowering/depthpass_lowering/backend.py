@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +19,10 @@ from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import SpecLike, load_spec, spec_hash
 from depthpass_lowering.dynamo_models import holds_no_model, model_of, scoring_parameters
 from depthpass_lowering.dynamo_sizes import restart_with_symbolic_sizes
+
+if TYPE_CHECKING:
+    from depthpass.hf.packing import Packing, Rows
+    from depthpass_lowering.graph_host import Columns, GraphHost
 
 NAME = "depthpass"
 
@@ -119,12 +123,6 @@ class _Compiled:
         self.runners: dict[fx.GraphModule, Callable] = {}
 
     def __call__(self, *args):
-        from depthpass.hf.attach import depth_of
-        from depthpass_lowering.eager import run
-        from depthpass_lowering.graph_host import Columns, GraphHost
-        from depthpass_lowering.ladder import AUTO_INDUCTOR
-        from depthpass_lowering.state import State
-
         c = self.captured
         if getattr(self.owner(), "depth", None) is not self.attached:
             raise LoweringError(
@@ -132,21 +130,79 @@ class _Compiled:
                 "torch.compiler.reset(), so that the next call compiles anew."
             )
         inputs = {name: args[i] for name, i in c.inputs.items()}
+        parameters = {n: args[i] for n, i in c.parameters.items()}
         valid = self._validity(inputs)
-        name, dim = c.tokens
-        runner = None if self.inner == "eager" else self._runner
+        host = self._host(parameters)
+        if (packing := self._packing(inputs)) is None:
+            return host.part(c.capture.head, inputs, self._run(host, inputs, valid))
+        parts = []
+        for rows in packing.rows(None) if c.rows is None else packing.fixed_rows(c.rows):
+            parts.append((rows, self._run(self._host(parameters), self._rows_of(inputs, rows, packing), rows.valid)))
+        if c.capture.head.extras:
+            _, *host.extras = host.part(c.capture.prologue, inputs, visit=self._columns(inputs))
+        return host.part(c.capture.head, inputs, packing.join(parts))
+
+    def _host(self, parameters: Mapping[str, Tensor]) -> GraphHost:
+        from depthpass.hf.attach import depth_of
+        from depthpass_lowering.graph_host import GraphHost
+
         # Token loops: by hand, with their chunks compiled, or op by op where another compiler runs the blocks.
-        host = GraphHost(
-            c.capture, {n: args[i] for n, i in c.parameters.items()}, depth_of(self.depth), runner,
+        return GraphHost(
+            self.captured.capture, parameters, depth_of(self.depth), None if self.inner == "eager" else self._runner,
             scheduled=self.inner in ("eager", "inductor"),
         )
-        hidden, *sides = host.part(c.capture.prologue, inputs, visit=Columns(inputs[name].shape[dim]))
+
+    def _columns(self, inputs: Mapping[str, Tensor]) -> Columns:
+        from depthpass_lowering.graph_host import Columns
+
+        name, dim = self.captured.tokens
+        return Columns(inputs[name].shape[dim])
+
+    def _run(self, host: GraphHost, inputs: Mapping[str, Tensor], valid: Tensor | None) -> Tensor:
+        """The program's stream of rows that are one sequence each."""
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.ladder import AUTO_INDUCTOR
+        from depthpass_lowering.state import State
+
+        c = self.captured.capture
+        hidden, *sides = host.part(c.prologue, inputs, visit=self._columns(inputs))
         host.extras = sides
         streams, _ = run(
-            self.plan, host, hidden, sides, c.capture.side_axes, State(), valid, keep=False, types=self.types,
+            self.plan, host, hidden, sides, c.side_axes, State(), valid, keep=False, types=self.types,
             lowering=AUTO_INDUCTOR if self.inner == "inductor" else "auto",
         )
-        return host.part(c.capture.head, inputs, streams["output"])
+        return streams["output"]
+
+    def _packing(self, inputs: Mapping[str, Tensor]) -> Packing | None:
+        """Where sequences start inside the rows: as the graph's own masks have it."""
+        c = self.captured
+        if c.positions is None or not bool((inputs[c.positions].diff(dim=-1) != 1).any()):
+            return None
+        from depthpass.hf.packing import find_packing
+
+        positions = inputs[c.positions]
+        count = positions.shape[-1]
+        batch = max(t.shape[0] for t in inputs.values() if t.dim() > 1 and t.shape[1] == count)
+        return find_packing({}, positions.expand(batch, -1), None, False, (batch, count), positions.device)
+
+    def _rows_of(self, inputs: Mapping[str, Tensor], rows: Rows, packing: Packing) -> dict[str, Tensor]:
+        """What the prologue reads, for some segments as rows.
+
+        Raises:
+            InputError: an input runs over the tokens in a way that cannot be cut into sequences.
+        """
+        c, (batch, count) = self.captured, packing.starts.shape
+        found = {}
+        for name in dict.fromkeys((*c.capture.prologue.inputs, c.tokens[0])):
+            x = inputs[name]
+            if x.dim() > 1 and x.shape[1] == count and x.shape[0] in (1, batch):
+                found[name] = rows.take(x.expand(batch, *x.shape[1:]))
+            elif count in x.shape:
+                raise InputError(f"{c.labels[name]}: expected shape {(batch, count)} in a call with packed rows ("
+                                 f"{c.labels[c.positions]} restarts), got {tuple(x.shape)}. Put one sequence in each row.")
+            else:
+                found[name] = x
+        return found
 
     def _runner(self, gm: fx.GraphModule) -> Callable:
         if gm not in self.runners:
@@ -158,11 +214,6 @@ class _Compiled:
     def _validity(self, inputs: Mapping[str, Tensor]) -> Tensor | None:
         """Which tokens are real, ``[batch, tokens]``; None when all are."""
         c = self.captured
-        if c.positions is not None and bool((inputs[c.positions].diff(dim=-1) != 1).any()):
-            raise InputError(
-                f"{c.labels[c.positions]}: restarts inside a row (packed sequences) without an attention_mask; packed rows "
-                "are not supported. Put one sequence in each row."
-            )
         if c.valid is None:
             return None
         valid = inputs[c.valid].bool()

@@ -167,7 +167,7 @@ class RunningVisit:
         return modulated(template, self.index)
 
     def modulate(self, place: str, x: Tensor) -> Tensor:
-        return x * self.factors[place].to(x.dtype)
+        return x * self.factors[place].to(x)
 
     def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
         """The tensors a block is bound to, with this visit's own low-rank updates added."""
@@ -177,7 +177,7 @@ class RunningVisit:
         place = {name.replace(".base_layer.", "."): i for i, name in enumerate(names)}
         adapted = list(tensors)
         for path, update in self.host.module(self.op["lora"]).named_modules():
-            if not hasattr(update, "delta"):
+            if not hasattr(update, "low_rank"):
                 continue
             i = place.get(f"{path}.weight")
             if i is None:
@@ -185,7 +185,7 @@ class RunningVisit:
                     f"per-visit LoRA {self.op['lora']!r}: {path} of block {self.index} is not read by its graph (it "
                     "belongs to an experts layer, which runs as a whole). Leave lora_rank out for this model."
                 )
-            adapted[i] = adapted[i] + update.delta()
+            adapted[i] = adapted[i] + update().to(adapted[i].device)
         return adapted
 
     def columns(self, device: torch.device) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 import zoo
 from depthpass_lowering.backend import depthpass_backend
 from depthpass_lowering.compiled import _COMPILED
+from transformers.modeling_outputs import CausalLMOutput
 
 import depthpass as dp
 
@@ -118,8 +119,50 @@ def test_code_around_the_model_and_explicit_positions():
         torch._dynamo.maybe_mark_dynamic(tensor, [0, 1])
     got, want = step(model, ids, positions), turbo(input_ids=ids, position_ids=positions).logits.pow(2).mean()
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
-    with pytest.raises(dp.InputError, match=r"positions: restarts inside a row"):
-        step(model, ids, positions % 7)
+    # Positions that restart are packed rows, in the same graph.
+    again = positions % 7
+    torch._dynamo.maybe_mark_dynamic(again, [0, 1])
+    torch.testing.assert_close(
+        step(model, ids, again), turbo(input_ids=ids, position_ids=again).logits.pow(2).mean(), rtol=1e-12, atol=1e-12
+    )
+
+
+def test_after_a_block_has_run_as_a_module():
+    """A transformed model with hooks inside a block, earlier in the process, leaves other models' graphs whole."""
+    model, turbo = pair("llama")
+    batch = inputs([8, 6])
+    with (
+        turbo.model.layers[1].mlp.register_forward_hook(lambda m, a, o: None),
+        pytest.warns(UserWarning, match="hooks on or in block 1"),
+    ):
+        turbo(**batch)
+    assert_equal(model, turbo, torch.compile(model, backend=depthpass_backend, fullgraph=True), batch, rtol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize(("name", "rows"), [("llama", 1), ("gemma3_text", 2)])
+def test_packed_rows(name, rows):
+    """Each sequence is a row of its own, outputs and every gradient; a graph of one row runs them one by one."""
+    model, turbo = pair(name)
+    compiled = torch.compile(model, backend=depthpass_backend)
+    for lengths in ([5, 1, 9, 2], [3, 8, 3, 3]):
+        ids = zoo.batch([sum(lengths)] * rows, seed=sum(lengths[:1]))["input_ids"]
+        positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1).contiguous()
+        found = compiled(input_ids=ids, position_ids=positions, use_cache=False).logits
+        wanted = torch.cat([
+            torch.cat([turbo(input_ids=x[None], use_cache=False).logits for x in row.split(lengths)], 1) for row in ids
+        ])
+        # Norms that compute in float32.
+        limit = 1e-5 if name == "gemma3_text" else 1e-10
+        torch.testing.assert_close(found, wanted, rtol=limit, atol=limit)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        mine, theirs = (gradients(m, CausalLMOutput(logits=x), mask) for m, x in ((model, found), (turbo, wanted)))
+        assert mine.keys() == theirs.keys()
+        for n, g in theirs.items():
+            assert (mine[n] - g).abs().max() <= 10 * limit * g.abs().max() + 1e-12, n
+    labels = ids.masked_fill(positions == 0, -100)
+    loss = compiled(input_ids=ids, position_ids=positions, labels=labels, use_cache=False).loss
+    torch.testing.assert_close(loss, turbo(input_ids=ids, position_ids=positions, labels=labels).loss)
 
 
 @pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])

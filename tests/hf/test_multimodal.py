@@ -76,6 +76,27 @@ def test_a_padded_row_of_a_program_is_the_row_alone_and_generates_as_it_scores(b
     torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("style", ["sdpa", "eager"])
+@pytest.mark.parametrize("build", [gemma, llava])
+def test_packed_rows_through_masks_that_the_outer_class_makes(build, style):
+    """Windows of 4 in sequences of 9: masks that the outer class makes for packed rows say what position_ids say."""
+    stock, lengths = build(), [9, 2, 9]
+    stock.set_attn_implementation(style)
+    made, plain = dp.transform(stock, SPEC), dp.transform(stock, dp.Identity())
+    enliven(made.depth, seed=1, least=1)
+    ids = inputs((20, 20))["input_ids"]
+    positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
+    with torch.no_grad():
+        found = made(input_ids=ids, position_ids=positions)
+        for x, y in zip(found.logits.split(lengths, 1), ids.split(lengths, 1)):
+            torch.testing.assert_close(x, made(input_ids=y, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
+        torch.testing.assert_close(plain(**given).logits, stock(**given).logits, rtol=1e-4, atol=1e-4)
+        # Labels that are not separated, and ones that are.
+        losses = [made(**given, labels=x).loss for x in (ids, ids.masked_fill(positions == 0, -100))]
+        assert torch.equal(*losses)
+
+
 def test_images_that_are_read_causally():
     stock = llava()
     made, given = dp.transform(stock, dp.Identity()), with_image()

@@ -12,7 +12,7 @@ import transformers
 import zoo
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from turbos import enliven, spec, stock_of, turbo_of
+from turbos import enliven, stock_of, turbo_of
 
 import depthpass as dp
 from depthpass.errors import InputError, SpecError
@@ -130,17 +130,6 @@ def test_device_map_and_settings_are_passed_on(turbo, tmp_path):
     assert torch.allclose(logits(loaded)[1, 3:], logits(turbo)[1, 3:], atol=1e-4)
     given = transformers.AutoConfig.from_pretrained(tmp_path, rms_norm_eps=0.5)
     assert dp.from_pretrained(tmp_path, config=given).config.rms_norm_eps == 0.5
-
-
-def test_a_model_over_several_devices_is_refused(turbo, tmp_path):
-    turbo.save_pretrained(tmp_path)
-    stock = dp.restore(turbo)
-    stock.hf_device_map = {"model": "cpu", "lm_head": "disk"}
-    with pytest.raises(dp.UnsupportedModelError, match=r"spread over cpu, disk by its device_map.*one device"):
-        dp.transform(stock, spec())
-    places = {"model.embed_tokens": "cpu", "model": "cpu", "lm_head": "cpu", "depth": "disk"}
-    with pytest.raises(dp.UnsupportedModelError, match="spread over cpu, disk"):
-        dp.from_pretrained(tmp_path, device_map=places, offload_folder=tmp_path / "offload")
 
 
 def test_heads_and_experts(tmp_path):

@@ -238,6 +238,7 @@ def test_hooks_of_all_modules_are_refused_by_name_and_torchs_own_are_not():
         agrees(made)
 
 
+@pytest.mark.filterwarnings("ignore:hooks on or in block:UserWarning")
 def test_a_wrapped_block_runs_its_wrapper_at_every_visit():
     made = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
     call(made)
