@@ -56,7 +56,8 @@ class Space:
             good = isinstance(value, list | tuple | range) and all(type(v) is int and 1 <= v <= VISITS for v in value)
             if not good:
                 raise InputError(f"space.{name}: expected integers of at least 1, got {shown(value)}.")
-            object.__setattr__(self, name, tuple(sorted(set(value))))
+            chosen: Any = value
+            object.__setattr__(self, name, tuple(sorted(set(chosen))))
         if type(self.shortest) is not int or self.shortest < 1:
             raise InputError(f"space.shortest: expected a number of visits of at least 1, got {shown(self.shortest)}.")
         number = isinstance(self.longest, int | float) and not isinstance(self.longest, bool)
