@@ -130,7 +130,8 @@ def loop(rng: random.Random, arch: str) -> Case:
         made |= {"inject": rng.choice(("add", "concat")), "state": rng.choice(("zeros", "noise"))}
         made |= some(rng, 0.4, noise_cut=[2.0]) if made["state"] == "noise" else {}
     if rng.random() < 0.2:
-        made |= {"times": max(made["times"], 2) if isinstance(made["times"], int) else 3, "exit": rng.choice((0.3, 0.7)), "criterion": rng.choice(("cdf", "state", "kl", "entropy"))}
+        made |= {"times": max(made["times"], 2) if isinstance(made["times"], int) else 3, "exit": rng.choice((0.3, 0.7)),
+                 "criterion": rng.choice(("cdf", "state", "kl", "entropy"))}
         made |= some(rng, 0.3, skip=[False]) if made["criterion"] == "cdf" else {}
     if rng.random() < 0.15:
         made["lora_rank"] = 2

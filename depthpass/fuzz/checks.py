@@ -147,9 +147,9 @@ class Subject:
 
     # The rows as the model and as the oracle see them.
 
-    def batch(self, rows: Sequence[Tensor], mask: bool | None = None) -> dict[str, Tensor]:
-        """The arguments of a call, padded on the case's side."""
-        width, side = max(map(len, rows)), self.case["side"]
+    def batch(self, rows: Sequence[Tensor], mask: bool | None = None, width: int = 0) -> dict[str, Tensor]:
+        """The arguments of a call, padded on the case's side to ``width`` or to the longest row."""
+        width, side = max(width, *map(len, rows)), self.case["side"]
         ids = torch.zeros(len(rows), width, dtype=torch.long)
         valid = torch.zeros(len(rows), width, dtype=torch.long)
         for r, row in enumerate(rows):
@@ -165,12 +165,12 @@ class Subject:
     def real(self, rows: Sequence[Tensor]) -> Tensor:
         return self.batch(rows, True)["attention_mask"].bool()
 
-    def start(self, rows: Sequence[Tensor], r: int) -> int:
+    def start(self, rows: Sequence[Tensor], r: int, width: int = 0) -> int:
         """Position of a row's first token, where the caller gives none: stock models number columns, OPT real tokens."""
         counted = self.case["positions"] or self.case["side"] != "left" or self.case["arch"] == "opt"
         if self.model.depth_program.reads_positions and self.case["arch"] != "gpt2":
             counted = True
-        return 0 if counted else max(map(len, rows)) - len(rows[r])
+        return 0 if counted else max(width, *map(len, rows)) - len(rows[r])
 
     # The oracle.
 
@@ -242,17 +242,19 @@ class Subject:
         if check.get("loss"):
             labels = batch["input_ids"].masked_fill(~real, -100)
             labels[torch.arange(len(real)), real.int().argmax(1)] = -100  # a pad would predict it
-        self.compare(self.call(batch, **({} if labels is None else {"labels": labels})), self.rows, real)
+        # Where there are pads, what has no label is the prompt.
+        prompt = None if labels is None else 1
+        out = self.call(batch, **({} if labels is None else {"labels": labels}))
+        self.compare(out, self.rows, real, prompt)
         if labels is not None and not self.model.depth_program.losses:
-            out = self.call(batch, labels=labels)
-            wants = [self.want(row, self.start(self.rows, r))["logits"] for r, row in enumerate(self.rows)]
+            wants = [self.want(row, self.start(self.rows, r), prompt)["logits"] for r, row in enumerate(self.rows)]
             terms = [F.cross_entropy(w[:-1], row[1:], reduction="none") for w, row in zip(wants, self.rows, strict=True)]
             self.same("loss", out.loss, torch.cat(terms).mean(), max(self.limit, 1e-6))
 
-    def compare(self, out: Any, rows: Sequence[Tensor], real: Tensor) -> None:
+    def compare(self, out: Any, rows: Sequence[Tensor], real: Tensor, prompt: int | None = None) -> None:
         taps = getattr(out, "taps", {})
         for r, row in enumerate(rows):
-            want = self.want(row, self.start(rows, r))
+            want = self.want(row, self.start(rows, r), prompt)
             self.same(f"logits of row {r}", out.logits[r, real[r]], want["logits"])
             for name, tap in taps.items():
                 self.same(f"tap {name} of row {r}", tap[r, real[r]], want[name])
@@ -283,62 +285,34 @@ class Subject:
                 raise Mismatch(f"gradient of {n}: relative error {error:.2e}")
 
     def calls(self, check: Case) -> None:
-        """The rows in several calls on one cache. A row's own tokens are kept beside it, as the oracle's truth."""
-        lot = random.Random(check["lot"])
+        """The rows in several calls on one cache, and what generation does to a cache between them."""
         if self.case["side"] == "right":
             return
-        rows = list(self.rows)
-        prompts = [len(r) for r in rows]
-        crops = "crop" in check["events"]
-        cache = dp.DepthCache(self.model, record=crops)
-        out = self.call(self.batch(rows), past_key_values=cache, use_cache=True)
-        self.last(out.logits, rows, prompts, [(n,) for n in prompts])
-        history = [(n,) for n in prompts]
+        lot = random.Random(check["lot"])
+        state = _Calls(list(self.rows), [(len(r),) for r in self.rows], max(map(len, self.rows)))
+        state.cache = dp.DepthCache(self.model, record="crop" in check["events"])
+        out = self.call(self.batch(state.rows), past_key_values=state.cache, use_cache=True)
+        self.last(out.logits, state)
         for size, event in zip(check["sizes"], check["events"], strict=True):
-            rows, prompts, history, cache = self.event(event, rows, prompts, history, cache, lot)
-            new = [torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (size,),
-                                 generator=torch.Generator().manual_seed(lot.randrange(10**6))) for _ in rows]
-            rows = [torch.cat(pair) for pair in zip(rows, new, strict=True)]
-            history = [(*h, size) for h in history]
-            batch = self.batch(rows)
+            if event is not None:
+                getattr(state, event)(lot)
+            new = torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (len(state.rows), size),
+                                generator=torch.Generator().manual_seed(lot.randrange(10**6)))
+            state.rows = [torch.cat(pair) for pair in zip(state.rows, new, strict=True)]
+            state.history, state.width = [(*h, size) for h in state.history], state.width + size
+            batch = self.batch(state.rows, width=state.width)
             batch = {k: v if k == "attention_mask" else v[:, -size:] for k, v in batch.items()}
-            out = self.call(batch, past_key_values=cache, use_cache=True)
-            self.last(out.logits, rows, prompts, history)
+            out = self.call(batch, past_key_values=state.cache, use_cache=True)
+            self.last(out.logits, state)
 
-    def last(self, logits: Tensor, rows: Sequence[Tensor], prompts: Sequence[int], history: Sequence[tuple[int, ...]]) -> None:
+    def last(self, logits: Tensor, state: _Calls) -> None:
         """The logits of the newest call, right-aligned in every row."""
-        for r, row in enumerate(rows):
-            count = min(logits.shape[1], history[r][-1])
-            sizes = history[r] if self.model.depth_program.reads_calls else ()
-            want = self.want(row, self.start(rows, r), prompts[r], sizes)["logits"]
-            self.same(f"call {len(history[r])} of row {r}", logits[r, -count:], want[-count:])
-
-    def event(self, event, rows, prompts, history, cache, lot) -> tuple:
-        """What generation does to a cache between two calls, on the cache and on the oracle's rows alike."""
-        if event is None:
-            return rows, prompts, history, cache
-        if event == "copy":
-            return rows, prompts, history, copy.deepcopy(cache)
-        if event == "crop":
-            count = lot.randint(1, 2)
-            if history[0][-1] <= count or len(history[0]) < 2:
-                return rows, prompts, history, cache
-            cache.crop(-count)
-            return [r[:-count] for r in rows], prompts, [(*h[:-1], h[-1] - count) for h in history], cache
-        if event == "repeat":
-            order = [r for r in range(len(rows)) for _ in range(2)]
-            cache.batch_repeat_interleave(2)
-        elif event == "reorder":
-            order = [lot.randrange(len(rows)) for _ in rows]
-            cache.reorder_cache(torch.tensor(order))
-        else:
-            order = sorted(lot.sample(range(len(rows)), lot.randint(1, len(rows))))
-            cache.batch_select_indices(torch.tensor(order))
-        width = max(map(len, rows))
-        rows, prompts, history = ([x[i] for i in order] for x in (rows, prompts, history))
-        if max(map(len, rows)) < width:
-            raise _Narrower
-        return rows, prompts, history, cache
+        for r, row in enumerate(state.rows):
+            history = state.history[r]
+            count = min(logits.shape[1], history[-1])
+            sizes = history if self.model.depth_program.reads_calls else ()
+            want = self.want(row, self.start(state.rows, r, state.width), history[0], sizes)["logits"]
+            self.same(f"call {len(history)} of row {r}", logits[r, -count:], want[-count:])
 
     def generate(self, check: Case) -> None:
         if self.case["side"] == "right":
@@ -470,8 +444,45 @@ class Subject:
                 raise Mismatch(f"depth of {name or 'the output'} at {tokens} tokens: derived {want}, recorded {got}")
 
 
-class _Narrower(dp.CacheError):
-    """A selection without the longest row: its columns stay, and the fuzzer's rows have none for them."""
+class _Calls:
+    """Rows in a cache, and beside it the tokens that they really have.
+
+    Attributes:
+        history: of each row the sizes of the calls that it came in.
+        width: columns, the padding included.
+    """
+
+    def __init__(self, rows: list[Tensor], history: list[tuple[int, ...]], width: int) -> None:
+        self.rows, self.history, self.width = rows, history, width
+        self.cache: Any = None
+
+    def copy(self, lot: random.Random) -> None:
+        self.cache = copy.deepcopy(self.cache)
+
+    def crop(self, lot: random.Random) -> None:
+        """Take back a part of the newest call, never of the prompt."""
+        count = lot.randint(1, 2)
+        if len(self.history[0]) > 1 and self.history[0][-1] > count:
+            self.cache.crop(-count)
+            self.rows, self.width = [r[:-count] for r in self.rows], self.width - count
+            self.history = [(*h[:-1], h[-1] - count) for h in self.history]
+
+    def repeat(self, lot: random.Random) -> None:
+        self.cache.batch_repeat_interleave(2)
+        self._take([r for r in range(len(self.rows)) for _ in range(2)])
+
+    def reorder(self, lot: random.Random) -> None:
+        order = [lot.randrange(len(self.rows)) for _ in self.rows]
+        self.cache.reorder_cache(torch.tensor(order))
+        self._take(order)
+
+    def select(self, lot: random.Random) -> None:
+        order = sorted(lot.sample(range(len(self.rows)), lot.randint(1, len(self.rows))))
+        self.cache.batch_select_indices(torch.tensor(order))
+        self._take(order)
+
+    def _take(self, order: list[int]) -> None:
+        self.rows, self.history = [self.rows[i] for i in order], [self.history[i] for i in order]
 
 
 def _evaluated(times: str, n: int) -> int:

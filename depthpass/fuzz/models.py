@@ -88,8 +88,8 @@ def blocks_of(model: nn.Module) -> nn.ModuleList:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The module that holds the blocks and the final norm."""
-    found = model.get_decoder()
-    return getattr(found, "decoder", found)
+    blocks = blocks_of(model)
+    return next(m for m in model.modules() if any(c is blocks for c in m.children()))
 
 
 def norm_of(model: nn.Module) -> nn.Module:
