@@ -24,8 +24,8 @@ from depthpass.fuzz.cases import Case
 from depthpass.fuzz.oracle import Meaning, Row, averaged, list_attention
 from depthpass.ir import plain
 
-LIMIT = 1e-8
-"""Relative to the largest value that is compared."""
+LIMIT = 2e-6
+"""Relative to the largest value compared: stock norms and rotary tables go through float32, whose last bit may flip."""
 PAD = 5
 
 
@@ -249,7 +249,7 @@ class Subject:
         if labels is not None and not self.model.depth_program.losses:
             wants = [self.want(row, self.start(self.rows, r), prompt)["logits"] for r, row in enumerate(self.rows)]
             terms = [F.cross_entropy(w[:-1], row[1:], reduction="none") for w, row in zip(wants, self.rows, strict=True)]
-            self.same("loss", out.loss, torch.cat(terms).mean(), max(self.limit, 1e-6))
+            self.same("loss", out.loss, torch.cat(terms).mean())
 
     def compare(self, out: Any, rows: Sequence[Tensor], real: Tensor, prompt: int | None = None) -> None:
         taps = getattr(out, "taps", {})
@@ -281,7 +281,7 @@ class Subject:
             a, b = (g.get(n, torch.zeros_like(names[n])) for g in (got, want))
             error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-3 * largest)
             self.worst = max(self.worst, error)
-            if not error <= 100 * self.limit:
+            if not error <= 10 * self.limit:
                 raise Mismatch(f"gradient of {n}: relative error {error:.2e}")
 
     def calls(self, check: Case) -> None:
@@ -330,12 +330,12 @@ class Subject:
                 history = (len(row), *[1] * (check["new"] - 1)) if calls else ()
                 # generate numbers real tokens, and hands out float32.
                 want = self.want(whole[:-1], 0, len(row), history)["logits"]
-                self.same(f"generated logits of row {r}", logits[r], want[-check["new"] :], max(self.limit, 1e-6))
+                self.same(f"generated logits of row {r}", logits[r], want[-check["new"] :])
         if not calls:
             again = self.model.generate(**given, **options, use_cache=False)
             if not torch.equal(out.sequences, again.sequences):
                 raise Mismatch(f"generated {out.sequences.tolist()}, without a cache {again.sequences.tolist()}")
-            self.same("logits without a cache", logits, torch.stack(again.logits, 1), max(self.limit, 1e-6))
+            self.same("logits without a cache", logits, torch.stack(again.logits, 1))
 
     def save(self, check: Case) -> None:
         from transformers import AutoModelForCausalLM
