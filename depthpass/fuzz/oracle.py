@@ -200,17 +200,22 @@ class Meaning:
             if o.kind in ("output", "tap"):
                 name = o["name"] if o.kind == "tap" else "output"
                 values = [self.value(o.args[0], i) for i in range(self.columns)]
-                kept = values[: self.columns - self.pads]
+                kept = values if self.trimmed(o.args[0]) else [
+                    v for i, v in enumerate(values) if not self.prompt - 1 <= i < self.prompt + self.pads - 1
+                ]
+                kept = kept[: self.columns - self.pads]
                 if isinstance(values[0], bool):
-                    found[name] = torch.tensor([v for i, v in enumerate(values) if not self._is_pad(i)])
+                    found[name] = torch.tensor(kept)
                 elif o.kind == "tap" and o["head"]:
                     found[name] = self.row.head(torch.stack(kept))
                 else:
                     found[name] = torch.stack(kept)
         return found
 
-    def _is_pad(self, i: int) -> bool:
-        return self.prompt <= i < self.prompt + self.pads
+    def trimmed(self, name: str) -> bool:
+        """Whether a value is counted by real tokens; what is handed out is, be it trimmed by an op or at the end."""
+        o = self.program.defs[name]
+        return o.kind == "trim" or (o.kind != "pad" and any(self.trimmed(a) for a in o.args if o.kind in ("norm", "logits")))
 
     def value(self, name: str, i: int) -> Any:
         """A value at one column; None where it is absent or not routed. Trimmed ones are counted by real tokens."""
