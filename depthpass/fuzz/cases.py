@@ -47,7 +47,9 @@ def rows(rng: random.Random) -> Case:
 
 
 def levels(rng: random.Random, compiled: float) -> Case:
-    lowering = "inductor" if rng.random() < compiled else rng.choice(("eager", "auto", "auto", "scheduled"))
+    lowering = rng.choice(("eager", "auto", "auto", "scheduled"))
+    if rng.random() < compiled:
+        lowering = "inductor"
     return {
         "lowering": lowering, "chunk": rng.choice((None, None, 1, 2)), "stack": rng.random() < 0.8,
         "schedule": "fixed_point" if rng.random() < 0.08 else "sequential",
@@ -67,7 +69,7 @@ def checks(rng: random.Random, case: Case) -> list[Case]:
         made.append({"do": "save", "auto": rng.random() < 0.5})
     if rng.random() < 0.3:
         made.append({"do": "door", "which": rng.choice(DOORS)})
-    if rng.random() < 0.06 and case["arch"] in RECORDED:
+    if rng.random() < 0.25 and case["arch"] in RECORDED:
         made.append({"do": "depth"})
     return made
 

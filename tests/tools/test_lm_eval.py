@@ -6,8 +6,8 @@ import torch
 from tests.tools.conftest import words
 
 pytest.importorskip("lm_eval", reason="needs the tools extra")
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 QUESTIONS = [(words(1, 2, 3), " " + words(4, 5)), (words(6), " " + words(7, 8, 9)), (words(10, 11), " " + words(12))]

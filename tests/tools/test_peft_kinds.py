@@ -68,5 +68,5 @@ def test_prompts_as_keys_are_refused_by_name():
     """Prefix tuning hands every block keys that no token has."""
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(turbo_of(stock_of("llama")), config)
-    with pytest.raises(dp.DepthpassError, match="past_key_values|cache"):
+    with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
         logits(model)

@@ -13,8 +13,10 @@ trl = pytest.importorskip("trl", reason="needs the tools extra")
 from datasets import Dataset  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-QUIET = {"per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
-         "save_strategy": "no", "learning_rate": 1e-2, "bf16": False}
+QUIET = {
+    "per_device_train_batch_size": 2, "max_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True, "logging_steps": 1,
+    "save_strategy": "no", "learning_rate": 1e-2, "bf16": False,
+}
 TEXTS = [words(1, 2, 3, 4, 5), words(6, 7, 8), words(9, 10, 11, 12), words(13, 14)]
 
 
