@@ -16,6 +16,9 @@ from torch._guards import detect_fake_mode
 
 from depthpass.errors import UnsupportedModelError
 
+_ASKED = {"GuardOnDataDependentSymNode", "DataDependentOutputException", "ConstraintViolationError"}
+"""Errors of torch about code that asks for values."""
+
 Frame = tuple[str, int, str]
 """File, line and function of a stack frame."""
 
@@ -49,9 +52,14 @@ def explain(model: nn.Module, error: BaseException, counting: list[str]) -> Unsu
     line = str(last).strip().splitlines()[0] if str(last).strip() else "no message"
     found = locate(model, frames)
     return UnsupportedModelError(
-        f"{name}: {found or 'the model'} cannot be traced with torch.export ({type(last).__name__}: {line}). Layers that "
-        "branch on data or edit the attention mask cannot be captured."
+        f"{name}: {found or 'the model'} cannot be traced with torch.export ({type(last).__name__}: {line}).{_advice(chain)}"
     )
+
+
+def _advice(chain: list[BaseException]) -> str:
+    """What may be said about the cause: nothing, unless torch itself says that a value was asked for."""
+    asked = any(type(cause).__name__ in _ASKED or "data-dependent" in str(cause).lower() for cause in chain)
+    return " Layers that branch on data cannot be captured." if asked else ""
 
 
 @contextmanager

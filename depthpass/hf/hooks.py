@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from depthpass.errors import UnsupportedModelError
+
 _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_LIBRARIES = ("torch.", "accelerate.", "transformers.", "depthpass.")
 
@@ -67,19 +69,41 @@ class Hooked:
         return bool(self.inside or self.outer)
 
 
+def _of_library(hook: object) -> bool:
+    """Whether a hook is of a library that knows what it sees."""
+    function = getattr(hook, "func", hook)
+    return (getattr(function, "__module__", None) or "").startswith(_OF_LIBRARIES)
+
+
+def check_rows_alike(module: nn.Module) -> None:
+    """Refuse PEFT's batches of several adapters, whose hooks hand one adapter name for each row of the call to every layer.
+
+    Raises:
+        UnsupportedModelError: naming the argument.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if getattr(getattr(hook, "func", None), "__name__", "") == "_adapter_names_pre_forward_hook":
+            raise UnsupportedModelError(
+                "adapter_names: rows with different adapters in one call are not supported; visits run on other rows than the "
+                "call's, and each adapter has new parameters of its own. Call the model once for each adapter."
+            )
+
+
 def find_hooks(decoder: nn.Module, layers: nn.Module, depth: nn.Module | None) -> Hooked:
     """The hooks of a decoder and its blocks."""
     inside, own, within = set(), set(), set()
     for index, block in enumerate(layers):
-        if is_wrapped(block):
+        if is_wrapped(block) and not _of_library(block.forward):
             own.add(index)
         for module in block.modules():
             within.add(module)
             if has_hooks(module):
+                check_rows_alike(module)
                 if module is not block:
                     inside.add(index)
-                if is_controlled(module) or any(not (getattr(h, "__module__", None) or "").startswith(_OF_LIBRARIES)
-                       for table in hook_tables(module) for h in table.values()):
+                if is_controlled(module) or not all(
+                    _of_library(h) for table in hook_tables(module) for h in table.values()
+                ):
                     own.add(index)
     new = set() if depth is None else set(depth.modules())
     outer = any(has_hooks(m) for m in decoder.modules() if m not in within and m not in new and m is not decoder)

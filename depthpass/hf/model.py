@@ -292,7 +292,16 @@ class StockHost:
 @functools.cache
 def _compiled_stock(stock: type) -> Callable:
     """The stock forward with what stands around the decoder compiled."""
-    return torch.compile(stock.forward, dynamic=True)
+    compiled = torch.compile(stock.forward, dynamic=True)
+
+    @functools.wraps(stock.forward)
+    def forward(*args, **kwargs):
+        with warnings.catch_warnings():
+            # Dynamo looks at the gradient of the decoder's output, which has none.
+            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
+            return compiled(*args, **kwargs)
+
+    return forward
 
 
 def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:

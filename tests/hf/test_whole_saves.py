@@ -17,7 +17,7 @@ from depthpass.hf.files import interrupted, recover, replacing
 
 BATCH = zoo.batch([8, 5])
 pytestmark = pytest.mark.usefixtures("one_capture")
-CALLS = [(os, n) for n in ("replace", "rename", "unlink", "remove", "rmdir", "mkdir", "scandir", "listdir", "open", "stat", "lstat")]
+CALLS = [(os, n) for n in "replace rename unlink remove rmdir mkdir scandir listdir open stat lstat".split()]
 CALLS += [(builtins, "open"), (io, "open")]
 
 

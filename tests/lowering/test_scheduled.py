@@ -98,6 +98,7 @@ def test_what_cannot_be_scheduled_says_so():
         dp.transform(zoo.model("llama"), SPEC, lowering="schedule")
 
 
+@pytest.mark.filterwarnings("ignore:hooks on or in block")
 def test_auto_falls_back_where_scheduling_is_not_legal():
     eager, _ = pair("llama")
     auto = dp.transform(dp.restore(eager), SPEC)

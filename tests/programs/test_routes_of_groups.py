@@ -38,7 +38,7 @@ def from_taps(taps, valid):
     for r in (1, 2):
         score, taken = taps[f"mor.r{r}"][..., 0], taps.get(f"mor.r{r}.taken", valid)
         aux = aux + F.binary_cross_entropy_with_logits(score[among], taken[among].double())
-        z = z + score[valid].square().mean()
+        z = z + score[among].square().mean()
         among = taken
     return {"mor.aux": aux, "mor.z": z}
 
