@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 from depthpass.fuzz.models import ARCHITECTURES
@@ -18,15 +19,16 @@ PACKING = None
 """How rows are packed; a case's ``packed`` stays None until packed rows can be run."""
 
 
-def make_case(seed: int, number: int, compiled: float = 0.004) -> Case:
+def make_case(seed: int, number: int, compiled: float = 0.004, models: Sequence[str] = ARCHITECTURES) -> Case:
     """Case ``number`` of a seed.
 
     Args:
         compiled: share of cases that compile with inductor, which takes most of a minute each.
+        models: architectures to draw from.
     """
     rng = random.Random(f"depthpass {seed} {number}")
     case: Case = {
-        "arch": rng.choice(ARCHITECTURES), "layers": LAYERS, "seed": rng.randrange(1000), "packed": PACKING,
+        "arch": rng.choice(models), "layers": LAYERS, "seed": rng.randrange(1000), "packed": PACKING,
     }
     case["spec"] = specs(rng, case["arch"])
     case |= rows(rng)

@@ -415,7 +415,7 @@ class Subject:
         """A hook inside a block: the block runs as a module, the numbers stay."""
         model, seen = self.transformed(), []
         block = models.blocks_of(model)[self.case["layers"] // 2]
-        inside = next(m for m in block.modules() if m is not block and isinstance(m, nn.Linear))
+        inside = next(m for m in block.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D")
         handle = inside.register_forward_hook(lambda *a: seen.append(1))
         try:
             with torch.no_grad():

@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     parser.add_argument("--out", type=Path, help="JSON lines, one per case; cases that are in the file are not run again")
     parser.add_argument("--shrink", type=int, default=3, help="faults to make smaller and print as scripts (default 3)")
+    parser.add_argument("--models", nargs="+", default=None, help="architectures to draw from (default: all 33)")
     parser.add_argument("--compiled", type=float, default=0.004, help="share of cases that compile with inductor (default 0.004)")
     return parser
 
@@ -57,19 +58,23 @@ def _out(out: Path | None) -> Any:
     return open(os.devnull if out is None else out, "a", encoding="utf-8")
 
 
-def _one(task: tuple[int, int, float]) -> tuple[int, dict[str, Any]]:
+def _drawn(options: argparse.Namespace) -> dict[str, Any]:
+    return {"seed": options.seed, "compiled": options.compiled} | ({"models": options.models} if options.models else {})
+
+
+def _one(task: tuple[int, dict[str, Any]]) -> tuple[int, dict[str, Any]]:
     import torch
 
     from depthpass.fuzz import make_case, run_case
 
     torch.set_num_threads(1)  # tiny models run fastest on one, and jobs share the cores
-    seed, number, compiled = task
-    case = make_case(seed, number, compiled)
+    number, drawn = task
+    case = make_case(number=number, **drawn)
     return number, run_case(case) | {"arch": case["arch"], "passes": [s["pass"] for s in case["spec"]]}
 
 
 def _results(todo: list[int], options: argparse.Namespace) -> Iterator[tuple[int, dict[str, Any]]]:
-    tasks = [(options.seed, i, options.compiled) for i in todo]
+    tasks = [(i, _drawn(options)) for i in todo]
     if options.jobs == 1:
         yield from map(_one, tasks)
         return
@@ -99,7 +104,7 @@ def _show(found: dict[str, Any], options: argparse.Namespace) -> None:
     from depthpass.fuzz import make_case, run_case
     from depthpass.fuzz.shrink import script, shrink
 
-    case = make_case(options.seed, found["number"], options.compiled)
+    case = make_case(number=found["number"], **_drawn(options))
     small = shrink(case, found, run_case)
     again = run_case(small) if small != case else found
     print(f"\n# Case {found['number']} of seed {options.seed}, made smaller:\n{script(small, again)}")
