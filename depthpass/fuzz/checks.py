@@ -362,8 +362,9 @@ class Subject:
             self.same(f"hidden state of row {r}", found[r, real[r]], self.want(row, self.start(self.rows, r))["hidden"])
 
     def _decoder(self, batch, real) -> None:
+        decoder = self.model.get_submodule(self.model._depth.decoder)  # get_decoder() of llama4_text gives the whole model
         with torch.no_grad():
-            self._hidden(self.model.get_decoder()(**batch).last_hidden_state, real)
+            self._hidden(decoder(**batch).last_hidden_state, real)
 
     def _base_model(self, batch, real) -> None:
         if self.model.base_model is self.model:
