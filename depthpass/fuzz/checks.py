@@ -202,6 +202,7 @@ class Subject:
         text = self.text(len(ids))
         pads = next((int(n) for n in re.findall(r"= pad (\d+)", text)), 0)
         whole = torch.cat((ids[:end], torch.full((pads,), PAD), ids[end:]))
+        calls = (calls[0] + pads, *calls[1:]) if calls else ()  # the first call has the pads
         model = stock if stock is not None else averaged(self.stock, self.model.depth_program)
         with list_attention(model), torch.set_grad_enabled(p is not None):
             row = Row(model, whole, start)
