@@ -85,10 +85,29 @@ def unmarked(settings: dict[str, Any], where: str = "config") -> dict[str, Any]:
     return {k: v for k, v in settings.items() if k != GUARD} | stock | {"depthpass": held}
 
 
+class _NoCode(dict):
+    """The ``auto_map`` of a config that names no code of its own; the first entry makes it one that does."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self._config = config
+
+    def __setitem__(self, key, value):
+        self._config.auto_map = {**self, key: value}
+
+
+class _AutoMap:
+    """``config.auto_map`` where there is none: libraries read it of every architecture that transformers does not name."""
+
+    def __get__(self, config, owner=None):
+        return self if config is None else _NoCode(config)
+
+
 class Marked:
     """Mixin of the configs of transformed models; see :func:`marked_class`."""
 
     _stock_config: type
+    auto_map = _AutoMap()
 
     def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
         settings = marked(json.loads(self.to_json_string(use_diff=use_diff)))

@@ -131,8 +131,10 @@ class _Runs:
         """Run the calls; then ask what of each token was handed out it was computed from."""
         from depthpass.hf.cache import DepthCache
 
-        before = model._depth.lowering
-        model._depth.lowering = functools.partial(_Recording, self)
+        runtime = model._depth
+        before = runtime.lowering, runtime.fixed_point
+        # Sweeps compute the same values in another order; what they read is no part of the program.
+        runtime.lowering, runtime.fixed_point = functools.partial(_Recording, self), None
         try:
             with torch.enable_grad():
                 cache = None if len(sizes) == 1 else DepthCache(model)
@@ -143,7 +145,7 @@ class _Runs:
                         self._handed(name, x, start)
                     start += len(part)
         finally:
-            model._depth.lowering = before
+            runtime.lowering, runtime.fixed_point = before
         columns = {i for _, i in self.leaves}
         for node, score in self.waits:
             self.note(node, ((score, i) for i in columns if (score, i) in self.found.reads))

@@ -281,3 +281,13 @@ def test_reports_read_saved_configs(loop, tmp_path):
     loop.save_pretrained(tmp_path)
     assert dp.report(tmp_path, dp.Identity(), seq_len=8).depth_at(8) == 3
     assert PreTrainedConfig.get_config_dict(tmp_path)[0]["model_type"] == MARK
+
+
+def test_a_config_that_names_no_code_has_an_empty_map_of_it(tmp_path):
+    """Libraries read ``config.auto_map`` of every architecture that transformers itself does not have."""
+    turbo_of(stock_of("llama")).save_pretrained(tmp_path)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert config.auto_map == {} and "auto_map" not in config.to_dict() and config == copy.deepcopy(config)
+    config.auto_map["AutoModel"] = "code.Model"
+    assert config.to_dict()["auto_map"] == config.auto_map == {"AutoModel": "code.Model"}
+    assert AutoConfig.from_pretrained(tmp_path).auto_map == {}

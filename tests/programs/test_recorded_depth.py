@@ -110,6 +110,15 @@ def test_calls_add_depth_where_they_read_later_iterations(kv, calls, stocks):
     assert record(model, row(sum(calls))).depth() == depth(program).at(sum(calls))
 
 
+def test_a_model_that_sweeps_is_recorded_token_by_token(stocks):
+    spec = dp.TurboConn(bridges=[(3, 1)], group=1, rank=3)
+    model = dp.transform(stocks["llama"], spec, schedule="fixed_point").eval()
+    enliven(model.depth, seed=1, std=0.3, least=1)
+    policy = model._depth.fixed_point
+    assert record(model, row()).depth() == depth(model.depth_program).at(TOKENS)
+    assert model._depth.fixed_point is policy is not None
+
+
 def test_what_a_record_shows():
     """Token 3 of a bridge 2 -> 0 over two tokens: what each visit read, and nothing else."""
     model = alive(zoo.model("llama", 3, dtype=torch.float64), dp.TurboConn(bridges=[(2, 0)], group=2, rank=None))

@@ -1,0 +1,130 @@
+"""A fixed part of the fuzzer's cases in CI, and the fuzzer itself: that it finds what is wrong, and makes it small."""
+
+import copy
+import json
+from collections import Counter
+
+import pytest
+import torch
+
+from depthpass.fuzz import checks, make_case, run_case
+from depthpass.fuzz.command import main
+from depthpass.fuzz.models import ARCHITECTURES
+from depthpass.fuzz.shrink import candidates, script, shrink
+
+SEED, COUNT = 0, 300
+"""Those of docs/reliability.md begin with the same."""
+
+BASE = {
+    "arch": "llama", "layers": 4, "seed": 5, "packed": None, "lengths": [6, 4], "side": "left", "positions": True, "mask": True,
+    "lowering": "auto", "chunk": None, "stack": True, "schedule": "sequential",
+    "spec": [{"pass": "turboconn", "bridges": [[2, 0], [3, 1]], "group": 2, "rank": 3}], "checks": [{"do": "forward"}],
+}
+
+
+def of(arch):
+    cases = [make_case(SEED, i, compiled=0.0) for i in range(COUNT)]
+    return {i: c for i, c in enumerate(cases) if c["arch"] == arch}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_cases(arch):
+    results = Counter()
+    for number, case in of(arch).items():
+        found = run_case(case)
+        results[found["result"]] += 1
+        assert found["result"] != "fault", f"case {number} of seed {SEED}\n{script(case, found)}\n{found['trace']}"
+    assert results["ok"], results  # most must not be refused
+    checks._kept.clear()
+
+
+def test_the_cases_have_everything():
+    cases = [make_case(SEED, i, compiled=0.0) for i in range(COUNT)]
+    passes = Counter(p["pass"] for c in cases for p in c["spec"])
+    assert {c["arch"] for c in cases} == set(ARCHITECTURES) and len(passes) == 13 and min(passes.values()) >= 5
+    done = Counter(check["do"] for c in cases for check in c["checks"])
+    assert set(done) == {"forward", "gradients", "calls", "generate", "save", "door", "depth"} and min(done.values()) >= 3
+    events = Counter(e for c in cases for check in c["checks"] for e in check.get("events", ()))
+    assert {"copy", "crop", "reorder", "select", "repeat"} <= set(events)
+    assert len({json.dumps(c) for c in cases}) == COUNT
+    assert cases[17] == make_case(SEED, 17, compiled=0.0) != make_case(SEED + 1, 17, compiled=0.0)
+
+
+def test_every_check_runs_on_one_model():
+    case = BASE | {"checks": [
+        {"do": "forward", "loss": True}, {"do": "gradients"}, {"do": "generate", "new": 3, "beams": 2},
+        {"do": "generate", "new": 3, "beams": 1}, {"do": "save", "auto": True}, {"do": "save", "auto": False},
+        {"do": "calls", "sizes": [2, 3, 1, 1, 1], "events": ["repeat", "reorder", "crop", "select", "copy"], "lot": 3},
+        *({"do": "door", "which": w} for w in ("decoder", "base_model", "wrapped", "embeds", "checkpointing", "hooked")),
+        {"do": "depth"},
+    ]}
+    found = run_case(case)
+    assert found["result"] == "ok" and "refusals" not in found, found
+    assert found["done"] == [c["do"] for c in case["checks"]]
+
+
+@pytest.mark.compile
+def test_a_compiled_case():
+    found = run_case(BASE | {"lowering": "inductor", "checks": [{"do": "forward"}, {"do": "gradients"}]})
+    assert found["result"] == "ok" and len(found["done"]) == 2, found
+
+
+def test_a_refusal_is_counted_by_kind():
+    found = run_case(BASE | {"spec": [{"pass": "turboconn", "bridges": [[9, 0]]}]})
+    assert found["result"] == "refused" and found["kind"].startswith("PassError: turboconn")
+
+
+PLANTED = {
+    "a delay that is one token short": ("depthpass_lowering.eager", "read_delay", "forward: mismatch"),
+    "an error that is none of ours": (
+        "depthpass_lowering.eager", "spans", "forward: ZeroDivisionError: integer division or modulo by zero"
+    ),
+}
+
+
+@pytest.mark.parametrize("what", PLANTED)
+def test_finds_a_planted_fault_and_makes_it_small(what, monkeypatch):
+    module, name, kind = PLANTED[what]
+    real = getattr(__import__(module, fromlist=[name]), name)
+
+    def late(line, x, tokens, span):
+        out = real(line, x, tokens, span)
+        return torch.cat((out[:, 1:], out[:, -1:]), 1)
+
+    def broken(*args):
+        return 1 // 0
+
+    monkeypatch.setattr(f"{module}.{name}", late if name == "read_delay" else broken)
+    case = BASE | {"lowering": "eager", "spec": [*BASE["spec"], {"pass": "taps", "at": [1]}],
+                   "checks": [{"do": "forward"}, {"do": "gradients"}, {"do": "save", "auto": False}]}
+    found = run_case(case)
+    assert (found["result"], found["kind"]) == ("fault", kind)
+    small = shrink(case, found, run_case)
+    assert len(small["spec"]) == len(small["checks"]) == len(small["lengths"]) == 1 and small["arch"] == "llama"
+    assert len(small["spec"][0].get("bridges", [0])) == 1
+    text = script(small, run_case(small))
+    printed = {}
+    exec(text.replace("print(", "printed.update(found=found) or print("), {"printed": printed})
+    assert printed["found"]["result"] == "fault" and kind in text
+
+
+def test_shrinking_only_takes_away():
+    case = make_case(SEED, 3)
+    kept = copy.deepcopy(case)
+    sizes = [len(json.dumps(c)) for c in candidates(case)]
+    assert case == kept and sizes and all(c != case for c in candidates(case))
+
+
+def test_the_command_counts_and_resumes(tmp_path, capsys):
+    out = tmp_path / "cases.jsonl"
+    arguments = ["--seed", "3", "--out", str(out), "--compiled", "0"]
+    assert main(["--cases", "2", *arguments]) == 0
+    first = out.read_text().splitlines()
+    with out.open("a") as file:
+        file.write('{"seed": 3, "num')  # cut off while it was written
+        file.write("\n")
+    assert main(["--cases", "4", *arguments]) == 0
+    lines = out.read_text().splitlines()
+    assert lines[:2] == first and [json.loads(x)["number"] for x in lines[3:]] == [2, 3]
+    printed = capsys.readouterr().out
+    assert "2 cases of seed 3" in printed and "4 cases:" in printed

@@ -1,0 +1,72 @@
+"""PEFT's other adapters: DoRA runs the program with its weights, prompts in front of the row run it over them, too."""
+
+import pytest
+import torch
+import zoo
+from turbos import enliven, stock_of
+
+import depthpass as dp
+from tests.tools.conftest import SPEC
+
+peft = pytest.importorskip("peft")
+BATCH = zoo.batch([8, 8])
+
+
+def turbo_of(stock):
+    model = dp.transform(stock, SPEC).eval()
+    enliven(model.depth, seed=1, least=1)
+    return model
+
+
+def randomized(model):
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for n, p in model.named_parameters():
+            if "lora_" in n or "prompt_" in n:
+                scale = 0.2
+                p.copy_(p + torch.rand(p.shape, generator=generator) * scale if "magnitude" in n
+                        else torch.randn(p.shape, generator=generator) * scale)
+    return model.eval()
+
+
+def logits(model, **batch):
+    with torch.no_grad():
+        return model(**(batch or BATCH)).logits
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_dora_equals_its_merged_weights(order):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, task_type="CAUSAL_LM")
+    want = logits(turbo_of(randomized(peft.get_peft_model(stock_of("llama"), config)).merge_and_unload()))
+    if order == "before":
+        # The adapters are random before the transform, the bridges after it.
+        wrapped = randomized(peft.get_peft_model(stock_of("llama"), config))
+        model = dp.transform(wrapped, SPEC).eval()
+        enliven(model.get_base_model().depth, seed=1, least=1)
+    else:
+        model = randomized(peft.get_peft_model(turbo_of(stock_of("llama")), config))
+    torch.testing.assert_close(logits(model), want, rtol=1e-4, atol=1e-4)
+    assert (want - logits(turbo_of(stock_of("llama")))).abs().max() > 1e-2
+
+
+def test_prompt_tuning_puts_its_tokens_in_front_of_the_program():
+    config = peft.PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    turbo = turbo_of(stock_of("llama"))
+    model = randomized(peft.get_peft_model(turbo, config))
+    prompt = model.get_prompt(batch_size=2).detach()
+    embeds = torch.cat((prompt, turbo.get_input_embeddings()(BATCH["input_ids"])), 1).detach()
+    got, want = logits(model), logits(turbo, inputs_embeds=embeds)
+    torch.testing.assert_close(got, want[:, -got.shape[1]:], rtol=1e-4, atol=1e-4)
+    assert (got[:, -1] - logits(turbo)[:, -1]).abs().max() > 1e-3
+    model.train()
+    out = model(**BATCH, labels=BATCH["input_ids"])
+    out.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "prompt_" in n)
+
+
+def test_prompts_as_keys_are_refused_by_name():
+    """Prefix tuning hands every block keys that no token has."""
+    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(turbo_of(stock_of("llama")), config)
+    with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
+        logits(model)
