@@ -43,10 +43,10 @@ class Device:
 
     def words(self) -> str:
         """The device in words, with the versions that matter."""
-        import transformers
+        from importlib.metadata import version
 
         name = torch.cuda.get_device_name() if self.real else "CPU (rehearsal)"
-        return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}"
+        return f"{name}, torch {torch.__version__}, transformers {version('transformers')}"
 
     def free(self) -> None:
         """Give memory back that nobody holds."""

@@ -9,8 +9,9 @@ from typing import Any
 from torch import nn
 
 from depthpass.errors import SpecError
-from depthpass.hf.model import PREFIX, DepthModel
+from depthpass.hf.model import DepthModel
 from depthpass.hf.parameters import build
+from depthpass.hf.runtime import PREFIX
 from depthpass.hf.transform import _inner, prepare
 from depthpass.passes.base import Pass
 from depthpass.spec import dump_spec, load_spec, spec_hash

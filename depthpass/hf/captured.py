@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from depthpass.capture import Capture
 
 if TYPE_CHECKING:
-    from depthpass.hf.model import Runtime
+    from depthpass.hf.runtime import Runtime
 
 KEPT = 32
 """Captures that a model remembers: call signatures times states of the model, the newest ones."""

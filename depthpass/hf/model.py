@@ -2,38 +2,32 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import os
-import sys
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from depthpass.analysis.routing import reads_future
-from depthpass.capture import Block, Capture, Part, Site, Template, calls, capture
-from depthpass.capture.attention import attention_style
-from depthpass.capture.direct import direct
+from depthpass.capture import Capture, capture
 from depthpass.capture.quiet import quiet, without_autocast
-from depthpass.capture.structure import structural_copy
-from depthpass.errors import InputError, LoweringError, UnsupportedModelError
+from depthpass.errors import InputError, UnsupportedModelError
 from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
-from depthpass.hf.doors import DECODER, DISABLED, DepthDecoder, Frame, Left, bind, call_names, inside, replaced, untraced
+from depthpass.hf.doors import DECODER, Frame, Left, bind, call_names, inside, replaced, untraced
 from depthpass.hf.generation import check_generation, check_implementation
 from depthpass.hf.growth import check_growth, without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
-from depthpass.hf.hooks import is_controlled
+from depthpass.hf.host import StockHost, compiled_stock, depth_module, logits_of
 from depthpass.hf.inputs import (
     Call,
     as_index,
@@ -48,346 +42,26 @@ from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.placement import (
     check_devices,
-    copied,
     full_state,
     gather_new,
     gathered_state,
     home,
-    keep_streams_home,
-    resident,
-    set_forward,
-    sharded_dtypes,
-    unwrapped,
 )
-from depthpass.hf.plans import Plan, Plans
-from depthpass.hf.prefixes import running
-from depthpass.hf.watch import Binding, Watch, watch
+from depthpass.hf.runtime import Runtime
+from depthpass.hf.stock import stock_decoder
+from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
-from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
 
-if TYPE_CHECKING:
-    from depthpass_lowering.losses import Pool
-
 PROMPT = "_depth_prompt"
 """Rows and columns of the prompt, and how many of them count as ids, on the config of one call of ``generate``."""
-
-PREFIX = "depth"
-"""Name under which a transformed model holds its new parameters."""
 
 _NOT_FOR_HEADS = ("labels", "use_cache", "return_dict", "prompt_length", "num_items_in_batch")
 """Arguments of a call that say nothing to its head, or ask it for more than logits."""
 
 # torch.export is not safe to run in two threads at once, whatever the models.
 _CAPTURING = threading.Lock()
-
-
-@dataclass
-class Runtime:
-    """What a transformed model knows besides its parameters; shared by nothing.
-
-    Attributes:
-        plans: what may run, and which plan does.
-        layers: path of the list of blocks.
-        decoder: path of the inner decoder, which runs the program; empty where the model has no head.
-        lowering: rung of the ladder that runs serial regions.
-        fixed_point: how serial regions are swept; None = the sequential schedule.
-        captures: one per call signature, made on first use.
-        bindings: the live tensors that each part and block of a capture reads, by its id.
-        watches: what the captures depend on, as it was at the last calls, newest last.
-        tokens: compiled steps of one decoded token, by what they were compiled for.
-        ran: the programs of the last call with their rows and columns, for ledgers; never read to decide what runs.
-        lowered: how each serial region of the last call was run, likewise.
-        said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
-            see parts of rows.
-        ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
-    """
-
-    plans: Plans
-    layers: str
-    decoder: str
-    position_table: str | None
-    lowering: str = "auto"
-    fixed_point: FixedPoint | Measure | None = None
-    ratios: dict[str, float] = field(default_factory=dict)
-    captures: dict[tuple, Capture] = field(default_factory=dict)
-    bindings: dict[int, list[Binding]] = field(default_factory=dict)
-    watches: list[Watch] = field(default_factory=list)
-    tokens: dict[tuple, object] = field(default_factory=dict)
-    ran: tuple[tuple[Program, int, int], ...] = ()
-    lowered: tuple[Lowered, ...] = ()
-    said_compiled: bool = False
-    said_parts: bool = False
-
-    @property
-    def plan(self) -> Plan:
-        """The plan in force in this thread."""
-        return self.plans.current
-
-    @property
-    def program(self) -> Program:
-        return self.plan.program
-
-    def config(self) -> dict:
-        """The entry of the model's config that loads what is in force here again."""
-        swept = {} if self.fixed_point is None else {"schedule": self.fixed_point.to_dict()}
-        return self.plan.config() | swept
-
-    def __deepcopy__(self, memo):
-        # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
-        build, arguments = self.__reduce__()
-        return build(*arguments)
-
-    def __reduce__(self):
-        return _runtime, (
-            self.plans.home, self.plans.default, self.layers, self.decoder, self.position_table, self.lowering, self.fixed_point,
-            dict(self.ratios),
-        )
-
-
-def _runtime(home: Plan, default: Plan, *rest) -> Runtime:
-    """A runtime with plans of its own: what is in force for one model says nothing about its copies."""
-    made = Runtime(Plans(home), *rest)
-    made.plans.default = made.plans.kept[default.key] = default
-    return made
-
-
-class BlockCall:
-    """What a block is called with besides the hidden stream: see :func:`block_forward`."""
-
-    __slots__ = ("block", "host", "sides", "visit")
-
-    def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
-        self.block, self.visit, self.sides, self.host = block, visit, sides, host
-
-    @functools.partial(torch.compiler.disable, reason=DISABLED)
-    def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        host = self.host
-        if not host.dispatched:
-            return self._run(layer, hidden)
-        live = self.visit.index in host.hooked.inside
-        with resident(m for m in layer.modules() if m is not layer and not live):
-            return self._run(layer, hidden)
-
-    def to(self, device, *args, **kwargs) -> BlockCall:
-        """The same call on another device, as accelerate moves what a module is called with."""
-        return BlockCall(self.block, self.visit, [s.to(device, *args, **kwargs) for s in self.sides], self.host)
-
-    def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
-        host, visit = self.host, self.visit
-        bound = host.tensors(self.block, layer)
-        params = visit.adapt(self.block.template.params, bound)
-        if visit.index in host.hooked.own:
-            host.counts[visit.index] += 1
-        if visit.index in host.hooked.inside:
-            return host.live.block(layer, visit, params, bound, hidden)
-        return visit.run(self.block.template, hidden, self.sides, params, host.runner)
-
-
-# FSDP2 casts what a unit is called with to the unit's dtype.
-pytree.register_pytree_node(
-    BlockCall, lambda call: (list(call.sides), (call.block, call.visit, call.host)),
-    lambda sides, rest: BlockCall(rest[0], rest[1], sides, rest[2]),
-)
-
-
-def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
-    """Forward of a block of a transformed model: its captured graph when it runs as a visit, stock code otherwise."""
-    if not args or not isinstance(args[0], BlockCall):
-        return type(layer).forward(layer, hidden, *args, **kwargs)
-    call = args[0]
-    checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
-    # Older transformers checkpoint in the layer's own __call__, around this function.
-    if checkpointing and type(layer).__call__ is nn.Module.__call__:
-        return layer._gradient_checkpointing_func(functools.partial(call.run, layer), hidden)
-    return call.run(layer, hidden)
-
-
-class StockHost:
-    """Runs program ops on the modules of a transformed model (see :class:`depthpass_lowering.host.Host`).
-
-    Attributes:
-        runner: gives the callable to run a captured graph with.
-        live: what runs as modules in this call; None = nothing.
-        counts: calls of each block with hooks.
-        prefix: what this call shares with others that begin with the same visits (a search); None = nothing.
-    """
-
-    adapts = True
-
-    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
-        self.model, self.captured = model, captured
-        self.decoder = model.get_submodule(model._depth.decoder)
-        self.layers = model.get_submodule(model._depth.layers)
-        self.extras = sides
-        self.style = attention_style(model)
-        self.training = model.training
-        self.depth: nn.Module | None = None
-        self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
-        self.live: Live | None = None
-        self.counts: Counter[int] = Counter()
-        self.ratios = model._depth.ratios
-        self.prefix = running(model)
-        self.losses: dict[str, Tensor] | None = None
-        self.pool: Pool | None = None
-        self.extra_loss: Tensor | float = 0.0
-        self.runner = _runner(model._depth.lowering)
-        self.dispatched = model._depth.watches[-1].dispatched
-        if self.dispatched:
-            self.home = home(model)
-            keep_streams_home(self.layers, depth_module(model))
-
-    def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
-        """The live tensors that a block or part reads, in the order of its graph's inputs."""
-        bindings = self.model._depth.bindings
-        found = bindings.get(id(owner))
-        if found is None:
-            names = owner.params if isinstance(owner, Part) else owner.template.params
-            found = bindings[id(owner)] = [
-                functools.partial(owner.constants.__getitem__, p) if p in owner.constants else
-                Binding(self.decoder, p[1:]) if p.startswith("/") else Binding(module, p)
-                for p in names
-            ]
-        return [read() for read in found]
-
-    def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
-        extras = [self.extras[e] for e in part.extras]
-        # Embedding and tables are one small op each: not worth compiling.
-        runner = self.runner if part is self.captured.norm or part is self.captured.head else direct
-        given = (*streams, *extras, *(inputs[i] for i in part.inputs))
-        if not self.dispatched:
-            return runner(part.graph)(visit, *given, *self.tensors(part, self.decoder))
-        names = (name.lstrip("/").rpartition(".")[0] for name in part.params if name not in part.constants)
-        owners = set(map(self.decoder.get_submodule, names))
-        with resident(owners):
-            params = [p.to(self.home) for p in self.tensors(part, self.decoder)]
-            return runner(part.graph)(visit, *(x.to(self.home) for x in given), *params)
-
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        call = BlockCall(self.captured.blocks[index], visit, sides, self)
-        if self.prefix is None:
-            return self.layers[index](hidden, call)
-        return self.prefix.visit(visit, hidden, lambda: self.layers[index](hidden, call))
-
-    def sides_of(self, index: int) -> tuple[int, ...]:
-        return self.captured.blocks[index].sides
-
-    def sites_of(self, index: int) -> tuple[Site, ...]:
-        return self.captured.blocks[index].template.sites
-
-    def norm(self, hidden: Tensor) -> Tensor:
-        if self.live is not None and self.live.norms:
-            return self.live.norm(hidden)
-        return self.part(self.captured.norm, {}, hidden)
-
-    def logits(self, normed: Tensor) -> Tensor:
-        found = _logits(self.model._head(self.captured, normed), "the op 'logits'", "an exit criterion of the state")
-        if found.shape[:2] != normed.shape[:2] or found.dim() != 3:
-            raise UnsupportedModelError(
-                f"the op 'logits': expected the head to give logits of every token, got shape {tuple(found.shape)} for "
-                f"{tuple(normed.shape[:2])} tokens. Use an exit criterion of the state."
-            )
-        return found
-
-    def module(self, name: str) -> nn.Module:
-        if self.depth is None:
-            self.depth = depth_module(self.model)
-        found = self.found.get((id(self.depth), name))
-        if found is None:
-            found = self.found[id(self.depth), name] = self.depth.get_submodule(name)
-        return found
-
-    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
-        return self.stock_module(index, path)(*args)
-
-    def stock_module(self, index: int, path: str) -> nn.Module:
-        return self.layers[index].get_submodule(path)
-
-    def bound(self, index: int) -> tuple[Template, list[Tensor]]:
-        block = self.captured.blocks[index]
-        return block.template, self.tensors(block, self.layers[index])
-
-    def submodules_of(self, index: int) -> tuple[str, ...]:
-        graph = self.captured.blocks[index].template.graph.graph
-        return tuple(n.args[1] for n in graph.nodes if n.target is calls.submodule)
-
-    def refuses_schedule(self, index: int) -> str | None:
-        layer = self.layers[index]
-        if self.dispatched:
-            return "accelerate moves weights between devices (device_map, offload), which needs module calls"
-        if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-            return f"block {index} has hooks (FSDP, accelerate or your own), which need module calls"
-        if getattr(layer.__dict__.get("forward"), "func", None) is not block_forward:
-            return f"block {index} has something around its forward, which needs module calls"
-        if index in self.hooked.inside:
-            return f"block {index} has hooks on modules inside it, which need module calls"
-        return "new modules have hooks, which need module calls" if self.hooked.parameters else None
-
-    def recomputes(self, index: int) -> bool:
-        layer = self.layers[index]
-        return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
-
-    def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
-        from depthpass_lowering.attention import additive, sdpa_attention
-
-        if mask is not None and mask.device != q.device:  # the block is on another device than the streams
-            mask = mask.to(q.device)
-        if self.style == "sdpa":
-            if site.softcap is not None or sinks is not None:
-                raise LoweringError("sdpa attention has no softcap and no sinks; load the model with "
-                                    "attn_implementation='eager'.")
-            return sdpa_attention(q, k, v, mask, causal, site.scale, site.dropout)
-        module = self.layers[index].get_submodule(site.path)
-        stock = sys.modules[type(module).__module__].eager_attention_forward
-        bias = additive(mask, causal, q.shape[2], q.dtype, q.device)
-        extra = {} if site.softcap is None else {"softcap": site.softcap}
-        if sinks is not None:
-            # gpt_oss passes its sinks and then reads them from the module all the same: let it read what was passed.
-            extra["s_aux"] = sinks
-            module = copy.copy(module)
-            module._parameters = {**module._parameters, "sinks": sinks}
-        return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
-
-
-@functools.cache
-def _compiled_stock(stock: type) -> Callable:
-    """The stock forward with what stands around the decoder compiled."""
-    compiled = torch.compile(stock.forward, dynamic=True)
-
-    @functools.wraps(stock.forward)
-    def forward(*args, **kwargs):
-        with warnings.catch_warnings():
-            # Dynamo looks at the gradient of the decoder's output, which has none.
-            warnings.filterwarnings("ignore", message=r"The \.grad attribute of a Tensor that is not a leaf")
-            return compiled(*args, **kwargs)
-
-    return forward
-
-
-def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
-    """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled rung makes of them."""
-    if lowering not in ("inductor", "cudagraph"):
-        return direct
-    from depthpass_lowering.compiled import compiled_whole
-    from depthpass_lowering.transforms import check_compilable
-
-    check_compilable(lowering)
-    return compiled_whole
-
-
-def depth_module(model: nn.Module) -> nn.Module:
-    """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter."""
-    found = model.depth
-    if not hasattr(found, "modules_to_save"):
-        return found
-    active = [a for a in found.active_adapters if a in found.modules_to_save]
-    if len(active) > 1:
-        raise UnsupportedModelError(
-            f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
-        )
-    return found.original_module if found.disable_adapters or not active else found.modules_to_save[active[0]]
-
 
 class _Prologue:
     """Answers the prologue's and the norm's questions about columns."""
@@ -496,7 +170,7 @@ class DepthModel:
         decoder = self.get_submodule(self._depth.decoder)
         # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
-        forward = _compiled_stock(stock) if compiled else stock.forward
+        forward = compiled_stock(stock) if compiled else stock.forward
         if (labels := without_crossing(self, call_names(stock), arguments)) is not None:
             args, given = replaced(stock, args, given, "labels", labels)
         with inside(Frame(decoder, self, arguments, name)) as frame:
@@ -533,7 +207,7 @@ class DepthModel:
             output.losses, output.losses_total = left.losses
         if left.heads:
             output.taps = {
-                n: _logits(self._head(left.captured, x, arguments), f"tap {n!r}", "head=False") if left.heads[n] else
+                n: logits_of(self._head(left.captured, x, arguments), f"tap {n!r}", "head=False") if left.heads[n] else
                 x if keep is None else x[:, keep]
                 for n, x in left.streams.items() if n in left.heads
             }
@@ -939,14 +613,6 @@ def _warn_losses(model: nn.Module, left: Left) -> None:
         )
 
 
-def _logits(output, what: str, instead: str) -> Tensor:
-    """Logits that the stock head made of a stream."""
-    if getattr(output, "logits", None) is None:
-        raise UnsupportedModelError(f"{what} needs a model with a head; this one returns {', '.join(output.keys())}. Use one, or "
-                                    f"{instead}.")
-    return output.logits
-
-
 def _check_assisted(program: Program) -> None:
     """Assisted decoding scores several tokens in a call and takes the rejected ones back."""
     reasons = {
@@ -1005,53 +671,3 @@ def depth_class(stock: type) -> type:
 
         body["generate"] = generate
     return type(stock.__name__, (DepthModel, stock), body)
-
-
-def drop_wrapped_forward(model: nn.Module) -> None:
-    """Remove the forward that accelerate's mixed precision (Trainer with bf16) leaves on a model that it trained.
-
-    It calls the forward of the class the model had then; the next ``prepare`` wraps anew.
-    """
-    if model.__dict__.pop("_original_forward", None) is not None:
-        model.__dict__.pop("forward", None)
-
-
-def stock_copy(model: nn.Module) -> nn.Module:
-    """A stock model that shares every stock parameter of a transformed one."""
-    made = copied(model)
-    made.__class__ = type(model)._stock_class
-    drop_wrapped_forward(made)
-    decoder = made.get_submodule(model._depth.decoder)
-    if isinstance(decoder, DepthDecoder):
-        decoder.__class__ = type(decoder)._stock_class
-        del decoder._depth_door
-    # A wrapper that was put around a forward calls the transformed model.
-    for module in (made, decoder, *map(unwrapped, made.get_submodule(model._depth.layers))):
-        set_forward(module, None)
-    del made._depth
-    del made.depth
-    unmark(made.config)
-    if hasattr(made.config, "depthpass"):
-        del made.config.depthpass
-    return made
-
-
-def stock_decoder(model: nn.Module, device: torch.device | None = None) -> nn.Module:
-    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`).
-
-    Args:
-        device: where its tensors are; None = where they are now.
-    """
-    path, layers = model._depth.decoder, model._depth.layers
-    made = structural_copy(
-        model.get_submodule(path), leave=("_depth", "_depth_door"), dtypes=sharded_dtypes(model.modules()), device=device
-    )
-    made.__class__ = type(made)._stock_class
-    made._modules.pop(PREFIX, None)
-    # What was put around these forwards runs at each call.
-    for module in (made, *made.get_submodule(layers[len(path) + 1 if path else 0 :])):
-        module.__dict__.pop("forward", None)
-    for module in made.modules():
-        if is_controlled(module):
-            del module.forward
-    return made

@@ -217,7 +217,7 @@ def check_parameters(model: Any, wanted: Plan) -> None:
     Raises:
         SpecError: naming them.
     """
-    from depthpass.hf.model import depth_module
+    from depthpass.hf.host import depth_module
 
     held = {k: t.shape for k, t in depth_module(model).state_dict().items()}
     needed = sizes(model, wanted.largest)

@@ -20,8 +20,9 @@ from depthpass.hf.auto import PREFIX as MARKED
 from depthpass.hf.auto import as_stock, unmarked
 from depthpass.hf.damage import find_damage, holding
 from depthpass.hf.files import interrupted, recover
-from depthpass.hf.model import PREFIX, depth_class
+from depthpass.hf.model import depth_class
 from depthpass.hf.plans import sizes
+from depthpass.hf.runtime import PREFIX
 from depthpass.hf.weights import retire
 from depthpass.limits import shown
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule

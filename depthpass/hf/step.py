@@ -13,8 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from depthpass.capture import Block, Capture, Part
 from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
+from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call
-from depthpass.hf.model import StockHost, depth_module
 from depthpass.hf.plans import Plan
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from depthpass.errors import SpecError, did_you_mean
-from depthpass.hf.model import DepthModel, depth_module
+from depthpass.hf.host import depth_module
+from depthpass.hf.model import DepthModel
 from depthpass.hf.plans import Plan, Plans, Using
 from depthpass.passes.base import Pass
 

@@ -13,21 +13,14 @@ from depthpass.capture.export import find_layers
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.auto import mark
 from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
-from depthpass.hf.model import (
-    PREFIX,
-    DepthModel,
-    Runtime,
-    block_forward,
-    depth_class,
-    depth_module,
-    drop_wrapped_forward,
-    not_reentrant,
-    stock_copy,
-)
+from depthpass.hf.host import block_forward, depth_module
+from depthpass.hf.model import DepthModel, depth_class, not_reentrant
 from depthpass.hf.pads import pad_op, pad_token
 from depthpass.hf.parameters import build
 from depthpass.hf.placement import copied, home, is_dispatched, own_forward, set_forward, unwrapped
 from depthpass.hf.plans import Plans, plan
+from depthpass.hf.runtime import PREFIX, Runtime
+from depthpass.hf.stock import drop_wrapped_forward, stock_copy
 from depthpass.hf.table import position_table
 from depthpass.hf.watch import drop_capturing_hooks
 from depthpass.hf.weights import check_weights, retire, start_weights

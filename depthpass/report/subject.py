@@ -53,7 +53,7 @@ class Subject:
 
         if getattr(source, "depth_program", None) is None:
             return cls(stock_model(source))
-        from depthpass.hf.model import depth_module
+        from depthpass.hf.host import depth_module
         from depthpass.hf.parameters import counted
         from depthpass.hf.transform import restore
 

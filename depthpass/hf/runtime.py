@@ -1,0 +1,85 @@
+"""What a transformed model knows besides its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from depthpass.capture import Capture
+from depthpass.hf.plans import Plan, Plans
+from depthpass.hf.watch import Binding, Watch
+from depthpass.ir.program import Program
+from depthpass.schedule.fixed_point import FixedPoint, Measure
+from depthpass.schedule.lowered import Lowered
+
+PREFIX = "depth"
+"""Name under which a transformed model holds its new parameters."""
+
+
+@dataclass
+class Runtime:
+    """What a transformed model knows besides its parameters; shared by nothing.
+
+    Attributes:
+        plans: what may run, and which plan does.
+        layers: path of the list of blocks.
+        decoder: path of the inner decoder, which runs the program; empty where the model has no head.
+        lowering: rung of the ladder that runs serial regions.
+        fixed_point: how serial regions are swept; None = the sequential schedule.
+        captures: one per call signature, made on first use.
+        bindings: the live tensors that each part and block of a capture reads, by its id.
+        watches: what the captures depend on, as it was at the last calls, newest last.
+        tokens: compiled steps of one decoded token, by what they were compiled for.
+        ran: the programs of the last call with their rows and columns, for ledgers; never read to decide what runs.
+        lowered: how each serial region of the last call was run, likewise.
+        said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
+            see parts of rows.
+        ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
+    """
+
+    plans: Plans
+    layers: str
+    decoder: str
+    position_table: str | None
+    lowering: str = "auto"
+    fixed_point: FixedPoint | Measure | None = None
+    ratios: dict[str, float] = field(default_factory=dict)
+    captures: dict[tuple, Capture] = field(default_factory=dict)
+    bindings: dict[int, list[Binding]] = field(default_factory=dict)
+    watches: list[Watch] = field(default_factory=list)
+    tokens: dict[tuple, object] = field(default_factory=dict)
+    ran: tuple[tuple[Program, int, int], ...] = ()
+    lowered: tuple[Lowered, ...] = ()
+    said_compiled: bool = False
+    said_parts: bool = False
+
+    @property
+    def plan(self) -> Plan:
+        """The plan in force in this thread."""
+        return self.plans.current
+
+    @property
+    def program(self) -> Program:
+        return self.plan.program
+
+    def config(self) -> dict:
+        """The entry of the model's config that loads what is in force here again."""
+        swept = {} if self.fixed_point is None else {"schedule": self.fixed_point.to_dict()}
+        return self.plan.config() | swept
+
+    def __deepcopy__(self, memo):
+        # Captures hold graphs only, but they belong to the module tree they were made from: a copy makes its own.
+        build, arguments = self.__reduce__()
+        return build(*arguments)
+
+    def __reduce__(self):
+        return _runtime, (
+            self.plans.home, self.plans.default, self.layers, self.decoder, self.position_table, self.lowering, self.fixed_point,
+            dict(self.ratios),
+        )
+
+
+def _runtime(home: Plan, default: Plan, *rest) -> Runtime:
+    """A runtime with plans of its own: what is in force for one model says nothing about its copies."""
+    made = Runtime(Plans(home), *rest)
+    made.plans.default = made.plans.kept[default.key] = default
+    return made

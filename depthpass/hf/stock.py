@@ -1,0 +1,68 @@
+"""Stock models of transformed ones: copies that share every stock parameter."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from depthpass.capture.structure import structural_copy
+from depthpass.hf.auto import unmark
+from depthpass.hf.doors import DepthDecoder
+from depthpass.hf.hooks import is_controlled
+from depthpass.hf.placement import (
+    copied,
+    set_forward,
+    sharded_dtypes,
+    unwrapped,
+)
+from depthpass.hf.runtime import PREFIX
+
+
+def drop_wrapped_forward(model: nn.Module) -> None:
+    """Remove the forward that accelerate's mixed precision (Trainer with bf16) leaves on a model that it trained.
+
+    It calls the forward of the class the model had then; the next ``prepare`` wraps anew.
+    """
+    if model.__dict__.pop("_original_forward", None) is not None:
+        model.__dict__.pop("forward", None)
+
+
+def stock_copy(model: nn.Module) -> nn.Module:
+    """A stock model that shares every stock parameter of a transformed one."""
+    made = copied(model)
+    made.__class__ = type(model)._stock_class
+    drop_wrapped_forward(made)
+    decoder = made.get_submodule(model._depth.decoder)
+    if isinstance(decoder, DepthDecoder):
+        decoder.__class__ = type(decoder)._stock_class
+        del decoder._depth_door
+    # A wrapper that was put around a forward calls the transformed model.
+    for module in (made, decoder, *map(unwrapped, made.get_submodule(model._depth.layers))):
+        set_forward(module, None)
+    del made._depth
+    del made.depth
+    unmark(made.config)
+    if hasattr(made.config, "depthpass"):
+        del made.config.depthpass
+    return made
+
+
+def stock_decoder(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+    """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`).
+
+    Args:
+        device: where its tensors are; None = where they are now.
+    """
+    path, layers = model._depth.decoder, model._depth.layers
+    made = structural_copy(
+        model.get_submodule(path), leave=("_depth", "_depth_door"), dtypes=sharded_dtypes(model.modules()), device=device
+    )
+    made.__class__ = type(made)._stock_class
+    made._modules.pop(PREFIX, None)
+    # What was put around these forwards runs at each call.
+    for module in (made, *made.get_submodule(layers[len(path) + 1 if path else 0 :])):
+        module.__dict__.pop("forward", None)
+    for module in made.modules():
+        if is_controlled(module):
+            del module.forward
+    return made
