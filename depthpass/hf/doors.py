@@ -149,8 +149,8 @@ def untraced(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def forward(self, *args, **kwargs):
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            _refuse_trace(self, "torch.export" if torch.compiler.is_exporting() else "torch.jit.trace")
+        if _exports() or torch.jit.is_tracing():
+            _refuse_trace(self, "torch.export" if _exports() else "torch.jit.trace")
         if torch.compiler.is_dynamo_compiling():
             _say_compiled(self)
         elif any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
@@ -158,6 +158,13 @@ def untraced(run: Callable) -> Callable:
         return hidden(self, *args, **kwargs)
 
     return forward
+
+
+def _exports() -> bool:
+    """Whether this thread exports. torch's flag is the whole process's: another thread may be making a capture."""
+    return torch.compiler.is_exporting() and (
+        torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    )
 
 
 def _refuse_trace(model: Any, tracer: str) -> None:

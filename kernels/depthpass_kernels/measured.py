@@ -26,7 +26,7 @@ def fastest(op: str, what: str, capability: tuple[int, int], batch: int, queries
     if not found:
         return "triton"
     nearest = min(found, key=lambda r: (
-        abs(10 * (r["capability"][0] - capability[0]) + r["capability"][1] - capability[1]),
+        abs(r["capability"][0] - capability[0]), abs(r["capability"][1] - capability[1]),
         sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip((r["batch"], r["queries"], r["keys"]), (batch, queries, keys))),
     ))
     return min(("triton", "naive"), key=nearest["microseconds"].__getitem__)

@@ -288,6 +288,7 @@ def test_what_cannot_be_swept_says_so():
         swept(**zoo.batch([9]))
 
 
+@pytest.mark.filterwarnings("ignore:hooks on or in block")
 def test_blocks_with_hooks_run_as_modules_where_nothing_is_trained():
     eager, swept = pair("llama", max_sweeps=9)
     calls = []
