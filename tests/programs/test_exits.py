@@ -81,6 +81,7 @@ def test_exits_equal_the_oracle(case):
     assert len(set(taken)) > 1, taken
 
 
+@pytest.mark.filterwarnings("ignore:hooks on or in block")
 @pytest.mark.parametrize("kv", ["own", "first"])
 def test_tokens_that_left_do_no_work(kv):
     """Rows of one batch leave after different iterations; a block sees only the rows that stay."""

@@ -204,8 +204,8 @@ def test_every_visit_has_a_lora_of_its_own(name):
         if visit[1] is not None:
             updates = model.depth.get_submodule(f"loop.t{visit[1]}.v1.lora")
             for path, low in updates.named_modules():
-                if hasattr(low, "delta"):
-                    block.get_submodule(path).weight.data += low.delta().data
+                if hasattr(low, "low_rank"):
+                    block.get_submodule(path).weight.data += low().data
     rest = {k: v for k, v in stock.state_dict().items() if ".layers." not in k and ".h." not in k}
     unrolled.load_state_dict(rest, strict=False)
     with torch.no_grad():
