@@ -22,7 +22,7 @@ _PUBLIC = {
     "FlopsLedger": "depthpass.hf.callbacks",
     "ShiftSchedule": "depthpass.hf.callbacks",
     "RecurrenceCurriculum": "depthpass.hf.callbacks",
-    "from_pretrained": "depthpass.hf.save",
+    "from_pretrained": "depthpass.hf.pretrained",
     "set_ratios": "depthpass.hf.ratios",
     "capacity_warmup": "depthpass.hf.ratios",
     "CapacityWarmup": "depthpass.hf.ratios",

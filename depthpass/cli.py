@@ -212,17 +212,14 @@ def _report(args: argparse.Namespace) -> int:
 
 def _show(args: argparse.Namespace) -> int:
     from depthpass.ir import plain
-    from depthpass.passes import apply_spec
+    from depthpass.plan import compile_spec
 
     passes, subject = _passes(args), _subject(args.config)
-    # Not before the arguments are known to be right: it imports transformers.
-    from depthpass.hf.transform import context_of
-
-    ctx = context_of(subject.stock)
+    ctx = subject.context
     stock = plain(ctx.model, ctx.blocks, ctx.width)
     shown: list[tuple[str, Program]] = [("stock", stock)]
     if passes is not None:
-        apply_spec(stock, passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
+        compile_spec(passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
     if args.form == "json":
         print(json.dumps([{"after": label, "program": str(p)} for label, p in shown], indent=2))
     else:
@@ -259,7 +256,7 @@ def _contraction(args: argparse.Namespace) -> int:
     import torch
 
     from depthpass.analysis.contraction import contraction
-    from depthpass.hf.save import from_pretrained
+    from depthpass.hf.pretrained import from_pretrained
 
     rows = None if args.ids is None else _rows(args.ids)
     if not Path(args.checkpoint).is_dir():

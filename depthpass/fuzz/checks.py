@@ -22,7 +22,6 @@ import depthpass as dp
 from depthpass.fuzz import models
 from depthpass.fuzz.cases import Case
 from depthpass.fuzz.oracle import Meaning, Row, averaged, list_attention
-from depthpass.ir import plain
 
 LIMIT = 2e-6
 """Relative to the largest value compared: stock norms and rotary tables go through float32, whose last bit may flip."""
@@ -178,15 +177,14 @@ class Subject:
         """The program of a row of so many tokens, as text."""
         if not self.varies:
             return str(self.model.depth_program)
-        from depthpass.hf.transform import context_of
-        from depthpass.passes import apply_spec
-        from depthpass.spec import load_spec
+        from depthpass.hf.context import context_of
+        from depthpass.plan import compile_spec
 
         passes = [
             s | {"times": _evaluated(s["times"], tokens)} if isinstance(s.get("times"), str) else s for s in self.case["spec"]
         ]
         context = context_of(self.stock)
-        return str(apply_spec(plain(context.model, context.blocks, context.width), load_spec(passes), context))
+        return str(compile_spec(passes, context).program)
 
     def want(
         self, ids: Tensor, start: int = 0, prompt: int | None = None, calls: Sequence[int] = (), p: Any = None,

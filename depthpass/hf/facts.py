@@ -13,8 +13,8 @@ from torch import nn
 
 from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
-from depthpass.hf.auto import PREFIX as MARKED
-from depthpass.hf.auto import unmarked
+from depthpass.hf.marks import PREFIX as MARKED
+from depthpass.hf.marks import unmarked
 
 ModelLike = Any
 """A PreTrainedModel, a PreTrainedConfig, a mapping of a config's fields, or the path of a ``config.json``."""

@@ -19,6 +19,7 @@ from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.doors import DISABLED
+from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.live import Live
 from depthpass.hf.placement import (
     home,
@@ -161,7 +162,7 @@ class StockHost:
         return self.part(self.captured.norm, {}, hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
-        found = logits_of(self.model._head(self.captured, normed), "the op 'logits'", "an exit criterion of the state")
+        found = logits_of(apply_head(self.model, self.captured, normed), "the op 'logits'", "an exit criterion of the state")
         if found.shape[:2] != normed.shape[:2] or found.dim() != 3:
             raise UnsupportedModelError(
                 f"the op 'logits': expected the head to give logits of every token, got shape {tuple(found.shape)} for "
@@ -266,11 +267,3 @@ def depth_module(model: nn.Module) -> nn.Module:
             f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
         )
     return found.original_module if found.disable_adapters or not active else found.modules_to_save[active[0]]
-
-
-def logits_of(output, what: str, instead: str) -> Tensor:
-    """Logits that the stock head made of a stream."""
-    if getattr(output, "logits", None) is None:
-        raise UnsupportedModelError(f"{what} needs a model with a head; this one returns {', '.join(output.keys())}. Use one, or "
-                                    f"{instead}.")
-    return output.logits

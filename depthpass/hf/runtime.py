@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from depthpass.capture import Capture
-from depthpass.hf.plans import Plan, Plans
+from depthpass.hf.plans import Plans
 from depthpass.hf.watch import Binding, Watch
 from depthpass.ir.program import Program
+from depthpass.plan import Plan
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.lowered import Lowered
 

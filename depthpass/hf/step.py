@@ -15,7 +15,7 @@ from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call
-from depthpass.hf.plans import Plan
+from depthpass.plan import Plan
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State

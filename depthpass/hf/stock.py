@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from depthpass.capture.structure import structural_copy
-from depthpass.hf.auto import unmark
 from depthpass.hf.doors import DepthDecoder
 from depthpass.hf.hooks import is_controlled
+from depthpass.hf.marks import unmark
 from depthpass.hf.placement import (
     copied,
     set_forward,

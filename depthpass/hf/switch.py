@@ -16,8 +16,10 @@ from torch import nn
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.hf.host import depth_module
 from depthpass.hf.model import DepthModel
-from depthpass.hf.plans import Plan, Plans, Using
+from depthpass.hf.plans import Plans, Using
+from depthpass.hf.save import own_class
 from depthpass.passes.base import Pass
+from depthpass.plan import Plan
 
 if TYPE_CHECKING:
     from depthpass.spec import SpecLike
@@ -117,8 +119,6 @@ def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
     if plans.borrowed:
         raise SpecError("a switch inside a dp.using block would end with it. Open another dp.using block instead.")
     plans.default = wanted
-    from depthpass.hf.save import own_class
-
     inner.config.depthpass = inner._depth.config() | own_class(type(inner)._stock_class)
     parameters: Any = depth_module(inner)
     parameters.text = str(wanted.program)

@@ -72,12 +72,6 @@ class FixedPoint:
         set_ = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"fixed_point({', '.join(set_)})"
 
-    def start(self) -> Any:
-        """What runs the sweeps of one call, and keeps their record."""
-        from depthpass_lowering.fixed_point import Sweeping
-
-        return Sweeping(self)
-
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not at their default, as plain data; :func:`load_schedule` reads them back."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
@@ -96,12 +90,6 @@ class Measure:
     def __post_init__(self) -> None:
         if self.sweeps is not None and (type(self.sweeps) is not int or self.sweeps < 1):
             raise SpecError(f"max_sweeps: expected an integer of at least 1, or None, got {self.sweeps!r}.")
-
-    def start(self) -> Any:
-        """What runs one call, and keeps the measurements."""
-        from depthpass_lowering.contraction import Measuring
-
-        return Measuring(self)
 
 
 def load_schedule(schedule: Any = "sequential", **options: Any) -> FixedPoint | None:

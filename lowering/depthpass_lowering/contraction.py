@@ -15,7 +15,7 @@ from depthpass.errors import LoweringError
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.regions import Region
 from depthpass_lowering.eager import Run
-from depthpass_lowering.fixed_point import Swept
+from depthpass_lowering.fixed_point import Sweeping, Swept
 from depthpass_lowering.sweeps import Solver, Sweeper
 
 
@@ -51,6 +51,13 @@ class Measured:
     chunk: int
     chunks: int
     sweeps: tuple[Sweep, ...]
+
+
+def start(policy: FixedPoint | Measure | None) -> Any:
+    """What runs the sweeps of one call and keeps their record, or measures them; None = the sequential schedule."""
+    if policy is None:
+        return None
+    return Sweeping(policy) if isinstance(policy, FixedPoint) else Measuring(policy)
 
 
 class Measuring:
