@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 
 from depthpass.ir.program import Program, plain
 from depthpass.ir.verify import Type, infer
 from depthpass.passes.base import Context, Pass
-from depthpass.passes.pipeline import apply_spec
+from depthpass.passes.pipeline import OnPass, apply_spec
 from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import SpecLike, dump_spec, load_spec, spec_hash
 
@@ -69,7 +68,7 @@ def compile_spec(
     *,
     chunk: int | None = None,
     stack: bool = True,
-    on_pass: Callable[[Pass, Program, Program], object] | None = None,
+    on_pass: OnPass | None = None,
 ) -> Plan:
     """Apply a spec to a model's program and schedule the result; touches no model and no weights.
 

@@ -94,10 +94,11 @@ class DepthCache(Cache):
 
     def check_program(self, now: Program, name: str) -> None:
         """Raise CacheError unless the program that runs now has filled the cache."""
-        if self.state.length and self.program is not now and self.program != now:
+        filled = self.program
+        if self.state.length and filled is not None and filled is not now and filled != now:
             raise CacheError(
                 f"{name}: this DepthCache holds {self.state.length} tokens of another program of this model "
-                f"({len(self.program.visits)} visits, {len(self.program.slots)} slots; now {len(now.visits)} visits, "
+                f"({len(filled.visits)} visits, {len(filled.slots)} slots; now {len(now.visits)} visits, "
                 f"{len(now.slots)} slots): the model was switched after it was filled, or its loop count is drawn or follows "
                 "the row's tokens. Switch back, fix the count with dp.using, or make a new cache with dp.DepthCache(model) "
                 "and run the prompt again."
@@ -206,7 +207,9 @@ class DepthCache(Cache):
         """Row i becomes row ``beam_idx[i]`` (beam search)."""
         self.state = self.state.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times in place."""

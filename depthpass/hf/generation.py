@@ -9,8 +9,8 @@ from torch import Tensor
 
 from depthpass.analysis.routing import reads_future
 from depthpass.errors import InputError
+from depthpass.hf.columns import check_rows
 from depthpass.hf.growth import check_growth
-from depthpass.hf.inputs import check_rows
 from depthpass.hf.pads import pad_op
 from depthpass.ir.program import Program
 from depthpass.schedule.fixed_point import FixedPoint
@@ -86,9 +86,9 @@ def _check_cached(model: DepthModel, generation_config: Any, model_kwargs: dict[
         )
     if "length" in model._depth.plan.varies:
         prompt, given_ids = getattr(generation_config, PROMPT, (None, None))
-        known = given_ids is not None and generation_config.max_length is not None
+        longest = generation_config.max_length
         check_growth(model, model_kwargs.get("attention_mask"), prompt,
-                     generation_config.max_length - given_ids if known else None)
+                     None if given_ids is None or longest is None else longest - given_ids)
     if program.reads_calls:
         warnings.warn(
             "generate: with kv='last' or 'mod:k' a decoded token reads other keys of earlier tokens than it does when "

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from depthpass.capture import Block, Capture, Part, Site, Template, calls
 from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
+from depthpass.capture.screen import block_list
 from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.doors import DISABLED
 from depthpass.hf.head import apply_head, logits_of
@@ -32,6 +33,8 @@ from depthpass.hf.watch import Binding
 if TYPE_CHECKING:
     from depthpass_lowering.losses import Pool
 
+    from depthpass.hf.model import DepthModel
+
 
 class BlockCall:
     """What a block is called with besides the hidden stream: see :func:`block_forward`."""
@@ -41,7 +44,7 @@ class BlockCall:
     def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
         self.block, self.visit, self.sides, self.host = block, visit, sides, host
 
-    @functools.partial(torch.compiler.disable, reason=DISABLED)
+    @torch.compiler.disable(reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         host = self.host
         if not host.dispatched:
@@ -61,6 +64,7 @@ class BlockCall:
         if visit.index in host.hooked.own:
             host.counts[visit.index] += 1
         if visit.index in host.hooked.inside:
+            assert host.live is not None, "hooks inside a block run live"
             return host.live.block(layer, visit, params, bound, hidden)
         return visit.run(self.block.template, hidden, self.sides, params, host.runner)
 
@@ -68,7 +72,7 @@ class BlockCall:
 # FSDP2 casts what a unit is called with to the unit's dtype.
 pytree.register_pytree_node(
     BlockCall, lambda call: (list(call.sides), (call.block, call.visit, call.host)),
-    lambda sides, rest: BlockCall(rest[0], rest[1], sides, rest[2]),
+    lambda sides, rest: BlockCall(rest[0], rest[1], list(sides), rest[2]),
 )
 
 
@@ -77,11 +81,13 @@ def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
     if not args or not isinstance(args[0], BlockCall):
         return type(layer).forward(layer, hidden, *args, **kwargs)
     call = args[0]
+    run = functools.partial(call.run, layer)
     checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     # Older transformers checkpoint in the layer's own __call__, around this function.
     if checkpointing and type(layer).__call__ is nn.Module.__call__:
-        return layer._gradient_checkpointing_func(functools.partial(call.run, layer), hidden)
-    return call.run(layer, hidden)
+        checkpoint: Any = layer._gradient_checkpointing_func
+        return checkpoint(run, hidden)
+    return run(hidden)
 
 
 class StockHost:
@@ -96,10 +102,10 @@ class StockHost:
 
     adapts = True
 
-    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
+    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor]):
         self.model, self.captured = model, captured
         self.decoder = model.get_submodule(model._depth.decoder)
-        self.layers = model.get_submodule(model._depth.layers)
+        self.layers = block_list(model, model._depth.layers)
         self.extras = sides
         self.style = attention_style(model)
         self.training = model.training
@@ -256,7 +262,7 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     return compiled_whole
 
 
-def depth_module(model: nn.Module) -> nn.Module:
+def depth_module(model: Any) -> Any:
     """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter."""
     found = model.depth
     if not hasattr(found, "modules_to_save"):

@@ -126,8 +126,8 @@ def stock_class(settings: Mapping[str, Any], where: str) -> type:
     own = settings["depthpass"].get("class")
     if own is not None:
         return _imported(own, where)
-    kind, names = settings.get("model_type"), _names(settings)
-    mapped = None
+    kind, names = str(settings.get("model_type")), _names(settings)
+    mapped: Any = None
     if kind in CONFIG_MAPPING and (config := CONFIG_MAPPING[kind]) in MODEL_FOR_CAUSAL_LM_MAPPING:
         mapped = MODEL_FOR_CAUSAL_LM_MAPPING[config]
     for name in names if kind in CONFIG_MAPPING else ():

@@ -15,10 +15,15 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import SpecError
 from depthpass.limits import VISITS, shown
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig as _Config
+else:
+    _Config = object
 
 MARK = "depthpass (import depthpass as dp; dp.from_pretrained)"
 """The ``model_type`` of saved models. Transformers quotes it where nobody has imported depthpass."""
@@ -76,8 +81,8 @@ def unmarked(settings: dict[str, Any], where: str = "config") -> dict[str, Any]:
     if not isinstance(stock, dict) or not isinstance(stock.get("model_type"), str):
         raise SpecError(f"{where}: config.depthpass: expected the base model's type under stock.model_type, got {stock!r}. The "
                         "config was changed by hand; save the model again.")
-    held = {k: v for k, v in held.items() if k != "stock"}
-    return {k: v for k, v in settings.items() if k != GUARD} | stock | {"depthpass": held}
+    kept = {k: v for k, v in settings["depthpass"].items() if k != "stock"}
+    return {k: v for k, v in settings.items() if k != GUARD} | stock | {"depthpass": kept}
 
 
 class _NoCode(dict):
@@ -98,13 +103,13 @@ class _AutoMap:
         return self if config is None else _NoCode(config)
 
 
-class Marked:
+class Marked(_Config):
     """Mixin of the configs of transformed models; see :func:`marked_class`."""
 
     _stock_config: type
-    auto_map = _AutoMap()
+    auto_map: Any = _AutoMap()
 
-    def to_json_file(self, json_file_path, use_diff: bool = True) -> None:
+    def to_json_file(self, json_file_path: Any, use_diff: bool = True) -> None:
         settings = marked(json.loads(self.to_json_string(use_diff=use_diff)))
         with open(json_file_path, "w", encoding="utf-8") as file:
             file.write(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -124,7 +129,7 @@ def _bare(stock: type) -> Any:
 
 
 @functools.cache
-def marked_class(stock: type) -> type:
+def marked_class(stock: Any) -> Any:
     """The config class of transformed models whose stock config is of class ``stock``."""
     if issubclass(stock, Marked):
         return stock
@@ -172,7 +177,7 @@ def _register_models(stock: type, made: type, depth_class: Callable[[type], type
             found = mapping[stock]
         except (ImportError, AttributeError, KeyError):  # a head with requirements that are not installed
             continue
-        classes = found if isinstance(found, tuple | list) else (found,)
+        classes: Any = found if isinstance(found, tuple | list) else (found,)
         depth = tuple(depth_class(c) for c in classes if hasattr(c, "forward"))
         if depth:
             # Not `register`: before 5.24 it leaves out classes that say they are transformers' own.

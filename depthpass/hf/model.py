@@ -8,7 +8,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -24,9 +24,10 @@ from depthpass.hf.doors import DECODER, DepthDecoder, Frame, bind, call_names, i
 from depthpass.hf.files import replacing
 from depthpass.hf.generation import PROMPT, check_decoding, check_generation, check_implementation
 from depthpass.hf.host import compiled_stock
-from depthpass.hf.inputs import Call, check_outer, without_crossing
+from depthpass.hf.inputs import Call
 from depthpass.hf.loading import check_safetensors, class_to_load, load, settings_of
 from depthpass.hf.marks import mark, marked_class, unmark
+from depthpass.hf.outer import check_outer, without_crossing
 from depthpass.hf.outputs import finish
 from depthpass.hf.placement import full_state, gathered_state, home
 from depthpass.hf.prepare import install, prepare
@@ -40,7 +41,8 @@ from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
 
 if TYPE_CHECKING:
-    from transformers import GenerationMixin, PreTrainedModel
+    from transformers import PreTrainedModel
+    from transformers.generation.utils import GenerationMixin
 
     class _Stock(PreTrainedModel, GenerationMixin):
         """What a mixin of a stock class may call."""
@@ -104,7 +106,8 @@ class DepthModel(_Stock):
     @classmethod
     def _from_config(cls, config, **kwargs):
         chosen = depth_class(class_to_load(cls._stock_class, config.to_dict(), cls.__name__))
-        return super(DepthModel, chosen)._from_config(config, **kwargs)
+        build: Any = super(DepthModel, chosen)
+        return build._from_config(config, **kwargs)
 
     @property
     def depth_program(self) -> Program:
@@ -138,10 +141,14 @@ class DepthModel(_Stock):
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
+    def _decoder(self) -> Any:
+        """The module in which the program runs; the model itself where it has no head."""
+        return self.get_submodule(self._depth.decoder)
+
     def _call_stock(self, args: tuple, kwargs: dict[str, object], prompt_length):
         """A call of the outer class: stock code around its decoder, where the program runs."""
         if DECODER in kwargs:
-            return self._run_program(self.get_submodule(self._depth.decoder), kwargs[DECODER], None)
+            return self._run_program(self._decoder(), cast("dict[str, Any]", kwargs[DECODER]), None)
         stock = type(self)._stock_class
         arguments, given = bind(stock, self, args, kwargs)
         if prompt_length is not None:
@@ -150,13 +157,14 @@ class DepthModel(_Stock):
             return self._run_program(self, arguments, None)
         check_outer(self, call_names(stock), arguments)
         name, _ = take_cache(dict(arguments))
-        decoder = self.get_submodule(self._depth.decoder)
+        decoder = self._decoder()
         # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
         forward = compiled_stock(stock) if compiled else stock.forward
         if (labels := without_crossing(self, call_names(stock), arguments)) is not None:
             args, given = replaced(stock, args, given, "labels", labels)
-        with inside(Frame(decoder, self, arguments, name)) as frame:
+        frame = Frame(decoder, self, arguments, name)
+        with inside(frame):
             output = forward(self, *args, **given)
         if labels is not None:
             frame.arguments = {**arguments, "labels": labels}
@@ -192,7 +200,7 @@ class DepthModel(_Stock):
     def _capture(self, tensors: dict[str, Tensor], names: tuple[str, ...]) -> Capture:
         moved = home(self) if self._depth.watches[-1].dispatched else None
         with quiet(moved or self.device):
-            stock = stock_decoder(self, moved)
+            stock: Any = stock_decoder(self, moved)
             static = {"use_cache": False} if "use_cache" in names else {}
             # Heads without the argument ask the config. The copy's config is its own.
             for config in (stock.config, stock.config.get_text_config(decoder=True)):
@@ -241,7 +249,7 @@ class DepthModel(_Stock):
             gradient_checkpointing_func = not_reentrant(gradient_checkpointing_func)
         return super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, *args, **kwargs)
 
-    def save_pretrained(self, save_directory, is_main_process: bool = True, *args, stock: bool = False, **kwargs):
+    def save_pretrained(self, save_directory, is_main_process: bool = True, *args: Any, stock: bool = False, **kwargs: Any):
         """As the stock method: safetensors with stock keys plus those under ``depth.``, and the spec in the config.
 
         Weights that are spread over processes (FSDP2) are gathered, so every process has to call this; the first one writes.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from depthpass.hf.doors import Frame, Left
 from depthpass.hf.head import apply_head, logits_of
-from depthpass.hf.inputs import as_index
+from depthpass.hf.outer import as_index
 
 if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel

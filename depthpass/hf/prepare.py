@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -50,7 +51,7 @@ def prepare(model: nn.Module, spec: SpecLike, chunk: int | None, stack: bool = T
             )
     for module in model.modules():
         if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            not_reentrant(module._gradient_checkpointing_func)
+            not_reentrant(cast("Callable", module._gradient_checkpointing_func))
     plan = check_runnable(compile_spec(passes, context, chunk=chunk, stack=stack))
     if (pads := pad_op(plan.program)) is not None:
         pad_token(pads, model.config)

@@ -13,11 +13,12 @@ from torch.utils import _pytree as pytree
 from depthpass.capture import Capture
 from depthpass.capture.quiet import without_autocast
 from depthpass.hf.cache import NAMES, DepthCache
+from depthpass.hf.columns import shapes_only
 from depthpass.hf.doors import DepthDecoder, Frame, Left, call_names
 from depthpass.hf.growth import without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.host import StockHost, depth_module
-from depthpass.hf.inputs import Call, normalise, shapes_only, warn_frozen
+from depthpass.hf.inputs import Call, normalise, warn_frozen
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.outputs import decorate, warn_losses
 from depthpass.hf.packing import Packing, Rows
@@ -219,7 +220,7 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
             host = now.host()
             host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
             parts.append((rows, _sequences(now, plan, host, rows)))
-            now.ran.append((plan.program, *rows.source.shape))
+            now.ran.append((plan.program, rows.source.shape[0], rows.source.shape[1]))
     pool.move()
     if pool.sums:
         whole.losses, whole.extra_loss = pool.values()

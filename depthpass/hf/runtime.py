@@ -64,7 +64,7 @@ class Runtime:
 
     def config(self) -> dict:
         """The entry of the model's config that loads what is in force here again."""
-        swept = {} if self.fixed_point is None else {"schedule": self.fixed_point.to_dict()}
+        swept = {"schedule": self.fixed_point.to_dict()} if isinstance(self.fixed_point, FixedPoint) else {}
         return self.plan.config() | swept
 
     def __deepcopy__(self, memo):

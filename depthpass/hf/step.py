@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,16 +21,18 @@ if TYPE_CHECKING:
     from depthpass_lowering.state import State
     from depthpass_lowering.step import Rooms
 
+    from depthpass.hf.model import DepthModel
+
 Advanced = tuple[list[Tensor], dict[str, Tensor], "State"]
 
 
-def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
+def advance_token(model: DepthModel, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
     """Advance a state by one token with the compiled step, or return None: this call is none for it.
 
     Only the rungs ``inductor`` and ``cudagraph`` compile, and only calls of one token behind a cache, without gradients.
 
     Returns:
-        as ``DepthModel._advance``.
+        the decoder's flat outputs; streams by name; the new state.
 
     Raises:
         LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
@@ -98,7 +100,7 @@ def _is_step(call: Call, state: State) -> bool:
     return call.valid is None or bool(call.valid[:, -1].all())
 
 
-def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) -> str | None:
+def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:
     """Why a step of this program cannot be compiled in this call, or None."""
     from depthpass_lowering.step import refusal
 
@@ -130,7 +132,7 @@ class CompiledStep:
     plan: Plan
 
 
-def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor]:
+def live_tensors(model: DepthModel, plan: Plan, captured: Capture) -> list[Tensor]:
     """Every parameter and buffer that a step reads, once each, as they are now."""
     host = StockHost(model, captured, ())
     found: dict[int, Tensor] = {}
@@ -148,7 +150,7 @@ def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor
 class _StepHost(StockHost):
     """Runs a step that is being traced: parameters are the trace's inputs, columns a tensor."""
 
-    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
+    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
         super().__init__(model, captured, sides)
         self.leaves, self.at, self.training, self.runner = leaves, at, False, direct
         self.stand_ins: dict[str, nn.Module] = {}
@@ -182,7 +184,7 @@ class _StepHost(StockHost):
 
 
 def compile_step(
-    model: nn.Module, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: Rooms, lines: list[str],
+    model: DepthModel, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: Rooms, lines: list[str],
     weights: list[Tensor], inputs: list[Tensor],
 ) -> CompiledStep:
     """Trace one token through the program and compile it.
@@ -216,7 +218,7 @@ def compile_step(
 
     with torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        compiled = torch._inductor.compile(graph, inputs)
+        compiled: Any = torch._inductor.compile(graph, cast(Any, inputs))
     return CompiledStep(compiled, counts[0], tuple(streams), plan)
 
 

@@ -55,12 +55,12 @@ class Subject:
 
         if getattr(source, "depth_program", None) is None:
             return cls(stock_model(source))
+        from depthpass.hf.context import inner_model
         from depthpass.hf.host import depth_module
         from depthpass.hf.parameters import counted
         from depthpass.hf.transform import restore
 
-        base = getattr(source, "get_base_model", None)
-        added = counted(depth_module(base() if callable(base) else source))
+        added = counted(depth_module(inner_model(source)))
         own = source.depth_program, source.depth_spec, source.depth_schedule.chunk
         return cls(stock_model(restore(source)), own, added, source._depth.fixed_point, dict(source._depth.ratios))
 

@@ -60,7 +60,7 @@ class FixedPoint:
     @property
     def approximate(self) -> str | None:
         """Why results may differ from the sequential schedule by more than rounding, or None."""
-        if not self.exact:
+        if not self.exact and self.max_sweeps is not None:
             return (f"scoring stops after {self.max_sweeps} sweeps, so values pass {_hops(self.max_sweeps - 1)} at most; "
                     "one-token decoding passes all, so it differs from scoring")
         if self.tol:
