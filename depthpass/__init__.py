@@ -6,71 +6,164 @@ Rewire any stock Hugging Face decoder over layers and tokens, read how deep it n
 from __future__ import annotations
 
 import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import depthpass_kernels as kernels
+    import depthpass_lowering as lowering
+
+    from depthpass.analysis.contraction import contraction
+    from depthpass.analysis.gradients import gradients
+    from depthpass.analysis.lens import logit_lens
+    from depthpass.errors import (
+        CacheError,
+        CheckpointError,
+        DepthpassError,
+        InputError,
+        LoweringError,
+        ParseError,
+        PassError,
+        SpecError,
+        UnsupportedModelError,
+        VerifyError,
+    )
+    from depthpass.hf.attach import attach
+    from depthpass.hf.cache import DepthCache
+    from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule
+    from depthpass.hf.materialize import materialize
+    from depthpass.hf.model import DepthModel
+    from depthpass.hf.pretrained import from_pretrained
+    from depthpass.hf.ratios import CapacityWarmup, capacity_warmup, set_ratios
+    from depthpass.hf.routing import routing_of
+    from depthpass.hf.switch import loops_of, set_loops, switch, using
+    from depthpass.hf.transform import new_parameters, restore, transform
+    from depthpass.ir import Program, parse_program
+    from depthpass.losses import aligned_targets, exit_loss, relay_loss
+    from depthpass.passes.identity import Identity
+    from depthpass.passes.inner_thinking import InnerThinking
+    from depthpass.passes.layer_program import LayerProgram, Skip
+    from depthpass.passes.loop import Loop
+    from depthpass.passes.mixture_of_depths import MixtureOfDepths
+    from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
+    from depthpass.passes.pad import Pad
+    from depthpass.passes.parallel_loop import ParallelLoop
+    from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+    from depthpass.passes.taps import Taps
+    from depthpass.passes.turboconn import TurboConn
+    from depthpass.report import report
+    from depthpass.report.tokens import plot_depth
+    from depthpass.schedule.fixed_point import FixedPoint
+    from depthpass.search import SearchResult, search
+    from depthpass.spec import dump_spec, load_spec
 
 __version__ = "0.1.0"
 
-# Public name -> module that defines it. Everything is imported on first use, so that `import depthpass` stays quick.
-_PUBLIC = {
-    "transform": "depthpass.hf.transform",
-    "restore": "depthpass.hf.transform",
-    "new_parameters": "depthpass.hf.transform",
-    "materialize": "depthpass.hf.materialize",
-    "switch": "depthpass.hf.switch",
-    "using": "depthpass.hf.switch",
-    "set_loops": "depthpass.hf.switch",
-    "loops_of": "depthpass.hf.switch",
-    "FlopsLedger": "depthpass.hf.callbacks",
-    "ShiftSchedule": "depthpass.hf.callbacks",
-    "RecurrenceCurriculum": "depthpass.hf.callbacks",
-    "from_pretrained": "depthpass.hf.pretrained",
-    "set_ratios": "depthpass.hf.ratios",
-    "capacity_warmup": "depthpass.hf.ratios",
-    "CapacityWarmup": "depthpass.hf.ratios",
-    "routing_of": "depthpass.hf.routing",
-    "plot_depth": "depthpass.report.tokens",
-    "DepthCache": "depthpass.hf.cache",
-    "DepthModel": "depthpass.hf.model",
-    "report": "depthpass.report",
-    "search": "depthpass.search",
-    "SearchResult": "depthpass.search",
-    "FixedPoint": "depthpass.schedule.fixed_point",
-    "contraction": "depthpass.analysis.contraction",
-    "Program": "depthpass.ir",
-    "parse_program": "depthpass.ir",
-    "load_spec": "depthpass.spec",
-    "dump_spec": "depthpass.spec",
-    "attach": "depthpass.hf.attach",
-    "logit_lens": "depthpass.analysis.lens",
-    "aligned_targets": "depthpass.losses",
-    "relay_loss": "depthpass.losses",
-    "exit_loss": "depthpass.losses",
-    "gradients": "depthpass.analysis.gradients",
-    **dict.fromkeys(
-        ("DepthpassError", "SpecError", "CheckpointError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError",
-         "InputError", "CacheError", "LoweringError"),
-        "depthpass.errors",
-    ),
+# Group -> public name -> module that defines it. Everything is imported on first use, so that `import depthpass` stays
+# quick. The imports above say the same to type checkers and editors.
+GROUPS: dict[str, dict[str, str]] = {
+    "transform": {
+        "transform": "depthpass.hf.transform",
+        "restore": "depthpass.hf.transform",
+        "new_parameters": "depthpass.hf.transform",
+        "materialize": "depthpass.hf.materialize",
+        "from_pretrained": "depthpass.hf.pretrained",
+        "attach": "depthpass.hf.attach",
+        "load_spec": "depthpass.spec",
+        "dump_spec": "depthpass.spec",
+        "DepthModel": "depthpass.hf.model",
+        "DepthCache": "depthpass.hf.cache",
+        "FixedPoint": "depthpass.schedule.fixed_point",
+    },
+    "passes": {
+        "Identity": "depthpass.passes.identity",
+        "InnerThinking": "depthpass.passes.inner_thinking",
+        "IntraLayerRecurrence": "depthpass.passes.recurrence",
+        "LayerProgram": "depthpass.passes.layer_program",
+        "Loop": "depthpass.passes.loop",
+        "MixtureOfDepths": "depthpass.passes.mixture_of_depths",
+        "MixtureOfRecursions": "depthpass.passes.mixture_of_recursions",
+        "Pad": "depthpass.passes.pad",
+        "ParallelLoop": "depthpass.passes.parallel_loop",
+        "Repeat": "depthpass.passes.recurrence",
+        "Skip": "depthpass.passes.layer_program",
+        "Taps": "depthpass.passes.taps",
+        "TurboConn": "depthpass.passes.turboconn",
+    },
+    "analyse": {
+        "report": "depthpass.report",
+        "plot_depth": "depthpass.report.tokens",
+        "contraction": "depthpass.analysis.contraction",
+        "gradients": "depthpass.analysis.gradients",
+        "logit_lens": "depthpass.analysis.lens",
+        "search": "depthpass.search",
+        "SearchResult": "depthpass.search",
+        "Program": "depthpass.ir",
+        "parse_program": "depthpass.ir",
+    },
+    "run-time switches": {
+        "switch": "depthpass.hf.switch",
+        "using": "depthpass.hf.switch",
+        "set_loops": "depthpass.hf.switch",
+        "loops_of": "depthpass.hf.switch",
+        "set_ratios": "depthpass.hf.ratios",
+        "routing_of": "depthpass.hf.routing",
+    },
+    "training": {
+        "FlopsLedger": "depthpass.hf.callbacks",
+        "RecurrenceCurriculum": "depthpass.hf.callbacks",
+        "ShiftSchedule": "depthpass.hf.callbacks",
+        "CapacityWarmup": "depthpass.hf.ratios",
+        "capacity_warmup": "depthpass.hf.ratios",
+        "aligned_targets": "depthpass.losses",
+        "exit_loss": "depthpass.losses",
+        "relay_loss": "depthpass.losses",
+    },
+    "errors": {
+        "DepthpassError": "depthpass.errors",
+        "SpecError": "depthpass.errors",
+        "CheckpointError": "depthpass.errors",
+        "UnsupportedModelError": "depthpass.errors",
+        "VerifyError": "depthpass.errors",
+        "ParseError": "depthpass.errors",
+        "PassError": "depthpass.errors",
+        "InputError": "depthpass.errors",
+        "CacheError": "depthpass.errors",
+        "LoweringError": "depthpass.errors",
+    },
 }
+"""Public names by what they are for."""
+
+_PUBLIC = {name: module for group in GROUPS.values() for name, module in group.items()}
 _PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels"}
 
+__doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for group, names in GROUPS.items())
 
-def __getattr__(name: str):
+# A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
+__all__ = [
+    "CacheError", "CapacityWarmup", "CheckpointError", "DepthCache", "DepthModel", "DepthpassError", "FixedPoint",
+    "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LayerProgram", "Loop",
+    "LoweringError", "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError",
+    "Program", "RecurrenceCurriculum", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "Taps",
+    "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "capacity_warmup", "contraction",
+    "dump_spec", "exit_loss", "from_pretrained", "gradients", "kernels", "load_spec", "logit_lens", "loops_of",
+    "lowering", "materialize", "new_parameters", "parse_program", "plot_depth", "relay_loss", "report", "restore",
+    "routing_of", "search", "set_loops", "set_ratios", "switch", "transform", "using",
+]
+
+
+def __getattr__(name: str) -> Any:
     if name in _PACKAGES:
         return importlib.import_module(_PACKAGES[name])
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
-    if not name.startswith("_"):
-        from depthpass.passes.registry import BUILTIN
+    from depthpass.errors import did_you_mean
 
-        for target in BUILTIN.values():
-            module, _, cls = target.partition(":")
-            if cls == name:
-                return getattr(importlib.import_module(module), cls)
-    raise AttributeError(f"module 'depthpass' has no attribute {name!r}")
+    known = {*_PUBLIC, *_PACKAGES, "__version__"}
+    raise AttributeError(f"module 'depthpass' has no attribute {name!r}.{did_you_mean(name, known)}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PUBLIC, *_PACKAGES})
+    return sorted({*__all__, "GROUPS", "__version__", "__doc__", "__all__"})
 
 
 # Saved models load through the Auto classes of transformers, whichever of the two is imported first.

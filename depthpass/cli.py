@@ -283,7 +283,8 @@ def _search(args: argparse.Namespace) -> int:
 
     text, space = _read(args.samples, "samples"), load_space(_space(args.space))
     # Before a model is loaded, which may take long.
-    load_method(args.method), load_score(args.score)
+    load_method(args.method)
+    load_score(args.score)
     from depthpass.hf.checkpoints import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))

@@ -98,7 +98,8 @@ def sharing_captures() -> Iterator[None]:
     def capture(model: nn.Module, tensors: Any, static: Any) -> Any:
         if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
             return real(model, tensors, static)
-        settings = {k: v for k, v in model.config.to_dict().items() if k not in _SKIP}
+        config: Any = model.config
+        settings = {k: v for k, v in config.to_dict().items() if k not in _SKIP}
         key = json.dumps(settings, sort_keys=True, default=str) + repr((
             type(model), model.training, sorted((n, t.dtype, t.dim()) for n, t in tensors.items()), tuple(static),
             [(n, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()],
@@ -137,7 +138,7 @@ class Subject:
         ]
         self.meaning_of: dict[Any, dict[str, Tensor]] = {}
 
-    def transformed(self) -> nn.Module:
+    def transformed(self) -> dp.DepthModel:
         c = self.case
         options = {k: c[k] for k in ("chunk", "lowering", "stack", "schedule")}
         made = dp.transform(self.stock, c["spec"], **options)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NAMES = ("past_key_values", "cache")
 """Names of the cache argument: transformers 5.24 renamed the first to the second. A transformed model takes both."""
 
-STOCK_NAME = next(n for n in NAMES if n in signature_names(GenerationMixin.prepare_inputs_for_generation))
+STOCK_NAME = next(n for n in NAMES if n in signature_names(vars(GenerationMixin)["prepare_inputs_for_generation"]))
 """The name that the installed transformers uses: of its stock models and of what ``generate`` hands to a model."""
 
 

@@ -61,6 +61,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     finally:
         _running.discard(str(stage))
     # The new files are in place: what is left of the old ones is no reason to fail.
+    assert stage is not None
     _insist(functools.partial(_remove, stage))
 
 

@@ -177,11 +177,12 @@ class StockHost:
         return found
 
     def module(self, name: str) -> nn.Module:
-        if self.depth is None:
-            self.depth = depth_module(self.model)
-        found = self.found.get((id(self.depth), name))
+        depth = self.depth
+        if depth is None:
+            depth = self.depth = depth_module(self.model)
+        found = self.found.get((id(depth), name))
         if found is None:
-            found = self.found[id(self.depth), name] = self.depth.get_submodule(name)
+            found = self.found[id(depth), name] = depth.get_submodule(name)
         return found
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:

@@ -41,11 +41,23 @@ from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Schedule
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-    from transformers.generation.utils import GenerationMixin
+    from transformers import GenerationConfig, PreTrainedModel
 
-    class _Stock(PreTrainedModel, GenerationMixin):
-        """What a mixin of a stock class may call."""
+    from depthpass.hf.parameters import DepthParameters
+
+    class _Stock(PreTrainedModel):
+        """What a mixin of a stock class may call; ``GenerationMixin`` types its ``self`` as no model is."""
+
+        depth: DepthParameters
+
+        def generate(
+            self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
+        ) -> Any:
+            """As the stock model's, with a DepthCache."""
+
+        def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def _prepare_generated_length(self, *args: Any, **kwargs: Any) -> Any: ...
 else:
     _Stock = object
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from depthpass.capture import Capture
 from depthpass.hf.plans import Plans
-from depthpass.hf.watch import Binding, Watch
+from depthpass.hf.watch import Watch
 from depthpass.ir.program import Program
 from depthpass.plan import Plan
 from depthpass.schedule.fixed_point import FixedPoint, Measure
@@ -45,9 +49,9 @@ class Runtime:
     fixed_point: FixedPoint | Measure | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     captures: dict[tuple, Capture] = field(default_factory=dict)
-    bindings: dict[int, list[Binding]] = field(default_factory=dict)
+    bindings: dict[int, list[Callable[[], Tensor]]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
-    tokens: dict[tuple, object] = field(default_factory=dict)
+    tokens: dict[tuple, Any] = field(default_factory=dict)
     ran: tuple[tuple[Program, int, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
     said_compiled: bool = False

@@ -18,7 +18,7 @@ from depthpass.hf.inputs import Call
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
-    from depthpass_lowering.state import State
+    from depthpass_lowering.state import Slot, State
     from depthpass_lowering.step import Rooms
 
     from depthpass.hf.model import DepthModel
@@ -61,7 +61,7 @@ def advance_token(model: DepthModel, plan: Plan, captured: Capture, call: Call, 
         id(captured), id(plan), batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
         tuple(lines), tuple((n, call.tensors[n].shape) for n in names),
     )
-    step = runtime.tokens.get(key)
+    step: CompiledStep | None = runtime.tokens.get(key)
     weights = live_tensors(model, plan, captured)
     device = rooms.tensors()[0].device
     recorded = runtime.lowering == "cudagraph"
@@ -86,7 +86,8 @@ def advance_token(model: DepthModel, plan: Plan, captured: Capture, call: Call, 
     parts = [next(made) for _ in range(step.parts)]
     streams = {name: next(made) for name in step.streams}
     new_lines = dict(zip(lines, made, strict=True))
-    return parts, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
+    slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
+    return parts, streams, State(length + 1, call.valid, slots, new_lines)
 
 
 def _is_step(call: Call, state: State) -> bool:

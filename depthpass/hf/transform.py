@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, overload
+
 import torch
 from torch import nn
 
@@ -18,16 +20,57 @@ from depthpass.hf.save import own_class
 from depthpass.hf.stock import drop_wrapped_forward, stock_copy
 from depthpass.hf.weights import retire, start_weights
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
+from depthpass.spec import SpecLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Lowering: TypeAlias = Literal["auto", "eager", "scheduled", "inductor", "cudagraph"]
+ScheduleName: TypeAlias = Literal["sequential", "fixed_point"]
+Wrapper = TypeVar("Wrapper", bound=nn.Module)
+"""A PEFT model around a decoder."""
+
+
+@overload
+def transform(
+    model: PreTrainedModel,
+    spec: SpecLike,
+    *,
+    chunk: int | None = None,
+    lowering: Lowering = "auto",
+    stack: bool = True,
+    schedule: ScheduleName | FixedPoint = "sequential",
+    tol: float | None = None,
+    max_sweeps: int | None = None,
+    window: int | None = None,
+    exact: bool | None = None,
+) -> DepthModel: ...
+
+
+@overload
+def transform(
+    model: Wrapper,
+    spec: SpecLike,
+    *,
+    chunk: int | None = None,
+    lowering: Lowering = "auto",
+    stack: bool = True,
+    schedule: ScheduleName | FixedPoint = "sequential",
+    tol: float | None = None,
+    max_sweeps: int | None = None,
+    window: int | None = None,
+    exact: bool | None = None,
+) -> Wrapper: ...
 
 
 def transform(
     model: nn.Module,
-    spec,
+    spec: SpecLike,
     *,
     chunk: int | None = None,
-    lowering: str = "auto",
+    lowering: Lowering = "auto",
     stack: bool = True,
-    schedule: str | FixedPoint = "sequential",
+    schedule: ScheduleName | FixedPoint = "sequential",
     tol: float | None = None,
     max_sweeps: int | None = None,
     window: int | None = None,
@@ -76,6 +119,14 @@ def transform(
     turbo.config.depthpass = runtime.config() | own_class(type(turbo)._stock_class)
     mark(turbo.config, depth_class)
     return whole
+
+
+@overload
+def restore(model: DepthModel) -> PreTrainedModel: ...
+
+
+@overload
+def restore(model: Wrapper) -> Wrapper: ...
 
 
 def restore(model: nn.Module) -> nn.Module:

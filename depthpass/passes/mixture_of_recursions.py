@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program
@@ -89,7 +90,7 @@ class MixtureOfRecursions(Pass):
     router: Literal["expert", "token"] = "expert"
     kv: Literal["recursion", "shared"] = "recursion"
     mode: Literal["topk", "threshold"] = "topk"
-    capacity: tuple[float, ...] | None = None
+    capacity: Sequence[float] | None = None
     threshold: float = 0.5
     alpha: float = 0.1
     combine: Literal["paper", "delta"] = "paper"
@@ -189,7 +190,8 @@ class _Recursions:
         """The stack once, as recursion r."""
         first = r == 1
         for p, v in enumerate(self.stack):
-            x = self.build.visit(v, x, **({} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}))
+            keys: dict[str, Any] = {} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}
+            x = self.build.visit(v, x, **keys)
             if first:
                 self.slots.append(self.build.slot_of(x))
         return x
@@ -255,7 +257,7 @@ class _Recursions:
         # State and weight of every token at the depth it has reached so far.
         state, weight, active = self.visits(x, 1), build.emit("pick", p, index=0), ""
         for r in range(2, spec.recursions + 1):
-            bias: dict[str, str | float] = {}
+            bias: dict[str, Any] = {}
             if free:
                 bias = {"bias": f"{self.prefix}.balance"} | ({"rate": spec.rate} if r == 2 and spec.rate else {})
             active = build.emit("route", p, *((active,) if active else ()), rule="choice", depth=r,
