@@ -22,6 +22,7 @@ _PUBLIC = {
     "FlopsLedger": "depthpass.hf.callbacks",
     "ShiftSchedule": "depthpass.hf.callbacks",
     "RecurrenceCurriculum": "depthpass.hf.callbacks",
+    "LatentCurriculum": "depthpass.hf.latent_curriculum",
     "from_pretrained": "depthpass.hf.save",
     "set_ratios": "depthpass.hf.ratios",
     "capacity_warmup": "depthpass.hf.ratios",

@@ -217,9 +217,6 @@ class Loop(Pass):
         check_range("loop", self.start, end, len(visits))
         check_scope("loop", self.scope, program)
         prelude, core, coda = visits[: self.start], visits[self.start : end], visits[end:]
-        if self.state != "input" and any(o.kind == "pad" for o in program):
-            raise PassError(f"loop.state: expected 'input' behind pads, got {self.state!r}: a state of its own does not know "
-                            "them. Leave out the pass pad, or start the loop from its input.")
         build = Builder(program)
         x = visits[0].args[0]
         for v in prelude:
@@ -252,7 +249,7 @@ class Loop(Pass):
         """All iterations; the states after each, of every token."""
         s, count = e, cast(int, self.times)  # settled by apply
         if self.state != "input":
-            s = build.emit("zeros") if self.state == "zeros" else self._noise(build)
+            s = build.emit("zeros", pads=build.pads) if self.state == "zeros" else self._noise(build)
         states: list[str] = []
         slots: list[int] = []
         grid: list[list[str]] = []
@@ -287,7 +284,7 @@ class Loop(Pass):
 
     def _noise(self, build: Builder) -> str:
         cut = {} if self.noise_cut is None else {"cut": float(self.noise_cut)}
-        return build.emit("noise", std=self.noise_std, **cut)
+        return build.emit("noise", std=self.noise_std, pads=build.pads, **cut)
 
     def _keep_last(self, build: Builder, grid: list[list[str]]) -> None:
         """``last`` and ``mod:k``: a visit reads earlier calls' entries in the slot of the iteration that keeps its own."""

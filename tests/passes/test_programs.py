@@ -119,9 +119,10 @@ def test_what_the_model_does_not_allow(spec: Pass, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_pads_need_streams_that_know_them() -> None:
-    with pytest.raises(ValueError, match="whose streams all start from the embedding, got %1 = noise"):
-        built(4, [Loop(0, 4, inject="concat", state="noise"), Pad(2)])
+def test_pads_stand_in_every_stream() -> None:
+    looped = Loop(0, 4, inject="concat", state="noise")
+    before, after = built(4, [looped, Pad(2)]), built(4, [Pad(2), looped])
+    assert {o["pads"] for p in (before, after) for o in p if o.kind == "noise"} == {2}
     with pytest.raises(ValueError, match="got %1 = pad"):
         built(4, [Pad(2), Pad(2)])
     assert built(4, [Pad(0)]) == plain("LlamaForCausalLM", 4, 64)
