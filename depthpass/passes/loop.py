@@ -51,7 +51,7 @@ class Loop(Pass):
         eval_times: T outside of training when it is drawn; None = the rounded mean plus one.
         bptt: gradients flow through the last so many iterations only: the state that enters them is detached. (Keys
             that iterations share stay attached.)
-        damped: add 1/T of the change of each iteration only.
+        damped: add 1/T of the change of each iteration only (True), or this part of it.
         inject: give e to every iteration: ``add`` it to s, or ``concat`` both through a learned adapter.
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
@@ -93,7 +93,7 @@ class Loop(Pass):
     start: int = 0
     end: int | None = None
     times: int | tuple[int, int] | str = 2
-    damped: bool = False
+    damped: bool | float = False
     inject: Literal["add", "concat"] | None = None
     state: Literal["input", "zeros", "noise"] = "input"
     noise_std: float = 1.0
@@ -128,6 +128,8 @@ class Loop(Pass):
         require(self.end is None or self.end > self.start, "loop.end", f"a position above start={self.start}", self.end,
                 "Ranges are half-open.")
         self._check_times()
+        known = isinstance(self.damped, bool) or 0 < self.damped <= 2
+        require(known, "loop.damped", "True, False or a part in (0, 2]", self.damped)
         require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
                 f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
@@ -270,9 +272,10 @@ class Loop(Pass):
                 grid[t].append(x)
                 if t == 0:
                     slots.append(build.slot_of(x))
-            if self.damped and count > 1:
+            if self.damped and (count > 1 or self.damped is not True):
                 change = build.emit("add", x, build.emit("scale", s, by=-1.0))
-                x = build.emit("add", s, build.emit("scale", change, by=1.0 / count))
+                part = 1.0 / count if self.damped is True else self.damped
+                x = build.emit("add", s, build.emit("scale", change, by=part))
             if exits is not None:
                 done = exits.put(whole, x)
                 if t < count - 1:
