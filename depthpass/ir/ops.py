@@ -31,8 +31,9 @@ pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
 logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
-distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``), or of
-             logits KL(softmax before || softmax now) (``kl``), |entropy now - entropy before| (``entropy``)
+distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``),
+             1 - cos(now, before) (``cosine``), or of logits KL(softmax before || softmax now) (``kl``), |entropy now -
+             entropy before| (``entropy``), 1 where the largest one stands elsewhere, else 0 (``argmax``)
 route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
              ``capacity`` times the row's real tokens), those with a score of at least ``threshold`` (rule
              ``above``: of more than that), those whose largest score stands at place ``depth`` or later (from 1); a
@@ -68,7 +69,7 @@ Attr = int | float | bool | str | tuple["Attr", ...]
 
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
 ROUTE_RULES = ("topk", "threshold", "above", "choice")
-DISTANCES = ("state", "kl", "entropy")
+DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
 LOSS_RULES = ("bce", "balance", "z")
 SCATTER_MODES = ("add", "replace")
 
