@@ -7,6 +7,7 @@ graphs are equal share one template.
 from __future__ import annotations
 
 import operator
+from dataclasses import replace
 
 import sympy
 import torch
@@ -77,7 +78,8 @@ class _Outliner:
         self.side_nodes: list[fx.Node] = []
         blocks, shared = [], {}
         for i in range(self.count):
-            blocks.append(self._block(i, enters[i], leaves[i], shared))
+            earlier = self.traced.repeats.get(i)
+            blocks.append(self._block(i, enters[i], leaves[i], shared) if earlier is None else replace(blocks[earlier]))
         norm = self._part("norm", leaves[self.count - 1], [finals[0].args[0]])
         output = next(n for n in self.graph.nodes if n.op == "output")
         head = self._part("head", finals[0], list(output.args[0]), local=False)
