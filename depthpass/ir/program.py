@@ -123,6 +123,12 @@ class Program:
         return self.ops[-1].args[0]
 
     @property
+    def fed(self) -> str:
+        """The value that latents are fed with: the output before pads are dropped."""
+        o = self.defs[self.output]
+        return o.args[0] if o.kind == "trim" else o.name
+
+    @property
     def losses(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "loss")
 

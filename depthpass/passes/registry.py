@@ -12,6 +12,7 @@ GROUP = "depthpass.passes"
 """Entry-point group for passes of other packages: ``my_pass = "my_package.module:MyPass"``."""
 
 BUILTIN: dict[str, str] = {
+    "coconut": "depthpass.passes.coconut:Coconut",
     "identity": "depthpass.passes.identity:Identity",
     "inner_thinking": "depthpass.passes.inner_thinking:InnerThinking",
     "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
