@@ -88,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _sizes(p)
     p.add_argument("--task", metavar="NAME:SIZE[,SIZE]", help="hold a computation against the depth, e.g. parity:64")
     _form(p, "json", "markdown", "dot")
+    p.add_argument("--full", action="store_true", help="every number, the critical path and what is proven")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained HTML page")
 
     p = add("show", _show, "The program text before and after each pass.")
@@ -98,6 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     p = add("compare", _compare, "Several specs side by side.")
     _config(p)
     p.add_argument("specs", nargs="+", metavar="SPEC", help="file, YAML text, preset name, or 'stock'")
+    p.add_argument("--diff", action="store_true", help="only numbers that differ, with ratios to the first spec's")
     _sizes(p)
     _form(p, "json", "markdown")
 
@@ -206,7 +208,7 @@ def _report(args: argparse.Namespace) -> int:
     made = _subject(args.config).report(passes, program=program, **options)
     if args.html:
         _write(args.html, made.to_html())
-    _emit(made, args.form)
+    _emit(made, "text" if args.full and args.form is None else args.form)
     return 0
 
 
@@ -238,7 +240,8 @@ def _compare(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         names = list(args.specs)
     pairs = [(name, spec) for name, (_, spec) in zip(names, specs)]
-    _emit(compare(_subject(args.config), pairs, **_options(args)), args.form)
+    table = compare(_subject(args.config), pairs, **_options(args))
+    _emit(table.diff() if args.diff else table, args.form)
     return 0
 
 
@@ -498,12 +501,13 @@ def _write(path: str, text: str) -> None:
 
 def _emit(made: Any, form: str | None) -> None:
     """Print a report or a table: a chosen form, rich text on a terminal, plain text elsewhere."""
-    if form is not None:
-        print(getattr(made, f"to_{form}")())
-    elif sys.stdout.isatty():
+    rich = sys.stdout.isatty() and form in (None, "text")
+    if rich:
         from rich.console import Console
 
-        Console().print(made)
+        Console().print(made.to_rich() if form else made)
+    elif form is not None:
+        print(getattr(made, f"to_{form}")())
     else:
         print(made)
 

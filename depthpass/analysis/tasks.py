@@ -23,8 +23,10 @@ from functools import cached_property
 import networkx as nx
 
 from depthpass.errors import InputError, did_you_mean
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True)
 class TaskDAG:
     """A computation as a DAG of local functions.
@@ -86,6 +88,7 @@ class TaskDAG:
         ]
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Sufficiency:
     """Whether an available depth covers a task's DAG, evaluated level by level. No lower bound of the task itself.

@@ -15,11 +15,13 @@ from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
 from depthpass.hf.auto import PREFIX as MARKED
 from depthpass.hf.auto import unmarked
+from depthpass.prompt import at_prompt
 
 ModelLike = Any
 """A PreTrainedModel, a PreTrainedConfig, a mapping of a config's fields, or the path of a ``config.json``."""
 
 
+@at_prompt
 @dataclass(frozen=True)
 class ModelFacts:
     """What reports and passes need to know of a stock model.

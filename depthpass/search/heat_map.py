@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 from depthpass.errors import InputError
 from depthpass.limits import shown
+from depthpass.prompt import at_prompt
 from depthpass.search.space import stock
 
 if TYPE_CHECKING:
     from depthpass.search.result import SearchResult
 
 
+@at_prompt
 @dataclass(frozen=True)
 class HeatMap:
     """Scores of programs that run blocks ``start .. end-1`` ``times`` times in a row.

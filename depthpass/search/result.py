@@ -13,6 +13,7 @@ import yaml
 
 from depthpass.errors import InputError
 from depthpass.passes.layer_program import LayerProgram
+from depthpass.prompt import at_prompt
 from depthpass.search.heat_map import HeatMap, heat_map
 from depthpass.search.judge import Trial
 from depthpass.search.space import Layers
@@ -133,6 +134,7 @@ class Saved:
         return f"{self.asked} asked for, {self.ran} run; the prefix memo saved {self.saved} ({share:.0f} %)"
 
 
+@at_prompt
 @dataclass(frozen=True)
 class SearchResult:
     """Result of :func:`depthpass.search`. ``print`` it.

@@ -42,9 +42,11 @@ def run(capsys: pytest.CaptureFixture[str]):
 def test_report_in_text(run, config: str) -> None:
     code, out, err = run("report", config, "--spec", BRIDGE, "--seq-len", 21, "--batch", 3, "--no-cost")
     assert (code, err) == (0, "")
-    assert re.search(r"depth at n = 21 +46 block visits", out)
-    assert re.search(r"serial blocks +4 of 6 block visits", out)
-    assert "21 tokens per row, 3 rows" in out
+    assert re.search(r"^depth +6 +46 +7.667x  block visits: 6 \+ 4\*floor", out, re.M) and len(out.splitlines()) == 10
+    assert "n = 21 tokens, 3 rows" in out
+    full = run("report", config, "--spec", BRIDGE, "--seq-len", 21, "--batch", 3, "--no-cost", "--full")[1]
+    assert full.startswith(out.rpartition("Not counted")[0])
+    assert re.search(r"serial blocks +4 of 6 block visits", full) and "Critical path" in full
 
 
 def test_report_with_cost_and_times(run, config: str) -> None:
@@ -84,7 +86,9 @@ def test_program_files(run, config: str, tmp_path: Path) -> None:
 
 
 def test_tasks(run, config: str) -> None:
-    out = run("report", config, "--no-cost", "--seq-len", 64, "--task", "edit_distance:10,10")[1]
+    asked = ("report", config, "--no-cost", "--seq-len", 64, "--task", "edit_distance:10,10")
+    assert "its DAG has depth 19, at hand 6, missing 13 block visits" in run(*asked)[1]
+    out = run(*asked, "--full")[1]
     assert re.search(r"depth of its DAG +19 rounds", out) and re.search(r"missing +13 block visits", out)
 
 
@@ -105,6 +109,8 @@ def test_compare(run, config: str, tmp_path: Path) -> None:
     assert code == 0
     assert out.splitlines()[2].split() == ["stock", "sparse", "long", "unit"]
     assert re.search(r"depth at n = 9 +6 +16 +16  block visits", out)
+    differing = run("compare", config, "stock", file, "--no-cost", "--seq-len", 9, "--diff")[1]
+    assert re.search(r"depth at n = 9 +6 \(1x\) +16 \(2.667x\)  block visits", differing) and "physical" not in differing
 
 
 def test_sweep(run, config: str, tmp_path: Path) -> None:
