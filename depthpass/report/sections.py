@@ -75,8 +75,10 @@ def summary(report: Report) -> tuple[Number, ...]:
     n, cost = report.seq_len, report.cost
     formula = _formula(report, None)
     found = [
-        Number("depth", "depth", report.depth_at(n), "", f"block visits{'' if formula.isdigit() else ': ' + formula}",
-               stock=report.program.blocks),
+        Number("depth", "depth", report.depth_at(n), "", "; ".join([
+            f"block visits{'' if formula.isdigit() else ': ' + formula}",
+            *([_calls_note(_depth_of_calls(report))] if report.program.reads_calls else []),
+        ]), stock=report.program.blocks),
         Number("recursions", "recursions", report.recursions, "", _recursion_note(report), stock=1),
         _all_parameters(report),
     ]
@@ -89,6 +91,10 @@ def summary(report: Report) -> tuple[Number, ...]:
     found.append(Number("kv", "KV cache", "-" if kv is None else kv, "bytes", "" if kv is not None else "head counts not known",
                         stock=None if kv is None else _stock_kv_bytes(report)))
     return (*found, _floor(report))
+
+
+def _calls_note(x: Number) -> str:
+    return f"{x.value} {x.label.removeprefix('depth ')}: {x.note}"
 
 
 def _all_parameters(report: Report) -> Number:
@@ -282,7 +288,8 @@ def _recursion_note(report: Report) -> str:
         parts.append((f"{looped} visits x " if looped > 1 else "") + _loop_note(report))
     if len(visits) - looped and len(visits) > 1:
         parts.append(f"{len(visits) - looped} visits of a token")
-    return " + ".join(parts) or "no block runs twice"
+    rules = () if report.lengths is None else report.lengths.rules
+    return "; ".join([" + ".join(parts) or "no block runs twice", *(f"{name}: {rule}" for name, rule in rules)])
 
 
 def _loop_note(report: Report) -> str:
