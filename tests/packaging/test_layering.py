@@ -59,8 +59,6 @@ def test_transformers_only_in_capture_and_hf():
             # The fuzzer builds stock models and runs their blocks as they are.
             allowed = inside or path == ROOT / "depthpass/demo.py" or path.is_relative_to(ROOT / "depthpass/fuzz")
             found = {n for n in imports(path) if n.split(".")[0] == "transformers"}
-            if path == ROOT / "depthpass/cli.py":
-                continue  # doctor prints its version
             assert allowed or not found, f"{path.relative_to(ROOT)} imports {found}"
 
 
