@@ -137,6 +137,12 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")
     _form(p, "json")
 
+    p = add("emit", _write_model, "A saved transformed model as plain transformers code that needs no depthpass.")
+    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
+    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
+    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
+
     p = add("doctor", _doctor, "Versions, devices, and whether a config can be treated.")
     _config(p, optional=True)
     _form(p, "json")
@@ -328,6 +334,19 @@ def _rows(path: str) -> list[list[int]]:
         raise InputError(f"--ids: expected {path!r} to hold a list of rows of equal length, each a list of token ids, as in "
                          "[[1, 5, 9], [1, 7, 2]].")
     return rows
+
+
+def _write_model(args: argparse.Namespace) -> int:
+    out = Path(args.out)
+    # Before the model is loaded.
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"--out: expected a folder that does not exist or is empty, got {args.out!r}. Nothing was written.")
+    from depthpass.emit import emit
+    from depthpass.hf.save import from_pretrained
+
+    emit(from_pretrained(args.checkpoint), out, name=args.name, copies=args.copies, source=args.checkpoint)
+    print(f"{args.out}: load it with from_pretrained({args.out!r}, trust_remote_code=True); depthpass is not needed.")
+    return 0
 
 
 def _doctor(args: argparse.Namespace) -> int:

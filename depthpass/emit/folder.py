@@ -9,6 +9,7 @@ import keyword
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".py", ".index.json", ".lock")
 _OURS = ("config.json", "README.md")
 
 
-def emit(model: nn.Module, directory: str | os.PathLike, *, name: str | None = None, source: str | os.PathLike | None = None) -> Path:
+def emit(
+    model: nn.Module, directory: str | os.PathLike, *, name: str | None = None, copies: bool = False,
+    source: str | os.PathLike | None = None,
+) -> Path:
     """Write a transformed model as plain transformers code, config and safetensors; returns the folder.
 
     ``modeling_<name>.py`` subclasses the stock classes: one layer per visit, each with its own ``layer_idx`` and cache layer,
@@ -45,6 +49,8 @@ def emit(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
         model: a transformed model, with the program to write in force; merge PEFT adapters first.
         directory: a folder that does not exist or is empty.
         name: of the module and the model type; None = ``depth_`` and the stock model type.
+        copies: store the weights of every visit by themselves, for loaders that want each name in the file (vLLM's). The
+            file is larger, a warning says by how much, and copies that are trained on train apart.
         source: a folder whose tokenizer and other small files are copied.
 
     Raises:
@@ -69,13 +75,16 @@ def emit(model: nn.Module, directory: str | os.PathLike, *, name: str | None = N
     check_expressible(program)
     stock = restore(inner)
     config = _config(stock, program, inner._depth.layers)
-    written = module_of(stock, program, inner._depth.layers, inner._depth.decoder, _stack(program), depth_module(inner), name)
+    layers, decoder = inner._depth.layers, inner._depth.decoder
+    written = module_of(stock, program, layers, decoder, _stack(program), depth_module(inner), name, copies)
+    if copies:
+        _warn_size(program, stock, inner._depth.layers)
     with replacing(target) as folder:
         file = folder / f"modeling_{name}.py"
         file.write_text(written.text)
         loaded = _load(file, name)
         made_config = _made_config(loaded, written, config, stock, name)
-        weights = _weights(stock, inner, program)
+        weights = _weights(stock, inner, program, copies)
         _check(loaded, written, made_config, weights)
         made_config.save_pretrained(folder)
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
@@ -129,7 +138,8 @@ def _load(file: Path, name: str) -> Any:
 
 
 def _made_config(loaded: Any, written: Module, config: Any, stock: Any, name: str) -> Any:
-    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "depthpass", "auto_map", "transformers_version")}
+    own = ("model_type", "depthpass", "auto_map", "transformers_version")
+    fields = {k: v for k, v in config.to_dict().items() if k not in own}
     made = getattr(loaded, written.config)(**fields)
     made.architectures = [written.outer]
     file = f"modeling_{name}"
@@ -143,18 +153,18 @@ def _auto_class(stock: type) -> str | None:
     """Name of the Auto class that makes a stock class."""
     # A class may stand in several tables, among them that of pretraining.
     for name, auto in sorted(vars(modeling_auto).items(), key=lambda item: item[0] != "AutoModelForCausalLM"):
-        if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass) and auto._model_mapping is not None:
-            if stock.__name__ in auto._model_mapping._model_mapping.values():
-                return name
+        table = auto._model_mapping if isinstance(auto, type) and issubclass(auto, auto_factory._BaseAutoModelClass) else None
+        if table is not None and stock.__name__ in table._model_mapping.values():
+            return name
     return None
 
 
-def _weights(stock: Any, inner: Any, program: Program) -> dict[str, torch.Tensor]:
-    """Every tensor once, by its name in the emitted model."""
+def _weights(stock: Any, inner: Any, program: Program, copies: bool) -> dict[str, torch.Tensor]:
+    """Every tensor by its name in the emitted model: once, or with ``copies`` for every visit."""
     layers, decoder = inner._depth.layers, inner._depth.decoder
-    first: dict[int, int] = {}
+    places: dict[int, list[int]] = {}
     for place, visit in enumerate(program.visits):
-        first.setdefault(visit["index"], place)
+        places.setdefault(visit["index"], []).append(place)
     found: dict[str, torch.Tensor] = {}
     kept = {id(t): n for n, t in stock.state_dict(keep_vars=True).items()}
     for key, tensor in (*stock.named_parameters(), *stock.named_buffers()):
@@ -162,19 +172,31 @@ def _weights(stock: Any, inner: Any, program: Program) -> dict[str, torch.Tensor
             continue
         if key.startswith(layers + "."):
             number, _, rest = key[len(layers) + 1 :].partition(".")
-            if int(number) not in first:
-                continue
-            key = f"{layers}.{first[int(number)]}.{rest}"
-        found[key] = tensor.detach()
+            visits = places.get(int(number), [])
+            for place in visits if copies else visits[:1]:
+                found[f"{layers}.{place}.{rest}"] = tensor.detach()
+        else:
+            found[key] = tensor.detach()
     head = decoder + "." if decoder else ""
-    places = {o["lora"]: p for p, o in enumerate(program.visits) if o["lora"]}
+    owners = {o["lora"]: p for p, o in enumerate(program.visits) if o["lora"]}
     for key, tensor in depth_module(inner).state_dict().items():
-        owner = next((s for s in places if key.startswith(s + ".")), None)
+        owner = next((s for s in owners if key.startswith(s + ".")), None)
         if owner is None:
             found[f"{head}depth.{key}"] = tensor.detach()
         else:
-            found[f"{layers}.{places[owner]}.{key[len(owner) + 1 :]}"] = tensor.detach()
-    return {k: t.contiguous() for k, t in found.items()}
+            found[f"{layers}.{owners[owner]}.{key[len(owner) + 1 :]}"] = tensor.detach()
+    # Tensors that share memory would be stored once, under one of their names.
+    return {k: t.clone(memory_format=torch.contiguous_format) if copies else t.contiguous() for k, t in found.items()}
+
+
+def _warn_size(program: Program, stock: Any, layers: str) -> None:
+    """Say how much larger a file with copies is."""
+    sizes = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in stock.get_submodule(layers)]
+    visits = [o["index"] for o in program.visits]
+    more, once = sum(sizes[i] for i in visits), sum(sizes[i] for i in set(visits))
+    if more > once:
+        warnings.warn(f"emit(copies=True): the blocks take {more / 2**20:.1f} MiB instead of {once / 2**20:.1f} MiB, because "
+                      f"{len(visits)} visits of {len(set(visits))} blocks have weights of their own.", UserWarning, stacklevel=3)
 
 
 def _check(loaded: Any, written: Module, config: Any, weights: dict[str, torch.Tensor]) -> None:
@@ -190,8 +212,8 @@ def _check(loaded: Any, written: Module, config: Any, weights: dict[str, torch.T
     got = {k: tuple(t.shape) for k, t in weights.items() if k in wanted or k not in tied}
     if wanted != got:
         key = next(iter(sorted(set(wanted.items()) ^ set(got.items()))))[0]
-        raise UnsupportedModelError(f"emit: expected the written {written.outer} to have this model's weights, got another {key}: "
-                                    f"{wanted.get(key)} instead of {got.get(key)}. Its config does not build what the model is.")
+        raise UnsupportedModelError(f"emit: expected the written {written.outer} to have this model's weights, got another "
+                                    f"{key}: {wanted.get(key)} instead of {got.get(key)}. Its config does not build this model.")
 
 
 def _card(inner: Any, written: Module, program: Program) -> str:
@@ -205,5 +227,6 @@ def _card(inner: Any, written: Module, program: Program) -> str:
 def _copy_files(source: Path, folder: Path) -> None:
     """Tokenizer, chat template, licence: whatever is no weights, code or config."""
     for file in sorted(source.iterdir()):
-        if file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in _OURS and not (folder / file.name).exists():
+        copied = file.is_file() and not file.name.endswith(_NOT_COPIED) and file.name not in _OURS
+        if copied and not (folder / file.name).exists():
             shutil.copy(file, folder / file.name)

@@ -13,7 +13,7 @@ from torch import nn
 
 from depthpass.emit import parts as library
 from depthpass.emit.statements import Body, body_of, new_modules
-from depthpass.emit.stock import attention_forward, forward_of, imports_for, logits_of, renamed_init
+from depthpass.emit.stock import attention_forward, check_handed_on, forward_of, imports_for, logits_of, renamed_init
 from depthpass.errors import UnsupportedModelError
 from depthpass.ir.program import Program
 
@@ -36,7 +36,8 @@ class Module:
 
 
 def module_of(
-    model: nn.Module, program: Program, layers: str, decoder: str, stack: tuple[int, ...] | None, new: nn.Module, model_type: str
+    model: nn.Module, program: Program, layers: str, decoder: str, stack: tuple[int, ...] | None, new: nn.Module, model_type: str,
+    copies: bool = False,
 ) -> Module:
     """Write the module of a transformed model.
 
@@ -46,12 +47,14 @@ def module_of(
         stack: blocks of the visits where the program is a plain stack, which stock code runs as it is.
         new: the new parameters.
         model_type: of the emitted config.
+        copies: give visits of one block weights of their own.
     """
-    return _Writer(model, program, layers, decoder, stack, new, model_type).write()
+    return _Writer(model, program, layers, decoder, stack, new, model_type, copies).write()
 
 
 class _Writer:
-    def __init__(self, model, program, layers, decoder, stack, new, model_type):
+    def __init__(self, model, program, layers, decoder, stack, new, model_type, copies):
+        self.copies = copies
         self.model, self.program, self.stack, self.new, self.model_type = model, program, stack, new, model_type
         self.layers = layers[len(decoder) + 1 if decoder else 0 :]
         if "." in self.layers:
@@ -60,6 +63,7 @@ class _Writer:
         steps = decoder.split(".") if decoder else []
         self.paths = [".".join(steps[:i]) for i in range(len(steps), -1, -1)]
         self.modules = [model.get_submodule(p) for p in self.paths]
+        self.stock_blocks: Any = model.get_submodule(layers)
         self.blocks = [o["index"] for o in program.visits]
         self.used: set[str] = set()
         self.body: Body | None = None
@@ -100,7 +104,8 @@ class _Writer:
         text = "\n".join("    " + line for line in str(self.program).splitlines())
         return (f'"""{kind}, rewired: {len(self.blocks)} visits of {len(set(self.blocks))} blocks.\n\n'
                 f"Written by depthpass for transformers {transformers.__version__}; needs nothing of depthpass. Every visit is a "
-                f"layer of its own with\nits own cache layer; visits of one block share its weights. The program:\n\n{text}\n\"\"\"")
+                f"layer of its own with\nits own cache layer; visits of one block "
+                f"{'have copies of' if self.copies else 'share'} its weights. The program:\n\n{text}\n\"\"\"")
 
     def _constants(self) -> str:
         return (f"BLOCKS = {self.blocks}\n"
@@ -130,11 +135,11 @@ class _Writer:
     def _decoder(self) -> str:
         module = self.modules[0]
         stock, name = type(module).__name__, self.name(module)
-        norm_cache = None if self.stack is not None else forward_of(type(module), self.layers)
+        forward = None if self.stack is not None else forward_of(type(module), self.layers)
         lines = [f"class {name}({stock}):", f'    """{stock} with one layer per visit."""', "",
                  f"    config_class = {PREFIX}{type(self.model.config).__name__}"]
-        if norm_cache is not None:
-            self.body = body_of(self.program, norm_cache.norm, norm_cache.cache)
+        if forward is not None:
+            self.body = body_of(self.program, forward.norm, forward.cache)
             self.used |= self.body.parts
             if self.body.chunk is not None:
                 lines.append("    supports_gradient_checkpointing = False")
@@ -143,17 +148,18 @@ class _Writer:
         # Before the decoder, which names it.
         attention = self._attention() if self.body is not None and self.body.attends else ""
         lines += self._init()
-        lines += _TIES.replace("LAYERS", self.layers).rstrip().splitlines()
-        lines += self._biases()
-        if norm_cache is not None:
-            lines += self._forward(norm_cache)
+        if not self.copies:
+            lines += _TIES.replace("LAYERS", self.layers).rstrip().splitlines() + self._biases()
+        if forward is not None:
+            lines += self._forward(forward)
         return (attention + "\n\n\n" if attention else "") + "\n".join(lines)
 
     def _biases(self) -> list[str]:
-        return _BIASES.rstrip().splitlines() if any(type(m).__name__ == "Conv1D" for m in self.model.modules()) else []
+        turned = any(type(m).__name__ == "Conv1D" for m in self.model.modules())
+        return _BIASES.rstrip().splitlines() if turned and not self.copies else []
 
     def _attention_path(self) -> str:
-        block = self.model.get_submodule(self.paths[0] + "." + self.layers if self.paths[0] else self.layers)[0]
+        block = self.stock_blocks[0]
         found = [n for n, m in block.named_children() if "attention_interface" in _source(type(m))]
         if len(found) != 1:
             raise UnsupportedModelError(f"emit: expected one attention module in a {type(block).__name__}, got {len(found)}.")
@@ -161,8 +167,9 @@ class _Writer:
 
     def _attention(self) -> str:
         path = self._attention_path()
-        block = self.model.get_submodule(self.paths[0] + "." + self.layers if self.paths[0] else self.layers)[0]
+        block = self.stock_blocks[0]
         cls = type(getattr(block, path))
+        check_handed_on(type(block), path)
         self.attention = (path, cls)
         text = attention_forward(cls)
         return (f"class {PREFIX}{cls.__name__}({cls.__name__}):\n"
@@ -190,9 +197,9 @@ class _Writer:
 
     def _ranks(self, place: int, o: Any) -> list[str]:
         """Lines that give a visit's linear maps their updates."""
-        block = self.model.get_submodule(self.paths[0] + "." + self.layers if self.paths[0] else self.layers)[o["index"]]
-        lines = []
-        for path, _ in ((n[: -len(".a")], p) for n, p in self.new.get_submodule(o["lora"]).named_parameters() if n.endswith(".a")):
+        block, lines = self.stock_blocks[o["index"]], []
+        names = [n for n, _ in self.new.get_submodule(o["lora"]).named_parameters()]
+        for path in (n.removesuffix(".a") for n in names if n.endswith(".a")):
             if type(block.get_submodule(path)) is not nn.Linear:
                 raise UnsupportedModelError(f"emit: expected per-visit LoRA on linear maps, got {path} of block {o['index']}, a "
                                             f"{type(block.get_submodule(path)).__name__}. Leave lora_rank out.")
@@ -343,7 +350,8 @@ _CHUNKS = """
 _CUT = {
     "input_ids": "input_ids=None if input_ids is None else input_ids[:, start:end],",
     "inputs_embeds": "inputs_embeds=None if inputs_embeds is None else inputs_embeds[:, start:end],",
-    "attention_mask": "attention_mask=None if attention_mask is None else attention_mask[:, : attention_mask.shape[1] - count + end],",
+    "attention_mask": "attention_mask=None if attention_mask is None else "
+                      "attention_mask[:, : attention_mask.shape[1] - count + end],",
     "position_ids": "position_ids=None if position_ids is None else position_ids[..., start:end],",
 }
 
@@ -369,7 +377,9 @@ def _block(text: str) -> str:
 
 
 def _sorted(imports: list[str], body: str) -> list[str]:
-    """Imports that are used, the standard library first."""
-    rank = {"re": 0, "typ": 0, "fun": 0, "tor": 1}
-    lines = [line for line in dict.fromkeys(imports) if not (line == "import re" and "re." not in body)]
-    return sorted(lines, key=lambda line: (rank.get(line.split()[1][:3], rank.get(line.split()[1], 2)), line.startswith("from"), line))
+    """Imports that are used: the standard library, torch, then transformers."""
+    def rank(line: str) -> tuple[int, bool, str]:
+        home = line.split()[1].split(".")[0]
+        return {"torch": 1, "transformers": 2}.get(home, 0), line.startswith("from"), line
+
+    return sorted((line for line in dict.fromkeys(imports) if line != "import re" or "re." in body), key=rank)

@@ -156,8 +156,9 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
         hidden: the block's input, for the gate.
         past: columns before this call.
     """
-    if slots is not None:
-        slots[module.layer_idx] = key, value
+    if slots is None:
+        raise RuntimeError(f"layer {module.layer_idx} was called by itself: what it reads is another layer's.")
+    slots[module.layer_idx] = key, value
     if reads is None:
         return attention(module, query, key, value, mask, **kwargs)
     far = attention(module, query, *slots[reads], mask, **kwargs)

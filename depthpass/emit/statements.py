@@ -30,7 +30,8 @@ def check_expressible(program: Program) -> None:
     Raises:
         SpecError: naming the pass and what it does.
     """
-    for o in program:
+    # What a program with routes does besides follows from them.
+    for o in sorted(program, key=lambda o: o.kind != "route"):
         why = _WHY.get(o.kind)
         if o.kind == "block":
             if o["past"] is not None:

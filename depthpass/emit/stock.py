@@ -130,6 +130,18 @@ def attention_forward(cls: type) -> str:
     return re.sub(r"= attention_interface\(", "= attend(\n            attention_interface,", text, count=1)
 
 
+def check_handed_on(cls: type, path: str) -> None:
+    """Refuse blocks that keep arguments they do not know from their attention: what a visit reads is said in such.
+
+    Raises:
+        UnsupportedModelError: naming the block.
+    """
+    _, tree = source_of(cls.forward)
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{path}"]
+    if len(calls) != 1 or not any(k.arg is None for k in calls[0].keywords):
+        raise _unfit(cls, f"one call of self.{path} with **kwargs", f"{len(calls)} without" if calls else "none")
+
+
 def renamed_init(cls: type, inner: type, name: str, path: str) -> str:
     """The stock ``__init__`` of an outer class, which makes the emitted decoder instead of the stock one.
 
@@ -139,7 +151,7 @@ def renamed_init(cls: type, inner: type, name: str, path: str) -> str:
     Raises:
         UnsupportedModelError: it does not make its decoder by name.
     """
-    text, tree = source_of(cls.__init__)
+    text, _ = source_of(cls.__init__)
     pattern = re.compile(rf"self\.{path} = {inner.__name__}\(")
     if len(pattern.findall(text)) != 1:
         raise _unfit(cls, f"an __init__ that makes self.{path} = {inner.__name__}(config)", "another one")
@@ -215,5 +227,5 @@ def _import(head: str, names: list[str]) -> str:
 
 
 def _unfit(cls: type, wanted: str, got: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"emit: expected a {cls.__name__} with {wanted}, got {got}. This architecture's code cannot be "
-                                 "cut open; a plain stack of visits can still be emitted.")
+    return UnsupportedModelError(f"emit: expected a {cls.__name__} with {wanted}, got {got}. This architecture's code cannot "
+                                 "be cut open for this program; a plain stack of visits can still be emitted.")

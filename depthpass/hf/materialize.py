@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -45,6 +46,7 @@ def materialize(model: nn.Module) -> nn.Module:
     if inner._depth.plan.varies:
         raise SpecError("materialize: expected fixed loop counts, got some that vary. Call dp.set_loops(model, T) first.")
     layers = stack_of(inner.depth_program, "materialize")
+    _warn_size(inner, layers)
     made = copy.deepcopy(restore(inner))
     path = find_layers(made)
     blocks = list(cast(nn.ModuleList, made.get_submodule(path)))
@@ -68,6 +70,16 @@ def materialize(model: nn.Module) -> nn.Module:
     rewrite_lists(config, layers, len(blocks))
     same_kinds(type(made), config, path, new, layers, "materialize")
     return made
+
+
+def _warn_size(inner: Any, layers: Sequence[int]) -> None:
+    """Say how much larger than the model its stock form is, where blocks repeat."""
+    sizes = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in inner.get_submodule(inner._depth.layers)]
+    whole = sum(p.numel() * p.element_size() for p in inner.parameters())
+    if more := sum(sizes[i] for i in layers) - sum(sizes[i] for i in set(layers)):
+        warnings.warn(f"materialize: {len(layers)} visits of {len(set(layers))} blocks become as many blocks, so the model "
+                      f"takes {(whole + more) / 2**20:.1f} MiB instead of {whole / 2**20:.1f} MiB. dp.emit stores repeated "
+                      "blocks once.", UserWarning, stacklevel=3)
 
 
 def stack_of(program: Program, who: str) -> tuple[int, ...]:
