@@ -173,7 +173,8 @@ def _weights(stock: Any, inner: Any, program: Program, copies: bool) -> dict[str
         if key.startswith(layers + "."):
             number, _, rest = key[len(layers) + 1 :].partition(".")
             visits = places.get(int(number), [])
-            for place in visits if copies else visits[:1]:
+            # Buffers are no weights: each visit has its own.
+            for place in visits[:1] if isinstance(tensor, nn.Parameter) and not copies else visits:
                 found[f"{layers}.{place}.{rest}"] = tensor.detach()
         else:
             found[key] = tensor.detach()
@@ -186,7 +187,11 @@ def _weights(stock: Any, inner: Any, program: Program, copies: bool) -> dict[str
         else:
             found[f"{layers}.{owners[owner]}.{key[len(owner) + 1 :]}"] = tensor.detach()
     # Tensors that share memory would be stored once, under one of their names.
-    return {k: t.clone(memory_format=torch.contiguous_format) if copies else t.contiguous() for k, t in found.items()}
+    seen: set[int] = set()
+    for key, tensor in found.items():
+        found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+        seen.add(tensor.data_ptr())
+    return found
 
 
 def _warn_size(program: Program, stock: Any, layers: str) -> None:

@@ -13,7 +13,15 @@ from torch import nn
 
 from depthpass.emit import parts as library
 from depthpass.emit.statements import Body, body_of, new_modules
-from depthpass.emit.stock import attention_forward, check_handed_on, forward_of, imports_for, logits_of, renamed_init
+from depthpass.emit.stock import (
+    attention_forward,
+    check_handed_on,
+    forward_of,
+    imports_for,
+    logits_of,
+    makes_by_config,
+    renamed_init,
+)
 from depthpass.errors import UnsupportedModelError
 from depthpass.ir.program import Program
 
@@ -68,6 +76,11 @@ class _Writer:
         self.used: set[str] = set()
         self.body: Body | None = None
 
+    @property
+    def stateful(self) -> bool:
+        """Whether layers need more of earlier tokens than each its own keys."""
+        return self.body is not None and bool(self.body.attends or self.body.past)
+
     def name(self, module: nn.Module) -> str:
         return PREFIX + type(module).__name__
 
@@ -89,7 +102,7 @@ class _Writer:
         if self.body is not None and self.body.taps:
             imports.append("from functools import wraps")
         given = {a.asname or a.name for line in imports for n in ast.parse(line).body for a in n.names}  # type: ignore[attr-defined]
-        more = imports_for(body, (*homes, "transformers.modeling_outputs"), given)
+        more = imports_for(body, (*homes, "transformers.modeling_outputs", "transformers"), given)
         text = self._docstring() + "\n\n" + "\n".join(_sorted(imports + more, body)) + "\n\n\n" + body
         return Module(text, PREFIX + config.__name__, self.name(self.modules[-1]),
                       self.name(self.modules[min(self._base(), len(self.modules) - 1)]))
@@ -143,6 +156,8 @@ class _Writer:
             self.used |= self.body.parts
             if self.body.chunk is not None:
                 lines.append("    supports_gradient_checkpointing = False")
+            if self.stateful:
+                lines.append("    _supports_attention_backend = False")
             if any(o["gate"] for o in self.program.visits):
                 lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
         # Before the decoder, which names it.
@@ -213,6 +228,9 @@ class _Writer:
         first, *visit = f.visit
         place = first.removeprefix("place=")
         code: list[str] = []
+        if self.stateful:
+            self.used.add("check_backend")
+            code.append("check_backend(kwargs)")
         if body.taps:
             code.append('taps = kwargs.pop("taps", None)')
         if body.past:
@@ -260,15 +278,23 @@ class _Writer:
         module, inner = self.modules[i], self.modules[i - 1]
         stock, name = type(module).__name__, self.name(module)
         path = self.paths[i - 1][len(self.paths[i]) + 1 if self.paths[i] else 0 :]
-        lines = [f"class {name}({stock}):", f"    config_class = {PREFIX}{type(self.model.config).__name__}", "",
-                 *_indented(renamed_init(type(module), type(inner), self.name(inner), path), 4), *self._biases()]
+        config = f"{PREFIX}{type(self.model.config).__name__}"
+        lines = [f"class {name}({stock}):", f"    config_class = {config}", *self._biases()]
+        first = []
+        if makes_by_config(type(module)):
+            # Its decoder is whatever AutoModel makes of its config.
+            first = [f"AutoModel.register({config}, {self.name(inner)}, exist_ok=True)", "", ""]
+        else:
+            lines += ["", *_indented(renamed_init(type(module), type(inner), self.name(inner), path), 4)]
         body = self.body
         if body is not None and i == len(self.modules) - 1:
+            if self.stateful and hasattr(module, "init_continuous_batching"):
+                lines += _NO_PAGES.rstrip().splitlines()
             if body.ages:
                 lines += _MASKS.rstrip().splitlines()
             if body.taps:
                 lines += self._taps(module, path, body)
-        return "\n".join(lines)
+        return "\n".join(first + lines)
 
     def _taps(self, module: nn.Module, path: str, body: Body) -> list[str]:
         stock, heads = type(module).__name__, sorted(n for n, head in body.taps.items() if head)
@@ -299,7 +325,7 @@ _TIES = """
     def get_expanded_tied_weights_keys(self, all_submodels=False):
         \"""Visits of one block share its weights, whatever the config says of the embeddings.\"""
         tied = {}
-        for name, _ in (*self.named_parameters(remove_duplicate=False), *self.named_buffers(remove_duplicate=False)):
+        for name, _ in self.named_parameters(remove_duplicate=False):
             visit = re.fullmatch(r"LAYERS\\.(\\d+)\\.(.+)", name)
             if visit and not name.endswith((".a", ".b")):
                 first = BLOCKS.index(BLOCKS[int(visit[1])])
@@ -321,6 +347,14 @@ _BIASES = """
         \"""Shared blocks stay as they are: their Conv1D has its bias along the other side.\"""
         if isinstance(output_embeddings, nn.Linear):
             super()._adjust_bias(output_embeddings, input_embeddings)
+"""
+
+_NO_PAGES = """
+    def init_continuous_batching(self, *args, **kwargs):
+        raise NotImplementedError("continuous batching keeps keys and values in pages, and nothing else of earlier tokens; this "
+                                  "model reads streams or keys of other layers. Use generate.")
+
+    continuous_batching_context_manager = init_continuous_batching
 """
 
 _CHUNKS = """

@@ -87,6 +87,13 @@ def check_rooms(cache: Any) -> None:
         raise NotImplementedError("gated visits of layers with sliding windows need a dynamic cache.")
 
 
+def check_backend(kwargs: dict[str, Any]) -> None:
+    """Refuse engines that keep keys and values by themselves: they keep nothing else between tokens."""
+    if kwargs.get("attention_instances") is not None:
+        raise NotImplementedError("this model reads streams or keys of other layers, which stand in transformers' caches; an "
+                                  "engine with attention of its own (vLLM) cannot run it.")
+
+
 def ages(attention_mask: Tensor | None, past: Any, count: int, device: torch.device) -> Tensor:
     """How many real tokens of its row stand before each new token, ``[batch or 1, count]``."""
     if attention_mask is None:

@@ -142,6 +142,11 @@ def check_handed_on(cls: type, path: str) -> None:
         raise _unfit(cls, f"one call of self.{path} with **kwargs", f"{len(calls)} without" if calls else "none")
 
 
+def makes_by_config(cls: type) -> bool:
+    """Whether an outer class lets AutoModel make its decoder."""
+    return "AutoModel.from_config(" in source_of(cls.__init__)[0]
+
+
 def renamed_init(cls: type, inner: type, name: str, path: str) -> str:
     """The stock ``__init__`` of an outer class, which makes the emitted decoder instead of the stock one.
 

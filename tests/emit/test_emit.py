@@ -11,8 +11,16 @@ import pytest
 import torch
 import zoo
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, LlamaForSequenceClassification, StaticCache
-from turbos import enliven
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    LlamaForSequenceClassification,
+    StaticCache,
+)
+from turbos import enliven, transformed
 
 import depthpass as dp
 from depthpass.cli import main
@@ -37,19 +45,6 @@ CASES = {
     "smollm3": RICH,
     "gpt_oss": dp.LayerProgram([0, 1, 1, 2, 3, 1]),
 }
-
-
-@pytest.fixture(autouse=True)
-def _modules(tmp_path_factory, monkeypatch):
-    """Code that loading copies goes to a folder of its own."""
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-
-
-def transformed(name, spec, dtype=torch.float64, **more):
-    stock = enliven(zoo.model(name, dtype=dtype, **more), std=0.2)
-    model = dp.transform(stock, spec)
-    enliven(model.depth, seed=1, least=1)
-    return model
 
 
 def loaded(path, like, **more):
@@ -249,9 +244,10 @@ def test_blocks_that_keep_arguments_from_their_attention(tmp_path):
 def test_other_heads(tmp_path):
     stock = enliven(LlamaForSequenceClassification(zoo.config("llama", num_labels=3)), std=0.2).eval()
     model = dp.transform(stock, LOOP)
-    with pytest.raises(dp.UnsupportedModelError, match="__init__"):
-        dp.emit(model, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    dp.emit(model, tmp_path / "out")
+    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert made.config.num_labels == 3 and len(made.model.layers) == 6
+    torch.testing.assert_close(made(**BATCH, position_ids=POSITIONS).logits, model(**BATCH, position_ids=POSITIONS).logits)
 
 
 def test_copies_say_their_size(tmp_path):
