@@ -15,6 +15,7 @@ _PUBLIC = {
     "restore": "depthpass.hf.transform",
     "new_parameters": "depthpass.hf.transform",
     "materialize": "depthpass.hf.materialize",
+    "emit": "depthpass.emit",
     "switch": "depthpass.hf.switch",
     "using": "depthpass.hf.switch",
     "set_loops": "depthpass.hf.switch",

@@ -90,3 +90,17 @@ def _rows(path: str) -> list[list[int]]:
         raise InputError(f"--ids: expected {path!r} to hold a list of rows of equal length, each a list of token ids, as in "
                          "[[1, 5, 9], [1, 7, 2]].")
     return rows
+
+
+def emit(args: argparse.Namespace) -> int:
+    """A saved transformed model as plain transformers code."""
+    out = Path(args.out)
+    # Before the model is loaded.
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise InputError(f"--out: expected a folder that does not exist or is empty, got {args.out!r}. Nothing was written.")
+    from depthpass.emit import emit
+    from depthpass.hf.save import from_pretrained
+
+    emit(from_pretrained(args.checkpoint), out, name=args.name, copies=args.copies, source=args.checkpoint)
+    print(f"{args.out}: load it with from_pretrained({args.out!r}, trust_remote_code=True); depthpass is not needed.")
+    return 0

@@ -102,6 +102,12 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")
     _form(p, "json")
 
+    p = add("emit", models.emit, "A saved transformed model as plain transformers code that needs no depthpass.")
+    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
+    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
+    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
+
     p = add("passes", names.passes, "What a spec can be made of, or the options of one pass.")
     p.add_argument("name", nargs="?", metavar="NAME", help="a pass or its alias: its documentation and options")
     _form(p, "json")
