@@ -17,11 +17,11 @@ from depthpass.errors import DepthpassError, InputError, SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
-    from depthpass.analysis.tasks import TaskDAG
     from depthpass.ir import Program
     from depthpass.passes import Pass
+    from depthpass.tasks.dag import TaskDAG
 
-COMMANDS = ("report", "show", "compare", "sweep", "contraction", "search", "doctor", "calibrate", "demo")
+COMMANDS = ("report", "show", "compare", "sweep", "contraction", "search", "tasks", "doctor", "calibrate", "demo")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -86,7 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     _spec(p)
     p.add_argument("--program", metavar="FILE", help="a program text to report on instead of a spec")
     _sizes(p)
-    p.add_argument("--task", metavar="NAME:SIZE[,SIZE]", help="hold a computation against the depth, e.g. parity:64")
+    p.add_argument("--task", metavar="NAME:SIZE[,SIZE][,FORM]",
+                   help="hold a computation against the depth, e.g. parity:64 or parity:64,chain; names: depthpass tasks")
     _form(p, "json", "markdown", "dot")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained HTML page")
 
@@ -136,6 +137,10 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument("--plot", metavar="FILE", help="also write score against visits as SVG")
     p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")
     _form(p, "json")
+
+    from depthpass.tasks import command as tasks
+
+    tasks.arguments(add("tasks", tasks.run, "List algorithmic tasks, or draw instances of one with trace and DAG."))
 
     p = add("doctor", _doctor, "Versions, devices, and whether a config can be treated.")
     _config(p, optional=True)
@@ -429,17 +434,9 @@ def _program_text(args: argparse.Namespace) -> str | None:
 def _task(text: str | None) -> TaskDAG | None:
     if text is None:
         return None
-    from depthpass.analysis.tasks import task
+    from depthpass.tasks.command import task_dag
 
-    name, _, sizes = text.partition(":")
-    try:
-        return task(name, *(int(s) for s in sizes.split(",") if s))
-    except ValueError as error:
-        if isinstance(error, DepthpassError):
-            raise
-        raise InputError(
-            f"--task: expected NAME:SIZE such as parity:64 or edit_distance:30,30, got {text!r}."
-        ) from None
+    return task_dag(text)
 
 
 def _ceilings(text: str | None) -> Ceilings | None:
