@@ -19,9 +19,12 @@ from depthpass.ir.verify import infer
 from depthpass.schedule.stacking import Step, steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Region:
     """Ops with one schedule.
+
+    A region is equal to itself alone: what is made for it (graphs, compiled chunks) lives as long as its own model, not as long
+    as the first model with equal ops.
 
     Attributes:
         ops: in an order that respects every dependence inside one chunk.
