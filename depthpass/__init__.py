@@ -52,7 +52,7 @@ _PUBLIC = {
         "depthpass.errors",
     ),
 }
-_PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels"}
+_PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels", "tasks": "depthpass.tasks"}
 
 
 def __getattr__(name: str):

@@ -12,8 +12,8 @@ from depthpass.errors import DepthpassError, InputError, SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
-    from depthpass.analysis.tasks import TaskDAG
     from depthpass.passes import Pass
+    from depthpass.tasks.dag import TaskDAG
 
 
 def subject_of(config: str | None) -> Any:
@@ -77,28 +77,20 @@ def program_text(args: argparse.Namespace) -> str | None:
     return read_text(args.program, "program")
 
 
-MOST_ROWS_OF_A_TABLE = 64
-"""Default size of tasks whose DAG has as many nodes as a square table, or more: it is built node by node."""
+OF_THE_ROW = ("parity", "s5_word_problem", "arithmetic_formula", "binary_search")
+"""Tasks whose DAG is a closed form of one size and grows no faster than it."""
 
 
 def task_of(text: str | None, tokens: int) -> TaskDAG | None:
-    """A task by name and sizes; without sizes one for rows of so many tokens."""
+    """A task by name, sizes and form; without a size that of the row, or the longest of the task's small instances."""
     if text is None:
         return None
-    from depthpass.analysis.tasks import task
+    from depthpass.tasks.command import task_dag
+    from depthpass.tasks.registry import get
 
-    name, colon, sizes = text.partition(":")
-    if not colon:
-        small = name in ("edit_distance", "reachability")
-        sizes = str(min(tokens, MOST_ROWS_OF_A_TABLE) if small else tokens)
-    try:
-        return task(name, *(int(s) for s in sizes.split(",") if s))
-    except ValueError as error:
-        if isinstance(error, DepthpassError):
-            raise
-        raise InputError(
-            f"--task: expected NAME:SIZE such as parity:64 or edit_distance:30,30, got {text!r}."
-        ) from None
+    if ":" not in text:
+        text += f":{tokens if text in OF_THE_ROW else get(text).ranges['S'][1]}"
+    return task_dag(text)
 
 
 def ceilings_of(text: str | None) -> Ceilings | None:

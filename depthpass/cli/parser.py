@@ -48,8 +48,8 @@ def parser() -> argparse.ArgumentParser:
     _spec(p)
     p.add_argument("--program", metavar="FILE", help="a program text to report on instead of a spec")
     _sizes(p)
-    p.add_argument("--task", metavar="NAME[:SIZE[,SIZE]]",
-                   help="hold a computation against the depth, e.g. parity:64 (default size: the row, at most 64 for tables)")
+    p.add_argument("--task", metavar="NAME[:SIZE[,SIZE][,FORM]]",
+                   help="hold a computation against the depth: parity, parity:64, parity:64,chain; names: depthpass tasks")
     _form(p, "json", "markdown", "dot")
     p.add_argument("--full", action="store_true", help="every number, the critical path and what is proven")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained HTML page")
@@ -107,6 +107,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
     p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
     p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
+
+    from depthpass.tasks import command as tasks
+
+    tasks.arguments(add("tasks", tasks.run, "List algorithmic tasks, or draw instances of one with trace and DAG."))
 
     p = add("passes", names.passes, "What a spec can be made of, or the options of one pass.")
     p.add_argument("name", nargs="?", metavar="NAME", help="a pass or its alias: its documentation and options")

@@ -354,7 +354,7 @@ def _task(report: Report) -> Section:
         Number("task_available_depth", "depth at hand", s.available_depth, "block visits"),
         Number("task_missing_depth", "missing", s.missing_depth, "block visits"),
         Number("task_needed_tokens", "widest level of its DAG", s.needed_tokens, "tokens"),
-        Number("task_sufficient", "deep and wide enough for this DAG", "yes" if s.sufficient else "no", "",
+        Number("task_sufficient", "depth and tokens cover this DAG", "yes" if s.sufficient else "no", "",
                "about this one DAG: no lower bound of the task, and nothing about what training finds"),
     ))
 

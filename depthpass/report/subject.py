@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from depthpass.analysis.complexity import Statement
     from depthpass.analysis.cost import ModelCost
     from depthpass.analysis.roofline import Ceilings
-    from depthpass.analysis.tasks import TaskDAG
     from depthpass.hf.facts import ModelFacts
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
+    from depthpass.tasks.dag import TaskDAG
 
 
 @at_prompt

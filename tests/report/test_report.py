@@ -17,11 +17,11 @@ import depthpass as dp
 import depthpass.report as package
 from depthpass.analysis.closed_form import n
 from depthpass.analysis.roofline import assumed
-from depthpass.analysis.tasks import parity
 from depthpass.errors import InputError, PassError, SpecError, UnsupportedModelError
 from depthpass.ir import plain
 from depthpass.report import Subject, build_report, report
 from depthpass.schedule import schedule
+from depthpass.tasks.shapes import parity
 from tests.analysis.systems import bridged, parallel_loops, recursions
 from tests.report.subjects import BAND, LLAMA_1B, band, small, subject
 
