@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from depthpass.cli.output import working
-from depthpass.errors import DepthpassError, InputError, SpecError, did_you_mean
+from depthpass.errors import InputError, SpecError, did_you_mean
 
 if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
