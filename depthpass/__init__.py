@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     import depthpass_kernels as kernels
     import depthpass_lowering as lowering
 
+    from depthpass import recipes, tasks
     from depthpass.analysis.contraction import contraction
     from depthpass.analysis.gradients import gradients
     from depthpass.analysis.lens import logit_lens
+    from depthpass.emit import emit
     from depthpass.errors import (
         CacheError,
         CheckpointError,
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from depthpass.hf.attach import attach
     from depthpass.hf.cache import DepthCache
     from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule
+    from depthpass.hf.exits import only_gates, set_exit
+    from depthpass.hf.latent_curriculum import LatentCurriculum
     from depthpass.hf.materialize import materialize
     from depthpass.hf.model import DepthModel
     from depthpass.hf.pretrained import from_pretrained
@@ -38,7 +42,8 @@ if TYPE_CHECKING:
     from depthpass.hf.switch import loops_of, set_loops, switch, using
     from depthpass.hf.transform import new_parameters, restore, transform
     from depthpass.ir import Program, parse_program
-    from depthpass.losses import aligned_targets, exit_loss, relay_loss
+    from depthpass.losses import aligned_targets, exit_loss, gate_loss, relay_loss
+    from depthpass.passes.coconut import Coconut
     from depthpass.passes.identity import Identity
     from depthpass.passes.inner_thinking import InnerThinking
     from depthpass.passes.layer_program import LayerProgram, Skip
@@ -66,6 +71,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "restore": "depthpass.hf.transform",
         "new_parameters": "depthpass.hf.transform",
         "materialize": "depthpass.hf.materialize",
+        "emit": "depthpass.emit",
         "from_pretrained": "depthpass.hf.pretrained",
         "attach": "depthpass.hf.attach",
         "load_spec": "depthpass.spec",
@@ -75,6 +81,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "FixedPoint": "depthpass.schedule.fixed_point",
     },
     "passes": {
+        "Coconut": "depthpass.passes.coconut",
         "Identity": "depthpass.passes.identity",
         "InnerThinking": "depthpass.passes.inner_thinking",
         "IntraLayerRecurrence": "depthpass.passes.recurrence",
@@ -105,17 +112,21 @@ GROUPS: dict[str, dict[str, str]] = {
         "using": "depthpass.hf.switch",
         "set_loops": "depthpass.hf.switch",
         "loops_of": "depthpass.hf.switch",
+        "set_exit": "depthpass.hf.exits",
         "set_ratios": "depthpass.hf.ratios",
         "routing_of": "depthpass.hf.routing",
     },
     "training": {
         "FlopsLedger": "depthpass.hf.callbacks",
         "RecurrenceCurriculum": "depthpass.hf.callbacks",
+        "LatentCurriculum": "depthpass.hf.latent_curriculum",
         "ShiftSchedule": "depthpass.hf.callbacks",
         "CapacityWarmup": "depthpass.hf.ratios",
         "capacity_warmup": "depthpass.hf.ratios",
         "aligned_targets": "depthpass.losses",
         "exit_loss": "depthpass.losses",
+        "gate_loss": "depthpass.losses",
+        "only_gates": "depthpass.hf.exits",
         "relay_loss": "depthpass.losses",
     },
     "errors": {
@@ -134,20 +145,23 @@ GROUPS: dict[str, dict[str, str]] = {
 """Public names by what they are for."""
 
 _PUBLIC = {name: module for group in GROUPS.values() for name, module in group.items()}
-_PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels"}
+_PACKAGES = {
+    "lowering": "depthpass_lowering", "kernels": "depthpass_kernels", "tasks": "depthpass.tasks", "recipes": "depthpass.recipes",
+}
 
 __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for group, names in GROUPS.items())
 
 # A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
 __all__ = [
-    "CacheError", "CapacityWarmup", "CheckpointError", "DepthCache", "DepthModel", "DepthpassError", "FixedPoint",
-    "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LayerProgram", "Loop",
-    "LoweringError", "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError",
-    "Program", "RecurrenceCurriculum", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "Taps",
-    "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "capacity_warmup", "contraction",
-    "dump_spec", "exit_loss", "from_pretrained", "gradients", "kernels", "load_spec", "logit_lens", "loops_of",
-    "lowering", "materialize", "new_parameters", "parse_program", "plot_depth", "relay_loss", "report", "restore",
-    "routing_of", "search", "set_loops", "set_ratios", "switch", "transform", "using",
+    "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "DepthCache", "DepthModel", "DepthpassError",
+    "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence",
+    "LatentCurriculum", "LayerProgram", "Loop", "LoweringError", "MixtureOfDepths", "MixtureOfRecursions", "Pad",
+    "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum", "Repeat", "SearchResult",
+    "ShiftSchedule", "Skip", "SpecError", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError",
+    "aligned_targets", "attach", "capacity_warmup", "contraction", "dump_spec", "emit", "exit_loss", "from_pretrained",
+    "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize",
+    "new_parameters", "only_gates", "parse_program", "plot_depth", "recipes", "relay_loss", "report", "restore",
+    "routing_of", "search", "set_exit", "set_loops", "set_ratios", "switch", "tasks", "transform", "using",
 ]
 
 

@@ -12,7 +12,7 @@ from depthpass.errors import InputError
 from depthpass.hf.columns import check_rows
 from depthpass.hf.growth import check_growth
 from depthpass.hf.pads import pad_op
-from depthpass.ir.program import Program
+from depthpass.ir.program import Op, Program
 from depthpass.schedule.fixed_point import FixedPoint
 
 if TYPE_CHECKING:
@@ -71,8 +71,8 @@ def check_decoding(model: DepthModel, generation_config: Any, model_kwargs: dict
         _check_cached(model, generation_config, model_kwargs)
     if generation_config.is_assistant or "ASSISTED" in str(mode).upper():
         _check_assisted(model.depth_program)
-    if pad_op(model.depth_program) is not None:
-        _say_prompt(generation_config, model_kwargs)
+    if (pads := pad_op(model.depth_program)) is not None:
+        _say_prompt(pads, generation_config, model_kwargs)
 
 
 def _check_cached(model: DepthModel, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
@@ -114,11 +114,13 @@ def _check_assisted(program: Program) -> None:
                          "prompt_lookup_num_tokens) out.")
 
 
-def _say_prompt(generation_config: Any, model_kwargs: dict[str, Any]) -> None:
+def _say_prompt(placed: Op, generation_config: Any, model_kwargs: dict[str, Any]) -> None:
     """Where the pads go: after the prompt, which is the first call of a cache, and must be said without one."""
     if generation_config.prefill_chunk_size is not None:
         raise InputError("prefill_chunk_size: the workspace pads follow the prompt, which has to come in one call. Leave "
                          "it unset.")
+    if placed["at"] is not None or placed["behind"] is not None:
+        return
     if generation_config.use_cache is False and "prompt_length" not in model_kwargs:
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         # generate drops a mask of ones.

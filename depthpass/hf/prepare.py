@@ -16,7 +16,7 @@ from depthpass.hf.checkpointing import not_reentrant
 from depthpass.hf.context import context_of
 from depthpass.hf.doors import Door, decoder_class, decoder_path
 from depthpass.hf.host import block_forward
-from depthpass.hf.pads import pad_op, pad_token
+from depthpass.hf.pads import check_pads, pad_op
 from depthpass.hf.parameters import build
 from depthpass.hf.placement import home, is_dispatched, own_forward, set_forward, unwrapped
 from depthpass.hf.plans import Plans, check_runnable
@@ -54,7 +54,7 @@ def prepare(model: nn.Module, spec: SpecLike, chunk: int | None, stack: bool = T
             not_reentrant(cast("Callable", module._gradient_checkpointing_func))
     plan = check_runnable(compile_spec(passes, context, chunk=chunk, stack=stack))
     if (pads := pad_op(plan.program)) is not None:
-        pad_token(pads, model.config)
+        check_pads(pads, model.config)
     check_weights(block_list(model, layers), plan.program)
     return Runtime(Plans(plan), layers, decoder, position_table(model.get_submodule(decoder)))
 

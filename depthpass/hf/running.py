@@ -19,10 +19,11 @@ from depthpass.hf.growth import without_cache
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call, normalise, warn_frozen
+from depthpass.hf.latents import advance, as_embeddings, feeds
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.outputs import decorate, warn_losses
 from depthpass.hf.packing import Packing, Rows
-from depthpass.hf.pads import insert
+from depthpass.hf.pads import Layout, insert
 from depthpass.hf.placement import check_devices, gather_new
 from depthpass.hf.step import advance_token
 from depthpass.ir.program import Program
@@ -92,6 +93,8 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     runtime = model._depth
     names = call_names(type(decoder)._stock_class)
     call = normalise(model, decoder, names, arguments, frame)
+    if feeds(runtime.program):
+        call = as_embeddings(model, call)
     warn_frozen(model)
     groups = runtime.plans.running(model, call)
     plan = groups[0][0]
@@ -144,24 +147,19 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
 
 def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, State]:
     """Advance a state by the tokens of a call; returns as :func:`_dispatch`."""
-    from depthpass_lowering.eager import run
-
-    model, call, captured, plan = now.model, now.call, now.captured, now.groups[0][0]
+    model, call, plan = now.model, now.call, now.groups[0][0]
     host = now.host()
     gather_new(depth_module(model))
     if host.dispatched:
         check_devices(host.layers, plan.program)
     # What runs has the program's pads in it; the caller sees what it gave.
     inner, layout = insert(model, plan.program, call)
-    hidden, sides = _embedded(model, host, inner)
     host.losses = {} if plan.program.losses and (model.training or call.labels is not None) else None
     if len(now.groups) > 1:
+        hidden, sides = _embedded(model, host, inner)
         streams = _by_rows(now, host, hidden, sides, inner.valid)
     else:
-        streams, state = run(
-            plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
-            model._depth.lowering, now.sweeps, now.lowered,
-        )
+        hidden, streams, state = _run(now, plan, host, inner, layout, state, call.use_cache)
     if call.hidden_states:
         streams[EMBEDDED] = hidden
     warn_parts(model, host.counts)
@@ -171,7 +169,42 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
         state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
     if host.losses is not None:
         now.losses = host.losses, host.extra_loss
-    return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
+    return list(host.part(now.captured.head, call.tensors, streams["output"])), streams, state
+
+
+def _run(
+    now: DecoderCall, plan: Plan, host: StockHost, call: Call, layout: Layout | None, state: State, keep: bool
+) -> tuple[Tensor, Streams, State]:
+    """Advance a state by a call with its pads in place.
+
+    Args:
+        keep: whether the new state is needed.
+
+    Returns:
+        the embedded tokens; all streams by name; the new state.
+    """
+    from depthpass_lowering.eager import run
+    from depthpass_lowering.losses import Pool
+
+    def piece(part: Call, state: State, keep: bool) -> tuple[Tensor, Streams, State]:
+        hidden, sides = _embedded(now.model, host, part)
+        return hidden, *run(
+            plan.schedule, host, hidden, sides, now.captured.side_axes, state, part.valid, keep, plan.types,
+            now.model._depth.lowering, now.sweeps, now.lowered,
+        )
+
+    if layout is None or not feeds(plan.program):
+        return piece(call, state, keep)
+    given = host.pool
+    pool = host.pool = Pool() if given is None else given
+    advanced = advance(call, layout, state, keep, piece)
+    if given is None:
+        pool.move()
+        if pool.sums:
+            host.losses, host.extra_loss = pool.values()
+    if now.captured.head.extras:
+        _embedded(now.model, host, call)
+    return advanced
 
 
 def _embedded(model: DepthModel, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
@@ -235,15 +268,10 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
 
 def _sequences(now: DecoderCall, plan: Plan, host: StockHost, rows: Rows) -> Streams:
     """The streams of some sequences of packed rows, each as a row."""
-    from depthpass_lowering.eager import run
     from depthpass_lowering.state import State
 
     inner, layout = insert(now.model, plan.program, now.call.of(rows))
-    hidden, sides = _embedded(now.model, host, inner)
-    streams, _ = run(
-        plan.schedule, host, hidden, sides, now.captured.side_axes, State(), inner.valid, False, plan.types,
-        now.model._depth.lowering, now.sweeps, now.lowered,
-    )
+    hidden, streams, _ = _run(now, plan, host, inner, layout, State(), False)
     if now.call.hidden_states:
         streams[EMBEDDED] = hidden
     return streams if layout is None else {name: layout.trim(x) for name, x in streams.items()}

@@ -12,6 +12,7 @@ from depthpass.ir import Program, parse_program, plain, verify
 from depthpass.ir.shares import Ratios, by_route, checked_ratios
 from depthpass.passes.base import Context
 from depthpass.plan import compile_spec
+from depthpass.prompt import at_prompt
 from depthpass.report.model import Report, build_report
 from depthpass.schedule import schedule
 
@@ -21,13 +22,14 @@ if TYPE_CHECKING:
     from depthpass.analysis.complexity import Statement
     from depthpass.analysis.cost import ModelCost
     from depthpass.analysis.roofline import Ceilings
-    from depthpass.analysis.tasks import TaskDAG
     from depthpass.hf.facts import ModelFacts
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
+    from depthpass.tasks.dag import TaskDAG
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Subject:
     """A stock model to report on.
