@@ -302,8 +302,8 @@ class Subject:
         generator = torch.Generator().manual_seed(self.case["seed"])
         cut = [[torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (n,), generator=generator) for n in row]
                for row in check["rows"]]
-        batch = {"input_ids": torch.stack([torch.cat(row) for row in cut]),
-                 "position_ids": torch.stack([torch.cat([torch.arange(len(s)) for s in row]) for row in cut])}
+        batch: dict[str, Any] = {"input_ids": torch.stack([torch.cat(row) for row in cut]),
+                                 "position_ids": torch.stack([torch.cat([torch.arange(len(s)) for s in row]) for row in cut])}
         if check["lengths"] and len(cut) == 1:
             ends = torch.tensor([0, *(len(s) for s in cut[0])]).cumsum(0).to(torch.int32)
             longest = max(map(len, cut[0]))

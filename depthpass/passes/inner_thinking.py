@@ -21,7 +21,7 @@ def positions(who: str, blocks: str | Sequence[int], count: int) -> tuple[int, .
     Raises:
         PassError: the program does not have them.
     """
-    chosen = tuple(range(1, count, 2)) if isinstance(blocks, str) else blocks
+    chosen = tuple(range(1, count, 2)) if isinstance(blocks, str) else tuple(blocks)
     if not chosen or max(chosen) >= count:
         got = f"{blocks!r} of {count} visits" if isinstance(blocks, str) else list(chosen)
         raise PassError(f"{who}.blocks: expected positions in 0..{count - 1}, got {got}.")

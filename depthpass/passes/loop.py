@@ -278,7 +278,7 @@ class Loop(Pass):
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
-                operands = shared | modulation("loop", v, self._operands(t, self.start + p))
+                operands: dict[str, Any] = shared | modulation("loop", v, self._operands(t, self.start + p))
                 if self.kv == "latest" and exits is not None:
                     inputs[p] = exits.put(inputs[p], x)
                     x = build.visit(v, inputs[p], asks=exits.route, **operands)

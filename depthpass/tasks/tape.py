@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 
@@ -36,7 +37,7 @@ class Cell:
     """An input symbol or a state: a name and what it holds."""
 
     name: str
-    value: Value
+    value: Any
 
     def __str__(self) -> str:
         return f"{self.name}={show(self.value)}"
