@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program, reads_slots, writes_slot
 
 
@@ -43,14 +44,12 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
     for o in program.ops:
         if not o.name:
             continue
-        for a in o.args:
-            distance = o["tokens"] if o.kind == "delay" else 0
-            found.append(Dependence(a, o.name, distance, "delay" if o.kind == "delay" else "flow"))
-        if o.kind == "block":
-            found += [Dependence(writers[s].args[0], o.name, 0, "attention") for s in reads_slots(o)]
-            if calls and o["past"] is not None:
-                found.append(Dependence(writers[o["past"]].args[0], o.name, 1, "past"))
-        if o.kind == "route" and o["rule"] == "topk":
+        distance = OPS[o.kind].lag(o)
+        found += [Dependence(a, o.name, distance, "delay" if distance else "flow") for a in o.args]
+        found += [Dependence(writers[s].args[0], o.name, 0, "attention") for s in reads_slots(o)]
+        if calls and o.kind == "block" and o["past"] is not None:
+            found.append(Dependence(writers[o["past"]].args[0], o.name, 1, "past"))
+        if OPS[o.kind].waits(o):
             found.append(Dependence(o.args[0], o.name, 0, "future"))
     return tuple(found)
 
@@ -85,8 +84,8 @@ def cycles(program: Program, calls: bool = False, slots: bool = False) -> tuple[
 def back_delays(program: Program, cycle: frozenset[str]) -> dict[str, int]:
     """Delays of a cycle that read a value defined later: name to tokens. Their minimum bounds the chunk size."""
     return {
-        o.name: o["tokens"]
+        o.name: OPS[o.kind].lag(o)
         for o in program.ops
-        if o.kind == "delay" and o.name in cycle and o.args[0] in cycle
+        if OPS[o.kind].forward_refs and o.name in cycle and o.args[0] in cycle
         and program.index[o.args[0]] > program.index[o.name]
     }

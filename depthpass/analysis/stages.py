@@ -23,6 +23,7 @@ from depthpass.analysis.dependence import cycles, dependences
 from depthpass.analysis.growth import ZERO, Growth, maximum, total
 from depthpass.analysis.maxplus import Node, Recurrence, solve
 from depthpass.errors import PassError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
 from depthpass.ir.verify import infer
 
@@ -146,7 +147,7 @@ class Stages:
             if not o.name:
                 continue
             arcs = () if o.name in self.routes else tuple(dict.fromkeys(self.reads[o.name]))
-            weight = weights[o["index"]] if o.kind == "block" else 0
+            weight = weights[o["index"]] if OPS[o.kind].depth else 0
             absent = self.types[o.name].absent
             real.append(Node(o.name, arcs, weight, absent))
             if self.pads_apart:
@@ -263,5 +264,5 @@ class Stages:
 
 def _waits(o: Op) -> bool:
     """Whether an op needs every token of the row."""
-    return o.kind == "route" and o["rule"] == "topk"
+    return OPS[o.kind].waits(o)
 

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import LoweringError
+from depthpass.ir.definitions import Type
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
-from depthpass.ir.verify import Type, infer
+from depthpass.ir.verify import infer
 from depthpass.schedule.lowered import Lowered
 from depthpass.schedule.regions import Region, Schedule
 from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.host import Host
-from depthpass_lowering.local_ops import ACTIVATIONS, rms
 from depthpass_lowering.losses import Pool, sums_of
 from depthpass_lowering.noise import cut_off, noise
 from depthpass_lowering.routes import Route, choose
@@ -297,7 +298,10 @@ class Run:
         return line
 
     def _op(self, o: Op, args: list[Tensor], span: Span, masks: Masks, sides, keep: bool) -> Tensor | None:
-        kind = o.kind
+        definition, kind = OPS[o.kind], o.kind
+        if definition.meaning is not None:
+            name = definition.scope(o)
+            return definition.apply(None if name is None else self.host.module(name), o, args)
         if kind == "embed":
             whole = span.count == self.count
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.length, span.count)
@@ -305,21 +309,8 @@ class Run:
             return self._block(o, args[0], span, masks, sides, keep)
         if kind == "add":
             return self._add(o, args, span)
-        if kind == "linear":
-            return self.host.module(o["name"])(args[0] if len(args) == 1 else torch.cat(args, -1))
         if kind == "norm":
             return self.host.norm(args[0])
-        if kind == "scale":
-            return args[0] * o["by"]
-        if kind == "mul":
-            return args[0] * args[1]
-        if kind == "act":
-            return ACTIVATIONS[o["fn"]](args[0])
-        if kind == "weigh":
-            return self.host.module(o["name"])(args[0])
-        if kind == "rms":
-            y = rms(args[0], o["eps"])
-            return self.host.module(o["name"])(y) if o["name"] else y
         if kind == "zeros":
             return self.hidden.new_zeros(self.hidden.shape[0], span.count, o["width"] or self.program.width)
         if kind == "noise":
@@ -330,26 +321,13 @@ class Run:
             return args[2].scatter(args[0], args[1], o["mode"])
         if kind == "logits":
             return self._logits(o, args[0])
-        if kind == "distance":
-            return distance(o["rule"], *args)
-        if kind == "select":
-            return _select(args, o["cdf"])
-        if kind == "detach":
-            return args[0].detach()
         if kind in ("pad", "trim"):
             # The host puts the pads into the row before the program runs, and takes them out of what it hands out.
             return args[0]
-        if kind == "output":
-            self.out["output"] = args[0]
-            return None
-        if kind == "tap":
-            self.out[o["name"]] = args[0].chosen if isinstance(args[0], Route) else args[0]
-            return None
-        if kind == "pick":
-            return args[0][..., o["index"], None]
-        if kind in ("average", "retire"):  # done once, when the model was transformed
-            return None
-        raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
+        if kind in ("output", "tap"):
+            self.out["output" if kind == "output" else o["name"]] = args[0].chosen if isinstance(args[0], Route) else args[0]
+        # What is left ("average", "retire") was done once, when the model was transformed.
+        return None
 
     def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
         self._check_operands(o)
@@ -506,26 +484,3 @@ class Run:
                     x = torch.where(mask.to(x.device)[..., None], x, x.new_zeros(()))
             total = x if total is None else total + x
         return total
-
-
-def _select(args: list[Tensor], cdf: float) -> Tensor:
-    """Of T states and T exit gates, per token the first state whose cumulative exit probability reaches ``cdf``."""
-    half = len(args) // 2
-    states, gates = args[:half], args[half:]
-    out, left, reached = states[-1], torch.ones_like(gates[0]), torch.zeros_like(gates[0])
-    open_ = torch.ones_like(gates[0], dtype=torch.bool)
-    for state, gate in zip(states[:-1], gates):
-        reached, left = reached + left * gate, left * (1 - gate)
-        exits = open_ & (reached >= cdf)
-        out, open_ = torch.where(exits, state, out), open_ & ~exits
-    return out
-
-
-def distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
-    """How far a stream has moved, ``[batch, tokens, 1]``: see the op ``distance``."""
-    if rule == "state":
-        return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
-    now, before = torch.log_softmax(now, -1), torch.log_softmax(before, -1)
-    if rule == "kl":
-        return (before.exp() * (before - now)).sum(-1, keepdim=True)
-    return ((now.exp() * now).sum(-1, keepdim=True) - (before.exp() * before).sum(-1, keepdim=True)).abs()

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import LoweringError
+from depthpass.ir.definitions import SWEEP
+from depthpass.ir.ops import OPS, unfit
 from depthpass.ir.program import reads_slots, writes_slot
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
@@ -25,9 +27,6 @@ from depthpass_lowering.first_order import first_order
 from depthpass_lowering.state import Slot
 from depthpass_lowering.sweeps import Solve, Solver, Sweeper
 from depthpass_lowering.transforms import unschedulable
-
-SWEPT = frozenset({"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms", "detach"})
-"""Ops that sweeps know; a route would choose other tokens in every sweep."""
 
 
 class Sweeping:
@@ -131,10 +130,11 @@ class Swept(Run):
         """Why a region cannot be swept in this call, or None."""
         if reason := unschedulable(self.hidden):
             return reason
-        unknown = {o.kind for o in region.ops} - SWEPT
-        routed = next((a for o in region.ops for a in (*o.args, o.name) if self.types[a].tokens), None)
-        if unknown or routed:
-            return f"op {min(unknown)} in a serial region" if unknown else f"%{routed} in a serial region holds routed tokens"
+        # A route would choose other tokens in every sweep.
+        if reason := unfit(region.ops, SWEEP):
+            return reason
+        if routed := next((a for o in region.ops for a in (*o.args, o.name) if self.types[a].tokens), None):
+            return f"%{routed} in a serial region holds routed tokens"
         for o in region.visits:
             if o["past"] is not None:
                 return f"block {o['index']} reads keys that an earlier call has left in another visit's slot"
@@ -293,11 +293,8 @@ def region_parameters(region: Region, host) -> list[Tensor]:
             found += host.bound(o["index"])[1]
             for path in host.submodules_of(o["index"]):
                 found += host.stock_module(o["index"], path).parameters()
-            for name in (o["gate"], o["lora"], o["modulate"], o["clock"]):
-                if name:
-                    found += host.module(name).parameters()
-        elif o.kind in ("linear", "weigh", "rms") and o["name"]:
-            found += host.module(o["name"]).parameters()
+        for name in OPS[o.kind].scopes(o):
+            found += host.module(name).parameters()
     return [t for t in found if t.requires_grad]
 
 

@@ -20,6 +20,8 @@ from torch import Tensor, fx, nn
 from depthpass.capture.direct import direct
 from depthpass.capture.model import Site
 from depthpass.errors import LoweringError
+from depthpass.ir.definitions import CHUNK
+from depthpass.ir.ops import OPS, unfit
 from depthpass.ir.program import Op, writes_slot
 from depthpass.schedule.regions import Region
 from depthpass_lowering.attention import Masks
@@ -27,7 +29,7 @@ from depthpass_lowering.buffers import Buffer, Use
 from depthpass_lowering.dropout import RandomState, draws
 from depthpass_lowering.eager import Run
 from depthpass_lowering.first_order import first_order
-from depthpass_lowering.fx_passes.region import KINDS, ChunkGraph, Parameter, chunk_graph
+from depthpass_lowering.fx_passes.region import ChunkGraph, Parameter, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.products import LEAST_USES
 from depthpass_lowering.sink import Sink, sunk_linear
@@ -42,7 +44,7 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 def graph_of(run: Run, region: Region, wanted: Sequence[str]) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
     templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
-    kinds = tuple(type(run.host.module(o["name"])) for o in region.ops if o.kind == "linear")
+    kinds = tuple(type(run.host.module(name)) for o in region.ops for name in _scope(o))
     # The graph keeps program and templates, so that their ids stay theirs.
     key = (id(run.program), templates, kinds, tuple(wanted))
     kept = _GRAPHS.setdefault(region, {})
@@ -150,8 +152,7 @@ class ScheduledRun(Run):
         for o in self.program.visits:
             if o["keys"] is not None and (o in region.visits) != (o["keys"] in here):
                 return f"block {o['index']} shares the keys of slot {o['keys']} across the border of the token loop"
-        unknown = {o.kind for o in region.ops} - KINDS
-        return f"op {min(unknown)} in a serial region" if unknown else None
+        return unfit(region.ops, CHUNK)
 
 
 @functools.cache
@@ -320,8 +321,9 @@ class Loop(Run):
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
         return read_delay(self.lines[name], source, self.program.defs[name]["tokens"], self.span)
 
-    def call(self, name: str, x: Tensor) -> Tensor:
-        return self.host.module(name)(x)
+    def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
+        o = self.program.defs[name]
+        return OPS[o.kind].apply(self.host.module(OPS[o.kind].scope(o)), o, streams)
 
 
 class _Chunk:
@@ -493,12 +495,15 @@ def region_parameters(region: Region, host) -> dict[int, Tensor]:
                 tensors += host.stock_module(o["index"], path).parameters()
             if o["gate"]:
                 tensors += host.module(o["gate"]).parameters()
-        elif o.kind in ("linear", "weigh", "rms") and o["name"]:
-            tensors = list(host.module(o["name"]).parameters())
         else:
-            continue
+            tensors = [t for name in _scope(o) for t in host.module(name).parameters()]
         found |= {id(t): t for t in tensors if t.requires_grad}
     return found
+
+
+def _scope(o: Op) -> tuple[str, ...]:
+    """The module of a token-local op's own parameters, if it has one."""
+    return OPS[o.kind].scopes(o) if OPS[o.kind].meaning is not None else ()
 
 
 class RegionFunction(torch.autograd.Function):

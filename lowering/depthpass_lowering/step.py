@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass.ir.definitions import STEP
+from depthpass.ir.ops import unfit
 from depthpass.ir.program import Op, Program
 from depthpass.schedule.stacking import Step
 from depthpass_lowering.attention import Masks, column_mask
@@ -21,17 +23,11 @@ from depthpass_lowering.visits import RunningVisit
 SMALLEST = 256
 """Columns of the smallest room. Rooms double, so a decode of n tokens compiles about log2(n / SMALLEST) steps."""
 
-RUNS = frozenset({
-    "embed", "zeros", "block", "delay", "linear", "weigh", "scale", "add", "mul", "act", "rms", "norm", "tap", "output",
-    "select",
-})
-"""Ops of a step whose shapes and numbers follow from tensors alone."""
-
 
 def refusal(program: Program) -> str | None:
     """Why a token of this program cannot be one compiled graph, or None."""
-    if other := sorted({o.kind for o in program} - RUNS):
-        return f"the program has {', '.join(other)}, which depend on data or on the place in the row"
+    if reason := unfit(program, STEP):
+        return f"{reason}: its shapes or numbers depend on data or on the place in the row"
     for o in program.visits:
         for name, what in (("past", "keys of earlier calls in another slot"), ("modulate", "a modulation of its own")):
             if o[name] is not None:

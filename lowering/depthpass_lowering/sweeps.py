@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from depthpass.analysis.dependence import back_delays
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
@@ -29,9 +30,6 @@ RIDGE = {"cpu": 22.0}
 
 RIDGE_ELSEWHERE = 184.0
 """The same for other devices: an H200 in bfloat16."""
-
-LOCAL = frozenset({"linear", "scale", "act", "rms", "weigh", "norm", "add", "mul", "detach"})
-"""Ops that look at one token only."""
 
 
 @dataclass
@@ -94,7 +92,7 @@ class Sweeper:
         back = back_delays(run.program, frozenset(o.name for o in region.ops))
         self.injection: dict[str, Op] = {}
         for o in region.ops:
-            if o.name in back or (o.kind in LOCAL and o.args and all(a in self.injection for a in o.args)):
+            if o.name in back or (OPS[o.kind].token_local and o.args and all(a in self.injection for a in o.args)):
                 self.injection[o.name] = o
         read = {a for o in region.ops if o.name not in self.injection for a in o.args}
         read |= set(self.wanted) | set(self.sources)

@@ -6,13 +6,13 @@ import oracle_program as oracle
 import pytest
 import torch
 import zoo
-from depthpass_lowering.eager import distance
 from depthpass_lowering.noise import cut_off, noise
 from turbos import enliven
 
 import depthpass as dp
 from depthpass.ir import parse_program, verify
 from depthpass.ir.interpret import Interpretation
+from depthpass.ir.local_ops import distance
 from tests.passes.toy import WIDTH, Toy
 
 LENGTHS = [9, 6]
