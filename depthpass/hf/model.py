@@ -51,7 +51,7 @@ from depthpass.hf.runtime import Runtime
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
-from depthpass.schedule.lowered import Lowered
+from depthpass.lowered.record import LoweredCall, Recorder
 from depthpass.schedule.regions import Schedule
 
 PROMPT = "_depth_prompt"
@@ -144,7 +144,7 @@ class DepthModel:
         return tuple((programs[key], count) for key, count in rows.items())
 
     @property
-    def depth_lowered(self) -> tuple[Lowered, ...]:
+    def depth_lowered(self) -> LoweredCall:
         """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
 
         A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
@@ -264,18 +264,18 @@ class DepthModel:
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
-        lowered: list[Lowered] = []
+        lowered = Recorder()
         if call.packing is not None:
             parts, streams, runs = self._advance_packed(groups, captured, call, sweeping, gathered, lowered)
         else:
             with shapes_only(call.tensors["attention_mask"]):
                 parts, streams, state = (
-                    (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                    (None if call.hidden_states else advance_token(self, plan, captured, call, state, lowered))
                     or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
                 )
             rows, columns = call.tensors["attention_mask"].shape
             runs = [(p.program, rows if some is None else len(some), columns) for p, some in groups]
-        runtime.lowered, runtime.ran = tuple(lowered), tuple(runs)
+        runtime.lowered, runtime.ran = lowered.done(), tuple(runs)
         output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.hidden_states:
             output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -294,7 +294,7 @@ class DepthModel:
                 _warn_losses(self, left)
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: Recorder):
         """Advance a state by the tokens of a call.
 
         Args:
@@ -320,10 +320,13 @@ class DepthModel:
         if len(groups) > 1:
             streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
         else:
-            streams, state = run(
+            ran = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
                 runtime.lowering, sweeping, lowered,
             )
+            streams, state = ran.streams, ran.state
+            if ran.losses is not None:
+                host.losses, host.extra_loss = dict(ran.losses.by_name), ran.losses.total
         if call.hidden_states:
             streams[EMBEDDED] = hidden
         warn_parts(self, host.counts)
@@ -352,7 +355,7 @@ class DepthModel:
         host.extras = sides
         return hidden, sides
 
-    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: Recorder):
         """The outputs of packed rows: every sequence in them is run as a row.
 
         Args:
@@ -385,10 +388,10 @@ class DepthModel:
                 host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
                 inner, layout = insert(self, plan.program, call.of(rows))
                 hidden, sides = self._embedded(host, inner)
-                streams, _ = run(
+                streams = run(
                     plan.schedule, host, hidden, sides, captured.side_axes, State(), inner.valid, False, plan.types,
                     self._depth.lowering, sweeping, lowered,
-                )
+                ).streams
                 if call.hidden_states:
                     streams[EMBEDDED] = hidden
                 if layout is not None:
@@ -423,11 +426,11 @@ class DepthModel:
                 for s, axis in zip(sides, captured.side_axes)
             ]
             group.extras, group.losses, group.pool = mine, whole.losses, pool
-            streams, _ = run(
+            streams = run(
                 plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
-            )
+            ).streams
             parts.append(streams)
         pool.move()
         if pool.sums:

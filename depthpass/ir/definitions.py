@@ -175,6 +175,7 @@ class OpDef:
         applied: ``(its module, op, streams)`` -> its result, where the module is not called as ``meaning`` is.
         work: ``(op, widths, width of the result, width of the model's stream)`` -> cost per token; None = nothing.
         runs: where it may stand; None = everywhere if it has a meaning, else with the eager level alone.
+        refuses: ``(op, where)`` -> why this one may not stand there although its kind may, or None.
     """
 
     kind: str
@@ -202,6 +203,7 @@ class OpDef:
     applied: Callable[[nn.Module, Op, Sequence[Tensor]], Tensor] | None = None
     work: Callable[[Op, Sequence[int], int, int], Work] | None = _once
     runs: frozenset[str] | None = None
+    refuses: Callable[[Op, str], str | None] = lambda o, place: None
 
     @property
     def legal(self) -> frozenset[str]:

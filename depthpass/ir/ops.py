@@ -77,10 +77,17 @@ __all__ = [
 OPS: dict[str, OpDef] = {d.kind: d for d in (*STRUCTURAL_OPS, *LOCAL_OPS)}
 
 
-def unfit(ops: Iterable[Op], where: str) -> str | None:
-    """The first op that may not stand somewhere (a chunk, a compiled token, a sweep), as a reason; None = all may."""
-    found = sorted({o.kind for o in ops if where not in OPS[o.kind].legal})
-    return f"op {found[0]} in {where}" if found else None
+def unfit(ops: Iterable[Op], place: str) -> str | None:
+    """Why some ops may not stand somewhere (a chunk, a compiled token, a sweep), naming the first; None = they may.
+
+    The one rule of what a level can run; a model may have reasons of its own (hooks, dropout).
+    """
+    for o in ops:
+        if place not in OPS[o.kind].legal:
+            return f"op {o.kind} in {place}"
+        if reason := OPS[o.kind].refuses(o, place):
+            return reason
+    return None
 
 
 def register(definition: OpDef) -> OpDef:

@@ -67,6 +67,19 @@ def slots_read(visit: Op) -> tuple[int, ...]:
     return (visit["keys"],) if visit["gate"] is None else (visit["keys"], visit["slot"])
 
 
+def _block_refuses(o: Op, place: str) -> str | None:
+    """Operands of a visit that a place cannot honour."""
+    if place == CHUNK and len(o.args) == 2:
+        return f"only routed tokens ask block {o['index']}"
+    if place == CHUNK and o["lora"]:
+        return f"block {o['index']} has a LoRA of its own for each visit"
+    if o["past"] is not None:
+        return f"block {o['index']} reads the keys of earlier calls in another visit's slot"
+    if place in (CHUNK, STEP) and o["modulate"]:
+        return f"block {o['index']} is modulated by its visit"
+    return None
+
+
 # Delays and sums.
 
 
@@ -197,7 +210,7 @@ STRUCTURAL_OPS = (
             base=AttrDef(float, 1.0, needs="modulate"),
         ),
         token_local=False, typed=_block_typed, slots_read=slots_read, slot_written=slot_written, depth=1,
-        parameters=_block_parameters, work=None, runs=EVERYWHERE,
+        parameters=_block_parameters, work=None, runs=EVERYWHERE, refuses=_block_refuses,
     ),
     OpDef(
         "delay", "tokens", attrs=dict(tokens=_TOKENS), forward_refs=True, token_local=False, check=_some_token,

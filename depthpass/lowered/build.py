@@ -76,11 +76,14 @@ def lower(
             tuple(sides(o["index"])) if visit and sides else (), row,
         )
 
+    def together(region: Region) -> tuple[str, str | None]:
+        return ("inductor" if level in ("inductor", "cudagraph") else "eager"), None
+
     if step is not None:
         regions = (_step_region(step, lowered, level),)
     else:
         regions = tuple(
-            _region(region, lowered, choose, read, handed)
+            _region(region, lowered, choose if region.serial else together, read, handed)
             for region, read, handed in zip(schedule.regions, schedule.reads, schedule.results)
         )
     found = LoweredProgram(program.model, call, level, program.blocks, program.width, _with_last(regions))
@@ -120,7 +123,7 @@ def _region(
     here = {o.name for o in region.ops}
     inputs = tuple(a for a in read if a not in here)
     outputs = tuple(o.name for o in region.ops if o.name in handed)
-    level, reason = choose(region) if region.serial else ("eager", None)
+    level, reason = choose(region)
     return LoweredRegion(
         "chunks" if region.serial else "parallel", tuple(map(lowered, region.ops)), region.chunk, level, reason, inputs, outputs,
         lines=lines_of(region.ops), source=region,

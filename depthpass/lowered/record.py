@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
     from depthpass.lowered.program import LoweredProgram
@@ -61,6 +61,16 @@ class LoweredCall(tuple[Lowered, ...]):
         return "\n".join(map(str, (*self.programs, *(f"# {region}" for region in self))))
 
 
+class Ran(Protocol):
+    """What a run returns, as far as it is recorded."""
+
+    @property
+    def record(self) -> Sequence[Lowered]: ...
+
+    @property
+    def lowered(self) -> LoweredProgram: ...
+
+
 class Recorder:
     """Collects what the runs of one call do."""
 
@@ -68,11 +78,14 @@ class Recorder:
         self.regions: list[Lowered] = []
         self.programs: dict[int, LoweredProgram] = {}
 
-    def ran(self, program: LoweredProgram) -> None:
-        self.programs[id(program)] = program
+    def add(self, result: Ran) -> None:
+        """Take the record of a run."""
+        self.regions += result.record
+        self.ran(result.lowered)
 
-    def append(self, region: Lowered) -> None:
-        self.regions.append(region)
+    def ran(self, lowered: LoweredProgram) -> None:
+        """Take a program without serial regions of its own."""
+        self.programs[id(lowered)] = lowered
 
     def done(self) -> LoweredCall:
         return LoweredCall(self.regions, self.programs.values())

@@ -100,7 +100,7 @@ class RunningVisit:
             return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], window, site.chunk))
 
         # Stock attention functions repeat key heads by themselves and want a bool mask; SDPA need not repeat.
-        plain = getattr(self.host, "style", "sdpa") == "sdpa"
+        plain = self.host.style == "sdpa"
         blocks = self.masks.blocks(
             window, site.chunk, k.shape[2], q.shape[1] // k.shape[1] if plain else 1, q.dtype if plain else None, len(q)
         )
@@ -278,7 +278,7 @@ class RoutedVisit(RunningVisit):
             q = q.new_zeros((self.batch, *q.shape[1:])).index_copy(0, self.rows, q)
             return self.pick(self.attention(number, q, k, v, sinks, mask))
         groups = q.shape[1] // k.shape[1]
-        if q.shape[2] > 1 or groups == 1 or sinks is not None or getattr(self.host, "style", "sdpa") != "sdpa":
+        if q.shape[2] > 1 or groups == 1 or sinks is not None or self.host.style != "sdpa":
             return super().attention(number, q, k, v, sinks, mask)
         grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
         out = super().attention(number, grouped, k, v, None, (mask[0], False))
