@@ -90,9 +90,11 @@ def _parser() -> argparse.ArgumentParser:
     _form(p, "json", "markdown", "dot")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained HTML page")
 
-    p = add("show", _show, "The program text before and after each pass.")
+    p = add("show", _show, "The program text before and after each pass, or the lowered program of a call.")
     _config(p)
     _spec(p)
+    p.add_argument("--lowered", nargs="?", const="train", metavar="CALL",
+                   help="what a call runs: train (default), score, prefill, chunk or token")
     _form(p, "json")
 
     p = add("compare", _compare, "Several specs side by side.")
@@ -223,7 +225,14 @@ def _show(args: argparse.Namespace) -> int:
     shown: list[tuple[str, Program]] = [("stock", stock)]
     if passes is not None:
         apply_spec(stock, passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
-    if args.form == "json":
+    if args.lowered is not None:
+        from depthpass.lowered import lower
+        from depthpass.schedule import schedule
+
+        plan = schedule(shown[-1][1])
+        lowered = lower(plan, args.lowered, step=plan.step(1) if args.lowered == "token" else None)
+        print(json.dumps({"call": args.lowered, "lowered": str(lowered)}, indent=2) if args.form == "json" else lowered)
+    elif args.form == "json":
         print(json.dumps([{"after": label, "program": str(p)} for label, p in shown], indent=2))
     else:
         print("\n\n".join(f"# {label if label == 'stock' else 'after ' + label}\n{p}" for label, p in shown))
