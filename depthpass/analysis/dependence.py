@@ -8,6 +8,7 @@ import networkx as nx
 
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program, reads_slots, writes_slot
+from depthpass.ir.structural_ops import keys_from
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
         calls: every token is a call of its own, so that a visit's ``past`` is read as well; otherwise all tokens are one
             call, which has no past.
 
-    A visit's keys and values are computed from the *input* of the visit that writes the slot, so an attention
+    A visit's keys and values are computed from an *input* of the visit that writes the slot, so an attention
     dependence starts at that input and never at the visit's result.
     """
     writers = {writes_slot(o): o for o in program.visits}
@@ -46,9 +47,9 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
             continue
         distance = OPS[o.kind].lag(o)
         found += [Dependence(a, o.name, distance, "delay" if distance else "flow") for a in o.args]
-        found += [Dependence(writers[s].args[0], o.name, 0, "attention") for s in reads_slots(o)]
+        found += [Dependence(keys_from(writers[s]), o.name, 0, "attention") for s in reads_slots(o)]
         if calls and o.kind == "block" and o["past"] is not None:
-            found.append(Dependence(writers[o["past"]].args[0], o.name, 1, "past"))
+            found.append(Dependence(keys_from(writers[o["past"]]), o.name, 1, "past"))
         if OPS[o.kind].waits(o):
             found.append(Dependence(o.args[0], o.name, 0, "future"))
     return tuple(found)

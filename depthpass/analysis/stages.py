@@ -25,6 +25,7 @@ from depthpass.analysis.maxplus import Node, Recurrence, solve
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
+from depthpass.ir.structural_ops import keys_from
 from depthpass.ir.verify import infer
 
 
@@ -93,7 +94,7 @@ class Stages:
     def _outlives_keys(self, visit: Op) -> bool:
         """Whether a visit runs on pad tokens that a slot it reads does not have."""
         pads = self.pads(visit.name)
-        return any(self.pads(self.writers[s].args[0]) < pads for s in reads_slots(visit))
+        return any(self.pads(self._source(s)) < pads for s in reads_slots(visit))
 
     def _computed(self, value: str) -> bool:
         """Whether a value depends on more than its own token's embedding."""
@@ -126,7 +127,7 @@ class Stages:
 
     def _source(self, slot: int) -> str:
         """The value that the keys of a slot are computed from."""
-        return self.writers[slot].args[0]
+        return keys_from(self.writers[slot])
 
     def ancestors(self, value: str) -> frozenset[str]:
         """Values that a value depends on, itself included."""

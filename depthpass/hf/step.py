@@ -168,7 +168,7 @@ class _StepHost(StockHost):
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return template.graph(visit, hidden, *sides, *visit.adapt(template.params, params))
+        return visit.run(template, hidden, sides, visit.adapt(template.params, params))
 
     def module(self, name: str) -> nn.Module:
         return self._stand_in(f"/{name}", super().module(name))

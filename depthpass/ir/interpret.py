@@ -19,6 +19,7 @@ from depthpass.errors import LoweringError
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.shares import tokens_of
+from depthpass.ir.structural_ops import asks, keys_from
 from depthpass.ir.verify import infer
 
 
@@ -97,7 +98,7 @@ class Interpretation:
     def _compute(self, o: Op, i: int) -> Tensor | None:
         if o.kind == "delay":
             return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
-        if o.kind == "block" and len(o.args) == 2 and not self.value(o.args[1], i):
+        if asks(o) and not self.value(o.args[1], i):
             return None
         if o.kind == "gather":
             return self.value(o.args[0], i) if self.value(o.args[1], i) else None
@@ -169,7 +170,7 @@ class Interpretation:
         writer = self._writers[slot]
         block, found = self.blocks[writer["index"]], []
         for j in range(first, i + 1):
-            if (x := self.value(writer.args[0], j)) is not None:
+            if (x := self.value(keys_from(writer), j)) is not None:
                 if (slot, j) not in self._stored:
                     self._stored[slot, j] = block.keys(x, j)
                 found.append(self._stored[slot, j])

@@ -16,7 +16,8 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
              the factors are a linear map of that time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
-             token of the stream; the result holds the routed ones
+             token of the stream; the result holds the routed ones. ``fed``: the second argument is a stream, which keys and
+             values come from instead of the first, at the same positions (Feedback Transformer)
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument

@@ -35,6 +35,16 @@ def _block_typed(program: Program, o: Op, args: Sequence[Type]) -> Type:
     hidden_width(program, o, args)
     everywhere(o, first)
     if len(args) == 1:
+        expect(not o["fed"], o, "a second stream, which the keys come from", "one argument")
+        return first
+    if o["fed"]:
+        second = args[1]
+        expect(not second.is_route and second.width == program.width, o, f"keys from a stream of width {program.width}",
+               "a route" if second.is_route else f"width {second.width}")
+        expect((second.tokens, second.pads) == (None, first.pads) and first.tokens is None, o,
+               "keys from a stream over the same tokens, all of them", "routed tokens, or another padding")
+        expect(second.absent == 0, o, "keys from a stream that every token has",
+               f"one that is absent at the first {second.absent} tokens; add it to another stream first")
         return first
     expect(args[1].is_route and first.tokens is None, o, "(a stream over all tokens, the route that asks)", "something else")
     expect(args[1].pads == first.pads, o, "a route over the same tokens", "another padding")
@@ -55,6 +65,16 @@ def _block_parameters(o: Op, widths: Sequence[int], hidden: int) -> list[Param]:
     ]
 
 
+def asks(o: Op) -> bool:
+    """Whether it is a visit that only the tokens of its second argument, a route, ask."""
+    return o.kind == "block" and len(o.args) == 2 and not o["fed"]
+
+
+def keys_from(visit: Op) -> str:
+    """The stream that a visit's own keys and values are computed from."""
+    return visit.args[1] if visit["fed"] else visit.args[0]
+
+
 def slot_written(visit: Op) -> int | None:
     """Slot a visit writes keys and values to, or None when it only reads another visit's keys."""
     return None if visit["keys"] is not None and visit["gate"] is None else visit["slot"]
@@ -69,7 +89,7 @@ def slots_read(visit: Op) -> tuple[int, ...]:
 
 def _block_refuses(o: Op, place: str) -> str | None:
     """Operands of a visit that a place cannot honour."""
-    if place == CHUNK and len(o.args) == 2:
+    if place == CHUNK and asks(o):
         return f"only routed tokens ask block {o['index']}"
     if place == CHUNK and o["lora"]:
         return f"block {o['index']} has a LoRA of its own for each visit"
@@ -207,7 +227,7 @@ STRUCTURAL_OPS = (
             gate_init=AttrDef(float, 0.0, needs="gate"),
             lora=AttrDef(str, needs="lora_rank", scope=True), lora_rank=AttrDef(int, low=1, bounded=True, needs="lora"),
             modulate=_SCOPE, clock=AttrDef(str, needs="modulate", scope=True), step=AttrDef(int, 0, low=0, needs="clock"),
-            base=AttrDef(float, 1.0, needs="modulate"),
+            base=AttrDef(float, 1.0, needs="modulate"), fed=AttrDef(bool, False),
         ),
         token_local=False, typed=_block_typed, slots_read=slots_read, slot_written=slot_written, depth=1,
         parameters=_block_parameters, work=None, runs=EVERYWHERE, refuses=_block_refuses,

@@ -10,6 +10,7 @@ from depthpass.errors import VerifyError, did_you_mean
 from depthpass.ir.definitions import NEVER, Param, Type, expect, where
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.ir.structural_ops import asks
 from depthpass.limits import INTEGER, check_program, shown
 
 _NAME = re.compile(r"\w[\w.]*")
@@ -188,7 +189,9 @@ def _check_attrs(program: Program, o: Op) -> None:
 
 
 def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str, Type]) -> None:
-    if len(o.args) == 2 and o["keys"] is not None:
+    if o["fed"] and o["keys"] is not None and o["gate"] is None:
+        raise VerifyError(f"{where(o)}: a visit that reads slot {o['keys']} has no keys of its own to take from a second stream.")
+    if asks(o) and o["keys"] is not None:
         raise VerifyError(f"{where(o)}: a visit that reads slot {o['keys']} needs no keys of its own tokens. Gather the "
                           "routed tokens and visit them instead of passing the route.")
     if o["gate"] is not None and (o["keys"] is None or o["window"] is None or o["window"] < 1):

@@ -16,6 +16,7 @@ from depthpass.errors import LoweringError
 from depthpass.ir.definitions import Type
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.ir.structural_ops import asks
 from depthpass.ir.verify import infer
 from depthpass.lowered.build import call_kind, lower
 from depthpass.lowered.program import LoweredProgram, LoweredRegion
@@ -234,7 +235,7 @@ class Run:
             local[o.name] = self._route(o, local, span)
         elif o.kind == "loss":
             self._loss(o, local, span)
-        elif o.kind == "block" and len(o.args) == 2:
+        elif asks(o):
             local[o.name] = self._asking_block(o, *(local[a] for a in o.args), span, masks, tables, keep)
         elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
             local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
@@ -260,7 +261,7 @@ class Run:
             return True
         kind = self.types[o.name]
         # A visit that nobody asks still keeps the keys of its span.
-        if kind.tokens is None or local[kind.tokens].count or (o.kind == "block" and len(o.args) == 2):
+        if kind.tokens is None or local[kind.tokens].count or asks(o):
             return False
         if kind.width not in self.nothing:
             self.nothing[kind.width] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
@@ -321,7 +322,7 @@ class Run:
             whole = span.count == self.context.count
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
-            return self._block(o, args[0], span, masks, sides, keep)
+            return self._block(o, args[0], span, masks, sides, keep, args[1] if o["fed"] else None)
         if kind == "add":
             return self._add(o, args, span)
         if kind == "norm":
@@ -344,12 +345,14 @@ class Run:
         # What is left ("average", "retire") was done once, when the model was transformed.
         return None
 
-    def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
+    def _block(
+        self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool, memory: Tensor | None = None
+    ) -> Tensor:
         self._check_operands(o)
         if o["past"] is not None and o.name not in self.context.looped:
             keep = False
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.context.read)
-        visit.hidden = x
+        visit.hidden, visit.memory = x, memory
         # Truncated backpropagation: what no gradient reaches is run without recording it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and o.name not in self.program.stopped):
             y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])

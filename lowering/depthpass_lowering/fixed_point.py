@@ -263,8 +263,7 @@ class LeafHost:
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         template, params = self.host.bound(index)
-        params = visit.adapt(template.params, [self.leaf(p) for p in params])
-        return visit.graph(template)(visit, hidden, *sides, *params)
+        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
+from depthpass.capture import calls
 from depthpass.capture.model import Template
 from depthpass.ir.definitions import Type
 from depthpass.ir.holders import Held
@@ -26,6 +28,7 @@ from depthpass.schedule.regions import Region
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
+from depthpass_lowering.queries import split_graph
 
 # Calls in the graph, answered by the running loop.
 
@@ -191,7 +194,7 @@ class _Builder:
         if o.kind == "delay":
             return graph.call_function(delayed, (self.loop, o.name, args[0]))
         if o.kind == "block":
-            return self._block(o, args[0])
+            return self._block(o, *args)
         if o.kind == "add":
             return self._add(o)
         if o.kind == "linear" and self._plain(o):
@@ -228,7 +231,7 @@ class _Builder:
             total = graph.call_function(land, (weights, biases, mask, total, *cs))
         return total
 
-    def _block(self, o: Op, hidden: fx.Node) -> fx.Node:
+    def _block(self, o: Op, hidden: fx.Node, memory: fx.Node | None = None) -> fx.Node:
         template, visit = self.templates[o.name], self.visits[o.name]
         if o["gate"] is not None and o["gate_input"] != "query":
             hidden = self.graph.call_function(enter, (visit, hidden))
@@ -237,15 +240,24 @@ class _Builder:
         if stopped:
             # Truncated backpropagation: no gradient reaches this visit or leaves it.
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
-        y = self._inline(template, visit, hidden, [self.tables[s] for s in self.host.sides_of(o["index"])], params)
+            memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
+        rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
+        keys: Sequence[fx.Node] = ()
+        if memory is not None:
+            keys = self._inline(split_graph(template.graph, o["index"]).keys, (visit, memory, *rest))
+        y = self._inline(template.graph, (visit, hidden, *rest), keys)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
 
-    def _inline(self, template: Template, *inputs: Any) -> fx.Node:
-        visit, hidden, sides, params = inputs
-        nodes = list(template.graph.graph.nodes)
+    def _inline(self, gm: fx.GraphModule, inputs: Sequence[Any], keys: Sequence[fx.Node] = ()) -> Any:
+        """What a graph gives, its nodes copied into this one.
+
+        Args:
+            keys: keys and values for its attention calls, instead of those that it computes.
+        """
+        nodes = list(gm.graph.nodes)
         given = [n for n in nodes if n.op == "placeholder"]
         tokens = given[1].meta["val"].shape[1]
-        env: dict[fx.Node, fx.Node] = dict(zip(given, (visit, hidden, *sides, *params), strict=True))
+        env: dict[fx.Node, fx.Node] = dict(zip(given, inputs, strict=True))
         for source, node in env.items():
             if node in self.tables.values() or node in self.params.values():
                 node.meta = {**source.meta, "axis": token_axis(source.meta.get("val"), tokens)}
@@ -253,19 +265,22 @@ class _Builder:
                     node.meta["axis"] = None
         for n in nodes:
             if n.op == "get_attr":
-                env[n] = self.graph.get_attr(self._attribute(template, str(n.target)))
+                env[n] = self.graph.get_attr(self._attribute(gm, str(n.target)))
             elif n.op == "call_function":
                 env[n] = self.graph.node_copy(n, env.__getitem__)
+                if keys and n.target is calls.attend:
+                    site = n.args[1]
+                    env[n].args = (*env[n].args[:3], keys[2 * site], keys[2 * site + 1], *env[n].args[5:])
             elif n.op == "output":
-                return env[n.args[0]]
+                return map_arg(n.args[0], env.__getitem__)
             else:
                 continue
             env[n].meta = {**n.meta, "axis": token_axis(n.meta.get("val"), tokens)}
         raise AssertionError("a block's graph has no output")
 
-    def _attribute(self, template: Template, name: str) -> str:
-        """A constant or subgraph of a template under a name of its own."""
-        value = operator.attrgetter(name)(template.graph)
+    def _attribute(self, gm: fx.GraphModule, name: str) -> str:
+        """A constant or subgraph of a graph under a name of its own."""
+        value = operator.attrgetter(name)(gm)
         for known, held in self.root.items():
             if held is value:
                 return known
