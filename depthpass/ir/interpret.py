@@ -123,6 +123,8 @@ class Interpretation:
             return self.value(o.args[0], i if i < end - 1 else i + m)
         if not end <= i < end + m:
             return self.value(o.args[0], i if i < end else i - m)
+        if o["feed"]:
+            return self.value(self.program.fed, i - 1)
         if self.pad is None:
             raise LoweringError(f"the interpreter cannot run %{o.name} = pad without the embedding of a pad.")
         return self.pad

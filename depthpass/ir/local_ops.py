@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from depthpass.ir.program import Op, Program
 
-DISTANCES = ("state", "kl", "entropy")
+DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
 
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
 
@@ -77,6 +77,10 @@ def distance(now: Tensor, before: Tensor, rule: str) -> Tensor:
 
     if rule == "state":
         return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    if rule == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(now, before, dim=-1)[..., None]
+    if rule == "argmax":
+        return (now.argmax(-1, keepdim=True) != before.argmax(-1, keepdim=True)).to(now)
     now, before = torch.log_softmax(now, -1), torch.log_softmax(before, -1)
     if rule == "kl":
         return (before.exp() * (before - now)).sum(-1, keepdim=True)

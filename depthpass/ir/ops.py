@@ -7,7 +7,8 @@ may name a value defined later, so every cycle passes through a delay of at leas
 kind         meaning (x, y are streams, r a route)
 ===========  ====================================================================================================
 embed        the stream that enters the first block of the stock model
-zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std``, cut off at ``cut`` of them (Huginn)
+zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std``, cut off at ``cut`` of them (Huginn);
+             ``pads``: of a row that has so many pad tokens
 block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
              of its own (shared KV); ``past`` names the slot whose entries of *earlier calls* it reads instead of its
              own ones, which then do not outlive a call; ``gate`` + ``window`` mix ``keys`` and own ones,
@@ -16,7 +17,7 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
              the factors are a linear map of that time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
-             token of the stream; the result holds the routed ones. ``fed``: the second argument is a stream, which keys and
+             token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
              values come from instead of the first, at the same positions (Feedback Transformer)
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
@@ -31,8 +32,9 @@ pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
 logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
-distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``), or of
-             logits KL(softmax before || softmax now) (``kl``), |entropy now - entropy before| (``entropy``)
+distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``),
+             1 - cos(now, before) (``cosine``), or of logits KL(softmax before || softmax now) (``kl``), |entropy now -
+             entropy before| (``entropy``), 1 where the largest one stands elsewhere, else 0 (``argmax``)
 route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
              ``capacity`` times the row's real tokens), those with a score of at least ``threshold`` (rule
              ``above``: of more than that), those whose largest score stands at place ``depth`` or later (from 1); a
@@ -41,8 +43,10 @@ route        a choice of tokens from a score of width 1 (or R for rule ``choice`
              ``rate`` every training pass moves it by so much towards the places that are chosen less than the mean
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
-pad, trim    insert m pad tokens after every row's prompt (with the embedding of ``token``, else of the model's own pad
-             token); drop them again: the prompt's last token gets what the last pad has
+pad, trim    insert m pad tokens after every row's prompt (``at``: after its first so many real tokens; ``behind``: after the
+             first token with this id), with the embedding of ``token``, else of the model's own pad token; ``feed``: each
+             with the program's normed output at the token before as its embedding (Coconut's latents), so that they run
+             one after another; drop them again: the token before them gets what the last pad has
 select       of T candidate streams with exit gates, the first whose cumulative exit probability reaches ``cdf``
 detach       the same stream, through which no gradient flows back
 tap          name a stream (``head true``: as logits) or a route so that it is handed out with the outputs

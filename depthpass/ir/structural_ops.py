@@ -27,6 +27,12 @@ def _some_token(program: Program, o: Op) -> None:
         raise VerifyError(f"{where(o)}: expected at least 1 token, got {o['tokens']}; a cycle needs a delay.")
 
 
+def _pad_check(program: Program, o: Op) -> None:
+    _some_token(program, o)
+    if o["at"] is not None and o["behind"] is not None:
+        raise VerifyError(f"{where(o)}: expected one place for the pads, got at {o['at']} and behind {o['behind']}.")
+
+
 # Blocks.
 
 
@@ -35,9 +41,9 @@ def _block_typed(program: Program, o: Op, args: Sequence[Type]) -> Type:
     hidden_width(program, o, args)
     everywhere(o, first)
     if len(args) == 1:
-        expect(not o["fed"], o, "a second stream, which the keys come from", "one argument")
+        expect(not o["memory"], o, "a second stream, which the keys come from", "one argument")
         return first
-    if o["fed"]:
+    if o["memory"]:
         second = args[1]
         expect(not second.is_route and second.width == program.width, o, f"keys from a stream of width {program.width}",
                "a route" if second.is_route else f"width {second.width}")
@@ -67,12 +73,12 @@ def _block_parameters(o: Op, widths: Sequence[int], hidden: int) -> list[Param]:
 
 def asks(o: Op) -> bool:
     """Whether it is a visit that only the tokens of its second argument, a route, ask."""
-    return o.kind == "block" and len(o.args) == 2 and not o["fed"]
+    return o.kind == "block" and len(o.args) == 2 and not o["memory"]
 
 
 def keys_from(visit: Op) -> str:
     """The stream that a visit's own keys and values are computed from."""
-    return visit.args[1] if visit["fed"] else visit.args[0]
+    return visit.args[1] if visit["memory"] else visit.args[0]
 
 
 def slot_written(visit: Op) -> int | None:
@@ -205,18 +211,26 @@ def _own_width(o: Op, widths: Sequence[int], hidden: int) -> int:
     return o["width"] or hidden
 
 
+def _own_pads(o: Op, before: int) -> int:
+    return o["pads"]
+
+
 _BLOCK = AttrDef(int, required=True, block=True)
 _SLOT = AttrDef(int, low=0)
+_PADS = AttrDef(int, 0, low=0)
 _SCOPE = AttrDef(str, scope=True)
 _TOKENS = AttrDef(int, required=True, bounded=True)
 _WIDTH = AttrDef(int, low=1, bounded=True)
 
 STRUCTURAL_OPS = (
     OpDef("embed", None, (0, 0), work=None, runs=frozenset({STEP})),
-    OpDef("zeros", None, (0, 0), dict(width=_WIDTH), width=_own_width, work=None, runs=frozenset({STEP})),
+    OpDef(
+        "zeros", None, (0, 0), dict(width=_WIDTH, pads=_PADS), width=_own_width, pads=_own_pads, work=None, runs=frozenset({STEP}),
+    ),
     OpDef(
         "noise", "std", (0, 0),
-        dict(std=AttrDef(float, required=True, low=0.0), width=_WIDTH, cut=AttrDef(float, low=0.0)), width=_own_width, work=None,
+        dict(std=AttrDef(float, required=True, low=0.0), width=_WIDTH, cut=AttrDef(float, low=0.0), pads=_PADS),
+        width=_own_width, pads=_own_pads, work=None,
     ),
     OpDef(
         "block", "index", (1, 2),
@@ -227,7 +241,7 @@ STRUCTURAL_OPS = (
             gate_init=AttrDef(float, 0.0, needs="gate"),
             lora=AttrDef(str, needs="lora_rank", scope=True), lora_rank=AttrDef(int, low=1, bounded=True, needs="lora"),
             modulate=_SCOPE, clock=AttrDef(str, needs="modulate", scope=True), step=AttrDef(int, 0, low=0, needs="clock"),
-            base=AttrDef(float, 1.0, needs="modulate"), fed=AttrDef(bool, False),
+            base=AttrDef(float, 1.0, needs="modulate"), memory=AttrDef(bool, False),
         ),
         token_local=False, typed=_block_typed, slots_read=slots_read, slot_written=slot_written, depth=1,
         parameters=_block_parameters, work=None, runs=EVERYWHERE, refuses=_block_refuses,
@@ -256,7 +270,10 @@ STRUCTURAL_OPS = (
         "scatter", None, (3, 3), dict(mode=AttrDef(str, "add", choices=SCATTER_MODES)), typed=_scatter_typed, work=None,
     ),
     OpDef(
-        "pad", "tokens", attrs=dict(tokens=_TOKENS, token=AttrDef(int, low=0)), token_local=False, check=_some_token,
+        "pad", "tokens",
+        attrs=dict(tokens=_TOKENS, token=AttrDef(int, low=0), feed=AttrDef(bool, False), at=AttrDef(int, low=1),
+                   behind=AttrDef(int, low=0)),
+        token_local=False, check=_pad_check,
         pads=lambda o, before: before + o["tokens"], work=None,
     ),
     OpDef(

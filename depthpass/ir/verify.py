@@ -147,6 +147,7 @@ def _verify(program: Program) -> None:
     if len(set(names)) != len(names):
         raise VerifyError(f"tap names must differ, got {names}.")
     types = infer(program)
+    _check_latents(program)
     gates: dict[str, Op] = {}
     for o in program.visits:
         _check_keys(program, o, slot_writers, types)
@@ -156,6 +157,23 @@ def _verify(program: Program) -> None:
                 raise VerifyError(f"{where(o)}: expected {key} {first[key]} as at %{first.name}, which has the same gate "
                                   f"{o['gate']!r}, got {o[key]}. Give it a gate of its own.")
     parameters(program, types)
+
+
+def _check_latents(program: Program) -> None:
+    """Latents run one after another, so nothing may ask for the whole row, or for where a call ends."""
+    fed = next((o for o in program if o.kind == "pad" and o["feed"]), None)
+    if fed is None:
+        return
+    for o in program:
+        what = "later tokens" if o.kind == "route" and o["rule"] == "topk" else None
+        if o.kind == "block" and o["past"] is not None:
+            what = "where a call begins"
+        if o.kind == "pad" and o is not fed:
+            what = "other pads"
+        if what:
+            raise VerifyError(f"{where(o)}: expected ops that go on token by token beside latents (%{fed.name} = pad feed), got "
+                              f"one that depends on {what}. Use threshold routing, keys of the first loop or own ones, and "
+                              "one pass with pads.")
 
 
 def _check_attrs(program: Program, o: Op) -> None:
@@ -189,7 +207,7 @@ def _check_attrs(program: Program, o: Op) -> None:
 
 
 def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str, Type]) -> None:
-    if o["fed"] and o["keys"] is not None and o["gate"] is None:
+    if o["memory"] and o["keys"] is not None and o["gate"] is None:
         raise VerifyError(f"{where(o)}: a visit that reads slot {o['keys']} has no keys of its own to take from a second stream.")
     if asks(o) and o["keys"] is not None:
         raise VerifyError(f"{where(o)}: a visit that reads slot {o['keys']} needs no keys of its own tokens. Gather the "

@@ -24,7 +24,7 @@ class FeedbackTransformer(Pass):
 
     rewrite:
         feedback_transformer()
-        `%1 = block 0 (%0) slot 0`  ->  `%1 = block 0 (%0, %m) slot 0 fed true` where `%m = delay 1 (mixture)`
+        `%1 = block 0 (%0) slot 0`  ->  `%1 = block 0 (%0, %m) slot 0 memory true` where `%m = delay 1 (mixture)`
 
     Args:
         start, end: visits that read the memory, half-open; None = to the end. The mixture is of the streams before, between
@@ -55,7 +55,7 @@ class FeedbackTransformer(Pass):
         back = build.emit("delay", x, tokens=1)
         memory, states = build.emit("add", build.emit("zeros"), back), [x]
         for visit in stack:
-            states.append(build.visit(visit, states[-1], asks=memory, fed=True))
+            states.append(build.visit(visit, states[-1], asks=memory, memory=True))
         mixture = self._mixture(build, states)
         # The delay reads what is made after it.
         return build.splice(stack, states[-1]).map_ops(lambda o: replace(o, args=(mixture,)) if o.name == back else o)

@@ -17,12 +17,17 @@ from depthpass.analysis.dependence import back_delays, cycles, dependences, slot
 from depthpass.errors import PassError, SpecError
 from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import infer
+from depthpass.prompt import at_prompt
 from depthpass.schedule.stacking import Step, steps
 
 
-@dataclass(frozen=True)
+@at_prompt
+@dataclass(frozen=True, eq=False)
 class Region:
     """Ops with one schedule.
+
+    A region is equal to itself alone: what is made for it (graphs, compiled chunks) lives as long as its own model, not as long
+    as the first model with equal ops.
 
     Attributes:
         ops: in an order that respects every dependence inside one chunk.
@@ -43,6 +48,7 @@ class Region:
         return tuple(o for o in self.ops if o.kind == "block")
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Schedule:
     """Regions in execution order.

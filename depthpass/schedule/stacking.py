@@ -123,7 +123,7 @@ class _Planner:
                 if o["keys"] is not None:
                     self.keys[i] = writers[o["keys"]]
                 # Routed tokens, and streams that keys come from, differ from visit to visit.
-                routed = types[o.name].tokens is not None or o["fed"]
+                routed = types[o.name].tokens is not None or o["memory"]
                 self.group[i] = i if routed else (
                     o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base"))
                 )

@@ -322,7 +322,7 @@ class Run:
             whole = span.count == self.context.count
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
-            return self._block(o, args[0], span, masks, sides, keep, args[1] if o["fed"] else None)
+            return self._block(o, args[0], span, masks, sides, keep, args[1] if o["memory"] else None)
         if kind == "add":
             return self._add(o, args, span)
         if kind == "norm":

@@ -7,6 +7,7 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering.buffers import Buffer
+from depthpass_lowering.scheduled import _GRAPHS
 from rungs import SPEC, assert_same, gradients, pair
 
 import depthpass as dp
@@ -158,3 +159,15 @@ def test_a_step_leaves_nothing_behind(backward):
     del loss
     gc.collect()
     assert all(ref() is None for ref in alive)
+
+
+def test_graphs_live_as_long_as_their_own_model():
+    """An equal region of another model must not own them: they went when that model did, and were built and compiled again."""
+    first, second = (pair("llama", rung="scheduled")[1] for _ in range(2))
+    for model in (first, second):
+        model(**zoo.batch([7, 5]), use_cache=False).logits.sum().backward()
+    (mine,) = _GRAPHS[second.depth_schedule.serial_regions[0]].values()
+    mine = weakref.ref(mine)
+    del first, model
+    gc.collect()
+    assert mine() is not None

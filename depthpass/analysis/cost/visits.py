@@ -10,10 +10,10 @@ import sympy as sp
 from depthpass.analysis.cost.model import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.ir.definitions import Type
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
 from depthpass.ir.shares import exact_share
 from depthpass.ir.structural_ops import keys_from
-from depthpass.ir.verify import Type
 from depthpass.schedule.stacking import Stack, steps
 
 
