@@ -225,7 +225,8 @@ _WIDTH = AttrDef(int, low=1, bounded=True)
 STRUCTURAL_OPS = (
     OpDef("embed", None, (0, 0), work=None, runs=frozenset({STEP})),
     OpDef(
-        "zeros", None, (0, 0), dict(width=_WIDTH, pads=_PADS), width=_own_width, pads=_own_pads, work=None, runs=frozenset({STEP}),
+        "zeros", None, (0, 0), dict(width=_WIDTH, pads=_PADS), width=_own_width, pads=_own_pads, work=None,
+        runs=frozenset({STEP}),
     ),
     OpDef(
         "noise", "std", (0, 0),
