@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from depthpass.ir import Program, parse_program
     from depthpass.losses import aligned_targets, exit_loss, gate_loss, relay_loss
     from depthpass.passes.coconut import Coconut
+    from depthpass.passes.feedback import FeedbackTransformer
     from depthpass.passes.identity import Identity
     from depthpass.passes.inner_thinking import InnerThinking
     from depthpass.passes.layer_program import LayerProgram, Skip
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
     from depthpass.passes.pad import Pad
     from depthpass.passes.parallel_loop import ParallelLoop
     from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+    from depthpass.passes.t2mlr import T2MLR
     from depthpass.passes.taps import Taps
     from depthpass.passes.turboconn import TurboConn
     from depthpass.report import report
@@ -82,6 +84,7 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "passes": {
         "Coconut": "depthpass.passes.coconut",
+        "FeedbackTransformer": "depthpass.passes.feedback",
         "Identity": "depthpass.passes.identity",
         "InnerThinking": "depthpass.passes.inner_thinking",
         "IntraLayerRecurrence": "depthpass.passes.recurrence",
@@ -93,6 +96,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "ParallelLoop": "depthpass.passes.parallel_loop",
         "Repeat": "depthpass.passes.recurrence",
         "Skip": "depthpass.passes.layer_program",
+        "T2MLR": "depthpass.passes.t2mlr",
         "Taps": "depthpass.passes.taps",
         "TurboConn": "depthpass.passes.turboconn",
     },
@@ -154,14 +158,15 @@ __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for
 # A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
 __all__ = [
     "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "DepthCache", "DepthModel", "DepthpassError",
-    "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence",
-    "LatentCurriculum", "LayerProgram", "Loop", "LoweringError", "MixtureOfDepths", "MixtureOfRecursions", "Pad",
-    "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum", "Repeat", "SearchResult",
-    "ShiftSchedule", "Skip", "SpecError", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError",
-    "aligned_targets", "attach", "capacity_warmup", "contraction", "dump_spec", "emit", "exit_loss", "from_pretrained",
-    "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize",
-    "new_parameters", "only_gates", "parse_program", "plot_depth", "recipes", "relay_loss", "report", "restore",
-    "routing_of", "search", "set_exit", "set_loops", "set_ratios", "switch", "tasks", "transform", "using",
+    "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError",
+    "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoweringError", "MixtureOfDepths",
+    "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum",
+    "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "T2MLR", "Taps", "TurboConn",
+    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "capacity_warmup", "contraction", "dump_spec",
+    "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of",
+    "lowering", "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "recipes", "relay_loss",
+    "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "switch", "tasks", "transform",
+    "using",
 ]
 
 

@@ -37,7 +37,7 @@ from depthpass.hf.save import configured, spec_of, with_notice
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
-from depthpass.schedule.lowered import Lowered
+from depthpass.lowered.record import LoweredCall
 from depthpass.schedule.regions import Schedule
 
 if TYPE_CHECKING:
@@ -142,7 +142,7 @@ class DepthModel(_Stock):
         return tuple((programs[key], count) for key, count in rows.items())
 
     @property
-    def depth_lowered(self) -> tuple[Lowered, ...]:
+    def depth_lowered(self) -> LoweredCall:
         """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
 
         A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.

@@ -27,8 +27,8 @@ from depthpass.hf.pads import Layout, insert
 from depthpass.hf.placement import check_devices, gather_new
 from depthpass.hf.step import advance_token
 from depthpass.ir.program import Program
+from depthpass.lowered.record import Recorder
 from depthpass.plan import Plan
-from depthpass.schedule.lowered import Lowered
 
 if TYPE_CHECKING:
     from depthpass_lowering.fixed_point import Sweeping
@@ -59,7 +59,7 @@ class DecoderCall:
     groups: Groups
     sweeps: Sweeping | None
     losses: tuple[dict[str, Tensor], Any] | None = None
-    lowered: list[Lowered] = field(default_factory=list)
+    lowered: Recorder = field(default_factory=Recorder)
     ran: list[tuple[Program, int, int]] = field(default_factory=list)
 
     def host(self) -> StockHost:
@@ -107,7 +107,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     now = DecoderCall(model, call, model._captured(call, names), groups, start(runtime.fixed_point))
     state = call.cache.state if call.cache is not None else State()
     parts, streams, state = _dispatch(now, plan, state)
-    runtime.lowered, runtime.ran = tuple(now.lowered), tuple(now.ran)
+    runtime.lowered, runtime.ran = now.lowered.done(), tuple(now.ran)
     output: Any = pytree.tree_unflatten(parts, now.captured.out_spec)
     if call.hidden_states:
         output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -138,7 +138,7 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
         parts, streams = _advance_packed(now, call.packing)
         return parts, streams, state
     with shapes_only(call.tensors["attention_mask"]):
-        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, call, state)
+        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, call, state, now.lowered)
         advanced = step or _advance(now, state)
     rows, columns = call.tensors["attention_mask"].shape
     now.ran += [(p.program, rows if some is None else len(some), columns) for p, some in now.groups]
@@ -188,10 +188,13 @@ def _run(
 
     def piece(part: Call, state: State, keep: bool) -> tuple[Tensor, Streams, State]:
         hidden, sides = _embedded(now.model, host, part)
-        return hidden, *run(
+        ran = run(
             plan.schedule, host, hidden, sides, now.captured.side_axes, state, part.valid, keep, plan.types,
             now.model._depth.lowering, now.sweeps, now.lowered,
         )
+        if ran.losses is not None:
+            host.losses, host.extra_loss = dict(ran.losses.by_name), ran.losses.total
+        return hidden, ran.streams, ran.state
 
     if layout is None or not feeds(plan.program):
         return piece(call, state, keep)
@@ -291,12 +294,12 @@ def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, sides: list[Ten
         group.live, group.counts = whole.live and whole.live.of_rows(rows), whole.counts
         mine = [s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s for s, axis in zip(sides, axes)]
         group.extras, group.losses, group.pool = mine, whole.losses, pool
-        streams, _ = run(
+        ran = run(
             plan.schedule, group, hidden.index_select(0, rows), mine, axes, State(),
             None if valid is None else valid.index_select(0, rows), False, plan.types, now.model._depth.lowering, now.sweeps,
             now.lowered,
         )
-        parts.append(streams)
+        parts.append(ran.streams)
     pool.move()
     if pool.sums:
         whole.losses, whole.extra_loss = pool.values()
