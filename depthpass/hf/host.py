@@ -7,7 +7,7 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -113,9 +113,9 @@ class StockHost:
         self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
         self.live: Live | None = None
         self.counts: Counter[int] = Counter()
-        self.ratios = model._depth.ratios
+        self.ratios: Mapping[str, float] = model._depth.ratios
         self.prefix = running(model)
-        self.losses: dict[str, Tensor] | None = None
+        self.losses: Mapping[str, Tensor] | None = None
         self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
         self.runner = _runner(model._depth.lowering)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import VerifyError
 from depthpass.ir.definitions import CHUNK, EVERYWHERE, STEP, SWEEP, AttrDef, OpDef, Param, Type, Work, expect, where
@@ -19,7 +19,7 @@ SCATTER_MODES = ("add", "replace")
 TIME_WIDTH = 256
 """Width of the sinusoid that a time encoder reads."""
 
-_NO_RESULT = dict(defines=False, work=None)
+_NO_RESULT: dict[str, Any] = dict(defines=False, work=None)
 
 
 def _some_token(program: Program, o: Op) -> None:

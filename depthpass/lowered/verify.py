@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from depthpass.errors import VerifyError
 from depthpass.ir.definitions import CHUNK, SWEEP
 from depthpass.ir.ops import OPS, unfit
@@ -70,10 +72,10 @@ class _Checker:
             self._need(name in region.inputs or name in region.outputs, f"{where}: lets go of %{name}, which it does not hold.")
         self.values = (self.values | set(region.outputs)) - set(region.last)
 
-    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict) -> None:
+    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict[str, Any]) -> None:
         at = f"{where}: {f'%{o.name} = ' if o.name else ''}{o.kind}"
         if o.line is not None:
-            line = lines.get(o.line)
+            line: Any = lines.get(o.line)
             self._need(line is not None and line.source == o.op.args[0] and line.tokens == OPS[o.op.kind].lag(o.op),
                        f"{at}: reads line %{o.line}, which the region does not keep so.")
             if line.source not in here:

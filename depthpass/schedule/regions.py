@@ -62,6 +62,10 @@ class Schedule:
     regions: tuple[Region, ...]
     stacked: tuple[Step, ...] = ()
 
+    def __reduce__(self):
+        # What it was lowered to belongs to the captures of this process.
+        return Schedule, (self.program, self.regions, self.stacked)
+
     @property
     def serial_regions(self) -> tuple[Region, ...]:
         return tuple(r for r in self.regions if r.serial)
