@@ -37,7 +37,7 @@ def contraction(args: argparse.Namespace) -> int:
 
 def search(args: argparse.Namespace) -> int:
     from depthpass.search.files import read_samples
-    from depthpass.search.methods import load_method
+    from depthpass.search.named import load_method
     from depthpass.search.run import search
     from depthpass.search.scores import load_score
     from depthpass.search.space import load_space

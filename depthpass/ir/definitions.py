@@ -226,7 +226,9 @@ class OpDef:
 
     def apply(self, module: nn.Module | None, o: Op, streams: Sequence[Tensor]) -> Tensor:
         """A token-local op on streams, through the module that holds its parameters."""
-        if module is None and self.meaning is not None:
+        if module is None:
+            if self.meaning is None:
+                raise TypeError(f"{self.kind}: expected the module that holds its parameters, got none.")
             return self.meaning(*streams, **self.given(o))
         if self.applied is not None:
             return self.applied(module, o, streams)

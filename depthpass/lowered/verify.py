@@ -75,9 +75,9 @@ class _Checker:
     def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict[str, Any]) -> None:
         at = f"{where}: {f'%{o.name} = ' if o.name else ''}{o.kind}"
         if o.line is not None:
-            line: Any = lines.get(o.line)
-            self._need(line is not None and line.source == o.op.args[0] and line.tokens == OPS[o.op.kind].lag(o.op),
-                       f"{at}: reads line %{o.line}, which the region does not keep so.")
+            line = lines.get(o.line)
+            if line is None or line.source != o.op.args[0] or line.tokens != OPS[o.op.kind].lag(o.op):
+                raise VerifyError(f"{at}: reads line %{o.line}, which the region does not keep so.")
             if line.source not in here:
                 self._need(region.chunk is not None and region.chunk <= line.tokens,
                            f"{at}: reads {line.tokens} tokens back what {region.chunk or 'all'} tokens run together compute "

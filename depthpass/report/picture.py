@@ -7,7 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from depthpass.ir.program import Op, Program
-from depthpass.report.model import segments
+from depthpass.report.critical import segments
 
 if TYPE_CHECKING:
     from depthpass.report.model import Report
