@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from depthpass.analysis.contraction import contraction
     from depthpass.analysis.gradients import gradients
     from depthpass.analysis.lens import logit_lens
+    from depthpass.compared import compare, sweep
     from depthpass.emit import emit
+    from depthpass.equal import twin
     from depthpass.errors import (
         CacheError,
         CheckpointError,
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     )
     from depthpass.hf.attach import attach
     from depthpass.hf.cache import DepthCache
-    from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule
+    from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule, StopAtFlops
     from depthpass.hf.exits import only_gates, set_exit
     from depthpass.hf.latent_curriculum import LatentCurriculum
     from depthpass.hf.materialize import materialize
@@ -39,9 +41,11 @@ if TYPE_CHECKING:
     from depthpass.hf.pretrained import from_pretrained
     from depthpass.hf.ratios import CapacityWarmup, capacity_warmup, set_ratios
     from depthpass.hf.routing import routing_of
+    from depthpass.hf.summary import summary
     from depthpass.hf.switch import loops_of, set_loops, switch, using
     from depthpass.hf.transform import new_parameters, restore, transform
     from depthpass.ir import Program, parse_program
+    from depthpass.log import progress
     from depthpass.losses import aligned_targets, exit_loss, gate_loss, relay_loss
     from depthpass.passes.coconut import Coconut
     from depthpass.passes.feedback import FeedbackTransformer
@@ -102,6 +106,10 @@ GROUPS: dict[str, dict[str, str]] = {
     },
     "analyse": {
         "report": "depthpass.report",
+        "compare": "depthpass.compared",
+        "sweep": "depthpass.compared",
+        "twin": "depthpass.equal",
+        "summary": "depthpass.hf.summary",
         "plot_depth": "depthpass.report.tokens",
         "contraction": "depthpass.analysis.contraction",
         "gradients": "depthpass.analysis.gradients",
@@ -119,11 +127,13 @@ GROUPS: dict[str, dict[str, str]] = {
         "set_exit": "depthpass.hf.exits",
         "set_ratios": "depthpass.hf.ratios",
         "routing_of": "depthpass.hf.routing",
+        "progress": "depthpass.log",
     },
     "training": {
         "FlopsLedger": "depthpass.hf.callbacks",
         "RecurrenceCurriculum": "depthpass.hf.callbacks",
         "LatentCurriculum": "depthpass.hf.latent_curriculum",
+        "StopAtFlops": "depthpass.hf.callbacks",
         "ShiftSchedule": "depthpass.hf.callbacks",
         "CapacityWarmup": "depthpass.hf.ratios",
         "capacity_warmup": "depthpass.hf.ratios",
@@ -161,12 +171,12 @@ __all__ = [
     "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError",
     "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoweringError", "MixtureOfDepths",
     "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum",
-    "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "T2MLR", "Taps", "TurboConn",
-    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "capacity_warmup", "contraction", "dump_spec",
-    "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of",
-    "lowering", "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "recipes", "relay_loss",
-    "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "switch", "tasks", "transform",
-    "using",
+    "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn",
+    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "capacity_warmup", "compare", "contraction",
+    "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens",
+    "loops_of", "lowering", "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "progress",
+    "recipes", "relay_loss", "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios",
+    "summary", "sweep", "switch", "tasks", "transform", "twin", "using",
 ]
 
 

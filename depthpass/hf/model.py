@@ -37,6 +37,7 @@ from depthpass.hf.save import configured, spec_of, with_notice
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
+from depthpass.log import working
 from depthpass.lowered.record import LoweredCall
 from depthpass.schedule.regions import Schedule
 
@@ -217,7 +218,8 @@ class DepthModel(_Stock):
             # Heads without the argument ask the config. The copy's config is its own.
             for config in (stock.config, stock.config.get_text_config(decoder=True)):
                 config.use_cache = config.output_hidden_states = False
-            captured = capture(stock, tensors, static)
+            with working(f"capturing {type(self).__name__}"):
+                captured = capture(stock, tensors, static)
         if len(captured.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
                 f"the program is for {self._depth.program.blocks} blocks, the model now has {len(captured.blocks)}."

@@ -15,6 +15,7 @@ from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call
+from depthpass.log import working
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
@@ -227,7 +228,7 @@ def compile_step(
         counts[:], streams[:] = [len(parts)], out
         return [*parts, *out.values(), *(state.lines[n] for n in lines)]
 
-    with torch.no_grad():
+    with working(f"compiling a decoded token of {type(model).__name__}"), torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         compiled: Any = torch._inductor.compile(graph, cast(Any, inputs))
     return CompiledStep(compiled, counts[0], tuple(streams), plan, programs[0])

@@ -95,7 +95,7 @@ def test_every_public_name_says_what_it_is(name):
     found = getattr(dp, name)
     text = inspect.getdoc(found)
     assert text and not text.startswith(f"{name}("), name
-    assert found is getattr(dp, name) and name in (dp.__doc__ or "")
+    assert name in (dp.__doc__ or "")
 
 
 @pytest.mark.parametrize("name,near", [("transfrom", "transform"), ("TurboCon", "TurboConn"), ("SpecErorr", "SpecError")])
