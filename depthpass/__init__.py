@@ -46,6 +46,7 @@ _PUBLIC = {
     "relay_loss": "depthpass.losses",
     "exit_loss": "depthpass.losses",
     "gate_loss": "depthpass.losses",
+    "LoopContrast": "depthpass.hf.contrast",
     "set_exit": "depthpass.hf.exits",
     "only_gates": "depthpass.hf.exits",
     "recipes": "depthpass.recipes",

@@ -13,9 +13,10 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              of its own (shared KV); ``past`` names the slot whose entries of *earlier calls* it reads instead of its
              own ones, which then do not outlive a call; ``gate`` + ``window`` mix ``keys`` and own ones,
              g*Attn(keys) + (1-g)*Attn(own last W) (PLT); ``gate_init`` is the gate's bias at the start;
-             ``lora`` names a low-rank update; ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the
-             attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
-             the factors are a linear map of that time encoder at ``step``, else parameters of their own;
+             ``lora`` names a low-rank update, which starts as the best one towards the weights of block ``untied``;
+             ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the attention (a) and MLP (m) branch
+             read is scaled by 1 + s, what they add by ``base`` + g. With ``clock`` the factors are a linear map of that
+             time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
              token of the stream; the result holds the routed ones
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
@@ -133,7 +134,7 @@ OPS: dict[str, OpDef] = {
             "block", "index", (1, 2), token_local=False,
             index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), past=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
             gate_input=AttrDef(str, "query", choices=("query", "hidden")), gate_init=AttrDef(float, 0.0),
-            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), clock=AttrDef(str),
+            lora=AttrDef(str), lora_rank=AttrDef(int), untied=AttrDef(int), modulate=AttrDef(str), clock=AttrDef(str),
             step=AttrDef(int, 0), base=AttrDef(float, 1.0),
         ),
         _def("delay", "tokens", tokens=_REQ_INT, forward_refs=True, token_local=False),

@@ -18,7 +18,7 @@ _NAME = re.compile(r"\w[\w.]*")
 _NEEDS = {
     "route": {"rate": "bias"},
     "block": {"window": "gate", "gate_input": "gate", "gate_init": "gate", "lora": "lora_rank", "lora_rank": "lora",
-              "clock": "modulate", "step": "clock", "base": "modulate"},
+              "untied": "lora", "clock": "modulate", "step": "clock", "base": "modulate"},
 }
 _AT_MOST = {"delay": "tokens", "pad": "tokens", "linear": "out", "block": "lora_rank", "zeros": "width", "noise": "width"}
 """Attributes that memory is made for, whatever the model."""
@@ -335,6 +335,8 @@ def _check_attrs(program: Program, o: Op) -> None:
     for index in (o["index"], *(o["blocks"] if o.kind == "average" else ())) if o.kind in _BLOCKS else ():
         if not isinstance(index, int) or not 0 <= index < program.blocks:
             raise VerifyError(f"{_where(o)}: expected a block in 0..{program.blocks - 1}, got {index}.")
+    if o.kind == "block" and o["untied"] is not None and not 0 <= o["untied"] < program.blocks:
+        raise VerifyError(f"{_where(o)}: expected untied, a block in 0..{program.blocks - 1}, got {o['untied']}.")
     if o.kind == "retire" and any(v["index"] == o["index"] for v in program.visits):
         raise VerifyError(f"{_where(o)}: expected a block that no visit runs, got {o['index']}.")
     if o.kind == "average" and not o["blocks"]:
