@@ -137,7 +137,7 @@ class Loop(Pass):
         self._check_times()
         known = isinstance(self.damped, bool) or 0 < self.damped <= 2
         require(known, "loop.damped", "True, False or a part in (0, 2]", self.damped)
-        require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
+        require(self.state == "input" or self.inject is not None, "loop.inject", f"'add', 'concat' or 'bounded' with state="
                 f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
         cut = self.noise_cut
