@@ -15,6 +15,7 @@ _PUBLIC = {
     "restore": "depthpass.hf.transform",
     "new_parameters": "depthpass.hf.transform",
     "materialize": "depthpass.hf.materialize",
+    "emit": "depthpass.emit",
     "switch": "depthpass.hf.switch",
     "using": "depthpass.hf.switch",
     "set_loops": "depthpass.hf.switch",
@@ -57,7 +58,7 @@ _PUBLIC = {
         "depthpass.errors",
     ),
 }
-_PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels"}
+_PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels", "tasks": "depthpass.tasks"}
 
 
 def __getattr__(name: str):

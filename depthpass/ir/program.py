@@ -10,6 +10,7 @@ from typing import Any
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS, Attr
 from depthpass.limits import check_program
+from depthpass.prompt import at_prompt
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def op(kind: str, *args: str, name: str = "", note: str = "", **attrs: Attr | No
     return Op(kind, name, args, _ordered(kind, attrs), note)
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Program:
     """What a transformed model computes for every token.

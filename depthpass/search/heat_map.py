@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from depthpass.errors import InputError
 from depthpass.limits import shown
+from depthpass.prompt import at_prompt
 from depthpass.search.damped import Damped
 from depthpass.search.space import Layers, stock
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from depthpass.search.result import SearchResult
 
 
+@at_prompt
 @dataclass(frozen=True)
 class HeatMap:
     """Scores of programs that run blocks ``start .. end-1`` ``times`` times in a row.

@@ -13,6 +13,7 @@ import yaml
 
 from depthpass.errors import InputError
 from depthpass.passes.base import Pass
+from depthpass.prompt import at_prompt
 from depthpass.search.damped import data_of, spec_of
 from depthpass.search.heat_map import HeatMap, heat_map
 from depthpass.search.judge import Trial
@@ -134,6 +135,7 @@ class Saved:
         return f"{self.asked} asked for, {self.ran} run; the prefix memo saved {self.saved} ({share:.0f} %)"
 
 
+@at_prompt
 @dataclass(frozen=True)
 class SearchResult:
     """Result of :func:`depthpass.search`. ``print`` it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
@@ -36,6 +37,7 @@ def search(
     held_out: float | SamplesLike = 0.5,
     memo: int | bool = True,
     batch: int = 32,
+    on_trial: Callable[[int, int], object] | None = None,
 ) -> SearchResult:
     """Search layer programs (which blocks are skipped, which repeated) that answer samples best, beside its controls.
 
@@ -64,6 +66,7 @@ def search(
         held_out: share of the samples that is kept for comparison, or other samples.
         memo: bytes that shared prefixes may hold; True = 1 GiB, False = none. The numbers do not depend on it.
         batch: most rows of a call.
+        on_trial: called after every program that ran, with how many have and how many can at most, for a progress bar.
 
     Raises:
         InputError: an argument cannot be honoured, a sample does not fit the model, or a score is NaN; all but the last
@@ -91,7 +94,10 @@ def search(
         for part, what in ((given, "samples"), (rest, "held_out")):
             check_fit(part, len(inner.get_input_embeddings().weight), table_size(inner), what)
         budget = _budget(budget, how, where, blocks)
-        bench = Bench(Forward(live, (*searched, *rest), (1 << 30) * memo if isinstance(memo, bool) else memo, batch), judged)
+        most = (budget + 1) * (2 + len(searched) if per_sample else 3)
+        counted = None if on_trial is None else lambda done: on_trial(min(done, most), most)
+        room = (1 << 30) * memo if isinstance(memo, bool) else memo
+        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, counted)
         made = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
         return made.result(type(inner).__name__, per_sample)
 
