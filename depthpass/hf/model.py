@@ -152,6 +152,14 @@ class DepthModel:
         return self._depth.lowered
 
     @property
+    def depth_drafted(self):
+        """What the last ``generate(..., draft=...)`` did: acceptance, visits per token, time ratio; None before the first.
+
+        A :class:`~depthpass.hf.speculation.DraftReport`.
+        """
+        return self._depth.drafted
+
+    @property
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
@@ -664,9 +672,15 @@ def depth_class(stock: type) -> type:
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
-        def generate(self, *args, **kwargs):
+        def generate(self, *args, draft=None, draft_tokens="auto", **kwargs):
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
+            if draft is not None:
+                from depthpass.hf.speculation import draft_generate
+
+                return draft_generate(self, stock.generate, args, kwargs, cache, draft, draft_tokens)
+            if draft_tokens != "auto":
+                raise InputError(f"draft_tokens: expected draft beside it, got {draft_tokens!r} alone.")
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate

@@ -33,6 +33,7 @@ class Runtime:
         lowered: how each serial region of the last call was run, likewise.
         said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
             see parts of rows.
+        drafted: what the last generation with a draft did.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
@@ -49,6 +50,7 @@ class Runtime:
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int, int], ...] = ()
     lowered: tuple[Lowered, ...] = ()
+    drafted: object = None
     said_compiled: bool = False
     said_parts: bool = False
 
