@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 MOST = 8
 """Tokens that are drafted at once at most with ``draft_tokens="auto"``."""
-_PRIOR = (0.7, 6.0)
+_PRIOR = (0.6, 1.5)
 """Acceptance that is assumed at first, and how many drafted tokens that assumption weighs."""
+_PROBES = (4, 2)
+"""Rounds of one drafted token, which cost next to nothing, before more are drafted: at first, and after a pause."""
 _FORGET = 0.97
 """Weight of what was seen per round."""
 _EXTRA = 0.04
@@ -416,7 +418,7 @@ class _Gains:
     def __init__(self, draft: Draft):
         self.draft = draft
         self.kept, self.seen = _PRIOR[0] * _PRIOR[1], _PRIOR[1]
-        self.wait = _PAUSE[0]
+        self.wait, self.probes = _PAUSE[0], _PROBES[0]
 
     def see(self, kept: int, seen: int) -> None:
         if seen:
@@ -435,12 +437,19 @@ class _Gains:
         return max(self.gain(count, 1.0) for count in range(1, MOST + 1)) <= 1
 
     def best(self) -> int:
+        """How many to draft now."""
+        return 1 if self.probes > 0 else self.most()
+
+    def most(self) -> int:
         return max(range(1, MOST + 1), key=self.gain)
 
     def pause(self) -> int:
         """Tokens to decode plainly before the next draft."""
-        if self.gain(self.best()) > 1.02:
+        self.probes -= 1
+        if self.probes > 0:
+            return 0
+        if self.gain(self.most()) > 1.02:
             self.wait = _PAUSE[0]
             return 0
-        now, self.wait = self.wait, min(2 * self.wait, _PAUSE[1])
+        now, self.wait, self.probes = self.wait, min(2 * self.wait, _PAUSE[1]), _PROBES[1]
         return now
