@@ -15,10 +15,10 @@ from depthpass.report.subject import Subject, proven
 
 if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
-    from depthpass.analysis.tasks import TaskDAG
     from depthpass.ir import Program
     from depthpass.ir.shares import Ratios
     from depthpass.spec import SpecLike
+    from depthpass.tasks.dag import TaskDAG
 
 __all__ = ["Number", "Report", "Section", "Segment", "Subject", "build_report", "proven", "report"]
 
@@ -50,7 +50,7 @@ def report(
         chunk: smaller chunks of the serial regions than the largest legal ones.
         cost: capture the model on the meta device and count FLOPs, bytes and steps.
         ceilings: of a machine, for lower bounds of times; see :mod:`depthpass.analysis.roofline`.
-        task: a computation to hold against the depth at n; see :mod:`depthpass.analysis.tasks`.
+        task: a computation to hold against the depth at n; see :mod:`depthpass.tasks`.
         ratios: shares of tokens by route label, or one for each label in program order: those that top-k routes are set
             to, or that are expected of thresholds and choices. None = those set by :func:`depthpass.set_ratios`, else the
             program's own; a threshold or choice without one counts as taken by every token.

@@ -61,8 +61,6 @@ def test_transformers_only_in_capture_and_hf():
             # Emitted files are transformers code.
             allowed = allowed or path.is_relative_to(ROOT / "depthpass/emit")
             found = {n for n in imports(path) if n.split(".")[0] == "transformers"}
-            if path == ROOT / "depthpass/cli.py":
-                continue  # doctor prints its version
             assert allowed or not found, f"{path.relative_to(ROOT)} imports {found}"
 
 

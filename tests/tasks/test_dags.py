@@ -6,19 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from depthpass.analysis.tasks import (
-    TASKS,
-    TaskDAG,
+from depthpass.errors import InputError
+from depthpass.tasks import TASKS, TaskDAG, sufficient
+from depthpass.tasks import dag as task
+from depthpass.tasks.shapes import (
     arithmetic_formula,
     binary_search,
     edit_distance,
     parity,
     reachability,
     s5_word_problem,
-    sufficient,
-    task,
 )
-from depthpass.errors import InputError
 
 
 @pytest.mark.parametrize(("n", "size", "depth"), [(30, 900, 59), (40, 1600, 79), (60, 3600, 119)])
@@ -108,8 +106,10 @@ def test_sufficient_says_what_is_missing():
     verdict = sufficient(edit_distance(30), 16)
     assert not verdict.sufficient
     assert verdict.missing_depth == 43
+    assert "does not cover this DAG" in verdict.text and "needs" not in verdict.text
     assert "43 too few" in verdict.text and "900 chain-of-thought steps" in verdict.text
-    assert sufficient(edit_distance(30), 59).sufficient
+    enough = sufficient(edit_distance(30), 59)
+    assert enough.sufficient and "the program covers this DAG" in enough.text
     assert not sufficient(edit_distance(30), 59, visits_per_round=2).sufficient
     narrow = sufficient(edit_distance(30), 59, tokens=20)
     assert not narrow.sufficient and "10 pads too few" in narrow.text
@@ -145,9 +145,16 @@ def test_turboconn_depth_covers_a_scan_of_parity_at_group_one_but_not_at_group_f
     assert sufficient(parity(n, "chain"), depth(4)).missing_depth == n - depth(4)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [*TASKS, "arithmetic_formula"])
 def test_every_built_in_task_is_reachable_by_name(name):
     assert task(name, 6).size >= 1
+
+
+def test_the_old_place_of_these_names():
+    from depthpass.analysis import tasks as old
+
+    assert old.task("edit_distance", 30, 30).depth == 59 and old.TaskDAG is TaskDAG and old.sufficient is sufficient
+    assert set(old.TASKS) == {*TASKS, "arithmetic_formula"}
 
 
 def test_bad_input_is_explained():

@@ -1,0 +1,116 @@
+"""Tokenizers, torch data sets, streams, `datasets` objects, batches."""
+
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from depthpass.errors import InputError
+from depthpass.tasks import RELAY, TASKS, Collator, TaskDataset, TaskStream, draw, encode, get, tokenizer
+
+
+@pytest.fixture(scope="module")
+def made():
+    return {"char": tokenizer("char"), "byte": tokenizer("byte"), "symbol": tokenizer("symbol", [*TASKS], numbers=200)}
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "symbol"])
+def test_every_task_survives_encoding_and_decoding(made, kind):
+    for name in sorted(TASKS):
+        text = get(name).instance(get(name).span("S")[0], 2).text
+        ids = made[kind](text)["input_ids"]
+        assert made[kind].decode(ids) == text, name
+        assert made[kind].unk_token_id not in ids
+    text = get("dijkstra").instance(5).text
+    assert len(made["symbol"](text)["input_ids"]) < len(made["char"](text)["input_ids"])
+
+
+def test_the_byte_tokenizer_takes_any_text(made):
+    assert made["byte"].decode(made["byte"]("Grüße 你好\n\t ok")["input_ids"]) == "Grüße 你好\n\t ok"
+    assert made["char"].unk_token_id in made["char"]("ü")["input_ids"]
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "symbol"])
+def test_tokenizers_are_hugging_face_tokenizers(made, kind, tmp_path):
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    made[kind].save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = get("lcs").instance(4).text
+    assert isinstance(made[kind], PreTrainedTokenizerBase)
+    assert again(text)["input_ids"] == made[kind](text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
+    assert [getattr(again, f"{x}_token_id") for x in ("pad", "bos", "eos", "unk", "mask")] == [0, 1, 2, 3, 4]
+    batch = again(["a", "a b c"], return_tensors="pt", padding=True)
+    assert batch["attention_mask"].tolist()[0][-1] == 0 and batch["input_ids"].shape == batch["attention_mask"].shape
+
+
+def test_symbols_are_one_token_each(made):
+    for name in RELAY:
+        item = get(name).instance(12, 1)
+        assert len(made["symbol"](item.prompt)["input_ids"]) == len(item.prompt.split())
+        assert all(len(made["symbol"](r)["input_ids"]) == len(r.split()) for r in item.rounds)
+
+
+def test_rows_take_loss_on_the_response_only(made):
+    item = get("addition").instance(4, 1)
+    for trace in (True, False):
+        row = encode(item, made["char"], trace=trace)
+        taken = [i for i, label in zip(row["input_ids"], row["labels"]) if label != -100]
+        said = made["char"].decode(taken)
+        assert said == (item.response if trace else item.answer) + "<eos>"
+        assert made["char"].decode(row["input_ids"]) == f"{item.prompt}\n{said}" and set(row["attention_mask"]) == {1}
+
+
+def test_a_data_set_by_index(made):
+    rows = TaskDataset("dijkstra", 20, "S", seed=1, tokenizer=made["char"])
+    backwards = [rows[i] for i in reversed(range(20))][::-1]
+    assert backwards == [rows[i] for i in range(20)] and len(rows) == 20 and rows[-1] == rows[19]
+    with pytest.raises(IndexError):
+        rows[20]
+    batch = next(iter(DataLoader(rows, batch_size=4, collate_fn=Collator(made["char"]))))
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape and len(batch["labels"]) == 4
+    assert torch.equal(batch["input_ids"] == 0, batch["attention_mask"] == 0)
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    left = Collator(made["char"], "left")([rows[0], rows[1]])
+    assert left["attention_mask"][:, -1].all()
+
+
+def test_a_stream_is_shared_out_between_workers():
+    plain = [r["prompt"] for r in TaskStream("parity", (5, 9), count=9, start=2)]
+    loader = DataLoader(TaskStream("parity", (5, 9), count=9, start=2), batch_size=None, num_workers=2,
+                        multiprocessing_context="fork")
+    assert sorted(r["prompt"] for r in loader) == sorted(plain) and len(plain) == 9
+    assert plain[0] == draw(get("parity"), (5, 9), 2).prompt
+
+
+def test_datasets_objects(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    rows = TaskDataset("lcs", 5, seed=2)
+    made = rows.to_datasets()
+    assert isinstance(made, datasets.Dataset) and made[3] == rows[3]
+    assert set(made.column_names) >= {"prompt", "trace", "answer", "size", "depth", "width"}
+    flowing = TaskStream("lcs", seed=2, count=5).to_datasets()
+    assert isinstance(flowing, datasets.IterableDataset) and list(flowing) == [rows[i] for i in range(5)]
+
+
+def test_datasets_that_are_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(InputError, match=r"pip install 'depthpass\[tasks\]'"):
+        TaskDataset("lcs", 2).to_datasets()
+
+
+@pytest.mark.parametrize(("call", "message"), [
+    (lambda: tokenizer("chars"), "Did you mean 'char'"),
+    (lambda: tokenizer("char", numbers=5), "options of kind='symbol'"),
+    (lambda: tokenizer("char", padding_side="top"), "padding_side"),
+    (lambda: TaskDataset("lcs", 0), "count: expected"),
+    (lambda: TaskDataset("lcs", 3, "XL"), "lengths"),
+    (lambda: TaskDataset("lcs", 3, 0), "got 0"),
+    (lambda: TaskDataset("lsc", 3), "Did you mean"),
+    (lambda: TaskStream("lcs", start=-1), "start"),
+    (lambda: draw(get("lcs"), "S", 0, split="dev"), "split"),
+    (lambda: encode(get("copy").of("ü", 1), tokenizer("char")), "does not know every symbol"),
+])
+def test_bad_input(call, message):
+    with pytest.raises(InputError, match=message):
+        call()
