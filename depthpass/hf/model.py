@@ -272,7 +272,7 @@ class DepthModel:
         if call.hidden_states:
             groups = [(with_states(self, groups), None)]
         captured = self._captured(call, names)
-        state = call.cache.state if call.cache is not None else State()
+        state = call.cache.opened(plan.meaning) if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered: list[Lowered] = []
