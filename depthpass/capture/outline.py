@@ -7,6 +7,7 @@ graphs are equal share one template.
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -57,7 +58,10 @@ class _Outliner:
     def run(self) -> Capture:
         enters, leaves, final = self.ports.enters, self.ports.leaves, self.ports.final
         shared: dict[Hashable, Template] = {}
-        blocks = tuple(self._block(i, enters[i], leaves[i], shared) for i in range(self.count))
+        blocks: list[Block] = []
+        for i in range(self.count):
+            earlier = self.traced.repeats.get(i)
+            blocks.append(self._block(i, enters[i], leaves[i], shared) if earlier is None else replace(blocks[earlier]))
         norm = self._part("norm", ("after", self.count - 1), leaves[self.count - 1], [final.args[0]])
         output = next(n for n in self.traced.module.graph.nodes if n.op == "output")
         head = self._part("head", HEAD, final, list(cast(Sequence[Argument], output.args[0])), local=False)
@@ -66,7 +70,7 @@ class _Outliner:
         axes = tuple(self._token_axis(n) for n in self.side_nodes)
         if self.traced.out_spec is None:
             raise UnsupportedModelError("the trace does not say how the model's outputs are put together.")
-        return Capture(prologue, axes, blocks, norm, head, self.layers, self.ports.width, self.traced.out_spec)
+        return Capture(prologue, axes, tuple(blocks), norm, head, self.layers, self.ports.width, self.traced.out_spec)
 
     def _token_axis(self, node: fx.Node) -> int | None:
         shape = node.meta["val"].shape

@@ -38,6 +38,7 @@ from depthpass.hf.inputs import (
     warn_frozen,
     without_crossing,
 )
+from depthpass.hf.latents import advance, as_embeddings, feeds
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.placement import (
@@ -51,7 +52,7 @@ from depthpass.hf.runtime import Runtime
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
-from depthpass.schedule.lowered import Lowered
+from depthpass.lowered.record import LoweredCall, Recorder
 from depthpass.schedule.regions import Schedule
 
 PROMPT = "_depth_prompt"
@@ -144,7 +145,7 @@ class DepthModel:
         return tuple((programs[key], count) for key, count in rows.items())
 
     @property
-    def depth_lowered(self) -> tuple[Lowered, ...]:
+    def depth_lowered(self) -> LoweredCall:
         """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
 
         A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
@@ -251,6 +252,8 @@ class DepthModel:
         runtime = self._depth
         names = call_names(type(decoder)._stock_class)
         call = normalise(self, decoder, names, arguments, frame)
+        if feeds(runtime.program):
+            call = as_embeddings(self, call)
         warn_frozen(self)
         groups = runtime.plans.running(self, call)
         plan = groups[0][0]
@@ -264,18 +267,18 @@ class DepthModel:
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
-        lowered: list[Lowered] = []
+        lowered = Recorder()
         if call.packing is not None:
             parts, streams, runs = self._advance_packed(groups, captured, call, sweeping, gathered, lowered)
         else:
             with shapes_only(call.tensors["attention_mask"]):
                 parts, streams, state = (
-                    (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                    (None if call.hidden_states else advance_token(self, plan, captured, call, state, lowered))
                     or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
                 )
             rows, columns = call.tensors["attention_mask"].shape
             runs = [(p.program, rows if some is None else len(some), columns) for p, some in groups]
-        runtime.lowered, runtime.ran = tuple(lowered), tuple(runs)
+        runtime.lowered, runtime.ran = lowered.done(), tuple(runs)
         output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.hidden_states:
             output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -294,7 +297,7 @@ class DepthModel:
                 _warn_losses(self, left)
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: Recorder):
         """Advance a state by the tokens of a call.
 
         Args:
@@ -306,24 +309,19 @@ class DepthModel:
         Returns:
             the decoder's flat outputs; all streams by name; the new state.
         """
-        from depthpass_lowering.eager import run
-
-        runtime, plan = self._depth, groups[0][0]
+        plan = groups[0][0]
         host = StockHost(self, captured, ())
         gather_new(depth_module(self))
         if host.dispatched:
             check_devices(host.layers, plan.program)
         # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
-        hidden, sides = self._embedded(host, inner)
         host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
+            hidden, sides = self._embedded(host, inner)
             streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
         else:
-            streams, state = run(
-                plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
-                runtime.lowering, sweeping, lowered,
-            )
+            hidden, streams, state = self._run(plan, host, inner, layout, state, call.use_cache, sweeping, lowered)
         if call.hidden_states:
             streams[EMBEDDED] = hidden
         warn_parts(self, host.counts)
@@ -334,6 +332,35 @@ class DepthModel:
         if host.losses is not None:
             gathered.append((host.losses, host.extra_loss))
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
+
+    def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: Recorder):
+        """Advance a state by a call with its pads in place; returns the embedded tokens, all streams, the new state."""
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.losses import Pool
+
+        captured, runtime = host.captured, self._depth
+
+        def piece(part: Call, state, keep: bool):
+            hidden, sides = self._embedded(host, part)
+            ran = run(
+                plan.schedule, host, hidden, sides, captured.side_axes, state, part.valid, keep, plan.types, runtime.lowering,
+                sweeping, lowered,
+            )
+            if ran.losses is not None:
+                host.losses, host.extra_loss = dict(ran.losses.by_name), ran.losses.total
+            return hidden, ran.streams, ran.state
+
+        if layout is None or not feeds(plan.program):
+            return piece(call, state, keep)
+        pool, host.pool = host.pool, Pool() if host.pool is None else host.pool
+        found = advance(call, layout, state, keep, piece)
+        if pool is None:
+            host.pool.move()
+            if host.pool.sums:
+                host.losses, host.extra_loss = host.pool.values()
+        if captured.head.extras:
+            self._embedded(host, call)
+        return found
 
     def _embedded(self, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
         """The embedded tokens of a call and the tables beside them; the host gets what it needs to run blocks."""
@@ -352,7 +379,7 @@ class DepthModel:
         host.extras = sides
         return hidden, sides
 
-    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: Recorder):
         """The outputs of packed rows: every sequence in them is run as a row.
 
         Args:
@@ -361,7 +388,6 @@ class DepthModel:
         Returns:
             the decoder's flat outputs; all streams by name; the programs that ran with their rows and columns.
         """
-        from depthpass_lowering.eager import run
         from depthpass_lowering.losses import Pool
         from depthpass_lowering.state import State
 
@@ -384,11 +410,7 @@ class DepthModel:
                 host = StockHost(self, captured, ())
                 host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
                 inner, layout = insert(self, plan.program, call.of(rows))
-                hidden, sides = self._embedded(host, inner)
-                streams, _ = run(
-                    plan.schedule, host, hidden, sides, captured.side_axes, State(), inner.valid, False, plan.types,
-                    self._depth.lowering, sweeping, lowered,
-                )
+                hidden, streams, _ = self._run(plan, host, inner, layout, State(), False, sweeping, lowered)
                 if call.hidden_states:
                     streams[EMBEDDED] = hidden
                 if layout is not None:
@@ -423,11 +445,11 @@ class DepthModel:
                 for s, axis in zip(sides, captured.side_axes)
             ]
             group.extras, group.losses, group.pool = mine, whole.losses, pool
-            streams, _ = run(
+            streams = run(
                 plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
-            )
+            ).streams
             parts.append(streams)
         pool.move()
         if pool.sums:
@@ -532,6 +554,9 @@ class DepthModel:
         if generation_config.prefill_chunk_size is not None:
             raise InputError("prefill_chunk_size: the workspace pads follow the prompt, which has to come in one call. Leave "
                              "it unset.")
+        placed = pad_op(self.depth_program)
+        if placed["at"] is not None or placed["behind"] is not None:
+            return
         if generation_config.use_cache is False and "prompt_length" not in model_kwargs:
             mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
             if mask is None and positions is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from depthpass.passes.layer_program import LayerProgram
+from depthpass.passes.base import Pass
+from depthpass.search.damped import spec_of
 from depthpass.search.forward import Forward
 from depthpass.search.scores import Score, check_values
 from depthpass.search.space import Layers
@@ -32,9 +33,9 @@ class Trial:
         return len(self.layers)
 
     @property
-    def spec(self) -> LayerProgram:
+    def spec(self) -> Pass:
         """What ``dp.transform`` takes."""
-        return LayerProgram(self.layers)
+        return spec_of(self.layers)
 
 
 class Bench:

@@ -10,13 +10,14 @@ from typing import Any
 from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.search.compare import difference, estimate
+from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
 from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep, load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
 from depthpass.search.samples import Sample, SamplesLike, check_apart, check_fit, load_samples, split
 from depthpass.search.scores import Own, load_score
-from depthpass.search.space import Layers, Listed, Space, SpaceLike, listing, load_space, stock
+from depthpass.search.space import AnySpace, Layers, SpaceLike, listing, load_space, stock
 from depthpass.search.subject import subject
 
 BUDGET = 200
@@ -52,8 +53,9 @@ def search(
             it takes that).
         score: ``exact_match`` (by greedy ``generate``), ``greedy_match`` (the same tokens from one call, without decoding),
             ``log_prob``, ``perplexity``, or ``score(model, samples)``, one number per sample, more = better.
-        space: ``cola`` (skip or repeat spans of 1 to 4, length at most 2L), ``dr_llm``, ``polar``, ``rys``, a
-            :class:`~depthpass.search.space.Space`, its fields, or a list of layer programs.
+        space: ``cola`` (skip or repeat spans of 1 to 4, length at most 2L), ``dr_llm``, ``polar``, ``rys``,
+            ``training_free`` (damped loops of a range, arXiv 2605.23872), a :class:`~depthpass.search.space.Space` or
+            :class:`~depthpass.search.damped.DampedLoops`, their fields, or a list of layer programs.
         method: ``mcts``, ``beam``, ``random``, ``sweep`` (every program of one edit), ``exhaustive``, or one of
             :mod:`depthpass.search` with options, as ``MCTS(penalty=5)``.
         budget: programs that are scored besides the stock one, for each sample with ``per_sample``; None = 200, or all for
@@ -107,7 +109,7 @@ class Search:
         rows, held: places of the samples to search on, and of the others.
     """
 
-    def __init__(self, bench: Bench, method: Method, space: Space | Listed, budget: int, seed: int, searched: int, root: Layers):
+    def __init__(self, bench: Bench, method: Method, space: AnySpace, budget: int, seed: int, searched: int, root: Layers):
         self.bench, self.method, self.space, self.budget, self.seed, self.root = bench, method, space, budget, seed, root
         samples = bench.forward.samples
         self.rows, self.held = tuple(range(searched)), tuple(range(searched, len(samples)))
@@ -130,6 +132,10 @@ class Search:
             self._control("random", "random programs of the space, same budget", self._judge(RandomSearch(), "random"), best),
             self._control("input_blind", what, blind, best),
         )
+        if isinstance(self.space, DampedLoops):
+            naive = Judge(self.bench, self.rows, self.budget, self.root)
+            naive.run(tuple(layers) for layers in singles if layers != self.root)
+            controls += (self._control("naive", "the same ranges and counts, repeated without damping", naive, best),)
         score, memo = self.bench.score, self.bench.forward.memo
         settings = {
             "method": self.method.name, "options": {f.name: getattr(self.method, f.name) for f in fields(self.method)},
@@ -205,7 +211,7 @@ def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> No
         raise InputError(f"memo: expected a number of bytes, True or False, got {shown(memo)}.")
 
 
-def _budget(budget: int | None, method: Method, space: Space | Listed, blocks: int) -> int:
+def _budget(budget: int | None, method: Method, space: AnySpace, blocks: int) -> int:
     if budget is not None:
         return budget
     if not method.complete:
