@@ -49,7 +49,8 @@ class T2MLR(Pass):
         input: i, likewise. r = 0 and i = 1 with constant gates leave the program as it is.
         init: standard deviation of the learned gates' weights.
         residual: share of the last R in the next one.
-        rescaled: bring R back to a root mean square of 1, by at most a factor of ``limit``, which no gradient flows through.
+        rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through.
+        limit: most that rescaling multiplies or divides by.
         scope: first part of the names of the new parameters.
     """
 
