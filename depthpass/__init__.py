@@ -33,7 +33,9 @@ if TYPE_CHECKING:
     )
     from depthpass.hf.attach import attach
     from depthpass.hf.cache import DepthCache
+    from depthpass.hf.calibrate import calibrate
     from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule, StopAtFlops
+    from depthpass.hf.contrast import LoopContrast
     from depthpass.hf.exits import only_gates, set_exit
     from depthpass.hf.latent_curriculum import LatentCurriculum
     from depthpass.hf.materialize import materialize
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from depthpass.passes.pad import Pad
     from depthpass.passes.parallel_loop import ParallelLoop
     from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+    from depthpass.passes.relaxed_recursion import RelaxedRecursion
     from depthpass.passes.t2mlr import T2MLR
     from depthpass.passes.taps import Taps
     from depthpass.passes.turboconn import TurboConn
@@ -98,6 +101,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "MixtureOfRecursions": "depthpass.passes.mixture_of_recursions",
         "Pad": "depthpass.passes.pad",
         "ParallelLoop": "depthpass.passes.parallel_loop",
+        "RelaxedRecursion": "depthpass.passes.relaxed_recursion",
         "Repeat": "depthpass.passes.recurrence",
         "Skip": "depthpass.passes.layer_program",
         "T2MLR": "depthpass.passes.t2mlr",
@@ -127,6 +131,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "set_exit": "depthpass.hf.exits",
         "set_ratios": "depthpass.hf.ratios",
         "routing_of": "depthpass.hf.routing",
+        "calibrate": "depthpass.hf.calibrate",
         "progress": "depthpass.log",
     },
     "training": {
@@ -142,6 +147,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "gate_loss": "depthpass.losses",
         "only_gates": "depthpass.hf.exits",
         "relay_loss": "depthpass.losses",
+        "LoopContrast": "depthpass.hf.contrast",
     },
     "errors": {
         "DepthpassError": "depthpass.errors",
@@ -169,14 +175,15 @@ __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for
 __all__ = [
     "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "DepthCache", "DepthModel", "DepthpassError",
     "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError",
-    "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoweringError", "MixtureOfDepths",
-    "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum",
-    "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn",
-    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "capacity_warmup", "compare", "contraction",
-    "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens",
-    "loops_of", "lowering", "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "progress",
-    "recipes", "relay_loss", "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios",
-    "summary", "sweep", "switch", "tasks", "transform", "twin", "using",
+    "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoopContrast", "LoweringError",
+    "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program",
+    "RecurrenceCurriculum", "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError",
+    "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach",
+    "calibrate", "capacity_warmup", "compare", "contraction", "dump_spec", "emit", "exit_loss", "from_pretrained",
+    "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize",
+    "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report",
+    "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks",
+    "transform", "twin", "using",
 ]
 
 

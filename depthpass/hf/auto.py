@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
 from depthpass.errors import SpecError
-from depthpass.hf.marks import MARK, known_class, unmarked
+from depthpass.hf.marks import MARK, PREFIX, known_class, unmarked
 
 _MODULE = "transformers.models.auto.configuration_auto"
 
@@ -32,7 +33,32 @@ class SavedConfig:
         if kind not in CONFIG_MAPPING:
             raise SpecError(f"config.depthpass.stock.model_type: expected a model type that transformers knows, got {kind!r}. "
                             "Import or register the base's own code first, or update transformers.")
+        _name_classes(settings.get("architectures") or ())
         return known_class(CONFIG_MAPPING[kind], depth_class).from_dict(settings, **kwargs)
+
+
+def _name_classes(architectures: Iterable[str]) -> None:
+    """Put transformed classes where tools look for the architecture of a config they have read: ``transformers serve`` does."""
+    import transformers
+
+    from depthpass.hf.model import depth_class
+
+    for name in architectures:
+        stock = getattr(transformers, name.removeprefix(PREFIX), None)
+        if name.startswith(PREFIX) and isinstance(stock, type) and not hasattr(transformers, name):
+            setattr(transformers, name, depth_class(stock))
+
+
+def _name_classes(architectures: Iterable[str]) -> None:
+    """Put transformed classes where tools look for the architecture of a config they have read: ``transformers serve`` does."""
+    import transformers
+
+    from depthpass.hf.model import depth_class
+
+    for name in architectures:
+        stock = getattr(transformers, name.removeprefix(PREFIX), None)
+        if name.startswith(PREFIX) and isinstance(stock, type) and not hasattr(transformers, name):
+            setattr(transformers, name, depth_class(stock))
 
 
 def _register(module: Any) -> None:

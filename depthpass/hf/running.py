@@ -105,7 +105,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     if call.hidden_states:
         groups = [(with_states(model, groups), None)]
     now = DecoderCall(model, call, model._captured(call, names), groups, start(runtime.fixed_point))
-    state = call.cache.state if call.cache is not None else State()
+    state = call.cache.opened(plan.meaning) if call.cache is not None else State()
     parts, streams, state = _dispatch(now, plan, state)
     runtime.lowered, runtime.ran = now.lowered.done(), tuple(now.ran)
     output: Any = pytree.tree_unflatten(parts, now.captured.out_spec)

@@ -115,7 +115,7 @@ def transform(
     turbo.__class__ = depth_class(type(inner))
     drop_wrapped_forward(turbo)
     install(turbo, runtime)
-    start_weights(block_list(turbo, runtime.layers), runtime.program)
+    start_weights(block_list(turbo, runtime.layers), runtime.program, turbo.depth)
     turbo.config.depthpass = runtime.config() | own_class(type(turbo)._stock_class)
     mark(turbo.config, depth_class)
     return whole
