@@ -49,18 +49,6 @@ def _name_classes(architectures: Iterable[str]) -> None:
             setattr(transformers, name, depth_class(stock))
 
 
-def _name_classes(architectures: Iterable[str]) -> None:
-    """Put transformed classes where tools look for the architecture of a config they have read: ``transformers serve`` does."""
-    import transformers
-
-    from depthpass.hf.model import depth_class
-
-    for name in architectures:
-        stock = getattr(transformers, name.removeprefix(PREFIX), None)
-        if name.startswith(PREFIX) and isinstance(stock, type) and not hasattr(transformers, name):
-            setattr(transformers, name, depth_class(stock))
-
-
 def _register(module: Any) -> None:
     module.CONFIG_MAPPING.register(MARK, SavedConfig, exist_ok=True)
 

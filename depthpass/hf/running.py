@@ -156,7 +156,7 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
     inner, layout = insert(model, plan.program, call)
     host.losses = {} if plan.program.losses and (model.training or call.labels is not None) else None
     if len(now.groups) > 1:
-        hidden, sides = _embedded(model, host, inner)
+        hidden, sides = embedded(model, host, inner)
         streams = _by_rows(now, host, hidden, sides, inner.valid)
     else:
         hidden, streams, state = _run(now, plan, host, inner, layout, state, call.use_cache)
@@ -187,7 +187,7 @@ def _run(
     from depthpass_lowering.losses import Pool
 
     def piece(part: Call, state: State, keep: bool) -> tuple[Tensor, Streams, State]:
-        hidden, sides = _embedded(now.model, host, part)
+        hidden, sides = embedded(now.model, host, part)
         ran = run(
             plan.schedule, host, hidden, sides, now.captured.side_axes, state, part.valid, keep, plan.types,
             now.model._depth.lowering, now.sweeps, now.lowered,
@@ -206,11 +206,11 @@ def _run(
         if pool.sums:
             host.losses, host.extra_loss = pool.values()
     if now.captured.head.extras:
-        _embedded(now.model, host, call)
+        embedded(now.model, host, call)
     return advanced
 
 
-def _embedded(model: DepthModel, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
+def embedded(model: DepthModel, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
     """The embedded tokens of a call and the tables beside them; the host gets what it needs to run blocks."""
     runtime, captured = model._depth, host.captured
     tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
@@ -265,7 +265,7 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
         now.losses = whole.losses, whole.extra_loss
     streams = {name: packing.join([(rows, one[name]) for rows, one in parts]) for name in parts[0][1]}
     if captured.head.extras:
-        _embedded(model, whole, call)
+        embedded(model, whole, call)
     return list(whole.part(captured.head, call.tensors, streams["output"])), streams
 
 

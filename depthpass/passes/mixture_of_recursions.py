@@ -118,8 +118,8 @@ class MixtureOfRecursions(Pass):
             require(getattr(self, field) == default, f"{n}.{field}", f"router={of!r} beside it", getattr(self, field))
         require(self.alpha != 0, f"{n}.alpha", "a factor other than 0", self.alpha)
         require(self.alpha == 0.1 or self.combine == "paper", f"{n}.alpha", "combine='paper' beside it", self.combine)
-        several = isinstance(self.threshold, tuple)
-        for value in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+        several = not isinstance(self.threshold, float | int)
+        for value in (self.threshold,) if isinstance(self.threshold, float | int) else self.threshold:
             require(0 <= value <= 1 if several else 0 < value < 1, f"{n}.threshold", "a number between 0 and 1", value)
         require(self.threshold == 0.5 or self.mode == "threshold", f"{n}.threshold", "mode='threshold' beside it",
                 self.mode)
