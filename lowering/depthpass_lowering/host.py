@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from depthpass.capture.model import Capture, Site, Template
 
 if TYPE_CHECKING:
-    from depthpass_lowering.losses import Pool
-    from depthpass_lowering.visits import RunningVisit
+    from depthpass_lowering.executors.losses import Pool
+    from depthpass_lowering.visits.running import RunningVisit
 
 
 class Host(Protocol):

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
-from depthpass_lowering.recording import record
+from depthpass_lowering.executors.recording import record
 from turbos import enliven
 
 import depthpass as dp

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.compiled import Compiled
-from depthpass_lowering.context import CallContext
-from depthpass_lowering.eager import Run
-from depthpass_lowering.scheduled import Job, RegionFunction, recomputes, region_parameters
-from depthpass_lowering.state import State
+from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes
+from depthpass_lowering.executors.compiled import Compiled
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.stand_ins import region_parameters
+from depthpass_lowering.state.slots import State
 
 MOST = 8
 """Graphs kept per region; each holds the memory of its own activations."""
@@ -30,7 +31,7 @@ _RECORDED: weakref.WeakKeyDictionary[Region, dict[tuple, Callable]] = weakref.We
 
 
 class Graphed(Compiled):
-    """As :class:`~depthpass_lowering.compiled.Compiled`, training passes replayed as CUDA graphs."""
+    """As :class:`~depthpass_lowering.executors.compiled.Compiled`, training passes replayed as CUDA graphs."""
 
     name = "cudagraph"
 

@@ -12,12 +12,12 @@ from depthpass.errors import LoweringError
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.regions import Region
-from depthpass_lowering.context import CallContext
-from depthpass_lowering.eager import Run
-from depthpass_lowering.executor import Executor
-from depthpass_lowering.fixed_point import SWEEPS, Swept, unswept
-from depthpass_lowering.state import State
-from depthpass_lowering.sweeps import Solver, Sweeper
+from depthpass_lowering.executors.base import Executor
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.fixed_point import SWEEPS, Swept, unswept
+from depthpass_lowering.executors.sweeps import Solver, Sweeper
+from depthpass_lowering.state.slots import State
 
 
 @dataclass(frozen=True)

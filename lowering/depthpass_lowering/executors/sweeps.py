@@ -20,9 +20,9 @@ from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint
-from depthpass_lowering.attention import Masks
-from depthpass_lowering.eager import Run
-from depthpass_lowering.state import Span, State, push_delay, read_delay
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.state.slots import Span, State, push_delay, read_delay
+from depthpass_lowering.visits.attention import Masks
 
 RIDGE = {"cpu": 22.0}
 """Rows above which products are bound by arithmetic, where nothing is said: measured on two x86 cores."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depthpass_lowering.state import Slot, room_for
+from depthpass_lowering.state.slots import Slot, room_for
 
 
 @dataclass(eq=False)

@@ -26,12 +26,12 @@ from depthpass.ir.program import Op, Program, op
 from depthpass.lowered.build import lower
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.stacking import Step
-from depthpass_lowering.attention import Masks
-from depthpass_lowering.context import CallContext, RunResult
-from depthpass_lowering.eager import Run
-from depthpass_lowering.executor import Executor
-from depthpass_lowering.routes import Route, choose
-from depthpass_lowering.state import Span, State, spans
+from depthpass_lowering.executors.base import Executor
+from depthpass_lowering.executors.context import CallContext, RunResult
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.state.slots import Span, State, spans
+from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.routes import Route, choose
 
 Node = tuple[str, int]
 """(value, column of the row); what is handed out is (``output`` or a tap's name, token) behind a ``>``."""

@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
-from depthpass_lowering.products import Weights, blocked, packed_product, plain
-from depthpass_lowering.sink import Sink
+from depthpass_lowering.products.packed import Weights, blocked, packed_product, plain
+from depthpass_lowering.products.sink import Sink
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Product:
 
     Attributes:
         weights, biases: which inputs of the segment they are.
-        joined, transposed: as of :class:`depthpass_lowering.products.Weights`.
+        joined, transposed: as of :class:`depthpass_lowering.products.packed.Weights`.
         dtype: autocast's, which x and the weights are cast to; None = their own.
         packed: whether it is taken from packed weights.
         trained: whether there is a backward pass.
