@@ -44,6 +44,13 @@ class Region:
         return self.chunk is not None
 
     @property
+    def size(self) -> int:
+        """Tokens of a chunk."""
+        if self.chunk is None:
+            raise TypeError("a parallel region has no chunks")
+        return self.chunk
+
+    @property
     def visits(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "block")
 

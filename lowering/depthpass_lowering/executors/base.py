@@ -44,7 +44,7 @@ class Executor:
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         """Run a serial region; the streams it hands out."""
         note(run, region, region.level, region.reason)
-        return run.loop(region, {a: run.env[a] for a in region.inputs}, region.outputs, True)
+        return run.loop(region, run.streams(region), region.outputs, True)
 
 
 EAGER = Executor()

@@ -35,7 +35,7 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
-    source = region.source
+    source = region.scheduled
     templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
     kinds = tuple(type(run.host.module(name)) for o in source.ops for name in own_scopes(o))
     # The graph keeps program and templates, so that their ids stay theirs.
@@ -83,7 +83,7 @@ class Job:
         self.graph = graph_of(run, region)
         self.recompute = recomputes(run.host, region)
         self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
-        uses = -(-run.context.count // region.chunk)
+        uses = -(-run.context.count // region.size)
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
 
@@ -124,7 +124,8 @@ class Job:
         """Hand the buffers over as slots, for a later call or region."""
         rings = {o["slot"]: self.run.ring(o) for o in self.region.visits}
         for number, buffers in self.buffers.items():
-            slot = Slot(tuple(b.k for b in buffers), tuple(b.v for b in buffers))
+            keys, values = zip(*(b.held() for b in buffers), strict=True)
+            slot = Slot(keys, values)
             ring = rings.get(number)
             self.run.state.slots[number] = slot if ring is None else slot.last(ring)
 
@@ -146,7 +147,7 @@ class Loop:
     def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The streams that the region hands out, over all tokens."""
         job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
-        cut = spans(c.start, c.count, c.valid, None, job.region.chunk)
+        cut = spans(c.start, c.count, c.valid, None, job.region.size)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
@@ -212,12 +213,19 @@ class Loop:
 
     # Calls of the graph.
 
+    @property
+    def running(self) -> Span:
+        """The running chunk."""
+        assert self.span is not None
+        return self.span
+
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
-        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.span)
+        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.running)
 
     def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
         o = self.run.program.defs[name]
-        return OPS[o.kind].apply(self.host.module(OPS[o.kind].scope(o)), o, streams)
+        (scope,) = own_scopes(o)
+        return OPS[o.kind].apply(self.host.module(scope), o, streams)
 
 
 class _Chunk:
@@ -303,14 +311,11 @@ class _BufferedVisit(RunningVisit):
         """Buffers are written by the attention itself."""
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        site, keys = self.sites[number], self.op["keys"]
-        own = keys is None or self.op["gate"] is not None
-        near = None
-        if own:
-            window = site.window if self.op["gate"] is None else min(self.op["window"], site.window or self.op["window"])
-            near = self._use(writes_slot(self.op), number, window, True)(q, k, v, sinks)
+        site, keys, own = self.sites[number], self.op["keys"], writes_slot(self.op)
+        window = site.window if self.op["gate"] is None else min(self.op["window"], site.window or self.op["window"])
         if keys is None:
-            return near
+            return self._use(self.op["slot"], number, window, True)(q, k, v, sinks)
+        near = None if own is None else self._use(own, number, window, True)(q, k, v, sinks)
         far = self._use(keys, number, site.window, False)(q, k, v, sinks)
         return far if near is None else self.mix(q, self.hidden, far, near)
 

@@ -110,6 +110,6 @@ class Compiled(Scheduled):
 
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         # The last chunk of a row may be short: it is not worth a compilation of its own.
-        if job.run.context.count > job.region.chunk != tokens:
+        if job.run.context.count > job.region.size != tokens:
             return super().chunk_runner(job, tokens)
         return functools.partial(compiled_graph(job.graph), job.sink)

@@ -72,7 +72,7 @@ class _Measured(Swept):
         self.limit = limit
 
     def level(self, run: Run, region: Region) -> tuple[str, str | None]:
-        if run.context.count <= region.chunk:
+        if run.context.count <= region.size:
             return self.inner.level(run, region)
         if reason := unswept(run, region):
             raise LoweringError(f"contraction cannot be measured: {reason}.")
@@ -81,7 +81,7 @@ class _Measured(Swept):
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         if region.level != SWEEPS:
             return self.inner.region(run, region)
-        inputs = {a: run.env[a] for a in region.inputs}
+        inputs = run.streams(region)
         sweeper = Sweeper(run, region)
         exact = Solver(sweeper, self.policy)
         before = run.state.fork()
@@ -98,7 +98,7 @@ class _Measured(Swept):
         inner = sweeper.inner(before.fork())
         right = sweeper.inject(inner, {s: values[s] for s in sweeper.sources}, whole)
         c = sweeper.first(inner, whole)
-        chunks = -(-count // sweeper.region.chunk)
+        chunks = -(-count // sweeper.region.size)
         found: list[Sweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
         for hops in range(min(chunks, self.limit or chunks)):

@@ -7,6 +7,7 @@ regions see all m tokens at once, serial regions run in chunks.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def run(
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
         lowering: a level of :data:`depthpass_lowering.executors.levels.LEVELS`, or an executor.
-        sweeping: a :class:`depthpass_lowering.executors.fixed_point.Sweeping` to run serial regions by sweeps; keeps their record.
+        sweeping: runs serial regions by sweeps (``fixed_point.py``), and keeps their record.
         record: gets what ran.
     """
     from depthpass_lowering.executors.levels import executor
@@ -97,7 +98,7 @@ class Run(Ops):
         kept = schedule.lowered
         if key not in kept:
             # The capture is kept, so that its id stays its own.
-            kept[key] = lower(schedule, kind, asked, chosen.get, step, self.host.sides_of), captured
+            kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, self.host.sides_of), captured
         return kept[key][0]
 
     def _region(self, region: LoweredRegion) -> None:
@@ -110,6 +111,10 @@ class Run(Ops):
             self.env |= self.loop(region, {a: self.env[a] for a in region.inputs}, region.outputs, self.context.keep)
         for name in region.last:
             self.env.pop(name, None)
+
+    def streams(self, region: LoweredRegion) -> dict[str, Any]:
+        """What a region reads of earlier ones: streams, and routes beside them."""
+        return {a: self.env[a] for a in region.inputs}
 
     def _losses(self) -> Losses | None:
         """Move the balanced routers and add up what the call's losses are made of."""
@@ -147,7 +152,8 @@ class Run(Ops):
                 self.one(item.op, self.env, span, masks, self.context.sides, self.context.keep)
                 continue
             if item.inputs != names:
-                rows = torch.cat([self.env[a] for a in item.inputs])
+                given: list[Any] = [self.env[a] for a in item.inputs]
+                rows = torch.cat(given)
             names, rows = item.names, self._stack(item, rows, span, masks, tables)
             self.env |= zip(names, rows.chunk(len(names)))
         self.push(region, self.env, span)

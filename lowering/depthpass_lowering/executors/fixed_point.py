@@ -59,7 +59,7 @@ class Swept(Executor):
 
     def level(self, run: Run, region: Region) -> tuple[str, str | None]:
         # One chunk has nothing to wait for: decoding is sequential.
-        if run.context.count <= region.chunk or (self.policy.window == 1 and self.policy.exact):
+        if run.context.count <= region.size or (self.policy.window == 1 and self.policy.exact):
             return self.inner.level(run, region)
         if reason := unswept(run, region):
             raise LoweringError(f"schedule 'fixed_point' cannot run this call: {reason}. Use schedule='sequential'.")
@@ -68,7 +68,7 @@ class Swept(Executor):
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         if region.level != SWEEPS:
             return self.inner.region(run, region)
-        inputs = {a: run.env[a] for a in region.inputs}
+        inputs = run.streams(region)
         sweeper = Sweeper(run, region)
         if torch.is_grad_enabled():
             return self._trained(sweeper, inputs)
@@ -83,7 +83,7 @@ class Swept(Executor):
 
     def sequential(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         """The region in the token loop of the other executor."""
-        level, reason = self.inner.level(run, region.source)
+        level, reason = self.inner.level(run, region.scheduled)
         return self.inner.region(run, replace(region, level=level, reason=reason))
 
     def _rest(self, run: Run, inputs: Mapping[str, Tensor], settled: int, region: LoweredRegion) -> dict[str, Tensor]:

@@ -48,7 +48,7 @@ class Graphed(Compiled):
         return "inductor", "passes without gradients are not recorded"
 
     def padding(self, run: Run, region: LoweredRegion) -> int:
-        return bucket(run.context.count, region.chunk) - run.context.count if region.level == self.name else 0
+        return bucket(run.context.count, region.size) - run.context.count if region.level == self.name else 0
 
     def trained(self, run: Run, region: LoweredRegion, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         context = padded(run.context, self.padding(run, region))
@@ -62,7 +62,7 @@ class Graphed(Compiled):
             # A graph reads the storage of the parameters it was recorded with.
             tuple(p.data_ptr() for p in parameters.values()), recomputes(run.host, region),
         )
-        kept = _RECORDED.setdefault(region.source, {})
+        kept = _RECORDED.setdefault(region.scheduled, {})
         if key not in kept:
             if len(kept) >= MOST:
                 kept.pop(next(iter(kept)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,7 +62,7 @@ class Ops:
 
     def loop(
         self, region: LoweredRegion, inputs: Mapping[str, Tensor | Route], wanted: Collection[str], keep: bool
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Run a region op by op, chunk by chunk in a token loop; returns the wanted streams over all tokens."""
         c = self.context
         cut = spans(c.start, c.count, c.valid, None, region.chunk)
@@ -123,7 +124,7 @@ class Ops:
         local[o.name] = self.nothing[kind.width]
         return True
 
-    def _split(self, inputs: dict, sizes: list[int]) -> dict[str, Sequence]:
+    def _split(self, inputs: Mapping, sizes: list[int]) -> dict[str, Sequence]:
         """Every input cut into spans; routed streams are spread over the tokens, cut and gathered again."""
         if len(sizes) == 1:
             return {name: (x,) for name, x in inputs.items()}
@@ -149,7 +150,7 @@ class Ops:
         route = self.types[name].tokens
         return x if route is None else local[route].spread(x)
 
-    def _joined(self, done: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    def _joined(self, done: dict[str, list[Tensor]]) -> dict[str, Any]:
         """Values over all new tokens from their spans' parts."""
         found = {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
         routes = {name: Route.of(x) for name, x in found.items() if self.types[name].is_route}
@@ -168,7 +169,7 @@ class Ops:
             self.state.lines[name] = line
         return line
 
-    def op(self, o: Op, args: list[Tensor], span: Span, masks: Masks, sides, keep: bool) -> Tensor | None:
+    def op(self, o: Op, args: list[Any], span: Span, masks: Any, sides: Sequence[Tensor], keep: bool) -> Any:
         definition, kind = OPS[o.kind], o.kind
         if definition.meaning is not None:
             name = definition.scope(o)
@@ -309,7 +310,7 @@ class Ops:
             score = local[held].spread(score)
         outer = local[o.args[1]] if len(o.args) == 2 else None
         if o["bias"]:
-            balance = self.host.module(o["bias"])
+            balance: Any = self.host.module(o["bias"])
             score = score.detach() + balance.bias
             if o["rate"] and self.host.training and torch.is_grad_enabled():
                 self.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))

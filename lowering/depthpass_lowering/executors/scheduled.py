@@ -47,7 +47,7 @@ class Scheduled(Executor):
             raise LoweringError(
                 f"lowering {self.name!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
             )
-        if reason is None and run.context.count <= region.chunk and not torch.is_grad_enabled():
+        if reason is None and run.context.count <= region.size and not torch.is_grad_enabled():
             # Nothing to go back over, and the eager level writes keys in place as well.
             reason = "one chunk without gradients"
         return (self.name, None) if reason is None else ("eager", reason)
@@ -55,7 +55,7 @@ class Scheduled(Executor):
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         if region.level == "eager":
             return super().region(run, region)
-        inputs = {a: run.env[a] for a in region.inputs}
+        inputs = run.streams(region)
         note(run, region, region.level, region.reason, recomputed=recomputes(run.host, region), padded=self.padding(run, region))
         if not torch.is_grad_enabled():
             job = Job(self, run, region, inputs, {})

@@ -29,7 +29,7 @@ class SunkHost:
         """The stand-in for a parameter of a chunk's graph."""
         if isinstance(p.owner, int):
             return self.leaf(self.host.bound(p.owner)[1][p.at])
-        return self.leaf(getattr(self.host.module(p.owner), p.at))
+        return self.leaf(getattr(self.host.module(p.owner), str(p.at)))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:

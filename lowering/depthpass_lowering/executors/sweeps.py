@@ -128,7 +128,7 @@ class Sweeper:
         """c of the first sweep: nothing, but what the first chunk reads from the delay lines."""
         zeros = self.zeros(span.count)
         made = self.inject(inner, zeros, span)
-        own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.region.chunk
+        own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.region.size
         return {name: torch.where(own, x, x.new_zeros(())) for name, x in made.items()}
 
     def zeros(self, count: int) -> dict[str, Tensor]:
@@ -175,8 +175,8 @@ class Sweeper:
         squares = x.square().sum(-1)
         if span.valid is not None:
             squares = torch.where(span.valid, squares, squares.new_zeros(()))
-        short = -span.count % self.region.chunk
-        return torch.nn.functional.pad(squares, (0, short)).unflatten(1, (-1, self.region.chunk)).sum(-1).sqrt()
+        short = -span.count % self.region.size
+        return torch.nn.functional.pad(squares, (0, short)).unflatten(1, (-1, self.region.size)).sum(-1).sqrt()
 
 
 class Solver:
@@ -188,7 +188,7 @@ class Solver:
 
     def __init__(self, sweeper: Sweeper, policy: FixedPoint, budget: int | None = None):
         self.sweeper, self.policy, run = sweeper, policy, sweeper.run
-        self.chunk, self.count = sweeper.region.chunk, run.context.count
+        self.chunk, self.count = sweeper.region.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
         self.made = Solve(
             tuple(o["index"] for o in sweeper.region.visits), self.count, self.chunk, -(-self.count // self.chunk)

@@ -148,7 +148,7 @@ class RunningVisit:
         q = torch.arange(self.span.start, self.span.start + self.span.count, device=columns.device)[None, :, None]
         return column_mask(q, columns[:, None], window, chunk, valid, self.masks.row_start)[:, None], False
 
-    def mix(self, q: Tensor, hidden: Tensor, far: Tensor, near: Tensor) -> Tensor:
+    def mix(self, q: Tensor, hidden: Tensor | None, far: Tensor, near: Tensor) -> Tensor:
         """PLT: g * Attn(shared keys) + (1 - g) * Attn(own last W keys), per head and token, before o_proj."""
         gate = self.host.module(self.op["gate"])
         score = gate(q.transpose(1, 2)) if self.op["gate_input"] == "query" else gate(hidden)
