@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 import zoo
-from depthpass_lowering.executors.scheduled import _GRAPHS
+from depthpass_lowering.executors.chunk_loop import _GRAPHS
 from depthpass_lowering.state.buffers import Buffer
 from rungs import SPEC, assert_same, gradients, pair
 
