@@ -10,7 +10,7 @@ from torch import Tensor
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op
 from depthpass_lowering.host import Host
-from depthpass_lowering.state.ragged import Appending, Plan, compacted, joined, listed, reality, widened
+from depthpass_lowering.state.ragged import Appending, AppendPlan, compacted, joined, listed, reality, widened
 from depthpass_lowering.state.slots import Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
 from depthpass_lowering.visits.routes import Route
@@ -76,7 +76,7 @@ class RoutedVisit(RunningVisit):
         if self.appending is None:
             # The blocks of a routed stack hold the same tokens, in columns and validity that are the same tensors.
             key = ("plan", id(self.before.valid), id(self.before.columns))
-            plan = self.route.once(key, lambda: Plan(self.before, self.at, self.real, self.rows))
+            plan = self.route.once(key, lambda: AppendPlan(self.before, self.at, self.real, self.rows))
             self.appending = Appending(self.before, plan)
         k, v = self.appending.write(number, k, v)
         self.made[number] = k, v, None
