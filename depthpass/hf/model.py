@@ -146,9 +146,10 @@ class DepthModel:
 
     @property
     def depth_lowered(self) -> LoweredCall:
-        """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
+        """What the last call ran: prints as the lowered program, with the level of each region and why it was no higher one.
 
-        A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
+        Its entries are the serial regions that ran in a token loop; a decoded token that ran as one compiled graph, and regions
+        that were swept, leave none.
         """
         return self._depth.lowered
 

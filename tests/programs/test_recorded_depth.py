@@ -72,7 +72,9 @@ def test_random_programs_with_every_op_kind(chunk, stocks, monkeypatch):
 
 
 def test_the_random_programs_have_every_op_kind():
-    assert kinds_of([runnable(s, "LlamaForCausalLM", 4, 32, zoo.VOCABULARY) for s in SEEDS]) == set(OPS)
+    made = [runnable(s, "LlamaForCausalLM", 4, 32, zoo.VOCABULARY) for s in SEEDS]
+    # rescale comes with T2MLR: test_feedback.py.
+    assert kinds_of(made) == set(OPS) - {"rescale"}
 
 
 SYSTEMS = {

@@ -100,7 +100,7 @@ class Swept(Executor):
         whole = sweeper.span(0, run.context.count)
         with torch.no_grad():
             # The recording sweep is the last one.
-            budget = None if policy.exact else policy.max_sweeps - 1
+            budget = None if policy.exact else (policy.max_sweeps or 1) - 1
             solver = Solver(sweeper, policy, budget)
             self.solves.append(solver.made)
             inner = sweeper.inner(run.state.fork())
@@ -216,7 +216,7 @@ class _RegionFunction(torch.autograd.Function):
         with torch.enable_grad():
             outs, c, after = job.sweep({id(t): leaf for t, leaf in zip(outer, leaves)})
         # The job knows the run, and the run will hold this node's outputs: keeping it would be a cycle.
-        limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps, job.made.chunks) - 1
+        limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps or 1, job.made.chunks) - 1
         ctx.graph, ctx.limit, ctx.tol, ctx.made = (outs, c, after, leaves), limit, job.tol, job.made
         ctx.set_materialize_grads(False)
         return tuple(o.detach() for o in outs)

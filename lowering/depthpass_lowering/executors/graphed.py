@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +107,8 @@ def _record(
         t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
         for i, t in enumerate(given)
     )
-    return torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
+    recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
+    return recorded
 
 
 def bucket(tokens: int, chunk: int) -> int:

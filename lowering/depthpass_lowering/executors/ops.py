@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -92,7 +93,8 @@ class Ops:
         elif o.kind == "loss":
             self._loss(o, local, span)
         elif asks(o):
-            local[o.name] = self._query_routed_block(o, *(local[a] for a in o.args), span, masks, tables, keep)
+            x, route = (local[a] for a in o.args)
+            local[o.name] = self._query_routed_block(o, x, route, span, masks, tables, keep)
         elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
             local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
         else:
@@ -157,7 +159,7 @@ class Ops:
         for name, x in found.items():
             route = self.types[name].tokens
             if route is not None:
-                known = routes.get(route) or self.env[route]
+                known: Any = routes.get(route) or self.env[route]
                 found[name] = known.gather(x)
         return found | routes
 
@@ -347,7 +349,7 @@ class Ops:
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:
         """Sum; a summand that is absent where the result is present adds nothing there."""
-        total, base = None, self.types[o.name].absent
+        base, found = self.types[o.name].absent, []
         order = sorted(range(len(args)), key=lambda i: self.types[o.args[i]].absent > base)
         for i in order:
             x, absent = args[i], self.types[o.args[i]].absent
@@ -356,5 +358,5 @@ class Ops:
                 if present is not True:
                     mask = present if isinstance(present, Tensor) else torch.zeros(1, span.count, dtype=torch.bool)
                     x = torch.where(mask.to(x.device)[..., None], x, x.new_zeros(()))
-            total = x if total is None else total + x
-        return total
+            found.append(x)
+        return functools.reduce(torch.add, found)

@@ -162,13 +162,13 @@ class Sweeper:
 
     def changes(self, c: Mapping[str, Tensor], after: Mapping[str, Tensor], span: Span) -> list[float]:
         """Of each chunk the largest relative change of c over lines and rows."""
-        worst = None
+        found: list[Tensor] = []
         for name, x in after.items():
             dtype = torch.promote_types(x.dtype, torch.float32)
             moved, size = (self._norms(t.to(dtype), span) for t in (x.to(dtype) - c[name], x))
             ratio = torch.where(moved == 0, moved, moved / size).nan_to_num(math.inf).amax(0)
-            worst = ratio if worst is None else torch.maximum(worst, ratio)
-        return worst.tolist()
+            found.append(ratio)
+        return functools.reduce(torch.maximum, found).tolist()
 
     def _norms(self, x: Tensor, span: Span) -> Tensor:
         """Norms over the real tokens of each chunk, ``[batch, tokens, width]`` -> ``[batch, chunks]``."""
@@ -252,7 +252,7 @@ class Solver:
 
     def _settles(self, changes: list[float], c: Mapping[str, Tensor]) -> int:
         """How many chunks of a sweep are done."""
-        if not self.policy.exact and self.made.sweeps >= self.budget:
+        if not self.policy.exact and self.budget is not None and self.made.sweeps >= self.budget:
             self.made.converged = all(x <= self.tol(c) for x in changes)
             return len(changes)
         tol, good = self.tol(c), 1

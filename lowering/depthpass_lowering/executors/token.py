@@ -134,10 +134,12 @@ class StepVisit(RunningVisit):
         self.hidden = None
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        own_k, own_v = self.before.keys[number], self.before.values[number]
+        held = self.before
+        assert held is not None
+        own_k, own_v = held.keys[number], held.values[number]
         return own_k.index_copy_(2, self.masks.at, k.to(own_k.dtype)), own_v.index_copy_(2, self.masks.at, v.to(own_v.dtype))
 
-    def shared_mask(self, number: int) -> tuple[Tensor, bool]:
+    def shared_mask(self, number: int) -> tuple[Tensor | None, bool]:
         return self.masks.get(*self.limits(number))
 
     def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor, bool]) -> Tensor:
