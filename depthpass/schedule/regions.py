@@ -114,6 +114,10 @@ class Schedule:
         """Lowered programs of this schedule by what they were made for; filled by what runs them."""
         return {}
 
+    def __reduce__(self):
+        # What was lowered belongs to captures of this process, and to the model that ran them.
+        return Schedule, (self.program, self.regions, self.stacked)
+
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""
         return sum(len(r.visits) * (-(-tokens // r.chunk) if r.serial else 1) for r in self.regions)

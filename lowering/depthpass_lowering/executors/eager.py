@@ -28,6 +28,9 @@ from depthpass_lowering.state.slots import Span, State, spans
 from depthpass_lowering.visits.attention import Masks
 from depthpass_lowering.visits.stacked import StackedVisit
 
+MOST = 64
+"""Lowered programs kept per schedule."""
+
 
 def run(
     schedule: Schedule,
@@ -97,6 +100,8 @@ class Run(Ops):
         key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
         kept = schedule.lowered
         if key not in kept:
+            while len(kept) >= MOST:
+                kept.pop(next(iter(kept)))
             # The capture is kept, so that its id stays its own.
             kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, self.host.sides_of), captured
         return kept[key][0]
