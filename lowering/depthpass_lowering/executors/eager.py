@@ -99,12 +99,13 @@ class Run(Ops):
         captured = self.host.captured
         key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
         kept = schedule.lowered
-        if key not in kept:
+        found = kept.get(key)
+        if found is None:
             while len(kept) >= MOST:
-                kept.pop(next(iter(kept)))
+                kept.pop(next(iter(kept)), None)
             # The capture is kept, so that its id stays its own.
-            kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, self.host.sides_of), captured
-        return kept[key][0]
+            found = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, self.host.sides_of), captured
+        return found[0]
 
     def _region(self, region: LoweredRegion) -> None:
         if region.kind == "step":
