@@ -1,6 +1,7 @@
 """Gradients of sets of responses, against singular values of plain backward passes, response by response."""
 
 import importlib.util
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def test_tables_are_those_of_plain_backward_passes():
         for name in sets:
             for p in ("self_attn.q_proj", "self_attn.o_proj"):
                 s = [want[name][i, p] for i in range(a, b)]
-                mad = sum(abs(y - x) for x, y in zip(s, s[1:], strict=False)) / (len(s) - 1)
+                mad = sum(abs(y - x) for x, y in pairwise(s)) / (len(s) - 1)
                 assert found.mad(part)[name][p] == pytest.approx(mad, rel=1e-3)
     rd = {k: (want["slow"][k] - v) / v for k, v in want["fast"].items()}
     assert found.relative_difference() == pytest.approx(rd, rel=1e-3)
