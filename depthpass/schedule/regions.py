@@ -120,7 +120,8 @@ class Schedule:
 
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""
-        return sum(len(r.visits) * (-(-tokens // r.chunk) if r.serial else 1) for r in self.regions)
+        latents = self.program.latents
+        return sum(len(r.visits) * (latents + (-(-tokens // r.chunk) if r.serial else 1)) for r in self.regions)
 
 
 def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> Schedule:
