@@ -8,6 +8,8 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+NAMES = sorted({p.stem for p in (BENCHMARKS / "suite").glob("*.py")} - {"sweep"})
+"""All but the one that :func:`test_wrong_numbers_are_not_timed` runs."""
 OPTIONS = {
     # What is left out is the same code for other models.
     "routed": ["--only", "train,decode"], "loops": ["--only", "training,growth"], "plt": ["--only", "token,kv"],
@@ -31,7 +33,7 @@ def measured(name: str, tmp_path, *options: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("name", sorted(p.stem for p in (BENCHMARKS / "suite").glob("*.py")))
+@pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_runs_and_checks_its_numbers(name, tmp_path, capfd):
     status, found = measured(name, tmp_path, *OPTIONS.get(name, []))
     assert status == 0, capfd.readouterr().err
