@@ -52,7 +52,7 @@ from depthpass.hf.runtime import Runtime
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
-from depthpass.schedule.lowered import Lowered
+from depthpass.lowered.record import LoweredCall, Recorder
 from depthpass.schedule.regions import Schedule
 
 PROMPT = "_depth_prompt"
@@ -145,12 +145,20 @@ class DepthModel:
         return tuple((programs[key], count) for key, count in rows.items())
 
     @property
-    def depth_lowered(self) -> tuple[Lowered, ...]:
+    def depth_lowered(self) -> LoweredCall:
         """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
 
         A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
         """
         return self._depth.lowered
+
+    @property
+    def depth_drafted(self):
+        """What the last ``generate(..., draft=...)`` did: acceptance, visits per token, time ratio; None before the first.
+
+        A :class:`~depthpass.hf.speculation.DraftReport`.
+        """
+        return self._depth.drafted
 
     @property
     def depth_spec(self) -> dict:
@@ -264,21 +272,21 @@ class DepthModel:
         if call.hidden_states:
             groups = [(with_states(self, groups), None)]
         captured = self._captured(call, names)
-        state = call.cache.state if call.cache is not None else State()
+        state = call.cache.opened(plan.meaning) if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
-        lowered: list[Lowered] = []
+        lowered = Recorder()
         if call.packing is not None:
             parts, streams, runs = self._advance_packed(groups, captured, call, sweeping, gathered, lowered)
         else:
             with shapes_only(call.tensors["attention_mask"]):
                 parts, streams, state = (
-                    (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                    (None if call.hidden_states else advance_token(self, plan, captured, call, state, lowered))
                     or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
                 )
             rows, columns = call.tensors["attention_mask"].shape
             runs = [(p.program, rows if some is None else len(some), columns) for p, some in groups]
-        runtime.lowered, runtime.ran = tuple(lowered), tuple(runs)
+        runtime.lowered, runtime.ran = lowered.done(), tuple(runs)
         output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.hidden_states:
             output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -297,7 +305,7 @@ class DepthModel:
                 _warn_losses(self, left)
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: Recorder):
         """Advance a state by the tokens of a call.
 
         Args:
@@ -333,7 +341,7 @@ class DepthModel:
             gathered.append((host.losses, host.extra_loss))
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
 
-    def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: list[Lowered]):
+    def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: Recorder):
         """Advance a state by a call with its pads in place; returns the embedded tokens, all streams, the new state."""
         from depthpass_lowering.eager import run
         from depthpass_lowering.losses import Pool
@@ -342,10 +350,13 @@ class DepthModel:
 
         def piece(part: Call, state, keep: bool):
             hidden, sides = self._embedded(host, part)
-            return hidden, *run(
+            ran = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, part.valid, keep, plan.types, runtime.lowering,
                 sweeping, lowered,
             )
+            if ran.losses is not None:
+                host.losses, host.extra_loss = dict(ran.losses.by_name), ran.losses.total
+            return hidden, ran.streams, ran.state
 
         if layout is None or not feeds(plan.program):
             return piece(call, state, keep)
@@ -376,7 +387,7 @@ class DepthModel:
         host.extras = sides
         return hidden, sides
 
-    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: Recorder):
         """The outputs of packed rows: every sequence in them is run as a row.
 
         Args:
@@ -442,11 +453,11 @@ class DepthModel:
                 for s, axis in zip(sides, captured.side_axes)
             ]
             group.extras, group.losses, group.pool = mine, whole.losses, pool
-            streams, _ = run(
+            streams = run(
                 plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
-            )
+            ).streams
             parts.append(streams)
         pool.move()
         if pool.sums:
@@ -491,16 +502,28 @@ class DepthModel:
     # What transformers calls.
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Refused: continuous batching writes keys and values into pages that stock attention layers read.
+        """As the stock method, for programs whose layers need their own keys of earlier tokens alone.
+
+        It runs the program as stock layers on the same weights (:func:`depthpass.emit.twin.twin`).
 
         Raises:
-            InputError: always.
+            InputError: the program has delays or shared keys, or cannot be written as stock layers.
         """
-        raise InputError("continuous batching (generate_batch, cache_implementation='paged', transformers serve): a transformed "
-                         "model keeps a DepthCache, one slot per visit and delay lines, which has no pages. Use generate with "
-                         "a left-padded batch.")
+        return self._paged("init_continuous_batching")(*args, **kwargs)
 
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
+    def generate_batch(self, *args, **kwargs):
+        """As the stock method; see :meth:`init_continuous_batching`."""
+        return self._paged("generate_batch")(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """As the stock method; see :meth:`init_continuous_batching`."""
+        return self._paged("continuous_batching_context_manager")(*args, **kwargs)
+
+    def _paged(self, method: str):
+        from depthpass.emit.twin import twin
+
+        who = "continuous batching (generate_batch, cache_implementation='paged', transformers serve)"
+        return getattr(twin(self, who), method)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         given = model_kwargs.get(STOCK_NAME)
@@ -686,9 +709,15 @@ def depth_class(stock: type) -> type:
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
-        def generate(self, *args, **kwargs):
+        def generate(self, *args, draft=None, draft_tokens="auto", **kwargs):
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
+            if draft is not None:
+                from depthpass.hf.speculation import draft_generate
+
+                return draft_generate(self, stock.generate, args, kwargs, cache, draft, draft_tokens)
+            if draft_tokens != "auto":
+                raise InputError(f"draft_tokens: expected draft beside it, got {draft_tokens!r} alone.")
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate

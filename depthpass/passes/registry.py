@@ -13,6 +13,7 @@ GROUP = "depthpass.passes"
 
 BUILTIN: dict[str, str] = {
     "coconut": "depthpass.passes.coconut:Coconut",
+    "feedback_transformer": "depthpass.passes.feedback:FeedbackTransformer",
     "identity": "depthpass.passes.identity:Identity",
     "inner_thinking": "depthpass.passes.inner_thinking:InnerThinking",
     "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
@@ -22,8 +23,10 @@ BUILTIN: dict[str, str] = {
     "mixture_of_recursions": "depthpass.passes.mixture_of_recursions:MixtureOfRecursions",
     "pad": "depthpass.passes.pad:Pad",
     "parallel_loop": "depthpass.passes.parallel_loop:ParallelLoop",
+    "relaxed_recursion": "depthpass.passes.relaxed_recursion:RelaxedRecursion",
     "repeat": "depthpass.passes.recurrence:Repeat",
     "skip": "depthpass.passes.layer_program:Skip",
+    "t2mlr": "depthpass.passes.t2mlr:T2MLR",
     "taps": "depthpass.passes.taps:Taps",
     "turboconn": "depthpass.passes.turboconn:TurboConn",
 }
