@@ -48,13 +48,13 @@ class Variant:
         make: builds model and inputs, once, and returns what is timed.
         oracle: gives the right numbers, by other means; None = this row is what others are held against.
         tolerance: largest relative error of a result; None = that of the dtype.
-        floor: the least ratio to the baseline that is possible; None = not known.
+        floor: the least ratio to the baseline that is possible, or what says so after the warm-up; None = not known.
     """
 
     make: Callable[[], Run]
     oracle: Callable[[], Answer] | None = None
     tolerance: float | None = None
-    floor: float | None = None
+    floor: float | Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,7 @@ def measure(m: Measurement, options: Options) -> Result:
     say(m.title)
     options.answers.clear()
     labels = [m.baseline, *(n for n in m.variants if n != m.baseline)]
-    rows = {label: Row(label, floor=m.variants[label].floor) for label in labels}
+    rows = {label: Row(label) for label in labels}
     if m.quantity == "seconds":
         _seconds(m, rows, options)
     else:
@@ -71,7 +71,7 @@ def _seconds(m: Measurement, rows: dict[str, Row], options: Options) -> None:
                 for _ in range(options.warmup):
                     run()
                 row.products = products_called(run) if options.device == "cpu" else {}
-                row.note = _note(run)
+                row.note, row.floor = _note(run), _floor(m.variants[row.label])
             else:
                 row.failed = f"its {row.gate.where} is off by {row.gate}, at most {row.gate.tolerance:.0e} is allowed"
         say(f"  {row.label}: {row.failed or f'numbers off by {row.gate}' if row.gate or row.failed else 'built'}")
@@ -188,6 +188,10 @@ class _reported:
         traceback.print_exception(error)
         self.row.failed = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
         return True
+
+
+def _floor(variant: Variant) -> float | None:
+    return variant.floor() if callable(variant.floor) else variant.floor
 
 
 def _note(run: Run) -> str:
