@@ -49,7 +49,6 @@ class Runtime:
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int, int], ...] = ()
-    lowered: tuple[Lowered, ...] = ()
     drafted: object = None
     lowered: LoweredCall = field(default_factory=LoweredCall)
     said_compiled: bool = False

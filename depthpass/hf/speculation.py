@@ -174,8 +174,9 @@ class _Runner:
         host = StockHost(model, captured, ())
         hidden, sides = model._embedded(host, call)
         rung = model._depth.lowering
-        return run(part.schedule, host, hidden if entry is None else entry, sides, captured.side_axes, state, call.valid, True,
-                   part.types, "auto" if rung in ("inductor", "cudagraph") else rung)
+        ran = run(part.schedule, host, hidden if entry is None else entry, sides, captured.side_axes, state, call.valid, True,
+                  part.types, "auto" if rung in ("inductor", "cudagraph") else rung)
+        return ran.streams, ran.state
 
     def logits(self, streams: dict[str, Tensor], last: int) -> Tensor:
         """Logits of the last so many tokens, in float32 as ``generate`` reads them."""
