@@ -144,9 +144,10 @@ class DepthModel(_Stock):
 
     @property
     def depth_lowered(self) -> LoweredCall:
-        """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
+        """What the last call ran: prints as the lowered program, with the level of each region and why it was no higher one.
 
-        A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
+        Its entries are the serial regions that ran in a token loop; a decoded token that ran as one compiled graph, and regions
+        that were swept, leave none.
         """
         return self._depth.lowered
 
@@ -351,9 +352,15 @@ def depth_class(stock: Any) -> Any:
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
-        def generate(self, *args, draft=None, draft_tokens="auto", **kwargs):
+        def generate(self, *args, draft=None, draft_tokens="auto", loops=None, **kwargs):
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
+            if loops is not None:
+                from depthpass.hf.row_depth import rows_generate
+
+                if draft is not None:
+                    raise InputError("loops: expected no draft beside it, got one. Leave one of them out.")
+                return rows_generate(self, stock.generate, args, kwargs, cache, loops)
             if draft is not None:
                 from depthpass.hf.speculation import draft_generate
 

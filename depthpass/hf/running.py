@@ -31,7 +31,7 @@ from depthpass.lowered.record import Recorder
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
-    from depthpass_lowering.fixed_point import Sweeping
+    from depthpass_lowering.executors.fixed_point import Sweeping
     from depthpass_lowering.state import State
 
     from depthpass.hf.model import DepthModel
@@ -87,7 +87,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     Returns:
         the decoder's stock outputs.
     """
-    from depthpass_lowering.contraction import start
+    from depthpass_lowering.executors.contraction import start
     from depthpass_lowering.state import State
 
     runtime = model._depth
@@ -183,8 +183,8 @@ def _run(
     Returns:
         the embedded tokens; all streams by name; the new state.
     """
-    from depthpass_lowering.eager import run
-    from depthpass_lowering.losses import Pool
+    from depthpass_lowering.executors.eager import run
+    from depthpass_lowering.executors.losses import Pool
 
     def piece(part: Call, state: State, keep: bool) -> tuple[Tensor, Streams, State]:
         hidden, sides = embedded(now.model, host, part)
@@ -234,7 +234,7 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
     Returns:
         the decoder's flat outputs; all streams by name.
     """
-    from depthpass_lowering.losses import Pool
+    from depthpass_lowering.executors.losses import Pool
 
     model, call, captured = now.model, now.call, now.captured
     whole, pool = now.host(), Pool()
@@ -282,8 +282,8 @@ def _sequences(now: DecoderCall, plan: Plan, host: StockHost, rows: Rows) -> Str
 
 def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None) -> Streams:
     """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
-    from depthpass_lowering.eager import run
-    from depthpass_lowering.losses import Pool
+    from depthpass_lowering.executors.eager import run
+    from depthpass_lowering.executors.losses import Pool
     from depthpass_lowering.state import State
 
     parts: list[Streams] = []

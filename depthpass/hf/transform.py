@@ -105,11 +105,11 @@ def transform(
             f"this {type(inner).__name__} is already transformed. Call dp.restore(model) first, or pass one list with "
             "all passes."
         )
-    from depthpass_lowering.ladder import check_rung
+    from depthpass_lowering.executors.levels import check_level
 
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
-    runtime.lowering, runtime.fixed_point = check_rung(lowering), policy
+    runtime.lowering, runtime.fixed_point = check_level(lowering), policy
     whole = copied(model)
     turbo = inner_model(whole)
     turbo.__class__ = depth_class(type(inner))

@@ -38,4 +38,4 @@ def holder_of(definition: OpDef, declared: Mapping[str, Param], like: Tensor) ->
         return definition.holder(declared, like)
     assert definition.meaning is not None, "an op without a meaning has no module"
     with torch.no_grad():
-        return Held(definition.meaning, declared, like.detach())
+        return Held(definition.computed, declared, like.detach())
