@@ -51,7 +51,7 @@ def test_arrows(package):
 
 # Room -> rooms it may import, lazy imports counted too; CONTRIBUTING.md has the map in words. The compiler backend and
 # the recorder of live models are the part of the lowering that stands above the Hugging Face room.
-BACKEND = ("depthpass_lowering.backend", "depthpass_lowering.dynamo_models", "depthpass_lowering.recording")
+BACKEND = ("depthpass_lowering.backend", "depthpass_lowering.executors.recording")
 BASE = {"errors", "limits", "prompt", "log"}
 ROOMS = {
     "errors": set(), "log": set(), "limits": {"errors"}, "prompt": {"limits"}, "losses": {"errors"},
@@ -75,8 +75,8 @@ ROOMS = {
 KNOWN = [
     {"depthpass.ir.program", "depthpass.ir.text"},
     {"depthpass.lowered.program", "depthpass.lowered.text"},
-    {"depthpass_lowering.compiled", "depthpass_lowering.eager", "depthpass_lowering.executor", "depthpass_lowering.graphed",
-     "depthpass_lowering.ladder", "depthpass_lowering.scheduled"},
+    {f"depthpass_lowering.executors.{n}" for n in (
+        "base", "chunk_loop", "compiled", "eager", "graphed", "levels", "scheduled")},
     {"depthpass.analysis.gradient_sets", "depthpass.analysis.gradients"},
     # Continuous batching runs the emitted layers of a model, and emitting takes a model.
     {"depthpass.emit.folder", "depthpass.emit.twin", "depthpass.hf.materialize", "depthpass.hf.model", "depthpass.hf.switch",
@@ -120,7 +120,7 @@ def _imported():
 
 
 def room(module):
-    if module in BACKEND:
+    if module.startswith(BACKEND):
         return "backend"
     if module.startswith(("depthpass_lowering", "depthpass_kernels")):
         return module.split(".")[0].removeprefix("depthpass_")

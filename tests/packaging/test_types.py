@@ -106,12 +106,12 @@ def test_a_misspelt_name_gets_the_nearest(name, near):
 
 
 def test_literals_of_options_are_what_transform_takes():
-    from depthpass_lowering.ladder import RUNGS
+    from depthpass_lowering.executors.levels import LEVELS
 
     from depthpass.hf import transform
     from depthpass.schedule.fixed_point import SCHEDULES
 
-    assert transform.Lowering.__args__ == RUNGS and transform.ScheduleName.__args__ == SCHEDULES
+    assert transform.Lowering.__args__ == LEVELS and transform.ScheduleName.__args__ == SCHEDULES
     takes = inspect.signature(transform.transform).parameters
     assert {f.name for f in fields(dp.FixedPoint)} - {"ridge"} < set(takes)
 
