@@ -83,7 +83,7 @@ def test_the_matrix_names_the_lower_bounds() -> None:
 def test_scripts_are_short_and_name_the_real_model() -> None:
     for page, _, text in scripts():
         assert len(text.splitlines()) <= LINES, page
-        assert "yours: " in text and "small(" in text, page
+        assert "yours: " in text and "from depthpass.demo import" in text, page
 
 
 def test_every_page_is_listed() -> None:
