@@ -36,6 +36,26 @@ def test_every_script_runs_as_pasted(page: str, at: int, text: str, tmp_path: Pa
     exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_notebooks_run_in_a_kernel(tmp_path: Path) -> None:
+    """All three one after another in one kernel, since starting it and importing takes most of the time."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    books = {f.stem: nbformat.read(f, as_version=4) for f in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))}
+    forget = nbformat.v4.new_code_cell("%reset -f")
+    for name, book in books.items():
+        nbformat.validate(book)
+        assert not any(c.get("outputs") for c in book.cells), f"{name}: outputs are not kept in the repository"
+    whole = nbformat.v4.new_notebook(cells=[c for book in books.values() for c in (*book.cells, forget)])
+    nbclient.NotebookClient(whole, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = {name: [o.get("data", {}) for c in book.cells for o in c.get("outputs", ())] for name, book in books.items()}
+    assert set(shown) == {"analysis", "training", "serving"}
+    assert any("dp-picture" in d.get("text/html", "") for d in shown["analysis"])
+    assert any("depth at n = 155" in d.get("text/plain", "") for d in shown["analysis"])
+    assert any("program LlamaForCausalLM" in d.get("text/html", "") for d in shown["training"])
+    assert any("DepthCache(tokens=" in d.get("text/plain", "") for d in shown["serving"])
+
+
 ROOT = PAGES.parents[1]
 STARTS = ["README.md", "docs/index.md", "docs/report.md", "docs/depth.md", "docs/backend.md",
           *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs" / "errors").glob("*.md")))]
