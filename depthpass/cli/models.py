@@ -46,7 +46,8 @@ def search(args: argparse.Namespace) -> int:
     check_outputs(args.out, folders=True)
     text, space = read_text(args.samples, "samples"), load_space(_space(args.space))
     # Before a model is loaded, which may take long.
-    load_method(args.method), load_score(args.score)
+    load_method(args.method)
+    load_score(args.score)
     from depthpass.hf.checkpoints import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
