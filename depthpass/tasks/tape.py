@@ -20,6 +20,8 @@ from functools import cached_property
 
 import networkx as nx
 
+from depthpass.prompt import at_prompt
+
 Value = int | str | tuple
 """What a state holds."""
 
@@ -89,6 +91,7 @@ class Tape:
         return name
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Trace:
     """What a program left on its tape.
