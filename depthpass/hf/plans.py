@@ -20,7 +20,6 @@ from depthpass.ir.program import Program, plain
 from depthpass.ir.verify import Type, infer
 from depthpass.passes.base import Context, Pass
 from depthpass.passes.pipeline import apply_spec
-from depthpass.prompt import at_prompt
 from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import dump_spec, load_spec, spec_hash
 
@@ -33,7 +32,6 @@ KEPT = 1024
 _MAKING = threading.Lock()
 
 
-@at_prompt
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A spec applied to one model.

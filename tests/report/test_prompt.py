@@ -26,7 +26,7 @@ def public() -> list[object]:
         made, made.program, made.schedule, made.schedule.regions[0], made.cost, made.depths[None], made.facts, made.sections[0],
         subject(), compare(subject(), [("stock", None), ("band", BAND)], cost=False), model.depth_program, dp.DepthCache(model),
         dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch), *dp.load_spec(BAND), dp.FixedPoint(),
-        tasks.get("large_add").instance(40, 0), model._depth.plans.current,
+        tasks.get("large_add").instance(40, 0),
     ]
 
 
