@@ -21,6 +21,8 @@ from typing import Any
 
 import networkx as nx
 
+from depthpass.prompt import at_prompt
+
 Value = int | str | tuple
 """What a state holds."""
 
@@ -90,6 +92,7 @@ class Tape:
         return name
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Trace:
     """What a program left on its tape.
