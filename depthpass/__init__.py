@@ -45,6 +45,9 @@ _PUBLIC = {
     "relay_loss": "depthpass.losses",
     "exit_loss": "depthpass.losses",
     "gradients": "depthpass.analysis.gradients",
+    "denoise": "depthpass.diffusion",
+    "diffusion_loss": "depthpass.diffusion",
+    "CoevolutionaryDiffusion": "depthpass.diffusion",
     **dict.fromkeys(
         ("DepthpassError", "SpecError", "CheckpointError", "UnsupportedModelError", "VerifyError", "ParseError", "PassError",
          "InputError", "CacheError", "LoweringError"),

@@ -20,6 +20,7 @@ from depthpass.analysis.routing import reads_future
 from depthpass.capture import Capture, capture
 from depthpass.capture.quiet import quiet, without_autocast
 from depthpass.errors import InputError, UnsupportedModelError
+from depthpass.hf import ahead
 from depthpass.hf.auto import mark, marked_class, unmark
 from depthpass.hf.cache import NAMES, STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
@@ -665,6 +666,9 @@ def depth_class(stock: type) -> type:
 
         @functools.wraps(stock.generate)
         def generate(self, *args, **kwargs):
+            if self.depth_program.denoise is not None:
+                return ahead.generate(self, args, kwargs)
+            ahead.refuse_generation(self.depth_program)
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))

@@ -52,6 +52,11 @@ loss         a training loss, ``coefficient`` times a mean over real tokens, cal
              squared, over the tokens that the route chose from; without a route over all
 average      before anything runs, a block's weights become the mean of those of ``blocks``
 retire       a block that no visit runs: its weights are kept under their stock names and do not train
+ahead        attention of every visit sees later tokens: the whole row (0), or up to the end of a token's own block of so many
+             tokens, counted from the row's first real token; windows then reach so far in both directions
+denoise      the program runs ``steps`` times (for every block, with ``ahead``): after each, tokens are written into the
+             positions that ``order`` chooses among those that hold ``token``, the mask; only their ids, log2 of the
+             vocabulary in bits each, reach the next step
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
 """
@@ -168,6 +173,8 @@ OPS: dict[str, OpDef] = {
         ),
         _def("average", "index", (0, 0), defines=False, index=_REQ_INT, blocks=AttrDef(tuple, required=True)),
         _def("retire", "index", (0, 0), defines=False, index=_REQ_INT),
+        _def("ahead", "tokens", (0, 0), defines=False, tokens=_REQ_INT),
+        _def("denoise", "steps", (0, 0), defines=False, steps=_REQ_INT, order=AttrDef(str, "confidence"), token=_REQ_INT),
         _def("output", defines=False),
     )
 }

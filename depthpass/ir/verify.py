@@ -33,6 +33,8 @@ _AT_LEAST = {
     "pick": {"index": 0},
     "loss": {"coefficient": 0.0},
     "rms": {"eps": 0.0},
+    "ahead": {"tokens": 0},
+    "denoise": {"steps": 1, "token": 0},
     "route": {"depth": 1, "rate": 0.0},
 }
 
@@ -151,7 +153,7 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
         _expect(not any(a.is_route for a in args), o, "streams", "a route")
         places = {(a.tokens, a.pads) for a in args}
         _expect(len(places) <= 1, o, "arguments over the same tokens", "different routes or paddings")
-    if kind in ("embed", "average", "retire"):
+    if kind in ("embed", "average", "retire", "ahead", "denoise"):
         return Type(program.width)
     if kind in ("zeros", "noise"):
         return Type(o["width"] or program.width)
@@ -287,6 +289,7 @@ def _verify(program: Program) -> None:
     names = [o["name"] for o in program.taps]
     if len(set(names)) != len(names):
         raise VerifyError(f"tap names must differ, got {names}.")
+    _check_ahead(program)
     types = infer(program)
     gates: dict[str, Op] = {}
     for o in program.visits:
@@ -297,6 +300,21 @@ def _verify(program: Program) -> None:
                 raise VerifyError(f"{_where(o)}: expected {key} {first[key]} as at %{first.name}, which has the same gate "
                                   f"{o['gate']!r}, got {o[key]}. Give it a gate of its own.")
     parameters(program, types)
+
+
+def _check_ahead(program: Program) -> None:
+    """What sees later tokens cannot wait for them: nothing of the program may go from token to token."""
+    for kind in ("ahead", "denoise"):
+        if sum(o.kind == kind for o in program.ops) > 1:
+            raise VerifyError(f"{kind}: expected it once in a program, got it again.")
+    if program.ahead is None:
+        return
+    for o in program.ops:
+        visit = o.kind == "block" and (o["gate"] is not None or o["past"] is not None)
+        if o.kind == "delay" or visit:
+            what = "a delay" if o.kind == "delay" else "a gated window" if o["gate"] is not None else "keys of earlier calls"
+            raise VerifyError(f"{_where(o)}: expected attention that sees no later token beside {what}, got a program with "
+                              "'ahead', whose tokens run together. Leave one of the two out.")
 
 
 def _check_attrs(program: Program, o: Op) -> None:

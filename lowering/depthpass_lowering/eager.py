@@ -148,7 +148,7 @@ class Run:
     def _at_once(self) -> tuple[Span, Masks]:
         """All new tokens as one span, and its masks."""
         (span,) = spans(self.length, self.count, self.valid, None, None)
-        return span, Masks(self.length, self.count, self.valid, self.hidden.device)
+        return span, Masks(self.length, self.count, self.valid, self.hidden.device, self.program.ahead)
 
     def _stack(self, stack: Stack, hidden: Tensor, span: Span, masks: Masks, tables: dict) -> Tensor:
         """Visits of one block as rows of one call: ``[members * batch, tokens, width]`` -> the same."""
@@ -199,6 +199,7 @@ class Run:
             masks = Masks(
                 span.start, span.count,
                 None if self.valid is None else self.valid[:, : span.start + span.count], self.hidden.device,
+                self.program.ahead,
             )
             tables = [parts[i] for parts in sides]
             for o in region.ops:
@@ -347,7 +348,7 @@ class Run:
             return None
         if kind == "pick":
             return args[0][..., o["index"], None]
-        if kind in ("average", "retire"):  # done once, when the model was transformed
+        if kind in ("average", "retire", "ahead", "denoise"):  # done once, or read where the program is run
             return None
         raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
 

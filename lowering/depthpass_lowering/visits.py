@@ -141,7 +141,9 @@ class RunningVisit:
             return self.masks.get(window, chunk)
         columns, valid = where
         q = torch.arange(self.span.start, self.span.start + self.span.count, device=columns.device)[None, :, None]
-        return column_mask(q, columns[:, None], window, chunk, valid, self.masks.row_start)[:, None], False
+        return column_mask(
+            q, columns[:, None], window, chunk, valid, self.masks.row_start, self.masks.ahead
+        )[:, None], False
 
     def mix(self, q: Tensor, hidden: Tensor, far: Tensor, near: Tensor) -> Tensor:
         """PLT: g * Attn(shared keys) + (1 - g) * Attn(own last W keys), per head and token, before o_proj."""
@@ -305,7 +307,8 @@ class RoutedVisit(RunningVisit):
     def _mask(self, where, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = where
         end = self.span.start + self.span.count
-        if valid is None and chunk is None and (window is None or window >= end):
+        ahead = self.masks.ahead
+        if ahead is None and valid is None and chunk is None and (window is None or window >= end):
             # Nothing but the order matters, and the tokens stand in order.
             if columns is self.at:
                 return None, columns.shape[1] > 1
@@ -315,7 +318,7 @@ class RoutedVisit(RunningVisit):
         if self.wide and columns is not self.at:
             at, rows = self.route.index + self.span.start, self._stored
         start = rows(self.masks.row_start)
-        return column_mask(at[..., None], columns[:, None], window, chunk, valid, start)[:, None], False
+        return column_mask(at[..., None], columns[:, None], window, chunk, valid, start, ahead)[:, None], False
 
     def columns(self, device: torch.device) -> Tensor:
         raise LoweringError(
@@ -411,10 +414,11 @@ class AskingVisit(RunningVisit):
     def _asking_mask(self, keys: int, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = torch.arange(keys, device=self.at.device)[None], self.masks.valid
         end = self.span.start + self.span.count
-        if valid is None and self.span.count == 1 and chunk is None and (window is None or window >= end):
+        ahead = self.masks.ahead
+        if ahead is None and valid is None and self.span.count == 1 and chunk is None and (window is None or window >= end):
             return None, False
         start = self._pick(self.masks.row_start)
-        mask = column_mask(self.at[..., None], columns[:, None], window, chunk, self._pick(valid), start)
+        mask = column_mask(self.at[..., None], columns[:, None], window, chunk, self._pick(valid), start, ahead)
         return mask[:, None], False
 
     def columns(self, device: torch.device) -> Tensor:
