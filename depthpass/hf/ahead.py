@@ -29,7 +29,8 @@ def cached(
             f"{name if cache is not None else 'use_cache'}: attention of this program sees the whole row, so every token changes "
             "when one is added and nothing can be kept. Leave it out, or use a block-causal program (block=B)."
         )
-    real = None if valid is None else valid[:, :past].sum(-1)
+    # A row that has no further tokens may end anywhere.
+    real = None if valid is None else valid[:, :past].sum(-1)[valid[:, past:].any(-1)]
     counts = [past] if real is None else sorted(set(real.tolist()))
     if any(c % program.ahead for c in counts):
         raise InputError(f"{name}: attention sees blocks of {program.ahead} tokens as a whole, so a cache has to end with one in "

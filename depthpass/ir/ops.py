@@ -56,7 +56,7 @@ ahead        attention of every visit sees later tokens: the whole row (0), or u
              tokens, counted from the row's first real token; windows then reach so far in both directions
 denoise      the program runs ``steps`` times (for every block, with ``ahead``): after each, tokens are written into the
              positions that ``order`` chooses among those that hold ``token``, the mask; only their ids, log2 of the
-             vocabulary in bits each, reach the next step
+             vocabulary in bits each, reach the next step, and ``carry`` values per token of a continuous state beside them
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
 """
@@ -174,7 +174,8 @@ OPS: dict[str, OpDef] = {
         _def("average", "index", (0, 0), defines=False, index=_REQ_INT, blocks=AttrDef(tuple, required=True)),
         _def("retire", "index", (0, 0), defines=False, index=_REQ_INT),
         _def("ahead", "tokens", (0, 0), defines=False, tokens=_REQ_INT),
-        _def("denoise", "steps", (0, 0), defines=False, steps=_REQ_INT, order=AttrDef(str, "confidence"), token=_REQ_INT),
+        _def("denoise", "steps", (0, 0), defines=False, steps=_REQ_INT, order=AttrDef(str, "confidence"), token=_REQ_INT,
+             carry=AttrDef(int, 0)),
         _def("output", defines=False),
     )
 }

@@ -34,7 +34,7 @@ _AT_LEAST = {
     "loss": {"coefficient": 0.0},
     "rms": {"eps": 0.0},
     "ahead": {"tokens": 0},
-    "denoise": {"steps": 1, "token": 0},
+    "denoise": {"steps": 1, "token": 0, "carry": 0},
     "route": {"depth": 1, "rate": 0.0},
 }
 

@@ -38,6 +38,8 @@ class MaskedDiffusion(Pass):
             filled one after another, and keys and values of finished ones are kept.
         shift: predict a token from the logits of the position before it, as a causal model was trained to; else from its
             own. Not with ``block``, whose first position sees no token before it in its pass.
+        carry: values per token of a continuous state that goes from step to step beside the tokens;
+            :class:`depthpass.CoevolutionaryDiffusion` sets it.
     """
 
     name: ClassVar[str] = "masked_diffusion"
@@ -49,6 +51,7 @@ class MaskedDiffusion(Pass):
     unmask: str = "confidence"
     block: int | None = None
     shift: bool = False
+    carry: int = 0
 
     def validate(self) -> None:
         require(self.steps >= 1, f"{self.name}.steps", "at least 1 step", self.steps)
@@ -57,6 +60,7 @@ class MaskedDiffusion(Pass):
         require(self.block is None or self.block >= 1, f"{self.name}.block", "at least 1 token", self.block)
         require(self.block is None or self.steps <= self.block, f"{self.name}.steps",
                 f"at most one step per token of a block of {self.block}", self.steps)
+        require(self.carry >= 0, f"{self.name}.carry", "at least 0 values", self.carry)
         require(self.block is None or not self.shift, f"{self.name}.shift", "False with block", self.shift)
 
     def apply(self, program: Program, ctx: Context) -> Program:
@@ -66,4 +70,5 @@ class MaskedDiffusion(Pass):
                             "Call model.resize_token_embeddings first, or take a token that no text has.")
         program = seeing_ahead(program, self.block, self.name)
         ahead, *rest = program.ops
-        return replace(program, ops=(ahead, op("denoise", steps=self.steps, order=self.unmask, token=self.mask_token), *rest))
+        steps = op("denoise", steps=self.steps, order=self.unmask, token=self.mask_token, carry=self.carry)
+        return replace(program, ops=(ahead, steps, *rest))
