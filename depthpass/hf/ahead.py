@@ -66,6 +66,13 @@ def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         return denoise(model, prompt, given.get("attention_mask"), new_tokens=new, temperature=heat)
 
 
+def refuse_shifted_loss(program: Program) -> None:
+    """Raise InputError for labels of next tokens where every token already sees them."""
+    if program.ahead is not None and program.ahead != 1:
+        raise InputError("labels: attention of this program sees later tokens, so the stock loss of predicting the next one would "
+                         "measure copying. Use dp.diffusion_loss, or a loss of your own on the logits.")
+
+
 def refuse_generation(program: Program) -> None:
     """Raise InputError for a program that sees later tokens and does not say how they are filled in."""
     if program.ahead is not None:

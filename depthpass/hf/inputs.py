@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import CacheError, DepthpassError, InputError, did_you_mean
-from depthpass.hf.ahead import cached
+from depthpass.hf.ahead import cached, refuse_shifted_loss
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
 from depthpass.hf.dense import made_of_packed_rows, validity_of
 from depthpass.hf.packing import WORDS, Packing, Rows, check_batched, find_packing
@@ -90,6 +90,7 @@ def check_outer(model: nn.Module, names: tuple[str, ...], arguments: dict[str, o
         return  # the decoder says what is wrong
     keep = _logits_to_keep(names, given, tokens.shape[1])
     if "labels" in given and "logits_to_keep" in names:  # a language model: one label per token
+        refuse_shifted_loss(model.depth_program)
         if keep is not None:
             raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
         if (shape := tuple(given["labels"].shape)) != tuple(tokens.shape[:2]):

@@ -267,6 +267,14 @@ def test_a_saved_model_comes_back_and_caches_are_refused(diffusers, tmp_path):
         diffusers[4](input_ids=ids[:, 6:], past_key_values=cache)
 
 
+def test_labels_of_next_tokens_are_refused(diffusers):
+    """Every token sees the next one: the stock loss would be a measure of copying."""
+    ids, _ = rows(8, 8)
+    for model in diffusers.values():
+        with pytest.raises(InputError, match=r"measure copying. Use dp.diffusion_loss"):
+            model(input_ids=ids, labels=ids)
+
+
 def test_texts_of_programs(stock):
     text = str(dp.transform(stock, dp.MaskedDiffusion(steps=3, mask_token=MASK, unmask="random", block=4)).depth_program)
     assert "ahead 4" in text and f"denoise 3 order random token {MASK}" in text
