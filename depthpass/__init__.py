@@ -15,6 +15,7 @@ _PUBLIC = {
     "restore": "depthpass.hf.transform",
     "new_parameters": "depthpass.hf.transform",
     "materialize": "depthpass.hf.materialize",
+    "emit": "depthpass.emit",
     "switch": "depthpass.hf.switch",
     "using": "depthpass.hf.switch",
     "set_loops": "depthpass.hf.switch",
@@ -22,6 +23,7 @@ _PUBLIC = {
     "FlopsLedger": "depthpass.hf.callbacks",
     "ShiftSchedule": "depthpass.hf.callbacks",
     "RecurrenceCurriculum": "depthpass.hf.callbacks",
+    "LatentCurriculum": "depthpass.hf.latent_curriculum",
     "from_pretrained": "depthpass.hf.save",
     "set_ratios": "depthpass.hf.ratios",
     "capacity_warmup": "depthpass.hf.ratios",
@@ -44,6 +46,10 @@ _PUBLIC = {
     "aligned_targets": "depthpass.losses",
     "relay_loss": "depthpass.losses",
     "exit_loss": "depthpass.losses",
+    "gate_loss": "depthpass.losses",
+    "set_exit": "depthpass.hf.exits",
+    "only_gates": "depthpass.hf.exits",
+    "recipes": "depthpass.recipes",
     "gradients": "depthpass.analysis.gradients",
     "denoise": "depthpass.diffusion",
     "diffusion_loss": "depthpass.diffusion",
@@ -60,6 +66,8 @@ _PACKAGES = {"lowering": "depthpass_lowering", "kernels": "depthpass_kernels", "
 def __getattr__(name: str):
     if name in _PACKAGES:
         return importlib.import_module(_PACKAGES[name])
+    if name == "recipes":
+        return importlib.import_module("depthpass.recipes")
     if name in _PUBLIC:
         return getattr(importlib.import_module(_PUBLIC[name]), name)
     if not name.startswith("_"):

@@ -1,4 +1,5 @@
-"""Losses on taps: RELAY's iteration-wise supervision (arXiv 2502.08482), Ouro's losses of an exit gate (arXiv 2510.25741)."""
+"""Losses on taps: RELAY's iteration-wise supervision (arXiv 2502.08482), Ouro's losses of an exit gate, of both stages
+(arXiv 2510.25741)."""
 
 from __future__ import annotations
 
@@ -154,13 +155,8 @@ def exit_loss(
     if form not in ("mixture", "expected"):
         raise InputError(f"exit_loss: form: expected 'mixture' or 'expected', got {form!r}.")
     logits, gates = _exits(getattr(taps, "taps", taps), scope)
-    if labels.shape != logits[0].shape[:2]:
-        raise InputError(f"exit_loss: labels: expected shape {tuple(logits[0].shape[:2])}, got {tuple(labels.shape)}.")
-    want = labels[:, 1:].to(logits[0].device)
-    keep = want != -100
-    if not bool(keep.any()):
-        raise InputError("exit_loss: expected labels with a token to learn from, got -100 everywhere behind the first column.")
-    precise = [z[:, :-1][keep].to(torch.promote_types(z.dtype, torch.float32)) for z in logits]
+    want, keep = _wanted("exit_loss", logits, labels)
+    precise = [_precise(z[:, :-1][keep]) for z in logits]
     p = _exit_probabilities([g[:, :-1, 0][keep].to(precise[0].dtype) for g in gates])
     if form == "mixture":
         each = F.cross_entropy(sum(w[:, None] * z for w, z in zip(p, precise)), want[keep], reduction="none")
@@ -171,7 +167,66 @@ def exit_loss(
     return each.sum() / (len(each) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _exits(taps: Any, scope: str) -> tuple[list[Tensor], list[Tensor]]:
+def gate_loss(
+    taps: Mapping[str, Tensor] | Any,
+    labels: Tensor,
+    *,
+    slope: float = 50.0,
+    threshold: float = 0.005,
+    scope: str = "loop",
+    num_items_in_batch: int | Tensor | None = None,
+) -> Tensor:
+    """Ouro's second stage: trains the exit gate alone, on what another iteration is worth.
+
+    With L_t the cross-entropy of a token after iteration t (no gradient flows into it) and lambda_t the gate's exit
+    probability, the gate is to go on, 1 - lambda_t = w_t, where the iteration has lowered the loss:
+
+        w_t = sigmoid(slope (max(0, L_(t-1) - L_t) - threshold))
+        loss = 1/T sum_(t=2..T) mean BCE(1 - lambda_t, w_t)
+
+    over the tokens whose *next* token has a label. Only gates get a gradient where the rest is frozen::
+
+        dp.only_gates(model)
+        dp.gate_loss(model(input_ids=ids), labels).backward()
+
+    Args:
+        taps, labels, scope, num_items_in_batch: as for :func:`exit_loss`.
+        slope, threshold: k and gamma.
+
+    Raises:
+        InputError: as :func:`exit_loss`, or a loop of one iteration.
+    """
+    logits, gates = _exits(getattr(taps, "taps", taps), scope, "gate_loss")
+    want, keep = _wanted("gate_loss", logits, labels)
+    if len(logits) < 2:
+        raise InputError("gate_loss: expected at least 2 iterations to compare, got 1.")
+    with torch.no_grad():
+        losses = [F.cross_entropy(_precise(z[:, :-1][keep]), want[keep], reduction="none") for z in logits]
+    total = torch.zeros((), device=losses[0].device, dtype=losses[0].dtype)
+    for t in range(1, len(losses)):
+        go_on = torch.sigmoid(slope * ((losses[t - 1] - losses[t]).clamp_min(0) - threshold))
+        stay = 1 - gates[t][:, :-1, 0][keep].to(go_on.dtype)
+        total = total + F.binary_cross_entropy(stay, go_on, reduction="sum")
+    return total / len(losses) / (int(keep.sum()) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _wanted(who: str, logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The labels of next tokens, and which of them count."""
+    if labels.shape != logits[0].shape[:2]:
+        raise InputError(f"{who}: labels: expected shape {tuple(logits[0].shape[:2])}, got {tuple(labels.shape)}.")
+    want = labels[:, 1:].to(logits[0].device)
+    keep = want != -100
+    if not bool(keep.any()):
+        raise InputError(f"{who}: expected labels with a token to learn from, got -100 everywhere behind the first column.")
+    return want, keep
+
+
+def _precise(logits: Tensor) -> Tensor:
+    """float32 as in the stock losses, more where the logits have more."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _exits(taps: Any, scope: str, who: str = "exit_loss") -> tuple[list[Tensor], list[Tensor]]:
     """Logits and gates by iteration."""
     found = taps if isinstance(taps, Mapping) and not hasattr(taps, "to_tuple") else {}
     times = 0
@@ -180,7 +235,7 @@ def _exits(taps: Any, scope: str) -> tuple[list[Tensor], list[Tensor]]:
     names = [f"{scope}.t{t}" for t in range(1, times + 1)]
     if missing := [n for n in [*names, *(f"{n}.exit" for n in names)] if n not in found] or not names:
         lacking = f"without {', '.join(missing)}" if names else f"without {scope}.t1"
-        raise InputError(f"exit_loss: expected logits and gates of every iteration, got taps {lacking}. Use "
+        raise InputError(f"{who}: expected logits and gates of every iteration, got taps {lacking}. Use "
                          "Loop(..., exit=q, skip=False, taps=True), and scope= for a loop of another scope.")
     return [found[n] for n in names], [found[f"{n}.exit"] for n in names]
 

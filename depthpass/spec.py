@@ -22,7 +22,7 @@ from depthpass.limits import TEXT, shown
 from depthpass.passes.base import Pass, default_of, options
 from depthpass.passes.fields import describe
 from depthpass.passes.pipeline import as_passes
-from depthpass.passes.registry import pass_class
+from depthpass.passes.registry import ALIASES, pass_class, pass_names
 
 VERSION = 1
 SUFFIXES = (".yaml", ".yml", ".json")
@@ -35,7 +35,8 @@ def load_spec(source: SpecLike) -> tuple[Pass, ...]:
 
     Args:
         source: a pass, a list of passes, a dict, a list of dicts (passes and dicts may be mixed), the path of a
-            ``.yaml``, ``.yml`` or ``.json`` file, or YAML or JSON text.
+            ``.yaml``, ``.yml`` or ``.json`` file, YAML or JSON text, or the name of a pass. A mergekit ``passthrough``
+            config stands for its layer program.
 
     Returns:
         At least one pass, in order of application.
@@ -93,7 +94,11 @@ def spec_hash(spec: SpecLike) -> str:
 
 
 def _entries(source: Mapping[str, Any]) -> Sequence[Any]:
-    """The list of passes in a mapping: either one pass or the full form."""
+    """The list of passes in a mapping: one pass, the full form, or a mergekit config."""
+    if "slices" in source and "pass" not in source and "passes" not in source:
+        from depthpass.passes.layer_program import LayerProgram
+
+        return [LayerProgram.from_mergekit(source)]
     if "pass" in source:
         if "passes" in source or "depthpass" in source:
             raise SpecError("spec: expected either one mapping with 'pass' or the full form with 'passes', got both.")
@@ -186,9 +191,12 @@ def _parse(text: str, where: str) -> Any:
         raise SpecError(f"{where}: a value cannot be read: {error}.") from None
     if data is None:
         raise SpecError(f"{where}: expected at least one pass, got an empty spec.")
+    if isinstance(data, str) and (data in ALIASES or data in pass_names()):
+        return {"pass": data}
     if not isinstance(data, dict | list):
         raise SpecError(
-            f"{where}: expected a mapping with 'pass' or 'passes', or a list of passes, got {shown(data)}. "
+            f"{where}: expected a mapping with 'pass' or 'passes', or a list of passes, got {shown(data)}."
+            f"{did_you_mean(data, (*pass_names(), *ALIASES)) if isinstance(data, str) else ''} "
             f"Write 'pass: turboconn' for a pass, or a path ending in {', '.join(SUFFIXES)} for a file."
         )
     return data

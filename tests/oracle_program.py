@@ -231,9 +231,16 @@ def exits(
     """A loop that tokens leave early; returns the stream after the coda and how many iterations each token ran.
 
     ``gate(s)`` is the exit probability after a state. A token that left writes no keys in later iterations, neither in the
-    core nor in the coda that a prediction runs through.
+    core nor in the coda that a prediction runs through; with ``kv="latest"`` those of the core that it wrote last stand there.
     """
     slots, out, ran = {}, [], []
+
+    def stay(i, count):
+        """Copies what token i wrote last into the iterations that it does not take."""
+        for b in range(start, end):
+            entry = next(e for e in slots[count - 1, b] if e[2] == i)
+            for t in range(count, times):
+                slots.setdefault((t, b), Keys()).append(entry)
 
     def visit(key, first):
         keys = slots.setdefault(key, Keys())
@@ -251,6 +258,8 @@ def exits(
     def distance(p, q):
         if criterion == "state":
             return (p - q).norm() / p.norm()
+        if criterion == "cosine":
+            return 1 - (p * q).sum() / (p.norm() * q.norm())
         if criterion == "kl":
             return (q * (q / p).log()).sum()
         return (-(p * p.log()).sum() + (q * q.log()).sum()).abs()
@@ -261,7 +270,8 @@ def exits(
             e = row.block(b, e, i, visit(b, None))
         s, survival = e if noise is None else noise[i], 1.0
         vocabulary = row.model.config.vocab_size
-        before = {"state": s, "kl": torch.full((vocabulary,), 1 / vocabulary, dtype=e.dtype)}.get(criterion)
+        before = {"state": s, "cosine": s, "kl": torch.full((vocabulary,), 1 / vocabulary, dtype=e.dtype)}.get(criterion)
+        tops = []
         for t in range(times):
             x = s + e if inject == "add" and s is not e else s
             if inject == "concat":
@@ -272,12 +282,18 @@ def exits(
             survival = survival * (1 - gate(s).item())
             if criterion == "cdf" and 1 - survival >= limit:
                 break
-            if criterion != "cdf" and count < times:
-                now = s if criterion == "state" else predict(s, i, t)
+            if criterion == "argmax" and count < times:
+                tops.append(int(predict(s, i, t).argmax()))
+                if len(tops) > limit and len(set(tops[-int(limit) - 1 :])) == 1:
+                    break
+            elif criterion != "cdf" and count < times:
+                now = s if criterion in ("state", "cosine") else predict(s, i, t)
                 if before is not None and distance(now, before).item() < limit:
                     break
                 before = now
         ran.append(count)
+        if kv == "latest":
+            stay(i, count)
         out.append(coda(s, i, "end"))
     return torch.stack(out), ran
 

@@ -44,3 +44,10 @@ def pair(name: str) -> tuple[nn.Module, nn.Module]:
     """A stock model and its transformed one: the same objects in every test, so do not change them."""
     stock = stock_of(name)
     return stock, turbo_of(stock)
+
+
+def transformed(name: str, spec, dtype: torch.dtype = torch.float64, **overrides) -> nn.Module:
+    """A transformed model of an architecture, in which every parameter moves the output."""
+    model = dp.transform(enliven(zoo.model(name, dtype=dtype, **overrides), std=0.2), spec)
+    enliven(model.depth, seed=1, least=1)
+    return model

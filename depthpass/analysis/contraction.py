@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError
+from depthpass.prompt import at_prompt
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 
 
@@ -38,6 +39,7 @@ class Hop:
     output_error: float
 
 
+@at_prompt
 @dataclass(frozen=True)
 class RegionContraction:
     """One serial region.
@@ -78,6 +80,7 @@ class RegionContraction:
         return (changes[-1] / changes[0]) ** (1 / (len(changes) - 1))
 
 
+@at_prompt
 @dataclass(frozen=True)
 class ContractionReport:
     """Contraction of every serial region for one batch. ``print`` it, or :meth:`to_json`.

@@ -19,6 +19,7 @@ from depthpass.analysis.maxplus import Recurrence
 from depthpass.analysis.stages import Stages, Step
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.program import Program
+from depthpass.prompt import at_prompt
 
 if TYPE_CHECKING:
     import sympy
@@ -28,6 +29,7 @@ WEIGHTS: dict[str, int] = {"visits": 1, "attention": 1, "mlp": 1, "sublayers": 2
 """What one visit adds to a path: its attention and its MLP follow each other, so a path takes both."""
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Certificate:
     """Why the closed form holds for all n: one proved recurrence per delay cycle that the output depends on.
@@ -44,6 +46,7 @@ class Certificate:
     cycle: tuple[str, ...]
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Depth:
     """Depth of one output of a program as a function of n, the number of real tokens of a row.

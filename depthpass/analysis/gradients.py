@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, did_you_mean
+from depthpass.prompt import at_prompt
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class MatrixGradient:
     frobenius: float
 
 
+@at_prompt
 @dataclass(frozen=True)
 class GradientReport:
     """Gradients of one batch.

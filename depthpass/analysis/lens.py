@@ -10,10 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError
+from depthpass.prompt import at_prompt
 
 SCOPE = "lens"
 
 
+@at_prompt
 @dataclass(frozen=True)
 class LogitLens:
     """What every iteration (or visit) would answer.

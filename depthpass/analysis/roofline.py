@@ -17,8 +17,10 @@ from typing import Protocol
 import torch
 
 from depthpass.errors import InputError, did_you_mean
+from depthpass.prompt import in_notebooks
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Ceilings:
     """What a device can do at most.

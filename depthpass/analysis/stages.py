@@ -77,7 +77,7 @@ class Stages:
         self.writers = {writes_slot(o): o for o in program.visits}
         self.trimmed, mixed = self._trims()
         self.pads_apart = mixed or any(
-            (o.kind == "pad" and self._computed(o.args[0])) or (o.kind == "block" and self._outlives_keys(o))
+            (o.kind == "pad" and (o["feed"] or self._computed(o.args[0]))) or (o.kind == "block" and self._outlives_keys(o))
             for o in program.ops
         )
         self.nodes = self._nodes(weights)
@@ -161,6 +161,8 @@ class Stages:
         """What a value at the k-th pad token, or at the last real one, reads; distances count back from the latter."""
         if o.kind == "trim":
             return (self._at(o.args[0], o["tokens"]),)
+        if o.kind == "pad" and o["feed"]:
+            return (self._at(self.program.fed, k - 1),)
         if o.kind != "block":
             return tuple(self._at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
         # Pads may break the order of depths along the row, so attention reads every earlier token here.

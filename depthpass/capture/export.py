@@ -14,6 +14,7 @@ from torch import nn
 from depthpass.capture import attention
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
+from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import find_layers
 from depthpass.capture.traced import Traced, from_export
 from depthpass.errors import InputError
@@ -97,7 +98,8 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, 
     examples, dims = _examples(tensors)
     dims |= dict.fromkeys(static)
     forward = _keyword_forward(model, tuple(dims))
-    with _capture_mode(model, layers), forward, watch_sizes(model) as counting, warnings.catch_warnings():
+    repeats = Repeats(model, layers)
+    with _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, (), {**examples, **static}, dynamic_shapes=dims, strict=False)
@@ -105,7 +107,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, 
             raise explain(model, error, counting) from error
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
-    return from_export(program, layers, len(model.get_submodule(layers)), void)
+    return from_export(program, layers, len(model.get_submodule(layers)), void, repeats.of)
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

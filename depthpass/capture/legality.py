@@ -19,7 +19,9 @@ import torch
 from torch import fx
 
 from depthpass.capture.axes import Axes, AxisError, dim_of, has_stream
-from depthpass.capture.rules import BATCH, RULES, SIZE_ARGUMENTS, TOKENS, Call, Result, Rule, elementwise, flatten
+from depthpass.capture.rules import RULES, SIZE_ARGUMENTS
+from depthpass.capture.rules.call import BATCH, TOKENS, OpCall, Result, Rule, flatten
+from depthpass.capture.rules.shapes import elementwise
 from depthpass.errors import UnsupportedModelError
 
 _SIZES = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
@@ -125,14 +127,14 @@ class _Check:
         self._no_counts(args, SIZE_ARGUMENTS if _listed(schema.name) else frozenset())
         results = [value] if isinstance(value, torch.Tensor) else list(value)
         sizes = tuple(self.sizes.shape(t) for t in results)
-        call = Call(node, args, known, sizes, nested)
+        call = OpCall(node, args, known, sizes, nested)
         found = self._rule(node, call)(call)
         for axes, size in zip([found] if isinstance(value, torch.Tensor) else found, sizes):
             if [sympy.Mul(*a) for a in axes] != list(size):
                 raise AxisError(f"gives shape [{', '.join(map(str, size))}], which its rule does not account for")
         return found
 
-    def _rule(self, node: fx.Node, call: Call) -> Rule:
+    def _rule(self, node: fx.Node, call: OpCall) -> Rule:
         rule = _listed(node.target._schema.name)
         if rule is not None:
             return rule
@@ -213,7 +215,7 @@ def _listed(name: str) -> Rule | None:
     return RULES.get(name) or RULES.get(name.removesuffix("_"))
 
 
-def _constant(call: Call) -> Result:
+def _constant(call: OpCall) -> Result:
     results = tuple(tuple(map(dim_of, size)) for size in call.sizes)
     return results[0] if isinstance(call.node.meta["val"], torch.Tensor) else results
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs", "_backward_hooks", "_backward_pre_hooks",
 )
@@ -94,14 +94,14 @@ class _Copier:
         table = {n: v for n, v in old.__dict__.items() if n not in left}
         if "_hf_hook" in table:
             _unhook(old, table)
-        for name in _HOOKS:
+        for name in HOOKS:
             if name in table:
                 new.__dict__[name] = type(table[name])()
         new.__dict__["_modules"] = {n: m if m is None else self.module(m) for n, m in old._modules.items()}
         new.__dict__["_parameters"] = {n: self.parameter(p) for n, p in old._parameters.items()}
         new.__dict__["_buffers"] = {n: b if b is None else self.tensor(b) for n, b in old._buffers.items()}
         for name, value in table.items():
-            if name not in _HOOKS and name not in ("_modules", "_parameters", "_buffers"):
+            if name not in HOOKS and name not in ("_modules", "_parameters", "_buffers"):
                 new.__dict__[name] = self.value(value)
         if table.get("gradient_checkpointing", False):
             new.__dict__["gradient_checkpointing"] = False

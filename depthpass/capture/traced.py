@@ -6,8 +6,8 @@ Dynamo hands to a ``torch.compile`` backend.
 
 from __future__ import annotations
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -28,6 +28,7 @@ class Traced:
         out_spec: tree of the model's outputs.
         layers: module path of the list of blocks, e.g. ``model.layers``.
         count: number of blocks.
+        repeats: blocks that were passed over, and the earlier block that each of them has the graph of.
         whole_rows: what stands before the first block always sees whole rows, so it may count their tokens.
     """
 
@@ -39,17 +40,22 @@ class Traced:
     layers: str
     count: int
     whole_rows: bool = False
+    repeats: Mapping[int, int] = field(default_factory=dict)
 
 
-def from_export(program: torch.export.ExportedProgram, layers: str, count: int, void: Container[str] = ()) -> Traced:
+def from_export(
+    program: torch.export.ExportedProgram, layers: str, count: int, void: Container[str], repeats: Mapping[int, int]
+) -> Traced:
     """What ``torch.export`` traced, as a :class:`Traced`.
 
     Args:
         void: results that are no writes after all.
+        repeats: as in :class:`Traced`.
     """
     signature = program.graph_signature
     constants = {name: value for name, value in program.constants.items() if isinstance(value, torch.Tensor)}
     return Traced(
         program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, constants,
         tuple(t for n, t in signature.buffers_to_mutate.items() if n not in void), program.call_spec.out_spec, layers, count,
+        repeats=repeats,
     )

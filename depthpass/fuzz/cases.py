@@ -15,8 +15,6 @@ RECORDED = ("llama", "qwen2", "gpt2", "gpt_neox", "olmo", "stablelm", "qwen3", "
 LENGTHS = ("ceil(log2(n))", "ceil(n/3)", "floor(sqrt(n))+1")
 LAYERS = 4
 DOORS = ("decoder", "base_model", "wrapped", "embeds", "checkpointing", "hooked")
-PACKING = None
-"""How rows are packed; a case's ``packed`` stays None until packed rows can be run."""
 
 
 def make_case(seed: int, number: int, compiled: float = 0.004, models: Sequence[str] = ARCHITECTURES) -> Case:
@@ -27,9 +25,7 @@ def make_case(seed: int, number: int, compiled: float = 0.004, models: Sequence[
         models: architectures to draw from.
     """
     rng = random.Random(f"depthpass {seed} {number}")
-    case: Case = {
-        "arch": rng.choice(models), "layers": LAYERS, "seed": rng.randrange(1000), "packed": PACKING,
-    }
+    case: Case = {"arch": rng.choice(models), "layers": LAYERS, "seed": rng.randrange(1000)}
     case["spec"] = specs(rng, case["arch"])
     case |= rows(rng)
     if case["arch"] == "gemma2":  # stock: a float64 mask goes through a float32 softmax, NaN where a row is padded
@@ -75,7 +71,18 @@ def checks(rng: random.Random, case: Case) -> list[Case]:
         made.append({"do": "door", "which": rng.choice(DOORS)})
     if rng.random() < 0.25 and case["arch"] in RECORDED:
         made.append({"do": "depth"})
+    if rng.random() < 0.25:
+        made.append(packed(rng))
     return made
+
+
+def packed(rng: random.Random) -> Case:
+    """Several sequences in a row, one after the other; rows are as wide as the widest."""
+    rows = [[rng.randint(1, 6) for _ in range(rng.randint(1, 3))] for _ in range(rng.choice((1, 1, 2)))]
+    for row in rows:
+        row[-1] += max(map(sum, rows)) - sum(row)
+    return {"do": "packed", "rows": rows, "lengths": rng.random() < 0.3, "loss": rng.random() < 0.3,
+            "gradients": rng.random() < 0.4}
 
 
 def calls(rng: random.Random, case: Case) -> Case:

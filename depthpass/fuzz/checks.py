@@ -247,9 +247,16 @@ class Subject:
         prompt = None if labels is None else 1
         out = self.call(batch, **({} if labels is None else {"labels": labels}))
         self.compare(out, self.rows, real, prompt)
-        if labels is not None and not self.model.depth_program.losses:
-            wants = [self.want(row, self.start(self.rows, r), prompt)["logits"] for r, row in enumerate(self.rows)]
-            terms = [F.cross_entropy(w[:-1], row[1:], reduction="none") for w, row in zip(wants, self.rows, strict=True)]
+        if labels is not None:
+            self.loss(out, [(row, self.start(self.rows, r)) for r, row in enumerate(self.rows)])
+
+    def loss(self, out: Any, rows: Sequence[tuple[Tensor, int]]) -> None:
+        """The mean over all tokens but the first of a row, against rows with the positions of their first tokens."""
+        if self.model.depth_program.losses:
+            return
+        wants = [self.want(row, start, 1)["logits"] for row, start in rows]
+        terms = [F.cross_entropy(w[:-1], row[1:], reduction="none") for w, (row, _) in zip(wants, rows, strict=True)]
+        if sum(map(len, terms)):
             self.same("loss", out.loss, torch.cat(terms).mean())
 
     def compare(self, out: Any, rows: Sequence[Tensor], real: Tensor, prompt: int | None = None) -> None:
@@ -261,18 +268,24 @@ class Subject:
                 self.same(f"tap {name} of row {r}", tap[r, real[r]], want[name])
 
     def gradients(self, check: Case) -> None:
-        batch, real, model = self.batch(self.rows), self.real(self.rows), self.model
+        batch, real = self.batch(self.rows), self.real(self.rows)
+        self.same_gradients(batch, [(row, self.start(self.rows, r), (r, real[r])) for r, row in enumerate(self.rows)])
+
+    def same_gradients(self, batch: dict[str, Tensor], rows: Sequence[tuple[Tensor, int, Any]]) -> None:
+        """Gradients of a fixed random form of the logits; rows with the position of their first token and their place in the
+        batch."""
+        model = self.model
         stock = copy.deepcopy(averaged(self.stock, model.depth_program)).requires_grad_(True)
         model.zero_grad()
         out = model(**batch, use_cache=False).logits
         weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(7), dtype=out.dtype)
-        (out * weight)[real].sum().backward()
+        torch.cat([(out[at] * weight[at]).flatten() for _, _, at in rows]).sum().backward()
         got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad(set_to_none=True)
         p = {n: v.detach().clone().requires_grad_(v.is_floating_point()) for n, v in self.p.items()}
         loss: Any = 0.0
-        for r, row in enumerate(self.rows):
-            loss = loss + (self.want(row, self.start(self.rows, r), p=p, stock=stock)["logits"] * weight[r, real[r]]).sum()
+        for row, start, at in rows:
+            loss = loss + (self.want(row, start, p=p, stock=stock)["logits"] * weight[at]).sum()
         loss.backward()
         want = {n: q.grad for n, q in stock.named_parameters() if q.grad is not None}
         want |= {f"depth.{n}": v.grad for n, v in p.items() if v.grad is not None}
@@ -284,6 +297,33 @@ class Subject:
             self.worst = max(self.worst, error)
             if not error <= 10 * self.limit:
                 raise Mismatch(f"gradient of {n}: relative error {error:.2e}")
+
+    def packed(self, check: Case) -> None:
+        """Sequences one after the other in a row, told apart by positions that restart, or by their lengths too."""
+        generator = torch.Generator().manual_seed(self.case["seed"])
+        cut = [[torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (n,), generator=generator) for n in row]
+               for row in check["rows"]]
+        batch = {"input_ids": torch.stack([torch.cat(row) for row in cut]),
+                 "position_ids": torch.stack([torch.cat([torch.arange(len(s)) for s in row]) for row in cut])}
+        if check["lengths"] and len(cut) == 1:
+            ends = torch.tensor([0, *(len(s) for s in cut[0])]).cumsum(0).to(torch.int32)
+            longest = max(map(len, cut[0]))
+            batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
+        pieces = [(s, 0, (r, slice(sum(map(len, row[:i])), sum(map(len, row[: i + 1])))))
+                  for r, row in enumerate(cut) for i, s in enumerate(row)]
+        more = {}
+        if check["loss"]:
+            more["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
+        out = self.call(batch, use_cache=False, **more)
+        for n, (piece, start, at) in enumerate(pieces):
+            want = self.want(piece, start, 1 if more else None)
+            self.same(f"logits of sequence {n}", out.logits[at], want["logits"])
+            for name, tap in getattr(out, "taps", {}).items():
+                self.same(f"tap {name} of sequence {n}", tap[at], want[name])
+        if more:
+            self.loss(out, [(piece, start) for piece, start, _ in pieces])
+        if check["gradients"]:
+            self.same_gradients(batch, pieces)
 
     def calls(self, check: Case) -> None:
         """The rows in several calls on one cache, and what generation does to a cache between them."""

@@ -69,7 +69,7 @@ def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
 def refuse_shifted_loss(program: Program) -> None:
     """Raise InputError for labels of next tokens where every token already sees them."""
     if program.ahead is not None and program.ahead != 1:
-        raise InputError("labels: attention of this program sees later tokens, so the stock loss of predicting the next one would "
+        raise InputError("labels: attention of this program sees later tokens, so the stock loss of predicting the next would "
                          "measure copying. Use dp.diffusion_loss, or a loss of your own on the logits.")
 
 

@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from depthpass.capture.attention import signature_names
 from depthpass.errors import CacheError, InputError
 from depthpass.hf.cache_layers import SlotLayer, moved
+from depthpass.prompt import in_notebooks
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -40,6 +41,7 @@ def take_cache(arguments: dict[str, Any]) -> tuple[str, Any]:
     return next(iter(found.items()), (NAMES[0], None))
 
 
+@in_notebooks
 class DepthCache(Cache):
     """KV slots and delay lines of one batch of rows, for one transformed model.
 

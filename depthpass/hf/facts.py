@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,17 @@ from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
 from depthpass.hf.auto import PREFIX as MARKED
 from depthpass.hf.auto import unmarked
+from depthpass.prompt import at_prompt
+
+HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+"""What the id of a model on the hub looks like: ``gpt2``, ``meta-llama/Llama-3.2-1B``."""
 
 ModelLike = Any
-"""A PreTrainedModel, a PreTrainedConfig, a mapping of a config's fields, or the path of a ``config.json``."""
+"""A PreTrainedModel, a PreTrainedConfig, a mapping of a config's fields, the path of a ``config.json``, or the id of a model
+on the hub, of which the config alone is fetched."""
 
 
+@at_prompt
 @dataclass(frozen=True)
 class ModelFacts:
     """What reports and passes need to know of a stock model.
@@ -137,7 +144,7 @@ def _config(source: ModelLike) -> Any:
 
     where = "config"
     if isinstance(source, str | Path):
-        where, source = f"config {str(source)!r}", _read(Path(source))
+        where, source = f"config {str(source)!r}", _read(_local(source))
     if not isinstance(source, Mapping):
         raise InputError(
             f"{where}: expected a transformers model, a config, a mapping of a config's fields or the path of a "
@@ -161,6 +168,21 @@ def _config(source: ModelLike) -> Any:
         raise InputError(f"{where}: not a valid {kind} config: {_first_line(error)}") from error
 
 
+def _local(source: str | Path) -> Path:
+    """The path itself, or where the config of a model on the hub was fetched to."""
+    if isinstance(source, Path) or Path(source).exists() or not HUB_ID.fullmatch(source) or source.endswith(".json"):
+        return Path(source)
+    from transformers.utils.hub import cached_file
+
+    try:
+        return Path(str(cached_file(source, "config.json")))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"config {source!r}: expected the path of a config.json, a folder that holds one, or the id of a model on the hub; "
+            f"there is no such path here, and no such config could be fetched: {_first_line(error)}"
+        ) from None
+
+
 def _read(path: Path) -> Any:
     file = path / "config.json" if path.is_dir() else path
     try:
@@ -169,7 +191,7 @@ def _read(path: Path) -> Any:
         near = did_you_mean(file.name, [p.name for p in file.parent.iterdir()]) if file.parent.is_dir() else ""
         raise InputError(
             f"config {str(file)!r} cannot be read: {error.strerror}.{near} Expected the path of a config.json or of a "
-            "folder that holds one; nothing is downloaded."
+            "folder that holds one."
         ) from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"config {str(file)!r} is not JSON: {error}.") from None

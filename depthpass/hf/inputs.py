@@ -44,6 +44,7 @@ class Call:
         prompt: real tokens of each row's prompt (of each segment's in packed rows), ``[batch]`` or ``[1]``; None = not told.
             Only programs with pads ask.
         packing: where the sequences of packed rows lie; None = every row is one sequence.
+        ids: the new tokens, where they were given as such.
     """
 
     tensors: dict[str, Tensor]
@@ -57,6 +58,7 @@ class Call:
     labels: Tensor | None = None
     prompt: Tensor | None = None
     packing: Packing | None = None
+    ids: Tensor | None = None
 
     def of(self, rows: Rows) -> Call:
         """Segments of a packed call as a call in which each is a row."""
@@ -66,7 +68,8 @@ class Call:
             labels = rows.take(labels, IGNORED_LABEL)
         if prompt is not None and len(prompt) > 1:
             prompt = prompt[rows.segments]
-        return replace(self, tensors=tensors, valid=rows.valid, labels=labels, prompt=prompt, packing=None)
+        ids = None if self.ids is None else rows.take(self.ids, None)
+        return replace(self, tensors=tensors, valid=rows.valid, labels=labels, prompt=prompt, packing=None, ids=ids)
 
 
 def check_outer(model: nn.Module, names: tuple[str, ...], arguments: dict[str, object]) -> None:
@@ -203,7 +206,8 @@ def normalise(
         raise InputError(f"prompt_length: expected one number, or one for each of the {len(packing.first)} sequences in the "
                          f"packed rows, got {len(prompt)}.")
     return Call(
-        tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, prompt, packing
+        tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, prompt, packing,
+        given.get("input_ids"),
     )
 
 

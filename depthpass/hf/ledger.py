@@ -11,6 +11,7 @@ from torch import nn
 from depthpass.analysis.cost import Cost, cost, model_cost
 from depthpass.analysis.cost.program import Trainable
 from depthpass.ir.program import Program
+from depthpass.prompt import at_prompt
 
 _BLOCKS = ("projection", "attention", "mlp", "new")
 """Classes of FLOPs inside the blocks and in what passes added; the rest is embedding, final norm and head."""
@@ -37,6 +38,7 @@ class Entry:
     stock_block_flops: float
 
 
+@at_prompt
 @dataclass
 class Ledger:
     """FLOPs of a run, step by step; forward and backward, without optimizer, recomputation and evaluation.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -44,7 +45,8 @@ def materialize(model: nn.Module) -> nn.Module:
                                     "first.")
     if inner._depth.plan.varies:
         raise SpecError("materialize: expected fixed loop counts, got some that vary. Call dp.set_loops(model, T) first.")
-    layers = _stack(inner.depth_program)
+    layers = stack_of(inner.depth_program, "materialize")
+    _warn_size(inner, layers)
     made = copy.deepcopy(restore(inner))
     path = find_layers(made)
     blocks = list(cast(nn.ModuleList, made.get_submodule(path)))
@@ -65,13 +67,27 @@ def materialize(model: nn.Module) -> nn.Module:
             if hasattr(module, "layer_idx"):
                 cast(Any, module).layer_idx = p
     setattr(made.get_submodule(parent), name, nn.ModuleList(new))
-    _rewrite(config, layers, len(blocks))
-    _check(made, path, layers)
+    rewrite_lists(config, layers, len(blocks))
+    same_kinds(type(made), config, path, new, layers, "materialize")
     return made
 
 
-def _stack(program: Program) -> tuple[int, ...]:
-    """Blocks of a program that is one plain stack."""
+def _warn_size(inner: Any, layers: Sequence[int]) -> None:
+    """Say how much larger than the model its stock form is, where blocks repeat."""
+    sizes = [sum(p.numel() * p.element_size() for p in b.parameters()) for b in inner.get_submodule(inner._depth.layers)]
+    whole = sum(p.numel() * p.element_size() for p in inner.parameters())
+    if more := sum(sizes[i] for i in layers) - sum(sizes[i] for i in set(layers)):
+        warnings.warn(f"materialize: {len(layers)} visits of {len(set(layers))} blocks become as many blocks, so the model "
+                      f"takes {(whole + more) / 2**20:.1f} MiB instead of {whole / 2**20:.1f} MiB. dp.emit stores repeated "
+                      "blocks once.", UserWarning, stacklevel=3)
+
+
+def stack_of(program: Program, who: str) -> tuple[int, ...]:
+    """Blocks of a program that is one plain stack.
+
+    Raises:
+        SpecError: it is none; ``who`` asks.
+    """
     want = "a plain stack of blocks, which is all that a stock model can be"
     if program.ahead is not None:
         raise SpecError(f"materialize: expected {want}, got attention that sees later tokens, which stock code does not run.")
@@ -79,16 +95,16 @@ def _stack(program: Program) -> tuple[int, ...]:
     for o in program.ops[1:-2]:
         if o.kind != "block" or o.args != (x,):
             what = o.kind if o.kind != "block" else f"block {o['index']}, which does not read the visit before it"
-            raise SpecError(f"materialize: expected {want}, got {'%' + o.name + ' = ' if o.name else ''}{what}"
+            raise SpecError(f"{who}: expected {want}, got {'%' + o.name + ' = ' if o.name else ''}{what}"
                             f"{' of ' + o.note if o.note else ''}.")
         extra = [k for k, _ in o.attrs if k not in ("index", "slot")]
         if extra:
-            raise SpecError(f"materialize: expected {want}, got %{o.name} = block {o['index']} with {', '.join(extra)} of "
+            raise SpecError(f"{who}: expected {want}, got %{o.name} = block {o['index']} with {', '.join(extra)} of "
                             f"{o.note or 'its own'}. Per-visit parameters and shared keys need depthpass.")
         x = o.name
     norm, output = program.ops[-2:]
     if norm.kind != "norm" or norm.args != (x,) or output.args != (norm.name,):
-        raise SpecError(f"materialize: expected {want}, got {norm.kind} before the output.")
+        raise SpecError(f"{who}: expected {want}, got {norm.kind} before the output.")
     return tuple(o["index"] for o in program.visits)
 
 
@@ -101,7 +117,7 @@ def _own(model: nn.Module, found: Any, config: Any) -> Any:
                                 "the model's config.")
 
 
-def _rewrite(config: Any, layers: Sequence[int], blocks: int) -> None:
+def rewrite_lists(config: Any, layers: Sequence[int], blocks: int) -> None:
     """Depth and per-layer lists of a config after a layer program."""
     common = vars(PreTrainedConfig())
     for held in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
@@ -119,19 +135,27 @@ def _rewrite(config: Any, layers: Sequence[int], blocks: int) -> None:
                 setattr(held, name, [values[i] for i in layers])
 
 
-def _check(made: Any, path: str, layers: Sequence[int]) -> None:
-    """Refuse a result that stock code would build differently from its config."""
-    if getattr(made.config, "scale_attn_by_inverse_layer_idx", False):
-        raise UnsupportedModelError("materialize: scale_attn_by_inverse_layer_idx makes a block depend on its place; a copy "
+def same_kinds(stock: type, config: Any, path: str, blocks: Sequence[nn.Module], layers: Sequence[int], who: str) -> None:
+    """Refuse blocks that stock code would build differently from a config.
+
+    Args:
+        blocks: what stands at each depth.
+        layers: their numbers in the model.
+
+    Raises:
+        UnsupportedModelError: naming the depth; ``who`` asks.
+    """
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        raise UnsupportedModelError(f"{who}: scale_attn_by_inverse_layer_idx makes a block depend on its place; a copy "
                                     "elsewhere would compute something else.")
     with torch.device("meta"):
-        fresh = type(made)(copy.deepcopy(made.config))
-    for p, (mine, theirs) in enumerate(zip(made.get_submodule(path), fresh.get_submodule(path), strict=True)):
+        fresh = stock(copy.deepcopy(config))
+    for p, (mine, theirs) in enumerate(zip(blocks, fresh.get_submodule(path), strict=True)):
         a, b = (_shape(m) for m in (mine, theirs))
         if a != b:
             different = next((x[0] or type(mine).__name__ for x, y in zip(a, b) if x != y), "its modules")
             raise UnsupportedModelError(
-                f"materialize: visit {p} is block {layers[p]}, but from its config {type(made).__name__} would build another "
+                f"{who}: visit {p} is block {layers[p]}, but from its config {stock.__name__} would build another "
                 f"kind of block there (it differs in {different}). This architecture fixes what stands at which depth."
             )
 

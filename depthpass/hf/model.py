@@ -39,6 +39,7 @@ from depthpass.hf.inputs import (
     warn_frozen,
     without_crossing,
 )
+from depthpass.hf.latents import advance, as_embeddings, feeds
 from depthpass.hf.live import Live, warn_parts
 from depthpass.hf.pads import insert, pad_op
 from depthpass.hf.placement import (
@@ -252,6 +253,8 @@ class DepthModel:
         runtime = self._depth
         names = call_names(type(decoder)._stock_class)
         call = normalise(self, decoder, names, arguments, frame)
+        if feeds(runtime.program):
+            call = as_embeddings(self, call)
         warn_frozen(self)
         groups = runtime.plans.running(self, call)
         plan = groups[0][0]
@@ -307,24 +310,19 @@ class DepthModel:
         Returns:
             the decoder's flat outputs; all streams by name; the new state.
         """
-        from depthpass_lowering.eager import run
-
-        runtime, plan = self._depth, groups[0][0]
+        plan = groups[0][0]
         host = StockHost(self, captured, ())
         gather_new(depth_module(self))
         if host.dispatched:
             check_devices(host.layers, plan.program)
         # What runs has the program's pads in it; the caller sees what it gave.
         inner, layout = insert(self, plan.program, call)
-        hidden, sides = self._embedded(host, inner)
         host.losses = {} if plan.program.losses and (self.training or call.labels is not None) else None
         if len(groups) > 1:
+            hidden, sides = self._embedded(host, inner)
             streams = self._by_rows(groups, host, hidden, sides, inner.valid, sweeping, lowered)
         else:
-            streams, state = run(
-                plan.schedule, host, hidden, sides, captured.side_axes, state, inner.valid, call.use_cache, plan.types,
-                runtime.lowering, sweeping, lowered,
-            )
+            hidden, streams, state = self._run(plan, host, inner, layout, state, call.use_cache, sweeping, lowered)
         if call.hidden_states:
             streams[EMBEDDED] = hidden
         warn_parts(self, host.counts)
@@ -335,6 +333,32 @@ class DepthModel:
         if host.losses is not None:
             gathered.append((host.losses, host.extra_loss))
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
+
+    def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: list[Lowered]):
+        """Advance a state by a call with its pads in place; returns the embedded tokens, all streams, the new state."""
+        from depthpass_lowering.eager import run
+        from depthpass_lowering.losses import Pool
+
+        captured, runtime = host.captured, self._depth
+
+        def piece(part: Call, state, keep: bool):
+            hidden, sides = self._embedded(host, part)
+            return hidden, *run(
+                plan.schedule, host, hidden, sides, captured.side_axes, state, part.valid, keep, plan.types, runtime.lowering,
+                sweeping, lowered,
+            )
+
+        if layout is None or not feeds(plan.program):
+            return piece(call, state, keep)
+        pool, host.pool = host.pool, Pool() if host.pool is None else host.pool
+        found = advance(call, layout, state, keep, piece)
+        if pool is None:
+            host.pool.move()
+            if host.pool.sums:
+                host.losses, host.extra_loss = host.pool.values()
+        if captured.head.extras:
+            self._embedded(host, call)
+        return found
 
     def _embedded(self, host: StockHost, call: Call) -> tuple[Tensor, list[Tensor]]:
         """The embedded tokens of a call and the tables beside them; the host gets what it needs to run blocks."""
@@ -362,7 +386,6 @@ class DepthModel:
         Returns:
             the decoder's flat outputs; all streams by name; the programs that ran with their rows and columns.
         """
-        from depthpass_lowering.eager import run
         from depthpass_lowering.losses import Pool
         from depthpass_lowering.state import State
 
@@ -385,11 +408,7 @@ class DepthModel:
                 host = StockHost(self, captured, ())
                 host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
                 inner, layout = insert(self, plan.program, call.of(rows))
-                hidden, sides = self._embedded(host, inner)
-                streams, _ = run(
-                    plan.schedule, host, hidden, sides, captured.side_axes, State(), inner.valid, False, plan.types,
-                    self._depth.lowering, sweeping, lowered,
-                )
+                hidden, streams, _ = self._run(plan, host, inner, layout, State(), False, sweeping, lowered)
                 if call.hidden_states:
                     streams[EMBEDDED] = hidden
                 if layout is not None:
@@ -533,6 +552,9 @@ class DepthModel:
         if generation_config.prefill_chunk_size is not None:
             raise InputError("prefill_chunk_size: the workspace pads follow the prompt, which has to come in one call. Leave "
                              "it unset.")
+        placed = pad_op(self.depth_program)
+        if placed["at"] is not None or placed["behind"] is not None:
+            return
         if generation_config.use_cache is False and "prompt_length" not in model_kwargs:
             mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
             if mask is None and positions is None:

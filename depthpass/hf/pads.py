@@ -1,9 +1,9 @@
 """Workspace tokens: where a call puts the pads of a program, and what the caller never sees of them.
 
-The pads of a program stand between prompt and answer, in positions of their own: a prompt of n tokens, m pads in n ..
-n+m-1, then the answer from n+m on. The first call on a cache (or the only call) is the one with the prompt and gets them;
-later calls find them in the cache. Everything a caller gives or gets (ids, masks, positions, labels, logits, lengths) is
-about real tokens only.
+The pads of a program stand between prompt and answer (or where the program says), in positions of their own: a prompt of n
+tokens, m pads in n .. n+m-1, then the answer from n+m on. The first call on a cache (or the only call) is the one with the
+prompt and gets them; later calls find them in the cache. Everything a caller gives or gets (ids, masks, positions, labels,
+logits, lengths) is about real tokens only.
 """
 
 from __future__ import annotations
@@ -33,11 +33,14 @@ class Layout:
         pads: which columns are pads, ``[batch, n + m]`` bool.
         outputs: the column that each of the caller's columns gets its outputs from, ``[batch, n]``: its own, and of the
             prompt's last one the last pad.
+        fill: which columns before and after a row hold nothing, ``[batch, n + m]`` bool: they only put the pads of all rows
+            below each other; None = there are none.
     """
 
     source: Tensor
     pads: Tensor
     outputs: Tensor
+    fill: Tensor | None = None
 
     @classmethod
     def of(cls, split: Tensor, new: int, count: int) -> Layout:
@@ -48,6 +51,21 @@ class Layout:
         source = torch.where(columns < split, columns, torch.where(pads, split - 1, columns - count))
         kept = torch.arange(new, device=split.device)[None]
         return cls(source, pads, torch.where(kept < split - 1, kept, kept + count))
+
+    @classmethod
+    def aligned(cls, split: Tensor, new: int, count: int) -> Layout:
+        """As :meth:`of`, with every row moved so that the pads of all rows stand in the same columns."""
+        before = int(split.max())
+        total = before + count + new - int(split.min())
+        split = split[:, None]
+        columns = torch.arange(total, device=split.device)[None]
+        pads = ((columns >= before) & (columns < before + count)).expand(len(split), -1)
+        own = torch.where(columns < before, columns - before + split, columns - before - count + split)
+        fill = ~pads & ((own < 0) | (own >= new))
+        source = torch.where(pads, split - 1, own).clamp(0, new - 1)
+        kept = torch.arange(new, device=split.device)[None]
+        outputs = kept - split + before + torch.where(kept < split - 1, 0, count)
+        return cls(source, pads, outputs, fill if total > new + count else None)
 
     def spread(self, x: Tensor, pad: Tensor | float | bool) -> Tensor:
         """A value per column, ``[batch, n, ...]``, with ``pad`` at the pads."""
@@ -65,6 +83,20 @@ class Layout:
 def pad_op(program: Program) -> Op | None:
     """The op that says how many pads a program has, or None."""
     return next((o for o in program if o.kind == "pad"), None)
+
+
+def check_pads(o: Op, config) -> None:
+    """Check what the pads of a program need of the model.
+
+    Raises:
+        SpecError: no token for them, or one beyond the vocabulary.
+    """
+    if not o["feed"]:
+        pad_token(o, config)
+    size = config.get_text_config(decoder=True).vocab_size
+    if o["behind"] is not None and o["behind"] >= size:
+        raise SpecError(f"{'coconut' if o['feed'] else 'pad'}.after: expected a token below the vocabulary's {size}, got "
+                        f"{o['behind']}.")
 
 
 def pad_token(o: Op, config) -> int:
@@ -102,15 +134,18 @@ def insert(model: nn.Module, program: Program, call: Call) -> tuple[Call, Layout
         raise InputError(f"{min(other)}: a model with workspace pads does not know what to give the pads for it. Leave it "
                          "out.")
     new, count = call.tensors[name].shape[1], o["tokens"]
-    layout = Layout.of(_split(call), new, count)
+    # Behind a row there may only be nothing where no later call goes on with it: windows count columns.
+    aligned = o["feed"] and not call.use_cache
+    layout = (Layout.aligned if aligned else Layout.of)(_split(o, call), new, count)
     tensors = dict(call.tensors)
     tensors[name] = _tokens(model, o, tensors[name], layout)
-    tensors["attention_mask"] = layout.spread(tensors["attention_mask"], True)
+    mask = layout.spread(tensors["attention_mask"], True)
+    tensors["attention_mask"] = mask if layout.fill is None else mask & ~layout.fill
     if "position_ids" in tensors:
         tensors["position_ids"] = _positions(tensors["position_ids"], layout, count)
         _check_positions(model, tensors["position_ids"])
-    valid = None if call.valid is None else layout.spread(call.valid, True)
-    return replace(call, tensors=tensors, valid=valid), layout
+    valid = tensors["attention_mask"].bool() if call.valid is not None or layout.fill is not None else None
+    return replace(call, tensors=tensors, valid=valid, ids=None), layout
 
 
 def _after(model: nn.Module, count: int, call: Call) -> Call:
@@ -131,10 +166,13 @@ def _after(model: nn.Module, count: int, call: Call) -> Call:
     return replace(call, tensors=tensors, valid=valid, past=state.length)
 
 
-def _split(call: Call) -> Tensor:
-    """The column after each row's prompt, ``[batch]``: as told, else before the first label, else after all tokens."""
+def _split(o: Op, call: Call) -> Tensor:
+    """The column before which each row's pads go, ``[batch]``: where the program says, else after the prompt: as told, else
+    before the first label, else after all tokens."""
     real = call.tensors["attention_mask"].bool()
     rank, total = real.long().cumsum(-1), real.sum(-1)
+    if o["at"] is not None or o["behind"] is not None:
+        return _said(o, call, real, rank, total)
     length = total
     if call.prompt is not None:
         length = call.prompt.expand(len(real))
@@ -144,6 +182,29 @@ def _split(call: Call) -> Tensor:
     elif call.labels is not None and call.labels.shape == real.shape:
         length = _unlabelled(call.labels, real, total)
     return (rank < length[:, None]).sum(-1) + 1
+
+
+def _said(o: Op, call: Call, real: Tensor, rank: Tensor, total: Tensor) -> Tensor:
+    """The column after the row's first so many tokens, or after its first token of that id.
+
+    Raises:
+        InputError: a row does not have it.
+    """
+    who = "coconut" if o["feed"] else "pad"
+    if o["at"] is not None:
+        if bool((total < o["at"]).any()):
+            row = int((total < o["at"]).nonzero()[0])
+            raise InputError(f"{who}.after: expected rows of at least {o['at']} real tokens, got {int(total[row])} in row {row}. "
+                             f"Set another place; if {o['at']} is a token, write after='token:{o['at']}'.")
+        return (rank < o["at"]).sum(-1) + 1
+    if call.ids is None:
+        raise InputError(f"{who}.after: expected input_ids, in which token {o['behind']} can be found, got inputs_embeds. Say "
+                         "the place as a number of real tokens.")
+    found = (call.ids == o["behind"]) & real
+    if not bool(found.any(-1).all()):
+        row = int((~found.any(-1)).nonzero()[0])
+        raise InputError(f"{who}.after: expected the token {o['behind']} in every row, got none in row {row}.")
+    return found.long().argmax(-1) + 1
 
 
 def _unlabelled(labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
@@ -166,6 +227,8 @@ def _unlabelled(labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
 
 
 def _tokens(model: nn.Module, o: Op, tokens: Tensor, layout: Layout) -> Tensor:
+    if o["feed"]:  # filled in one by one
+        return layout.spread(tokens, 0.0)
     token = pad_token(o, model.config)
     if tokens.dim() == 2:
         return layout.spread(tokens, token)

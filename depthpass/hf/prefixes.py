@@ -55,15 +55,18 @@ class PrefixMemo:
         self.asked = self.ran = 0
 
     @contextmanager
-    def running(self, model: Any, rows: Hashable, layers: tuple[int, ...], keep: bool) -> Iterator[None]:
+    def running(
+        self, model: Any, rows: Hashable, layers: tuple[int, ...], keep: bool, shared: int | None = None
+    ) -> Iterator[None]:
         """The one call of ``model`` in this block runs ``layers`` over ``rows``, all tokens at once.
 
         Args:
             rows: names the inputs of the call; equal names must mean equal inputs.
             keep: whether the call fills a cache.
+            shared: how many of the first visits depend on the visits before them alone; None = all.
         """
         inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-        token = _running.set(Prefix(self, inner, (rows, keep), layers, keep))
+        token = _running.set(Prefix(self, inner, (rows, keep), layers, keep, shared))
         try:
             yield
         finally:
@@ -92,15 +95,18 @@ class PrefixMemo:
 class Prefix:
     """One call: which of its visits are known."""
 
-    def __init__(self, memo: PrefixMemo, model: nn.Module, rows: Hashable, layers: tuple[int, ...], keep: bool):
+    def __init__(
+        self, memo: PrefixMemo, model: nn.Module, rows: Hashable, layers: tuple[int, ...], keep: bool, shared: int | None = None
+    ):
+        self.shared = len(layers) if shared is None else shared
         self.memo, self.model, self.rows, self.layers, self.keep = memo, model, rows, layers, keep
         self.place = 0
         # Without a cache only the last stream matters: all visits before the longest known prefix's end are passed over.
-        known = () if keep else (n for n in range(len(layers), 0, -1) if self._key(n) in memo.kept)
+        known = () if keep else (n for n in range(self.shared, 0, -1) if self._key(n) in memo.kept)
         self.passed = next(iter(known), 0)
 
     def _key(self, length: int) -> Hashable:
-        return self.rows, self.layers[:length]
+        return self.rows, tuple(self.layers[:length])
 
     def visit(self, visit: RunningVisit, hidden: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """The stream after the next visit, and its keys in ``visit``."""
@@ -108,6 +114,9 @@ class Prefix:
             raise AssertionError(f"visit {self.place} is of block {visit.index}, not as in {list(self.layers)}")
         self.place, memo = self.place + 1, self.memo
         memo.asked += 1
+        if self.place > self.shared:
+            memo.ran += 1
+            return run()
         if self.place < self.passed:
             return hidden
         found = memo.get(self._key(self.place))

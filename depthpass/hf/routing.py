@@ -11,8 +11,10 @@ from torch import Tensor, nn
 from depthpass.errors import InputError
 from depthpass.hf.ratios import transformed
 from depthpass.ir.verify import infer
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True, eq=False)
 class Routing:
     """Where the tokens of one call went.

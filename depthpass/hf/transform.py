@@ -15,7 +15,7 @@ from depthpass.hf.auto import mark
 from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
 from depthpass.hf.host import block_forward, depth_module
 from depthpass.hf.model import DepthModel, depth_class, not_reentrant
-from depthpass.hf.pads import pad_op, pad_token
+from depthpass.hf.pads import check_pads, pad_op
 from depthpass.hf.parameters import build
 from depthpass.hf.placement import copied, home, is_dispatched, own_forward, set_forward, unwrapped
 from depthpass.hf.plans import Plans, plan
@@ -115,7 +115,7 @@ def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Ru
             not_reentrant(module._gradient_checkpointing_func)
     made = plan(passes, context, chunk, stack)
     if (pads := pad_op(made.program)) is not None:
-        pad_token(pads, model.config)
+        check_pads(pads, model.config)
     check_weights(model.get_submodule(layers), made.program)
     return Runtime(Plans(made), layers, decoder, position_table(model.get_submodule(decoder)))
 

@@ -126,6 +126,8 @@ class Interpretation:
             return self.value(o.args[0], i if i < end - 1 else i + m)
         if not end <= i < end + m:
             return self.value(o.args[0], i if i < end else i - m)
+        if o["feed"]:
+            return self.value(self.program.fed, i - 1)
         if self.pad is None:
             raise LoweringError(f"the interpreter cannot run %{o.name} = pad without the embedding of a pad.")
         return self.pad
@@ -258,6 +260,10 @@ def _cut(x: Tensor, cut: float | None) -> Tensor:
 def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
     if rule == "state":
         return ((now - before).norm() / now.norm())[None]
+    if rule == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(now, before, dim=0)[None]
+    if rule == "argmax":
+        return (now.argmax() != before.argmax()).to(now)[None]
     p, q = torch.softmax(now, 0), torch.softmax(before, 0)
     if rule == "kl":
         return (q * (q.log() - p.log())).sum()[None]

@@ -7,7 +7,8 @@ may name a value defined later, so every cycle passes through a delay of at leas
 kind         meaning (x, y are streams, r a route)
 ===========  ====================================================================================================
 embed        the stream that enters the first block of the stock model
-zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std``, cut off at ``cut`` of them (Huginn)
+zeros/noise  an initial state: zeros, or normal noise of standard deviation ``std``, cut off at ``cut`` of them (Huginn);
+             ``pads``: of a row that has so many pad tokens
 block        one *visit* of a physical block. ``slot`` is its own KV cache; ``keys`` names the slot it reads instead
              of its own (shared KV); ``past`` names the slot whose entries of *earlier calls* it reads instead of its
              own ones, which then do not outlive a call; ``gate`` + ``window`` mix ``keys`` and own ones,
@@ -30,8 +31,9 @@ pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
 norm         the stock model's own final norm
 logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
-distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``), or of
-             logits KL(softmax before || softmax now) (``kl``), |entropy now - entropy before| (``entropy``)
+distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``),
+             1 - cos(now, before) (``cosine``), or of logits KL(softmax before || softmax now) (``kl``), |entropy now -
+             entropy before| (``entropy``), 1 where the largest one stands elsewhere, else 0 (``argmax``)
 route        a choice of tokens from a score of width 1 (or R for rule ``choice``): the top max(1, floor or ceil of
              ``capacity`` times the row's real tokens), those with a score of at least ``threshold`` (rule
              ``above``: of more than that), those whose largest score stands at place ``depth`` or later (from 1); a
@@ -40,8 +42,10 @@ route        a choice of tokens from a score of width 1 (or R for rule ``choice`
              ``rate`` every training pass moves it by so much towards the places that are chosen less than the mean
 gather       the routed tokens of a stream
 scatter      put routed tokens back: ``mode add`` adds them to the base stream, ``mode replace`` overwrites
-pad, trim    insert m pad tokens after every row's prompt (with the embedding of ``token``, else of the model's own pad
-             token); drop them again: the prompt's last token gets what the last pad has
+pad, trim    insert m pad tokens after every row's prompt (``at``: after its first so many real tokens; ``behind``: after the
+             first token with this id), with the embedding of ``token``, else of the model's own pad token; ``feed``: each
+             with the program's normed output at the token before as its embedding (Coconut's latents), so that they run
+             one after another; drop them again: the token before them gets what the last pad has
 select       of T candidate streams with exit gates, the first whose cumulative exit probability reaches ``cdf``
 detach       the same stream, through which no gradient flows back
 tap          name a stream (``head true``: as logits) or a route so that it is handed out with the outputs
@@ -70,7 +74,7 @@ Attr = int | float | bool | str | tuple["Attr", ...]
 
 ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
 ROUTE_RULES = ("topk", "threshold", "above", "choice")
-DISTANCES = ("state", "kl", "entropy")
+DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
 LOSS_RULES = ("bce", "balance", "z")
 SCATTER_MODES = ("add", "replace")
 
@@ -127,8 +131,9 @@ OPS: dict[str, OpDef] = {
     d.kind: d
     for d in (
         _def("embed", None, (0, 0)),
-        _def("zeros", None, (0, 0), width=AttrDef(int)),
-        _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int), cut=AttrDef(float)),
+        _def("zeros", None, (0, 0), width=AttrDef(int), pads=AttrDef(int, 0)),
+        _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int), cut=AttrDef(float),
+             pads=AttrDef(int, 0)),
         _def(
             "block", "index", (1, 2), token_local=False,
             index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), past=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
@@ -161,7 +166,8 @@ OPS: dict[str, OpDef] = {
         _def("pick", "index", index=_REQ_INT),
         _def("gather", None, (2, 2)),
         _def("scatter", None, (3, 3), mode=AttrDef(str, "add", choices=SCATTER_MODES)),
-        _def("pad", "tokens", tokens=_REQ_INT, token=AttrDef(int), token_local=False),
+        _def("pad", "tokens", tokens=_REQ_INT, token=AttrDef(int), feed=AttrDef(bool, False), at=AttrDef(int),
+             behind=AttrDef(int), token_local=False),
         _def("trim", "tokens", tokens=_REQ_INT, token_local=False),
         _def("select", "rule", (2, None), rule=AttrDef(str, required=True, choices=("cdf",)),
              cdf=AttrDef(float, required=True)),

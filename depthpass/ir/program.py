@@ -10,6 +10,7 @@ from typing import Any
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS, Attr
 from depthpass.limits import check_program
+from depthpass.prompt import at_prompt
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def op(kind: str, *args: str, name: str = "", note: str = "", **attrs: Attr | No
     return Op(kind, name, args, _ordered(kind, attrs), note)
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Program:
     """What a transformed model computes for every token.
@@ -131,6 +133,12 @@ class Program:
     @property
     def output(self) -> str:
         return self.ops[-1].args[0]
+
+    @property
+    def fed(self) -> str:
+        """The value that latents are fed with: the output before pads are dropped."""
+        o = self.defs[self.output]
+        return o.args[0] if o.kind == "trim" else o.name
 
     @property
     def losses(self) -> tuple[Op, ...]:

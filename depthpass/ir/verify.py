@@ -25,10 +25,10 @@ _AT_MOST = {"delay": "tokens", "pad": "tokens", "linear": "out", "block": "lora_
 _BLOCKS = ("block", "average", "retire")
 _AT_LEAST = {
     "block": {"slot": 0, "keys": 0, "past": 0, "lora_rank": 1, "step": 0},
-    "zeros": {"width": 1},
+    "zeros": {"width": 1, "pads": 0},
     "logits": {"width": 1},
-    "pad": {"token": 0},
-    "noise": {"width": 1, "std": 0.0, "cut": 0.0},
+    "pad": {"token": 0, "at": 1, "behind": 0},
+    "noise": {"width": 1, "std": 0.0, "cut": 0.0, "pads": 0},
     "linear": {"out": 1, "init": 0.0},
     "pick": {"index": 0},
     "loss": {"coefficient": 0.0},
@@ -109,7 +109,7 @@ def _shape(program: Program, o: Op, args: list[tuple[int, int]]) -> tuple[int, i
     if o.kind in ("linear", "zeros", "noise", "route", "logits", "distance", "pick"):
         fixed = {"route": 0, "distance": 1, "pick": 1, "linear": o["out"] if o.kind == "linear" else 0}
         width = fixed[o.kind] if o.kind in fixed else o["width"] or program.width
-    pads = max((p for _, p in args), default=0)
+    pads = o["pads"] if o.kind in ("zeros", "noise") else max((p for _, p in args), default=0)
     return width, 0 if o.kind == "trim" else pads + (o["tokens"] if o.kind == "pad" else 0)
 
 
@@ -156,7 +156,7 @@ def _result(program: Program, o: Op, args: list[Type]) -> Type:
     if kind in ("embed", "average", "retire", "ahead", "denoise"):
         return Type(program.width)
     if kind in ("zeros", "noise"):
-        return Type(o["width"] or program.width)
+        return Type(o["width"] or program.width, pads=o["pads"])
     first = args[0]
     absent = max((a.absent for a in args), default=0)
     if kind in ("block", "norm"):
@@ -291,6 +291,7 @@ def _verify(program: Program) -> None:
         raise VerifyError(f"tap names must differ, got {names}.")
     _check_ahead(program)
     types = infer(program)
+    _check_latents(program)
     gates: dict[str, Op] = {}
     for o in program.visits:
         _check_keys(program, o, slot_writers, types)
@@ -311,10 +312,28 @@ def _check_ahead(program: Program) -> None:
         return
     for o in program.ops:
         visit = o.kind == "block" and (o["gate"] is not None or o["past"] is not None)
-        if o.kind == "delay" or visit:
-            what = "a delay" if o.kind == "delay" else "a gated window" if o["gate"] is not None else "keys of earlier calls"
+        if o.kind == "delay" or visit or (o.kind == "pad" and o["feed"]):
+            what = ("a delay" if o.kind == "delay" else "latents" if o.kind == "pad" else "a gated window"
+                    if o["gate"] is not None else "keys of earlier calls")
             raise VerifyError(f"{_where(o)}: expected attention that sees no later token beside {what}, got a program with "
                               "'ahead', whose tokens run together. Leave one of the two out.")
+
+
+def _check_latents(program: Program) -> None:
+    """Latents run one after another, so nothing may ask for the whole row, or for where a call ends."""
+    fed = next((o for o in program if o.kind == "pad" and o["feed"]), None)
+    if fed is None:
+        return
+    for o in program:
+        what = "later tokens" if o.kind == "route" and o["rule"] == "topk" else None
+        if o.kind == "block" and o["past"] is not None:
+            what = "where a call begins"
+        if o.kind == "pad" and o is not fed:
+            what = "other pads"
+        if what:
+            raise VerifyError(f"{_where(o)}: expected ops that go on token by token beside latents (%{fed.name} = pad feed), got "
+                              f"one that depends on {what}. Use threshold routing, keys of the first loop or own ones, and "
+                              "one pass with pads.")
 
 
 def _check_attrs(program: Program, o: Op) -> None:
@@ -356,6 +375,8 @@ def _check_attrs(program: Program, o: Op) -> None:
                 raise VerifyError(f"{_where(o)}: {key!r} belongs to rule {' or '.join(rule.split())}, got rule {o['rule']}.")
         if o["capacity"] is not None and not 0 < o["capacity"] <= 1:
             raise VerifyError(f"{_where(o)}: expected a capacity in (0, 1], got {o['capacity']}.")
+    if o.kind == "pad" and o["at"] is not None and o["behind"] is not None:
+        raise VerifyError(f"{_where(o)}: expected one place for the pads, got at {o['at']} and behind {o['behind']}.")
     if o.kind == "select" and not 0 < o["cdf"] <= 1:
         raise VerifyError(f"{_where(o)}: expected a cdf in (0, 1], got {o['cdf']}.")
 

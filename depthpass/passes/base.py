@@ -12,6 +12,7 @@ from depthpass.errors import SpecError
 from depthpass.ir.program import Program
 from depthpass.limits import INTEGER, shown
 from depthpass.passes.fields import check_field, integers
+from depthpass.prompt import in_notebooks
 
 Numerics = Literal["exact", "reassociated", "changing"]
 """``exact``: same numbers; ``reassociated``: same up to rounding; ``changing``: another function."""
@@ -41,6 +42,7 @@ class Context:
         return cls(program.model, model_type, program.blocks, program.width, MappingProxyType(dict(facts)))
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Pass:
     """Base of every pass.
@@ -131,6 +133,13 @@ class Pass:
         given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in given or f.name in self.shown}
         given = ", ".join(f"{k}={_short(v)}" for k, v in given.items())
         return f"{self.name}({given if len(given) <= 50 else given[:50].rsplit(',', 1)[0] + ', ..'})"
+
+
+    def describe(self) -> str:
+        """The name and every option that was given or that says what the pass does, in full: ``loop(start=1, times=2)``."""
+        names = {*options(self), *self.shown, self.loop_field}
+        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        return f"{self.name}({', '.join(f'{k}={list(v) if isinstance(v, tuple) else v}' for k, v in told.items())})"
 
 
 def options(p: Pass) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from depthpass.ir.program import Op
 from depthpass.passes.streams import Builder
@@ -17,9 +17,10 @@ class Exits:
 
     Attributes:
         criterion: ``cdf``: stay while the product of 1 - lambda_u over the iterations so far is above 1 - ``limit``;
-            the others: stay while the distance between this iteration's state or prediction and the one before's is at
-            least ``limit``. Before the first iteration stand the state that the loop starts from (``state``) and the uniform
-            distribution (``kl``); ``entropy`` has nothing to compare the first one with.
+            ``argmax``: while one of the last ``limit`` iterations has changed the most likely token; the others: while the
+            distance between this iteration's state or prediction and the one before's is at least ``limit``. Before the
+            first iteration stand the state that the loop starts from (``state``, ``cosine``) and the uniform distribution
+            (``kl``); ``entropy`` and ``argmax`` have nothing to compare the first one with.
         gate: name of the parameters of lambda_t = sigmoid(w norm(s_t) + b).
         vocabulary: size of the logits; only ``kl`` and ``entropy`` need it.
         coda: visits between the loop and the head, which a prediction passes. They have slots of their own in every
@@ -28,6 +29,7 @@ class Exits:
         route: the tokens of the next iteration; empty = all.
         kept: what the criterion remembers of every token: the product, or the last logits.
         iterations: how many have been decided on.
+        moves: of ``argmax``: whether each iteration has changed the most likely token, of every token.
     """
 
     build: Builder
@@ -40,6 +42,7 @@ class Exits:
     route: str = ""
     kept: str = ""
     iterations: int = 0
+    moves: list[str] = field(default_factory=list)
 
     def enter(self, x: str) -> str:
         """The values of the tokens that take the next iteration."""
@@ -64,9 +67,9 @@ class Exits:
         if score:
             # Without the last digits: 1 - 0.7 is to be 0.3.
             cdf, left = self.criterion == "cdf", float(f"{1.0 - self.limit:.12g}")
+            limit = {"cdf": left, "argmax": 0.5}.get(self.criterion, self.limit)
             self.route = self.build.emit(
-                "route", score, *((self.route,) if self.route else ()), rule="above" if cdf else "threshold",
-                threshold=left if cdf else self.limit,
+                "route", score, *((self.route,) if self.route else ()), rule="above" if cdf else "threshold", threshold=limit,
             )
 
     def _stay(self, x: str) -> tuple[str, str]:
@@ -82,15 +85,29 @@ class Exits:
     def _moved(self, x: str, before: str) -> tuple[str, str]:
         """How far the state, or what coda and head make of it, has moved."""
         build = self.build
-        if self.criterion == "state":
-            return build.emit("distance", x, before, rule="state"), ""
+        if self.criterion in ("state", "cosine"):
+            return build.emit("distance", x, before, rule=self.criterion), ""
         logits = self._predict(x)
+        if self.criterion == "argmax":
+            return self._unsettled(logits), logits
         if self.iterations > 1:
             return build.emit("distance", logits, self.enter(self.kept), rule=self.criterion), logits
         if self.criterion == "entropy":
             return "", logits
         uniform = build.emit("scale", logits, by=0.0)
         return build.emit("distance", logits, uniform, rule="kl"), logits
+
+    def _unsettled(self, logits: str) -> str:
+        """How many of the last ``limit`` iterations have changed the most likely token; empty while there are fewer."""
+        if self.iterations == 1:
+            return ""
+        moved = self.build.emit("distance", logits, self.enter(self.kept), rule="argmax")
+        count = int(self.limit)
+        earlier = self.moves[len(self.moves) - count + 1 :] if count > 1 else []
+        self.moves.append(self.put(self.moves[-1], moved) if self.moves else moved)
+        if len(self.moves) < count:
+            return ""
+        return self.build.emit("add", moved, *map(self.enter, earlier)) if earlier else moved
 
     def _predict(self, x: str) -> str:
         """What the model would say if the loop ended here."""

@@ -51,7 +51,7 @@ class Loop(Pass):
         eval_times: T outside of training when it is drawn; None = the rounded mean plus one.
         bptt: gradients flow through the last so many iterations only: the state that enters them is detached. (Keys
             that iterations share stay attached.)
-        damped: add 1/T of the change of each iteration only.
+        damped: add 1/T of the change of each iteration only (True), or this part of it.
         inject: give e to every iteration: ``add`` it to s, or ``concat`` both through a learned adapter.
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
@@ -60,16 +60,18 @@ class Loop(Pass):
         kv: keys that iteration t reads: its ``own`` slots, those of the ``first`` iteration, or, of the tokens of earlier
             calls, those of the ``last`` iteration or (``mod:k``) of the last one congruent to t modulo k; one slot per
             block (k of them) then outlives a call. ``last`` and ``mod:k`` score a whole row as ``own`` does, and decode
-            another function.
+            another function. ``latest``, beside an exit that skips: those of iteration t, and of tokens that left before it
+            those of the last one that they took (Huginn's latest and available).
         taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
             coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
         exit: let tokens leave the loop early, at this value of ``criterion``.
         criterion: ``cdf``: a learned gate gives an exit probability after each iteration; a token leaves when their
             cumulative probability reaches ``exit`` (Ouro's q). Huginn's compare an iteration with the one before; a token
-            leaves when the distance is below ``exit``: ``state``: |s_t - s_(t-1)| / |s_t|, s_0 the state that the loop
-            starts from; of p_t, what coda and head make of s_t, ``kl``: KL(p_(t-1) || p_t), p_0 uniform, or ``entropy``:
-            |H(p_t) - H(p_(t-1))|, from the second iteration on. (The coda of a decision sees the earlier tokens that took
-            the same iteration.)
+            leaves when the distance is below ``exit``: ``state``: |s_t - s_(t-1)| / |s_t|, or ``cosine``: 1 - cos(s_t,
+            s_(t-1)), s_0 the state that the loop starts from; of p_t, what coda and head make of s_t, ``kl``: KL(p_(t-1) ||
+            p_t), p_0 uniform, or ``entropy``: |H(p_t) - H(p_(t-1))|, from the second iteration on. ``argmax``: it leaves when
+            ``exit`` (a whole number) iterations in a row have not changed its most likely token. (The coda of a decision
+            sees the earlier tokens that took the same iteration.)
         skip: tokens that left take no further iteration: no work, and no keys in it, so that in iteration t (with
             ``kv="own"``) a token sees the earlier tokens that ran iteration t. False (``cdf`` only): run all iterations
             with all keys and pick states afterwards; with ``taps`` also hand out the gates' probabilities
@@ -93,7 +95,7 @@ class Loop(Pass):
     start: int = 0
     end: int | None = None
     times: int | tuple[int, int] | str = 2
-    damped: bool = False
+    damped: bool | float = False
     inject: Literal["add", "concat"] | None = None
     state: Literal["input", "zeros", "noise"] = "input"
     noise_std: float = 1.0
@@ -101,7 +103,7 @@ class Loop(Pass):
     kv: str = "own"
     taps: bool = False
     exit: float | None = None
-    criterion: Literal["cdf", "state", "kl", "entropy"] = "cdf"
+    criterion: Literal["cdf", "state", "cosine", "kl", "entropy", "argmax"] = "cdf"
     skip: bool = True
     lora_rank: int | None = None
     timestep: bool | Literal["identity", "zero"] = False
@@ -128,6 +130,8 @@ class Loop(Pass):
         require(self.end is None or self.end > self.start, "loop.end", f"a position above start={self.start}", self.end,
                 "Ranges are half-open.")
         self._check_times()
+        known = isinstance(self.damped, bool) or 0 < self.damped <= 2
+        require(known, "loop.damped", "True, False or a part in (0, 2]", self.damped)
         require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
                 f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
@@ -137,8 +141,10 @@ class Loop(Pass):
             require(getattr(self, name) == default or self.state == "noise", f"loop.{name}", "state='noise' beside it",
                     self.state)
         kind, _, count = self.kv.partition(":")
-        known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last") and not count
-        require(known, "loop.kv", "own, first, last or mod:k", self.kv)
+        known = count.isdigit() and int(count) > 0 if kind == "mod" else kind in ("own", "first", "last", "latest") and not count
+        require(known, "loop.kv", "own, first, last, latest or mod:k", self.kv)
+        require(kind != "latest" or (self.exit is not None and self.skip), "loop.kv", "another policy without an exit that "
+                "skips visits", self.kv, "Every token takes all iterations then: kv='own' is the same.")
         self._validate_exit()
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
         require(not (self.timestep and self.scales), "loop.scales", "False with a timestep", self.scales,
@@ -201,12 +207,15 @@ class Loop(Pass):
         cdf = self.criterion == "cdf"
         require(0 < self.exit <= (1 if cdf else math.inf), "loop.exit", "a probability in (0, 1]" if cdf else
                 "a positive distance", self.exit)
-        least = 3 if self.criterion == "entropy" else 2
+        if self.criterion == "argmax":
+            require(self.exit == int(self.exit), "loop.exit", "a whole number of iterations with criterion='argmax'", self.exit)
+        least = {"entropy": 3, "argmax": int(self.exit) + 2}.get(self.criterion, 2)
         require(self._least() >= least, "loop.times", "at least 2 with an exit" if least == 2 else
-                "at least 3 with criterion='entropy'", self.times,
-                "" if least == 2 else "It compares two iterations, and there must be one left to skip.")
+                f"at least {least} with criterion={self.criterion!r}", self.times,
+                "" if least == 2 else "It compares iterations, and there must be one left to skip.")
         require(cdf or self.skip, "loop.skip", f"True with criterion={self.criterion!r}", self.skip)
-        require(not self.skip or self.kv in ("own", "first"), "loop.kv", "'own' or 'first' with an exit that skips visits",
+        require(not self.skip or self.kv in ("own", "first", "latest"), "loop.kv", "'own', 'first' or 'latest' with an exit "
+                "that skips visits",
                 self.kv, "The slot of a later iteration does not hold the tokens that left before it.")
 
     def apply(self, program: Program, ctx: Context) -> Program:
@@ -217,9 +226,6 @@ class Loop(Pass):
         check_range("loop", self.start, end, len(visits))
         check_scope("loop", self.scope, program)
         prelude, core, coda = visits[: self.start], visits[self.start : end], visits[end:]
-        if self.state != "input" and any(o.kind == "pad" for o in program):
-            raise PassError(f"loop.state: expected 'input' behind pads, got {self.state!r}: a state of its own does not know "
-                            "them. Leave out the pass pad, or start the loop from its input.")
         build = Builder(program)
         x = visits[0].args[0]
         for v in prelude:
@@ -252,10 +258,12 @@ class Loop(Pass):
         """All iterations; the states after each, of every token."""
         s, count = e, cast(int, self.times)  # settled by apply
         if self.state != "input":
-            s = build.emit("zeros") if self.state == "zeros" else self._noise(build)
+            s = build.emit("zeros", pads=build.pads) if self.state == "zeros" else self._noise(build)
         states: list[str] = []
         slots: list[int] = []
         grid: list[list[str]] = []
+        # Of every block the input that each token had in the last iteration that it took.
+        inputs: list[str] = [""] * len(core)
         for t in range(count):
             whole, before, input_ = s, s, e
             if exits is not None:
@@ -269,13 +277,19 @@ class Loop(Pass):
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
-                x = build.visit(v, x, **shared, **modulation("loop", v, self._operands(t, self.start + p)))
+                operands = shared | modulation("loop", v, self._operands(t, self.start + p))
+                if self.kv == "latest" and exits is not None:
+                    inputs[p] = exits.put(inputs[p], x)
+                    x = build.visit(v, inputs[p], asks=exits.route, **operands)
+                else:
+                    x = build.visit(v, x, **operands)
                 grid[t].append(x)
                 if t == 0:
                     slots.append(build.slot_of(x))
-            if self.damped and count > 1:
+            if self.damped and (count > 1 or self.damped is not True):
                 change = build.emit("add", x, build.emit("scale", s, by=-1.0))
-                x = build.emit("add", s, build.emit("scale", change, by=1.0 / count))
+                part = 1.0 / count if self.damped is True else self.damped
+                x = build.emit("add", s, build.emit("scale", change, by=part))
             if exits is not None:
                 done = exits.put(whole, x)
                 if t < count - 1:
@@ -287,11 +301,11 @@ class Loop(Pass):
 
     def _noise(self, build: Builder) -> str:
         cut = {} if self.noise_cut is None else {"cut": float(self.noise_cut)}
-        return build.emit("noise", std=self.noise_std, **cut)
+        return build.emit("noise", std=self.noise_std, pads=build.pads, **cut)
 
     def _keep_last(self, build: Builder, grid: list[list[str]]) -> None:
         """``last`` and ``mod:k``: a visit reads earlier calls' entries in the slot of the iteration that keeps its own."""
-        if self.kv in ("own", "first"):
+        if self.kv in ("own", "first", "latest"):
             return
         k, last = int(self.kv.removeprefix("mod:")) if self.kv != "last" else 1, len(grid) - 1
         for t, names in enumerate(grid):

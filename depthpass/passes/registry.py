@@ -13,6 +13,7 @@ GROUP = "depthpass.passes"
 
 BUILTIN: dict[str, str] = {
     "bidirectional": "depthpass.passes.bidirectional:Bidirectional",
+    "coconut": "depthpass.passes.coconut:Coconut",
     "identity": "depthpass.passes.identity:Identity",
     "inner_thinking": "depthpass.passes.inner_thinking:InnerThinking",
     "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
@@ -28,6 +29,12 @@ BUILTIN: dict[str, str] = {
     "taps": "depthpass.passes.taps:Taps",
     "turboconn": "depthpass.passes.turboconn:TurboConn",
 }
+
+ALIASES = {
+    "mor": "mixture_of_recursions", "itt": "inner_thinking", "plt": "parallel_loop", "ilr": "intra_layer_recurrence",
+    "mod": "mixture_of_depths",
+}
+"""Short names that specs may use; they are written back in full."""
 
 _registered: dict[str, type[Pass]] = {}
 
@@ -53,14 +60,17 @@ def pass_names() -> tuple[str, ...]:
 
 
 def pass_class(name: str) -> type[Pass]:
-    """The pass of this name.
+    """The pass of this name or alias.
 
     Raises:
         SpecError: no such pass, two packages claim the name, or the pass cannot be imported.
     """
     table = _table()
     if name not in table:
-        raise SpecError(f"pass: unknown name {name!r}.{did_you_mean(name, table)} Known: {', '.join(sorted(table))}.")
+        name = ALIASES.get(name, name)
+    if name not in table:
+        raise SpecError(f"pass: unknown name {name!r}.{did_you_mean(name, (*table, *ALIASES))} "
+                        f"Known: {', '.join(sorted(table))}.")
     return _load(name, table[name])
 
 

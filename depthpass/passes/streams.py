@@ -87,6 +87,11 @@ class Builder:
         self._visits = 0
         self._places: dict[str, int] = {}
 
+    @property
+    def pads(self) -> int:
+        """Pad tokens of the program's rows, which a state that starts anew has, too."""
+        return next((o["tokens"] for o in self.program if o.kind == "pad"), 0)
+
     def _append(self, built: Op) -> None:
         self._visits += built.kind == "block"
         check_program(self._visits, len(self.ops) + 1, "spec")

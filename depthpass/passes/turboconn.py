@@ -87,6 +87,7 @@ class TurboConn(Pass):
 
     name: ClassVar[str] = "turboconn"
     numerics: ClassVar[Numerics] = "changing"
+    shown: ClassVar[tuple[str, ...]] = ("group",)
 
     bridges: tuple[tuple[int, int], ...] | None = None
     group: int = 4

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from depthpass.report.chart import Series, line_chart
-from depthpass.report.numbers import Number, Section, plain
+from depthpass.report.numbers import Number, Section, plain, short, times
 from depthpass.report.picture import picture
 from depthpass.report.text import heading, path_lines, spec_line
 
@@ -105,14 +105,14 @@ def _table(section: Section) -> str:
         '<tr><th></th><th class="dp-num">value</th><th>unit</th><th class="dp-num">stock model</th>'
         '<th class="dp-num">ratio</th><th></th></tr>'
     )
-    rows = "".join(_row(x) for x in section.numbers)
+    rows = "".join(_row(x) for x in section.shown)
     return f'<h2>{escape(section.title)}</h2><div class="dp-scroll"><table>{head}{rows}</table></div>'
 
 
 def _row(x: Number) -> str:
-    was = "" if x.stock is None else plain(x.stock)
-    unit = x.text.removeprefix(x.figure).strip()
-    ratio = "" if x.ratio is None else f"{plain(x.ratio)}x"
+    was = "" if x.stock is None else short(x.stock, x.unit)
+    unit = x.short_unit
+    ratio = "" if x.ratio is None else times(x.ratio)
     return (
         f'<tr><td>{escape(x.label)}</td><td class="dp-num">{escape(x.figure)}</td><td>{escape(unit)}</td>'
         f'<td class="dp-num">{escape(was)}</td><td class="dp-num">{ratio}</td>'

@@ -49,12 +49,12 @@ class Segment:
         return f"token {self.token}: {'block' if len(self.blocks) == 1 else 'blocks'} {_ranges(self.blocks)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
     """What a program computes, how deep it is, how it is scheduled and what it keeps, at ``seq_len`` and ``batch``.
 
-    ``print`` it, show it in a notebook, or render it: :meth:`to_json`, :meth:`to_markdown`, :meth:`to_dot`,
-    :meth:`to_html`. All renderings show the same :attr:`sections`.
+    ``print`` shows a summary of six numbers; :meth:`to_text`, :meth:`to_markdown`, :meth:`to_html` and :meth:`to_json` show
+    all :attr:`sections`, :meth:`to_dot` the graph.
 
     Attributes:
         program: the rewritten program; ``str(program)`` is its text.
@@ -125,8 +125,31 @@ class Report:
 
     @property
     def recursions(self) -> int:
+        """How often the row runs through one block, one time after another; 1 in a stock model.
+
+        What the papers count: ceil(n / group) of TurboConn, the iterations of a loop, the recursions of MoR, the steps of
+        ITT. Of several blocks the largest number; in a token loop every visit counts once per step.
+        """
+        return max(self._passes.values(), default=1)
+
+    @property
+    def most_run_block(self) -> int | None:
+        """The first of the blocks that :attr:`recursions` counts; None when no block runs."""
+        return min(self._passes, key=lambda b: (-self._passes[b], b), default=None)
+
+    @property
+    def token_steps(self) -> int:
         """Steps of the longest token loop: ceil(n / chunk), pads included; 1 when nothing is serial."""
         return max((self._steps(r) for r in self.schedule.regions), default=1)
+
+    @cached_property
+    def _passes(self) -> dict[int, int]:
+        """Calls of each block over the whole row."""
+        found: dict[int, int] = {}
+        for r in self.schedule.regions:
+            for o in r.visits:
+                found[o["index"]] = found.get(o["index"], 0) + self._steps(r)
+        return found
 
     @property
     def serial_block_calls(self) -> int:
@@ -240,11 +263,25 @@ class Report:
         return not_counted(self)
 
     def __str__(self) -> str:
+        from depthpass.report.text import to_summary
+
+        return to_summary(self)
+
+    __repr__ = __str__
+
+    def to_text(self) -> str:
+        """Every number in plain text, the summary first."""
         from depthpass.report.text import to_text
 
         return to_text(self)
 
     def __rich__(self) -> object:
+        from depthpass.report.terminal import summary
+
+        return summary(self)
+
+    def to_rich(self) -> object:
+        """Every number for a terminal, as a renderable of rich."""
         from depthpass.report.terminal import to_rich
 
         return to_rich(self)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
+from depthpass.prompt import at_prompt
+
 Value = int | float | Fraction | str
 BINARY = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -23,6 +25,7 @@ class Number:
         stock: the same number of the stock model, where it has one.
         out_of: the whole that the value is a part of, in the same unit.
         least: whether the value is a lower bound.
+        repeats: whether it says only what another row of the report says: kept in JSON, left out where people read.
     """
 
     key: str
@@ -33,26 +36,31 @@ class Number:
     stock: Value | None = None
     out_of: int | None = None
     least: bool = False
+    repeats: bool = False
 
     @property
     def text(self) -> str:
-        """Value with unit, e.g. ``14 of 16 block visits``."""
-        if self.out_of is not None:
-            return f"{self.figure} {self.unit}"
-        return ("at least " if self.least else "") + with_unit(self.value, self.unit)
+        """Value with unit, e.g. ``14 of 16 block visits`` or ``38.75 MiB``."""
+        return f"{self.figure} {self.short_unit}".strip()
 
     @property
     def figure(self) -> str:
-        """Value without unit."""
-        whole = f" of {plain(self.out_of)}" if self.out_of is not None else ""
-        return ("at least " if self.least else "") + plain(self.value) + whole
+        """Value without unit, at most four digits of a large one; :attr:`short_unit` has its prefix."""
+        if self.out_of is not None:
+            return f"{plain(self.value)} of {plain(self.out_of)}"
+        return ("at least " if self.least else "") + scaled(self.value, self.unit)[0]
+
+    @property
+    def short_unit(self) -> str:
+        """The unit that :attr:`figure` counts in, e.g. ``MiB`` or ``G parameters``."""
+        return self.unit if self.out_of is not None else scaled(self.value, self.unit)[1]
 
     @property
     def remark(self) -> str:
         """The stock model's number and the note, in words."""
-        stock = "" if self.stock is None else f"stock {plain(self.stock)}"
+        stock = "" if self.stock is None else f"stock {short(self.stock, self.unit)}"
         if stock and self.ratio is not None:
-            stock += f", ratio {plain(self.ratio)}"
+            stock += f", {times(self.ratio)}"
         return "; ".join(part for part in (stock, self.note) if part)
 
     @property
@@ -63,12 +71,18 @@ class Number:
         return float(self.value / self.stock)
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Section:
     """Numbers that belong together."""
 
     title: str
     numbers: tuple[Number, ...]
+
+    @property
+    def shown(self) -> tuple[Number, ...]:
+        """The numbers without those that repeat another."""
+        return tuple(x for x in self.numbers if not x.repeats)
 
 
 def plain(value: Value) -> str:
@@ -86,17 +100,53 @@ def plain(value: Value) -> str:
     return f"{value:,.4g}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
-def with_unit(value: Value, unit: str) -> str:
-    """A number with its unit; large byte counts also in binary multiples.
+def scaled(value: Value, unit: str) -> tuple[str, str]:
+    """A number as people read it, and its unit: bytes in Ki, Mi, Gi; seconds in ms, us; others from a million on in M, G, T.
 
-    >>> with_unit(3145728, "bytes")
-    '3,145,728 bytes (3.0 MiB)'
+    >>> scaled(3145728, "bytes"), scaled(1235814400, "parameters"), scaled(0.00425, "s"), scaled(39, "steps")
+    (('3', 'MiB'), ('1.236', 'G parameters'), ('4.25', 'ms'), ('39', 'steps'))
     """
-    text = f"{plain(value)} {unit}".strip()
-    if unit not in ("byte", "bytes") or isinstance(value, str) or value < 1024:
-        return text
-    power = min(int(math.log(value, 1024)), len(BINARY))
-    return f"{text} ({value / 1024**power:.1f} {BINARY[power - 1]})"
+    if isinstance(value, bool | str | Fraction):
+        return plain(value), unit
+    if unit in ("byte", "bytes"):
+        return _prefixed(value, 1024, BINARY, 1024, unit)
+    if unit == "s":
+        # In whole nanoseconds upwards, so that a unit of time is never a fraction.
+        size = next((i for i, (_, factor) in enumerate(SECONDS) if abs(value) >= factor), len(SECONDS) - 1)
+        name, factor = SECONDS[size]
+        return (_digits(value / factor), name) if value else ("0", "s")
+    prefixes = tuple(p + ("" if unit.startswith("FLOP") else " ") + unit for p in ("k", "M", "G", "T", "P", "E"))
+    return _prefixed(value, 1000, prefixes, 1_000_000, unit)
+
+
+SECONDS = (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))
+
+
+def _prefixed(value: float, base: int, prefixes: tuple[str, ...], smallest: int, unit: str) -> tuple[str, str]:
+    if abs(value) < smallest:
+        return plain(value), unit
+    power = min(int(math.log(abs(value), base) + 1e-12), len(prefixes))
+    # 999,960,000 rounds to 1000 M: it is written 1 G.
+    if float(f"{value / base**power:.4g}") >= base and power < len(prefixes):
+        power += 1
+    return _digits(value / base**power), prefixes[power - 1]
+
+
+def _digits(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def short(value: Value, unit: str) -> str:
+    """The number of :func:`scaled` with the prefix of its unit, and no more: ``1.236 G``, ``38.75 MiB``, ``548``."""
+    figure, name = scaled(value, unit)
+    if name == unit:
+        return figure
+    return f"{figure} {name if unit in ('byte', 'bytes', 's') else name.removesuffix(unit).strip()}"
+
+
+def times(ratio: float) -> str:
+    """A ratio: ``34.25x``."""
+    return f"{plain(float(f'{ratio:.4g}'))}x"
 
 
 def as_json(value: Value | None) -> int | float | str | None:

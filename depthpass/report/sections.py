@@ -43,7 +43,80 @@ def sections(report: Report) -> tuple[Section, ...]:
         found += _cost(report)
     if report.sufficiency is not None:
         found.append(_task(report))
-    return tuple(found)
+    return _without_repeats(found)
+
+
+REPEATS = {
+    "depth_at_n": "depth", "depth_attention_at_n": "depth_at_n", "depth_mlp_at_n": "depth_at_n", "depth_max_at_n": "depth_at_n",
+    "cost_flops_decode_deepest_token": "cost_flops_decode", "cost_kv_bytes_whole_slots": "kv_bytes",
+    "cost_kv_bytes_read_decode": "kv_bytes", "cost_kv_bytes_read_decode_deepest_token": "cost_kv_bytes_read_decode",
+    "cost_decode_block_calls": "visits", "cache_slots": "visits", "token_visits_max": "visits",
+    "cost_parameters_unique": "stock_parameters", "token_steps": "recursions",
+}
+"""Rows that repeat another as long as both have one value."""
+
+IDLE = {"delay_line_values": 0, "delay_line_bytes": 0, "cost_weight_bytes_per_serial_step": 0, "depth_rate": 0,
+        "token_steps": 1}
+"""Values that say nothing but that no stream is delayed."""
+
+
+def _without_repeats(found: list[Section]) -> tuple[Section, ...]:
+    """Mark what people need not read twice."""
+    values = {x.key: x.value for s in found for x in s.numbers}
+
+    def repeats(x: Number) -> bool:
+        said = x.key in REPEATS and str(x.value) == str(values.get(REPEATS[x.key]))
+        return said or IDLE.get(x.key) == x.value
+
+    return tuple(replace(s, numbers=tuple(replace(x, repeats=repeats(x)) for x in s.numbers)) for s in found)
+
+
+def summary(report: Report) -> tuple[Number, ...]:
+    """The six numbers that a reader asks for first, each beside the stock model's."""
+    n, cost = report.seq_len, report.cost
+    formula = _formula(report, None)
+    found = [
+        Number("depth", "depth", report.depth_at(n), "", "; ".join([
+            f"block visits{'' if formula.isdigit() else ': ' + formula}",
+            *([_calls_note(_depth_of_calls(report))] if report.program.reads_calls else []),
+        ]), stock=report.program.blocks),
+        Number("recursions", "recursions", report.recursions, "", _recursion_note(report), stock=1),
+        _all_parameters(report),
+    ]
+    if cost is None:
+        found.append(Number("flops", "FLOPs", "-", "", "not counted: ask for the cost analysis"))
+    else:
+        stock = (cost.stock or cost).at("FLOPs forward", n, report.batch)
+        found.append(Number("flops", "FLOPs", cost.at("FLOPs forward", n, report.batch), "FLOP", "forward", stock=stock))
+    kv = report.kv_bytes
+    found.append(Number("kv", "KV cache", "-" if kv is None else kv, "bytes", "" if kv is not None else "head counts not known",
+                        stock=None if kv is None else _stock_kv_bytes(report)))
+    return (*found, _floor(report))
+
+
+def _calls_note(x: Number) -> str:
+    return f"{x.value} {x.label.removeprefix('depth ')}: {x.note}"
+
+
+def _all_parameters(report: Report) -> Number:
+    new = f"{report.new_parameters:,} new"
+    if report.facts is None:
+        return Number("parameters", "parameters", report.new_parameters, "parameters", "new ones alone", least=bool(
+            report.unsized_parameters))
+    stock, now, cost = report.facts.parameters, report.facts.parameters + report.new_parameters, report.cost
+    if cost is not None and not report.unsized_parameters:
+        # Without the blocks that no visit runs any more: what sharing saves.
+        now = cost.at("parameters unique", report.seq_len, report.batch)
+    return Number("parameters", "parameters", now, "parameters", new, stock=stock, least=bool(report.unsized_parameters))
+
+
+def _floor(report: Report) -> Number:
+    """The least time of a forward pass, where a machine was named."""
+    if report.ceilings is None or report.cost is None:
+        return Number("floor", "time floor", "-", "", "no machine named: --ceilings h200, ceilings=assumed('h200')")
+    found = report.cost.floor(report.ceilings, report.seq_len, report.batch).rows()[0]
+    stock = (report.cost.stock or report.cost).floor(report.ceilings, report.seq_len, report.batch).rows()[0]
+    return Number("floor", "time floor", found[1], "s", f"forward on {report.ceilings.device}", stock=stock[1])
 
 
 def _model(report: Report) -> Section:
@@ -206,7 +279,8 @@ def _schedule(report: Report) -> Section:
                "on a delay cycle; all others run over the whole row at once", out_of=report.visits),
         Number("chunk", "chunk", chunk if chunk is not None else "the whole row", "tokens" if chunk is not None else "",
                "tokens that a serial region runs together"),
-        Number("recursions", "recursions", report.recursions, "steps of the token loop", _loop_note(report), stock=1),
+        Number("recursions", "recursions", report.recursions, "runs through one block", _recursion_note(report), stock=1),
+        Number("token_steps", "steps of the token loop", report.token_steps, "steps", _loop_note(report), stock=1),
         Number("serial_block_calls", "serial block calls", report.serial_block_calls, "block calls",
                "one after another for the whole row", stock=stock.steps(n)),
         *_stacks(report),
@@ -232,6 +306,20 @@ def _stacks(report: Report) -> list[Number]:
     return found
 
 
+def _recursion_note(report: Report) -> str:
+    """Where the number comes from: visits of a token, steps of the token loop, or both."""
+    block = report.most_run_block
+    visits = [(o, r.serial) for r in report.schedule.regions for o in r.visits if o["index"] == block]
+    looped = sum(serial for _, serial in visits)
+    parts = []
+    if looped:
+        parts.append((f"{looped} visits x " if looped > 1 else "") + _loop_note(report))
+    if len(visits) - looped and len(visits) > 1:
+        parts.append(f"{len(visits) - looped} visits of a token")
+    rules = () if report.lengths is None else report.lengths.rules
+    return "; ".join([" + ".join(parts) or "no block runs twice", *(f"{name}: {rule}" for name, rule in rules)])
+
+
 def _loop_note(report: Report) -> str:
     if not report.serial_blocks:
         return "no token loop"
@@ -248,7 +336,7 @@ def _state(report: Report) -> Section:
         if report.cost is not None:
             note += ", as far as windows and chunks still see them"
         found.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=_stock_kv_bytes(report)))
-    found.append(Number("delay_line_values", "delay lines", values, "values per row",
+    found.append(Number("delay_line_values", "values in delay lines", values, "values per row",
                         f"delayed streams: {len(report.delay_lines)}"))
     if report.facts is not None:
         found.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.ir import Program, parse_program, plain, verify
 from depthpass.ir.shares import Ratios, by_route, checked_ratios
+from depthpass.prompt import at_prompt
 from depthpass.report.model import Report, build_report
 from depthpass.schedule import schedule
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from depthpass.tasks.dag import TaskDAG
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Subject:
     """A stock model to report on.

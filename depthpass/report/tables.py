@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import SpecError
 from depthpass.passes import Pass
+from depthpass.prompt import at_prompt
 from depthpass.report.chart import Series, line_chart
 from depthpass.report.model import Report
-from depthpass.report.numbers import Value, as_json, plain
+from depthpass.report.numbers import Value, as_json, plain, short, times
+from depthpass.report.text import size_line
 from depthpass.spec import SpecLike, load_spec
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ SWEEP_KEYS = (
 """Numbers that a sweep shows where they exist."""
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Comparison:
     """A table of numbers: one row per quantity, one column per report.
@@ -36,18 +39,30 @@ class Comparison:
         names: of the columns.
         reports: one per column.
         rows: (label, unit, values); None where a report does not have the number.
+        ratios: show each value's ratio to the first column's.
     """
 
     title: str
     names: tuple[str, ...]
     reports: tuple[Report, ...]
     rows: tuple[tuple[str, str, tuple[Value | None, ...]], ...]
+    ratios: bool = False
 
     def cells(self) -> list[list[str]]:
         """The table as text, header first."""
         head = ["", *self.names, "unit"]
-        return [head, *([label, *("" if v is None else plain(v) for v in values), unit]
-                        for label, unit, values in self.rows)]
+        return [head, *([label, *(self._cell(v, values[0], unit) for v in values), unit] for label, unit, values in self.rows)]
+
+    def _cell(self, value: Value | None, first: Value | None, unit: str) -> str:
+        if value is None:
+            return ""
+        ratio = _ratio(value, first) if self.ratios else None
+        return (short(value, unit) if unit else plain(value)) + ("" if ratio is None else f" ({times(ratio)})")
+
+    def diff(self) -> Comparison:
+        """Only the numbers in which the columns differ, each with its ratio to the first column's."""
+        rows = tuple(row for row in self.rows if len(set(map(str, row[2]))) > 1)
+        return replace(self, title=f"{self.title}; differences, ratios to {self.names[0]}", rows=rows, ratios=True)
 
     def __str__(self) -> str:
         cells = self.cells()
@@ -78,7 +93,9 @@ class Comparison:
     def to_json(self) -> str:
         """The table and each whole report."""
         rows = [
-            {"label": label, "unit": unit, "values": [as_json(v) for v in values]} for label, unit, values in self.rows
+            {"label": label, "unit": unit, "values": [as_json(v) for v in values]}
+            | ({"ratios": [_ratio(v, values[0]) for v in values]} if self.ratios else {})
+            for label, unit, values in self.rows
         ]
         return json.dumps({
             "schema": "depthpass.comparison", "version": 1, "title": self.title, "columns": list(self.names),
@@ -106,7 +123,7 @@ def compare(subject: Subject, specs: Sequence[tuple[str, SpecLike | None]], **op
         raise SpecError("compare: expected at least one spec.")
     reports = tuple(subject.report(spec, **options) for _, spec in specs)
     first = reports[0]
-    return _table(f"{first.model} at n = {first.seq_len}, {first.batch} rows", tuple(n for n, _ in specs), reports)
+    return _table(f"{first.model} at {size_line(first)}", tuple(n for n, _ in specs), reports)
 
 
 def sweep(subject: Subject, spec: SpecLike, groups: Sequence[int], **options: Any) -> Comparison:
@@ -123,7 +140,7 @@ def sweep(subject: Subject, spec: SpecLike, groups: Sequence[int], **options: An
         raise SpecError(f"group: expected different numbers of tokens, got {list(groups)}.")
     reports = tuple(subject.report(with_group(passes, g), **options) for g in groups)
     first = reports[0]
-    title = f"{first.model} by group (tokens), at n = {first.seq_len}, {first.batch} rows"
+    title = f"{first.model} by group (tokens), at {size_line(first)}"
     return _table(title, tuple(map(str, groups)), reports, SWEEP_KEYS)
 
 
@@ -147,9 +164,17 @@ def _table(
             continue
         cells = [numbers.get(key) for numbers in found]
         there = [c for c in cells if c is not None]
+        if keys is None and all(c.repeats for c in there):
+            continue
         unit = next((c.unit for c in there if c.unit), "")
         rows.append((there[0].label, unit, tuple(None if c is None else c.figure if c.least else c.value for c in cells)))
     return Comparison(title, names, reports, tuple(rows))
+
+
+def _ratio(value: Value | None, first: Value | None) -> float | None:
+    if isinstance(value, str | None) or isinstance(first, str | None) or not first:
+        return None
+    return float(value / first)
 
 
 def _standalone(svg: str, series: Sequence[Series]) -> str:

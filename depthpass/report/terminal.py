@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from depthpass.report.numbers import Section
-from depthpass.report.text import heading, path_lines, spec_line
+from depthpass.report.text import MORE, heading, path_lines, size_line, spec_line, summary_rows, task_line
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -20,13 +20,22 @@ if TYPE_CHECKING:
 KEY_NUMBERS = {"depth", "depth_at_n", "serial_blocks", "new_parameters"}
 
 
+def summary(report: Report) -> Group:
+    """The summary as a table."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("", "stock", "now", "ratio"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
+    for x, was, now, ratio in summary_rows(report):
+        table.add_row(escape(x.label), was, Text(now, style="bold green"), ratio, escape(x.note))
+    line = Text(f"{spec_line(report)}; {size_line(report)}")
+    task = [Text(text) for text in task_line(report)]
+    return Group(Text(heading(report), style="bold"), line, table, *task, Text(MORE, style="dim"))
+
+
 def to_rich(report: Report) -> Group:
-    """A renderable: one table per section, then path, statements and what is not counted."""
-    parts: list[RenderableType] = [
-        Text(heading(report), style="bold"),
-        Text(f"spec: {spec_line(report)}"),
-        Text(f"at n = {report.seq_len} tokens per row, {report.batch} rows"),
-    ]
+    """Everything: the summary, one table per section, then path, statements and what is not counted."""
+    parts: list[RenderableType] = [*summary(report).renderables[:-1]]
     for section in report.sections:
         parts += [_title(section.title), _table(section)]
     parts += [_title(f"Critical path (one of the longest, at n = {report.seq_len})"), _list(path_lines(report))]
@@ -45,7 +54,7 @@ def _table(section: Section) -> Table:
     table.add_column(min_width=22, overflow="fold")
     table.add_column(overflow="fold")
     table.add_column(style="dim", overflow="fold")
-    for x in section.numbers:
+    for x in section.shown:
         value = Text(x.text, style="bold green" if x.key in KEY_NUMBERS else "")
         table.add_row(escape(x.label), value, escape(x.remark))
     return table

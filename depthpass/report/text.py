@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from textwrap import wrap
+from typing import TYPE_CHECKING
 
-from depthpass.report.numbers import Number
+from depthpass.report.numbers import Number, plain, short, times
 
 if TYPE_CHECKING:
     from depthpass.report.model import Report, Segment
@@ -24,29 +24,73 @@ def heading(report: Report) -> str:
 
 
 def spec_line(report: Report) -> str:
-    """The passes in one line: ``turboconn(group=4), ...``."""
-    passes = report.spec.get("passes", ()) if report.spec else ()
-    return ", ".join(_pass_text(p) for p in passes) or "(none given)"
+    """The passes in one line, with the options that say what they do even at their defaults: ``loop(start=1, times=2)``."""
+    from depthpass.spec import load_spec
+
+    if not report.spec:
+        return "(none given)"
+    return ", ".join(p.describe() for p in load_spec(report.spec)) or "(none given)"
 
 
-def _pass_text(entry: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in entry.items() if k != "pass")
-    return f"{entry['pass']}({options})"
+def size_line(report: Report) -> str:
+    """The lengths that all numbers are for."""
+    return f"n = {report.seq_len:,} tokens, {report.batch} row{'s' * (report.batch != 1)}"
+
+
+def to_summary(report: Report) -> str:
+    """Six numbers with their ratios, in at most twelve lines."""
+    cells = [["", "stock", "now", "ratio"], *([x.label, was, now, ratio] for x, was, now, ratio in summary_rows(report))]
+    widths = [max(len(row[j]) for row in cells) for j in range(4)]
+    notes = ["", *(x.note for x, *_ in summary_rows(report))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:])), note]).rstrip()
+        for row, note in zip(cells, notes)
+    ]
+    return "\n".join([heading(report), *_wrapped(f"{spec_line(report)}; {size_line(report)}"), *lines, *task_line(report), MORE])
+
+
+MORE = "Not counted: embeddings, norms and tokens that generate() feeds back. All numbers: --full, report.to_text()."
+
+
+def task_line(report: Report) -> list[str]:
+    """Whether a task that was asked about fits; nothing without one."""
+    s = report.sufficiency
+    if s is None:
+        return []
+    missing = "deep enough" if not s.missing_depth else f"missing {s.missing_depth:,} block visits"
+    width = "" if report.seq_len >= s.needed_tokens or s.sufficient else f"; needs {s.needed_tokens:,} tokens at once"
+    return [f"task {s.task}: its DAG has depth {s.needed_depth:,}, at hand {s.available_depth:,}, {missing}{width}"]
+
+
+def _wrapped(text: str) -> list[str]:
+    """At most two lines of 120 characters: a long spec is cut in the summary, the full report has all of it."""
+    found = wrap(text, 120)
+    return found if len(found) <= 2 else [found[0], found[1][:116] + " ..."]
+
+
+def summary_rows(report: Report) -> list[tuple[Number, str, str, str]]:
+    """The summary: what is counted, the stock model's number, this program's, and their ratio."""
+    from depthpass.report.sections import summary
+
+    found = []
+    for x in summary(report):
+        figure = short(x.value, x.unit) if not isinstance(x.value, str) else x.value
+        found.append((
+            x, "" if x.stock is None else short(x.stock, x.unit), ("at least " if x.least else "") + figure,
+            "" if x.ratio is None else times(x.ratio),
+        ))
+    return found
 
 
 def to_text(report: Report) -> str:
-    """Aligned plain text, also used where the output is not a terminal."""
-    lines = [
-        heading(report),
-        f"spec: {spec_line(report)}",
-        f"at n = {report.seq_len} tokens per row, {report.batch} rows",
-    ]
-    numbers = [x for s in report.sections for x in s.numbers]
+    """Aligned plain text with every number, the summary first."""
+    lines = [*to_summary(report).splitlines()[:-1], "", f"spec: {spec_line(report)}"]
+    numbers = [x for s in report.sections for x in s.shown]
     labels = max(len(x.label) for x in numbers)
     values = min(max(len(x.text) for x in numbers), 40)
     for section in report.sections:
         lines += ["", section.title]
-        lines += [_line(x, labels, values) for x in section.numbers]
+        lines += [_line(x, labels, values) for x in section.shown]
     lines += ["", f"Critical path (one of the longest, at n = {report.seq_len})"]
     lines += [f"  {line}" for line in path_lines(report)]
     if report.complexity is not None:
@@ -91,15 +135,13 @@ def _pace(path: tuple[Segment, ...]) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """Tables, the critical path, and the program text in a code block."""
-    lines = [
-        f"# {heading(report)}", "",
-        f"- spec: `{spec_line(report)}`",
-        f"- n = {report.seq_len} tokens per row, {report.batch} rows",
-    ]
+    """Tables with the summary first, the critical path, and the program text in a code block; large numbers in full."""
+    lines = [f"# {heading(report)}", "", f"- spec: `{spec_line(report)}`", f"- {size_line(report)}", ""]
+    lines += ["| | stock | now | ratio | note |", "|---|---:|---:|---:|---|"]
+    lines += [f"| {' | '.join(map(_cell, (x.label, was, now, ratio, x.note)))} |" for x, was, now, ratio in summary_rows(report)]
     for section in report.sections:
         lines += ["", f"## {section.title}", "", "| | value | unit | stock | note |", "|---|---:|---|---:|---|"]
-        lines += [_row(x) for x in section.numbers]
+        lines += [_row(x) for x in section.shown]
     lines += ["", "## Critical path", "", *(f"- {line}" for line in path_lines(report))]
     if report.complexity is not None:
         lines += ["", "## What is proven about such programs", "", *(f"- {_cell(str(s))}" for s in report.complexity)]
@@ -109,10 +151,9 @@ def to_markdown(report: Report) -> str:
 
 
 def _row(x: Number) -> str:
-    from depthpass.report.numbers import plain
-
-    stock = "" if x.stock is None else plain(x.stock) + (f" ({plain(x.ratio)}x)" if x.ratio is not None else "")
-    return "| " + " | ".join(map(_cell, (x.label, x.figure, x.unit, stock, x.note))) + " |"
+    stock = "" if x.stock is None else plain(x.stock) + (f" ({times(x.ratio)})" if x.ratio is not None else "")
+    value = x.figure if x.out_of is not None else ("at least " if x.least else "") + plain(x.value)
+    return "| " + " | ".join(map(_cell, (x.label, value, x.unit, stock, x.note))) + " |"
 
 
 def _cell(text: str) -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.prompt import in_notebooks
 
 SCHEDULES = ("sequential", "fixed_point")
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class FixedPoint:
     """How the sweeps of a serial region are run and when they end.

@@ -16,9 +16,11 @@ from depthpass.analysis.dependence import back_delays, cycles, dependences, slot
 from depthpass.errors import PassError, SpecError
 from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import infer
+from depthpass.prompt import at_prompt
 from depthpass.schedule.stacking import Step, steps
 
 
+@at_prompt
 @dataclass(frozen=True, eq=False)
 class Region:
     """Ops with one schedule.
@@ -45,6 +47,7 @@ class Region:
         return tuple(o for o in self.ops if o.kind == "block")
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Schedule:
     """Regions in execution order.

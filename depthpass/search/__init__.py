@@ -9,14 +9,17 @@ import sys
 import types
 from typing import Any
 
+from depthpass.search.damped import DampedLoops
 from depthpass.search.mcts import MCTS
 from depthpass.search.methods import Beam, Exhaustive, Method, RandomSearch, Sweep
 from depthpass.search.result import Control, Found, SearchResult
 from depthpass.search.run import search
 from depthpass.search.space import PRESETS, Listed, Space
 
-__all__ = ["Beam", "Control", "Exhaustive", "Found", "Listed", "MCTS", "Method", "PRESETS", "RandomSearch", "SearchResult",
-           "Space", "Sweep", "search"]
+__all__ = [
+    "Beam", "Control", "DampedLoops", "Exhaustive", "Found", "Listed", "MCTS", "Method", "PRESETS", "RandomSearch",
+    "SearchResult", "Space", "Sweep", "search",
+]
 
 
 class _CallablePackage(types.ModuleType):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.passes.layer_program import LayerProgram
+from depthpass.search.damped import Damped, spec_of
 from depthpass.search.samples import Sample
 from depthpass.search.space import Layers
 
@@ -36,7 +36,7 @@ class Forward:
         """A block in which the model runs a program."""
         from depthpass.hf.switch import using
 
-        return using(self.model, LayerProgram(layers))
+        return using(self.model, spec_of(layers))
 
     @torch.no_grad()
     def answer_logits(self, layers: Layers, rows: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
@@ -51,7 +51,7 @@ class Forward:
             # Logits are wide: none before the first answer where the model can leave them out.
             kept = max(width - len(self.samples[r].prompt) + 1 for r in part)
             some = {"logits_to_keep": kept} if self.keeps else {}
-            with self.using(layers), self.memo.running(self.model, ("answers", part), layers, False):
+            with self.using(layers), self.memo.running(self.model, ("answers", part), layers, False, _shared(layers)):
                 logits = self.model(input_ids=ids, use_cache=False, **some).logits
             first = width - logits.shape[1]
             for row, t, own in zip(part, texts, logits):
@@ -74,7 +74,7 @@ class Forward:
             with self.using(layers):
                 cache = DepthCache(self.model)
                 if ids.shape[1] > 1:
-                    with self.memo.running(self.model, ("prompts", part), layers, True):
+                    with self.memo.running(self.model, ("prompts", part), layers, True, _shared(layers)):
                         self.model(input_ids=ids[:, :-1], past_key_values=cache, use_cache=True)
                 out = self.model.generate(
                     input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, do_sample=False, num_beams=1,
@@ -89,3 +89,8 @@ class Forward:
         order = sorted(rows, key=lambda r: (length(self.samples[r]), r))
         for i in range(0, len(order), self.batch):
             yield tuple(order[i : i + self.batch])
+
+
+def _shared(layers: Layers) -> int:
+    """Visits that a program shares with others that begin with the same blocks: a damped loop those before its range."""
+    return layers.start if isinstance(layers, Damped) else len(layers)

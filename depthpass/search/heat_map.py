@@ -8,12 +8,15 @@ from typing import TYPE_CHECKING
 
 from depthpass.errors import InputError
 from depthpass.limits import shown
-from depthpass.search.space import stock
+from depthpass.prompt import at_prompt
+from depthpass.search.damped import Damped
+from depthpass.search.space import Layers, stock
 
 if TYPE_CHECKING:
     from depthpass.search.result import SearchResult
 
 
+@at_prompt
 @dataclass(frozen=True)
 class HeatMap:
     """Scores of programs that run blocks ``start .. end-1`` ``times`` times in a row.
@@ -57,9 +60,15 @@ def heat_map(result: SearchResult, times: int) -> HeatMap:
     for start in range(result.blocks):
         ends = range(1, result.blocks + 1)
         rows.append(tuple(
-            known.get(plain[:start] + plain[start:end] * times + plain[end:]) if end > start else None for end in ends
+            _score(known, plain, start, end, times) if end > start else None for end in ends
         ))
     if all(s is None for row in rows for s in row):
         raise InputError(f"heat_map: no program of one range that runs {times} times was scored on all samples. Search with "
                          "method='sweep', space='rys'.")
     return HeatMap(times, tuple(rows), result.stock.score)
+
+
+def _score(known: dict[Layers, float], plain: Layers, start: int, end: int, times: int) -> float | None:
+    """Of the range repeated as it is, else in damped steps of 1 / times."""
+    found = known.get(plain[:start] + plain[start:end] * times + plain[end:])
+    return known.get(Damped(len(plain), start, end, times)) if found is None and times else found

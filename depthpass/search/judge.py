@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from depthpass.passes.layer_program import LayerProgram
+from depthpass.passes.base import Pass
+from depthpass.search.damped import spec_of
 from depthpass.search.forward import Forward
 from depthpass.search.scores import Score, check_values
 from depthpass.search.space import Layers
@@ -32,9 +33,9 @@ class Trial:
         return len(self.layers)
 
     @property
-    def spec(self) -> LayerProgram:
+    def spec(self) -> Pass:
         """What ``dp.transform`` takes."""
-        return LayerProgram(self.layers)
+        return spec_of(self.layers)
 
 
 class Bench:
@@ -43,10 +44,11 @@ class Bench:
     Args:
         forward: the model and all samples.
         score: how they are scored.
+        on_trial: called with the number of pairs that have run.
     """
 
-    def __init__(self, forward: Forward, score: Score):
-        self.forward, self.score = forward, score
+    def __init__(self, forward: Forward, score: Score, on_trial: Callable[[int], object] | None = None):
+        self.forward, self.score, self.on_trial = forward, score, on_trial
         self.known: dict[tuple[Layers, tuple[int, ...]], tuple[float, ...]] = {}
 
     def trial(self, layers: Layers, rows: tuple[int, ...], sample: int | None = None) -> Trial:
@@ -56,6 +58,8 @@ class Bench:
             values = tuple(self.score.values(self.forward, layers, rows))
             check_values(self.score.name, layers, values)
             self.known[layers, rows] = values
+            if self.on_trial is not None:
+                self.on_trial(len(self.known))
         samples = [self.forward.samples[r] for r in rows]
         return Trial(layers, values, self.score.total(values, samples), sample)
 

@@ -11,7 +11,7 @@ from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.search.judge import Judge
 from depthpass.search.methods import Method
-from depthpass.search.space import Layers, Listed, Space
+from depthpass.search.space import AnySpace, Layers
 
 
 @dataclass
@@ -60,7 +60,7 @@ class MCTS(Method):
                 raise InputError(f"mcts.{name}: expected a number of at least 0{' and at most 1' * (most == 1)}, got "
                                  f"{shown(value)}.")
 
-    def run(self, judge: Judge, space: Space | Listed, rng: random.Random) -> None:
+    def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         root = Node(judge.root)
         for simulation in range(judge.budget):
             path = self._walk(root, judge, space, rng, simulation + 1)
@@ -69,7 +69,7 @@ class MCTS(Method):
             for node in path:
                 node.visits, node.total = node.visits + 1, node.total + gain
 
-    def _walk(self, root: Node, judge: Judge, space: Space | Listed, rng: random.Random, simulation: int) -> list[Node]:
+    def _walk(self, root: Node, judge: Judge, space: AnySpace, rng: random.Random, simulation: int) -> list[Node]:
         """From the root to a new node, or to one that cannot be edited."""
         path = [root]
         while True:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from depthpass.errors import InputError, did_you_mean
 from depthpass.limits import shown
 from depthpass.search.judge import Judge
-from depthpass.search.space import Listed, Space, listing
+from depthpass.search.space import AnySpace, listing
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Method:
     name: ClassVar[str]
     complete: ClassVar[bool] = False
 
-    def run(self, judge: Judge, space: Space | Listed, rng: random.Random) -> None:
+    def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         """Score programs until the budget is spent or nothing is left."""
         raise NotImplementedError
 
-    def check(self, space: Space | Listed, blocks: int, budget: int | None) -> None:
+    def check(self, space: AnySpace, blocks: int, budget: int | None) -> None:
         """Refuse what cannot be searched, before any program runs."""
         if budget is None:
             raise InputError(f"budget: expected how many programs {self.name} may score, got None.")
@@ -35,7 +35,7 @@ class RandomSearch(Method):
 
     name: ClassVar[str] = "random"
 
-    def run(self, judge: Judge, space: Space | Listed, rng: random.Random) -> None:
+    def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         blocks = len(judge.root)
         few, complete = listing(space, blocks, judge.budget + 1)
         if complete:
@@ -58,11 +58,11 @@ class Sweep(Method):
     name: ClassVar[str] = "sweep"
     complete: ClassVar[bool] = True
 
-    def run(self, judge: Judge, space: Space | Listed, rng: random.Random) -> None:
+    def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         found = space.children(judge.root, len(judge.root), 0)
         judge.run(found if len(found) <= judge.left else rng.sample(found, judge.left))
 
-    def check(self, space: Space | Listed, blocks: int, budget: int | None) -> None:
+    def check(self, space: AnySpace, blocks: int, budget: int | None) -> None:
         return
 
 
@@ -73,10 +73,10 @@ class Exhaustive(Method):
     name: ClassVar[str] = "exhaustive"
     complete: ClassVar[bool] = True
 
-    def run(self, judge: Judge, space: Space | Listed, rng: random.Random) -> None:
+    def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         judge.run(listing(space, len(judge.root))[0])
 
-    def check(self, space: Space | Listed, blocks: int, budget: int | None) -> None:
+    def check(self, space: AnySpace, blocks: int, budget: int | None) -> None:
         found, complete = listing(space, blocks, *(() if budget is None else (budget + 1,)))
         if not complete:
             raise InputError(f"budget: exhaustive scores every program of the space, which has more than {len(found) - 1} "
@@ -104,7 +104,7 @@ class Beam(Method):
             if type(value) is not int or value < 1:
                 raise InputError(f"beam.{name}: expected at least 1, got {shown(value)}.")
 
-    def run(self, judge: Judge, space: Space | Listed, rng: random.Random) -> None:
+    def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         beam, edits, blocks = [judge.root], 0, len(judge.root)
         rounds = min(self.rounds, space.edits or self.rounds)
         while judge.left > 0:

@@ -12,7 +12,9 @@ from typing import Any
 import yaml
 
 from depthpass.errors import InputError
-from depthpass.passes.layer_program import LayerProgram
+from depthpass.passes.base import Pass
+from depthpass.prompt import at_prompt
+from depthpass.search.damped import data_of, spec_of
 from depthpass.search.heat_map import HeatMap, heat_map
 from depthpass.search.judge import Trial
 from depthpass.search.space import Layers
@@ -35,9 +37,9 @@ class Found:
     held_out: Estimate | None
 
     @property
-    def spec(self) -> LayerProgram:
+    def spec(self) -> Pass:
         """What ``dp.transform`` takes."""
-        return LayerProgram(self.layers)
+        return spec_of(self.layers)
 
     @property
     def score(self) -> float:
@@ -49,7 +51,7 @@ class Found:
         return len(self.layers)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"layers": list(self.layers), "visits": self.visits, "searched": self.searched.to_dict(),
+        return {**data_of(self.layers), "visits": self.visits, "searched": self.searched.to_dict(),
                 "held_out": self.held_out and self.held_out.to_dict(), "spec": dump_spec(self.spec)}
 
 
@@ -58,7 +60,7 @@ class Control:
     """The same budget spent without the search.
 
     Attributes:
-        name: ``random`` or ``input_blind``.
+        name: ``random``, ``input_blind``, or ``naive`` (the same loops undamped).
         what: how its programs were chosen.
         programs: how many were scored.
         best: the best one of them on the samples of the search.
@@ -106,7 +108,7 @@ class PerSample:
     fixed: float | None
 
     def to_dict(self) -> dict[str, Any]:
-        programs = [{"sample": t.sample, "layers": list(t.layers), "score": t.score} for t in self.best]
+        programs = [{"sample": t.sample, **data_of(t.layers), "score": t.score} for t in self.best]
         return {"programs": programs, "score": self.score.to_dict(), "visits": self.visits, "random": self.random.to_dict(),
                 "random_visits": self.random_visits, "difference": self.difference.to_dict(), "shorter": self.shorter,
                 "fixed": self.fixed}
@@ -133,6 +135,7 @@ class Saved:
         return f"{self.asked} asked for, {self.ran} run; the prefix memo saved {self.saved} ({share:.0f} %)"
 
 
+@at_prompt
 @dataclass(frozen=True)
 class SearchResult:
     """Result of :func:`depthpass.search`. ``print`` it.
@@ -146,7 +149,7 @@ class SearchResult:
         best: the best single program for all samples: the highest score, then the fewest visits.
         front: single programs that no other beats in both score and visits, shortest first.
         trials: every program that the search scored, in order.
-        controls: ``random`` and ``input_blind``, by name.
+        controls: ``random`` and ``input_blind``, and ``naive`` for damped loops, by name.
         per_sample: the oracle of a search per sample; None = one search for all samples.
         block_visits: what the prefix memo saved.
     """
@@ -180,7 +183,7 @@ class SearchResult:
         return "\n".join(front_lines(self))
 
     def heat_map(self, times: int = 2) -> HeatMap:
-        """Scores by start and end of the range that runs ``times`` times (RYS); 0 = it is skipped.
+        """Scores by start and end of the range that runs ``times`` times (RYS), or in so many damped steps; 0 = it is skipped.
 
         Raises:
             InputError: no trial of one repeated range, or ``times`` is 1 or negative.
@@ -188,7 +191,7 @@ class SearchResult:
         return heat_map(self, times)
 
     def to_dict(self) -> dict[str, Any]:
-        trials = [{"layers": list(t.layers), "score": t.score, **({} if t.sample is None else {"sample": t.sample})}
+        trials = [{**data_of(t.layers), "score": t.score, **({} if t.sample is None else {"sample": t.sample})}
                   for t in self.trials]
         return {
             "schema": "depthpass.search", "version": 1, "model": self.model, "blocks": self.blocks,
@@ -250,7 +253,7 @@ def pareto(trials: Sequence[Trial], lower: bool) -> list[Trial]:
 
 
 def _spec_text(layers: Layers, suffix: str) -> str:
-    spec = dump_spec(LayerProgram(layers))
+    spec = dump_spec(spec_of(layers))
     return json.dumps(spec, indent=2) + "\n" if suffix == ".json" else yaml.safe_dump(spec, sort_keys=False)
 
 

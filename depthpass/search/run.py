@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.search.compare import difference, estimate
+from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
 from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep, load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
 from depthpass.search.samples import Sample, SamplesLike, check_apart, check_fit, load_samples, split
 from depthpass.search.scores import Own, load_score
-from depthpass.search.space import Layers, Listed, Space, SpaceLike, listing, load_space, stock
+from depthpass.search.space import AnySpace, Layers, SpaceLike, listing, load_space, stock
 from depthpass.search.subject import subject
 
 BUDGET = 200
@@ -35,6 +37,7 @@ def search(
     held_out: float | SamplesLike = 0.5,
     memo: int | bool = True,
     batch: int = 32,
+    on_trial: Callable[[int, int], object] | None = None,
 ) -> SearchResult:
     """Search layer programs (which blocks are skipped, which repeated) that answer samples best, beside its controls.
 
@@ -50,8 +53,9 @@ def search(
             it takes that).
         score: ``exact_match`` (by greedy ``generate``), ``greedy_match`` (the same tokens from one call, without decoding),
             ``log_prob``, ``perplexity``, or ``score(model, samples)``, one number per sample, more = better.
-        space: ``cola`` (skip or repeat spans of 1 to 4, length at most 2L), ``dr_llm``, ``polar``, ``rys``, a
-            :class:`~depthpass.search.space.Space`, its fields, or a list of layer programs.
+        space: ``cola`` (skip or repeat spans of 1 to 4, length at most 2L), ``dr_llm``, ``polar``, ``rys``,
+            ``training_free`` (damped loops of a range, arXiv 2605.23872), a :class:`~depthpass.search.space.Space` or
+            :class:`~depthpass.search.damped.DampedLoops`, their fields, or a list of layer programs.
         method: ``mcts``, ``beam``, ``random``, ``sweep`` (every program of one edit), ``exhaustive``, or one of
             :mod:`depthpass.search` with options, as ``MCTS(penalty=5)``.
         budget: programs that are scored besides the stock one, for each sample with ``per_sample``; None = 200, or all for
@@ -62,6 +66,7 @@ def search(
         held_out: share of the samples that is kept for comparison, or other samples.
         memo: bytes that shared prefixes may hold; True = 1 GiB, False = none. The numbers do not depend on it.
         batch: most rows of a call.
+        on_trial: called after every program that ran, with how many have and how many can at most, for a progress bar.
 
     Raises:
         InputError: an argument cannot be honoured, a sample does not fit the model, or a score is NaN; all but the last
@@ -89,7 +94,10 @@ def search(
         for part, what in ((given, "samples"), (rest, "held_out")):
             check_fit(part, len(inner.get_input_embeddings().weight), table_size(inner), what)
         budget = _budget(budget, how, where, blocks)
-        bench = Bench(Forward(live, (*searched, *rest), (1 << 30) * memo if isinstance(memo, bool) else memo, batch), judged)
+        most = (budget + 1) * (2 + len(searched) if per_sample else 3)
+        counted = None if on_trial is None else lambda done: on_trial(min(done, most), most)
+        room = (1 << 30) * memo if isinstance(memo, bool) else memo
+        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, counted)
         made = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
         return made.result(type(inner).__name__, per_sample)
 
@@ -101,7 +109,7 @@ class Search:
         rows, held: places of the samples to search on, and of the others.
     """
 
-    def __init__(self, bench: Bench, method: Method, space: Space | Listed, budget: int, seed: int, searched: int, root: Layers):
+    def __init__(self, bench: Bench, method: Method, space: AnySpace, budget: int, seed: int, searched: int, root: Layers):
         self.bench, self.method, self.space, self.budget, self.seed, self.root = bench, method, space, budget, seed, root
         samples = bench.forward.samples
         self.rows, self.held = tuple(range(searched)), tuple(range(searched, len(samples)))
@@ -124,6 +132,10 @@ class Search:
             self._control("random", "random programs of the space, same budget", self._judge(RandomSearch(), "random"), best),
             self._control("input_blind", what, blind, best),
         )
+        if isinstance(self.space, DampedLoops):
+            naive = Judge(self.bench, self.rows, self.budget, self.root)
+            naive.run(tuple(layers) for layers in singles if layers != self.root)
+            controls += (self._control("naive", "the same ranges and counts, repeated without damping", naive, best),)
         score, memo = self.bench.score, self.bench.forward.memo
         settings = {
             "method": self.method.name, "options": {f.name: getattr(self.method, f.name) for f in fields(self.method)},
@@ -199,7 +211,7 @@ def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> No
         raise InputError(f"memo: expected a number of bytes, True or False, got {shown(memo)}.")
 
 
-def _budget(budget: int | None, method: Method, space: Space | Listed, blocks: int) -> int:
+def _budget(budget: int | None, method: Method, space: AnySpace, blocks: int) -> int:
     if budget is not None:
         return budget
     if not method.complete:

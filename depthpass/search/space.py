@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from depthpass.errors import InputError, did_you_mean
 from depthpass.limits import VISITS, shown
+from depthpass.search.damped import DampedLoops
 
 Layers = tuple[int, ...]
 """A layer program: blocks in the order of their visits."""
@@ -169,48 +170,58 @@ class Listed:
         return {"programs": [list(p) for p in self.listed]}
 
 
-PRESETS: dict[str, Space] = {
+PRESETS: dict[str, Space | DampedLoops] = {
     "cola": Space(),
     "dr_llm": Space(skip=(1, 2), repeat=(1,), times=(1,)),
     "polar": Space(skip=(1,), repeat=(1,), times=(1,), once=True),
     "rys": Space(skip=(), repeat="any", times=(1,), edits=1),
+    "training_free": DampedLoops(),
 }
 """Published spaces. ``cola`` (arXiv 2507.07996): skip or repeat spans of 1 to 4, length at most 2L. ``dr_llm``: skip 1 or 2,
-repeat one block. ``polar`` (arXiv 2606.06574): each block skipped, kept or visited twice. ``rys``: one contiguous range twice."""
+repeat one block. ``polar`` (arXiv 2606.06574): each block skipped, kept or visited twice. ``rys``: one contiguous range twice.
+``training_free`` (arXiv 2605.23872): one range of the middle in damped sub-steps."""
 
-SpaceLike = str | Space | Listed | Mapping[str, Any] | Sequence[Any]
+AnySpace = Space | Listed | DampedLoops
+SpaceLike = str | AnySpace | Mapping[str, Any] | Sequence[Any]
 
 
-def load_space(space: SpaceLike) -> Space | Listed:
+def load_space(space: SpaceLike) -> AnySpace:
     """A space from its name, its fields, or a list of programs.
 
     Raises:
         InputError: naming what is wrong.
     """
-    if isinstance(space, Space | Listed):
+    if isinstance(space, Space | Listed | DampedLoops):
         return space
     if isinstance(space, str):
         if space not in PRESETS:
             raise InputError(f"space: expected one of {', '.join(PRESETS)}, got {shown(space)}.{did_you_mean(space, PRESETS)}")
         return PRESETS[space]
     if isinstance(space, Mapping):
-        known = [f.name for f in fields(Space)]
-        for name in space:
-            if name not in known:
-                raise InputError(f"space.{name}: no such field; expected {', '.join(known)}.{did_you_mean(str(name), known)}")
-        made: dict[str, Any] = dict(space)
-        return Space(**made)
+        damped = space.get("damped")
+        if isinstance(damped, Mapping) and len(space) == 1:
+            return DampedLoops(**_known(DampedLoops, damped))
+        return Space(**_known(Space, space))
     if isinstance(space, Iterable):
         return Listed(tuple(space))
     raise InputError(f"space: expected a name ({', '.join(PRESETS)}), a Space, its fields or a list of layer programs, got "
                      f"{shown(space)}.")
 
 
+def _known(kind: type[Space] | type[DampedLoops], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a space, each of them one that it has."""
+    known = [f.name for f in fields(kind) if f.init]
+    for name in given:
+        if name not in known:
+            raise InputError(f"space.{name}: no such field; expected {', '.join(known)}.{did_you_mean(str(name), known)}")
+    return dict(given)
+
+
 def stock(blocks: int) -> Layers:
     return tuple(range(blocks))
 
 
-def listing(space: Space | Listed, blocks: int, most: int = MOST) -> tuple[list[Layers], bool]:
+def listing(space: AnySpace, blocks: int, most: int = MOST) -> tuple[list[Layers], bool]:
     """At most so many programs of a space, and whether that is all of them."""
     found: list[Layers] = []
     for layers in space.programs(blocks):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from depthpass.search.damped import text_of
 from depthpass.search.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ def to_text(result: SearchResult) -> str:
         f"{' per sample' if result.per_sample else ''}, score {s['score']} ({better} is better), seed {s['seed']}",
         f"{s['samples']} samples to search on, {s['held_out']} held out; 95 % intervals", "",
         *_table(result), "",
-        f"best program: {' '.join(map(str, result.best.layers))}",
+        f"best program: {text_of(result.best.layers)}",
     ]
     for c in result.controls.values():
         lines.append(f"control {c.name}: {c.what}")
@@ -32,7 +33,7 @@ def to_text(result: SearchResult) -> str:
 
 
 def front_lines(result: SearchResult) -> list[str]:
-    rows = [(str(f.visits), str(f.searched), _held(f), " ".join(map(str, f.layers))) for f in result.front]
+    rows = [(str(f.visits), str(f.searched), _held(f), text_of(f.layers)) for f in result.front]
     return ["Pareto front, score against visits", *_columns([("visits", "searched", "held out", "program"), *rows])]
 
 

@@ -21,8 +21,10 @@ from functools import cached_property
 import networkx as nx
 
 from depthpass.errors import InputError
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True)
 class TaskDAG:
     """A computation as a DAG of local functions.
@@ -84,6 +86,7 @@ class TaskDAG:
         ]
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Sufficiency:
     """Whether an available depth covers a task's DAG, evaluated level by level. No lower bound of the task itself.

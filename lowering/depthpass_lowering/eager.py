@@ -526,6 +526,10 @@ def distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
     """How far a stream has moved, ``[batch, tokens, 1]``: see the op ``distance``."""
     if rule == "state":
         return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    if rule == "cosine":
+        return 1 - torch.nn.functional.cosine_similarity(now, before, dim=-1)[..., None]
+    if rule == "argmax":
+        return (now.argmax(-1, keepdim=True) != before.argmax(-1, keepdim=True)).to(now)
     now, before = torch.log_softmax(now, -1), torch.log_softmax(before, -1)
     if rule == "kl":
         return (before.exp() * (before - now)).sum(-1, keepdim=True)

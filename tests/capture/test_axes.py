@@ -13,8 +13,8 @@ from torch import nn
 from depthpass.capture.axes import AxisError, broadcast, join, regroup, single
 from depthpass.capture.functional import functionalise
 from depthpass.capture.legality import check_token_local
-from depthpass.capture.rules import BATCH as B
-from depthpass.capture.rules import TOKENS as T
+from depthpass.capture.rules.call import BATCH as B
+from depthpass.capture.rules.call import TOKENS as T
 from depthpass.errors import UnsupportedModelError
 
 

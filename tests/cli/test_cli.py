@@ -42,9 +42,11 @@ def run(capsys: pytest.CaptureFixture[str]):
 def test_report_in_text(run, config: str) -> None:
     code, out, err = run("report", config, "--spec", BRIDGE, "--seq-len", 21, "--batch", 3, "--no-cost")
     assert (code, err) == (0, "")
-    assert re.search(r"depth at n = 21 +46 block visits", out)
-    assert re.search(r"serial blocks +4 of 6 block visits", out)
-    assert "21 tokens per row, 3 rows" in out
+    assert re.search(r"^depth +6 +46 +7.667x  block visits: 6 \+ 4\*floor", out, re.M) and len(out.splitlines()) == 10
+    assert "n = 21 tokens, 3 rows" in out
+    full = run("report", config, "--spec", BRIDGE, "--seq-len", 21, "--batch", 3, "--no-cost", "--full")[1]
+    assert full.startswith(out.rpartition("Not counted")[0])
+    assert re.search(r"serial blocks +4 of 6 block visits", full) and "Critical path" in full
 
 
 def test_report_with_cost_and_times(run, config: str) -> None:
@@ -84,7 +86,9 @@ def test_program_files(run, config: str, tmp_path: Path) -> None:
 
 
 def test_tasks(run, config: str) -> None:
-    out = run("report", config, "--no-cost", "--seq-len", 64, "--task", "edit_distance:10,10")[1]
+    asked = ("report", config, "--no-cost", "--seq-len", 64, "--task", "edit_distance:10,10")
+    assert "its DAG has depth 19, at hand 6, missing 13 block visits" in run(*asked)[1]
+    out = run(*asked, "--full")[1]
     assert re.search(r"depth of its DAG +19 rounds", out) and re.search(r"missing +13 block visits", out)
 
 
@@ -105,6 +109,92 @@ def test_compare(run, config: str, tmp_path: Path) -> None:
     assert code == 0
     assert out.splitlines()[2].split() == ["stock", "sparse", "long", "unit"]
     assert re.search(r"depth at n = 9 +6 +16 +16  block visits", out)
+    differing = run("compare", config, "stock", file, "--no-cost", "--seq-len", 9, "--diff")[1]
+    assert re.search(r"depth at n = 9 +6 \(1x\) +16 \(2.667x\)  block visits", differing) and "physical" not in differing
+
+
+def test_names_are_specs(run, config: str, tmp_path: Path) -> None:
+    """A pass or its alias, in full in what is written back; a mergekit file; nested in YAML."""
+    out = json.loads(run("report", config, "--spec", "plt", "--no-cost", "--json")[1])
+    assert out["spec"]["passes"] == [{"pass": "parallel_loop"}]
+    assert json.loads(run("report", config, "--spec", "[{pass: ilr, reuse: [1, 2, 1, 1, 1, 1]}]", "--no-cost", "--json")[1])[
+        "numbers"]["visits"]["value"] == 7
+    merge = tmp_path / "merge.yml"
+    merge.write_text("merge_method: passthrough\nslices:\n- sources: [{model: m, layer_range: [0, 4]}]\n"
+                     "- sources: [{model: m, layer_range: [2, 6]}]\n")
+    out = run("compare", config, "stock", "mod", merge, "--no-cost", "--diff")[1]
+    assert re.search(r"stock +mixture_of_depths\(capacity=0.125\) +merge +unit", out)
+    assert re.search(r"block visits per token +6 \(1x\) +6 \(1x\) +8 \(1.333x\)  visits", out)
+
+
+def test_passes_and_presets_are_listed(run) -> None:
+    from depthpass.passes.registry import ALIASES, pass_names
+
+    code, out, _ = run("passes")
+    assert code == 0 and {line.split()[0] for line in out.splitlines()[: len(pass_names())]} == set(pass_names())
+    assert all(f"({alias})" in out for alias in ALIASES)
+    assert re.search(r"times +an integer, default 2", run("passes", "repeat")[1])
+    assert json.loads(run("passes", "plt", "--json")[1])[0]["options"]["loops"] == {"type": "an integer", "default": 2}
+    assert "Did you mean 'loop'?" in run("passes", "lop")[2]
+    assert {p["name"] for p in json.loads(run("presets", "--json")[1])} >= {"llama-1b", "llama-8b", "sparse", "rys"}
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_completion(run, shell: str) -> None:
+    pytest.importorskip("shtab")
+    code, out, _ = run("completion", shell)
+    assert code == 0 and all(word in out for word in ("contraction", "--seq-len", "presets"))
+
+
+def test_version(run) -> None:
+    import depthpass
+
+    assert run("--version")[:2] == (0, f"depthpass {depthpass.__version__}\n")
+
+
+def test_a_task_without_a_size_has_the_size_of_the_row(run, config: str) -> None:
+    assert "parity(64" in run("report", config, "--no-cost", "--seq-len", 64, "--task", "parity")[1]
+    assert "edit_distance(" in run("report", config, "--no-cost", "--seq-len", 4096, "--task", "edit_distance")[1]
+
+
+def test_outputs_are_checked_before_the_work(run, config: str, tmp_path: Path, monkeypatch) -> None:
+    from depthpass.report.subject import Subject
+
+    monkeypatch.setattr(Subject, "of", lambda *_: pytest.fail("read before the output was checked"))
+    for bad, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x.html", "there is no folder")):
+        code, _, err = run("report", config, "--no-cost", "--html", bad)
+        assert code == 2 and why in err and "Nothing was computed yet" in err
+
+
+def test_hub_ids_fetch_the_config_alone(run, config: str, monkeypatch) -> None:
+    from transformers.utils import hub
+
+    asked = []
+    monkeypatch.setattr(hub, "cached_file", lambda name, file: asked.append((name, file)) or config)
+    assert json.loads(run("report", "meta-llama/Llama-3.2-1B", "--no-cost", "--json")[1])["model"] == "LlamaForCausalLM"
+    assert asked == [("meta-llama/Llama-3.2-1B", "config.json")]
+
+
+def test_a_hub_that_cannot_be_reached_is_one_message(run, monkeypatch) -> None:
+    from transformers.utils import hub
+
+    def offline(name, file):
+        raise OSError("We couldn't connect to the hub")
+
+    monkeypatch.setattr(hub, "cached_file", offline)
+    code, _, err = run("report", "nobody/nothing", "--no-cost")
+    assert code == 2 and "no such path here" in err and "couldn't connect" in err
+
+
+def test_progress_is_for_terminals(capsys, monkeypatch) -> None:
+    from depthpass.cli.output import Bar, working
+
+    for shown in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda shown=shown: shown, raising=False)
+        monkeypatch.setenv("TERM", "xterm")
+        with working("capturing"), Bar("scoring") as bar:
+            bar(1, 2)
+        assert bool(capsys.readouterr().err) is shown
 
 
 def test_sweep(run, config: str, tmp_path: Path) -> None:
@@ -181,6 +271,9 @@ def test_demo_is_imported_when_asked_for(run, monkeypatch) -> None:
         (["report", "CONFIG", "--task", "parity:x"], "expected NAME:SIZE"),
         (["report", "CONFIG", "--task", "parity:0"], "expected an integer of at least 1"),
         (["report", "CONFIG", "--no-cost", "--html", "nowhere/page.html"], "'nowhere/page.html' cannot be written"),
+        (["report", "nowhere", "--no-cost", "--html", "nowhere/page.html"], "Nothing was computed yet"),
+        (["calibrate", "--out", "nowhere/x.json"], "Nothing was computed yet"),
+        (["completion", "fish"], "invalid choice: 'fish'"),
         (["sweep", "CONFIG", "--group", "1,2"], "expected --spec or --preset"),
         (["sweep", "CONFIG", "--preset", "sparse", "--group", "1,0"], "got '0'"),
         (["sweep", "CONFIG", "--preset", "sparse", "--group", "2,2", "--no-cost"], "expected different numbers"),

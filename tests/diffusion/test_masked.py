@@ -303,6 +303,7 @@ def test_programs_that_break_a_rule(line, message):
     (lambda m: dp.transform(m, [dp.TurboConn(bridges=[(2, 0)], group=2), dp.Bidirectional()]), PassError, "run together"),
     (lambda m: dp.transform(m, [dp.Bidirectional(), dp.TurboConn(bridges=[(2, 0)], group=2)]), VerifyError, "run together"),
     (lambda m: dp.transform(m, [dp.ParallelLoop(loops=2, window=4), dp.Bidirectional()]), PassError, "run together"),
+    (lambda m: dp.transform(m, [dp.Coconut(latents=2), dp.Bidirectional()]), PassError, "latents"),
     (lambda m: dp.transform(m, [dp.Bidirectional(), dp.Bidirectional()]), PassError, "already"),
     (lambda m: dp.diffusion_loss(m, torch.ones(1, 3, dtype=torch.long)), SpecError, "expected a model transformed"),
     (lambda m: dp.transform(m, dp.Bidirectional()).generate(torch.ones(1, 3, dtype=torch.long)), InputError, "MaskedDiffusion"),

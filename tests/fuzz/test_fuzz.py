@@ -16,7 +16,7 @@ SEED, COUNT = 0, 300
 """Those of docs/reliability.md begin with the same."""
 
 BASE = {
-    "arch": "llama", "layers": 4, "seed": 5, "packed": None, "lengths": [6, 4], "side": "left", "positions": True, "mask": True,
+    "arch": "llama", "layers": 4, "seed": 5, "lengths": [6, 4], "side": "left", "positions": True, "mask": True,
     "lowering": "auto", "chunk": None, "stack": True, "schedule": "sequential",
     "spec": [{"pass": "turboconn", "bridges": [[2, 0], [3, 1]], "group": 2, "rank": 3}], "checks": [{"do": "forward"}],
 }
@@ -43,7 +43,8 @@ def test_the_cases_have_everything():
     passes = Counter(p["pass"] for c in cases for p in c["spec"])
     assert {c["arch"] for c in cases} == set(ARCHITECTURES) and len(passes) == 13 and min(passes.values()) >= 5
     done = Counter(check["do"] for c in cases for check in c["checks"])
-    assert set(done) == {"forward", "gradients", "calls", "generate", "save", "door", "depth"} and min(done.values()) >= 3
+    assert set(done) == {"forward", "gradients", "calls", "generate", "save", "door", "depth", "packed"}
+    assert min(done.values()) >= 3
     events = Counter(e for c in cases for check in c["checks"] for e in check.get("events", ()))
     assert {"copy", "crop", "reorder", "select", "repeat"} <= set(events)
     assert len({json.dumps(c) for c in cases}) == COUNT
@@ -57,6 +58,8 @@ def test_every_check_runs_on_one_model():
         {"do": "calls", "sizes": [2, 3, 1, 1, 1], "events": ["repeat", "reorder", "crop", "select", "copy"], "lot": 3},
         *({"do": "door", "which": w} for w in ("decoder", "base_model", "wrapped", "embeds", "checkpointing", "hooked")),
         {"do": "depth"},
+        {"do": "packed", "rows": [[3, 1, 5], [4, 5]], "lengths": False, "loss": True, "gradients": True},
+        {"do": "packed", "rows": [[3, 1, 5]], "lengths": True, "loss": False, "gradients": True},
     ]}
     found = run_case(case)
     assert found["result"] == "ok" and "refusals" not in found, found

@@ -96,6 +96,7 @@ def test_hand_scheduled_loops_refuse_function_transforms_by_name(stock, warm):
 
 
 @WARM
+@pytest.mark.filterwarnings("ignore:materialize")
 @pytest.mark.parametrize("spec", [dp.Identity(), dp.Loop(start=1, end=2, times=2)], ids=["identity", "loop"])
 def test_a_flop_counter_counts_whole_numbers(stock, warm, spec):
     made = dp.transform(stock, spec)

@@ -1,5 +1,7 @@
 """Layer programs baked into stock checkpoints, and the readers of other tools' depth formats, end to end."""
 
+import warnings
+
 import pytest
 import torch
 import zoo
@@ -7,6 +9,9 @@ from transformers import AutoModelForCausalLM
 from turbos import enliven
 
 import depthpass as dp
+
+# Every repeated block is copied, which it says; one test looks at that.
+pytestmark = pytest.mark.filterwarnings("ignore:materialize")
 
 PROGRAM = [0, 2, 1, 2, 1, 3, 3]
 
@@ -74,6 +79,15 @@ def test_programs_that_no_stack_can_express(spec, word):
         dp.materialize(model)
     with pytest.raises(dp.SpecError, match="expected a transformed model"):
         dp.materialize(dp.restore(model))
+
+
+def test_the_size_is_said():
+    stock = stock_of("llama")
+    with pytest.warns(UserWarning, match="8 visits of 4 blocks become as many blocks, so the model takes"):
+        dp.materialize(dp.transform(stock, dp.Loop(times=2)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        dp.materialize(dp.transform(stock, dp.LayerProgram([3, 0, 1])))
 
 
 def test_blocks_that_are_fixed_by_depth_are_refused():

@@ -1,4 +1,4 @@
-"""What loops, taps and bridges refuse, with advice: positions that hold routed tokens, names taken, states behind pads."""
+"""What loops, taps and bridges refuse, with advice: positions that hold routed tokens, names taken, pads twice."""
 
 import pytest
 
@@ -22,7 +22,7 @@ from depthpass.passes.turboconn import TurboConn
     ([Loop(1, 2, times=3, exit=0.5), Taps([2])], r"taps: .* got position 2"),
     ([Taps([1]), Taps([1])], r"taps\.at: the program already has a tap taps\.v1\. Set scope='another_name'"),
     ([Loop(0, 1, times=2, taps=True), Loop(1, 2, times=2)], r"loop: expected a straight|loop\.scope"),
-    ([Pad(2), Loop(1, 2, times=3, inject="add", state="zeros")], r"loop\.state: expected 'input' behind pads, got 'zeros'"),
+    ([Pad(2), Loop(1, 2, times=3), Pad(1)], r"pad: expected a program without pads, got %1 = pad of pad\(tokens=2\)"),
 ], ids=["bridge", "bridge of an exit", "tap", "taps twice", "loops", "pads"])
 def test_refused_with_advice(spec: list[Pass], message: str) -> None:
     program = plain("M", 4, 8)

@@ -119,9 +119,10 @@ def test_what_the_model_does_not_allow(spec: Pass, message: str) -> None:
     assert message in str(error.value)
 
 
-def test_pads_need_streams_that_know_them() -> None:
-    with pytest.raises(ValueError, match="whose streams all start from the embedding, got %1 = noise"):
-        built(4, [Loop(0, 4, inject="concat", state="noise"), Pad(2)])
+def test_pads_stand_in_every_stream() -> None:
+    looped = Loop(0, 4, inject="concat", state="noise")
+    before, after = built(4, [looped, Pad(2)]), built(4, [Pad(2), looped])
+    assert {o["pads"] for p in (before, after) for o in p if o.kind == "noise"} == {2}
     with pytest.raises(ValueError, match="got %1 = pad"):
         built(4, [Pad(2), Pad(2)])
     assert built(4, [Pad(0)]) == plain("LlamaForCausalLM", 4, 64)
@@ -149,8 +150,8 @@ def test_two_loops_need_two_scopes() -> None:
         (lambda: Loop(times=0), "loop.times: expected at least 1, got 0"),
         (lambda: Loop(state="zeros"), "loop.inject: expected 'add' or 'concat' with state='zeros', got None"),
         (lambda: Loop(noise_std=0.5), "loop.noise_std: expected state='noise' beside it, got 'input'"),
-        (lambda: Loop(kv="mod:0"), "loop.kv: expected own, first, last or mod:k, got 'mod:0'"),
-        (lambda: Loop(kv="frist"), "loop.kv: expected own, first, last or mod:k, got 'frist'"),
+        (lambda: Loop(kv="mod:0"), "loop.kv: expected own, first, last, latest or mod:k, got 'mod:0'"),
+        (lambda: Loop(kv="frist"), "loop.kv: expected own, first, last, latest or mod:k, got 'frist'"),
         (lambda: Loop(exit=1.5), "loop.exit: expected a probability in (0, 1], got 1.5"),
         (lambda: Loop(times=1, exit=0.5), "loop.times: expected at least 2 with an exit, got 1"),
         (lambda: Loop(lora_rank=0), "loop.lora_rank: expected at least 1"),

@@ -28,6 +28,12 @@ CASES = {
     "entropy": ("llama", {"exit": 0.05, "times": 5, "criterion": "entropy"}),
     "huginn_kl": ("gpt_neox", {"exit": 0.8, "times": 4, "criterion": "kl", **HUGINN}),
     "huginn_entropy": ("llama", {"exit": 0.05, "times": 5, "criterion": "entropy", "kv": "first", **HUGINN}),
+    "cosine": ("llama", {"exit": 0.12, "times": 4, "criterion": "cosine"}),
+    "argmax": ("llama", {"exit": 1.0, "times": 5, "criterion": "argmax"}),
+    "argmax_twice": ("gpt_neox", {"exit": 2.0, "times": 6, "criterion": "argmax", **HUGINN}),
+    "latest": ("llama", {"exit": 0.7, "times": 4, "kv": "latest"}),
+    "latest_windows": ("gemma3_text", {"exit": 0.45, "times": 4, "criterion": "state", "kv": "latest"}),
+    "huginn_latest": ("llama", {"exit": 1.0, "times": 4, "criterion": "state", "kv": "latest", **HUGINN}),
     "huginn_state": ("llama", {"exit": 1.0, "times": 4, "criterion": "state", **HUGINN}),
 }
 END = 2
@@ -77,7 +83,8 @@ def test_exits_equal_the_oracle(case):
         taken.extend(ran)
         return stream
 
-    oracle.compare(stock, model, zoo.batch(LENGTHS), want)
+    # Norms compute in float32, and with kv="latest" those of a token that left run again for its keys.
+    oracle.compare(stock, model, zoo.batch(LENGTHS), want, limit=1e-6 if options.get("kv") == "latest" else 1e-8)
     assert len(set(taken)) > 1, taken
 
 
@@ -140,7 +147,10 @@ def test_taps_and_labels_beside_logits_of_the_state():
     ({"noise_cut": 0.0, "state": "noise", "inject": "add"}, r"loop\.noise_cut: expected a positive number"),
     ({"exit": 1.5}, r"loop\.exit: expected a probability"),
     ({"exit": -1.0, "criterion": "entropy", "times": 3}, r"loop\.exit: expected a positive distance"),
-    ({"exit": 0.5, "kv": "last"}, r"loop\.kv: expected 'own' or 'first'"),
+    ({"exit": 0.5, "kv": "last"}, r"loop\.kv: expected 'own', 'first' or 'latest'"),
+    ({"kv": "latest"}, r"loop\.kv: expected another policy without an exit"),
+    ({"exit": 1.5, "criterion": "argmax", "times": 9}, r"loop\.exit: expected a whole number of iterations"),
+    ({"exit": 3.0, "criterion": "argmax", "times": 4}, r"loop\.times: expected at least 5 with criterion='argmax'"),
     ({"exit": 0.5, "criterion": "state", "times": 3, "skip": False}, r"loop\.skip: expected True"),
     ({"skip": False}, r"loop\.exit: expected a value to leave at beside skip=False"),
     ({"criterion": "entropi"}, "entropy"),
@@ -161,8 +171,8 @@ def test_an_exit_without_a_loop_or_a_head_is_refused():
 def test_distances_of_the_interpreter_and_the_lowering_agree():
     toy = Toy(1, 5)
     head = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    for rule in ("state", "kl", "entropy"):
-        arguments = "%e, %b" if rule == "state" else "%l, %m"
+    for rule in ("state", "cosine", "kl", "entropy", "argmax"):
+        arguments = "%e, %b" if rule in ("state", "cosine") else "%l, %m"
         program = verify(parse_program(
             f"program M blocks=1 width={WIDTH}\n%e = embed\n%b = block 0 (%e) slot 0\n%l = logits 9 (%e)\n"
             f"%m = logits 9 (%b)\n%d = distance {rule} ({arguments})\noutput %e"
@@ -192,8 +202,11 @@ def test_start_noise_is_cut_off_and_otherwise_normal():
     assert torch.equal(first, trained(ids).logits)
 
 
-def test_exits_through_the_coda_decode_as_they_score():
-    _, model = made("llama", dp.Loop.huginn(1, 2, times=4, exit=0.8, criterion="kl"))
+@pytest.mark.parametrize("options", [
+    {"exit": 0.8, "criterion": "kl"}, {"exit": 1, "criterion": "argmax", "kv": "latest"},
+], ids=["kl", "argmax and latest"])
+def test_exits_through_the_coda_decode_as_they_score(options):
+    _, model = made("llama", dp.Loop.huginn(1, 2, times=4, **options))
     ids = zoo.batch([9, 9])["input_ids"]
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits

@@ -18,6 +18,8 @@ SPECS = {
     "loop": [dp.Loop(start=1, end=3, times=3, inject="add")],
     "bridge": [dp.TurboConn(bridges=[(2, 0)], group=2, rank=4)],
     "exit": [dp.Loop(start=1, end=2, times=3, exit=0.6)],
+    "noise": [dp.Loop(start=1, end=2, times=2, inject="concat", state="noise")],
+    "zeros": [dp.Loop(start=1, end=2, times=2, inject="add", state="zeros")],
 }
 
 
@@ -59,7 +61,7 @@ def by_hand(plain, batch, r):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize(("name", "spec"), [
     ("llama", "stock"), ("llama", "loop"), ("llama", "bridge"), ("llama", "exit"), ("gpt2", "loop"), ("gpt_neox", "stock"),
-    ("gemma3_text", "loop"), ("mixtral", "stock"), ("qwen2", "bridge"),
+    ("gemma3_text", "loop"), ("mixtral", "stock"), ("qwen2", "bridge"), ("llama", "noise"), ("llama", "zeros"),
 ])
 def test_outputs_loss_and_gradients(name, spec, side):
     stock, model, plain = made(name, SPECS[spec])
@@ -88,7 +90,7 @@ def test_outputs_loss_and_gradients(name, spec, side):
 
 
 @pytest.mark.parametrize(("name", "spec"), [("llama", "loop"), ("llama", "bridge"), ("llama", "exit"), ("gpt2", "stock"),
-                                            ("gemma3_text", "loop"), ("opt", "stock")])
+                                            ("gemma3_text", "loop"), ("opt", "stock"), ("llama", "noise")])
 def test_generation(name, spec):
     _, model, plain = made(name, SPECS[spec])
     batch = zoo.batch([5, 3])

@@ -11,10 +11,11 @@ from html.parser import HTMLParser
 import pytest
 from rich.console import Console
 
+from depthpass.analysis.roofline import assumed
 from depthpass.ir import parse_program
 from depthpass.report import Report, build_report
 from depthpass.report.chart import ticks
-from depthpass.report.numbers import Number, plain, with_unit
+from depthpass.report.numbers import Number, plain, scaled, short
 from depthpass.report.picture import delay_edges
 from depthpass.report.tables import compare, sweep
 from depthpass.schedule import schedule
@@ -66,27 +67,73 @@ def test_every_number_has_a_unit(made) -> None:
 
 
 def test_plain_text(golden) -> None:
-    golden(str(small()))
+    golden(small().to_text())
+
+
+def test_the_summary_is_six_numbers_with_ratios() -> None:
+    text = str(band(cost=True))
+    assert text == repr(band(cost=True)) and len(text.splitlines()) == 10
+    assert "turboconn(group=4, preset=llama-1b); n = 155 tokens, 8 rows" in text
+    rows = {line.split("  ")[0]: line.split() for line in text.splitlines()[3:9]}
+    assert list(rows) == ["depth", "recursions", "parameters", "FLOPs", "KV cache", "time floor"]
+    assert rows["depth"][1:4] == ["16", "548", "34.25x"] and rows["recursions"][1:4] == ["1", "39", "39x"]
+    assert rows["parameters"][1:6] == ["1.236", "G", "1.243", "G", "1.006x"] and "7,405,320" in rows["parameters"]
+    assert rows["KV cache"][2:7] == ["38.75", "MiB", "38.75", "MiB", "1x"] and "--ceilings" in text
+    timed = subject().report(BAND, seq_len=155, batch=8, ceilings=assumed("h200"))
+    assert re.search(r"time floor +[\d.]+ ms +[\d.]+ ms +[\d.]+x  forward on h200", str(timed))
+    assert len(repr(timed).splitlines()) <= 12 and "not counted: ask" in str(band())
+
+
+@pytest.mark.parametrize(
+    ("spec", "passes", "runs"),
+    [
+        ("{pass: loop, start: 1, end: 3}", "loop(start=1, end=3, times=2)", 2),
+        ("{pass: mixture_of_recursions, recursions: 7}", "mixture_of_recursions(recursions=7)", 7),
+        ("{pass: parallel_loop}", "parallel_loop(loops=2)", 2),
+        ("{pass: skip, start: 3}", "skip(start=3)", 1),
+        ("[{pass: repeat, start: 3, end: 5, times: 3}, {pass: turboconn, bridges: [[9, 1]], group: 2}]",
+         "repeat(start=3, end=5, times=3), turboconn(bridges=[(9, 1)], group=2)", 3 * 5),
+    ],
+)
+def test_recursions_are_those_of_the_spec(spec: str, passes: str, runs: int) -> None:
+    made = subject().report(spec, seq_len=10, cost=False)
+    assert passes in str(made) and made.recursions == runs
+    assert made.number("recursions").note == {1: "no block runs twice", 15: "3 visits x ceil(n / chunk)"}.get(
+        runs, f"{runs} visits of a token")
 
 
 def test_text_says_what_matters() -> None:
-    text = str(band())
+    text = band().to_text()
+    assert text.startswith(str(band()).rpartition("\n")[0])
     assert re.search(r"serial blocks +14 of 16 block visits", text)
     assert re.search(r"depth +16 \+ 14\*floor\(\(n - 1\)/4\) block visits", text)
-    assert re.search(r"depth at n = 155 +548 block visits +\(stock 16, ratio 34.25\)", text)
+    assert re.search(r"depth at n = 155 +548 block visits +\(stock 16, 34.25x\)", text)
     assert "... 33 more tokens, 462 block visits (every 4 tokens)" in text
 
 
 def test_all_forms_show_every_number() -> None:
     made = band()
     console = Console(width=300, record=True, file=io.StringIO())
-    console.print(made)
+    console.print(made.to_rich())
     page = "".join(Page(made.to_html()).words)
-    for form in (str(made), console.export_text(), made.to_markdown(), page):
+    for form in (made.to_text(), console.export_text(), page):
         for x in numbers(made):
-            assert x.label in form and plain(x.value) in form, x.key
+            assert x.repeats or (x.label in form and x.figure in form), x.key
         for line in made.not_counted:
             assert line in form
+    assert all(x.repeats or plain(x.value) in made.to_markdown() for x in numbers(made))
+
+
+def test_no_row_repeats_another() -> None:
+    """Attention and MLP depth are the depth here, nothing is routed, and slots keep every token."""
+    made = band(cost=True)
+    repeated = {x.key for x in numbers(made) if x.repeats}
+    assert {"depth_attention_at_n", "cache_slots", "cost_flops_decode_deepest_token", "token_steps"} <= repeated
+    assert repeated < set(made.to_dict()["numbers"])
+    routed = subject().report("{pass: mixture_of_recursions, recursions: 7}", seq_len=64)
+    assert not routed.number("cost_flops_decode_deepest_token").repeats
+    labels = [x.label for s in made.sections for x in s.shown]
+    assert len(set(labels)) == len(labels)
 
 
 def test_json_has_a_schema_and_plain_values() -> None:
@@ -111,7 +158,8 @@ def test_json_has_a_schema_and_plain_values() -> None:
 def test_markdown_tables_have_equal_columns() -> None:
     rows = [line for line in band().to_markdown().splitlines() if line.startswith("|")]
     assert {line.replace("\\|", "").count("|") for line in rows} == {6}
-    assert len([r for r in rows if not r.startswith(("| |", "|--"))]) == len(numbers(band()))
+    shown = [x for s in band().sections for x in s.shown]
+    assert len([r for r in rows if not r.startswith(("| |", "|--"))]) == len(shown) + 6
 
 
 def test_html_is_one_file_that_needs_nothing_else() -> None:
@@ -195,6 +243,12 @@ def test_comparison() -> None:
     assert json.loads(table.to_json())["columns"] == ["stock", "band"]
     assert "| depth at n = 155 | 16 | 548 | block visits |" in table.to_markdown()
     assert re.search(r"depth at n = 155 +16 +548  block visits", str(table))
+    differing = table.diff()
+    rows = {row[0]: row[1:] for row in differing.cells()}
+    assert rows["depth at n = 155"] == ["16 (1x)", "548 (34.25x)", "block visits"] and "physical blocks" not in rows
+    assert rows["new parameters"] == ["0", "7.405 M", "parameters"]
+    ratios = {row["label"]: row["ratios"] for row in json.loads(differing.to_json())["rows"]}
+    assert ratios["depth at n = 155"] == [1, 34.25] and ratios["chunk"] == [None, None]
 
 
 def test_sweep_over_groups() -> None:
@@ -212,15 +266,22 @@ def test_sweep_over_groups() -> None:
     [
         (0, "bytes", "0 bytes"),
         (1023, "bytes", "1,023 bytes"),
-        (1024, "bytes", "1,024 bytes (1.0 KiB)"),
-        (3 << 40, "bytes", "3,298,534,883,328 bytes (3.0 TiB)"),
-        (0.000123456, "s", "0.0001235 s"),
+        (1024, "bytes", "1 KiB"),
+        ((1 << 20) - 1, "bytes", "1 MiB"),
+        (3 << 40, "bytes", "3 TiB"),
+        (0.000123456, "s", "123.5 us"),
+        (0, "s", "0 s"),
+        (12.5, "s", "12.5 s"),
         (Fraction(7, 2), "per token", "7/2 per token"),
-        (3e12, "FLOP", "3e+12 FLOP"),
+        (3e12, "FLOP", "3 TFLOP"),
+        (999_999, "parameters", "999,999 parameters"),
+        (999_999_999, "parameters", "1 G parameters"),
+        (-2_500_000, "ops", "-2.5 M ops"),
     ],
 )
 def test_numbers_in_words(value, unit: str, text: str) -> None:
-    assert with_unit(value, unit) == text
+    assert " ".join(scaled(value, unit)) == text
+    assert short(value, unit) == (text if text.endswith("us") else text.removesuffix(unit).strip())
 
 
 @pytest.mark.parametrize(("top", "found"), [(548, [0, 200, 400, 600]), (1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, [0, 1])])

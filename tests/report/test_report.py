@@ -117,7 +117,7 @@ def test_parameters_that_nothing_sizes_are_a_lower_bound_by_name() -> None:
     assert made.unsized_parameters == ("g0", "g1")
     number = made.number("new_parameters")
     assert "g0, g1" in number.note and number.text == "at least 0 parameters"
-    assert "<b>at least 0</b>" in made.to_html() and "at least 0" in str(made)
+    assert "<b>at least 0</b>" in made.to_html() and "at least 0" in str(made) and "at least 0" in made.to_text()
     assert made.to_dict()["numbers"]["new_parameters"]["at_least"] is True
     assert any("attention gates" in line for line in made.not_counted)
 

@@ -14,6 +14,7 @@ from depthpass.analysis.cost.symbols import B, Convention, g, n
 from depthpass.analysis.roofline import Ceilings, Floor, Work, floor
 from depthpass.errors import InputError, SpecError, did_you_mean
 from depthpass.ir.program import Program
+from depthpass.prompt import at_prompt
 from depthpass.schedule import Schedule
 
 Trainable = Literal["all", "new", "none"]
@@ -57,6 +58,7 @@ class Row:
     note: str = ""
 
 
+@at_prompt
 @dataclass(frozen=True)
 class RegionCost:
     """One region of the schedule.
@@ -86,6 +88,7 @@ class RegionCost:
         return sp.Integer(0) if moved == 0 else self.flops / moved
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Cost:
     """Cost of a program.

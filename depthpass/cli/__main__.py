@@ -1,0 +1,7 @@
+"""``python -m depthpass.cli``."""
+
+import sys
+
+from depthpass.cli import main
+
+sys.exit(main())

@@ -1,0 +1,69 @@
+"""``passes``, ``presets``, ``completion``: what can be named."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import MISSING, fields
+from typing import Any
+
+from depthpass.errors import InputError
+
+
+def passes(args: argparse.Namespace) -> int:
+    """All passes with their options, or one of them with its documentation."""
+    from depthpass.passes.base import Pass, default_of
+    from depthpass.passes.fields import describe
+    from depthpass.passes.registry import ALIASES, pass_class, pass_names
+
+    def listed(cls: type[Pass]) -> dict[str, Any]:
+        types = cls.field_types()
+        options = {f.name: {"type": describe(types[f.name])} | ({} if default_of(f) is MISSING else {"default": default_of(f)})
+                   for f in fields(cls)}
+        short = [a for a, name in ALIASES.items() if name == cls.name]
+        return {"pass": cls.name, "aliases": short, "what": (cls.__doc__ or "").strip().partition("\n")[0], "options": options}
+
+    found = [listed(pass_class(name)) for name in ([args.name] if args.name else pass_names())]
+    if args.form == "json":
+        print(json.dumps(found, indent=2))
+    elif args.name:
+        print(f"{found[0]['pass']}: {pass_class(args.name).__doc__}\nOptions")
+        for name, option in found[0]["options"].items():
+            default = f", default {option['default']}" if "default" in option else ", required"
+            print(f"  {name:<16} {option['type']}{default}")
+    else:
+        room = max(len(_title(p)) for p in found)
+        print("\n".join(f"{_title(p):<{room}}  {p['what']}" for p in found))
+        print("\nOptions of one: depthpass passes NAME. In a spec: --spec mor, or --spec '{pass: loop, start: 1, end: 3}'.")
+    return 0
+
+
+def _title(listed: dict[str, Any]) -> str:
+    return listed["pass"] + (f" ({', '.join(listed['aliases'])})" if listed["aliases"] else "")
+
+
+def presets(args: argparse.Namespace) -> int:
+    """The published layouts and search spaces that have names."""
+    from depthpass.passes.turboconn import PRESETS, TurboConn
+    from depthpass.search.space import PRESETS as SPACES
+
+    found = [{"name": name, "for": "--preset", "what": TurboConn(preset=name).describe()} for name in PRESETS]  # type: ignore[arg-type]
+    found += [{"name": name, "for": "search --space", "what": str(space)} for name, space in SPACES.items()]
+    if args.form == "json":
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(f"{p['name']:<10}  {p['for']:<14}  {p['what']}" for p in found))
+    return 0
+
+
+def completion(args: argparse.Namespace) -> int:
+    """A script for the shell: ``eval "$(depthpass completion bash)"``."""
+    from depthpass.cli.parser import parser
+
+    try:
+        import shtab
+    except ImportError:
+        raise InputError("completion: expected shtab, which writes the script, to be installed. Run pip install "
+                         "'depthpass[cli]'.") from None
+    print(shtab.complete(parser(), args.shell))
+    return 0

@@ -1,0 +1,190 @@
+"""What emitted files are made of besides stock code: each of these is copied into a file that needs it, as it stands.
+
+They use torch and transformers only, and the name ``CACHE`` of nothing: whoever reads an emitted file reads them there.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, StaticLayer
+
+
+def attach(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module at a dotted name, below plain modules."""
+    *parents, leaf = name.split(".")
+    for part in parents:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    root.add_module(leaf, module)
+
+
+class Weigh(nn.Module):
+    """Times a learned vector ``[width]``."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+class QueryGate(nn.Module):
+    """A score per token and head from the rotated query, ``[batch, heads, tokens, dim]`` -> ``[batch, tokens, heads]``."""
+
+    def __init__(self, heads: int, dim: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(heads, dim))
+        self.bias = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, query: Tensor, hidden: Tensor) -> Tensor:
+        return (query.transpose(1, 2) * self.weight).sum(-1) + self.bias
+
+
+class HiddenGate(nn.Module):
+    """A score per token and head from the block's input, ``[batch, tokens, width]`` -> ``[batch, tokens, heads]``."""
+
+    def __init__(self, heads: int, width: int):
+        super().__init__()
+        self.norm = Weigh(width)
+        self.weight = nn.Parameter(torch.zeros(heads, width))
+        self.bias = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, query: Tensor, hidden: Tensor) -> Tensor:
+        return nn.functional.linear(self.norm(rms(hidden, 1e-6)), self.weight, self.bias)
+
+
+class LowRankLinear(nn.Linear):
+    """A linear map that visits share, with a low-rank update of this visit's own."""
+
+    def add_update(self, rank: int) -> None:
+        self.a = nn.Parameter(torch.zeros(rank, self.in_features))
+        self.b = nn.Parameter(torch.zeros(self.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight + self.b @ self.a, self.bias)
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """``x`` over its root mean square."""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def seen_before(cache: Any) -> Any:
+    """Columns that earlier calls have put in a cache: a number, or of a static cache a tensor."""
+    count = 0 if cache is None else cache.get_seq_length()
+    # A static cache counts in place.
+    return count.clone() if isinstance(count, Tensor) else count
+
+
+def check_rooms(cache: Any) -> None:
+    """Refuse static caches of sliding windows: their columns move, and a gate's window is counted in columns."""
+    if cache is not None and any(layer.is_sliding and layer.is_compileable for layer in cache.layers):
+        raise NotImplementedError("gated visits of layers with sliding windows need a dynamic cache.")
+
+
+def check_backend(kwargs: dict[str, Any]) -> None:
+    """Refuse engines that keep keys and values by themselves: they keep nothing else between tokens."""
+    if kwargs.get("attention_instances") is not None:
+        raise NotImplementedError("this model reads streams or keys of other layers, which stand in transformers' caches; an "
+                                  "engine with attention of its own (vLLM) cannot run it.")
+
+
+def ages(attention_mask: Tensor | None, past: Any, count: int, device: torch.device) -> Tensor:
+    """How many real tokens of its row stand before each new token, ``[batch or 1, count]``."""
+    if attention_mask is None:
+        return (torch.arange(count, device=device) + past)[None]
+    if not isinstance(attention_mask, Tensor) or attention_mask.dim() != 2:
+        raise ValueError("attention_mask: expected a mask of real tokens [batch, tokens], which says where a row begins.")
+    return (attention_mask.to(device).long().cumsum(-1) - 1)[:, -count:]
+
+
+def since(age: Tensor, first: int, x: Tensor) -> Tensor:
+    """A stream that does not exist before token ``first`` of a row: nothing there."""
+    return x.masked_fill((age < first)[..., None], 0)
+
+
+def line_layer(cache: Any, number: int) -> Any:
+    """The layer of a cache that keeps a delayed stream; such layers stand after those of the visits."""
+    while len(cache.layers) <= number:
+        # Windows of a static cache have no room for a whole row.
+        rooms = [layer.max_cache_len for layer in cache.layers if layer.is_compileable and not layer.is_sliding]
+        cache.layers.append(StaticLayer(max(rooms)) if rooms else DynamicLayer())
+    return cache.layers[number]
+
+
+def keep(cache: Any, number: int, x: Tensor) -> Tensor:
+    """Append a stream to what earlier calls saw of it; returns all of it, ``[batch, columns, width]``."""
+    if cache is None:
+        return x
+    return line_layer(cache, number).update(x[:, None], x[:, None, :, :0])[0][:, 0]
+
+
+def kept(cache: Any, number: int, like: Tensor, width: int) -> Tensor:
+    """What earlier calls saw of a stream, ``[batch, columns, width]``."""
+    layer = line_layer(cache, number)
+    return layer.keys[:, 0] if layer.is_initialized else like.new_zeros(len(like), 1, width)
+
+
+def earlier(line: Tensor, tokens: int, past: Any, count: int) -> Tensor:
+    """A stream so many tokens before each of the new ones; anything where there is none (see ``since``)."""
+    columns = torch.arange(count, device=line.device) + past - tokens
+    return line.index_select(1, columns.clamp(min=0))
+
+
+def kept_tokens(x: Tensor, keep: Any) -> Tensor:
+    """The tokens of a stream that ``logits_to_keep`` asks for."""
+    return x[:, -keep:] if isinstance(keep, int) else x[:, keep]
+
+
+def leave(states: list[Tensor], gates: list[Tensor], limit: float) -> Tensor:
+    """Of several states of a token the first whose cumulative exit probability reaches ``limit``, else the last."""
+    found, chosen = torch.zeros_like(gates[0], dtype=torch.bool), states[-1]
+    left, reached = torch.ones_like(gates[0]), torch.zeros_like(gates[0])
+    for state, gate in zip(states[:-1], gates, strict=False):
+        reached, left = reached + left * gate, left * (1 - gate)
+        now = (reached >= limit) & ~found
+        chosen, found = torch.where(now, state, chosen), found | now
+    return chosen
+
+
+def attend(attention, module, query, key, value, mask, *, slots=None, reads=None, gate=None, window=None, hidden=None,
+           past=0, **kwargs):
+    """Attention of a visit whose keys others read, or that reads another visit's.
+
+    Args:
+        slots: keys and values of this call's visits, by ``layer_idx``.
+        reads: the visit whose keys it reads; None = its own.
+        gate: mixes them with its own last ``window`` keys: g Attn(other's) + (1 - g) Attn(own last).
+        hidden: the block's input, for the gate.
+        past: columns before this call.
+    """
+    if slots is None:
+        raise RuntimeError(f"layer {module.layer_idx} was called by itself: what it reads is another layer's.")
+    slots[module.layer_idx] = key, value
+    if reads is None:
+        return attention(module, query, key, value, mask, **kwargs)
+    far = attention(module, query, *slots[reads], mask, **kwargs)
+    if gate is None:
+        return far
+    near, _ = attention(module, query, key, value, near_mask(mask, query, key, window, past), **kwargs)
+    g = torch.sigmoid(gate(query, hidden))[..., None]
+    return g * far[0] + (1 - g) * near, None
+
+
+def near_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: int, past: Any) -> Tensor:
+    """A causal mask, cut down to each query's last ``window`` keys."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        raise NotImplementedError("gated visits need attn_implementation='sdpa' or 'eager'.")
+    count, columns = query.shape[2], torch.arange(key.shape[2], device=key.device)
+    # A static cache has room behind the last key; any other ends with it, and may have dropped the first ones.
+    first = past if isinstance(past, Tensor) or key.shape[2] > past + count else key.shape[2] - count
+    rows = (torch.arange(count, device=key.device) + first)[:, None]
+    seen = (columns <= rows) & (columns > rows - window)
+    if mask is None:
+        return seen[None, None]
+    return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)

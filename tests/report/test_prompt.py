@@ -1,0 +1,62 @@
+"""What objects show at a prompt and in a notebook."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from html import unescape
+
+import pytest
+import torch
+import zoo
+
+import depthpass as dp
+from depthpass.prompt import LINES, WIDTH, at_prompt
+from depthpass.report.tables import compare
+from tests.report.subjects import BAND, band, subject
+
+
+@pytest.fixture(scope="module")
+def public() -> list[object]:
+    """What public calls give back, of long programs where length matters."""
+    model = dp.transform(zoo.model("llama"), dp.Loop(0, 2, times=9))
+    batch = {"input_ids": torch.randint(1, 30, (2, 9)), "labels": torch.randint(1, 30, (2, 9))}
+    made = band(cost=True)
+    return [
+        made, made.program, made.schedule, made.schedule.regions[0], made.cost, made.depths[None], made.facts, made.sections[0],
+        subject(), compare(subject(), [("stock", None), ("band", BAND)], cost=False), model.depth_program, dp.DepthCache(model),
+        dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch), *dp.load_spec(BAND), dp.FixedPoint(),
+    ]
+
+
+def test_no_object_fills_the_screen(public: list[object]) -> None:
+    for made in public:
+        lines = repr(made).splitlines()
+        assert len(lines) <= LINES and max(map(len, lines)) <= 400, (type(made), lines)
+        assert type(made).__name__ in repr(made) or repr(made)[:20] == str(made)[:20]
+
+
+def test_notebooks_show_the_same_in_their_own_colours(public: list[object]) -> None:
+    for made in public:
+        html = made._repr_html_()  # type: ignore[attr-defined]
+        assert "color:inherit" in html or "dp-page" in html or "prefers-color-scheme" in html, type(made)
+
+
+def test_long_texts_and_many_fields_are_cut_with_a_word_on_the_rest() -> None:
+    @at_prompt
+    class Long:
+        def __str__(self) -> str:
+            return "\n".join(["x" * 500] * 40)
+
+    @at_prompt
+    @dataclass
+    class Card:
+        weight: torch.Tensor
+        many: tuple[int, ...]
+        words: str
+
+    lines = repr(Long()).splitlines()
+    assert len(lines) == LINES and len(lines[0]) == WIDTH and lines[-1] == "... 29 more lines: print(...) shows them"
+    shown = repr(Card(torch.zeros(2, 3), tuple(range(9)), "<b>")).splitlines()
+    assert shown == ["Card", "  weight  float32 [2, 3]", "  many    9 of int", "  words   '<b>'"]
+    assert "'<b>'" in unescape(Card(torch.zeros(1), (), "<b>")._repr_html_()) and "<b>" not in Card(
+        torch.zeros(1), (), "<b>")._repr_html_()
