@@ -165,7 +165,7 @@ def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, mad
     state, time = torch.randn(1, 7, LATENT, dtype=torch.float64), torch.tensor([0.5])
     torch.testing.assert_close(again(ids, state, time), made(ids, state, time), rtol=1e-6, atol=1e-6)
     assert again.settings == made.settings
-    report = str(dp.report(made.model, seq_len=9, cost=False))
+    report = dp.report(made.model, seq_len=9, cost=False).to_text()
     assert "continuous state beside them" in report and "diffusion" not in report.split("What is proven")[1]
 
 

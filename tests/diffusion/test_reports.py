@@ -82,6 +82,7 @@ def test_reports_of_models():
     assert pairs.value / pairs.stock == pytest.approx(400 / 210)
     blocks = dp.report(model, dp.MaskedDiffusion(steps=4, mask_token=96, block=8), seq_len=20, cost=False)
     assert blocks.depth_at(20) == 36 and "diffusion" not in "\n".join(s.claim for s in blocks.complexity)
-    assert "earlier blocks and the own one, of 8 tokens" in str(blocks)
-    only = str(dp.report(model, dp.Bidirectional(), seq_len=9, cost=False))
+    assert "earlier blocks and the own one, of 8 tokens" in blocks.to_text()
+    assert "attention sees blocks of 8 tokens; 4 denoising steps for each, depth is that of all" in str(blocks)
+    only = dp.report(model, dp.Bidirectional(), seq_len=9, cost=False).to_text()
     assert "attention sees" in only and "denoising steps" not in only
