@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
-    from depthpass.tasks.dag import TaskDAG
+    from depthpass.tasks.dags import TaskDAG
 
 
 @at_prompt
