@@ -12,7 +12,7 @@ from torch import Tensor
 from depthpass.diffusion.model import checked_ids, predictions, settings
 from depthpass.diffusion.orders import Planner, highest, planned, scores
 from depthpass.errors import InputError, did_you_mean
-from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion
+from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Denoised:
 @torch.no_grad()
 def denoise(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, new_tokens: int, steps: int | None = None,
-    unmask: str | None = None, planner: Planner | None = None, temperature: float = 0.0, reuse: bool = True,
+    unmask: Order | None = None, planner: Planner | None = None, temperature: float = 0.0, reuse: bool = True,
     eos_token: int | None = None, generator: torch.Generator | None = None, details: bool = False,
 ) -> Tensor | Denoised:
     """Append masks to prompts and fill them in.

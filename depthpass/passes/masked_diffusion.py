@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.bidirectional import seeing_ahead
 
-ORDERS = ("random", "ancestral", "confidence", "margin", "entropy", "left", "planner")
+Order = Literal["random", "ancestral", "confidence", "margin", "entropy", "left", "planner"]
+ORDERS: tuple[str, ...] = get_args(Order)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class MaskedDiffusion(Pass):
 
     steps: int
     mask_token: int
-    unmask: str = "confidence"
+    unmask: Order = "confidence"
     block: int | None = None
     shift: bool = False
     carry: int = 0
@@ -56,7 +57,6 @@ class MaskedDiffusion(Pass):
     def validate(self) -> None:
         require(self.steps >= 1, f"{self.name}.steps", "at least 1 step", self.steps)
         require(self.mask_token >= 0, f"{self.name}.mask_token", "a token of at least 0", self.mask_token)
-        require(self.unmask in ORDERS, f"{self.name}.unmask", f"one of {', '.join(ORDERS)}", self.unmask)
         require(self.block is None or self.block >= 1, f"{self.name}.block", "at least 1 token", self.block)
         require(self.block is None or self.steps <= self.block, f"{self.name}.steps",
                 f"at most one step per token of a block of {self.block}", self.steps)
