@@ -37,10 +37,12 @@ class HandMade:
     ``[batch, tokens, heads, dim]`` and ``update(x, read)``; its ``causal`` says whether tokens see later ones.
     """
 
-    training = False
+    captured = losses = pool = None
+    adapts = training = False
+    style = "sdpa"
 
     def __init__(self, blocks: Sequence, modules: dict[str, nn.Module] | None = None):
-        self.blocks, self.modules = list(blocks), modules or {}
+        self.blocks, self.modules, self.ratios = list(blocks), modules or {}, {}
 
     def sides_of(self, index: int) -> tuple[int, ...]:
         return ()
@@ -72,7 +74,8 @@ class HandMade:
 def execute(program, host: HandMade, embed: Tensor, state: State | None = None) -> tuple[Tensor, State]:
     """Run a program on a row of embedded tokens ``[tokens, width]``; with a state, as the row's next tokens."""
     keep = state is not None
-    out, after = run(schedule(program), host, embed[None], (), (), state or State(), None, keep)
+    ran = run(schedule(program), host, embed[None], (), (), state or State(), None, keep)
+    out, after = ran.streams, ran.state
     return out["output"][0], after
 
 

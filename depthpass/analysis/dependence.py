@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import networkx as nx
 
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program, reads_slots, writes_slot
+from depthpass.ir.structural_ops import keys_from
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
         calls: every token is a call of its own, so that a visit's ``past`` is read as well; otherwise all tokens are one
             call, which has no past.
 
-    A visit's keys and values are computed from the *input* of the visit that writes the slot, so an attention
+    A visit's keys and values are computed from an *input* of the visit that writes the slot, so an attention
     dependence starts at that input and never at the visit's result.
     """
     writers = {writes_slot(o): o for o in program.visits}
@@ -43,14 +45,12 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
     for o in program.ops:
         if not o.name:
             continue
-        for a in o.args:
-            distance = o["tokens"] if o.kind == "delay" else 0
-            found.append(Dependence(a, o.name, distance, "delay" if o.kind == "delay" else "flow"))
-        if o.kind == "block":
-            found += [Dependence(writers[s].args[0], o.name, 0, "attention") for s in reads_slots(o)]
-            if calls and o["past"] is not None:
-                found.append(Dependence(writers[o["past"]].args[0], o.name, 1, "past"))
-        if o.kind == "route" and o["rule"] == "topk":
+        distance = OPS[o.kind].lag(o)
+        found += [Dependence(a, o.name, distance, "delay" if distance else "flow") for a in o.args]
+        found += [Dependence(keys_from(writers[s]), o.name, 0, "attention") for s in reads_slots(o)]
+        if calls and o.kind == "block" and o["past"] is not None:
+            found.append(Dependence(keys_from(writers[o["past"]]), o.name, 1, "past"))
+        if OPS[o.kind].waits(o):
             found.append(Dependence(o.args[0], o.name, 0, "future"))
     return tuple(found)
 
@@ -85,8 +85,8 @@ def cycles(program: Program, calls: bool = False, slots: bool = False) -> tuple[
 def back_delays(program: Program, cycle: frozenset[str]) -> dict[str, int]:
     """Delays of a cycle that read a value defined later: name to tokens. Their minimum bounds the chunk size."""
     return {
-        o.name: o["tokens"]
+        o.name: OPS[o.kind].lag(o)
         for o in program.ops
-        if o.kind == "delay" and o.name in cycle and o.args[0] in cycle
+        if OPS[o.kind].forward_refs and o.name in cycle and o.args[0] in cycle
         and program.index[o.args[0]] > program.index[o.name]
     }

@@ -23,7 +23,9 @@ from depthpass.analysis.dependence import cycles, dependences
 from depthpass.analysis.growth import ZERO, Growth, maximum, total
 from depthpass.analysis.maxplus import Node, Recurrence, solve
 from depthpass.errors import PassError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
+from depthpass.ir.structural_ops import keys_from
 from depthpass.ir.verify import infer
 
 
@@ -92,7 +94,7 @@ class Stages:
     def _outlives_keys(self, visit: Op) -> bool:
         """Whether a visit runs on pad tokens that a slot it reads does not have."""
         pads = self.pads(visit.name)
-        return any(self.pads(self.writers[s].args[0]) < pads for s in reads_slots(visit))
+        return any(self.pads(self._source(s)) < pads for s in reads_slots(visit))
 
     def _computed(self, value: str) -> bool:
         """Whether a value depends on more than its own token's embedding."""
@@ -125,7 +127,7 @@ class Stages:
 
     def _source(self, slot: int) -> str:
         """The value that the keys of a slot are computed from."""
-        return self.writers[slot].args[0]
+        return keys_from(self.writers[slot])
 
     def ancestors(self, value: str) -> frozenset[str]:
         """Values that a value depends on, itself included."""
@@ -146,7 +148,7 @@ class Stages:
             if not o.name:
                 continue
             arcs = () if o.name in self.routes else tuple(dict.fromkeys(self.reads[o.name]))
-            weight = weights[o["index"]] if o.kind == "block" else 0
+            weight = weights[o["index"]] if OPS[o.kind].depth else 0
             absent = self.types[o.name].absent
             real.append(Node(o.name, arcs, weight, absent))
             if self.pads_apart:
@@ -265,5 +267,5 @@ class Stages:
 
 def _waits(o: Op) -> bool:
     """Whether an op needs every token of the row."""
-    return o.kind == "route" and o["rule"] == "topk"
+    return OPS[o.kind].waits(o)
 

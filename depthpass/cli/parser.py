@@ -54,9 +54,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--full", action="store_true", help="every number, the critical path and what is proven")
     p.add_argument("--html", metavar="FILE", help="also write one self-contained HTML page")
 
-    p = add("show", reports.show, "The program text before and after each pass.")
+    p = add("show", reports.show, "The program text before and after each pass, or the lowered program of a call.")
     _config(p)
     _spec(p)
+    p.add_argument("--lowered", nargs="?", const="train", metavar="CALL",
+                   help="what a call runs: train (default), score, prefill, chunk or token")
     _form(p, "json")
 
     p = add("compare", reports.compare, "Several specs side by side.")

@@ -45,11 +45,23 @@ def show(args: argparse.Namespace) -> int:
     shown: list[tuple[str, Program]] = [("stock", stock)]
     if passes is not None:
         apply_spec(stock, passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
-    if args.form == "json":
+    if args.lowered is not None:
+        print(_lowered(shown[-1][1], args.lowered, args.form))
+    elif args.form == "json":
         print(json.dumps([{"after": label, "program": str(p)} for label, p in shown], indent=2))
     else:
         print("\n\n".join(f"# {label if label == 'stock' else 'after ' + label}\n{p}" for label, p in shown))
     return 0
+
+
+def _lowered(program: Program, call: str, form: str | None) -> str:
+    """What a call of a program runs, as text or JSON."""
+    from depthpass.lowered import lower
+    from depthpass.schedule import schedule
+
+    plan = schedule(program)
+    text = str(lower(plan, call, step=plan.step(1) if call == "token" else None))
+    return json.dumps({"call": call, "lowered": text}, indent=2) if form == "json" else text
 
 
 def compare(args: argparse.Namespace) -> int:

@@ -36,6 +36,8 @@ def check_expressible(program: Program) -> None:
         if o.kind == "block":
             if o["past"] is not None:
                 why = "its keys depend on how tokens are split into calls"
+            elif o["memory"]:
+                why = "its keys come from another stream than its queries"
             elif len(o.args) == 2:
                 why = "some of the tokens only ask"
             elif o["modulate"]:

@@ -172,8 +172,9 @@ class Live:
             UnsupportedModelError: the visit changes the block's graph, which a module does not have.
         """
         op, index = (visit.members[0] if hasattr(visit, "members") else visit).op, visit.index
-        if op["modulate"] is not None or hasattr(visit, "asking"):
-            what = "scales of its own" if op["modulate"] is not None else "queries of some tokens and keys of all"
+        if op["modulate"] is not None or op["memory"] or hasattr(visit, "asking"):
+            what = ("scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
+                    "queries of some tokens and keys of all")
             raise UnsupportedModelError(
                 f"block {index} has hooks on modules inside it, and a visit with {what}, which change what the block computes "
                 "inside. Register the hooks on the block or on the model, or remove them."

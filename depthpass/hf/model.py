@@ -53,7 +53,7 @@ from depthpass.hf.runtime import Runtime
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
-from depthpass.schedule.lowered import Lowered
+from depthpass.lowered.record import LoweredCall, Recorder
 from depthpass.schedule.regions import Schedule
 
 PROMPT = "_depth_prompt"
@@ -146,7 +146,7 @@ class DepthModel:
         return tuple((programs[key], count) for key, count in rows.items())
 
     @property
-    def depth_lowered(self) -> tuple[Lowered, ...]:
+    def depth_lowered(self) -> LoweredCall:
         """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
 
         A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
@@ -268,18 +268,18 @@ class DepthModel:
         state = call.cache.state if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
-        lowered: list[Lowered] = []
+        lowered = Recorder()
         if call.packing is not None:
             parts, streams, runs = self._advance_packed(groups, captured, call, sweeping, gathered, lowered)
         else:
             with shapes_only(call.tensors["attention_mask"]):
                 parts, streams, state = (
-                    (None if call.hidden_states else advance_token(self, plan, captured, call, state))
+                    (None if call.hidden_states else advance_token(self, plan, captured, call, state, lowered))
                     or self._advance(groups, captured, call, state, sweeping, gathered, lowered)
                 )
             rows, columns = call.tensors["attention_mask"].shape
             runs = [(p.program, rows if some is None else len(some), columns) for p, some in groups]
-        runtime.lowered, runtime.ran = tuple(lowered), tuple(runs)
+        runtime.lowered, runtime.ran = lowered.done(), tuple(runs)
         output = pytree.tree_unflatten(parts, captured.out_spec)
         if call.hidden_states:
             output["hidden_states"] = take_states(streams, output.last_hidden_state)
@@ -298,7 +298,7 @@ class DepthModel:
                 _warn_losses(self, left)
         return output if call.return_dict else output.to_tuple()
 
-    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance(self, groups, captured: Capture, call: Call, state, sweeping, gathered: list, lowered: Recorder):
         """Advance a state by the tokens of a call.
 
         Args:
@@ -334,7 +334,7 @@ class DepthModel:
             gathered.append((host.losses, host.extra_loss))
         return list(host.part(captured.head, call.tensors, streams["output"])), streams, state
 
-    def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: list[Lowered]):
+    def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: Recorder):
         """Advance a state by a call with its pads in place; returns the embedded tokens, all streams, the new state."""
         from depthpass_lowering.eager import run
         from depthpass_lowering.losses import Pool
@@ -343,10 +343,13 @@ class DepthModel:
 
         def piece(part: Call, state, keep: bool):
             hidden, sides = self._embedded(host, part)
-            return hidden, *run(
+            ran = run(
                 plan.schedule, host, hidden, sides, captured.side_axes, state, part.valid, keep, plan.types, runtime.lowering,
                 sweeping, lowered,
             )
+            if ran.losses is not None:
+                host.losses, host.extra_loss = dict(ran.losses.by_name), ran.losses.total
+            return hidden, ran.streams, ran.state
 
         if layout is None or not feeds(plan.program):
             return piece(call, state, keep)
@@ -377,7 +380,7 @@ class DepthModel:
         host.extras = sides
         return hidden, sides
 
-    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: list[Lowered]):
+    def _advance_packed(self, groups, captured: Capture, call: Call, sweeping, gathered: list, lowered: Recorder):
         """The outputs of packed rows: every sequence in them is run as a row.
 
         Args:
@@ -443,11 +446,11 @@ class DepthModel:
                 for s, axis in zip(sides, captured.side_axes)
             ]
             group.extras, group.losses, group.pool = mine, whole.losses, pool
-            streams, _ = run(
+            streams = run(
                 plan.schedule, group, hidden.index_select(0, rows), mine, captured.side_axes,
                 State(), None if valid is None else valid.index_select(0, rows), False, plan.types, self._depth.lowering,
                 sweeping, lowered,
-            )
+            ).streams
             parts.append(streams)
         pool.move()
         if pool.sums:

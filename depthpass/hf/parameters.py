@@ -9,8 +9,12 @@ from torch import nn
 
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.placement import unwrapped
+from depthpass.ir.holders import holder_of
+from depthpass.ir.local_ops import initialise_linear
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program
-from depthpass.ir.verify import TIME_WIDTH, infer, parameters
+from depthpass.ir.structural_ops import TIME_WIDTH
+from depthpass.ir.verify import infer, parameters
 
 
 class DepthParameters(nn.Module):
@@ -132,7 +136,7 @@ class TimeEncoder(nn.Module):
         self.rise = nn.Linear(TIME_WIDTH, width, device=like.device, dtype=like.dtype)
         self.mix = nn.Linear(width, width, device=like.device, dtype=like.dtype)
         for linear in (self.rise, self.mix):
-            _initialise(linear, 0.02, False)
+            initialise_linear(linear, 0.02)
 
     def forward(self, step: int) -> torch.Tensor:
         half = TIME_WIDTH // 2
@@ -171,8 +175,7 @@ def check_scopes(program: Program) -> None:
     Raises:
         SpecError: naming the scope.
     """
-    keys = ("name", "lora", "modulate", "clock", "gate", "bias")
-    names = {str(v) for o in program if o.kind != "tap" for k, v in o.attrs if k in keys and v}
+    names = {name for o in program for name in OPS[o.kind].scopes(o)}
     taken = DepthParameters()
     for name in sorted(names | set(parameters(program, infer(program)))):
         if word := next((w for w in name.split(".")[:-1] if hasattr(taken, w)), None):
@@ -210,20 +213,12 @@ def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) 
         if o["clock"] and not _has(root, o["clock"]):
             _attach(root, o["clock"], TimeEncoder(program.width, like))
     for o in program.ops:
-        name = o["bias"] if o.kind == "route" else o["name"] if o.kind in ("linear", "weigh", "rms") else None
-        if not name or _has(root, name):
-            continue
-        if o.kind == "route":
-            _attach(root, name, Balance(declared[f"{name}.bias"].shape[0], like))
-            continue
-        if o.kind == "linear":
-            weight = declared[f"{name}.weight"]
-            module: nn.Module = nn.Linear(weight.shape[1], weight.shape[0], bias=bool(o["bias"]), device=like.device)
-            _initialise(module, weight.init, bool(o["identity"]))
-        else:
-            weight = declared[f"{name}.weight"]
-            module = Weigh(weight.shape[0], float(weight.fill)).to(like.device)
-        _attach(root, name, module.to(dtype=like.dtype))
+        if o.kind == "route" and o["bias"] and not _has(root, o["bias"]):
+            _attach(root, o["bias"], Balance(declared[f"{o['bias']}.bias"].shape[0], like))
+        definition = OPS[o.kind]
+        if definition.meaning is not None and (name := definition.scope(o)) and not _has(root, name):
+            own = definition.parameters(o, [types[a].width for a in o.args], program.width)
+            _attach(root, name, holder_of(definition, {p.leaf: p for p in own}, like))
     return root
 
 
@@ -278,23 +273,6 @@ def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Module]
             f"per-visit LoRA: block {index} of {type(model).__name__} has no linear maps to update. Leave lora_rank out."
         )
     return found
-
-
-def _initialise(module: nn.Linear, std: float, identity: bool) -> None:
-    if module.weight.is_meta:
-        return
-    with torch.no_grad():
-        if std:
-            module.weight.normal_(0.0, std)
-        else:
-            module.weight.zero_()
-        if identity:
-            # The trailing square block is the identity: of concatenated inputs, the last one passes through.
-            out = module.out_features
-            module.weight.zero_()
-            module.weight[:, -out:].fill_diagonal_(1.0)
-        if module.bias is not None:
-            module.bias.zero_()
 
 
 def _has(root: nn.Module, name: str) -> bool:

@@ -8,8 +8,8 @@ from depthpass.capture import Capture
 from depthpass.hf.plans import Plan, Plans
 from depthpass.hf.watch import Binding, Watch
 from depthpass.ir.program import Program
+from depthpass.lowered.record import LoweredCall
 from depthpass.schedule.fixed_point import FixedPoint, Measure
-from depthpass.schedule.lowered import Lowered
 
 PREFIX = "depth"
 """Name under which a transformed model holds its new parameters."""
@@ -30,7 +30,7 @@ class Runtime:
         watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
         ran: the programs of the last call with their rows and columns, for ledgers; never read to decide what runs.
-        lowered: how each serial region of the last call was run, likewise.
+        lowered: the lowered programs of the last call and how each serial region was run, likewise.
         said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
             see parts of rows.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
@@ -48,7 +48,7 @@ class Runtime:
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int, int], ...] = ()
-    lowered: tuple[Lowered, ...] = ()
+    lowered: LoweredCall = field(default_factory=LoweredCall)
     said_compiled: bool = False
     said_parts: bool = False
 

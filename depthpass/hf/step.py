@@ -21,10 +21,14 @@ if TYPE_CHECKING:
     from depthpass_lowering.state import State
     from depthpass_lowering.step import Rooms
 
+    from depthpass.lowered import LoweredProgram, Recorder
+
 Advanced = tuple[list[Tensor], dict[str, Tensor], "State"]
 
 
-def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State) -> Advanced | None:
+def advance_token(
+    model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State, record: Recorder
+) -> Advanced | None:
     """Advance a state by one token with the compiled step, or return None: this call is none for it.
 
     Only the rungs ``inductor`` and ``cudagraph`` compile, and only calls of one token behind a cache, without gradients.
@@ -80,6 +84,7 @@ def advance_token(model: nn.Module, plan: Plan, captured: Capture, call: Call, s
             step = replace(step, run=graphed_step.GraphedStep(step.run, len(moving)))
         runtime.tokens[key] = step
     made = iter(step.run(*inputs))
+    record.ran(step.lowered)
     rooms.used = length + 1
     parts = [next(made) for _ in range(step.parts)]
     streams = {name: next(made) for name in step.streams}
@@ -122,12 +127,14 @@ class CompiledStep:
         parts: how many outputs the decoder has.
         streams: names of the output's and the taps' streams.
         plan: what was compiled; kept, so that its identity is not given to another.
+        lowered: its lowered program.
     """
 
     run: Callable[..., Sequence[Tensor]]
     parts: int
     streams: tuple[str, ...]
     plan: Plan
+    lowered: LoweredProgram
 
 
 def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor]:
@@ -161,7 +168,7 @@ class _StepHost(StockHost):
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return template.graph(visit, hidden, *sides, *visit.adapt(template.params, params))
+        return visit.run(template, hidden, sides, visit.adapt(template.params, params))
 
     def module(self, name: str) -> nn.Module:
         return self._stand_in(f"/{name}", super().module(name))
@@ -190,10 +197,12 @@ def compile_step(
     Args:
         inputs: token tensors by ``names``, column, rank, validity if ``padded``, delay lines, rooms, weights.
     """
+    from depthpass_lowering.context import CallContext
     from depthpass_lowering.step import StepRun
 
     counts: list[int] = []
     streams: list[str] = []
+    programs: list[LoweredProgram] = []
 
     def token(*flat: Tensor) -> list[Tensor]:
         left = iter(flat)
@@ -206,10 +215,12 @@ def compile_step(
         host = _StepHost(model, captured, (), leaves, at)
         hidden, *sides = host.part(captured.prologue, tensors, visit=host)
         host.extras = sides
-        run = StepRun(
-            plan.schedule, host, hidden, sides, captured.side_axes, held, state_lines, valid, at, rank, plan.types
+        context = CallContext(
+            plan.schedule, host, hidden, tuple(sides), tuple(captured.side_axes), valid, True, plan.types
         )
-        out, state = run.run()
+        ran = StepRun(context, held, state_lines, at, rank).run()
+        out, state = ran.streams, ran.state
+        programs[:] = [ran.lowered]
         parts = list(host.part(captured.head, tensors, out["output"]))
         counts[:], streams[:] = [len(parts)], out
         return [*parts, *out.values(), *(state.lines[n] for n in lines)]
@@ -217,6 +228,6 @@ def compile_step(
     with torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
         compiled = torch._inductor.compile(graph, inputs)
-    return CompiledStep(compiled, counts[0], tuple(streams), plan)
+    return CompiledStep(compiled, counts[0], tuple(streams), plan, programs[0])
 
 

@@ -16,14 +16,11 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import LoweringError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.shares import tokens_of
+from depthpass.ir.structural_ops import asks, keys_from
 from depthpass.ir.verify import infer
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "sigmoid": torch.sigmoid, "silu": torch.nn.functional.silu, "tanh": torch.tanh,
-    "gelu": torch.nn.functional.gelu, "relu": torch.relu, "softmax": lambda x: torch.softmax(x, -1),
-}
 
 
 class Block(Protocol):
@@ -101,7 +98,7 @@ class Interpretation:
     def _compute(self, o: Op, i: int) -> Tensor | None:
         if o.kind == "delay":
             return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
-        if o.kind == "block" and len(o.args) == 2 and not self.value(o.args[1], i):
+        if asks(o) and not self.value(o.args[1], i):
             return None
         if o.kind == "gather":
             return self.value(o.args[0], i) if self.value(o.args[1], i) else None
@@ -134,7 +131,9 @@ class Interpretation:
 
     def _local(self, o: Op, args: list[Tensor], i: int) -> Tensor:
         """Ops that work on each token alone."""
-        weight = self.parameters.get(f"{o['name']}.weight") if o.kind in ("linear", "weigh", "rms") else None
+        definition = OPS[o.kind]
+        if definition.meaning is not None and (weights := self._weights(o)) is not None:
+            return definition.meaning(*args, **definition.given(o), **weights)
         match o.kind:
             case "embed":
                 return self.embed[i]
@@ -142,33 +141,19 @@ class Interpretation:
                 return self.embed.new_zeros(o["width"] or self.program.width)
             case "noise" if self.noise is not None:
                 return o["std"] * _cut(self.noise[i, : o["width"] or self.program.width], o["cut"])
-            case "linear" if weight is not None:
-                product = weight @ torch.cat(args)
-                return product + self.parameters[f"{o['name']}.bias"] if o["bias"] else product
-            case "weigh" if weight is not None:
-                return weight * args[0]
-            case "scale":
-                return o["by"] * args[0]
-            case "pick":
-                return args[0][o["index"]][None]
-            case "mul":
-                return args[0] * args[1]
-            case "act":
-                return _ACTIVATIONS[o["fn"]](args[0])
-            case "rms":
-                normed = args[0] * torch.rsqrt(args[0].square().mean() + o["eps"])
-                return normed if weight is None else normed * weight
             case "norm":
                 return self.norm(args[0])
-            case "detach":
-                return args[0].detach()
             case "logits" if self.head is not None:
                 return self.head(args[0])
-            case "distance":
-                return _distance(o["rule"], *args)
-            case "select":
-                return self._select(o, args)
         raise LoweringError(f"the interpreter cannot run %{o.name} = {o.kind}: it lacks parameters, noise or a head, or pads.")
+
+    def _weights(self, o: Op) -> dict[str, Tensor] | None:
+        """The parameters of a token-local op by their names inside its module; None where some are missing."""
+        widths = [self.types[a].width for a in o.args]
+        declared = OPS[o.kind].parameters(o, widths, self.program.width)
+        if any(p.name not in self.parameters for p in declared):
+            return None
+        return {p.leaf: self.parameters[p.name] for p in declared}
 
     def _visit(self, o: Op, x: Tensor, i: int) -> Tensor:
         if o["lora"] or o["modulate"]:
@@ -187,7 +172,7 @@ class Interpretation:
         writer = self._writers[slot]
         block, found = self.blocks[writer["index"]], []
         for j in range(first, self._end(slot, i)):
-            if (x := self.value(writer.args[0], j)) is not None:
+            if (x := self.value(keys_from(writer), j)) is not None:
                 if (slot, j) not in self._stored:
                     self._stored[slot, j] = block.keys(x, j)
                 found.append(self._stored[slot, j])
@@ -239,15 +224,6 @@ class Interpretation:
         terms = [-torch.nn.functional.logsigmoid(sign * score[i]) for i, sign in zip(inside, signs, strict=True)]
         return torch.stack(terms).mean() if terms else self.embed.new_zeros(())
 
-    def _select(self, o: Op, args: list[Tensor]) -> Tensor:
-        half = len(args) // 2
-        left, reached = 1.0, 0.0
-        for state, gate in zip(args[: half - 1], args[half:], strict=False):
-            reached, left = reached + left * gate.item(), left * (1 - gate.item())
-            if reached >= o["cdf"]:
-                return state
-        return args[half - 1]
-
 
 def _cut(x: Tensor, cut: float | None) -> Tensor:
     """Draws cut off at ``cut``: each goes where the cut distribution has as much below it."""
@@ -255,16 +231,3 @@ def _cut(x: Tensor, cut: float | None) -> Tensor:
         return x
     below, outside = torch.special.ndtr(x), (1 - math.erf(cut / math.sqrt(2))) / 2
     return torch.special.ndtri(outside + (1 - 2 * outside) * below).clamp(-cut, cut)
-
-
-def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
-    if rule == "state":
-        return ((now - before).norm() / now.norm())[None]
-    if rule == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(now, before, dim=0)[None]
-    if rule == "argmax":
-        return (now.argmax() != before.argmax()).to(now)[None]
-    p, q = torch.softmax(now, 0), torch.softmax(before, 0)
-    if rule == "kl":
-        return (q * (q.log() - p.log())).sum()[None]
-    return ((p * p.log()).sum() - (q * q.log()).sum()).abs()[None]

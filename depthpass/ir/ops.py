@@ -17,7 +17,8 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
              the factors are a linear map of that time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
-             token of the stream; the result holds the routed ones
+             token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
+             values come from instead of the first, at the same positions (Feedback Transformer)
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
@@ -67,121 +68,57 @@ output       the stream that goes to the head of the stock model
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
-Attr = int | float | bool | str | tuple["Attr", ...]
+from depthpass.errors import SpecError
+from depthpass.ir.definitions import Attr, AttrDef, OpDef
+from depthpass.ir.local_ops import ACTIVATIONS, DISTANCES, LOCAL_OPS
+from depthpass.ir.structural_ops import LOSS_RULES, ROUTE_RULES, SCATTER_MODES, STRUCTURAL_OPS
 
-ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
-ROUTE_RULES = ("topk", "threshold", "above", "choice")
-DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
-LOSS_RULES = ("bce", "balance", "z")
-SCATTER_MODES = ("add", "replace")
+if TYPE_CHECKING:
+    from depthpass.ir.program import Op
 
+__all__ = [
+    "ACTIVATIONS", "DISTANCES", "LOSS_RULES", "OPS", "ROUTE_RULES", "SCATTER_MODES", "Attr", "AttrDef", "OpDef", "register",
+    "unfit",
+]
 
-@dataclass(frozen=True)
-class AttrDef:
-    """One attribute of an op: its type and, when optional, its default (which the printer leaves out)."""
-
-    type: type
-    default: Attr | None = None
-    required: bool = False
-    choices: tuple[str, ...] = ()
+OPS: dict[str, OpDef] = {d.kind: d for d in (*STRUCTURAL_OPS, *LOCAL_OPS)}
 
 
-@dataclass(frozen=True)
-class OpDef:
-    """Shape of one op kind.
+def unfit(ops: Iterable[Op], place: str) -> str | None:
+    """Why some ops may not stand somewhere (a chunk, a compiled token, a sweep), naming the first; None = they may.
 
-    Attributes:
-        lead: attribute printed right after the kind (``block 3``, ``delay 4``), or None.
-        args: smallest and largest number of stream arguments (None = any).
-        forward_refs: whether arguments may be defined later (only ``delay``).
-        token_local: whether token i of the result depends on token i of the arguments only.
-        defines: whether the op has a result.
+    The one rule of what a level can run; a model may have reasons of its own (hooks, dropout).
     """
-
-    kind: str
-    lead: str | None = None
-    args: tuple[int, int | None] = (1, 1)
-    attrs: Mapping[str, AttrDef] = field(default_factory=dict)
-    forward_refs: bool = False
-    token_local: bool = True
-    defines: bool = True
+    for o in ops:
+        if place not in OPS[o.kind].legal:
+            return f"op {o.kind} in {place}"
+        if reason := OPS[o.kind].refuses(o, place):
+            return reason
+    return None
 
 
-def _def(
-    kind: str,
-    lead: str | None = None,
-    arity: tuple[int, int | None] = (1, 1),
-    /,
-    *,
-    forward_refs: bool = False,
-    token_local: bool = True,
-    defines: bool = True,
-    **attrs: AttrDef,
-) -> OpDef:
-    return OpDef(kind, lead, arity, attrs, forward_refs, token_local, defines)
+def register(definition: OpDef) -> OpDef:
+    """Add an op that looks at one token only; programs may then use it, and every analysis and executor knows it.
 
+    Args:
+        definition: with a ``meaning``, and ``parameters`` where it has some.
 
-_REQ_INT = AttrDef(int, required=True)
-_REQ_NAME = AttrDef(str, required=True)
-
-OPS: dict[str, OpDef] = {
-    d.kind: d
-    for d in (
-        _def("embed", None, (0, 0)),
-        _def("zeros", None, (0, 0), width=AttrDef(int), pads=AttrDef(int, 0)),
-        _def("noise", "std", (0, 0), std=AttrDef(float, required=True), width=AttrDef(int), cut=AttrDef(float),
-             pads=AttrDef(int, 0)),
-        _def(
-            "block", "index", (1, 2), token_local=False,
-            index=_REQ_INT, slot=_REQ_INT, keys=AttrDef(int), past=AttrDef(int), gate=AttrDef(str), window=AttrDef(int),
-            gate_input=AttrDef(str, "query", choices=("query", "hidden")), gate_init=AttrDef(float, 0.0),
-            lora=AttrDef(str), lora_rank=AttrDef(int), modulate=AttrDef(str), clock=AttrDef(str),
-            step=AttrDef(int, 0), base=AttrDef(float, 1.0),
-        ),
-        _def("delay", "tokens", tokens=_REQ_INT, forward_refs=True, token_local=False),
-        _def(
-            "linear", "name", (1, None),
-            name=_REQ_NAME, out=_REQ_INT, bias=AttrDef(bool, True), init=AttrDef(float, 0.02),
-            identity=AttrDef(bool, False),
-        ),
-        _def("weigh", "name", name=_REQ_NAME, init=AttrDef(float, 1.0)),
-        _def("scale", "by", by=AttrDef(float, required=True)),
-        _def("add", None, (2, None), lands=AttrDef(str, "output", choices=("output", "input"))),
-        _def("mul", None, (2, 2)),
-        _def("act", "fn", fn=AttrDef(str, required=True, choices=ACTIVATIONS)),
-        _def("rms", name=AttrDef(str), eps=AttrDef(float, 1e-6)),
-        _def("norm"),
-        _def("logits", "width", width=_REQ_INT),
-        _def("distance", "rule", (2, 2), rule=AttrDef(str, required=True, choices=DISTANCES)),
-        _def(
-            "route", "rule", (1, 2), token_local=False,
-            rule=AttrDef(str, required=True, choices=ROUTE_RULES),
-            capacity=AttrDef(float), rounding=AttrDef(str, "floor", choices=("floor", "ceil")),
-            threshold=AttrDef(float, 0.5), depth=AttrDef(int), label=AttrDef(str), bias=AttrDef(str),
-            rate=AttrDef(float),
-        ),
-        _def("pick", "index", index=_REQ_INT),
-        _def("gather", None, (2, 2)),
-        _def("scatter", None, (3, 3), mode=AttrDef(str, "add", choices=SCATTER_MODES)),
-        _def("pad", "tokens", tokens=_REQ_INT, token=AttrDef(int), feed=AttrDef(bool, False), at=AttrDef(int),
-             behind=AttrDef(int), token_local=False),
-        _def("trim", "tokens", tokens=_REQ_INT, token_local=False),
-        _def("select", "rule", (2, None), rule=AttrDef(str, required=True, choices=("cdf",)),
-             cdf=AttrDef(float, required=True)),
-        _def("detach"),
-        _def("tap", "name", name=_REQ_NAME, head=AttrDef(bool, False), defines=False),
-        _def(
-            "loss", "rule", (1, 2), token_local=False, defines=False,
-            rule=AttrDef(str, required=True, choices=LOSS_RULES), name=_REQ_NAME, coefficient=AttrDef(float, 1.0),
-        ),
-        _def("average", "index", (0, 0), defines=False, index=_REQ_INT, blocks=AttrDef(tuple, required=True)),
-        _def("retire", "index", (0, 0), defines=False, index=_REQ_INT),
-        _def("ahead", "tokens", (0, 0), defines=False, tokens=_REQ_INT),
-        _def("denoise", "steps", (0, 0), defines=False, steps=_REQ_INT, order=AttrDef(str, "confidence"), token=_REQ_INT,
-             carry=AttrDef(int, 0)),
-        _def("output", defines=False),
-    )
-}
+    Raises:
+        SpecError: the kind is taken or no name, the op has no meaning, or its parameters have no attribute that names them.
+    """
+    kind = definition.kind
+    if kind in OPS:
+        raise SpecError(f"op {kind!r}: expected a name that no op has, got that of one. Choose another.")
+    if not kind.isidentifier():
+        raise SpecError(f"op {kind!r}: expected a name of letters, digits and '_'.")
+    if definition.meaning is None or not definition.token_local or definition.typed is not None:
+        raise SpecError(f"op {kind!r}: expected an op that looks at one token only, with a meaning in plain torch. Ops that "
+                        "choose or mix tokens are part of the IR itself.")
+    scopes = [a for a in definition.attrs.values() if a.scope]
+    if len(scopes) > 1 or (not scopes and definition.parameters is not OpDef("").parameters):
+        raise SpecError(f"op {kind!r}: expected one attribute with scope=True, which names its parameters, got {len(scopes)}.")
+    OPS[kind] = definition
+    return definition

@@ -216,16 +216,14 @@ class Program:
         return self.map_ops(lambda o: replace(o, note=""))
 
 
-def writes_slot(visit: Op) -> int | None:
-    """Slot a visit writes keys and values to, or None when it only reads another visit's keys."""
-    return None if visit["keys"] is not None and visit["gate"] is None else visit["slot"]
+def writes_slot(o: Op) -> int | None:
+    """Slot an op puts keys and values into, or None when it only reads another one's keys."""
+    return OPS[o.kind].slot_written(o)
 
 
-def reads_slots(visit: Op) -> tuple[int, ...]:
-    """Slots a visit attends to."""
-    if visit["keys"] is None:
-        return (visit["slot"],)
-    return (visit["keys"],) if visit["gate"] is None else (visit["keys"], visit["slot"])
+def reads_slots(o: Op) -> tuple[int, ...]:
+    """Slots an op attends to."""
+    return OPS[o.kind].slots_read(o)
 
 
 def plain(model: str, blocks: int, width: int) -> Program:

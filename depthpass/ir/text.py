@@ -67,7 +67,7 @@ def parse_program(text: str) -> Program:
         )
     if extra := fields.keys() - {"blocks", "width", "visits", "slots"}:
         raise ParseError(f"line {lines[0][0]}: unknown header field {sorted(extra)[0]!r}.")
-    ops = tuple(_parse_line(number, line) for number, line in lines[1:])
+    ops = tuple(parse_op(number, line) for number, line in lines[1:])
     program = Program(head[1], int(fields["blocks"]), int(fields["width"]), ops)
     for name, have in (("visits", len(program.visits)), ("slots", len(program.slots))):
         if name in fields and int(fields[name]) != have:
@@ -75,7 +75,12 @@ def parse_program(text: str) -> Program:
     return program
 
 
-def _parse_line(number: int, line: str) -> Op:
+def parse_op(number: int, line: str) -> Op:
+    """One op of a program text.
+
+    Raises:
+        ParseError: with the line's number.
+    """
     body, _, note = line.partition("#")
     body, note = body.strip(), note.strip()
     name = ""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Program, op
+from depthpass.ir.structural_ops import waits
 from depthpass.passes.base import Context, Numerics, Pass, require
 
 
@@ -47,9 +48,7 @@ def seeing_ahead(program: Program, block: int | None, who: str) -> Program:
     if program.ahead is not None:
         raise PassError(f"{who}: expected a causal program, got one that sees later tokens already. Leave one of the passes out.")
     for o in program.ops:
-        waits = o.kind == "delay" or (o.kind == "pad" and o["feed"])
-        if waits or (o.kind == "block" and (o["gate"] is not None or o["past"] is not None)):
-            raise PassError(f"{who}: expected a program whose tokens can run together, got %{o.name} = {o.kind}, which lets a "
-                            "token wait for earlier ones (a bridge, shifted loops, latents, a gated window, keys of earlier "
-                            "calls). Leave that pass out.")
+        if waiting := waits(o):
+            raise PassError(f"{who}: expected a program whose tokens can run together, got %{o.name} = {o.kind} with {waiting}, "
+                            "which lets a token wait for earlier ones. Leave the pass that adds it out.")
     return replace(program, ops=(op("ahead", tokens=block or 0), *program.ops))

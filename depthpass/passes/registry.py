@@ -14,6 +14,7 @@ GROUP = "depthpass.passes"
 BUILTIN: dict[str, str] = {
     "bidirectional": "depthpass.passes.bidirectional:Bidirectional",
     "coconut": "depthpass.passes.coconut:Coconut",
+    "feedback_transformer": "depthpass.passes.feedback:FeedbackTransformer",
     "identity": "depthpass.passes.identity:Identity",
     "inner_thinking": "depthpass.passes.inner_thinking:InnerThinking",
     "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
@@ -26,6 +27,7 @@ BUILTIN: dict[str, str] = {
     "parallel_loop": "depthpass.passes.parallel_loop:ParallelLoop",
     "repeat": "depthpass.passes.recurrence:Repeat",
     "skip": "depthpass.passes.layer_program:Skip",
+    "t2mlr": "depthpass.passes.t2mlr:T2MLR",
     "taps": "depthpass.passes.taps:Taps",
     "turboconn": "depthpass.passes.turboconn:TurboConn",
 }

@@ -8,11 +8,10 @@ from itertools import count
 from typing import Any
 
 from depthpass.errors import PassError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, op, writes_slot
 from depthpass.ir.verify import infer
 from depthpass.limits import check_program
-
-_CARRIERS = ("linear", "scale", "weigh", "act", "rms")
 
 
 def after_bridges(program: Program, name: str) -> str:
@@ -35,7 +34,7 @@ def after_bridges(program: Program, name: str) -> str:
 
 def _comes_from_delay(program: Program, name: str) -> bool:
     o = program.defs[name]
-    while o.kind in _CARRIERS and len(o.args) == 1:
+    while OPS[o.kind].meaning is not None and len(o.args) == 1:
         o = program.defs[o.args[0]]
     return o.kind == "delay"
 

@@ -13,6 +13,7 @@ from depthpass.analysis.depth import Depth, Step, depth
 from depthpass.errors import SpecError
 from depthpass.ir.program import Program, reads_slots, writes_slot
 from depthpass.ir.verify import Type, infer, parameters
+from depthpass.lowered import LoweredProgram, lower
 from depthpass.report.numbers import Number, Section
 from depthpass.schedule.regions import Region, Schedule
 
@@ -113,10 +114,15 @@ class Report:
         """Block visits of the program per token."""
         return len(self.program.visits)
 
+    @cached_property
+    def lowered(self) -> LoweredProgram:
+        """What a training call runs, as far as the program alone decides it; a model's ``depth_lowered`` says what ran."""
+        return lower(self.schedule)
+
     @property
     def serial_blocks(self) -> int:
         """Visits that lie on a delay cycle and run chunk by chunk."""
-        return self.schedule.serial_visits
+        return sum(len(r.visits) for r in self.lowered if r.serial)
 
     @property
     def chunk(self) -> int | None:

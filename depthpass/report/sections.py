@@ -283,9 +283,18 @@ def _schedule(report: Report) -> Section:
         Number("token_steps", "steps of the token loop", report.token_steps, "steps", _loop_note(report), stock=1),
         Number("serial_block_calls", "serial block calls", report.serial_block_calls, "block calls",
                "one after another for the whole row", stock=stock.steps(n)),
+        *_levels(report),
         *_stacks(report),
         *swept,
     ))
+
+
+def _levels(report: Report) -> list[Number]:
+    """What runs the token loops of a training call; nothing where there are none."""
+    levels = {r.level: r.reason for r in report.lowered if r.serial}
+    note = "; ".join(f"{level}: {reason}" for level, reason in levels.items() if reason)
+    return [Number("levels", "token loops run on", ", ".join(levels), "level", note or "in training, where nothing of the model "
+                   "forbids it; depthpass show --lowered has the text")] if levels else []
 
 
 def _stacks(report: Report) -> list[Number]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 
@@ -100,6 +101,11 @@ class Schedule:
             found.append(later & {o.name for o in region.ops if o.name})
             later |= frozenset(read)
         return tuple(reversed(found))
+
+    @cached_property
+    def lowered(self) -> dict[tuple, Any]:
+        """Lowered programs of this schedule by what they were made for; filled by what runs them."""
+        return {}
 
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""

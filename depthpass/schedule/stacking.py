@@ -122,8 +122,8 @@ class _Planner:
             if o.kind == "block":
                 if o["keys"] is not None:
                     self.keys[i] = writers[o["keys"]]
-                # Routed tokens differ from visit to visit.
-                routed = types[o.name].tokens is not None
+                # Routed tokens, and streams that keys come from, differ from visit to visit.
+                routed = types[o.name].tokens is not None or o["memory"]
                 self.group[i] = i if routed else (
                     o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base"))
                 )

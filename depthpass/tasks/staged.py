@@ -44,6 +44,13 @@ class RelayBatch:
         """T."""
         return len(self.targets)
 
+    @property
+    def clashes(self) -> int:
+        """Tokens for which the last round and the answer want something else: one head cannot give both."""
+        at = torch.arange(len(self.last), device=self.last.device)
+        both = self.mask[self.last, at] & self.answer_mask
+        return int((both & (self.targets[self.last, at] != self.answers)).sum())
+
     def to(self, device: Any) -> RelayBatch:
         return RelayBatch(*(getattr(self, k).to(device) for k in self.__dataclass_fields__))
 
@@ -90,9 +97,14 @@ def relay_total_loss(output: Any, batch: RelayBatch, *, weight: float = 0.1, hea
         scope: of the loop.
 
     Raises:
-        InputError: taps are missing or their number is not that of the targets.
+        InputError: taps are missing or their number is not that of the targets; rounds and answers that one head cannot both
+            give.
     """
     from depthpass.losses import relay_loss
+
+    if weight and head is answer_head and (clash := batch.clashes):
+        raise InputError(f"relay_total_loss: at the iteration that answers, {clash} tokens are to be those of a round and others "
+                         "for the answer. Give answers a head of their own, answer_head=, as the paper does.")
 
     rounds = relay_loss(output, batch.targets, batch.mask, weight=weight, head=head, scope=scope)
     taps = torch.stack([output.taps[f"{scope}.t{t}"] for t in range(1, batch.loops + 1)])

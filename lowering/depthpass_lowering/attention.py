@@ -106,12 +106,17 @@ def column_mask(
 
 
 def additive(mask: Tensor | None, causal: bool, count: int, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-    """A bool mask as the float mask that transformers adds to the logits."""
+    """A bool mask as the float mask that transformers adds to the logits.
+
+    Its lowest value is one that float32 has too: layers that take their softmax in float32 would make infinity of float64's, and
+    NaN of the queries that see nothing (padding), which reaches every token of the row through the values.
+    """
     if mask is None and causal:
         mask = torch.ones(count, count, dtype=torch.bool, device=device).tril()[None, None]
     if mask is None:
         return None
-    return torch.where(mask, torch.zeros((), device=device, dtype=dtype), torch.finfo(dtype).min)
+    return torch.where(mask, torch.zeros((), device=device, dtype=dtype),
+                       max(torch.finfo(dtype).min, torch.finfo(torch.float32).min))
 
 
 def sdpa_attention(

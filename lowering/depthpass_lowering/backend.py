@@ -167,11 +167,11 @@ class _Compiled:
         c = self.captured.capture
         hidden, *sides = host.part(c.prologue, inputs, visit=self._columns(inputs))
         host.extras = sides
-        streams, _ = run(
+        result = run(
             self.plan, host, hidden, sides, c.side_axes, State(), valid, keep=False, types=self.types,
             lowering=AUTO_INDUCTOR if self.inner == "inductor" else "auto",
         )
-        return streams["output"]
+        return result.streams["output"]
 
     def _packing(self, inputs: Mapping[str, Tensor]) -> Packing | None:
         """Where sequences start inside the rows: as the graph's own masks have it."""

@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.fx_passes.sink import sink_bridges_pass
 from depthpass_lowering.joint import Segment
-from depthpass_lowering.scheduled import Job, ScheduledRun
+from depthpass_lowering.scheduled import Job, Scheduled
 from depthpass_lowering.segments import Segmented, compile_segment
 from depthpass_lowering.sink import Sink
 
@@ -102,19 +102,13 @@ def structure(gm: fx.GraphModule) -> tuple:
     return tuple((n.op, target(n), plain(n.args), plain(n.kwargs)) for n in gm.graph.nodes)
 
 
-class CompiledRun(ScheduledRun):
-    """As :class:`~depthpass_lowering.scheduled.ScheduledRun`, with compiled chunks; what cannot is an error."""
+class Compiled(Scheduled):
+    """As :class:`~depthpass_lowering.scheduled.Scheduled`, with compiled chunks."""
 
-    rung, strict, compiled = "inductor", True, True
+    name, compiled = "inductor", True
 
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         # The last chunk of a row may be short: it is not worth a compilation of its own.
-        if self.count > job.region.chunk != tokens:
+        if job.run.context.count > job.region.chunk != tokens:
             return super().chunk_runner(job, tokens)
         return functools.partial(compiled_graph(job.graph), job.sink)
-
-
-class AutoCompiledRun(CompiledRun):
-    """As :class:`CompiledRun`; what cannot be compiled runs on the eager rung."""
-
-    strict = False

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from depthpass.errors import LoweringError
+from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.regions import Region
+from depthpass_lowering.context import CallContext
 from depthpass_lowering.eager import Run
-from depthpass_lowering.fixed_point import Swept
+from depthpass_lowering.executor import Executor
+from depthpass_lowering.fixed_point import SWEEPS, Swept, unswept
+from depthpass_lowering.state import State
 from depthpass_lowering.sweeps import Solver, Sweeper
 
 
@@ -61,63 +62,67 @@ class Measuring:
         self.policy = FixedPoint(window=1)
         self.solves: list[Measured] = []
 
-    def on(self, rung: type[Run]):
-        return functools.partial(_measured(rung), self)
+    def on(self, inner: Executor) -> Executor:
+        return _Measured(self.policy, self.solves, inner, self.limit)
 
 
-@functools.cache
-def _measured(rung: type[Run]) -> type[Run]:
-    return type(f"Measured{rung.__name__}", (_MeasuredRun, Swept, rung), {})
+class _Measured(Swept):
+    def __init__(self, policy: FixedPoint, solves: list, inner: Executor, limit: int | None):
+        super().__init__(policy, solves, inner)
+        self.limit = limit
 
-
-class _MeasuredRun(Swept):
-    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
-        if not region.serial or self.count <= region.chunk:
-            return super()._region(region, reads, results)
-        if reason := self.unswept(region):
+    def level(self, run: Run, region: Region) -> tuple[str, str | None]:
+        if run.context.count <= region.chunk:
+            return self.inner.level(run, region)
+        if reason := unswept(run, region):
             raise LoweringError(f"contraction cannot be measured: {reason}.")
-        wanted = [o.name for o in region.ops if o.name in results]
-        inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
-        sweeper = Sweeper(self, region, wanted)
-        exact = Solver(sweeper, self.sweeping.policy)
-        before = self.state.fork()
-        exact.solve(inputs, self.state)
+        return SWEEPS, None
+
+    def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
+        if region.level != SWEEPS:
+            return self.inner.region(run, region)
+        inputs = {a: run.env[a] for a in region.inputs}
+        sweeper = Sweeper(run, region)
+        exact = Solver(sweeper, self.policy)
+        before = run.state.fork()
+        exact.solve(inputs, run.state)
         values = {n: torch.cat(parts, 1) for n, parts in exact.pieces.items()}
         found = self._sweeps(sweeper, inputs, before, values)
         made = exact.made
-        self.sweeping.solves.append(Measured(made.blocks, made.tokens, made.chunk, made.chunks, found))
-        self.env |= {n: values[n] for n in wanted}
-        return None
+        self.solves.append(Measured(made.blocks, made.tokens, made.chunk, made.chunks, found))
+        return {n: values[n] for n in region.outputs}
 
-    def _sweeps(self, sweeper: Sweeper, inputs: dict[str, Tensor], before: Any, values: dict[str, Tensor]):
-        whole = sweeper.span(0, self.count)
+    def _sweeps(self, sweeper: Sweeper, inputs: dict[str, Tensor], before: State, values: dict[str, Tensor]):
+        count = sweeper.run.context.count
+        whole = sweeper.span(0, count)
         inner = sweeper.inner(before.fork())
         right = sweeper.inject(inner, {s: values[s] for s in sweeper.sources}, whole)
         c = sweeper.first(inner, whole)
-        chunks = -(-self.count // sweeper.region.chunk)
+        chunks = -(-count // sweeper.region.chunk)
         found: list[Sweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
-        for hops in range(min(chunks, self.sweeping.limit or chunks)):
+        for hops in range(min(chunks, self.limit or chunks)):
             local = sweeper.sweep(sweeper.inner(before.fork()), inputs, c, whole)
             after = sweeper.inject(inner, {s: local[s] for s in sweeper.sources}, whole)
             results = {n: local[n] for n in sweeper.wanted} or {s: local[s] for s in sweeper.sources}
             found.append(Sweep(
-                hops, self._distance(c, after), self._distance(c, right), self._distance(results, values)
+                hops, *(_distance(sweeper.run.context, x, y) for x, y in ((c, after), (c, right), (results, values)))
             ))
             if found[-1].error <= floor:
                 break
             c = after
         return tuple(found)
 
-    def _distance(self, x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
-        """Largest relative distance of the values named in ``x``, over real tokens."""
-        worst = 0.0
-        real = None if self.valid is None else self.valid[:, self.length :, None]
-        for name, a in x.items():
-            b = y[name].double()
-            apart = a.double() - b
-            if real is not None:
-                apart, b = apart.where(real, apart.new_zeros(())), b.where(real, b.new_zeros(()))
-            size, moved = float(b.norm()), float(apart.norm())
-            worst = max(worst, 0.0 if moved == 0 else moved / size if size else math.inf)
-        return worst
+
+def _distance(context: CallContext, x: dict[str, Tensor], y: dict[str, Tensor]) -> float:
+    """Largest relative distance of the values named in ``x``, over real tokens."""
+    worst = 0.0
+    real = None if context.valid is None else context.valid[:, context.start :, None]
+    for name, a in x.items():
+        b = y[name].double()
+        apart = a.double() - b
+        if real is not None:
+            apart, b = apart.where(real, apart.new_zeros(())), b.where(real, b.new_zeros(()))
+        size, moved = float(b.norm()), float(apart.norm())
+        worst = max(worst, 0.0 if moved == 0 else moved / size if size else math.inf)
+    return worst

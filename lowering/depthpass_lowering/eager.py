@@ -6,21 +6,27 @@ regions see all m tokens at once, serial regions run in chunks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from depthpass.errors import LoweringError
+from depthpass.ir.definitions import Type
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
-from depthpass.ir.verify import Type, infer
-from depthpass.schedule.lowered import Lowered
-from depthpass.schedule.regions import Region, Schedule
+from depthpass.ir.structural_ops import asks
+from depthpass.ir.verify import infer
+from depthpass.lowered.build import call_kind, lower
+from depthpass.lowered.program import LoweredProgram, LoweredRegion
+from depthpass.lowered.record import Lowered, Recorder
+from depthpass.schedule.regions import Schedule
 from depthpass.schedule.stacking import Stack, Step
 from depthpass_lowering.attention import Masks
+from depthpass_lowering.context import CallContext, Losses, RunResult
+from depthpass_lowering.executor import EAGER, Executor
 from depthpass_lowering.host import Host
-from depthpass_lowering.local_ops import ACTIVATIONS, rms
 from depthpass_lowering.losses import Pool, sums_of
 from depthpass_lowering.noise import cut_off, noise
 from depthpass_lowering.routes import Route, choose
@@ -38,11 +44,11 @@ def run(
     state: State,
     valid: Tensor | None,
     keep: bool,
-    types: dict[str, Type] | None = None,
-    lowering: str = "eager",
+    types: Mapping[str, Type] | None = None,
+    lowering: str | Executor = "eager",
     sweeping=None,
-    record: list[Lowered] | None = None,
-) -> tuple[dict[str, Tensor], State]:
+    record: Recorder | None = None,
+) -> RunResult:
     """Advance a state by the tokens of ``hidden``.
 
     Args:
@@ -50,111 +56,141 @@ def run(
         sides: the prologue's per-token tables for the new tokens.
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
-        lowering: a rung of :data:`depthpass_lowering.ladder.RUNGS`.
+        lowering: a level of :data:`depthpass_lowering.ladder.RUNGS`, or an executor.
         sweeping: a :class:`depthpass_lowering.fixed_point.Sweeping` to run serial regions by sweeps; it keeps the record.
-        record: gets how each serial region was run.
-
-    Returns:
-        the streams of ``output`` and of every tap by name (``output`` for the output), and the new state. The state
-        passed in is unchanged.
+        record: gets what ran.
     """
-    from depthpass_lowering.ladder import rung
+    from depthpass_lowering.ladder import executor
 
-    made = rung(lowering) if sweeping is None else sweeping.on(rung(lowering))
-    running = made(schedule, host, hidden, sides, side_axes, state.fork(), valid, keep, types)
+    chosen = executor(lowering) if sweeping is None else sweeping.on(executor(lowering))
+    context = CallContext(
+        schedule, host, hidden, tuple(sides), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
+    )
+    result = chosen.start(context, state.fork()).run()
     if record is not None:
-        running.record = record
-    return running.run()
+        record.add(result)
+    return result
 
 
 class Run:
-    """One advance of a state: the eager rung; faster rungs override how regions and visits run."""
+    """One advance of a state: walks the lowered program of a call and leaves serial regions to its executor."""
 
-    def __init__(self, schedule, host, hidden, sides, side_axes, state, valid, keep, types):
-        self.schedule, self.host, self.hidden = schedule, host, hidden
-        self.program: Program = schedule.program
-        self.sides, self.side_axes = tuple(sides), tuple(side_axes)
-        self.state, self.valid, self.keep = state, valid, keep
-        self.types = types or infer(self.program)
-        self.length, self.count = state.length, hidden.shape[1]
-        self.read = {o["keys"] for o in self.program.visits} - {None}
-        self.passing = tuple(o for o in self.program.visits if o["past"] is not None)
-        self.looped = {o.name for r in schedule.serial_regions for o in r.visits} if self.passing else set()
+    def __init__(self, context: CallContext, state: State, executor: Executor = EAGER):
+        self.context, self.state, self.executor = context, state, executor
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
         # Groups of rows with programs of their own share a pool; whoever made it closes it.
-        self.pool: Pool = getattr(host, "pool", None) or Pool()
+        self.pool: Pool = context.host.pool or Pool()
         self.record: list[Lowered] = []
 
-    def run(self) -> tuple[dict[str, Tensor], State]:
-        self._recall()
-        step = self._step()
-        if step is not None:
-            self._run_step(step)
-        else:
-            for region, reads, results in zip(self.schedule.regions, self.schedule.reads, self.schedule.results):
-                self._region(region, reads, results)
-        for o in self.passing:
-            self.state.slots.pop(o["slot"], None)
-        if getattr(self.host, "pool", None) is None:
-            self._close()
-        self.state.length += self.count
-        self.state.valid = self.valid
-        return self.out, self.state
+    @property
+    def host(self) -> Host:
+        return self.context.host
 
-    def _close(self) -> None:
+    @property
+    def hidden(self) -> Tensor:
+        return self.context.hidden
+
+    @property
+    def program(self) -> Program:
+        return self.context.program
+
+    @property
+    def types(self) -> Mapping[str, Type]:
+        return self.context.types
+
+    def run(self) -> RunResult:
+        self._recall()
+        lowered = self.lowered()
+        for region in lowered.regions:
+            self._region(region)
+        for o in self.context.passing:
+            self.state.slots.pop(o["slot"], None)
+        losses = self._losses() if self.host.pool is None else None
+        self.state.length += self.context.count
+        self.state.valid = self.context.valid
+        return RunResult(self.out, self.state, losses, tuple(self.record), lowered)
+
+    def lowered(self) -> LoweredProgram:
+        """The lowered program of this call, made once for all calls that are alike."""
+        c, schedule = self.context, self.context.schedule
+        step = self._step()
+        chosen = {} if step is not None else {r: self.executor.level(self, r) for r in schedule.serial_regions}
+        kind = call_kind(torch.is_grad_enabled(), c.keep, c.start, c.count)
+        asked = self.executor.name
+        captured = self.host.captured
+        key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
+        kept = schedule.lowered
+        if key not in kept:
+            # The capture is kept, so that its id stays its own.
+            kept[key] = lower(schedule, kind, asked, chosen.get, step, self.host.sides_of), captured
+        return kept[key][0]
+
+    def _region(self, region: LoweredRegion) -> None:
+        if region.kind == "step":
+            self._run_step(region)
+        elif region.serial:
+            self.env |= self.executor.region(self, region)
+        else:
+            # Slots of parallel regions are only needed by a later call.
+            self.env |= self.loop(region, {a: self.env[a] for a in region.inputs}, region.outputs, self.context.keep)
+        for name in region.last:
+            self.env.pop(name, None)
+
+    def _losses(self) -> Losses | None:
+        """Move the balanced routers and add up what the call's losses are made of."""
         self.pool.move()
-        if self.pool.sums:
-            self.host.losses, self.host.extra_loss = self.pool.values()
+        return Losses(*self.pool.values()) if self.pool.sums else None
 
     def _step(self) -> Step | None:
         """The order with stacked visits for this call, or None: region by region."""
-        if torch.is_grad_enabled() or not self.keep:
+        if torch.is_grad_enabled() or not self.context.keep:
             return None
-        step = self.schedule.step(self.count)
+        step = self.context.schedule.step(self.context.count)
         return step if step is not None and all(self._rows_stack(stack) for stack in step.stacks) else None
 
     def _recall(self) -> None:
         """Start the slots of visits with a past from the entries that another visit has kept of earlier calls."""
         kept = dict(self.state.slots)
-        for o in self.passing:
+        for o in self.context.passing:
             if o["past"] in kept:
                 self.state.slots[o["slot"]] = kept[o["past"]]
 
     def _rows_stack(self, stack: Stack) -> bool:
         """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
-        batch = self.hidden.shape[0]
-        tables = ((self.sides[s], self.side_axes[s]) for s in self.host.sides_of(stack.index))
-        return batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != batch for t, axis in tables)
+        c = self.context
+        tables = ((c.sides[s], c.side_axes[s]) for s in self.host.sides_of(stack.index))
+        return c.batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != c.batch for t, axis in tables)
 
-    def _run_step(self, step: Step) -> None:
+    def _run_step(self, region: LoweredRegion) -> None:
         """All ops over all new tokens in the order of a step, stacks as one call each."""
         span, masks = self._at_once()
         # A stack's result often is the next one's input as it stands.
         names: tuple[str, ...] = ()
         rows, tables = self.hidden, {}
-        for item in step.items:
+        for item in region.items:
             if not isinstance(item, Stack):
-                self._one(item, self.env, span, masks, self.sides, self.keep)
+                self.one(item.op, self.env, span, masks, self.context.sides, self.context.keep)
                 continue
             if item.inputs != names:
                 rows = torch.cat([self.env[a] for a in item.inputs])
             names, rows = item.names, self._stack(item, rows, span, masks, tables)
             self.env |= zip(names, rows.chunk(len(names)))
-        self._push(self.program.ops, self.env, span)
+        self.push(region, self.env, span)
 
     def _at_once(self) -> tuple[Span, Masks]:
         """All new tokens as one span, and its masks."""
-        (span,) = spans(self.length, self.count, self.valid, None, None)
-        return span, Masks(self.length, self.count, self.valid, self.hidden.device, self.program.ahead)
+        c = self.context
+        (span,) = spans(c.start, c.count, c.valid, None, None)
+        return span, Masks(c.start, c.count, c.valid, self.hidden.device, self.program.ahead)
 
     def _stack(self, stack: Stack, hidden: Tensor, span: Span, masks: Masks, tables: dict) -> Tensor:
         """Visits of one block as rows of one call: ``[members * batch, tokens, width]`` -> the same."""
         self._check_operands(stack.visits[0])
         count = len(stack.visits)
-        visits = [self._visit(o, span, masks, self.keep or writes_slot(o) in self.read) for o in stack.visits]
+        visits = [self._visit(o, span, masks, self.context.keep or writes_slot(o) in self.context.read) for o in stack.visits]
         stacked = StackedVisit(stack, visits, hidden)
         sides = [self._stacked_side(s, count, tables) for s in self.host.sides_of(stack.index)]
         y = self.host.block(stack.index, stacked, hidden, sides)
@@ -164,76 +200,55 @@ class Run:
     def _stacked_side(self, number: int, count: int, made: dict) -> Tensor:
         """A table for the rows of a stack; one without a batch dimension, or with one row for all, serves as it is."""
         if (number, count) not in made:
-            t, whole = self.sides[number], self.side_axes[number] in (0, None)
+            t, whole = self.context.sides[number], self.context.side_axes[number] in (0, None)
             made[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
         return made[number, count]
 
-    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
-        if region.serial:
-            self.note(region, "eager", reason=self.reason(region))
-        inputs = {a: self.env[a] for a in reads if a in self.env}
-        # Slots of parallel regions are only needed by a later call; those of serial ones by the next chunk.
-        keep = self.keep or region.serial
-        self.env |= self._loop(region, inputs, results, keep)
-
-    def reason(self, region: Region) -> str | None:
-        """Why a region runs on this rung and not on the one that was asked for; None = it was asked for."""
-        return None
-
-    def note(self, region: Region, rung: str, **more) -> None:
-        """Keep how a region is run."""
-        blocks = tuple(o["index"] for o in region.visits)
-        self.record.append(Lowered(blocks, self.count, region.chunk or self.count, rung, **more))
-
-    def _loop(self, region: Region, inputs: dict[str, Tensor], wanted: Collection[str], keep: bool) -> dict[str, Tensor]:
-        """Run a region chunk by chunk; returns the wanted streams over all tokens."""
-        cut = spans(self.length, self.count, self.valid, None, region.chunk)
+    def loop(
+        self, region: LoweredRegion, inputs: Mapping[str, Tensor | Route], wanted: Collection[str], keep: bool
+    ) -> dict[str, Tensor]:
+        """Run a region op by op, chunk by chunk in a token loop; returns the wanted streams over all tokens."""
+        c = self.context
+        cut = spans(c.start, c.count, c.valid, None, region.chunk)
         sizes = [span.count for span in cut]
         pieces = self._split(inputs, sizes)
-        sides = [
-            [s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(self.sides, self.side_axes)
-        ]
+        sides = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(c.sides, c.side_axes)]
         done: dict[str, list] = {name: [] for name in wanted}
         for i, span in enumerate(cut):
             local = {name: parts[i] for name, parts in pieces.items()}
-            masks = Masks(
-                span.start, span.count,
-                None if self.valid is None else self.valid[:, : span.start + span.count], self.hidden.device,
-                self.program.ahead,
-            )
+            masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device, self.program.ahead)
             tables = [parts[i] for parts in sides]
             for o in region.ops:
-                self._one(o, local, span, masks, tables, keep)
-            self._push(region.ops, local, span)
+                self.one(o.op, local, span, masks, tables, keep)
+            self.push(region, local, span)
             for name, parts in done.items():
                 parts.append(self._whole(name, local))
         return self._joined(done)
 
-    def _one(self, o: Op, local: dict, span: Span, masks: Masks, tables, keep: bool) -> None:
+    def one(self, o: Op, local: dict, span: Span, masks: Masks, tables, keep: bool) -> None:
         """Run one op on a span; ``local`` holds the span's values."""
         if self._idle(o, local):
             return
         if o.kind == "delay":
-            local[o.name] = read_delay(self._line(o, self.hidden), local.get(o.args[0]), o["tokens"], span)
+            local[o.name] = read_delay(self.line(o.name, o["tokens"]), local.get(o.args[0]), o["tokens"], span)
         elif o.kind == "route":
             local[o.name] = self._route(o, local, span)
         elif o.kind == "loss":
             self._loss(o, local, span)
-        elif o.kind == "block" and len(o.args) == 2:
+        elif asks(o):
             local[o.name] = self._asking_block(o, *(local[a] for a in o.args), span, masks, tables, keep)
         elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
             local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
         else:
-            result = self._op(o, [local[x] for x in o.args], span, masks, tables, keep)
+            result = self.op(o, [local[x] for x in o.args], span, masks, tables, keep)
             if o.name:
                 local[o.name] = result
 
-    def _push(self, ops: Iterable[Op], local: dict, span: Span) -> None:
+    def push(self, region: LoweredRegion, local: Mapping, span: Span) -> None:
         """Let every delay line forget what is too old and keep the span's tokens."""
-        for o in ops:
-            if o.kind == "delay":
-                line = self._line(o, self.hidden)
-                self.state.lines[o.name] = push_delay(line, local[o.args[0]], o["tokens"], span, self.state.record)
+        for line in region.lines:
+            held = self.line(line.name, line.tokens)
+            self.state.lines[line.name] = push_delay(held, local[line.source], line.tokens, span, self.state.record)
 
     def _idle(self, o: Op, local: dict) -> bool:
         """Whether an op works on a route that took no token of the span; its result, no token or none, is set then."""
@@ -246,7 +261,7 @@ class Run:
             return True
         kind = self.types[o.name]
         # A visit that nobody asks still keeps the keys of its span.
-        if kind.tokens is None or local[kind.tokens].count or (o.kind == "block" and len(o.args) == 2):
+        if kind.tokens is None or local[kind.tokens].count or asks(o):
             return False
         if kind.width not in self.nothing:
             self.nothing[kind.width] = self.hidden.new_empty(self.hidden.shape[0], 0, kind.width)
@@ -290,37 +305,28 @@ class Run:
                 found[name] = known.gather(x)
         return found | routes
 
-    def _line(self, o: Op, like: Tensor) -> Tensor:
-        line = self.state.lines.get(o.name)
+    def line(self, name: str, tokens: int) -> Tensor:
+        """A delay line; zeros before the first token."""
+        line = self.state.lines.get(name)
         if line is None:
-            line = like.new_zeros(self.hidden.shape[0], o["tokens"], self.types[o.name].width)
-            self.state.lines[o.name] = line
+            line = self.hidden.new_zeros(self.context.batch, tokens, self.types[name].width)
+            self.state.lines[name] = line
         return line
 
-    def _op(self, o: Op, args: list[Tensor], span: Span, masks: Masks, sides, keep: bool) -> Tensor | None:
-        kind = o.kind
+    def op(self, o: Op, args: list[Tensor], span: Span, masks: Masks, sides, keep: bool) -> Tensor | None:
+        definition, kind = OPS[o.kind], o.kind
+        if definition.meaning is not None:
+            name = definition.scope(o)
+            return definition.apply(None if name is None else self.host.module(name), o, args)
         if kind == "embed":
-            whole = span.count == self.count
-            return self.hidden if whole else self.hidden.narrow(1, span.start - self.length, span.count)
+            whole = span.count == self.context.count
+            return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
-            return self._block(o, args[0], span, masks, sides, keep)
+            return self._block(o, args[0], span, masks, sides, keep, args[1] if o["memory"] else None)
         if kind == "add":
             return self._add(o, args, span)
-        if kind == "linear":
-            return self.host.module(o["name"])(args[0] if len(args) == 1 else torch.cat(args, -1))
         if kind == "norm":
             return self.host.norm(args[0])
-        if kind == "scale":
-            return args[0] * o["by"]
-        if kind == "mul":
-            return args[0] * args[1]
-        if kind == "act":
-            return ACTIVATIONS[o["fn"]](args[0])
-        if kind == "weigh":
-            return self.host.module(o["name"])(args[0])
-        if kind == "rms":
-            y = rms(args[0], o["eps"])
-            return self.host.module(o["name"])(y) if o["name"] else y
         if kind == "zeros":
             return self.hidden.new_zeros(self.hidden.shape[0], span.count, o["width"] or self.program.width)
         if kind == "noise":
@@ -331,33 +337,22 @@ class Run:
             return args[2].scatter(args[0], args[1], o["mode"])
         if kind == "logits":
             return self._logits(o, args[0])
-        if kind == "distance":
-            return distance(o["rule"], *args)
-        if kind == "select":
-            return _select(args, o["cdf"])
-        if kind == "detach":
-            return args[0].detach()
         if kind in ("pad", "trim"):
             # The host puts the pads into the row before the program runs, and takes them out of what it hands out.
             return args[0]
-        if kind == "output":
-            self.out["output"] = args[0]
-            return None
-        if kind == "tap":
-            self.out[o["name"]] = args[0].chosen if isinstance(args[0], Route) else args[0]
-            return None
-        if kind == "pick":
-            return args[0][..., o["index"], None]
-        if kind in ("average", "retire", "ahead", "denoise"):  # done once, or read where the program is run
-            return None
-        raise LoweringError(f"op {kind!r} cannot be run by the eager lowering yet.")
+        if kind in ("output", "tap"):
+            self.out["output" if kind == "output" else o["name"]] = args[0].chosen if isinstance(args[0], Route) else args[0]
+        # What is left ("average", "retire") was done once, when the model was transformed.
+        return None
 
-    def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool) -> Tensor:
+    def _block(
+        self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool, memory: Tensor | None = None
+    ) -> Tensor:
         self._check_operands(o)
-        if o["past"] is not None and o.name not in self.looped:
+        if o["past"] is not None and o.name not in self.context.looped:
             keep = False
-        visit = self._visit(o, span, masks, keep or writes_slot(o) in self.read)
-        visit.hidden = x
+        visit = self._visit(o, span, masks, keep or writes_slot(o) in self.context.read)
+        visit.hidden, visit.memory = x, memory
         # Truncated backpropagation: what no gradient reaches is run without recording it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and o.name not in self.program.stopped):
             y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
@@ -372,7 +367,7 @@ class Run:
     def ring(self, o: Op) -> int | None:
         """How many of its own last keys a visit has to keep; None = all."""
         # A slot that others read or that may be cropped is kept whole.
-        whole = o["gate"] is None or o["slot"] in self.read or self.state.record
+        whole = o["gate"] is None or o["slot"] in self.context.read or self.state.record or self.context.whole_slots
         return None if whole else o["window"]
 
     def _routed_block(
@@ -384,7 +379,7 @@ class Run:
             return self._block(o, x, span, masks, sides, keep)
         used, axes, route = self._tables(o, route)
         tables = [sides[s] if axis is None else route.table(sides[s], axis) for s, axis in zip(used, axes)]
-        visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.read, route)
+        visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.context.read, route)
         visit.factors = self._factors(o)
         if route.rows is None:
             visit.hidden = x
@@ -413,7 +408,7 @@ class Run:
         self._check_operands(o)
         if route.everything:
             return self._block(o, x, span, masks, sides, keep)
-        keep = keep or writes_slot(o) in self.read
+        keep = keep or writes_slot(o) in self.context.read
         if route.count == 0 and not keep:
             return x[:, :0]
         used, axes, route = self._tables(o, route)
@@ -426,14 +421,14 @@ class Run:
     def _tables(self, o: Op, route: Route) -> tuple[tuple[int, ...], list[int | None], Route]:
         """The tables that a block on routed tokens reads, their token axes, and the route on the rows that may run."""
         used = self.host.sides_of(o["index"])
-        axes = [self.side_axes[s] for s in used]
+        axes = [self.context.side_axes[s] for s in used]
         if 0 in axes:
             raise LoweringError(f"block {o['index']} reads a per-token table without a batch dimension, so its tokens "
                                 "cannot be routed. Leave this block out of the routed stack.")
         return used, axes, replace(route, rows=None, memo={}) if None in axes else route
 
     def _check_operands(self, o: Op) -> None:
-        if (o["lora"] or o["modulate"]) and not getattr(self.host, "adapts", False):
+        if (o["lora"] or o["modulate"]) and not self.host.adapts:
             what = "a LoRA" if o["lora"] else "scales"
             raise LoweringError(f"block {o['index']} has {what} of its own for each visit, which only transformed models "
                                 "run. Use dp.transform(model, spec) instead of the torch.compile backend.")
@@ -461,12 +456,12 @@ class Run:
         if o["bias"]:
             balance = self.host.module(o["bias"])
             score = score.detach() + balance.bias
-            if o["rate"] and getattr(self.host, "training", False) and torch.is_grad_enabled():
+            if o["rate"] and self.host.training and torch.is_grad_enabled():
                 self.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
-        return choose(o, score, outer, span.valid, span.start, getattr(self.host, "ratios", {}).get(o["label"]))
+        return choose(o, score, outer, span.valid, span.start, self.host.ratios.get(o["label"]))
 
     def _loss(self, o: Op, local: dict, span: Span) -> None:
-        if getattr(self.host, "losses", None) is None:  # a host that does not train asks for none
+        if self.host.losses is None:  # a host that does not train asks for none
             return
         route = local[o.args[1]] if len(o.args) == 2 else None
         nest = self.program.defs[o.args[1]].args[1:] if route is not None else ()
@@ -485,7 +480,7 @@ class Run:
     def _noise(self, o: Op, span: Span) -> Tensor:
         width = o["width"] or self.program.width
         # A host that does not say is scored, not trained.
-        if getattr(self.host, "training", False):
+        if self.host.training:
             return o["std"] * cut_off(self.hidden.new_empty(self.hidden.shape[0], span.count, width).normal_(), o["cut"])
         number = [p.name for p in self.program if p.kind == "noise"].index(o.name)
         rank = span.rank
@@ -507,30 +502,3 @@ class Run:
                     x = torch.where(mask.to(x.device)[..., None], x, x.new_zeros(()))
             total = x if total is None else total + x
         return total
-
-
-def _select(args: list[Tensor], cdf: float) -> Tensor:
-    """Of T states and T exit gates, per token the first state whose cumulative exit probability reaches ``cdf``."""
-    half = len(args) // 2
-    states, gates = args[:half], args[half:]
-    out, left, reached = states[-1], torch.ones_like(gates[0]), torch.zeros_like(gates[0])
-    open_ = torch.ones_like(gates[0], dtype=torch.bool)
-    for state, gate in zip(states[:-1], gates):
-        reached, left = reached + left * gate, left * (1 - gate)
-        exits = open_ & (reached >= cdf)
-        out, open_ = torch.where(exits, state, out), open_ & ~exits
-    return out
-
-
-def distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
-    """How far a stream has moved, ``[batch, tokens, 1]``: see the op ``distance``."""
-    if rule == "state":
-        return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
-    if rule == "cosine":
-        return 1 - torch.nn.functional.cosine_similarity(now, before, dim=-1)[..., None]
-    if rule == "argmax":
-        return (now.argmax(-1, keepdim=True) != before.argmax(-1, keepdim=True)).to(now)
-    now, before = torch.log_softmax(now, -1), torch.log_softmax(before, -1)
-    if rule == "kl":
-        return (before.exp() * (before - now)).sum(-1, keepdim=True)
-    return ((now.exp() * now).sum(-1, keepdim=True) - (before.exp() * before).sum(-1, keepdim=True)).abs()

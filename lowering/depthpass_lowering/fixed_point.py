@@ -8,26 +8,29 @@ exact after as many sweeps as chunks. Memory is that of one plain forward pass.
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from depthpass.errors import LoweringError
+from depthpass.ir.definitions import SWEEP
+from depthpass.ir.ops import OPS, unfit
 from depthpass.ir.program import reads_slots, writes_slot
+from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
 from depthpass_lowering.dropout import draws
 from depthpass_lowering.eager import Run
+from depthpass_lowering.executor import Executor
 from depthpass_lowering.first_order import first_order
+from depthpass_lowering.host import Host
 from depthpass_lowering.state import Slot
 from depthpass_lowering.sweeps import Solve, Solver, Sweeper
 from depthpass_lowering.transforms import unschedulable
 
-SWEPT = frozenset({"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms", "detach"})
-"""Ops that sweeps know; a route would choose other tokens in every sweep."""
+SWEEPS = "sweeps"
 
 
 class Sweeping:
@@ -37,114 +40,114 @@ class Sweeping:
         self.policy = policy
         self.solves: list[Solve] = []
 
-    def on(self, rung: type[Run]):
-        """What makes runs that sweep serial regions and leave everything else to a rung."""
-        return functools.partial(_swept(rung), self)
+    def on(self, inner: Executor) -> Executor:
+        """What sweeps serial regions and leaves everything else to another executor."""
+        return Swept(self.policy, self.solves, inner)
 
 
-@functools.cache
-def _swept(rung: type[Run]) -> type[Run]:
-    return type(f"Swept{rung.__name__}", (Swept, rung), {})
+class Swept(Executor):
+    """Serial regions by sweeps; what cannot be swept is an error.
 
+    Args:
+        policy: when a sweep is the last one.
+        solves: gets what came of every region.
+        inner: runs what is left to the token loop.
+    """
 
-class Swept(Run):
-    """A run whose serial regions are swept; what cannot be is an error."""
+    def __init__(self, policy: FixedPoint, solves: list, inner: Executor):
+        self.policy, self.solves, self.inner = policy, solves, inner
+        self.name = inner.name
 
-    def __init__(self, sweeping: Sweeping, *args: Any):
-        super().__init__(*args)
-        self.sweeping = sweeping
-
-    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
-        policy = self.sweeping.policy
+    def level(self, run: Run, region: Region) -> tuple[str, str | None]:
         # One chunk has nothing to wait for: decoding is sequential.
-        if not region.serial or self.count <= region.chunk or (policy.window == 1 and policy.exact):
-            return super()._region(region, reads, results)
-        if reason := self.unswept(region):
+        if run.context.count <= region.chunk or (self.policy.window == 1 and self.policy.exact):
+            return self.inner.level(run, region)
+        if reason := unswept(run, region):
             raise LoweringError(f"schedule 'fixed_point' cannot run this call: {reason}. Use schedule='sequential'.")
-        wanted = [o.name for o in region.ops if o.name in results]
-        inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
-        sweeper = Sweeper(self, region, wanted)
+        return SWEEPS, None
+
+    def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
+        if region.level != SWEEPS:
+            return self.inner.region(run, region)
+        inputs = {a: run.env[a] for a in region.inputs}
+        sweeper = Sweeper(run, region)
         if torch.is_grad_enabled():
-            return self._trained_sweeps(sweeper, inputs, reads, results)
-        solver = Solver(sweeper, policy)
-        self.sweeping.solves.append(solver.made)
-        done = solver.solve(inputs, self.state)
-        pieces = {n: solver.pieces[n] for n in wanted}
+            return self._trained(sweeper, inputs)
+        solver = Solver(sweeper, self.policy)
+        self.solves.append(solver.made)
+        done = solver.solve(inputs, run.state)
+        pieces = {n: solver.pieces[n] for n in region.outputs}
         if not done:
-            rest = self._rest(inputs, solver.settled, region, reads, results)
+            rest = self._rest(run, inputs, solver.settled, region)
             pieces = {n: [*parts, rest[n]] for n, parts in pieces.items()}
-        self.env |= {n: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for n, parts in pieces.items()}
-        return None
+        return {n: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for n, parts in pieces.items()}
 
-    def _rest(self, inputs: dict[str, Tensor], settled: int, *region: Any) -> dict[str, Tensor]:
+    def sequential(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
+        """The region in the token loop of the other executor."""
+        level, reason = self.inner.level(run, region.source)
+        return self.inner.region(run, replace(region, level=level, reason=reason))
+
+    def _rest(self, run: Run, inputs: Mapping[str, Tensor], settled: int, region: LoweredRegion) -> dict[str, Tensor]:
         """Run the tokens that sweeps have not settled in the token loop."""
-        rest, left = copy.copy(self), self.count - settled
-        rest.length, rest.count = self.length + settled, left
-        rest.hidden = self.hidden.narrow(1, settled, left)
-        rest.sides = tuple(
-            s if axis is None else s.narrow(axis, settled, left) for s, axis in zip(self.sides, self.side_axes)
-        )
+        left = run.context.count - settled
+        rest = Run(replace(run.context, **run.context.narrowed(settled, left)), run.state, self.inner)
+        rest.factors, rest.record = run.factors, run.record
         rest.env = {n: x.narrow(1, settled, left) for n, x in inputs.items()}
-        super(Swept, rest)._region(*region)
-        return rest.env
+        return self.sequential(rest, region)
 
-    def _trained_sweeps(
-        self, sweeper: Sweeper, inputs: dict[str, Tensor], reads: Sequence[str], results: frozenset[str]
-    ) -> None:
+    def _trained(self, sweeper: Sweeper, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Solve without a graph, then one sweep with one."""
-        policy, region = self.sweeping.policy, sweeper.region
-        whole = sweeper.span(0, self.count)
+        policy, run, region = self.policy, sweeper.run, sweeper.region
+        whole = sweeper.span(0, run.context.count)
         with torch.no_grad():
             # The recording sweep is the last one.
             budget = None if policy.exact else policy.max_sweeps - 1
             solver = Solver(sweeper, policy, budget)
-            self.sweeping.solves.append(solver.made)
-            inner = sweeper.inner(self.state.fork())
+            self.solves.append(solver.made)
+            inner = sweeper.inner(run.state.fork())
             if budget == 0:
                 c = sweeper.first(inner, whole)
-            elif solver.solve(inputs, self.state.fork()):
+            elif solver.solve(inputs, run.state.fork()):
                 c = sweeper.inject(inner, {s: torch.cat(solver.pieces[s], 1) for s in sweeper.sources}, whole)
             else:
                 solver.made.sequential = solver.made.chunks
                 c = None
-        if torch.is_autocast_enabled(self.hidden.device.type):
+        if torch.is_autocast_enabled(run.hidden.device.type):
             # What was cast without a graph must not be used with one.
             torch.clear_autocast_cache()
         if c is None:
-            return super()._region(region, reads, results)
+            return self.sequential(run, region)
         solver.made.sweeps += 1
-        solver.made.rows += self.hidden.shape[0] * self.count
-        job = _Job(sweeper, inputs, c, solver, self._handed_on(region), policy)
+        solver.made.rows += run.context.batch * run.context.count
+        job = _Job(sweeper, inputs, c, solver, _handed_on(run, region), policy)
         outs = _RegionFunction.apply(job, *job.outer)
-        job.take(self, outs)
-        return None
+        return job.take(run, outs)
 
-    def _handed_on(self, region: Region) -> tuple[int, ...]:
-        """Slots of a region that a later call or another region reads."""
-        own = {s for o in region.visits if (s := writes_slot(o)) is not None}
-        if self.keep:
-            return tuple(sorted(own))
-        outside = {s for o in self.program.visits if o not in region.visits for s in reads_slots(o)}
-        return tuple(sorted(own & outside))
 
-    def unswept(self, region: Region) -> str | None:
-        """Why a region cannot be swept in this call, or None."""
-        if reason := unschedulable(self.hidden):
+def _handed_on(run: Run, region: LoweredRegion) -> tuple[int, ...]:
+    """Slots of a region that a later call or another region reads."""
+    own = {o.writes for o in region.ops if o.writes is not None}
+    if run.context.keep:
+        return tuple(sorted(own))
+    outside = {s for o in run.program.visits if o not in region.visits for s in reads_slots(o)}
+    return tuple(sorted(own & outside))
+
+
+def unswept(run: Run, region: Region) -> str | None:
+    """Why a region cannot be swept in this call, or None."""
+    # A route would choose other tokens in every sweep.
+    if reason := unschedulable(run.hidden) or unfit(region.ops, SWEEP):
+        return reason
+    if routed := next((a for o in region.ops for a in (*o.args, o.name) if run.types[a].tokens), None):
+        return f"%{routed} in a serial region holds routed tokens"
+    for o in region.visits:
+        if draws(run.host, o["index"]):
+            return f"block {o['index']} has dropout switched on, so that no two sweeps are the same"
+        if torch.is_grad_enabled() and (reason := run.host.refuses_schedule(o["index"])):
             return reason
-        unknown = {o.kind for o in region.ops} - SWEPT
-        routed = next((a for o in region.ops for a in (*o.args, o.name) if self.types[a].tokens), None)
-        if unknown or routed:
-            return f"op {min(unknown)} in a serial region" if unknown else f"%{routed} in a serial region holds routed tokens"
-        for o in region.visits:
-            if o["past"] is not None:
-                return f"block {o['index']} reads keys that an earlier call has left in another visit's slot"
-            if draws(self.host, o["index"]):
-                return f"block {o['index']} has dropout switched on, so that no two sweeps are the same"
-            if torch.is_grad_enabled() and (reason := self.host.refuses_schedule(o["index"])):
-                return reason
-            if torch.is_grad_enabled() and self.host.recomputes(o["index"]):
-                return "gradient checkpointing is on"
-        return None
+        if torch.is_grad_enabled() and run.host.recomputes(o["index"]):
+            return "gradient checkpointing is on"
+    return None
 
 
 class _Job:
@@ -157,9 +160,9 @@ class _Job:
         run = sweeper.run
         self.state = run.state
         slots = {s for o in sweeper.region.visits for s in (*reads_slots(o), writes_slot(o))}
-        found = [*inputs.values(), *region_parameters(sweeper.region, run.host), *run.sides]
+        found = [*inputs.values(), *region_parameters(sweeper.region, run.host), *run.context.sides]
         found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
-        found += [run.state.lines[o.name] for o in sweeper.delays if o.name in run.state.lines]
+        found += [run.state.lines[d.name] for d in sweeper.region.lines if d.name in run.state.lines]
         self.outer = list({id(t): t for t in found if t.requires_grad}.values())
 
     def sweep(self, leaves: dict[int, Tensor]):
@@ -172,15 +175,15 @@ class _Job:
         state = self.state.fork()
         state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
         state.lines = {k: leaf(t) for k, t in state.lines.items()}
-        inner = sweeper.inner(state, LeafHost(run.host, leaf), tuple(map(leaf, run.sides)))
-        whole = sweeper.span(0, run.count)
+        inner = sweeper.inner(state, LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides)))
+        whole = sweeper.span(0, run.context.count)
         c = {n: x.detach().requires_grad_() for n, x in self.c.items()}
         local = sweeper.sweep(inner, {n: leaf(x) for n, x in self.inputs.items()}, c, whole)
         sources = {s: local[s] for s in sweeper.sources}
         after = sweeper.inject(inner, sources, whole)
         # With the sources, not only with c: a delay line handed on has a gradient of its own.
-        outs = [local[n] for n in sweeper.wanted]
-        if run.keep:
+        outs = [local[n] for n in sweeper.region.outputs]
+        if run.context.keep:
             outs += sweeper.push(inner, sources, whole).values()
         for o in sweeper.region.visits:
             if (ring := run.ring(o)) is not None:
@@ -192,16 +195,17 @@ class _Job:
             self.made.converged = self.made.residuals[-1] <= self.tol
         return outs, list(c.values()), list(after.values())
 
-    def take(self, run: Run, outs: Sequence[Tensor]) -> None:
-        """Put the outputs where the run keeps them."""
-        rest = iter(outs)
-        run.env |= {n: next(rest) for n in self.sweeper.wanted}
-        if run.keep:
-            run.state.lines |= {o.name: next(rest) for o in self.sweeper.delays}
+    def take(self, run: Run, outs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Put lines and slots where the run keeps them; the streams that the region hands out."""
+        rest, region = iter(outs), self.sweeper.region
+        found = {n: next(rest) for n in region.outputs}
+        if run.context.keep:
+            run.state.lines |= {d.name: next(rest) for d in region.lines}
         for number, first in zip(self.handed_on, self.firsts):
-            sites = next(run.host.sites_of(o["index"]) for o in self.sweeper.region.visits if writes_slot(o) == number)
+            sites = next(run.host.sites_of(o["index"]) for o in region.visits if writes_slot(o) == number)
             keys = tuple(next(rest) for _ in sites)
             run.state.slots[number] = Slot(keys, tuple(next(rest) for _ in sites), first=first)
+        return found
 
 
 class _RegionFunction(torch.autograd.Function):
@@ -259,8 +263,7 @@ class LeafHost:
 
     def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
         template, params = self.host.bound(index)
-        params = visit.adapt(template.params, [self.leaf(p) for p in params])
-        return visit.graph(template)(visit, hidden, *sides, *params)
+        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -285,19 +288,16 @@ class LeafHost:
         return getattr(self.host, name)
 
 
-def region_parameters(region: Region, host) -> list[Tensor]:
+def region_parameters(region: LoweredRegion, host: Host) -> list[Tensor]:
     """Every tensor with a gradient that the region's blocks and new modules read."""
     found: list[Tensor] = []
-    for o in region.ops:
+    for o in (lowered.op for lowered in region.ops):
         if o.kind == "block":
             found += host.bound(o["index"])[1]
             for path in host.submodules_of(o["index"]):
                 found += host.stock_module(o["index"], path).parameters()
-            for name in (o["gate"], o["lora"], o["modulate"], o["clock"]):
-                if name:
-                    found += host.module(name).parameters()
-        elif o.kind in ("linear", "weigh", "rms") and o["name"]:
-            found += host.module(o["name"]).parameters()
+        for name in OPS[o.kind].scopes(o):
+            found += host.module(name).parameters()
     return [t for t in found if t.requires_grad]
 
 

@@ -18,6 +18,8 @@ Runner = Callable[[fx.GraphModule], Callable]
 class GraphHost:
     """One call's :class:`depthpass_lowering.host.Host`.
 
+    It scores: what only a transformed model does (visits with operands of their own, losses) is refused before.
+
     Args:
         captured: the capture.
         values: parameters and buffers of the model by full name.
@@ -26,12 +28,16 @@ class GraphHost:
         scheduled: whether token loops may run on chunk graphs instead of through ``runner``.
     """
 
+    adapts, training, style = False, False, "sdpa"
+    losses = pool = None
+
     def __init__(
         self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner | None, scheduled: bool = True
     ):
         self.captured, self.values, self.depth = captured, values, depth
         self.scheduled, self.runner = scheduled, runner or (lambda graph: graph)
         self.extras: Sequence[Tensor] = ()
+        self.ratios: Mapping[str, float] = {}
 
     def part(self, part: Part, inputs: Mapping[str, Tensor], *streams: Tensor, visit=None):
         """Run the prologue, norm or head."""

@@ -8,7 +8,6 @@ The tests put a stand-in where CUDA records and replays; `benchmarks/gpu.py` che
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,9 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.compiled import CompiledRun
-from depthpass_lowering.scheduled import Job, RegionFunction, region_parameters
+from depthpass_lowering.compiled import Compiled
+from depthpass_lowering.context import CallContext
+from depthpass_lowering.eager import Run
+from depthpass_lowering.scheduled import Job, RegionFunction, recomputes, region_parameters
+from depthpass_lowering.state import State
 
 MOST = 8
 """Graphs kept per region; each holds the memory of its own activations."""
@@ -26,84 +29,83 @@ MOST = 8
 _RECORDED: weakref.WeakKeyDictionary[Region, dict[tuple, Callable]] = weakref.WeakKeyDictionary()
 
 
-class GraphedRun(CompiledRun):
-    """As :class:`~depthpass_lowering.compiled.CompiledRun`, training passes replayed as CUDA graphs."""
+class Graphed(Compiled):
+    """As :class:`~depthpass_lowering.compiled.Compiled`, training passes replayed as CUDA graphs."""
 
-    rung = "cudagraph"
-    extra = 0
-    """Columns of padding that the run has been given."""
+    name = "cudagraph"
 
-    def refuse(self, region: Region) -> str | None:
-        if reason := super().refuse(region):
+    def refuse(self, run: Run, region: Region) -> str | None:
+        if reason := super().refuse(run, region):
             return reason
-        device = self.hidden.device.type
+        device = run.hidden.device.type
         return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
 
-    def note(self, region: Region, rung: str, **more) -> None:
-        if rung != self.rung or torch.is_grad_enabled():
-            columns = bucket(self.count, region.chunk) - self.count if rung == self.rung else 0
-            return super().note(region, rung, padded=columns, **more)
-        return super().note(region, "inductor", reason="passes without gradients are not recorded", **more)
+    def level(self, run: Run, region: Region) -> tuple[str, str | None]:
+        level, reason = super().level(run, region)
+        if level != self.name or torch.is_grad_enabled():
+            return level, reason
+        return "inductor", "passes without gradients are not recorded"
 
-    def _trained(self, region: Region, inputs: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
-        padded = self.padded_to(bucket(self.count, region.chunk))
-        parameters = region_parameters(region, self.host)
-        streams = {n: padded.pad(t, 1) for n, t in inputs.items()}
-        given = [*streams.values(), *padded.sides, *parameters.values()]
-        if padded.valid is not None:
-            given.append(padded.valid)
+    def padding(self, run: Run, region: LoweredRegion) -> int:
+        return bucket(run.context.count, region.chunk) - run.context.count if region.level == self.name else 0
+
+    def trained(self, run: Run, region: LoweredRegion, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        context = padded(run.context, self.padding(run, region))
+        parameters = region_parameters(region, run.host)
+        streams = {n: _longer(t, 1, context.padded) for n, t in inputs.items()}
+        given = [*streams.values(), *context.sides, *parameters.values()]
+        if context.valid is not None:
+            given.append(context.valid)
         key = (
-            tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in given), padded.valid is None,
+            tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in given), context.valid is None,
             # A graph reads the storage of the parameters it was recorded with.
-            tuple(p.data_ptr() for p in parameters.values()), self.recomputes(region),
+            tuple(p.data_ptr() for p in parameters.values()), recomputes(run.host, region),
         )
-        kept = _RECORDED.setdefault(region, {})
+        kept = _RECORDED.setdefault(region.source, {})
         if key not in kept:
             if len(kept) >= MOST:
                 kept.pop(next(iter(kept)))
-            kept[key] = padded._record(region, list(streams), wanted, list(parameters), given)
+            kept[key] = _record(context, run.state, region, list(streams), list(parameters), given)
         out = kept[key](*given)
         # The memory of a replay is written again by the next one.
-        return {name: t[:, : self.count].clone() for name, t in zip(wanted, out)}
+        return {name: t[:, : run.context.count].clone() for name, t in zip(region.outputs, out)}
 
-    def padded_to(self, columns: int) -> GraphedRun:
-        """The run with so many new columns, the last of which belong to nobody: nothing that is real comes after them."""
-        made = copy.copy(self)
-        made.extra = columns - self.count
-        if made.extra:
-            made.count, made.hidden = columns, made.pad(self.hidden, 1)
-            made.sides = tuple(s if axis is None else made.pad(s, axis) for s, axis in zip(self.sides, self.side_axes))
-            made.valid = None if self.valid is None else made.pad(self.valid, 1)
-        return made
 
-    def pad(self, t: Tensor, axis: int) -> Tensor:
-        """Zeros behind the last column."""
-        if not self.extra:
-            return t
-        return torch.cat((t, t.new_zeros(*t.shape[:axis], self.extra, *t.shape[axis + 1 :])), axis)
+def padded(context: CallContext, columns: int) -> CallContext:
+    """The call with so many columns more, which belong to nobody: nothing that is real comes after them."""
+    if not columns:
+        return context
+    c = context
+    return replace(
+        c, hidden=_longer(c.hidden, 1, columns), valid=None if c.valid is None else _longer(c.valid, 1, columns), padded=columns,
+        sides=tuple(s if axis is None else _longer(s, axis, columns) for s, axis in zip(c.sides, c.side_axes)),
+    )
 
-    def _record(
-        self, region: Region, names: list[str], wanted: list[str], ids: list[int], given: list[Tensor]
-    ) -> Callable[..., tuple[Tensor, ...]]:
-        sides = len(self.sides)
-        run = self
 
-        def region_of(*flat: Tensor) -> tuple[Tensor, ...]:
-            streams = dict(zip(names, flat))
-            rest = flat[len(names) :]
-            tables, weights = rest[:sides], rest[sides : sides + len(ids)]
-            inner = object.__new__(CompiledRun)
-            inner.__dict__ |= run.__dict__
-            inner.state, inner.sides = replace(run.state, slots={}, lines={}), tables
-            inner.valid = None if run.valid is None else flat[-1]
-            job = Job(inner, region, streams, wanted, dict(zip(ids, weights)))
-            return RegionFunction.apply(job, len(weights), *weights, *streams.values())
+def _longer(t: Tensor, axis: int, columns: int) -> Tensor:
+    """Zeros behind the last column."""
+    return torch.cat((t, t.new_zeros(*t.shape[:axis], columns, *t.shape[axis + 1 :])), axis) if columns else t
 
-        samples = tuple(
-            t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
-            for i, t in enumerate(given)
-        )
-        return torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
+
+def _record(
+    context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], given: list[Tensor]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Record a region's training pass: ``(*streams, *sides, *weights[, valid])`` -> what it hands out."""
+    sides, executor = len(context.sides), Compiled()
+
+    def region_of(*flat: Tensor) -> tuple[Tensor, ...]:
+        streams, rest = dict(zip(names, flat)), flat[len(names) :]
+        tables, weights = rest[:sides], rest[sides : sides + len(ids)]
+        inner = replace(context, sides=tuple(tables), valid=None if context.valid is None else flat[-1])
+        run = Run(inner, replace(state, slots={}, lines={}), executor)
+        job = Job(executor, run, region, streams, dict(zip(ids, weights)))
+        return RegionFunction.apply(job, len(weights), *weights, *streams.values())
+
+    samples = tuple(
+        t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
+        for i, t in enumerate(given)
+    )
+    return torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
 
 
 def bucket(tokens: int, chunk: int) -> int:

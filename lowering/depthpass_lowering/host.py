@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from depthpass.capture.model import Site, Template
+from depthpass.capture.model import Capture, Site, Template
 
 if TYPE_CHECKING:
+    from depthpass_lowering.losses import Pool
     from depthpass_lowering.visits import RunningVisit
 
 
 class Host(Protocol):
-    """The stock modules a program runs on; implemented by the Hugging Face layer and by the compiler backend."""
+    """The stock modules a program runs on; implemented by the Hugging Face layer and by the compiler backend.
+
+    Attributes:
+        captured: the capture that its blocks run on.
+        adapts: whether it can run visits with operands of their own (LoRA, modulation).
+        training: whether the model trains: noise is drawn, balanced routers move.
+        style: whose attention it runs: ``sdpa``, or a stock attention function.
+        ratios: shares of tokens by route label that replace those of the program.
+        losses: None = no training losses are asked for.
+        pool: where several runs of one call add up their losses; None = each for itself.
+    """
+
+    captured: Capture
+    adapts: bool
+    training: bool
+    style: str
+    ratios: Mapping[str, float]
+    losses: Mapping[str, Tensor] | None
+    pool: Pool | None
 
     def block(self, index: int, visit: RunningVisit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor: ...
 

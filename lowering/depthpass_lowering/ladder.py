@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 
 from depthpass.errors import SpecError, did_you_mean
-from depthpass_lowering.eager import Run
+from depthpass_lowering.executor import EAGER, Executor
 
 RUNGS = ("auto", "eager", "scheduled", "inductor", "cudagraph")
 """``eager``: op by op, autograd (the oracle). ``scheduled``: chunks as graphs, in-place keys and values, hand-scheduled
@@ -24,24 +24,25 @@ def check_rung(name: str) -> str:
     return name
 
 
-def rung(name: str | Callable[..., Run]) -> Callable[..., Run]:
-    """What makes the runs of a rung; a maker itself stands for a rung of its own (:mod:`depthpass_lowering.recording`)."""
-    if callable(name):
-        return name
-    if name == AUTO_INDUCTOR:
-        from depthpass_lowering.compiled import AutoCompiledRun
+def executor(level: str | Executor) -> Executor:
+    """The executor of a level; an executor itself stands for a level of its own (:mod:`depthpass_lowering.recording`)."""
+    if isinstance(level, Executor):
+        return level
+    return _executor(level if level == AUTO_INDUCTOR else check_rung(level))
 
-        return AutoCompiledRun
-    if check_rung(name) == "eager":
-        return Run
-    if name == "cudagraph":
-        from depthpass_lowering.graphed import GraphedRun
 
-        return GraphedRun
-    if name == "inductor":
-        from depthpass_lowering.compiled import CompiledRun
+@cache
+def _executor(level: str) -> Executor:
+    if level == "eager":
+        return EAGER
+    if level == "cudagraph":
+        from depthpass_lowering.graphed import Graphed
 
-        return CompiledRun
-    from depthpass_lowering.scheduled import ScheduledRun, StrictScheduledRun
+        return Graphed()
+    if level in ("inductor", AUTO_INDUCTOR):
+        from depthpass_lowering.compiled import Compiled
 
-    return StrictScheduledRun if name == "scheduled" else ScheduledRun
+        return Compiled(strict=level == "inductor")
+    from depthpass_lowering.scheduled import Scheduled
+
+    return Scheduled(strict=level == "scheduled")

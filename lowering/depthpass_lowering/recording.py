@@ -12,7 +12,6 @@ with random parameters (a parameter that is zero hides what it multiplies).
 
 from __future__ import annotations
 
-import functools
 from collections import UserDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,8 +23,13 @@ from torch import Tensor, nn
 
 from depthpass.errors import InputError, LoweringError
 from depthpass.ir.program import Op, Program, op
+from depthpass.lowered.build import lower
+from depthpass.lowered.program import LoweredRegion
+from depthpass.schedule.stacking import Step
 from depthpass_lowering.attention import Masks
+from depthpass_lowering.context import CallContext, RunResult
 from depthpass_lowering.eager import Run
+from depthpass_lowering.executor import Executor
 from depthpass_lowering.routes import Route, choose
 from depthpass_lowering.state import Span, State, spans
 
@@ -134,7 +138,7 @@ class _Runs:
         runtime = model._depth
         before = runtime.lowering, runtime.fixed_point
         # Sweeps compute the same values in another order; what they read is no part of the program.
-        runtime.lowering, runtime.fixed_point = functools.partial(_Recording, self), None
+        runtime.lowering, runtime.fixed_point = _Recorder(self), None
         try:
             with torch.enable_grad():
                 cache = None if len(sizes) == 1 else DepthCache(model)
@@ -168,41 +172,51 @@ class _Runs:
         return {node for node, g in zip(self.leaves, grads, strict=True) if g is not None and bool((g != 0).any())}
 
 
-class _Recording(Run):
-    """The eager rung, one token at a time and in program order, with every result made a leaf."""
+class _Recorder(Executor):
+    """Starts runs that record."""
 
-    def __init__(self, runs: _Runs, *args: Any) -> None:
-        super().__init__(*args)
+    name = "recording"
+
+    def __init__(self, runs: _Runs) -> None:
         self.runs = runs
-        # Where no gradient flows values do all the same.
-        self.program = replace(self.program, ops=tuple(_flowing(o) for o in self.program))
 
-    def run(self) -> tuple[dict[str, Tensor], State]:
+    def start(self, context: CallContext, state: State) -> Run:
+        # Where no gradient flows values do all the same.
+        program = replace(context.program, ops=tuple(_flowing(o) for o in context.program))
+        return _Recording(replace(context, schedule=replace(context.schedule, program=program)), state, self.runs)
+
+
+class _Recording(Run):
+    """The eager level, one token at a time and in program order, with every result made a leaf."""
+
+    def __init__(self, context: CallContext, state: State, runs: _Runs) -> None:
+        super().__init__(context, state)
+        self.runs = runs
+
+    def run(self) -> RunResult:
         self._recall()
-        parts: dict[str, list[Tensor]] = {}
-        sides = [
-            [s] * self.count if axis is None else s.split(1, axis) for s, axis in zip(self.sides, self.side_axes)
-        ]
-        for i, span in enumerate(spans(self.length, self.count, self.valid, None, 1)):
-            self._token(span, [parts_[i] for parts_ in sides])
+        c, parts = self.context, {}
+        lowered = lower(c.schedule, "train", step=Step(1, self.program.ops))
+        sides = [[s] * c.count if axis is None else s.split(1, axis) for s, axis in zip(c.sides, c.side_axes)]
+        for i, span in enumerate(spans(c.start, c.count, c.valid, None, 1)):
+            self._token(lowered.regions[0], span, [cut[i] for cut in sides])
             for name, x in self.out.items():
                 parts.setdefault(name, []).append(x)
-        for o in self.passing:
+        for o in c.passing:
             self.state.slots.pop(o["slot"], None)
-        self.state.length += self.count
-        self.state.valid = self.valid
-        return {name: torch.cat(found, 1) for name, found in parts.items()}, self.state
+        self.state.length += c.count
+        self.state.valid = c.valid
+        return RunResult({name: torch.cat(found, 1) for name, found in parts.items()}, self.state, None, (), lowered)
 
-    def _token(self, span: Span, tables: list[Tensor]) -> None:
-        valid = None if self.valid is None else self.valid[:, : span.start + 1]
-        masks, local = Masks(span.start, 1, valid, self.hidden.device), _Leaves()
+    def _token(self, region: LoweredRegion, span: Span, tables: list[Tensor]) -> None:
+        masks, local = Masks(span.start, 1, self.context.valid_until(span.start + 1), self.hidden.device), _Leaves()
         for o in self.program.ops:
-            self._one(o, local, span, masks, tables, True)
-        self._push(self.program.ops, local, span)
+            self.one(o, local, span, masks, tables, True)
+        self.push(region, local, span)
 
-    def _one(self, o: Op, local: Any, span: Span, masks: Masks, tables, keep: bool) -> None:
+    def one(self, o: Op, local: Any, span: Span, masks: Masks, tables, keep: bool) -> None:
         local.asked.clear()
-        super()._one(o, local, span, masks, tables, keep)
+        super().one(o, local, span, masks, tables, keep)
         if not o.name:
             return
         asked, result = set(local.asked), local.data[o.name]

@@ -20,15 +20,20 @@ from torch import Tensor, fx, nn
 from depthpass.capture.direct import direct
 from depthpass.capture.model import Site
 from depthpass.errors import LoweringError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
+from depthpass.lowered.build import unschedulable_ops
+from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.buffers import Buffer, Use
 from depthpass_lowering.dropout import RandomState, draws
 from depthpass_lowering.eager import Run
+from depthpass_lowering.executor import Executor, note
 from depthpass_lowering.first_order import first_order
-from depthpass_lowering.fx_passes.region import KINDS, ChunkGraph, Parameter, chunk_graph
+from depthpass_lowering.fx_passes.region import ChunkGraph, Parameter, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
+from depthpass_lowering.host import Host
 from depthpass_lowering.products import LEAST_USES
 from depthpass_lowering.sink import Sink, sunk_linear
 from depthpass_lowering.state import Slot, Span, push_delay, read_delay, spans
@@ -39,15 +44,16 @@ _GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.We
 _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDictionary()
 
 
-def graph_of(run: Run, region: Region, wanted: Sequence[str]) -> ChunkGraph:
+def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
+    source = region.source
     templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
-    kinds = tuple(type(run.host.module(o["name"])) for o in region.ops if o.kind == "linear")
+    kinds = tuple(type(run.host.module(name)) for o in source.ops for name in _scope(o))
     # The graph keeps program and templates, so that their ids stay theirs.
-    key = (id(run.program), templates, kinds, tuple(wanted))
-    kept = _GRAPHS.setdefault(region, {})
+    key = (id(run.program), templates, kinds, region.outputs)
+    kept = _GRAPHS.setdefault(source, {})
     if key not in kept:
-        kept[key] = chunk_graph(region, run.program, run.types, run.host, wanted)
+        kept[key] = chunk_graph(source, run.program, run.types, run.host, region.outputs)
     return kept[key]
 
 
@@ -58,100 +64,85 @@ def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
     return _SUNK[graph]
 
 
-class ScheduledRun(Run):
-    """As :class:`~depthpass_lowering.eager.Run`, serial regions by the hand-written schedule where it is legal.
+class Scheduled(Executor):
+    """Serial regions by the hand-written schedule where it is legal.
 
     Attributes:
-        rung: its name.
-        strict: whether what it cannot run is an error instead of left to the eager rung.
+        strict: whether what it cannot run is an error instead of left to the eager level.
         compiled: whether chunks run compiled code: then every chunk is given masks in one shape, and weights are packed
             however short the row is.
     """
 
-    rung = "scheduled"
-    strict = False
+    name = "scheduled"
     compiled = False
 
-    def _region(self, region: Region, reads: Sequence[str], results: frozenset[str]) -> None:
-        if not region.serial or self.checked(region) is not None:
-            return super()._region(region, reads, results)
-        if self._is_short(region):
-            # The eager rung writes keys in place as well.
-            return super()._region(region, reads, results)
-        wanted = [o.name for o in region.ops if o.name in results]
-        inputs = {a: self.env[a] for o in region.ops for a in o.args if a in self.env}
-        self.note(region, self.rung, recomputed=self.recomputes(region))
+    def __init__(self, strict: bool = True):
+        self.strict = strict
+
+    def level(self, run: Run, region: Region) -> tuple[str, str | None]:
+        reason = self.refuse(run, region)
+        if reason is not None and self.strict:
+            raise LoweringError(
+                f"lowering {self.name!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
+            )
+        if reason is None and run.context.count <= region.chunk and not torch.is_grad_enabled():
+            # Nothing to go back over, and the eager level writes keys in place as well.
+            reason = "one chunk without gradients"
+        return (self.name, None) if reason is None else ("eager", reason)
+
+    def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
+        if region.level == "eager":
+            return super().region(run, region)
+        inputs = {a: run.env[a] for a in region.inputs}
+        note(run, region, region.level, region.reason, recomputed=recomputes(run.host, region), padded=self.padding(run, region))
         if not torch.is_grad_enabled():
-            job = Job(self, region, inputs, wanted, {})
-            self.env |= job.loop(inputs)
+            job = Job(self, run, region, inputs, {})
+            found = job.loop(inputs)
             job.store()
-            return None
-        self.env |= self._trained(region, inputs, wanted)
-        return None
+            return found
+        return self.trained(run, region, inputs)
 
-    def recomputes(self, region: Region) -> bool:
-        """Whether the activations of a region are to be computed again in the backward pass."""
-        return torch.is_grad_enabled() and any(self.host.recomputes(o["index"]) for o in region.visits)
+    def padding(self, run: Run, region: LoweredRegion) -> int:
+        """Columns of nobody that are put behind the rows."""
+        return 0
 
-    def _is_short(self, region: Region) -> bool:
-        """Whether a region is one chunk with nothing to go back over."""
-        return self.count <= region.chunk and not torch.is_grad_enabled()
-
-    def reason(self, region: Region) -> str | None:
-        return self.refuse(region) or ("one chunk without gradients" if self._is_short(region) else None)
-
-    def _trained(self, region: Region, inputs: dict[str, Tensor], wanted: list[str]) -> dict[str, Tensor]:
-        """The wanted streams of a region, as one node of the outer graph."""
-        if self.hidden.is_cuda and not self.strict:
+    def trained(self, run: Run, region: LoweredRegion, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The streams that a region hands out, as one node of the outer graph."""
+        if run.hidden.is_cuda and not self.strict:
             _warn_slow()
-        parameters = region_parameters(region, self.host)
-        job = Job(self, region, inputs, wanted, parameters)
-        return dict(zip(wanted, RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())))
+        parameters = region_parameters(region, run.host)
+        job = Job(self, run, region, inputs, parameters)
+        found = RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
+        return dict(zip(region.outputs, found))
 
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         """What runs the graph of a chunk of so many tokens."""
         return functools.partial(direct(sunk_graph(job.graph)), job.sink)
 
-    def checked(self, region: Region) -> str | None:
-        """As :meth:`refuse`; an error where the rung was asked for by name."""
-        reason = self.refuse(region)
-        if reason is not None and self.strict:
-            raise LoweringError(
-                f"lowering {self.rung!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
-            )
-        return reason
-
-    def refuse(self, region: Region) -> str | None:
+    def refuse(self, run: Run, region: Region) -> str | None:
         """Why a region cannot be hand-scheduled in this call, or None."""
-        if reason := unschedulable(self.hidden):
+        if reason := unschedulable(run.hidden) or unschedulable_ops(run.program, region):
             return reason
-        if torch.is_grad_enabled():
-            if self.keep:
+        grad, host = torch.is_grad_enabled(), run.host
+        if grad:
+            if run.context.keep:
                 return "a cache is kept while gradients are recorded"
-            if self.state.length:
+            if run.state.length:
                 return "gradients are recorded on top of a cache"
-            used = {i for o in region.visits for i in self.host.sides_of(o["index"])}
-            if any(self.sides[i].requires_grad for i in used):
+            used = {i for o in region.visits for i in host.sides_of(o["index"])}
+            if any(run.context.sides[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"
         for o in region.visits:
-            if len(o.args) == 2:
-                return f"only routed tokens ask block {o['index']}"
-            if o["lora"]:
-                return f"block {o['index']} has a LoRA of its own for each visit"
-            if o["past"] is not None:
-                return f"block {o['index']} reads the keys of earlier calls in another visit's slot"
-            if o["modulate"]:
-                return f"block {o['index']} is modulated by its visit"
-            if reason := self.host.refuses_schedule(o["index"]):
+            if reason := host.refuses_schedule(o["index"]):
                 return reason
-            if torch.is_grad_enabled() and any(s.dropout for s in self.host.sites_of(o["index"])):
+            if grad and any(s.dropout for s in host.sites_of(o["index"])):
                 return "attention dropout is on"
-        here = {writes_slot(o) for o in region.visits}
-        for o in self.program.visits:
-            if o["keys"] is not None and (o in region.visits) != (o["keys"] in here):
-                return f"block {o['index']} shares the keys of slot {o['keys']} across the border of the token loop"
-        unknown = {o.kind for o in region.ops} - KINDS
-        return f"op {min(unknown)} in a serial region" if unknown else None
+        return None
+
+
+def recomputes(host: Host, region: LoweredRegion) -> bool:
+    """Whether the activations of a region are to be computed again in the backward pass."""
+    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.visits)
 
 
 @functools.cache
@@ -164,12 +155,6 @@ def _warn_slow() -> None:
     )
 
 
-class StrictScheduledRun(ScheduledRun):
-    """As :class:`ScheduledRun`, but a region that cannot be hand-scheduled is an error."""
-
-    strict = True
-
-
 class Job:
     """One region of one forward pass: its loop, buffers and sink.
 
@@ -179,27 +164,32 @@ class Job:
         draws: whether a chunk draws random numbers, which it then has to draw again.
     """
 
-    def __init__(self, run: Run, region: Region, inputs, wanted: list[str], parameters: dict[int, Tensor]):
-        self.run, self.region, self.wanted, self.names = run, region, wanted, list(inputs)
+    def __init__(
+        self, executor: Scheduled, run: Run, region: LoweredRegion, inputs: Mapping[str, Tensor], parameters: dict[int, Tensor]
+    ):
+        self.executor, self.run, self.region, self.names = executor, run, region, list(inputs)
         self.parameters = parameters
-        self.graph = graph_of(run, region, wanted)
-        self.recompute = run.recomputes(region)
+        self.graph = graph_of(run, region)
+        self.recompute = recomputes(run.host, region)
         self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
-        uses = -(-run.count // region.chunk)
-        self.sink = Sink(max(uses, LEAST_USES) if run.compiled else uses)
+        uses = -(-run.context.count // region.chunk)
+        self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
 
-    def loop(self, inputs: dict[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return self.region.outputs
+
+    def loop(self, inputs: Mapping[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
-        host = SunkHost(self.run.host, self.sink, leaves or {})
-        return Loop(self.run, host, self).over(inputs)
+        return Loop(self, SunkHost(self.run.host, self.sink, leaves or {})).over(inputs)
 
     def slot(self, number: int, sites: Sequence[Site]) -> list[Buffer]:
         if number not in self.buffers:
-            before = self.run.state.slots.get(number)
+            before, c = self.run.state.slots.get(number), self.run.context
             self.buffers[number] = [
                 Buffer(
-                    None if before is None else (before.keys[i], before.values[i]), self.run.length + self.run.count,
+                    None if before is None else (before.keys[i], before.values[i]), c.start + c.count,
                     0 if before is None else before.first,
                 )
                 for i in range(len(sites))
@@ -210,9 +200,8 @@ class Job:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
         self.forget_tokens()
-        for o in self.region.ops:
-            if o.kind == "delay":
-                self.run.state.lines.pop(o.name, None)
+        for line in self.region.lines:
+            self.run.state.lines.pop(line.name, None)
 
     def forget_tokens(self) -> None:
         """Begin a new chain of uses of every buffer."""
@@ -229,49 +218,45 @@ class Job:
             self.run.state.slots[number] = slot if ring is None else slot.last(ring)
 
 
-class Loop(Run):
-    """The chunk loop of a job: shares the outer run's state, runs visits on buffers, and answers a chunk's graph.
+class Loop:
+    """The chunk loop of a job: runs visits on buffers and answers a chunk's graph.
 
     Attributes:
         lines: the delay lines that the running chunk reads.
         span: the running chunk.
     """
 
-    def __init__(self, outer: Run, host: SunkHost, job: Job):
-        self.__dict__ |= outer.__dict__
-        self.host, self.job = host, job
+    def __init__(self, job: Job, host: SunkHost):
+        self.job, self.host, self.run = job, host, job.run
         self.lines: dict[str, Tensor] = {}
         self.span: Span | None = None
-        self.delays = [o for o in job.region.ops if o.kind == "delay"]
         self.params = [host.parameter(p) for p in job.graph.params]
 
-    def over(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The wanted streams over all tokens."""
-        job, graph = self.job, self.job.graph
-        cut = spans(self.length, self.count, self.valid, None, job.region.chunk)
+    def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The streams that the region hands out, over all tokens."""
+        job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
+        cut = spans(c.start, c.count, c.valid, None, job.region.chunk)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
-        tables = [self._pieces(self.sides[i], self.side_axes[i], sizes) for i in graph.sides]
+        tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
         known = self._known(sizes)
         done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
         chain = None
         for i, span in enumerate(cut):
-            chunk = _Chunk(self, span, [t[i] for t in tables], job.run.chunk_runner(job, span.count))
-            lines = {o.name: self._differentiable(self._line(o, self.hidden)) for o in self.delays}
+            chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))
+            lines = {d.name: self._differentiable(run.line(d.name, d.tokens)) for d in job.region.lines}
             given = [*(parts[i] for parts in streams), *(parts[i] for parts in known)]
             if job.recompute:
                 *values, chain = Recomputed.apply(
                     chunk, tuple(lines), len(lines) + len(given), *lines.values(), *given,
-                    self.hidden.new_empty(0) if chain is None else chain, *self.host.leaves.values(),
+                    run.hidden.new_empty(0) if chain is None else chain, *self.host.leaves.values(),
                 )
             else:
                 values = chunk.run(lines, given)
             results = dict(zip(graph.results, values, strict=True))
-            for o in self.delays:
-                self.state.lines[o.name] = push_delay(
-                    lines[o.name], results[o.args[0]] if o.args[0] in results else inputs[o.args[0]].split(sizes, 1)[i],
-                    o["tokens"], span, self.state.record,
-                )
+            for d in job.region.lines:
+                source = results[d.source] if d.source in results else inputs[d.source].split(sizes, 1)[i]
+                run.state.lines[d.name] = push_delay(lines[d.name], source, d.tokens, span, run.state.record)
             for name, parts in done.items():
                 parts.append(results[name])
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
@@ -286,7 +271,7 @@ class Loop(Run):
         distributed = self.job.graph.distributed
         if distributed.before is None:
             return []
-        values = distributed.before(*(self.sides[i] for i in self.job.graph.sides), *self.params)
+        values = distributed.before(*(self.run.context.sides[i] for i in self.job.graph.sides), *self.params)
         return [self._pieces(t, axis, sizes) for t, axis in zip(values, distributed.axes, strict=True)]
 
     @staticmethod
@@ -294,34 +279,34 @@ class Loop(Run):
         return [t] * len(sizes) if axis is None else t.split(sizes, axis)
 
     def visits(self, span: Span) -> list[_BufferedVisit]:
-        valid = None if self.valid is None else self.valid[:, : span.start + span.count]
-        masks = Masks(span.start, span.count, valid, self.hidden.device)
+        masks = Masks(span.start, span.count, self.run.context.valid_until(span.start + span.count), self.run.hidden.device)
         return [_BufferedVisit(o, self.host, self.job, span, masks) for o in self.job.graph.visits]
 
     def absences(self, span: Span) -> list[Tensor | None]:
         """Per mask of the graph where its values are present, ``[batch or 1, tokens, 1]``; None = everywhere."""
-        found = []
+        found, compiled, hidden = [], self.job.executor.compiled, self.run.hidden
         for absent in self.job.graph.absents:
             if span.rank is not None:
                 there = span.rank >= absent
-            elif span.start >= absent and not self.job.run.compiled:
+            elif span.start >= absent and not compiled:
                 there = None
             else:
                 # Made on the device: a copy from the host could not be recorded in a CUDA graph.
-                there = torch.arange(span.start, span.start + span.count, device=self.hidden.device)[None] >= absent
+                there = torch.arange(span.start, span.start + span.count, device=hidden.device)[None] >= absent
             if there is not None:
                 there = there[..., None]
-                there = there.expand(self.hidden.shape[0], -1, -1).contiguous() if self.job.run.compiled else there
+                there = there.expand(hidden.shape[0], -1, -1).contiguous() if compiled else there
             found.append(there)
         return found
 
     # Calls of the graph.
 
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
-        return read_delay(self.lines[name], source, self.program.defs[name]["tokens"], self.span)
+        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.span)
 
-    def call(self, name: str, x: Tensor) -> Tensor:
-        return self.host.module(name)(x)
+    def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
+        o = self.run.program.defs[name]
+        return OPS[o.kind].apply(self.host.module(OPS[o.kind].scope(o)), o, streams)
 
 
 class _Chunk:
@@ -483,22 +468,25 @@ class _LinearStandIn(nn.Module):
         return sunk_linear(self.sink, x, self.weight, self.bias)
 
 
-def region_parameters(region: Region, host) -> dict[int, Tensor]:
+def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
     """Every parameter the region's ops read, once each, by id."""
     found: dict[int, Tensor] = {}
-    for o in region.ops:
+    for o in (lowered.op for lowered in region.ops):
         if o.kind == "block":
             tensors = list(host.bound(o["index"])[1])
             for path in host.submodules_of(o["index"]):
                 tensors += host.stock_module(o["index"], path).parameters()
             if o["gate"]:
                 tensors += host.module(o["gate"]).parameters()
-        elif o.kind in ("linear", "weigh", "rms") and o["name"]:
-            tensors = list(host.module(o["name"]).parameters())
         else:
-            continue
+            tensors = [t for name in _scope(o) for t in host.module(name).parameters()]
         found |= {id(t): t for t in tensors if t.requires_grad}
     return found
+
+
+def _scope(o: Op) -> tuple[str, ...]:
+    """The module of a token-local op's own parameters, if it has one."""
+    return OPS[o.kind].scopes(o) if OPS[o.kind].meaning is not None else ()
 
 
 class RegionFunction(torch.autograd.Function):

@@ -11,9 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass.ir.definitions import STEP
+from depthpass.ir.ops import unfit
 from depthpass.ir.program import Op, Program
+from depthpass.lowered.build import lower
+from depthpass.lowered.program import LoweredProgram
 from depthpass.schedule.stacking import Step
 from depthpass_lowering.attention import Masks, column_mask
+from depthpass_lowering.context import CallContext
 from depthpass_lowering.eager import Run
 from depthpass_lowering.state import Slot, Span, State
 from depthpass_lowering.visits import RunningVisit
@@ -21,22 +26,11 @@ from depthpass_lowering.visits import RunningVisit
 SMALLEST = 256
 """Columns of the smallest room. Rooms double, so a decode of n tokens compiles about log2(n / SMALLEST) steps."""
 
-RUNS = frozenset({
-    "embed", "zeros", "block", "delay", "linear", "weigh", "scale", "add", "mul", "act", "rms", "norm", "tap", "output",
-    "select",
-})
-"""Ops of a step whose shapes and numbers follow from tensors alone."""
-
 
 def refusal(program: Program) -> str | None:
     """Why a token of this program cannot be one compiled graph, or None."""
-    if other := sorted({o.kind for o in program} - RUNS):
-        return f"the program has {', '.join(other)}, which depend on data or on the place in the row"
-    for o in program.visits:
-        for name, what in (("past", "keys of earlier calls in another slot"), ("modulate", "a modulation of its own")):
-            if o[name] is not None:
-                return f"a visit of block {o['index']} has {what}"
-    return None
+    reason = unfit(program, STEP)
+    return reason and f"{reason}, whose shapes or numbers depend on data or on the place in the row"
 
 
 def capacity(columns: int) -> int:
@@ -171,23 +165,23 @@ class StepRun(Run):
     """One token of a program against static rooms; every number that changes from token to token is a tensor.
 
     Args:
+        context: of one token behind a state that begins with its rooms.
         at: the token's column, ``[1]``.
         rank: real tokens before it in its row, ``[batch, 1]``.
     """
 
-    def __init__(self, schedule, host, hidden, sides, side_axes, rooms: Rooms, lines, valid, at, rank, types):
-        slots = {
-            n: Slot(tuple(k for k, _ in pairs), tuple(v for _, v in pairs)) for n, pairs in rooms.slots.items()
-        }
-        super().__init__(schedule, host, hidden, sides, side_axes, State(slots=slots, lines=dict(lines)), valid, True, types)
+    def __init__(self, context: CallContext, rooms: Rooms, lines: Mapping[str, Tensor], at: Tensor, rank: Tensor):
+        slots = {n: Slot(tuple(k for k, _ in pairs), tuple(v for _, v in pairs)) for n, pairs in rooms.slots.items()}
+        super().__init__(context, State(slots=slots, lines=dict(lines)))
         self.at, self.rank, self.columns = at, rank, rooms.columns
 
-    def _step(self) -> Step:
-        found = super()._step()
-        return found or Step(1, tuple(o for region in self.schedule.regions for o in region.ops))
+    def lowered(self) -> LoweredProgram:
+        schedule = self.context.schedule
+        step = self._step() or Step(1, tuple(o for region in schedule.regions for o in region.ops))
+        return lower(schedule, "token", "inductor", step=step, sides=self.host.sides_of)
 
     def _at_once(self) -> tuple[Span, StepMasks]:
-        return Span(0, 1, None, self.rank), StepMasks(self.at, self.columns, self.valid)
+        return Span(0, 1, None, self.rank), StepMasks(self.at, self.columns, self.context.valid)
 
     def _visit(self, o: Op, span: Span, masks: StepMasks, keep: bool) -> StepVisit:
         return StepVisit(o, self.host, self.state, span, masks)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from depthpass.errors import LoweringError
-from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program
-
-RUNS = frozenset(OPS)
-"""Kinds of ops that run on models."""
 
 
 def unsupported_ops(program: Program) -> list[str]:
     """What of a program cannot run on a model, one line each; empty when all of it can."""
-    return [f"%{o.name} = {o.kind}" for o in program if o.kind not in RUNS] + _misplaced_pads(program)
+    return _misplaced_pads(program)
 
 
 def _misplaced_pads(program: Program) -> list[str]:

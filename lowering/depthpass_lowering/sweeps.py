@@ -7,19 +7,19 @@ cache like any other.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from depthpass.analysis.dependence import back_delays
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
+from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint
-from depthpass.schedule.regions import Region
 from depthpass_lowering.attention import Masks
 from depthpass_lowering.eager import Run
 from depthpass_lowering.state import Span, State, push_delay, read_delay
@@ -29,9 +29,6 @@ RIDGE = {"cpu": 22.0}
 
 RIDGE_ELSEWHERE = 184.0
 """The same for other devices: an H200 in bfloat16."""
-
-LOCAL = frozenset({"linear", "scale", "act", "rms", "weigh", "norm", "add", "mul", "detach"})
-"""Ops that look at one token only."""
 
 
 @dataclass
@@ -87,43 +84,44 @@ class Sweeper:
             bridge whose upper map is zero injects zero.
     """
 
-    def __init__(self, run: Run, region: Region, wanted: Sequence[str]):
-        self.run, self.region, self.wanted = run, region, tuple(wanted)
-        self.delays = [o for o in region.ops if o.kind == "delay"]
-        self.sources = tuple(dict.fromkeys(o.args[0] for o in self.delays))
+    def __init__(self, run: Run, region: LoweredRegion):
+        self.run, self.region, self.wanted = run, region, region.outputs
+        self.sources = tuple(dict.fromkeys(line.source for line in region.lines))
+        self.ops = [o.op for o in region.ops]
         back = back_delays(run.program, frozenset(o.name for o in region.ops))
         self.injection: dict[str, Op] = {}
-        for o in region.ops:
-            if o.name in back or (o.kind in LOCAL and o.args and all(a in self.injection for a in o.args)):
+        for o in self.ops:
+            if o.name in back or (OPS[o.kind].token_local and o.args and all(a in self.injection for a in o.args)):
                 self.injection[o.name] = o
-        read = {a for o in region.ops if o.name not in self.injection for a in o.args}
+        read = {a for o in self.ops if o.name not in self.injection for a in o.args}
         read |= set(self.wanted) | set(self.sources)
         self.frontier = tuple(n for n in self.injection if n in read)
 
     def span(self, start: int, count: int) -> Span:
         """Columns ``start .. start+count-1`` of this call's new tokens."""
-        run, end = self.run, start + count
-        if run.valid is None:
-            return Span(run.length + start, count, None, None)
-        rank = (run.valid.long().cumsum(-1) - run.valid.long())[:, run.length :]
-        return Span(run.length + start, count, run.valid[:, run.length :][:, start:end], rank[:, start:end])
+        c, end = self.run.context, start + count
+        if c.valid is None:
+            return Span(c.start + start, count, None, None)
+        rank = (c.valid.long().cumsum(-1) - c.valid.long())[:, c.start :]
+        return Span(c.start + start, count, c.valid[:, c.start :][:, start:end], rank[:, start:end])
 
     def inner(self, state: State, host=None, sides=None) -> Run:
         """The run on a state of its own; its host and side inputs may be stand-ins."""
-        made = copy.copy(self.run)
-        made.state, made.host, made.sides = state, host or self.run.host, self.run.sides if sides is None else sides
+        c = self.run.context
         # Keys are kept whole while it is open where the settled chunks end.
-        made.factors, made.ring = {}, lambda o: None
-        return made
+        return Run(replace(c, host=host or c.host, sides=c.sides if sides is None else sides, whole_slots=True), state)
+
+    def _read(self, inner: Run, o: Op, source: Tensor, span: Span) -> Tensor:
+        return read_delay(inner.line(o.name, o["tokens"]), source, o["tokens"], span)
 
     def inject(self, inner: Run, sources: Mapping[str, Tensor], span: Span) -> dict[str, Tensor]:
         """c of a span's tokens from the delay lines and the sources at the span's own tokens."""
         local: dict[str, Tensor] = {}
         for o in self.injection.values():
             if o.kind == "delay":
-                local[o.name] = read_delay(inner._line(o, inner.hidden), sources[o.args[0]], o["tokens"], span)
+                local[o.name] = self._read(inner, o, sources[o.args[0]], span)
             else:
-                local[o.name] = inner._op(o, [local[a] for a in o.args], span, None, (), False)
+                local[o.name] = inner.op(o, [local[a] for a in o.args], span, None, (), False)
         return {name: local[name] for name in self.frontier}
 
     def first(self, inner: Run, span: Span) -> dict[str, Tensor]:
@@ -141,27 +139,25 @@ class Sweeper:
         self, inner: Run, inputs: Mapping[str, Tensor], c: Mapping[str, Tensor], span: Span
     ) -> dict[str, Tensor]:
         """Run the region over a span's tokens; keys and values go to the inner run's state, delay lines stay."""
-        start = span.start - self.run.length
+        context = inner.context
+        start = span.start - context.start
         local = {name: x.narrow(1, start, span.count) for name, x in inputs.items()} | dict(c)
-        valid = self.run.valid
-        masks = Masks(span.start, span.count, None if valid is None else valid[:, : span.start + span.count],
-                      self.run.hidden.device)
-        tables = [s if axis is None else s.narrow(axis, start, span.count)
-                  for s, axis in zip(inner.sides, inner.side_axes)]
-        for o in self.region.ops:
+        masks = Masks(span.start, span.count, context.valid_until(span.start + span.count), self.run.hidden.device)
+        tables = [s if axis is None else s.narrow(axis, start, span.count) for s, axis in zip(context.sides, context.side_axes)]
+        for o in self.ops:
             if o.name in self.injection:
                 continue
             if o.kind == "delay":
-                local[o.name] = read_delay(inner._line(o, inner.hidden), local[o.args[0]], o["tokens"], span)
+                local[o.name] = self._read(inner, o, local[o.args[0]], span)
             else:
-                local[o.name] = inner._op(o, [local[a] for a in o.args], span, masks, tables, True)
+                local[o.name] = inner.op(o, [local[a] for a in o.args], span, masks, tables, True)
         return local
 
     def push(self, inner: Run, sources: Mapping[str, Tensor], span: Span) -> dict[str, Tensor]:
         """The delay lines after a span."""
         return {
-            o.name: push_delay(inner._line(o, inner.hidden), sources[o.args[0]], o["tokens"], span, inner.state.record)
-            for o in self.delays
+            d.name: push_delay(inner.line(d.name, d.tokens), sources[d.source], d.tokens, span, inner.state.record)
+            for d in self.region.lines
         }
 
     def changes(self, c: Mapping[str, Tensor], after: Mapping[str, Tensor], span: Span) -> list[float]:
@@ -192,7 +188,7 @@ class Solver:
 
     def __init__(self, sweeper: Sweeper, policy: FixedPoint, budget: int | None = None):
         self.sweeper, self.policy, run = sweeper, policy, sweeper.run
-        self.chunk, self.count = sweeper.region.chunk, run.count
+        self.chunk, self.count = sweeper.region.chunk, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
         self.made = Solve(
             tuple(o["index"] for o in sweeper.region.visits), self.count, self.chunk, -(-self.count // self.chunk)

@@ -29,11 +29,14 @@ class RunningVisit:
         ring: how many of its own last keys a gated visit has to keep; None = all.
         in_order: whether its own keys are those of the last tokens, without gaps.
         factors: of a modulated visit, ``[width]`` by place.
+        memory: the stream that its own keys and values come from, ``[batch, tokens, width]``; None = its input.
     """
 
     ring: int | None = None
     in_order = True
     factors: Mapping[str, Tensor] | None = None
+    memory: Tensor | None = None
+    given: Mapping[int, tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool):
         self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
@@ -62,10 +65,15 @@ class RunningVisit:
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
         """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
-        graph = self.graph(template)
-        return (graph if runner is None else runner(graph))(self, hidden, *sides, *params)
+        graph, runner = self.graph(template), runner or (lambda graph: graph)
+        if self.memory is not None:
+            found = runner(split_graph(graph, self.index).keys)(self, self.memory.to(hidden.device), *sides, *params)
+            self.given = {i: (found[2 * i], found[2 * i + 1]) for i in range(len(self.sites))}
+        return runner(graph)(self, hidden, *sides, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        if self.given is not None:
+            k, v = self.given[number]
         own = self.extend(number, k, v) if self.writes else None
         if not self.shares:
             return self.attention(number, q, *own, sinks, self._own_mask(own[0].shape[2], *self.limits(number)))
@@ -100,7 +108,7 @@ class RunningVisit:
             return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], window, site.chunk))
 
         # Stock attention functions repeat key heads by themselves and want a bool mask; SDPA need not repeat.
-        plain = getattr(self.host, "style", "sdpa") == "sdpa"
+        plain = self.host.style == "sdpa"
         blocks = self.masks.blocks(
             window, site.chunk, k.shape[2], q.shape[1] // k.shape[1] if plain else 1, q.dtype if plain else None, len(q)
         )
@@ -280,7 +288,7 @@ class RoutedVisit(RunningVisit):
             q = q.new_zeros((self.batch, *q.shape[1:])).index_copy(0, self.rows, q)
             return self.pick(self.attention(number, q, k, v, sinks, mask))
         groups = q.shape[1] // k.shape[1]
-        if q.shape[2] > 1 or groups == 1 or sinks is not None or getattr(self.host, "style", "sdpa") != "sdpa":
+        if q.shape[2] > 1 or groups == 1 or sinks is not None or self.host.style != "sdpa":
             return super().attention(number, q, k, v, sinks, mask)
         grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
         out = super().attention(number, grouped, k, v, None, (mask[0], False))

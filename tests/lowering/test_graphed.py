@@ -64,7 +64,7 @@ def test_replays_see_new_rows_and_new_weights(monkeypatch):
         return Replay.apply
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
-    monkeypatch.setattr(graphed.GraphedRun, "refuse", lambda self, region: None)
+    monkeypatch.setattr(graphed.Graphed, "refuse", lambda self, run, region: None)
     stock = zoo.model("gpt2", 4, dtype=torch.float64)  # no float32 norms inside, which compiled code rounds otherwise
     eager, turbo = (dp.transform(stock, SPEC, lowering=rung) for rung in ("eager", "cudagraph"))
     torch.manual_seed(2)

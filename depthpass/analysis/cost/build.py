@@ -16,6 +16,7 @@ from depthpass.analysis.cost.visits import VisitCost, check_capacities, stacks, 
 from depthpass.analysis.dependence import dependences
 from depthpass.analysis.roofline import Dense, Work
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program, plain
 from depthpass.ir.verify import infer, verify
 from depthpass.schedule import Region, schedule
@@ -316,7 +317,7 @@ class _Builder:
         found = []
         for region in self.schedule.regions:
             for o in region.ops:
-                if o.kind not in ("block", "linear"):
+                if o.kind != "block" and not (o.name in self.new.elements and o.name in self.new.by_op):
                     continue
                 share, pads = float(self.tokens[o.name].share), self.types[o.name].pads
                 graded = o.name in self.graded
@@ -326,7 +327,7 @@ class _Builder:
                                       share, pads, graded, trained, stack_of[o.name]))
                 else:
                     size = self.new.elements[o.name]
-                    found.append(Work(f"%{o.name} {o['name']}", size, Dense(size), region.chunk, share, pads, graded,
+                    found.append(Work(f"%{o.name} {OPS[o.kind].scope(o)}", size, Dense(size), region.chunk, share, pads, graded,
                                       self.trainable != "none"))
         head, repeats = self.around[2]
         active = float(sp.cancel(_sum(head.count.gemm_flops.values()) / (2 * B * n)))

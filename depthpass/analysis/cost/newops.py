@@ -11,10 +11,10 @@ import sympy as sp
 from depthpass.analysis.cost.model import ModelCost
 from depthpass.analysis.cost.symbols import B
 from depthpass.analysis.cost.visits import Tokens
+from depthpass.ir.definitions import Type
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
-from depthpass.ir.verify import Type, parameters
-
-_ELEMENTWISE = {"weigh": 1, "scale": 1, "mul": 1, "act": 1, "rms": 5, "select": 2}
+from depthpass.ir.verify import parameters
 
 
 @dataclass(frozen=True)
@@ -73,23 +73,16 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
         if not o.name or types[o.name].is_route:
             continue
         rows, width = B * tokens[o.name].total, types[o.name].width
-        if o.kind == "linear":
-            inner = sum(types[a].width for a in o.args)
-            by_op[o.name] = 2 * rows * inner * width
-            elements[o.name] = inner * width + (width if o["bias"] else 0)
-            saved += rows * inner
-        elif o.kind == "logits":
-            by_op[o.name] = 2 * rows * program.width * width
-            notes.append("not counted: weights that a head reads again for exit criteria")
-        elif o.kind == "distance":
-            elementwise += 6 * rows * types[o.args[0]].width
-        elif o.kind == "add":
-            elementwise += rows * width * (len(o.args) - 1)
-        elif o.kind in _ELEMENTWISE:
-            elementwise += rows * width * _ELEMENTWISE[o.kind]
-            saved += rows * width * (1 if o.kind in ("mul", "act", "rms", "weigh") else 0)
-            if o.kind == "weigh" or (o.kind == "rms" and o["name"]):
-                elements[o.name] = width
+        definition, widths = OPS[o.kind], [types[a].width for a in o.args]
+        if definition.work is not None:
+            work = definition.work(o, widths, width, program.width)
+            if work.flops:
+                by_op[o.name] = rows * work.flops
+            elementwise += rows * work.elementwise
+            saved += rows * work.saved
+            notes += [work.note] if work.note else []
+            if declared := definition.parameters(o, widths, program.width):
+                elements[o.name] = sum(math.prod(p.shape) for p in declared)
         elif o.kind == "block":
             for name, size, flops in _gates(o, model):
                 distinct[name] = size

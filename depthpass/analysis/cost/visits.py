@@ -10,9 +10,10 @@ import sympy as sp
 from depthpass.analysis.cost.model import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.ir.definitions import Type
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
 from depthpass.ir.shares import exact_share
-from depthpass.ir.verify import Type
+from depthpass.ir.structural_ops import keys_from
 from depthpass.schedule.stacking import Stack, steps
 
 
@@ -191,7 +192,7 @@ def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]
     found = []
     for o in program.visits:
         reads = tuple(
-            Read(s, tokens[writers[s].args[0]], o["window"] if o["gate"] is not None and s == o["slot"] else None)
+            Read(s, tokens[keys_from(writers[s])], o["window"] if o["gate"] is not None and s == o["slot"] else None)
             for s in reads_slots(o)
         )
         writes = writes_slot(o) is not None

@@ -16,19 +16,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_arg
 
+from depthpass.capture import calls
 from depthpass.capture.model import Template
+from depthpass.ir.definitions import Type
+from depthpass.ir.holders import Held
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
-from depthpass.ir.verify import Type
 from depthpass.schedule.regions import Region
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
-from depthpass_lowering.local_ops import ACTIVATIONS, rms
-
-KINDS = frozenset({"block", "linear", "delay", "add", "scale", "mul", "act", "weigh", "rms"})
-"""Ops that a region's graph can hold."""
-
+from depthpass_lowering.queries import split_graph
 
 # Calls in the graph, answered by the running loop.
 
@@ -38,9 +38,9 @@ def delayed(loop, name: str, source: Tensor | None) -> Tensor:
     return loop.delayed(name, source)
 
 
-def call(loop, name: str, x: Tensor) -> Tensor:
-    """A new module of the program that is no plain linear map."""
-    return loop.call(name, x)
+def call(loop, name: str, *streams: Tensor) -> Tensor:
+    """An op whose module may be anything (wrapped, with hooks)."""
+    return loop.call(name, streams)
 
 
 def enter(visit, hidden: Tensor) -> Tensor:
@@ -172,47 +172,40 @@ class _Builder:
         return any(o.name == name and o.kind == "linear" for o in self.region.ops)
 
     def _plain(self, o: Op) -> bool:
-        """Whether a linear op's module is nothing but a product."""
-        if o.kind != "linear":
+        """Whether an op's parameters are in a module that does nothing but the op, so that the graph may read them itself."""
+        name = OPS[o.kind].scope(o) if OPS[o.kind].meaning is not None else None
+        if name is None:
             return False
-        module = self.host.module(o["name"])
-        return type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks
+        module = self.host.module(name)
+        return type(module) in (nn.Linear, Held) and not module._forward_hooks and not module._forward_pre_hooks
 
     def _parameters_of(self, o: Op) -> list[tuple[Parameter, str]]:
         if o.kind == "block":
             names = self.templates[o.name].params
             return [(Parameter(o["index"], i), f"{o['index']}_{name}") for i, name in enumerate(names)]
         if self._plain(o):
-            module = self.host.module(o["name"])
-            found = ["weight"] if module.bias is None else ["weight", "bias"]
-            return [(Parameter(o["name"], attribute), f"{o['name']}_{attribute}") for attribute in found]
+            name = OPS[o.kind].scope(o)
+            held = [leaf for leaf, p in self.host.module(name)._parameters.items() if p is not None]
+            return [(Parameter(name, leaf), f"{name}_{leaf}") for leaf in held]
         return []
 
     def _op(self, o: Op) -> fx.Node:
         graph, args = self.graph, [self.env.get(a) for a in o.args]
-        kind = o.kind
-        if kind == "delay":
+        if o.kind == "delay":
             return graph.call_function(delayed, (self.loop, o.name, args[0]))
-        if kind == "block":
-            return self._block(o, args[0])
-        if kind == "linear":
+        if o.kind == "block":
+            return self._block(o, *args)
+        if o.kind == "add":
+            return self._add(o)
+        if o.kind == "linear" and self._plain(o):
             x = args[0] if len(args) == 1 else graph.call_function(torch.cat, (args, -1))
-            if not self._plain(o):
-                return graph.call_function(call, (self.loop, o["name"], x))
             weight, bias = self._linear(o)
             return graph.call_function(torch.ops.aten.linear.default, (x, weight) if bias is None else (x, weight, bias))
-        if kind == "add":
-            return self._add(o)
-        if kind == "scale":
-            return graph.call_function(operator.mul, (args[0], o["by"]))
-        if kind == "mul":
-            return graph.call_function(operator.mul, tuple(args))
-        if kind == "act":
-            return graph.call_function(ACTIVATIONS[o["fn"]], (args[0],))
-        if kind == "rms":
-            y = graph.call_function(rms, (args[0], o["eps"]))
-            return graph.call_function(call, (self.loop, o["name"], y)) if o["name"] else y
-        return graph.call_function(call, (self.loop, o["name"], args[0]))  # weigh
+        definition = OPS[o.kind]
+        if definition.scope(o) is not None and not self._plain(o):
+            return graph.call_function(call, (self.loop, o.name, *args))
+        weights = {p.at: self.params[p] for p, _ in self._parameters_of(o)}
+        return graph.call_function(definition.meaning, tuple(args), {**definition.given(o), **weights})
 
     def _linear(self, o: Op) -> tuple[fx.Node, fx.Node | None]:
         return self.params[Parameter(o["name"], "weight")], self.params.get(Parameter(o["name"], "bias"))
@@ -238,7 +231,7 @@ class _Builder:
             total = graph.call_function(land, (weights, biases, mask, total, *cs))
         return total
 
-    def _block(self, o: Op, hidden: fx.Node) -> fx.Node:
+    def _block(self, o: Op, hidden: fx.Node, memory: fx.Node | None = None) -> fx.Node:
         template, visit = self.templates[o.name], self.visits[o.name]
         if o["gate"] is not None and o["gate_input"] != "query":
             hidden = self.graph.call_function(enter, (visit, hidden))
@@ -247,15 +240,24 @@ class _Builder:
         if stopped:
             # Truncated backpropagation: no gradient reaches this visit or leaves it.
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
-        y = self._inline(template, visit, hidden, [self.tables[s] for s in self.host.sides_of(o["index"])], params)
+            memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
+        rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
+        keys: Sequence[fx.Node] = ()
+        if memory is not None:
+            keys = self._inline(split_graph(template.graph, o["index"]).keys, (visit, memory, *rest))
+        y = self._inline(template.graph, (visit, hidden, *rest), keys)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
 
-    def _inline(self, template: Template, *inputs: Any) -> fx.Node:
-        visit, hidden, sides, params = inputs
-        nodes = list(template.graph.graph.nodes)
+    def _inline(self, gm: fx.GraphModule, inputs: Sequence[Any], keys: Sequence[fx.Node] = ()) -> Any:
+        """What a graph gives, its nodes copied into this one.
+
+        Args:
+            keys: keys and values for its attention calls, instead of those that it computes.
+        """
+        nodes = list(gm.graph.nodes)
         given = [n for n in nodes if n.op == "placeholder"]
         tokens = given[1].meta["val"].shape[1]
-        env: dict[fx.Node, fx.Node] = dict(zip(given, (visit, hidden, *sides, *params), strict=True))
+        env: dict[fx.Node, fx.Node] = dict(zip(given, inputs, strict=True))
         for source, node in env.items():
             if node in self.tables.values() or node in self.params.values():
                 node.meta = {**source.meta, "axis": token_axis(source.meta.get("val"), tokens)}
@@ -263,19 +265,22 @@ class _Builder:
                     node.meta["axis"] = None
         for n in nodes:
             if n.op == "get_attr":
-                env[n] = self.graph.get_attr(self._attribute(template, str(n.target)))
+                env[n] = self.graph.get_attr(self._attribute(gm, str(n.target)))
             elif n.op == "call_function":
                 env[n] = self.graph.node_copy(n, env.__getitem__)
+                if keys and n.target is calls.attend:
+                    site = n.args[1]
+                    env[n].args = (*env[n].args[:3], keys[2 * site], keys[2 * site + 1], *env[n].args[5:])
             elif n.op == "output":
-                return env[n.args[0]]
+                return map_arg(n.args[0], env.__getitem__)
             else:
                 continue
             env[n].meta = {**n.meta, "axis": token_axis(n.meta.get("val"), tokens)}
         raise AssertionError("a block's graph has no output")
 
-    def _attribute(self, template: Template, name: str) -> str:
-        """A constant or subgraph of a template under a name of its own."""
-        value = operator.attrgetter(name)(template.graph)
+    def _attribute(self, gm: fx.GraphModule, name: str) -> str:
+        """A constant or subgraph of a graph under a name of its own."""
+        value = operator.attrgetter(name)(gm)
         for known, held in self.root.items():
             if held is value:
                 return known

@@ -1,0 +1,145 @@
+"""Lowered programs: regions of ops in the order in which they run, with every access to state written out.
+
+A *region* is run by one level of the lowering: all new tokens at once, chunk by chunk, or as one small step. What an op reads
+and writes besides its arguments stands on it: KV slots, and the delay line that a ``delay`` reads. A line takes its source in
+at the end of every chunk. So order, liveness and chunk legality can be read from the text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from depthpass.ir.program import Op
+from depthpass.schedule.regions import Region
+from depthpass.schedule.stacking import Stack
+
+Kind = Literal["parallel", "chunks", "step"]
+
+
+@dataclass(frozen=True)
+class LoweredOp:
+    """One op of a region.
+
+    Attributes:
+        op: what it computes.
+        reads: slots it attends to.
+        writes: the slot it puts the keys and values of its tokens into.
+        past: the slot whose entries of earlier calls it starts from.
+        line: the delay line it reads.
+        sides: side inputs of its block; empty where no capture was given.
+        row: ops of one number are rows of one call; None = a call of its own.
+    """
+
+    op: Op
+    reads: tuple[int, ...] = ()
+    writes: int | None = None
+    past: int | None = None
+    line: str | None = None
+    sides: tuple[int, ...] = ()
+    row: int | None = None
+
+    @property
+    def name(self) -> str:
+        return self.op.name
+
+    @property
+    def kind(self) -> str:
+        """As the program's op; a ``block`` is a ``visit``: keys of its stream, attention, and the rest of the block."""
+        return "visit" if self.op.kind == "block" else self.op.kind
+
+
+@dataclass(frozen=True)
+class Line:
+    """A delay line: the last tokens of a stream.
+
+    Attributes:
+        name: the delay that reads it.
+        source: the stream it takes in at the end of every chunk.
+        tokens: how many tokens back the delay reads.
+    """
+
+    name: str
+    source: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class LoweredRegion:
+    """Ops that one level runs.
+
+    Attributes:
+        kind: ``parallel`` (all new tokens at once), ``chunks`` (a token loop), ``step`` (a few tokens, in one order).
+        ops: in execution order.
+        chunk: tokens run together in a token loop; the most that a step may have; None = all.
+        level: what runs it.
+        reason: why not a higher level, where one was asked for.
+        inputs: values of earlier regions that it reads.
+        outputs: values that later regions read.
+        last: inputs and own values that nothing reads afterwards: they are let go of.
+        lines: its delay lines.
+        source: the schedule's region, where there is one; executors keep what they make of it by this key.
+    """
+
+    kind: Kind
+    ops: tuple[LoweredOp, ...]
+    chunk: int | None = None
+    level: str = "eager"
+    reason: str | None = None
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    last: tuple[str, ...] = ()
+    lines: tuple[Line, ...] = ()
+    source: Region | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def serial(self) -> bool:
+        return self.kind == "chunks"
+
+    @cached_property
+    def visits(self) -> tuple[Op, ...]:
+        return tuple(o.op for o in self.ops if o.op.kind == "block")
+
+    @cached_property
+    def items(self) -> tuple[LoweredOp | Stack, ...]:
+        """The ops in order, those that are rows of one call as one stack."""
+        found: list[LoweredOp | Stack] = []
+        rows: dict[int, list[Op]] = {}
+        for o in self.ops:
+            if o.row is None:
+                found.append(o)
+            else:
+                rows.setdefault(o.row, []).append(o.op)
+                if len(rows[o.row]) == sum(p.row == o.row for p in self.ops):
+                    found.append(Stack(tuple(rows[o.row])))
+        return tuple(found)
+
+
+@dataclass(frozen=True)
+class LoweredProgram:
+    """What one kind of call runs.
+
+    Attributes:
+        model: class of the stock model.
+        call: a key of :data:`depthpass.lowered.build.CALLS`.
+        level: the level that was asked for.
+        blocks, width: of the stock model.
+        regions: in execution order.
+    """
+
+    model: str
+    call: str
+    level: str
+    blocks: int
+    width: int
+    regions: tuple[LoweredRegion, ...]
+
+    def __str__(self) -> str:
+        from depthpass.lowered.text import format_lowered
+
+        return format_lowered(self)
+
+    def __iter__(self) -> Iterator[LoweredRegion]:
+        return iter(self.regions)

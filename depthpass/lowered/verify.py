@@ -1,0 +1,104 @@
+"""The rules of lowered programs, checked from what is written on them."""
+
+from __future__ import annotations
+
+from depthpass.errors import VerifyError
+from depthpass.ir.definitions import CHUNK, SWEEP
+from depthpass.ir.ops import OPS, unfit
+from depthpass.lowered.program import LoweredOp, LoweredProgram, LoweredRegion
+
+_PLACES = {"scheduled": CHUNK, "inductor": CHUNK, "cudagraph": CHUNK, "sweeps": SWEEP}
+
+
+def verify_lowered(program: LoweredProgram) -> LoweredProgram:
+    """Check a lowered program and return it.
+
+    Raises:
+        VerifyError: a value or slot is read before it is there, a slot is written twice per token, a chunk reads its own
+            future through a delay, a level is given an op that it cannot run; the text is attached as a note.
+    """
+    try:
+        _Checker(program).check()
+    except VerifyError as error:
+        error.add_note(str(program))
+        raise
+    return program
+
+
+class _Checker:
+    """What is there so far, region by region.
+
+    Attributes:
+        values: values that later ops may read.
+        slots: slots by the op that writes them.
+        lines: delay lines by name.
+    """
+
+    def __init__(self, program: LoweredProgram):
+        self.program = program
+        self.values: set[str] = set()
+        self.slots: dict[int, LoweredOp] = {}
+        self.lines: set[str] = set()
+        self.defined: set[str] = set()
+
+    def check(self) -> None:
+        outputs = [o for r in self.program for o in r.ops if o.kind == "output"]
+        if len(outputs) != 1:
+            raise VerifyError(f"expected exactly one output, got {len(outputs)}.")
+        for number, region in enumerate(self.program):
+            self._region(f"region {number}", region)
+
+    def _region(self, where: str, region: LoweredRegion) -> None:
+        if (region.chunk is not None) != (region.kind != "parallel") or (region.chunk or 1) < 1:
+            raise VerifyError(f"{where}: expected a size of at least 1 for chunks and steps alone, got {region.chunk}.")
+        for name in region.inputs:
+            self._need(name in self.values, f"{where}: reads %{name} before an earlier region hands it out.")
+        place = _PLACES.get(region.level) if region.serial else None
+        if place and (reason := unfit([o.op for o in region.ops], place)):
+            raise VerifyError(f"{where}: expected ops that level {region.level!r} can run, got {reason}.")
+        here = set(region.inputs)
+        sources = {line.name: line for line in region.lines}
+        for o in region.ops:
+            self._op(where, region, o, here, sources)
+        for line in region.lines:
+            self._need(line.source in here, f"{where}: line %{line.name} takes in %{line.source}, which is not there.")
+            self._need(line.name not in self.lines, f"{where}: line %{line.name} is kept twice.")
+            self.lines.add(line.name)
+        for name in region.outputs:
+            self._need(name in here, f"{where}: hands out %{name}, which it does not have.")
+        for name in region.last:
+            self._need(name in region.inputs or name in region.outputs, f"{where}: lets go of %{name}, which it does not hold.")
+        self.values = (self.values | set(region.outputs)) - set(region.last)
+
+    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict) -> None:
+        at = f"{where}: {f'%{o.name} = ' if o.name else ''}{o.kind}"
+        if o.line is not None:
+            line = lines.get(o.line)
+            self._need(line is not None and line.source == o.op.args[0] and line.tokens == OPS[o.op.kind].lag(o.op),
+                       f"{at}: reads line %{o.line}, which the region does not keep so.")
+            if line.source not in here:
+                self._need(region.chunk is not None and region.chunk <= line.tokens,
+                           f"{at}: reads {line.tokens} tokens back what {region.chunk or 'all'} tokens run together compute "
+                           "later: a future read.")
+        else:
+            for a in o.op.args:
+                self._need(a in here, f"{at}: reads %{a} before it is there.")
+        self._slots(at, region, o)
+        if o.name:
+            self._need(o.name not in self.defined, f"{at}: %{o.name} is defined twice.")
+            self.defined.add(o.name)
+            here.add(o.name)
+
+    def _slots(self, at: str, region: LoweredRegion, o: LoweredOp) -> None:
+        # The rows of one call write their keys before any of them reads.
+        together = {p.writes for p in region.ops if o.row is not None and p.row == o.row}
+        if o.writes is not None:
+            self._need(o.writes not in self.slots, f"{at}: slot {o.writes} is written twice per token.")
+            self.slots[o.writes] = o
+        for slot in o.reads:
+            self._need(slot in self.slots or slot in together, f"{at}: reads slot {slot} before it is written.")
+
+    @staticmethod
+    def _need(ok: bool, message: str) -> None:
+        if not ok:
+            raise VerifyError(message)
