@@ -47,6 +47,8 @@ _PUBLIC = {
     "relay_loss": "depthpass.losses",
     "exit_loss": "depthpass.losses",
     "gate_loss": "depthpass.losses",
+    "LoopContrast": "depthpass.hf.contrast",
+    "calibrate": "depthpass.hf.calibrate",
     "set_exit": "depthpass.hf.exits",
     "only_gates": "depthpass.hf.exits",
     "recipes": "depthpass.recipes",

@@ -19,6 +19,39 @@ def build_model(seed: int = 0):
     return LlamaForCausalLM(config)
 
 
+def small(kind: str = "llama", blocks: int = 8, folder: str | None = None) -> str:
+    """A folder with a random model of width 32 and a tokenizer over bytes, to try a script on before a real checkpoint.
+
+    Args:
+        kind: a model type of transformers whose config takes Llama's fields: ``llama``, ``qwen3``, ``mistral``, ...
+        blocks: number of decoder blocks.
+        folder: where to; None = a new temporary folder.
+    """
+    import tempfile
+
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    folder = folder or tempfile.mkdtemp(prefix="depthpass-small-")
+    special = ["<pad>", "<s>", "</s>"]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*special, *letters])}, merges=[]))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokens, pad_token="<pad>", bos_token="<s>", eos_token="</s>", model_max_length=512
+    ).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        kind, vocab_size=3 + len(letters), hidden_size=32, intermediate_size=64, num_hidden_layers=blocks,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2,
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
 def parity_batch(rows: int, length: int, generator):
     """Running parity: token i is a bit (3 or 4), its label the parity (3 or 4) of the bits up to i."""
     import torch

@@ -213,6 +213,9 @@ def loop(
             if inject == "concat":
                 weight, bias = adapter
                 x = weight @ torch.cat((s, e)) + bias
+            if inject == "bounded":
+                keep, give = adapter
+                x = s / (1 + torch.exp(-keep / 2)) + give * e
             for b in range(start, end):
                 with around(t, b):
                     x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))

@@ -11,17 +11,20 @@ their sum is what ``backward`` would write.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, did_you_mean
+
+if TYPE_CHECKING:
+    from depthpass.analysis.gradient_sets import GradientComparison
 from depthpass.prompt import at_prompt
 
 
@@ -163,7 +166,54 @@ def nuclear_norm(gradient: Tensor) -> float:
     return float(torch.linalg.eigvalsh(gram).clamp_min(0).sqrt().sum())
 
 
+@overload
 def gradients(
+    model: nn.Module, batch: Mapping[str, Tensor], *, loss: Callable[[Any], Tensor] | None = None,
+    projections: Sequence[str] | None = None, keep: bool = False,
+) -> GradientReport: ...
+
+
+@overload
+def gradients(
+    model: nn.Module, batch: Mapping[str, Iterable[Any]], *, loss: Callable[[Any], Tensor] | None = None,
+    projections: Sequence[str] | None = None, parts: tuple[int, int] | None = None,
+) -> GradientComparison: ...
+
+
+def gradients(model, batch, *, loss=None, projections=None, keep=False, parts=None):
+    """Gradient norms of every weight matrix of every block: for one batch, or compared between sets of responses.
+
+    Args:
+        model: a stock or a transformed transformers decoder. It runs in eval mode and is left as it was.
+        batch: keyword arguments of its forward; with ``labels`` the model's own loss is used (label -100 leaves a
+            token out, so mask the prompt to differentiate the response only). Or sets of responses by name, as ``{"fast":
+            [...], "slow": [...]}``, each a list of (prompt ids, response ids) pairs or of such calls: every response is
+            differentiated by itself, as published, and norms are means over a set.
+        loss: from the model's output to a scalar, instead of the model's own loss.
+        projections: names to keep, by their last part (``q_proj``) or in full; None = every matrix.
+        keep: keep the gradients themselves in ``tensors`` (one batch).
+        parts: of sets: the two blocks at which tables cut the stack in three; None = in equal parts.
+
+    Returns:
+        a :class:`GradientReport`, or for sets a :class:`~depthpass.analysis.gradient_sets.GradientComparison` with the MAD
+        and RD tables.
+
+    Raises:
+        InputError: no loss to differentiate, a loss that is no scalar, a projection that no block has, or sets that cannot be
+            compared.
+    """
+    if isinstance(batch, Mapping) and batch and not any(isinstance(v, Tensor) for v in batch.values()):
+        from depthpass.analysis.gradient_sets import compare_gradients
+
+        if keep:
+            raise InputError("gradients: keep: expected one batch beside it, got sets of responses.")
+        return compare_gradients(model, batch, loss=loss, projections=projections, parts=parts)
+    if parts is not None:
+        raise InputError("gradients: parts: expected sets of responses beside it, got one batch.")
+    return gradients_of(model, batch, loss=loss, projections=projections, keep=keep)
+
+
+def gradients_of(
     model: nn.Module,
     batch: Mapping[str, Tensor],
     *,
@@ -171,19 +221,7 @@ def gradients(
     projections: Sequence[str] | None = None,
     keep: bool = False,
 ) -> GradientReport:
-    """Gradient norms of every weight matrix of every block, for one batch.
-
-    Args:
-        model: a stock or a transformed transformers decoder. It runs in eval mode and is left as it was.
-        batch: keyword arguments of its forward; with ``labels`` the model's own loss is used (label -100 leaves a
-            token out, so mask the prompt to differentiate the response only).
-        loss: from the model's output to a scalar, instead of the model's own loss.
-        projections: names to keep, by their last part (``q_proj``) or in full; None = every matrix.
-        keep: keep the gradients themselves in ``tensors``.
-
-    Raises:
-        InputError: no loss to differentiate, a loss that is no scalar, or a projection that no block has.
-    """
+    """:func:`gradients` of one batch."""
     if loss is None and "labels" not in batch:
         raise InputError("gradients: expected labels in the batch, or loss= (a function of the model's output).")
     found, value = _visit_gradients(model, batch, loss, projections)

@@ -67,25 +67,20 @@ def emit(
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise InputError(f"emit: expected a folder that does not exist or is empty, got {str(directory)!r}, which is "
                          f"{'a file' if target.is_file() else 'not empty'}. Nothing was written; choose another one.")
-    if any(hasattr(m, "merged_adapters") for m in inner.modules()):
-        raise UnsupportedModelError("emit: expected a model without PEFT layers, got adapters. Call merge_and_unload() first.")
-    if inner._depth.plan.varies:
-        raise SpecError("emit: expected fixed loop counts, got some that vary. Call dp.set_loops(model, T) first.")
+    stock, config, written = written_of(inner, name, copies)
     program = inner.depth_program
-    check_expressible(program)
-    stock = restore(inner)
-    config = _config(stock, program, inner._depth.layers)
-    layers, decoder = inner._depth.layers, inner._depth.decoder
-    written = module_of(stock, program, layers, decoder, _stack(program), depth_module(inner), name, copies)
     if copies:
         _warn_size(program, stock, inner._depth.layers)
     with replacing(target) as folder:
         file = folder / f"modeling_{name}.py"
         file.write_text(written.text)
-        loaded = _load(file, name)
-        made_config = _made_config(loaded, written, config, stock, name)
-        weights = _weights(stock, inner, program, copies)
-        _check(loaded, written, made_config, weights)
+        loaded = load_module(file, f"depthpass_emitted_{name}")
+        try:
+            made_config = config_of(loaded, written, config, stock, name)
+            weights = weights_of(stock, inner, program, copies)
+            _check(loaded, written, made_config, weights)
+        finally:
+            del sys.modules[loaded.__name__]
         made_config.save_pretrained(folder)
         save_torch_state_dict(weights, folder, metadata={"format": "pt"})
         if getattr(stock, "generation_config", None) is not None and hasattr(stock, "generate"):
@@ -94,6 +89,23 @@ def emit(
         if source is not None:
             _copy_files(Path(source), folder)
     return target
+
+
+def written_of(inner: Any, name: str, copies: bool) -> tuple[Any, Any, Module]:
+    """The stock model of a transformed one, its config with visits counted, and the module of the program in force.
+
+    Raises:
+        SpecError, UnsupportedModelError: as :func:`emit`.
+    """
+    if any(hasattr(m, "merged_adapters") for m in inner.modules()):
+        raise UnsupportedModelError("emit: expected a model without PEFT layers, got adapters. Call merge_and_unload() first.")
+    if inner._depth.plan.varies:
+        raise SpecError("emit: expected fixed loop counts, got some that vary. Call dp.set_loops(model, T) first.")
+    program, layers, decoder = inner.depth_program, inner._depth.layers, inner._depth.decoder
+    check_expressible(program)
+    stock = restore(inner)
+    config = _config(stock, program, layers)
+    return stock, config, module_of(stock, program, layers, decoder, _stack(program), depth_module(inner), name, copies)
 
 
 def _stack(program: Program) -> tuple[int, ...] | None:
@@ -121,23 +133,24 @@ def _config(stock: Any, program: Program, layers: str) -> Any:
     return config
 
 
-def _load(file: Path, name: str) -> Any:
-    """The written module, as a module of its own that nothing else sees."""
-    spec = importlib.util.spec_from_file_location(f"depthpass_emitted_{name}", file)
+def load_module(file: Path, name: str) -> Any:
+    """The written module under a name; it stays where inspect, dataclasses and transformers look a class's module up."""
+    spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    # inspect.getsource and dataclasses look a class's module up by name.
     sys.modules[spec.name] = module
     bytecode, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
     finally:
         sys.dont_write_bytecode = bytecode
-        del sys.modules[spec.name]
     return module
 
 
-def _made_config(loaded: Any, written: Module, config: Any, stock: Any, name: str) -> Any:
+def config_of(loaded: Any, written: Module, config: Any, stock: Any, name: str) -> Any:
     own = ("model_type", "depthpass", "auto_map", "transformers_version")
     fields = {k: v for k, v in config.to_dict().items() if k not in own}
     made = getattr(loaded, written.config)(**fields)
@@ -159,7 +172,7 @@ def _auto_class(stock: type) -> str | None:
     return None
 
 
-def _weights(stock: Any, inner: Any, program: Program, copies: bool) -> dict[str, torch.Tensor]:
+def weights_of(stock: Any, inner: Any, program: Program, copies: bool) -> dict[str, torch.Tensor]:
     """Every tensor by its name in the emitted model: once, or with ``copies`` for every visit."""
     layers, decoder = inner._depth.layers, inner._depth.decoder
     places: dict[int, list[int]] = {}

@@ -35,12 +35,14 @@ class Module:
     Attributes:
         text: its source.
         config, outer, base: names of its classes: of the config, of the whole model and of what AutoModel makes.
+        stateful: whether layers need more of earlier tokens than each its own keys.
     """
 
     text: str
     config: str
     outer: str
     base: str
+    stateful: bool
 
 
 def module_of(
@@ -88,11 +90,14 @@ class _Writer:
         config = type(self.model.config)
         pieces = [self._constants(), self._config(config), self._decoder()]
         pieces += [self._outer(i) for i in range(1, len(self.modules))]
+        whole = self.name(self.modules[-1])
+        pieces.append("# Some tools look the architecture of a config up there, `transformers serve` among them.\n"
+                      f"transformers.{whole} = {whole}")
         text = "\n\n\n".join(self._library() + pieces) + "\n"
         body = text
         homes = dict.fromkeys([*(type(m).__module__ for m in self.modules), config.__module__,
                                *(c.__module__ for m in self.modules for c in type(m).__mro__ if "transformers" in c.__module__)])
-        imports = ["import re", "import torch", "from torch import nn"]
+        imports = ["import re", "import torch", "import transformers", "from torch import nn"]
         if self.used:
             imports += ["from typing import Any", "from torch import Tensor"]
         if {"line_layer"} & self.used:
@@ -105,7 +110,7 @@ class _Writer:
         more = imports_for(body, (*homes, "transformers.modeling_outputs", "transformers"), given)
         text = self._docstring() + "\n\n" + "\n".join(_sorted(imports + more, body)) + "\n\n\n" + body
         return Module(text, PREFIX + config.__name__, self.name(self.modules[-1]),
-                      self.name(self.modules[min(self._base(), len(self.modules) - 1)]))
+                      self.name(self.modules[min(self._base(), len(self.modules) - 1)]), self.stateful)
 
     def _base(self) -> int:
         """Place of the model without its head."""

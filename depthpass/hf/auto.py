@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.abc import Loader, MetaPathFinder
@@ -200,7 +200,20 @@ class SavedConfig:
         if kind not in CONFIG_MAPPING:
             raise SpecError(f"config.depthpass.stock.model_type: expected a model type that transformers knows, got {kind!r}. "
                             "Import or register the base's own code first, or update transformers.")
+        _name_classes(settings.get("architectures") or ())
         return known_class(CONFIG_MAPPING[kind]).from_dict(settings, **kwargs)
+
+
+def _name_classes(architectures: Iterable[str]) -> None:
+    """Put transformed classes where tools look for the architecture of a config they have read: ``transformers serve`` does."""
+    import transformers
+
+    from depthpass.hf.model import depth_class
+
+    for name in architectures:
+        stock = getattr(transformers, name.removeprefix(PREFIX), None)
+        if name.startswith(PREFIX) and isinstance(stock, type) and not hasattr(transformers, name):
+            setattr(transformers, name, depth_class(stock))
 
 
 def _register(module: Any) -> None:

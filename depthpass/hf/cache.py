@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from depthpass.capture.attention import signature_names
 from depthpass.errors import CacheError, InputError
 from depthpass.hf.cache_layers import SlotLayer, moved
+from depthpass.hf.residual import check_bits, packed_state
 from depthpass.prompt import in_notebooks
 
 if TYPE_CHECKING:
@@ -54,9 +55,14 @@ class DepthCache(Cache):
     Args:
         model: the transformed model the cache is for. Another model, or the same model after ``restore``, refuses it.
         record: keep whole delay lines instead of the last tokens only, so that :meth:`crop` works.
+        residual_bits: keep the keys and values of later visits of a block as so many bits (4 or 2) per number of their
+            difference from the first visit's. That is an approximation, and what is decoded depends on how tokens are split
+            into calls (a call sees its own keys whole); :attr:`residual_error` says how large. None = whole.
     """
 
-    def __init__(self, model, record: bool = False):
+    residual_bits: int | None = None
+
+    def __init__(self, model, record: bool = False, residual_bits: int | None = None):
         super().__init__(layers=[])
         from depthpass_lowering.state import State
 
@@ -73,6 +79,22 @@ class DepthCache(Cache):
         self._owner: weakref.ref | None = weakref.ref(model)
         self.state: State = State(record=record)
         self.program: Program | None = None
+        check_bits(residual_bits)
+        self.residual_bits, self._errors = residual_bits, {}
+
+    @property
+    def residual_error(self) -> dict[int, float]:
+        """Root mean square of what packing lost, over that of the keys and values, by slot; so far."""
+        sums = {number: seen.tolist() for number, seen in sorted(self._errors.items())}
+        return {number: (lost / whole) ** 0.5 if whole else 0.0 for number, (lost, whole) in sums.items()}
+
+    def opened(self, program: Program) -> State:
+        """The state for a call of ``program``.
+
+        Raises:
+            InputError: ``residual_bits`` was given, and the program visits no block twice.
+        """
+        return self.state if self.residual_bits is None else packed_state(self.state, program, self.residual_bits, self._errors)
 
     def __repr__(self) -> str:
         kv, lines = self.state.nbytes()
@@ -207,12 +229,14 @@ class DepthCache(Cache):
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row i becomes row ``beam_idx[i]`` (beam search)."""
         self.state = self.state.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
+        self._reopen()
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times in place."""
         self.state = self.state.map(lambda t: t.repeat_interleave(repeats, 0))
+        self._reopen()
 
     def activate_past_recording(self) -> None:
         """Keep whole delay lines from now on, so that later tokens can be taken back."""
@@ -236,3 +260,9 @@ class DepthCache(Cache):
         from depthpass_lowering.state import crop
 
         self.state = crop(self.state, new + self.state.length - have)
+        self._reopen()
+
+    def _reopen(self) -> None:
+        """Bind residuals to their slots again after every tensor was replaced."""
+        if self.residual_bits is not None and self.program is not None and self.state.slots:
+            self.state = self.opened(self.program)

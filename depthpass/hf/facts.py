@@ -46,6 +46,7 @@ class ModelFacts:
         kv_widths: values that one token adds to a KV slot of each block, keys and values together; None when the
             config's head counts do not describe the attention modules.
         from_config: whether no weights were read.
+        head_dim: width of a head's keys; None when the config does not say.
     """
 
     model: str
@@ -61,6 +62,7 @@ class ModelFacts:
     block_parameters: tuple[int, ...]
     kv_widths: tuple[int, ...] | None
     from_config: bool
+    head_dim: int | None = None
 
 
 def model_facts(source: ModelLike) -> ModelFacts:
@@ -92,6 +94,7 @@ def model_facts(source: ModelLike) -> ModelFacts:
         block_parameters=tuple(_count(b) for b in blocks),
         kv_widths=_kv_widths(blocks, text),
         from_config=first.device.type == "meta",
+        head_dim=_head_dim(text),
     )
 
 
@@ -207,6 +210,11 @@ def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def _head_dim(text: Any) -> int | None:
+    heads = getattr(text, "num_attention_heads", None)
+    return getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+
+
 def _kv_widths(blocks: list[nn.Module], text: Any) -> tuple[int, ...] | None:
     """Keys and values per token of each block.
 
@@ -217,7 +225,7 @@ def _kv_widths(blocks: list[nn.Module], text: Any) -> tuple[int, ...] | None:
     heads = getattr(text, "num_attention_heads", None)
     latent = getattr(text, "kv_lora_rank", None) is not None
     groups = 1 if getattr(text, "multi_query", False) else getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or (text.hidden_size // heads if heads else None)
+    head_dim = _head_dim(text)
     split = any(path.rpartition(".")[2] == "k_proj" for b in blocks for path, _ in b.named_modules())
     for block in blocks:
         projections: dict[str, Any] = {

@@ -21,7 +21,7 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
 
     implementation = value("cache_implementation")
     if implementation is not None and str(implementation).startswith("paged"):
-        model.init_continuous_batching()
+        model._paged("generate_batch")
     if value("use_cache") is not False:
         check_implementation(implementation)
     if value("assistant_early_exit") is not None:

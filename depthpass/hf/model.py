@@ -154,6 +154,14 @@ class DepthModel:
         return self._depth.lowered
 
     @property
+    def depth_drafted(self):
+        """What the last ``generate(..., draft=...)`` did: acceptance, visits per token, time ratio; None before the first.
+
+        A :class:`~depthpass.hf.speculation.DraftReport`.
+        """
+        return self._depth.drafted
+
+    @property
     def depth_spec(self) -> dict:
         return self._depth.plan.spec
 
@@ -265,7 +273,7 @@ class DepthModel:
         if call.hidden_states:
             groups = [(with_states(self, groups), None)]
         captured = self._captured(call, names)
-        state = call.cache.state if call.cache is not None else State()
+        state = call.cache.opened(plan.meaning) if call.cache is not None else State()
         sweeping = None if runtime.fixed_point is None else runtime.fixed_point.start()
         gathered: list = []
         lowered = Recorder()
@@ -495,16 +503,28 @@ class DepthModel:
     # What transformers calls.
 
     def init_continuous_batching(self, *args, **kwargs):
-        """Refused: continuous batching writes keys and values into pages that stock attention layers read.
+        """As the stock method, for programs whose layers need their own keys of earlier tokens alone.
+
+        It runs the program as stock layers on the same weights (:func:`depthpass.emit.twin.twin`).
 
         Raises:
-            InputError: always.
+            InputError: the program has delays or shared keys, or cannot be written as stock layers.
         """
-        raise InputError("continuous batching (generate_batch, cache_implementation='paged', transformers serve): a transformed "
-                         "model keeps a DepthCache, one slot per visit and delay lines, which has no pages. Use generate with "
-                         "a left-padded batch.")
+        return self._paged("init_continuous_batching")(*args, **kwargs)
 
-    generate_batch = continuous_batching_context_manager = init_continuous_batching
+    def generate_batch(self, *args, **kwargs):
+        """As the stock method; see :meth:`init_continuous_batching`."""
+        return self._paged("generate_batch")(*args, **kwargs)
+
+    def continuous_batching_context_manager(self, *args, **kwargs):
+        """As the stock method; see :meth:`init_continuous_batching`."""
+        return self._paged("continuous_batching_context_manager")(*args, **kwargs)
+
+    def _paged(self, method: str):
+        from depthpass.emit.twin import twin
+
+        who = "continuous batching (generate_batch, cache_implementation='paged', transformers serve)"
+        return getattr(twin(self, who), method)
 
     def _prepare_cache_for_generation(self, generation_config, model_kwargs, generation_mode=None, *args, **kwargs):
         given = model_kwargs.get(STOCK_NAME)
@@ -690,12 +710,18 @@ def depth_class(stock: type) -> type:
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
-        def generate(self, *args, **kwargs):
+        def generate(self, *args, draft=None, draft_tokens="auto", **kwargs):
             if self.depth_program.denoise is not None:
-                return ahead.generate(self, args, kwargs)
+                return ahead.generate(self, args, {**kwargs, "draft": draft})
             ahead.refuse_generation(self.depth_program)
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
+            if draft is not None:
+                from depthpass.hf.speculation import draft_generate
+
+                return draft_generate(self, stock.generate, args, kwargs, cache, draft, draft_tokens)
+            if draft_tokens != "auto":
+                raise InputError(f"draft_tokens: expected draft beside it, got {draft_tokens!r} alone.")
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate

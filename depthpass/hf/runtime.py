@@ -33,6 +33,7 @@ class Runtime:
         lowered: the lowered programs of the last call and how each serial region was run, likewise.
         said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
             see parts of rows.
+        drafted: what the last generation with a draft did.
         ratios: shares of tokens by route label that replace those of the program, see :func:`depthpass.set_ratios`.
     """
 
@@ -48,6 +49,7 @@ class Runtime:
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, object] = field(default_factory=dict)
     ran: tuple[tuple[Program, int, int], ...] = ()
+    drafted: object = None
     lowered: LoweredCall = field(default_factory=LoweredCall)
     said_compiled: bool = False
     said_parts: bool = False

@@ -97,6 +97,8 @@ def _is_step(call: Call, state: State) -> bool:
     tokens = next(iter(call.tensors.values()))
     if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1:
         return False
+    if call.cache is not None and call.cache.residual_bits is not None:
+        return False
     if not set(call.tensors) <= {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}:
         return False
     # A token that is padding in some row leaves that row's delay lines as they are.

@@ -83,7 +83,7 @@ def transform(
     made.__class__ = depth_class(type(inner))
     drop_wrapped_forward(made)
     install(made, runtime)
-    start_weights(made.get_submodule(runtime.layers), runtime.program)
+    start_weights(made.get_submodule(runtime.layers), runtime.program, made.depth)
     made.config.depthpass = runtime.config() | own_class(type(made)._stock_class)
     mark(made.config)
     return whole

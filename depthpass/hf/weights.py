@@ -1,4 +1,5 @@
-"""What a program does to stock weights once: blocks that start from an average, blocks that no visit runs any more."""
+"""What a program does to weights once: blocks that start from an average, low-rank updates that start from what tying blocks
+has taken away, blocks that no visit runs any more."""
 
 from __future__ import annotations
 
@@ -6,33 +7,43 @@ import torch
 from torch import nn
 
 from depthpass.errors import UnsupportedModelError
+from depthpass.hf.parameters import LowRank, linear_maps
 from depthpass.ir.program import Program
 
 
 def check_weights(blocks: nn.ModuleList, program: Program) -> None:
-    """Refuse an average of blocks that are not alike.
+    """Refuse an average of blocks that are not alike, and updates towards a block that is not like the one that runs.
 
     Raises:
         UnsupportedModelError: naming the blocks and the parameter in which they differ.
     """
     for o in program.ops:
-        if o.kind != "average":
+        untied = o.kind == "block" and o["untied"] is not None
+        if o.kind != "average" and not untied:
             continue
-        first, *others = ({n: tuple(p.shape) for n, p in blocks[i].named_parameters()} for i in o["blocks"])
-        for index, other in zip(o["blocks"][1:], others):
+        alike = (o["index"], o["untied"]) if untied else o["blocks"]
+        first, *others = ({n: tuple(p.shape) for n, p in blocks[i].named_parameters()} for i in alike)
+        for index, other in zip(alike[1:], others):
             if different := sorted(n for n in first.keys() | other.keys() if first.get(n) != other.get(n)):
+                what, remedy = ("tied", "Leave one of them out of the range") if untied else (
+                    "averaged", "Use init='stepwise', 'first' or 'last'")
                 raise UnsupportedModelError(
-                    f"blocks {o['blocks'][0]} and {index} cannot be averaged: {different[0]} is {first.get(different[0])} in "
-                    f"one and {other.get(different[0])} in the other. Use init='stepwise', 'first' or 'last'."
+                    f"blocks {alike[0]} and {index} cannot be {what}: {different[0]} is {first.get(different[0])} in "
+                    f"one and {other.get(different[0])} in the other. {remedy}."
                 )
 
 
 @torch.no_grad()
-def start_weights(blocks: nn.ModuleList, program: Program) -> None:
+def start_weights(blocks: nn.ModuleList, program: Program, depth: nn.Module) -> None:
     """Give a model, which shares its parameters with the given one, the weights its program starts from.
 
     Averages become new parameters and retired blocks frozen aliases, so the given model does not change.
+
+    Args:
+        depth: the new parameters, of which low-rank updates get their start.
     """
+    untied = {o["untied"] for o in program.visits if o["untied"] is not None}
+    own = {i: {path: m.weight.detach() for path, m in linear_maps(blocks[i])} for i in untied}
     new: list[tuple[nn.Module, str, nn.Parameter]] = []
     for o in program.ops:
         if o.kind == "average":
@@ -43,7 +54,30 @@ def start_weights(blocks: nn.ModuleList, program: Program) -> None:
                 new.append((*_owner(blocks[o["index"]], path), nn.Parameter(mean.to(p.dtype), p.requires_grad)))
     for module, name, p in new:
         module._parameters[name] = p
+    for o in program.visits:
+        if o["untied"] is not None:
+            _untie(depth.get_submodule(o["lora"]), dict(linear_maps(blocks[o["index"]])), own[o["untied"]])
     retire(blocks, program, frozen=True)
+
+
+def _untie(updates: nn.Module, shared: dict[str, nn.Module], own: dict[str, torch.Tensor]) -> None:
+    """Let low-rank updates start as the best approximation of what own weights differ by from shared ones."""
+    for path, update in updates.named_modules():
+        if not isinstance(update, LowRank):
+            continue
+        held: torch.Tensor = shared[path].weight
+        if held.is_meta:
+            continue
+        wide = held.dtype if held.dtype == torch.float64 else torch.float32
+        change = own[path].to(wide) - held.to(wide)
+        if not bool(change.any()):
+            continue  # the block itself: an update that has yet to learn keeps its usual start
+        u, s, v = torch.linalg.svd(change, full_matrices=False)
+        rank = min(update.a.shape[0], len(s))
+        root = s[:rank].sqrt()
+        update.a.zero_()
+        update.a[:rank] = (root[:, None] * v[:rank]).to(update.a.dtype)
+        update.b[:, :rank] = (u[:, :rank] * root).to(update.b.dtype)
 
 
 def retire(blocks: nn.ModuleList, program: Program, *, frozen: bool) -> None:

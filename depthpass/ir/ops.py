@@ -13,9 +13,10 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              of its own (shared KV); ``past`` names the slot whose entries of *earlier calls* it reads instead of its
              own ones, which then do not outlive a call; ``gate`` + ``window`` mix ``keys`` and own ones,
              g*Attn(keys) + (1-g)*Attn(own last W) (PLT); ``gate_init`` is the gate's bias at the start;
-             ``lora`` names a low-rank update; ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the
-             attention (a) and MLP (m) branch read is scaled by 1 + s, what they add by ``base`` + g. With ``clock``
-             the factors are a linear map of that time encoder at ``step``, else parameters of their own;
+             ``lora`` names a low-rank update, which starts as the best one towards the weights of block ``untied``;
+             ``modulate`` names factors [g_a, g_m, s_a, s_m] of the width: what the attention (a) and MLP (m) branch
+             read is scaled by 1 + s, what they add by ``base`` + g. With ``clock`` the factors are a linear map of that
+             time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
              token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
              values come from instead of the first, at the same positions (Feedback Transformer)

@@ -267,6 +267,7 @@ STRUCTURAL_OPS = (
             gate_input=AttrDef(str, "query", choices=("query", "hidden"), needs="gate"),
             gate_init=AttrDef(float, 0.0, needs="gate"),
             lora=AttrDef(str, needs="lora_rank", scope=True), lora_rank=AttrDef(int, low=1, bounded=True, needs="lora"),
+            untied=AttrDef(int, needs="lora", block=True),
             modulate=_SCOPE, clock=AttrDef(str, needs="modulate", scope=True), step=AttrDef(int, 0, low=0, needs="clock"),
             base=AttrDef(float, 1.0, needs="modulate"), memory=AttrDef(bool, False),
         ),

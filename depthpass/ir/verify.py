@@ -192,7 +192,7 @@ def _check_attrs(program: Program, o: Op) -> None:
         if spec.choices and value not in spec.choices:
             raise VerifyError(f"{where(o)}: {key!r} must be one of {', '.join(spec.choices)}, got {value!r}.")
     for key, spec in OPS[o.kind].attrs.items():
-        for index in (o[key] if isinstance(o[key], tuple) else (o[key],)) if spec.block else ():
+        for index in (o[key] if isinstance(o[key], tuple) else (o[key],)) if spec.block and o[key] is not None else ():
             if not isinstance(index, int) or not 0 <= index < program.blocks:
                 raise VerifyError(f"{where(o)}: expected a block in 0..{program.blocks - 1}, got {index}.")
     for key, spec in OPS[o.kind].attrs.items():

@@ -27,8 +27,8 @@ class FeedbackTransformer(Pass):
         `%1 = block 0 (%0) slot 0`  ->  `%1 = block 0 (%0, %m) slot 0 memory true` where `%m = delay 1 (mixture)`
 
     Args:
-        start, end: visits that read the memory, half-open; None = to the end. The mixture is of the streams before, between
-            and after them.
+        start: first visit that reads the memory. The mixture is of the streams before, between and after those visits.
+        end: one past the last of them; None = to the end.
         scope: first part of the names of the new parameters.
     """
 

@@ -52,7 +52,9 @@ class Loop(Pass):
         bptt: gradients flow through the last so many iterations only: the state that enters them is detached. (Keys
             that iterations share stay attached.)
         damped: add 1/T of the change of each iteration only (True), or this part of it.
-        inject: give e to every iteration: ``add`` it to s, or ``concat`` both through a learned adapter.
+        inject: give e to every iteration: ``add`` it to s, ``concat`` both through a learned adapter, or ``bounded``:
+            a s + b e with a learned in (0, 1) for every channel, so that what earlier iterations left cannot grow by
+            being carried on (Parcae, arXiv 2604.12946); a = sigmoid(w / 2) and b start as 1/2.
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
         noise_std: standard deviation of the noise.
@@ -82,6 +84,8 @@ class Loop(Pass):
             in later ones, so that the model starts as the stock model at any ``times``; ``zero`` gates with g always,
             as published: the core starts as the identity, for training from scratch.
         scales: give every visit of the core scales and gates of its own, as plain parameters, all starting as 1.
+        residual: ``1/n``: the branches of the core's visits, attention and MLP, add 1/T of what they do (arXiv 2606.18524),
+            T being the loop count that runs, plus a learned part of it for every block and channel that starts as zero.
         normalize: apply the stock final norm only at the end, or to s between iterations as well (Ouro).
         out_norm: apply it to s before the coda as well (Huginn).
         scope: first part of the parameter and tap names; set it to apply the pass twice.
@@ -96,7 +100,7 @@ class Loop(Pass):
     end: int | None = None
     times: int | tuple[int, int] | str = 2
     damped: bool | float = False
-    inject: Literal["add", "concat"] | None = None
+    inject: Literal["add", "concat", "bounded"] | None = None
     state: Literal["input", "zeros", "noise"] = "input"
     noise_std: float = 1.0
     noise_cut: float | None = None
@@ -108,6 +112,7 @@ class Loop(Pass):
     lora_rank: int | None = None
     timestep: bool | Literal["identity", "zero"] = False
     scales: bool = False
+    residual: Literal["full", "1/n"] = "full"
     normalize: Literal["last", "loop"] = "last"
     out_norm: bool = False
     scope: str = "loop"
@@ -132,7 +137,7 @@ class Loop(Pass):
         self._check_times()
         known = isinstance(self.damped, bool) or 0 < self.damped <= 2
         require(known, "loop.damped", "True, False or a part in (0, 2]", self.damped)
-        require(self.state == "input" or self.inject is not None, "loop.inject", f"'add' or 'concat' with state="
+        require(self.state == "input" or self.inject is not None, "loop.inject", f"'add', 'concat' or 'bounded' with state="
                 f"{self.state!r}", self.inject, "Without it the loop would not see its input at all.")
         require(self.noise_std > 0, "loop.noise_std", "a positive number", self.noise_std)
         cut = self.noise_cut
@@ -149,6 +154,8 @@ class Loop(Pass):
         require(self.lora_rank is None or self.lora_rank >= 1, "loop.lora_rank", "at least 1", self.lora_rank)
         require(not (self.timestep and self.scales), "loop.scales", "False with a timestep", self.scales,
                 "A time encoding already gives every visit scales and gates.")
+        require(self.residual == "full" or not self.timestep, "loop.residual", "'full' with a timestep", self.residual,
+                "A time encoding already gives every visit gates.")
         require(self.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", self.scope)
 
     def _check_times(self) -> None:
@@ -317,6 +324,12 @@ class Loop(Pass):
         if self.inject == "concat":
             width = build.program.width
             return build.emit("linear", s, e, parameter=f"{self.scope}.inject", out=width, identity=True)
+        if self.inject == "bounded":
+            # A half everywhere, as a stream that learned vectors can be made of.
+            half = build.emit("act", build.emit("zeros", pads=build.pads), fn="sigmoid")
+            kept = build.emit("act", build.emit("weigh", half, parameter=f"{self.scope}.keep", init=0.0), fn="sigmoid")
+            given = build.emit("weigh", e, parameter=f"{self.scope}.inject", init=0.5)
+            return build.emit("add", build.emit("mul", kept, s), given)
         return build.emit("add", s, e) if self.inject == "add" and s != e else s
 
     def _operands(self, t: int, visit: int) -> dict[str, Any]:
@@ -328,6 +341,9 @@ class Loop(Pass):
             found |= {"modulate": f"{self.scope}.v{visit}.time", "clock": f"{self.scope}.clock", "step": t, "base": base}
         if self.scales:
             found |= {"modulate": f"{self.scope}.t{t}.v{visit}.scale"}
+        if self.residual == "1/n":
+            named = found.get("modulate", f"{self.scope}.v{visit}.scale")
+            found |= {"modulate": named, "base": 1.0 / cast(int, self.times)}
         return found
 
     def _gate(self, build: Builder, state: str) -> str:

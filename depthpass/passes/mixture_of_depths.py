@@ -9,6 +9,7 @@ from depthpass.ir.program import Op, Program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.inner_thinking import check_positions, positions
 from depthpass.passes.streams import Builder, straight
+from depthpass.passes.thresholds import check_thresholds, threshold_of
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class MixtureOfDepths(Pass):
 
         r = theta x;   x[sel] <- x[sel] + r[sel] f(x[sel])
 
-    ``sel`` are the top-k of the row (as published, not causal), or those with r >= 0 (causal).
+    ``sel`` are the top-k of the row (as published, not causal), or those with r of at least a threshold (causal).
 
     rewrite:
         mixture_of_depths(blocks=[0])
@@ -32,7 +33,8 @@ class MixtureOfDepths(Pass):
     Args:
         capacity: share of a row's tokens that a block takes, rounded down, at least one token. Only ``topk``.
         blocks: positions of the routed blocks; ``every_other`` one, from the second.
-        mode: ``topk`` or ``threshold``, a score of at least 0.
+        mode: ``topk`` or ``threshold``, a score of at least ``threshold``.
+        threshold: one number, or one for every routed block (``depthpass.calibrate`` sets them). Mode ``threshold``.
         combine: ``paper``: f is the whole block, its residual included; ``delta``: what the block adds, f(x) - x.
         weight: ``linear``: r itself; ``sigmoid``: sigmoid(r).
         aux: coefficient of the loss ``{scope}.aux``, the router's cross-entropy against who was taken, which prepares it
@@ -48,6 +50,7 @@ class MixtureOfDepths(Pass):
     capacity: float = 0.125
     blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
     mode: Literal["topk", "threshold"] = "topk"
+    threshold: float | tuple[float, ...] = 0.0
     combine: Literal["paper", "delta"] = "paper"
     weight: Literal["linear", "sigmoid"] = "linear"
     aux: float = 1e-3
@@ -58,6 +61,7 @@ class MixtureOfDepths(Pass):
         n = self.name
         require(0 < self.capacity <= 1, f"{n}.capacity", "a share in (0, 1]", self.capacity)
         require(self.mode == "topk" or self.capacity == 0.125, f"{n}.capacity", "mode='topk' beside it", self.mode)
+        require(self.mode == "threshold" or self.threshold == 0, f"{n}.threshold", "mode='threshold' beside it", self.mode)
         check_positions(n, self.blocks)
         require(self.aux >= 0, f"{n}.aux", "a number of at least 0", self.aux)
         require(self.scope.isidentifier(), f"{n}.scope", "a plain name of letters, digits and _", self.scope)
@@ -68,12 +72,15 @@ class MixtureOfDepths(Pass):
         build, x = Builder(program), visits[0].args[0]
         for p, v in enumerate(visits):
             x = self._routed(build, v, p, x) if p in chosen else build.visit(v, x)
+        check_thresholds(self.name, build, self.threshold)
         return build.splice(visits, x)
 
     def _routed(self, build: Builder, block: Op, position: int, x: str) -> str:
         prefix = f"{self.scope}.v{position}"
         score = build.emit("linear", x, parameter=f"{prefix}.router", out=1, bias=False)
-        rule = {"rule": "topk", "capacity": self.capacity} if self.mode == "topk" else {"rule": "threshold", "threshold": 0.0}
+        rule = {"rule": "topk", "capacity": self.capacity}
+        if self.mode == "threshold":
+            rule = {"rule": "threshold", "threshold": threshold_of(build, self.threshold)}
         route = build.emit("route", score, **rule, label=self.scope)
         if self.mode == "topk":
             build.loss("bce", f"{self.scope}.aux", self.aux, score, route)

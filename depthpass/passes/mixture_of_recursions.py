@@ -11,6 +11,7 @@ from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.layer_program import check_range
 from depthpass.passes.sharing import Shared, Sharing, Start, shared_stack
 from depthpass.passes.streams import Builder, straight
+from depthpass.passes.thresholds import check_thresholds, threshold_of
 
 _EXPERT = {"mode": "topk", "capacity": None, "alpha": 0.1, "combine": "paper", "aux": 1e-3, "threshold": 0.5}
 _TOKEN = {"balance": 0.1, "balancing": "loss", "rate": 1e-3}
@@ -59,7 +60,8 @@ class MixtureOfRecursions(Pass):
             the first one, which then runs for every token.
         mode: expert choice by ``topk`` or ``threshold``.
         capacity: share of a row's tokens for each recursion, not growing; None = (R - r + 1) / R. Only ``topk``.
-        threshold: what sigmoid(s) has to reach in mode ``threshold``.
+        threshold: what sigmoid(s) has to reach in mode ``threshold``; a list has one for every router in program order
+            (``depthpass.calibrate`` sets them).
         alpha: factor of the expert router's sigmoid.
         combine: ``paper`` as above; ``delta``: H = Stack(H) in recursion 1 and H + w (Stack(H) - H) after it, with a
             learned strength that starts from 0 in place of alpha. Expert choice.
@@ -90,7 +92,7 @@ class MixtureOfRecursions(Pass):
     kv: Literal["recursion", "shared"] = "recursion"
     mode: Literal["topk", "threshold"] = "topk"
     capacity: tuple[float, ...] | None = None
-    threshold: float = 0.5
+    threshold: float | tuple[float, ...] = 0.5
     alpha: float = 0.1
     combine: Literal["paper", "delta"] = "paper"
     aux: float = 1e-3
@@ -115,7 +117,9 @@ class MixtureOfRecursions(Pass):
             require(getattr(self, field) == default, f"{n}.{field}", f"router={of!r} beside it", getattr(self, field))
         require(self.alpha != 0, f"{n}.alpha", "a factor other than 0", self.alpha)
         require(self.alpha == 0.1 or self.combine == "paper", f"{n}.alpha", "combine='paper' beside it", self.combine)
-        require(0 < self.threshold < 1, f"{n}.threshold", "a number between 0 and 1", self.threshold)
+        several = isinstance(self.threshold, tuple)
+        for value in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            require(0 <= value <= 1 if several else 0 < value < 1, f"{n}.threshold", "a number between 0 and 1", value)
         require(self.threshold == 0.5 or self.mode == "threshold", f"{n}.threshold", "mode='threshold' beside it",
                 self.mode)
         for field in ("aux", "balance", "rate", "z"):
@@ -156,6 +160,7 @@ class MixtureOfRecursions(Pass):
             x = _Recursions(self, build, stack, prefix).run(x)
         for v in plan.after:
             x = build.visit(v, x)
+        check_thresholds(self.name, build, self.threshold if self.mode == "threshold" else 0.5)
         return build.splice(visits, x)
 
     def _range(self, visits: tuple[Op, ...]) -> Shared:
@@ -232,7 +237,7 @@ class _Recursions:
             # Later recursions read the keys of the first one at every token, so it must run for every token.
             everyone = r == 1 and spec.kv == "shared"
             return "" if everyone else self.build.emit(
-                "route", chance, *nest, rule="threshold", threshold=spec.threshold, label=label
+                "route", chance, *nest, rule="threshold", threshold=threshold_of(self.build, spec.threshold), label=label
             )
         capacity = spec.capacity[r - 1] if spec.capacity else (spec.recursions - r + 1) / spec.recursions
         everyone = r == 1 and capacity == 1

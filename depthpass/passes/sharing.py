@@ -34,7 +34,7 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
     ``middle_*`` leaves the first and the last visit their own blocks (n = L - 2). ``cycle`` ties the layers j, j + b,
     j + 2b, ... (the stack is gone through R times), ``sequence`` ties R neighbours (each block R times before the next).
     The shared blocks are those at regular steps from the first to the last (``stepwise``, as the public code rounds them:
-    see :func:`_stepwise`), the ``first`` or the ``last`` b, or the first of each tied set, holding the ``average`` of its
+    see :func:`stepwise`), the ``first`` or the ``last`` b, or the first of each tied set, holding the ``average`` of its
     weights.
 
     Raises:
@@ -59,7 +59,7 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
         middle[j * recursions : (j + 1) * recursions] if sharing.endswith("sequence") else middle[j::b] for j in range(b)
     ]
     kept = {
-        "stepwise": tuple(visits[p] for p in _stepwise(edge, len(visits) - 1 - edge, b)),
+        "stepwise": tuple(visits[p] for p in stepwise(edge, len(visits) - 1 - edge, b)),
         "average": tuple(group[0] for group in tied),
         "first": middle[:b], "last": middle[n - b :],
     }[init]
@@ -74,13 +74,13 @@ def shared_stack(who: str, visits: tuple[Op, ...], recursions: int, sharing: Sha
     return Shared(visits[:edge], stacks, visits[len(visits) - edge :], tuple(directives))
 
 
-def _stepwise(first: int, last: int, count: int) -> list[int]:
+def stepwise(first: int, last: int, count: int) -> list[int]:
     """So many positions at even steps, both ends included; a tie goes to the even *position in the whole stack*.
 
     Rounding positions within the shared part instead picks other layers: of 8 layers with two recursions 1, 4 and 6 are
     kept, not 1, 3 and 6.
 
-    >>> _stepwise(1, 6, 3)
+    >>> stepwise(1, 6, 3)
     [1, 4, 6]
     """
     if count == 1:

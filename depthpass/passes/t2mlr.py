@@ -42,12 +42,15 @@ class T2MLR(Pass):
         `%2 = block 1 (%1) slot 1`  ->  `%2 = block 1 (i * %1 + r * delay 1 (%3)) slot 1`
 
     Args:
-        start, end: first and last visit of the recurrence.
+        start: first visit of the recurrence.
+        end: its last visit.
         gate: ``learned``: r and i are sigmoids of linear maps of (x, R), per channel; ``constant``: two numbers.
-        recurrent, input: r and i, of learned gates where they start. 0 and 1 with constant gates leave the program as it is.
+        recurrent: r; of learned gates where it starts.
+        input: i, likewise. r = 0 and i = 1 with constant gates leave the program as it is.
         init: standard deviation of the learned gates' weights.
         residual: share of the last R in the next one.
-        rescaled: bring R back to a root mean square of 1, by at most a factor of ``limit``, which no gradient flows through.
+        rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through.
+        limit: most that rescaling multiplies or divides by.
         scope: first part of the names of the new parameters.
     """
 

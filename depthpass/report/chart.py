@@ -1,14 +1,25 @@
-"""Small line charts as inline SVG, coloured by the style sheet of the page they stand in."""
+"""Line charts as SVG, drawn by matplotlib, in the colours of the page they stand in."""
 
 from __future__ import annotations
 
-import math
+import io
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
+from typing import Any
 
-WIDTH, HEIGHT = 460, 260
-LEFT, RIGHT, TOP, BOTTOM = 64, 14, 12, 40
+from depthpass.errors import InputError
+
+WIDTH, HEIGHT = 4.6, 2.7
+"""Inches; a page scales them to its own width."""
+
+INK, SOFT, GRID = "#101112", "#131415", "#161718"
+LINES = ("#0b6bb8", "#d9480f", "#2b8a3e", "#7048e8")
+"""Colours that no two parts share, so that a page can replace each by one of its own."""
+
+ON_PAGE = {INK: "var(--ink)", SOFT: "var(--soft)", GRID: "var(--line)",
+           **{c: f"var(--s{i})" for i, c in enumerate(LINES)}}
+ALONE = {INK: "#1c2733", SOFT: "#5b6875", GRID: "#d8dee4"}
 
 
 @dataclass(frozen=True)
@@ -16,7 +27,7 @@ class Series:
     """One line.
 
     Attributes:
-        label: shown at its end and in the legend.
+        label: in the legend.
         points: (x, y) with x ascending.
         steps: draw horizontal steps instead of straight lines: the value holds until the next point.
     """
@@ -26,81 +37,80 @@ class Series:
     steps: bool = False
 
 
-def line_chart(series: Sequence[Series], x_label: str, y_label: str, *, marks: bool = False) -> str:
-    """An SVG element; both axes start at 0.
+def line_chart(series: Sequence[Series], x_label: str, y_label: str, *, doubling: bool = False) -> str:
+    """An SVG element for a page that sets ``--ink``, ``--soft``, ``--line`` and ``--s0`` to ``--s3``.
 
     Args:
         series: at least one, each with at least one point.
         x_label, y_label: with units.
-        marks: a dot at each point, for few points.
+        doubling: x in powers of two, with a mark at each point.
+
+    Raises:
+        InputError: matplotlib is not installed.
     """
-    xs = ticks(max(x for s in series for x, _ in s.points))
-    ys = ticks(max(y for s in series for _, y in s.points))
-    parts = [
-        f'<svg class="dp-chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(y_label)} against {escape(x_label)}">'
-    ]
+    text = _svg(series, x_label, y_label, doubling, ON_PAGE)
+    # Inline SVG needs no prologue, namespaces or metadata, and a page that needs no network should name no address.
+    text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"| width="[\d.]+pt" height="[\d.]+pt"', "", text)
+    label = f'class="dp-chart" role="img" aria-label="{_words(f"{y_label} against {x_label}")}"'
+    return text.replace("<svg", f"<svg {label}", 1).strip()
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        return (
-            round(LEFT + (WIDTH - LEFT - RIGHT) * x / xs[-1], 1),
-            round(HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * y / ys[-1], 1),
-        )
 
-    for y in ys:
-        (x0, py), (x1, _) = at(0, y), at(xs[-1], y)
-        parts.append(f'<line class="dp-grid" x1="{x0}" y1="{py}" x2="{x1}" y2="{py}"/>')
-        parts.append(f'<text class="dp-tick" x="{x0 - 6}" y="{py + 4}" text-anchor="end">{short(y)}</text>')
-    for x in xs:
-        px, py = at(x, 0)
-        parts.append(f'<text class="dp-tick" x="{px}" y="{py + 16}" text-anchor="middle">{short(x)}</text>')
-    middle = (HEIGHT - BOTTOM + TOP) / 2
-    parts.append(f'<text class="dp-axis" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 6}" text-anchor="middle">'
-                 f"{escape(x_label)}</text>")
-    parts.append(f'<text class="dp-axis" transform="translate(14 {middle}) rotate(-90)" text-anchor="middle">'
-                 f"{escape(y_label)}</text>")
+def chart_file(series: Sequence[Series], x_label: str, y_label: str, *, doubling: bool = False) -> str:
+    """The same as an SVG file of its own, on white.
+
+    Raises:
+        InputError: matplotlib is not installed.
+    """
+    return _svg(series, x_label, y_label, doubling, ALONE, ground="#ffffff")
+
+
+def _svg(series: Sequence[Series], x_label: str, y_label: str, doubling: bool, colours: dict[str, str],
+         ground: str = "none") -> str:
+    figure = _figure(series, x_label, y_label, doubling)
+    from matplotlib import rc_context
+
+    # Text stays text, so that it takes the page's font; ids depend on what is drawn, not on the clock.
+    with io.StringIO() as out, rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{x_label}{y_label}{series}"}):
+        figure.savefig(out, format="svg", facecolor=ground, metadata={"Date": None})
+        text = out.getvalue()
+    for colour, name in colours.items():
+        text = text.replace(colour, name)
+    return text
+
+
+def _figure(series: Sequence[Series], x_label: str, y_label: str, doubling: bool) -> Any:
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import EngFormatter, NullLocator, ScalarFormatter
+    except ImportError:
+        raise InputError("charts: expected matplotlib, which draws them, to be installed. Run pip install "
+                         "'depthpass[plot]'.") from None
+    figure = Figure((WIDTH, HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
     for i, s in enumerate(series):
-        points = [at(x, y) for x, y in s.points]
-        parts.append(f'<path class="dp-line dp-series{i}" d="{_path(points, s.steps)}"/>')
-        if marks:
-            parts += [f'<circle class="dp-mark dp-series{i}" cx="{x}" cy="{y}" r="3.5"/>' for x, y in points]
-    parts.append("</svg>")
-    return "".join(parts) + legend(series)
+        xs, ys = zip(*s.points)
+        axes.plot(xs, ys, color=LINES[i], label=s.label, drawstyle="steps-post" if s.steps else "default", linewidth=1.8,
+                  linestyle=("-", (0, (5, 3)), (0, (1, 1.5)), "-.")[i], marker="o" if doubling else None, markersize=4.5)
+    if doubling and min(x for s in series for x, _ in s.points) > 0:
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sorted({x for s in series for x, _ in s.points}))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(EngFormatter(sep=""))
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.tick_params(colors=SOFT, labelcolor=SOFT, length=0)
+    axes.set_facecolor("none")
+    for side, spine in axes.spines.items():
+        spine.set_visible(side in ("left", "bottom"))
+        spine.set_color(GRID)
+    # One rule for every chart: a legend above as soon as there are two lines, never on top of them.
+    if len(series) > 1:
+        figure.legend(loc="outside upper left", ncols=2, frameon=False, labelcolor=INK)
+    return figure
 
 
-def legend(series: Sequence[Series]) -> str:
-    """Names of the lines, in their colours; nothing for a single line."""
-    if len(series) < 2:
-        return ""
-    items = "".join(f'<span><i class="dp-key dp-series{i}"></i>{escape(s.label)}</span>' for i, s in enumerate(series))
-    return f'<div class="dp-legend">{items}</div>'
-
-
-def _path(points: Sequence[tuple[float, float]], steps: bool) -> str:
-    (x, y), rest = points[0], points[1:]
-    commands = [f"M{x} {y}"]
-    for px, py in rest:
-        commands.append(f"H{px}V{py}" if steps else f"L{px} {py}")
-    return "".join(commands)
-
-
-def ticks(top: float, count: int = 5) -> list[float]:
-    """Round numbers from 0 to at least ``top``.
-
-    >>> ticks(548)
-    [0, 200, 400, 600]
-    """
-    if top <= 0:
-        return [0, 1]
-    raw = top / count
-    magnitude = 10 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw)
-    return [step * i for i in range(math.ceil(top / step - 1e-9) + 1)]
-
-
-def short(value: float) -> str:
-    """A number for an axis: 1500 -> ``1.5k``."""
-    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.4g}{suffix}"
-    return f"{value:.4g}"
+def _words(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")

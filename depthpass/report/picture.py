@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING
 
+from depthpass.analysis.cost.visits import route_share
 from depthpass.ir.program import Op, Program
+from depthpass.ir.shares import by_route
 from depthpass.report.model import segments
 
 if TYPE_CHECKING:
@@ -18,7 +21,12 @@ MAX_ROWS = 20
 CHUNKS = 3
 PLAIN_ROWS = 4
 WIDEST = 1180
-LEFT, TOP, BOTTOM = 92, 50, 26
+LEFT, BOTTOM = 92, 26
+HEAD, LEVEL = 50, 22
+"""Room above the rows: block numbers and shares of routes, and one level for each nesting of brackets."""
+
+SHOWN_EDGES = 60
+"""Most lines of delays; where one from every token would be more, they are drawn from the first token only."""
 ROW, CHUNK_ROW = 26, 52
 
 
@@ -32,6 +40,45 @@ class Edge:
     source: int
     target: int
     tokens: int
+
+
+@dataclass(frozen=True)
+class Bracket:
+    """Columns ``first .. last`` that are the same blocks ``times`` times in a row.
+
+    Attributes:
+        level: 0 for the innermost.
+    """
+
+    first: int
+    last: int
+    times: int
+    level: int = 0
+
+
+def brackets(blocks: Sequence[int], first: int = 0) -> tuple[Bracket, ...]:
+    """The repeats in a list of visited blocks, the longest stretch first, and those inside one iteration.
+
+    >>> [(b.first, b.last, b.times, b.level) for b in brackets([0, 1, 2, 1, 2, 3])]
+    [(1, 4, 2, 0)]
+    """
+    best = (0, 0, 0, 0)
+    for period in range(1, len(blocks) // 2 + 1):
+        start = 0
+        while start + 2 * period <= len(blocks):
+            times = 1
+            while blocks[start + times * period : start + (times + 1) * period] == blocks[start : start + period]:
+                times += 1
+            if times > 1:
+                best = max(best, (times * period, -period, -start, times))
+            start += max(1, (times - 1) * period)
+    if not best[0]:
+        return ()
+    length, period, start, times = best[0], -best[1], -best[2], best[3]
+    inside = brackets(blocks[start : start + period], first + start)
+    level = max((b.level for b in inside), default=-1) + 1
+    return (*brackets(blocks[:start], first), Bracket(first + start, first + start + length - 1, times, level), *inside,
+            *brackets(blocks[start + length :], first + start + length))
 
 
 def delay_edges(program: Program) -> tuple[Edge, ...]:
@@ -93,24 +140,29 @@ class _Grid:
             self.step = chunk if self.by_chunk else 1
             wanted = CHUNKS if self.by_chunk else min(CHUNKS * chunk, MAX_ROWS)
             self.rows = min(wanted, -(-report.seq_len // self.step))
-        pads = report.types[report.program.output].pads
+        pads = max(t.pads for t in report.types.values())
         self.real = max(1, min(self.rows * self.step - pads, report.seq_len))
         self.rows = min(self.rows, -(-(self.real + pads) // self.step))
         self.tokens = min(self.rows * self.step, self.real + pads)
         self.hidden = self.real + pads - self.tokens
         self.pitch = max(14.0, min(40.0, (WIDEST - LEFT - 60) / max(self.columns, 1)))
         self.cell = self.pitch - (8 if self.pitch > 24 else 4)
-        self.width = round(LEFT + self.pitch * self.columns + 70)
+        # A delay from one column to the next (parallel loops) is a diagonal in a gap of its own.
+        self.gaps = {e.target for e in delay_edges(report.program) if e.target == e.source + 1}
+        self.gap = 1.5 * self.pitch
+        self.width = round(LEFT + self.pitch * self.columns + self.gap * len(self.gaps) + 70)
         self.row = CHUNK_ROW if self.by_chunk else ROW
-        self.height = TOP + self.row * self.rows + BOTTOM
+        self.brackets = brackets([o["index"] for o in report.program.visits])
+        self.top = HEAD + LEVEL * max((b.level + 1 for b in self.brackets), default=0)
+        self.height = self.top + self.row * self.rows + BOTTOM
 
     def x(self, column: int) -> float:
         """Centre of a column."""
-        return round(LEFT + self.pitch * (column + 0.5), 1)
+        return round(LEFT + self.pitch * (column + 0.5) + self.gap * sum(g <= column for g in self.gaps), 1)
 
     def y(self, token: int) -> float:
         """Centre of the row that holds a token."""
-        return TOP + self.row * (token // self.step) + self.row / 2
+        return self.top + self.row * (token // self.step) + self.row / 2
 
     def label(self, row: int) -> str:
         if not self.by_chunk:
@@ -127,15 +179,17 @@ def picture(report: Report) -> str:
     grid = _Grid(report)
     serial = {o.name for r in report.schedule.serial_regions for o in r.visits}
     path = tuple(s for s in segments(report.depths[None].critical_path(grid.real)) if s.token < grid.tokens)
+    shares = _shares(report)
     on_path = {(v, s.token // grid.step) for s in path for v in s.visits}
     parts = [
         f'<svg class="dp-picture" viewBox="0 0 {grid.width} {grid.height}" '
-        f'style="width:{grid.width}px" role="img" '
+        f'style="max-width:{grid.width}px" role="img" '
         f'aria-label="{report.visits} block visits by {grid.tokens} tokens">',
         '<defs><marker id="dp-arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="5" markerHeight="5" '
         'orient="auto-start-reverse"><path d="M0 0L8 4L0 8z" class="dp-arrowhead"/></marker></defs>',
         *_shade(report, grid, serial),
-        *_headers(report, grid),
+        *_headers(report, grid, shares),
+        *_bracket_lines(grid),
     ]
     for row in range(grid.rows):
         y = grid.y(row * grid.step)
@@ -143,11 +197,7 @@ def picture(report: Report) -> str:
         parts.append(f'<circle class="dp-embed" cx="{LEFT - 18}" cy="{y}" r="4"/>')
         for j, o in enumerate(report.program.visits):
             kind = "dp-hot" if (o.name, row) in on_path else "dp-serial" if o.name in serial else "dp-parallel"
-            parts.append(
-                f'<rect class="dp-cell {kind}" x="{round(grid.x(j) - grid.cell / 2, 1)}" y="{y - 7}" '
-                f'width="{round(grid.cell, 1)}" height="14" rx="3"><title>%{o.name}: block {o["index"]}, '
-                f"{escape(grid.label(row))}</title></rect>"
-            )
+            parts += _cell(grid, o, j, row, kind, shares.get(o.name))
     parts += _faint(report, grid)
     parts += _critical(report, grid, path)
     parts.append("</svg>")
@@ -159,11 +209,11 @@ def _shade(report: Report, grid: _Grid, serial: set[str]) -> list[str]:
     parts = []
     for run in _runs(columns):
         x0, x1 = grid.x(run[0]) - grid.pitch / 2, grid.x(run[-1]) + grid.pitch / 2
-        parts.append(f'<rect class="dp-region" x="{x0:.1f}" y="{TOP - 6}" width="{x1 - x0:.1f}" '
+        parts.append(f'<rect class="dp-region" x="{x0:.1f}" y="{grid.top - 6}" width="{x1 - x0:.1f}" '
                      f'height="{grid.row * grid.rows + 12}" rx="6"/>')
         per_chunk = 1 if grid.by_chunk else report.chunk or 1
         for row in range(per_chunk, grid.rows, per_chunk):
-            y = TOP + grid.row * row
+            y = grid.top + grid.row * row
             parts.append(f'<line class="dp-chunk" x1="{x0:.1f}" y1="{y}" x2="{x1:.1f}" y2="{y}"/>')
     return parts
 
@@ -178,24 +228,70 @@ def _runs(columns: list[int]) -> list[list[int]]:
     return runs
 
 
-def _headers(report: Report, grid: _Grid) -> list[str]:
+def _shares(report: Report) -> dict[str, float]:
+    """Visits that a route thins out: the share of the tokens that take them."""
+    given = by_route(report.program, report.ratios)
+    routes = {o.name: report.types[o.name].tokens for o in report.program.visits}
+    return {visit: float(route_share(report.program.defs[r], given)) for visit, r in routes.items() if r is not None}
+
+
+def _cell(grid: _Grid, o: Op, column: int, row: int, kind: str, share: float | None) -> list[str]:
+    """A visit of a token; of one that a route thins out the part that is computed is filled."""
+    x, y, width = grid.x(column) - grid.cell / 2, grid.y(row * grid.step) - 7, grid.cell
+    parts, words = [], f"%{o.name}: block {o['index']}, {grid.label(row)}"
+    if share is not None:
+        parts.append(f'<rect class="dp-part" x="{x:.1f}" y="{y}" width="{width:.1f}" height="14" rx="3"/>')
+        words += f", {share:.0%} of the tokens"
+        width = max(1.5, width * share)
+    return [*parts, f'<rect class="dp-cell {kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="14" rx="3"><title>'
+                    f"{escape(words)}</title></rect>"]
+
+
+def _headers(report: Report, grid: _Grid, shares: dict[str, float]) -> list[str]:
+    """Block numbers, with the share of tokens below those that routes thin out."""
     every = 1 if grid.pitch >= 20 else 4
-    parts = [f'<text class="dp-tick" x="{LEFT - 18}" y="{TOP - 14}" text-anchor="end">block</text>']
+    y = grid.top - (26 if shares else 14)
+    parts = [f'<text class="dp-tick" x="{LEFT - 18}" y="{y}" text-anchor="end">block</text>']
+    if shares:
+        parts.append(f'<text class="dp-tick" x="{LEFT - 18}" y="{grid.top - 12}" text-anchor="end">tokens</text>')
+    said = None
     for j, o in enumerate(report.program.visits):
         if j % every == 0:
-            parts.append(
-                f'<text class="dp-tick" x="{grid.x(j)}" y="{TOP - 14}" text-anchor="middle">{o["index"]}</text>'
-            )
+            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{y}" text-anchor="middle">{o["index"]}</text>')
+        share = shares.get(o.name)
+        if share is not None and share != said:
+            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{grid.top - 12}" text-anchor="middle">{share:.0%}</text>')
+        said = share
+    return parts
+
+
+def _bracket_lines(grid: _Grid) -> list[str]:
+    """A bracket over every repeat, with a tick between iterations and how many there are."""
+    parts = []
+    for b in grid.brackets:
+        x0, x1 = grid.x(b.first) - grid.cell / 2, grid.x(b.last) + grid.cell / 2
+        y = grid.top - HEAD + 6 - LEVEL * b.level
+        period = (b.last - b.first + 1) // b.times
+        ticks = "".join(f"M{grid.x(b.first + i * period) - grid.pitch / 2:.1f} {y}v5" for i in range(1, b.times))
+        parts.append(f'<path class="dp-bracket" d="M{x0:.1f} {y + 6}v-6H{x1:.1f}v6{ticks}"/>')
+        parts.append(f'<text class="dp-word" x="{(x0 + x1) / 2:.1f}" y="{y - 4}" text-anchor="middle">x{b.times}</text>')
     return parts
 
 
 def _faint(report: Report, grid: _Grid) -> list[str]:
-    """Every delay once, from the first token."""
-    return [
-        f'<path class="dp-delay" d="{_curve(grid, e.source, 0, e.target, e.tokens)}"/>'
-        for e in delay_edges(report.program)
-        if e.tokens < grid.tokens
+    """Delays from every token, or from the first alone where that would be too many lines; few carry their number of tokens."""
+    edges = [e for e in delay_edges(report.program) if e.tokens < grid.tokens]
+    starts = range(grid.tokens) if sum(grid.tokens - e.tokens for e in edges) <= SHOWN_EDGES else range(1)
+    parts = [
+        f'<path class="dp-delay" d="{_curve(grid, e.source, t, e.target, t + e.tokens)}"/>'
+        for e in edges for t in starts if t + e.tokens < grid.tokens
     ]
+    if len(edges) <= 4:
+        for e in edges:
+            x = (grid.x(e.source) + grid.x(e.target)) / 2
+            parts.append(f'<text class="dp-word" x="{x:.1f}" y="{(grid.y(0) + grid.y(e.tokens)) / 2 + 4:.1f}" '
+                         f'text-anchor="middle">{e.tokens}</text>')
+    return parts
 
 
 def _critical(report: Report, grid: _Grid, path: tuple) -> list[str]:
@@ -225,12 +321,20 @@ def _curve(grid: _Grid, source: int, token: int, target: int, later: int) -> str
 def _caption(report: Report, grid: _Grid) -> str:
     rows = f"{grid.rows} chunks of {grid.step} tokens" if grid.by_chunk else f"{grid.tokens} tokens"
     text = f"Columns are block visits, rows are {rows}. "
+    if grid.brackets:
+        text += "Brackets: the same blocks so many times in a row. "
+    if any(report.types[o.name].tokens is not None for o in report.program.visits):
+        text += "Partly filled: only that share of the tokens takes the visit. "
     if report.serial_blocks:
         text += (f"Shaded: the serial region, {report.serial_blocks} of {report.visits} visits, run in chunks of "
                  f"{report.chunk} tokens. ")
     edges = delay_edges(report.program)
     if edges:
-        text += f"Thin lines: the {len(edges)} delays, drawn from the first token only. "
+        spans = sorted({e.tokens for e in edges})
+        far = f"{spans[0]}" if len(spans) == 1 else f"{spans[0]} to {spans[-1]}"
+        drawn = sum(grid.tokens - e.tokens for e in edges if e.tokens < grid.tokens)
+        text += (f"Thin lines: {f'the {len(edges)} delays' if len(edges) > 1 else 'the delay'} of {far} token{'s' * (far != '1')}"
+                 f"{', drawn from the first token only' if drawn > SHOWN_EDGES else ''}. ")
     pads = grid.tokens + grid.hidden - grid.real
     row = f"a row of {grid.real} tokens" + (f" and {pads} pads" if pads else "")
     if grid.hidden:

@@ -11,6 +11,7 @@ from depthpass.analysis.closed_form import format_formula
 from depthpass.analysis.cost.build import visit_equivalents
 from depthpass.analysis.cost.visits import route_share
 from depthpass.analysis.depth import WEIGHTS, depth
+from depthpass.analysis.kv import BITS, bytes_per_token, later_slots
 from depthpass.analysis.routing import reads_future, unrouted_visits, without_routes
 from depthpass.ir.program import plain as stock_program
 from depthpass.ir.shares import by_route
@@ -345,12 +346,25 @@ def _state(report: Report) -> Section:
         if report.cost is not None:
             note += ", as far as windows and chunks still see them"
         found.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=_stock_kv_bytes(report)))
+    found += _per_token(report)
     found.append(Number("delay_line_values", "values in delay lines", values, "values per row",
                         f"delayed streams: {len(report.delay_lines)}"))
     if report.facts is not None:
         found.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",
                             f"{report.batch} rows, independent of n"))
     return Section(f"State after n = {n} tokens", tuple(found))
+
+
+def _per_token(report: Report) -> list[Number]:
+    """Bytes that one more token takes, whole and with residuals of later visits, where a block is visited again."""
+    facts = report.facts
+    if facts is None or facts.kv_widths is None or not facts.head_dim or not later_slots(report.program):
+        return []
+    heads = [(facts.head_dim,) * (w // facts.head_dim) for w in facts.kv_widths]
+    whole = bytes_per_token(report.program, heads, facts.itemsize)
+    small = ", ".join(f"{bytes_per_token(report.program, heads, facts.itemsize, b):,} with residual_bits={b}" for b in BITS)
+    return [Number("kv_bytes_per_token", "KV of one more token", whole, "bytes", f"one row, no windows; {small} (DepthCache)",
+                   stock=facts.itemsize * sum(facts.kv_widths))]
 
 
 def _stock_kv_bytes(report: Report) -> int | None:

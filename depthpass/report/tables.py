@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from depthpass.errors import SpecError
 from depthpass.passes import Pass
 from depthpass.prompt import at_prompt
-from depthpass.report.chart import Series, line_chart
+from depthpass.report.chart import Series, chart_file
 from depthpass.report.model import Report
 from depthpass.report.numbers import Value, as_json, plain, short, times
 from depthpass.report.text import size_line
@@ -108,7 +108,7 @@ class Comparison:
         for key in keys:
             points = [(float(name), float(r.number(key).value)) for name, r in zip(self.names, self.reports)]
             series.append(Series(self.reports[0].number(key).label, tuple(sorted(points))))
-        return _standalone(line_chart(series, "group (tokens)", "block visits, block calls", marks=True), series)
+        return chart_file(series, "group (tokens)", "block visits, block calls", doubling=True)
 
 
 def compare(subject: Subject, specs: Sequence[tuple[str, SpecLike | None]], **options: Any) -> Comparison:
@@ -175,19 +175,3 @@ def _ratio(value: Value | None, first: Value | None) -> float | None:
     if isinstance(value, str | None) or isinstance(first, str | None) or not first:
         return None
     return float(value / first)
-
-
-def _standalone(svg: str, series: Sequence[Series]) -> str:
-    """A chart with its own colours and legend, for a file."""
-    body = svg[: svg.index("</svg>")]
-    style = (
-        "<style>text{font:11px sans-serif;fill:#333}.dp-grid{stroke:#ddd}.dp-line{fill:none;stroke-width:2}"
-        ".dp-line.dp-series0{stroke:#0b6bb8}.dp-line.dp-series1{stroke:#d9480f;stroke-dasharray:6 5}"
-        ".dp-mark.dp-series0{fill:#0b6bb8}.dp-mark.dp-series1{fill:#d9480f}</style>"
-    )
-    keys = "".join(
-        f'<text x="{90 + 170 * i}" y="10" style="fill:{colour}">{s.label}</text>'
-        for i, (s, colour) in enumerate(zip(series, ("#0b6bb8", "#d9480f")))
-    )
-    at = body.index(">") + 1
-    return body[:at].replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"') + style + keys + body[at:] + "</svg>\n"

@@ -159,18 +159,18 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
     Returns:
         chains in the order of the problems. ``chain.right`` tells which are right; the paper keeps all of them.
     """
-    import depthpass as dp
+    from depthpass.hf.switch import loops_of, set_loops
 
     given = list(instances)
     groups: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(given):
         groups[len(x.rounds)].append(i)
-    device, before, training = next(model.parameters()).device, dp.loops_of(model, scope=scope), model.training
+    device, before, training = next(model.parameters()).device, loops_of(model, scope=scope), model.training
     chains: dict[int, Chain] = {}
     model.eval()
     try:
         for loops, rows in sorted(groups.items()):
-            dp.set_loops(model, loops, scope=scope)
+            set_loops(model, loops, scope=scope)
             for at in range(0, len(rows), batch):
                 part = rows[at : at + batch]
                 made = relay_batch([given[i] for i in part], tokenizer, iterations=loops).to(device)
@@ -184,7 +184,7 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
                     texts = [_read(x[row][real].tolist(), tokenizer) for x in (*said, final)]
                     chains[i] = Chain(given[i], tuple(texts[:-1]), texts[-1])
     finally:
-        dp.set_loops(model, before, scope=scope)
+        set_loops(model, before, scope=scope)
         model.train(training)
     return [chains[i] for i in range(len(given))]
 

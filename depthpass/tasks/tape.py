@@ -17,11 +17,12 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 
-Value = int | str | tuple
-"""What a state holds."""
+Value = Any
+"""What a state holds: an integer, a string, or a tuple of them."""
 
 
 def show(value: Value) -> str:

@@ -65,6 +65,10 @@ class Slot:
             None if self.columns is None else fn(self.columns), None if self.valid is None else fn(self.valid), self.first,
         )
 
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (*self.keys, *self.values))
+
     def grown(self, number: int, k: Tensor, v: Tensor, last: int | None = None) -> Grown:
         """The entries of one attention call with new ones behind them: in place where that is safe, else copied.
 
@@ -165,7 +169,7 @@ class State:
 
     def fork(self) -> State:
         """A state that can be advanced without changing this one (tensors are shared, never written in place)."""
-        return replace(self, slots=dict(self.slots), lines=dict(self.lines))
+        return replace(self, slots=self.slots.copy(), lines=dict(self.lines))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
         """Apply a function to every tensor; all have the batch as dimension 0."""
@@ -177,7 +181,7 @@ class State:
 
     def nbytes(self) -> tuple[int, int]:
         """Bytes held in (KV slots, delay lines)."""
-        kv = sum(t.nbytes for s in self.slots.values() for t in (*s.keys, *s.values))
+        kv = sum(s.nbytes for s in self.slots.values())
         return kv, sum(t.nbytes for t in self.lines.values())
 
 

@@ -147,7 +147,7 @@ def test_numbers_of_every_spelling(text: str) -> None:
         (TurboConn, "spec: expected a pass, a list of passes"),
         ("", "spec text: expected at least one pass, got an empty spec"),
         ("# nothing", "got an empty spec"),
-        ("turboconn", "spec text: expected a mapping with 'pass' or 'passes', or a list of passes, got 'turboconn'"),
+        ("turbocon", "spec text: expected a mapping with 'pass' or 'passes', or a list of passes, got 'turbocon'. Did you"),
         ("{pass: turboconn", "spec text: not valid YAML or JSON: while parsing a flow mapping"),
         ("pass: turboconn\ngroup: 2\ngroup: 4", "the field 'group' is given twice"),
         ('{"pass": "turboconn", "group": 2, "group": 4}', "the field 'group' is given twice"),

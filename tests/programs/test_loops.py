@@ -74,6 +74,9 @@ def test_identity_settings_are_bitwise_stock(name):
             dp.Loop(start=1, end=2, times=1, damped=True, inject="add"),
         ):
             assert torch.equal(dp.transform(stock, spec)(**batch).logits, want), spec
+        # A half of s and a half of e are e where the loop starts from it.
+        once = dp.transform(stock, dp.Loop(start=1, end=3, times=1, inject="bounded"))
+        torch.testing.assert_close(once(**batch).logits, want, rtol=1e-6, atol=1e-6)
         # The injection adapter starts as [0, I]: every iteration is core(e), whatever the number of them.
         looped = dp.transform(stock, dp.Loop(start=1, end=3, times=3, inject="concat"))
         torch.testing.assert_close(looped(**batch).logits, want, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,7 @@
 """Timestep encodings and per-visit scales against the stock modules with hooks: float64, outputs and all gradients."""
 
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import oracle_program as oracle
 import pytest
@@ -88,6 +88,33 @@ def test_timestep_encoding(name):
     oracle.compare(stock, model, zoo.batch(LENGTHS), want)
 
 
+@pytest.mark.parametrize(("name", "options"), [
+    ("llama", {"residual": "1/n", "inject": "bounded"}), ("gpt2", {"residual": "1/n"}),
+    ("gemma3_text", {"inject": "bounded", "state": "zeros"}),
+])
+def test_bounded_injection_and_scaled_residuals(name, options):
+    stock, model = made(name, dp.Loop(start=1, end=3, times=3, **options))
+
+    def want(row, p):
+        def around(t, b):
+            if "residual" not in options:
+                return nullcontext()
+            return modulated(row.blocks[b], name, p[f"loop.v{b}.scale.weight"], 1 / 3)
+
+        bounded = "inject" in options
+        adapter = (p["loop.keep.weight"], p["loop.inject.weight"]) if bounded else None
+        return oracle.loop(row, 1, 3, 3, inject="bounded" if bounded else None, adapter=adapter, around=around,
+                           state=options.get("state", "input"))[-1]
+
+    oracle.compare(stock, model, zoo.batch(LENGTHS), want)
+    greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    batch, scaled = zoo.batch([5, 3]), "residual" in options
+    assert torch.equal(model.generate(**batch, **greedy), model.generate(**batch, **greedy, use_cache=False))
+    # The factor follows the loop count that runs.
+    dp.set_loops(model, 2)
+    assert {o["base"] for o in model.depth_program.visits[1:-1]} == {0.5 if scaled else 1.0}
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_scales_of_every_visit(name):
     stock, model = made(name, dp.LayerProgram([0, 1, 1, 2], scales=True))
@@ -108,6 +135,7 @@ def test_scales_of_every_visit(name):
 @pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "gemma2", "gpt_oss", "opt"])
 @pytest.mark.parametrize("spec", [
     dp.Loop(start=0, end=2, times=3, timestep=True), dp.Loop(start=1, end=2, times=1, scales=True),
+    dp.Loop(start=1, end=2, times=1, residual="1/n"),
     dp.LayerProgram([0, 1, 2], scales=True), dp.Repeat(1, 2, times=1, scales=True),
     dp.IntraLayerRecurrence([1, 1, 1], scales=True),
 ], ids=lambda s: s.name + str(getattr(s, "times", "")))

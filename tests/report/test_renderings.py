@@ -5,18 +5,21 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from fractions import Fraction
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from rich.console import Console
 
 from depthpass.analysis.roofline import assumed
+from depthpass.errors import InputError
 from depthpass.ir import parse_program
 from depthpass.report import Report, build_report
-from depthpass.report.chart import ticks
+from depthpass.report.chart import Series, chart_file, line_chart
 from depthpass.report.numbers import Number, plain, scaled, short
-from depthpass.report.picture import delay_edges
+from depthpass.report.picture import brackets, delay_edges
 from depthpass.report.tables import compare, sweep
 from depthpass.schedule import schedule
 from tests.analysis.systems import bridged, parallel_loops
@@ -179,6 +182,7 @@ def test_html_picture_shows_region_and_critical_path() -> None:
     assert len(page.of_class("dp-region")) == 1
     assert len(page.of_class("dp-chunk")) == 2
     assert len(page.of_class("dp-delay")) == 15
+    assert "15 delays of 4 tokens, drawn from the first token only" in "".join(page.words)
     region, cells = page.of_class("dp-region")[0], page.of_class("dp-cell")[:16]
     left, width = float(region["x"]), float(region["width"])
     inside = [left < float(c["x"]) < left + width for c in cells]
@@ -257,8 +261,8 @@ def test_sweep_over_groups() -> None:
     assert rows["depth at n = 155"] == tuple(16 + 14 * (154 // g) for g in (1, 2, 4, 8, 16))
     assert rows["recursions"] == tuple(-(-155 // g) for g in (1, 2, 4, 8, 16))
     assert rows["growth"] == tuple(Fraction(14, g) for g in (1, 2, 4, 8, 16))
-    page = Page(table.to_svg())
-    assert not page.open and len(page.of_class("dp-mark")) == 10
+    svg = table.to_svg()
+    assert not Page(svg).open and {"1", "2", "4", "8", "16"} <= {w.strip() for w in Page(svg).words}
 
 
 @pytest.mark.parametrize(
@@ -284,6 +288,54 @@ def test_numbers_in_words(value, unit: str, text: str) -> None:
     assert short(value, unit) == (text if text.endswith("us") else text.removesuffix(unit).strip())
 
 
-@pytest.mark.parametrize(("top", "found"), [(548, [0, 200, 400, 600]), (1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (0, [0, 1])])
-def test_ticks_reach_the_top(top: float, found: list[float]) -> None:
-    assert ticks(top) == pytest.approx(found)
+def test_charts_take_the_colours_of_the_page_and_double_where_groups_do() -> None:
+    series = [Series("calls", ((1, 900.0), (2, 450.0), (4, 230.0), (8, 120.0))), Series("stock", ((1, 16.0), (8, 16.0)))]
+    inline, alone = line_chart(series, "a & b", "y", doubling=True), chart_file(series, "a & b", "y", doubling=True)
+    assert not Page(inline).open and not re.search(r"https?:|#0b6bb8|<metadata", inline)
+    assert "var(--s0)" in inline and "var(--s1)" in inline and 'aria-label="y against a &amp; b"' in inline
+    assert "#0b6bb8" in alone and "var(" not in alone and alone.startswith("<?xml") and "xmlns" in alone
+    assert inline == line_chart(series, "a & b", "y", doubling=True)
+    words = [w.strip() for w in Page(inline).words if w.strip()]
+    assert [w for w in words if w in "1248"] == ["1", "2", "4", "8"] and {"calls", "stock"} <= set(words)
+    ticks = [float(x) for x in re.findall(r'id="xtick_\d+">.*?d="M ([\d.]+)', inline, re.S)]
+    steps = [b - a for a, b in pairwise(ticks)]
+    assert len(ticks) == 4 and max(steps) - min(steps) < 0.1, ticks
+
+
+def test_a_page_without_matplotlib_says_what_draws_charts(monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    page = small().to_html()
+    assert "depthpass[plot]" in page and "dp-chart\"" not in page
+    with pytest.raises(InputError, match=r"depthpass\[plot\]"):
+        chart_file([Series("a", ((1, 1),))], "x", "y")
+
+
+def test_brackets_over_repeats() -> None:
+    def found(*blocks: int) -> set[tuple[int, int, int, int]]:
+        return {(b.first, b.last, b.times, b.level) for b in brackets(blocks)}
+
+    assert found(0, 1, 2, 3) == set()
+    assert found(0, 1, 2, 1, 2, 1, 2, 3) == {(1, 6, 3, 0)}
+    assert found(0, 0, 0, 1, 1) == {(0, 2, 3, 0), (3, 4, 2, 0)}
+    assert found(0, 1, 1, 0, 1, 1) == {(0, 5, 2, 1), (1, 2, 2, 0)}
+    page = Page(subject().report("{pass: repeat, start: 3, end: 5, times: 3}", seq_len=9, cost=False).to_html())
+    assert len(page.of_class("dp-bracket")) == 1 and "x3" in page.words
+
+
+def test_routed_visits_are_filled_by_their_share() -> None:
+    page = Page(subject().report("{pass: mixture_of_depths, capacity: 0.25, blocks: [4]}", seq_len=9, cost=False).to_html())
+    hollow, cells = page.of_class("dp-part"), page.of_class("dp-cell")
+    assert len(hollow) == 4 and "25%" in page.words
+    narrow = [float(c["width"]) for c in cells if float(c["width"]) < 0.5 * float(hollow[0]["width"])]
+    assert len(narrow) == 4 and narrow[0] == pytest.approx(0.25 * float(hollow[0]["width"]), abs=0.1)
+
+
+def test_parallel_loops_show_their_diagonal() -> None:
+    """From the end of loop 1 at token t to the start of loop 2 at t + 1, for every token, in a gap."""
+    made = subject().report("{pass: parallel_loop, loops: 2}", seq_len=9, cost=False)
+    page = Page(made.to_html())
+    lines = page.of_class("dp-delay")
+    assert len(lines) == 3
+    for a in lines:
+        x0, y0, x1, y1 = (float(v) for v in re.match(r"M([\d.]+) ([\d.]+)C.* ([\d.]+) ([\d.]+)$", a["d"]).groups())
+        assert x1 - x0 > 20 and y1 - y0 == 26

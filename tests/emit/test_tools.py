@@ -1,0 +1,72 @@
+"""Tools that people serve with: pipeline, transformers serve's own loader, continuous batching."""
+
+import pytest
+import torch
+import zoo
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from turbos import transformed
+
+import depthpass as dp
+
+LOOP = dp.Loop(start=1, end=3, times=2)
+SETTINGS = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A model with bridges, its saved folder and its emitted one, both with a tokenizer of words w3 .. w96."""
+    folder = tmp_path_factory.mktemp("served")
+    model = transformed("llama", [LOOP, dp.TurboConn(bridges=((5, 0),), group=3, rank=5)], torch.float32)
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, zoo.VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    model.save_pretrained(folder / "saved")
+    wrapped.save_pretrained(folder / "saved")
+    dp.emit(model, folder / "emitted", source=folder / "saved")
+    return model, folder
+
+
+@pytest.mark.parametrize("kind", ["saved", "emitted"])
+def test_a_pipeline_runs_a_folder(kind, served):
+    model, folder = served
+    made = pipeline("text-generation", model=str(folder / kind), trust_remote_code=kind == "emitted", device="cpu")
+    assert isinstance(made.model, dp.DepthModel) is (kind == "saved")
+    (out,) = made("w5 w9 w23", return_tensors=True, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    want = model.generate(torch.tensor([[5, 9, 23]]), **SETTINGS)
+    assert out["generated_token_ids"] == want[0].tolist()
+
+
+@pytest.mark.parametrize("kind", ["saved", "emitted"])
+def test_the_loader_of_transformers_serve_takes_a_folder(kind, served):
+    manager = pytest.importorskip("transformers.cli.serving.model_manager").ModelManager(
+        device="cpu", trust_remote_code=kind == "emitted")
+    model, folder = served
+    made = manager._load_model(f"{folder / kind}@main")
+    ids = torch.tensor([[5, 9, 23, 40]])
+    with torch.no_grad():
+        torch.testing.assert_close(made(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+def test_continuous_batching_of_a_loop():
+    model = transformed("llama", LOOP, torch.float32)
+    settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    rows = [[5, 9, 23, 4], [7, 8, 9, 10, 11, 12]]
+    found = model.generate_batch(rows, generation_config=settings, warmup=False)
+    assert len(found) == 2
+    for number, row in enumerate(rows):
+        want = model.generate(torch.tensor([row]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert found[f"req_{number}"].generated_tokens == want[0, len(row) :].tolist()
+
+
+def test_what_has_no_pages_is_refused_by_name(served):
+    model, folder = served
+    with pytest.raises(dp.InputError, match="has no pages"):
+        model.generate_batch([[4, 5]])
+    routed = transformed("llama", dp.MixtureOfRecursions(recursions=2), torch.float32)
+    with pytest.raises(dp.InputError, match=r"cannot be written as such layers.*route"):
+        routed.generate_batch([[4, 5]])
+    emitted = pipeline("text-generation", model=str(folder / "emitted"), trust_remote_code=True, device="cpu").model
+    with pytest.raises(NotImplementedError, match="Use generate"):
+        emitted.generate_batch([[4, 5]])
