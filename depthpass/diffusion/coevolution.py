@@ -76,6 +76,8 @@ class CoevolutionaryDiffusion(nn.Module):
         SpecError, PassError, InputError: options that cannot be honoured.
     """
 
+    encoder: Encoder
+
     def __init__(self, model: Any, encoder: Encoder, *, steps: int = 8, mask_token: int | None = None, **options: Any) -> None:
         super().__init__()
         try:
@@ -238,26 +240,25 @@ class CoevolutionaryDiffusion(nn.Module):
         """What :meth:`save_pretrained` wrote."""
         from safetensors.torch import load_file
 
-        import depthpass as dp
+        from depthpass.hf.save import from_pretrained
 
         file = Path(folder) / f"{FILE}.json"
         if not file.exists():
             raise InputError(f"from_pretrained: expected a folder of CoevolutionaryDiffusion.save_pretrained, got {folder}.")
         options = json.loads(file.read_text())
         options["clip"] = None if options["clip"] is None else tuple(options["clip"])
-        made = cls(dp.from_pretrained(folder), encoder, **options)
+        made = cls(from_pretrained(folder), encoder, **options)
         made.load_state_dict({**load_file(Path(folder) / f"{FILE}.safetensors"),
                               **{k: v for k, v in made.state_dict().items() if k.startswith("model.")}})
         return made
 
 
 def _transformed(model: Any, steps: int, mask_token: int, latent: int) -> Any:
-    import depthpass as dp
-    from depthpass.hf.transform import context_of
+    from depthpass.hf.transform import context_of, transform
 
     last = context_of(model).blocks - 1
-    return dp.transform(model, [MaskedDiffusion(steps=steps, mask_token=mask_token, unmask="ancestral", carry=latent),
-                                Taps(at=(last,), scope=SCOPE)])
+    return transform(model, [MaskedDiffusion(steps=steps, mask_token=mask_token, unmask="ancestral", carry=latent),
+                             Taps(at=(last,), scope=SCOPE)])
 
 
 def _sinusoid(time: Tensor) -> Tensor:

@@ -17,8 +17,8 @@ def settings(model: Any, who: str) -> MaskedDiffusion:
     Raises:
         SpecError: the model has none.
     """
-    inner = getattr(model, "get_base_model", None)
-    inner = inner() if callable(inner) else model
+    wrapped = getattr(model, "get_base_model", None)
+    inner: Any = wrapped() if callable(wrapped) else model
     passes = inner._depth.plan.passes if hasattr(inner, "_depth") else ()
     found = [p for p in passes if isinstance(p, MaskedDiffusion)]
     if len(found) != 1:

@@ -41,7 +41,7 @@ def cached(
 _KNOWN = ("input_ids", "inputs", "attention_mask", "max_new_tokens", "do_sample", "temperature", "generation_config", "use_cache")
 
 
-def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """``model.generate`` of a masked diffusion model: :func:`depthpass.denoise` with the arguments that mean the same.
 
     Raises:

@@ -76,7 +76,9 @@ class _Rows:
     """What data sets by index and streams share."""
 
     def __init__(self, task: Task | str, lengths: Lengths, seed: int, split: Split | None, tokenizer: Any, trace: bool) -> None:
-        self.task, self.lengths, self.seed, self.split = _task(task), lengths, seed, split
+        self.task, self.seed = _task(task), seed
+        self.lengths: Lengths = lengths
+        self.split: Split | None = split
         self.tokenizer, self.trace = tokenizer, trace
         self.task.span(lengths)
         draw(self.task, lengths, 0, seed=seed, split=split)

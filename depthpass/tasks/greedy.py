@@ -58,7 +58,8 @@ class Dijkstra(Task):
         rng.shuffle(names)
         pairs = {(names[rng.randrange(i)], names[i]) for i in range(1, length)}  # a random tree keeps it connected
         for _ in range(length):
-            pairs.add(tuple(rng.sample(range(length), 2)))
+            a, b = rng.sample(range(length), 2)
+            pairs.add((a, b))
         edges = {(min(p), max(p)) for p in pairs}
         return length, tuple((a, b, rng.randint(1, 9)) for a, b in sorted(edges))
 
