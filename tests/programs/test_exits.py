@@ -172,6 +172,10 @@ def written(rule, now, before):
     """The distance of one token, as the op table has it."""
     if rule == "state":
         return (now - before).norm() / now.norm()
+    if rule == "cosine":
+        return 1 - (now * before).sum() / (now.square().sum() * before.square().sum()).sqrt()
+    if rule == "argmax":
+        return torch.tensor(float(int(now.argmax()) != int(before.argmax())), dtype=now.dtype)
     p, q = torch.softmax(now, 0), torch.softmax(before, 0)
     if rule == "kl":
         return (q * (q.log() - p.log())).sum()
