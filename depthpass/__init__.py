@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.gradients import gradients
     from depthpass.analysis.lens import logit_lens
     from depthpass.compared import compare, sweep
+    from depthpass.diffusion import CoevolutionaryDiffusion, denoise, diffusion_loss
     from depthpass.emit import emit
     from depthpass.equal import twin
     from depthpass.errors import (
@@ -55,11 +56,13 @@ if TYPE_CHECKING:
     from depthpass.passes.inner_thinking import InnerThinking
     from depthpass.passes.layer_program import LayerProgram, Skip
     from depthpass.passes.loop import Loop
+    from depthpass.passes.masked_diffusion import MaskedDiffusion
     from depthpass.passes.mixture_of_depths import MixtureOfDepths
     from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
     from depthpass.passes.pad import Pad
     from depthpass.passes.parallel_loop import ParallelLoop
     from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+    from depthpass.passes.recurrent_loop import RecurrentLoop
     from depthpass.passes.relaxed_recursion import RelaxedRecursion
     from depthpass.passes.t2mlr import T2MLR
     from depthpass.passes.taps import Taps
@@ -97,10 +100,12 @@ GROUPS: dict[str, dict[str, str]] = {
         "IntraLayerRecurrence": "depthpass.passes.recurrence",
         "LayerProgram": "depthpass.passes.layer_program",
         "Loop": "depthpass.passes.loop",
+        "MaskedDiffusion": "depthpass.passes.masked_diffusion",
         "MixtureOfDepths": "depthpass.passes.mixture_of_depths",
         "MixtureOfRecursions": "depthpass.passes.mixture_of_recursions",
         "Pad": "depthpass.passes.pad",
         "ParallelLoop": "depthpass.passes.parallel_loop",
+        "RecurrentLoop": "depthpass.passes.recurrent_loop",
         "RelaxedRecursion": "depthpass.passes.relaxed_recursion",
         "Repeat": "depthpass.passes.recurrence",
         "Skip": "depthpass.passes.layer_program",
@@ -149,6 +154,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "relay_loss": "depthpass.losses",
         "LoopContrast": "depthpass.hf.contrast",
     },
+    "diffusion": {
+        "denoise": "depthpass.diffusion",
+        "diffusion_loss": "depthpass.diffusion",
+        "CoevolutionaryDiffusion": "depthpass.diffusion",
+    },
     "errors": {
         "DepthpassError": "depthpass.errors",
         "SpecError": "depthpass.errors",
@@ -173,17 +183,17 @@ __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for
 
 # A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
 __all__ = [
-    "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "DepthCache", "DepthModel", "DepthpassError",
-    "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError",
-    "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoopContrast", "LoweringError",
-    "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program",
-    "RecurrenceCurriculum", "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError",
-    "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach",
-    "calibrate", "capacity_warmup", "compare", "contraction", "dump_spec", "emit", "exit_loss", "from_pretrained",
-    "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize",
-    "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report",
-    "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks",
-    "transform", "twin", "using",
+    "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "CoevolutionaryDiffusion", "DepthCache",
+    "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity",
+    "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoopContrast",
+    "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError",
+    "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion", "Repeat", "SearchResult",
+    "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError",
+    "VerifyError", "aligned_targets", "attach", "calibrate", "capacity_warmup", "compare", "contraction", "denoise",
+    "diffusion_loss", "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels",
+    "load_spec", "logit_lens", "loops_of", "lowering", "materialize", "new_parameters", "only_gates", "parse_program",
+    "plot_depth", "progress", "recipes", "relay_loss", "report", "restore", "routing_of", "search", "set_exit",
+    "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks", "transform", "twin", "using",
 ]
 
 

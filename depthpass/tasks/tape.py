@@ -23,8 +23,8 @@ import networkx as nx
 
 from depthpass.prompt import at_prompt
 
-Value = int | str | tuple
-"""What a state holds."""
+Value = Any
+"""What a state holds: an integer, a string, or a tuple of them."""
 
 
 def show(value: Value) -> str:
