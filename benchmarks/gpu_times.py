@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable
 
 import torch
-from decode import TOKENS, our_tokens, stock_tokens
+from floors import floor
 from naive import NaiveGroups
 from stage import Stage, summary
 from torch.nn.functional import linear
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from transformers import LlamaConfig, LlamaForCausalLM
-from turboconn import floor, naive_step, training_step
+from workloads import TOKENS, NaiveStep, OurTokens, StockTokens, TrainingStep
 
 import depthpass as dp
 
@@ -336,14 +336,14 @@ def training(stage: Stage) -> None:
         # On the parameters of a transformed model of its own.
         held = turbo(g, "eager").depth
         parts = [(s, d, *(held.get_submodule(f"turboconn.s{s}_d{d}.{side}") for side in ("down", "up"))) for s, d in bridges]
-        return naive_step(NaiveGroups(stock, parts, g), ids)
+        return NaiveStep(NaiveGroups(stock, parts, g), ids)
 
     plan: list[tuple[str, Callable]] = [
-        ("stock", lambda: training_step(stock, ids)),
-        ("stock compiled", lambda: training_step(torch.compile(stock, backend=device.pick("inductor", "aot_eager")), ids)),
+        ("stock", lambda: TrainingStep(stock, ids)),
+        ("stock compiled", lambda: TrainingStep(torch.compile(stock, backend=device.pick("inductor", "aot_eager")), ids)),
     ]
     by_level = {
-        level: [(f"g={g} {level}", lambda g=g, level=level: training_step(turbo(g, level), ids)) for g in groups]
+        level: [(f"g={g} {level}", lambda g=g, level=level: TrainingStep(turbo(g, level), ids)) for g in groups]
         for level in ("inductor", "scheduled")
     }
     naive_runs = [(f"g={g} naive", lambda g=g: naive(g)) for g in groups]
@@ -353,7 +353,7 @@ def training(stage: Stage) -> None:
         measure.all()
         # A graph keeps the memory of its activations: one at a time.
         for g in groups if device.real and stage.shard == 1 else ():
-            measure.prepare(f"g={g} cudagraph", lambda g=g: training_step(turbo(g, "cudagraph"), ids), locked=True)
+            measure.prepare(f"g={g} cudagraph", lambda g=g: TrainingStep(turbo(g, "cudagraph"), ids), locked=True)
             measure.all()
 
 
@@ -441,8 +441,8 @@ def decode(stage: Stage) -> None:
 
     def make(label: str, ids):
         if label in systems:
-            return our_tokens(dp.transform(stock, systems[label], lowering=levels[label]).eval(), ids)
-        return stock_tokens(stock, ids, compiled=device.pick("reduce-overhead", "default") if "compiled" in label else False)
+            return OurTokens(dp.transform(stock, systems[label], lowering=levels[label]).eval(), ids)
+        return StockTokens(stock, ids, compiled=device.pick("reduce-overhead", "default") if "compiled" in label else False)
 
     for label in stage.mine(["stock compiled", "turboconn", "loop 3", "plt-2", "stock eager", "identity", "mor-2"]):
         for batch in device.pick((1, 8, 64), (1,)):
@@ -558,9 +558,9 @@ def profile(stage: Stage) -> None:
     spec = dp.TurboConn(bridges=bridges_of(stage), group=device.pick(8, 3))
     level = device.pick("cudagraph", "scheduled")
     for label, make in {
-        level: lambda: training_step(dp.transform(stock, spec, lowering=level), ids),
-        "stock compiled": lambda: training_step(torch.compile(stock, backend=device.pick("inductor", "aot_eager")), ids),
-        "decode inductor": lambda: our_tokens(dp.transform(stock, spec, lowering="inductor").eval(), ids[:1]),
+        level: lambda: TrainingStep(dp.transform(stock, spec, lowering=level), ids),
+        "stock compiled": lambda: TrainingStep(torch.compile(stock, backend=device.pick("inductor", "aot_eager")), ids),
+        "decode inductor": lambda: OurTokens(dp.transform(stock, spec, lowering="inductor").eval(), ids[:1]),
     }.items():
         with stage.attempt(f"{label} prepare"), stage.beside_others():
             runs[label] = make()

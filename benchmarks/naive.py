@@ -20,10 +20,11 @@ class NaiveGroups:
         model: the stock model.
         bridges: ``(source, destination, down, up)`` with nn.Linear maps.
         group: tokens per group.
+        gain: factor of what a bridge carries.
     """
 
-    def __init__(self, model: nn.Module, bridges: list[tuple[int, int, nn.Linear, nn.Linear]], group: int):
-        self.model, self.bridges, self.group = model, bridges, group
+    def __init__(self, model: nn.Module, bridges: list[tuple[int, int, nn.Linear, nn.Linear]], group: int, gain: float = 1.0):
+        self.model, self.bridges, self.group, self.gain = model, bridges, group, gain
         self.previous: list[Tensor | None] = []
         self.current: list[Tensor | None] = []
 
@@ -35,7 +36,7 @@ class NaiveGroups:
                     h = h + up(self.previous[i][:, : h.shape[1]])
             for i, (s, _, down, _) in enumerate(self.bridges):
                 if s == block:
-                    self.current[i] = down(h)
+                    self.current[i] = self.gain * down(h)
             return (h, *output[1:]) if isinstance(output, tuple) else h
 
         return run

@@ -269,8 +269,8 @@ def _levels(report: Report) -> list[Number]:
     """What runs the token loops of a training call; nothing where there are none."""
     levels = {r.level: r.reason for r in report.lowered if r.serial}
     note = "; ".join(f"{level}: {reason}" for level, reason in levels.items() if reason)
-    return [Number("levels", "token loops run on", ", ".join(levels), "level", note or "in training, where nothing of the model "
-                   "forbids it; depthpass show --lowered has the text")] if levels else []
+    return [Number("levels", "token loops run on", ", ".join(levels), "level",
+                   note or "in training; see depthpass show --lowered")] if levels else []
 
 
 def _stacks(report: Report) -> list[Number]:

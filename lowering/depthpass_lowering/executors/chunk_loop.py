@@ -1,0 +1,366 @@
+"""The token loop of a serial region, scheduled by hand: chunks as graphs, keys in place, a backward loop of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx
+
+from depthpass.capture.model import Site
+from depthpass.ir.ops import OPS
+from depthpass.ir.program import Op, writes_slot
+from depthpass.lowered.program import LoweredRegion
+from depthpass.schedule.regions import Region
+from depthpass_lowering.executors.dropout import RandomState, draws
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.first_order import first_order
+from depthpass_lowering.executors.stand_ins import SunkHost, own_scopes
+from depthpass_lowering.fx_passes.region import ChunkGraph, chunk_graph
+from depthpass_lowering.fx_passes.sink import sink_pass
+from depthpass_lowering.host import Host
+from depthpass_lowering.products.packed import LEAST_USES
+from depthpass_lowering.products.sink import Sink
+from depthpass_lowering.state.buffers import Buffer, Use
+from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.running import RunningVisit
+
+_GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.WeakKeyDictionary()
+_SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDictionary()
+
+
+def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
+    """The graph of one chunk of a region, made once for the blocks it runs on."""
+    source = region.scheduled
+    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
+    kinds = tuple(type(run.host.module(name)) for o in source.ops for name in own_scopes(o))
+    # The graph keeps program and templates, so that their ids stay theirs.
+    key = (id(run.program), templates, kinds, region.outputs)
+    kept = _GRAPHS.setdefault(source, {})
+    if key not in kept:
+        kept[key] = chunk_graph(source, run.program, run.types, run.host, region.outputs)
+    return kept[key]
+
+
+def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
+    """A chunk's graph with sunk weight gradients, made once."""
+    if graph not in _SUNK:
+        _SUNK[graph] = sink_pass(graph.distributed.loop)
+    return _SUNK[graph]
+
+
+def recomputes(host: Host, region: LoweredRegion) -> bool:
+    """Whether the activations of a region are to be computed again in the backward pass."""
+    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.visits)
+
+
+class ChunkRunner(Protocol):
+    """The executor of a job, as far as its loop knows it."""
+
+    compiled: bool
+
+    def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]: ...
+
+
+class Job:
+    """One region of one forward pass: its loop, buffers and sink.
+
+    Attributes:
+        graph: one chunk of the loop.
+        recompute: whether activations are dropped and computed again in the backward pass, chunk by chunk.
+        draws: whether a chunk draws random numbers, which it then has to draw again.
+    """
+
+    def __init__(
+        self, executor: ChunkRunner, run: Run, region: LoweredRegion, inputs: Mapping[str, Tensor], parameters: dict[int, Tensor]
+    ):
+        self.executor, self.run, self.region, self.names = executor, run, region, list(inputs)
+        self.parameters = parameters
+        self.graph = graph_of(run, region)
+        self.recompute = recomputes(run.host, region)
+        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
+        uses = -(-run.context.count // region.size)
+        self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
+        self.buffers: dict[int, list[Buffer]] = {}
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        return self.region.outputs
+
+    def loop(self, inputs: Mapping[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
+        """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
+        return Loop(self, SunkHost(self.run.host, self.sink, leaves or {})).over(inputs)
+
+    def slot(self, number: int, sites: Sequence[Site]) -> list[Buffer]:
+        if number not in self.buffers:
+            before, c = self.run.state.slots.get(number), self.run.context
+            self.buffers[number] = [
+                Buffer(
+                    None if before is None else (before.keys[i], before.values[i]), c.start + c.count,
+                    0 if before is None else before.first,
+                )
+                for i in range(len(sites))
+            ]
+        return self.buffers[number]
+
+    def release(self) -> None:
+        """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
+        self.sink.products.forget()
+        self.forget_tokens()
+        for line in self.region.lines:
+            self.run.state.lines.pop(line.name, None)
+
+    def forget_tokens(self) -> None:
+        """Begin a new chain of uses of every buffer."""
+        for buffers in self.buffers.values():
+            for buffer in buffers:
+                buffer.token = None
+
+    def store(self) -> None:
+        """Hand the buffers over as slots, for a later call or region."""
+        rings = {o["slot"]: self.run.ring(o) for o in self.region.visits}
+        for number, buffers in self.buffers.items():
+            keys, values = zip(*(b.held() for b in buffers), strict=True)
+            slot = Slot(keys, values)
+            ring = rings.get(number)
+            self.run.state.slots[number] = slot if ring is None else slot.last(ring)
+
+
+class Loop:
+    """The chunk loop of a job: runs visits on buffers and answers a chunk's graph.
+
+    Attributes:
+        lines: the delay lines that the running chunk reads.
+        span: the running chunk.
+    """
+
+    def __init__(self, job: Job, host: SunkHost):
+        self.job, self.host, self.run = job, host, job.run
+        self.lines: dict[str, Tensor] = {}
+        self.span: Span | None = None
+        self.params = [host.parameter(p) for p in job.graph.params]
+
+    def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The streams that the region hands out, over all tokens."""
+        job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
+        cut = spans(c.start, c.count, c.valid, None, job.region.size)
+        sizes = [span.count for span in cut]
+        streams = [inputs[name].split(sizes, 1) for name in graph.streams]
+        tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
+        known = self._known(sizes)
+        done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
+        chain = None
+        for i, span in enumerate(cut):
+            chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))
+            lines = {d.name: self._differentiable(run.line(d.name, d.tokens)) for d in job.region.lines}
+            given = [*(parts[i] for parts in streams), *(parts[i] for parts in known)]
+            if job.recompute:
+                *values, chain = Recomputed.apply(
+                    chunk, tuple(lines), len(lines) + len(given), *lines.values(), *given,
+                    run.hidden.new_empty(0) if chain is None else chain, *self.host.leaves.values(),
+                )
+            else:
+                values = chunk.run(lines, given)
+            results = dict(zip(graph.results, values, strict=True))
+            for d in job.region.lines:
+                source = results[d.source] if d.source in results else inputs[d.source].split(sizes, 1)[i]
+                run.state.lines[d.name] = push_delay(lines[d.name], source, d.tokens, span, run.state.record)
+            for name, parts in done.items():
+                parts.append(results[name])
+        return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
+
+    @staticmethod
+    def _differentiable(line: Tensor) -> Tensor:
+        """A delay line that needs a gradient in every chunk, also in the first one: chunks are compiled alike."""
+        return line if line.requires_grad or not torch.is_grad_enabled() else line.detach().requires_grad_()
+
+    def _known(self, sizes: list[int]) -> list[Sequence[Tensor]]:
+        """What the graph knows before the loop, cut into chunks."""
+        distributed = self.job.graph.distributed
+        if distributed.before is None:
+            return []
+        values = distributed.before(*(self.run.context.sides[i] for i in self.job.graph.sides), *self.params)
+        return [self._pieces(t, axis, sizes) for t, axis in zip(values, distributed.axes, strict=True)]
+
+    @staticmethod
+    def _pieces(t: Tensor, axis: int | None, sizes: list[int]) -> Sequence[Tensor]:
+        return [t] * len(sizes) if axis is None else t.split(sizes, axis)
+
+    def visits(self, span: Span) -> list[_BufferedVisit]:
+        masks = Masks(span.start, span.count, self.run.context.valid_until(span.start + span.count), self.run.hidden.device)
+        return [_BufferedVisit(o, self.host, self.job, span, masks) for o in self.job.graph.visits]
+
+    def absences(self, span: Span) -> list[Tensor | None]:
+        """Per mask of the graph where its values are present, ``[batch or 1, tokens, 1]``; None = everywhere."""
+        found, compiled, hidden = [], self.job.executor.compiled, self.run.hidden
+        for absent in self.job.graph.absents:
+            if span.rank is not None:
+                there = span.rank >= absent
+            elif span.start >= absent and not compiled:
+                there = None
+            else:
+                # Made on the device: a copy from the host could not be recorded in a CUDA graph.
+                there = torch.arange(span.start, span.start + span.count, device=hidden.device)[None] >= absent
+            if there is not None:
+                there = there[..., None]
+                there = there.expand(hidden.shape[0], -1, -1).contiguous() if compiled else there
+            found.append(there)
+        return found
+
+    # Calls of the graph.
+
+    @property
+    def running(self) -> Span:
+        """The running chunk."""
+        assert self.span is not None
+        return self.span
+
+    def delayed(self, name: str, source: Tensor | None) -> Tensor:
+        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.running)
+
+    def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
+        o = self.run.program.defs[name]
+        (scope,) = own_scopes(o)
+        return OPS[o.kind].apply(self.host.module(scope), o, streams)
+
+
+class _Chunk:
+    """One chunk of a loop, run once, or once more in the backward pass.
+
+    Args:
+        tables: the chunk's side inputs.
+        runner: runs the graph.
+    """
+
+    def __init__(self, loop: Loop, span: Span, tables: Sequence[Tensor], runner: Callable[..., Sequence[Tensor]]):
+        self.loop, self.span, self.tables, self.runner = loop, span, tables, runner
+        # Every visit of a chunk shares its masks.
+        self.visits, self.masks = loop.visits(span), loop.absences(span)
+
+    def run(self, lines: Mapping[str, Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The graph's results.
+
+        Args:
+            lines: delay lines by name.
+            given: the chunk of each stream, then of what is known before the loop.
+        """
+        loop, streams = self.loop, len(self.loop.job.graph.streams)
+        loop.lines, loop.span = dict(lines), self.span
+        found = self.runner(
+            loop, *self.visits, *given[:streams], *self.masks, *self.tables, *loop.params, *given[streams:]
+        )
+        loop.lines = {}
+        return found
+
+
+class Recomputed(torch.autograd.Function):
+    """A chunk whose activations are not kept: the backward pass runs it again (gradient checkpointing).
+
+    Keys and values stay in their buffers, so a chunk needs nothing but its streams and delay lines. The chain makes later
+    chunks go first, whose gradients of this chunk's keys have to be there.
+    """
+
+    @staticmethod
+    def forward(ctx, chunk: _Chunk, names: tuple[str, ...], count: int, *tensors: Tensor):
+        device = tensors[0].device.type if tensors else "cpu"
+        ctx.chunk, ctx.names, ctx.count = chunk, names, count
+        ctx.autocast = device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+        ctx.save_for_backward(*tensors)
+        ctx.random = RandomState.now(tensors) if chunk.loop.job.draws else None
+        lines = dict(zip(names, tensors))
+        return (*chunk.run(lines, tensors[len(names) : count]), tensors[count].new_empty(0))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        chunk, names, count = ctx.chunk, ctx.names, ctx.count
+        tensors = ctx.saved_tensors
+        given = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+        chunk.loop.job.forget_tokens()
+        device, dtype, enabled = ctx.autocast
+        again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
+        with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), again:
+            values = chunk.run(dict(zip(names, given)), given[len(names) :])
+        pairs = [(v, g) for v, g in zip(values, grads) if v.requires_grad and g is not None]
+        leaves = tensors[count + 1 :]
+        wanted = [t for t in (*given, *leaves) if t.requires_grad]
+        found = iter(torch.autograd.grad([v for v, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        chunk.loop.job.forget_tokens()
+        made = [next(found) if t.requires_grad else None for t in (*given, *leaves)]
+        return (None, None, None, *made[:count], grads[-1].new_zeros(0), *made[count:])
+
+
+class _BufferedVisit(RunningVisit):
+    """A visit whose slots are buffers."""
+
+    def __init__(self, op: Op, host: SunkHost, job: Job, span: Span, masks: Masks):
+        self.op, self.host, self.job, self.span, self.masks = op, host, job, span, masks
+        self.index = op["index"]
+        self.sites = host.sites_of(self.index)
+        self.made = {}
+        self.hidden = None
+
+    def enter(self, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return hidden
+
+    def commit(self) -> None:
+        """Buffers are written by the attention itself."""
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        site, keys, own = self.sites[number], self.op["keys"], writes_slot(self.op)
+        window = site.window if self.op["gate"] is None else min(self.op["window"], site.window or self.op["window"])
+        if keys is None:
+            return self._use(self.op["slot"], number, window, True)(q, k, v, sinks)
+        near = None if own is None else self._use(own, number, window, True)(q, k, v, sinks)
+        far = self._use(keys, number, site.window, False)(q, k, v, sinks)
+        return far if near is None else self.mix(q, self.hidden, far, near)
+
+    def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
+        site, masks = self.sites[number], self.masks
+        # Nothing of the visit itself: the options are kept until the backward pass, and the visit knows the whole run.
+        options = {
+            "q_start": self.span.start, "valid": masks.valid, "row_start": masks.row_start if site.chunk else None,
+            "scale": site.scale, "window": window, "chunk": site.chunk, "softcap": site.softcap,
+        }
+        return Use(self.job.slot(slot, self.sites)[number], self.span.start, self.span.count, write, options)
+
+
+class RegionFunction(torch.autograd.Function):
+    """A whole serial region as one node of the outer graph, so that hooks on parameters fire once, with the total."""
+
+    @staticmethod
+    def forward(ctx, job: Job, count: int, *tensors: Tensor):
+        leaves = {key: t.detach().requires_grad_() for key, t in zip(job.parameters, tensors[:count])}
+        streams = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors[count:]]
+        with torch.enable_grad():
+            out = job.loop(dict(zip(job.names, streams)), leaves)
+        outs = [out[name] for name in job.wanted]
+        # The job knows the run and the run will hold this node's outputs: keeping it here would be a cycle that no
+        # collector sees. The backward pass needs the sink alone.
+        job.release()
+        ctx.sink, ctx.outs, ctx.leaves, ctx.streams = job.sink, outs, leaves, streams
+        return tuple(o.detach() for o in outs)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, *grads):
+        if ctx.outs is None:
+            raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
+                               "forward again, or use lowering='eager' with retain_graph=True.")
+        sink, leaves, streams = ctx.sink, ctx.leaves, ctx.streams
+        pairs = [(o, g) for o, g in zip(ctx.outs, grads) if o.requires_grad and g is not None]
+        sources = [*leaves.values(), *streams]
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True
+        )
+        ctx.outs = ctx.streams = ctx.leaves = None
+        sunk = sink.finish()
+        weights = []
+        for leaf, g in zip(leaves.values(), found):
+            extra = sunk.get(id(leaf))
+            weights.append(g if extra is None else extra if g is None else g + extra)
+        return (None, None, *weights, *found[len(leaves) :])

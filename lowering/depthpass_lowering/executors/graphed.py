@@ -1,0 +1,118 @@
+"""L4: a serial region's whole forward loop of compiled chunks as one CUDA graph, and its backward loop as another.
+
+Thousands of small kernels are launched once per call of the graph instead of one by one. A graph is recorded per set of
+shapes, so rows are padded to a few lengths.
+
+The tests put a stand-in where CUDA records and replays; `benchmarks/gpu.py` checks the real thing.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthpass.lowered.program import LoweredRegion
+from depthpass.schedule.regions import Region
+from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes
+from depthpass_lowering.executors.compiled import Compiled
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.stand_ins import region_parameters
+from depthpass_lowering.state.slots import State
+
+MOST = 8
+"""Graphs kept per region; each holds the memory of its own activations."""
+
+_RECORDED: weakref.WeakKeyDictionary[Region, dict[tuple, Callable]] = weakref.WeakKeyDictionary()
+
+
+class Graphed(Compiled):
+    """As :class:`~depthpass_lowering.executors.compiled.Compiled`, training passes replayed as CUDA graphs."""
+
+    name = "cudagraph"
+
+    def refuse(self, run: Run, region: Region) -> str | None:
+        if reason := super().refuse(run, region):
+            return reason
+        device = run.hidden.device.type
+        return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
+
+    def level(self, run: Run, region: Region) -> tuple[str, str | None]:
+        level, reason = super().level(run, region)
+        if level != self.name or torch.is_grad_enabled():
+            return level, reason
+        return "inductor", "passes without gradients are not recorded"
+
+    def padding(self, run: Run, region: LoweredRegion) -> int:
+        return bucket(run.context.count, region.size) - run.context.count if region.level == self.name else 0
+
+    def trained(self, run: Run, region: LoweredRegion, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        context = padded(run.context, self.padding(run, region))
+        parameters = region_parameters(region, run.host)
+        streams = {n: _longer(t, 1, context.padded) for n, t in inputs.items()}
+        given = [*streams.values(), *context.sides, *parameters.values()]
+        if context.valid is not None:
+            given.append(context.valid)
+        key = (
+            tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in given), context.valid is None,
+            # A graph reads the storage of the parameters it was recorded with.
+            tuple(p.data_ptr() for p in parameters.values()), recomputes(run.host, region),
+        )
+        kept = _RECORDED.setdefault(region.scheduled, {})
+        if key not in kept:
+            if len(kept) >= MOST:
+                kept.pop(next(iter(kept)))
+            kept[key] = _record(context, run.state, region, list(streams), list(parameters), given)
+        out = kept[key](*given)
+        # The memory of a replay is written again by the next one.
+        return {name: t[:, : run.context.count].clone() for name, t in zip(region.outputs, out)}
+
+
+def padded(context: CallContext, columns: int) -> CallContext:
+    """The call with so many columns more, which belong to nobody: nothing that is real comes after them."""
+    if not columns:
+        return context
+    c = context
+    return replace(
+        c, hidden=_longer(c.hidden, 1, columns), valid=None if c.valid is None else _longer(c.valid, 1, columns), padded=columns,
+        sides=tuple(s if axis is None else _longer(s, axis, columns) for s, axis in zip(c.sides, c.side_axes)),
+    )
+
+
+def _longer(t: Tensor, axis: int, columns: int) -> Tensor:
+    """Zeros behind the last column."""
+    return torch.cat((t, t.new_zeros(*t.shape[:axis], columns, *t.shape[axis + 1 :])), axis) if columns else t
+
+
+def _record(
+    context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], given: list[Tensor]
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Record a region's training pass: ``(*streams, *sides, *weights[, valid])`` -> what it hands out."""
+    sides, executor = len(context.sides), Compiled()
+
+    def region_of(*flat: Tensor) -> tuple[Tensor, ...]:
+        streams, rest = dict(zip(names, flat)), flat[len(names) :]
+        tables, weights = rest[:sides], rest[sides : sides + len(ids)]
+        inner = replace(context, sides=tuple(tables), valid=None if context.valid is None else flat[-1])
+        run = Run(inner, replace(state, slots={}, lines={}), executor)
+        job = Job(executor, run, region, streams, dict(zip(ids, weights)))
+        return RegionFunction.apply(job, len(weights), *weights, *streams.values())
+
+    samples = tuple(
+        t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
+        for i, t in enumerate(given)
+    )
+    recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
+    return recorded
+
+
+def bucket(tokens: int, chunk: int) -> int:
+    """The length that rows are padded to: a multiple of the chunk, at most an eighth longer from 8 chunks on."""
+    chunks = -(-tokens // chunk)
+    step = max(1, 1 << max(0, chunks.bit_length() - 4))
+    return -(-chunks // step) * step * chunk

@@ -1,0 +1,275 @@
+"""Weight-gradient sinking: the token loop keeps activation gradients only, one product per weight runs after it.
+
+By linearity ``sum_c X_c^T G_c = [X_1; ..; X_n]^T [G_1; ..; G_n]``: instead of one small product per chunk, which reads and
+writes the whole accumulator each time, the operands of many chunks are kept and multiplied together (arXiv 1604.01946; the
+B/W split of arXiv 2401.10241).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from depthpass_kernels import bridge_in
+from torch import Tensor
+
+from depthpass_lowering.products.packed import Products, Weights, contraction, plain
+
+FLUSH = {"cpu": 256, "cuda": 8192}
+"""Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.
+On a GPU every partial sum reads and writes a whole weight gradient, which at the 1B shape cost as much as the products."""
+
+
+class Sink:
+    """Operands of the weight gradients of one backward pass, by weight, multiplied every so many rows (``FLUSH``).
+
+    Args:
+        uses: how often the loop multiplies each weight, in each direction.
+    """
+
+    def __init__(self, uses: int = 0) -> None:
+        self.products = Products(uses)
+        self._waiting: dict[tuple, _Operands] = {}
+        self._sums: dict[tuple, Tensor] = {}
+        self._bias_sums: dict[int, Tensor] = {}
+        self._cast: dict[int, Tensor] = {}
+
+    def add(self, w: Weights, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+        """Keep the operands of one product's weight gradients.
+
+        Args:
+            xs: the streams ``[..., in]`` that the product read, as for :meth:`Products.forward`.
+            grads: gradients of its results, ``[..., out]`` by weight, or of all of them side by side.
+        """
+        trained = [i for i, (t, b) in enumerate(zip(w.weights, w.biases)) if _trains(t, b)]
+        if not trained:
+            return
+        if len(trained) < len(w.weights):
+            # A frozen weight beside a trained one (LoRA) needs no product.
+            if not w.joined and len(grads) == 1:
+                grads = grads[0].split(w.sizes(), -1)
+            if w.joined and len(xs) == 1:
+                xs = xs[0].split(w.sizes(), -1)
+            xs = [xs[i] for i in trained] if w.joined else xs
+            grads = grads if w.joined else [grads[i] for i in trained]
+            w = Weights(tuple(w.weights[i] for i in trained), tuple(w.biases[i] for i in trained), w.joined, w.transposed)
+        held = self._waiting.setdefault(w.key, _Operands(w))
+        held.x.append(_joined(xs))
+        held.g.append(_joined(grads))
+        held.rows += held.x[-1].shape[0]
+        if held.rows >= FLUSH.get(held.g[-1].device.type, FLUSH["cuda"]):
+            self._flush(held)
+
+    def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:
+        """Weights in autocast's dtype, cast once per loop; None = as they are."""
+        if dtype is None:
+            return w
+        biases = tuple(None if b is None else self._in(b, dtype) for b in w.biases)
+        return Weights(tuple(self._in(t, dtype) for t in w.weights), biases, w.joined, w.transposed)
+
+    def _in(self, parameter: Tensor, dtype: torch.dtype) -> Tensor:
+        if parameter.dtype == dtype:
+            return parameter
+        if id(parameter) not in self._cast:
+            self._cast[id(parameter)] = parameter.to(dtype)
+        return self._cast[id(parameter)]
+
+    def finish(self) -> dict[int, Tensor]:
+        """Gradients by id of the weight or bias; empties the sink."""
+        found: dict[int, Tensor] = {}
+        for key, held in self._waiting.items():
+            self._flush(held)
+            w = held.weights
+            if key in self._sums:
+                parts = self._sums[key].split(w.sizes(), 1 if w.joined or w.transposed else 0)
+                for t, part in zip(w.weights, parts):
+                    if t.requires_grad:
+                        _gather(found, t, part.contiguous())
+            for b in w.biases:
+                if b is not None and id(b) in self._bias_sums:
+                    found[id(b)] = self._bias_sums[id(b)]
+        self.__init__(self.products.uses)
+        return found
+
+    def _flush(self, held: _Operands) -> None:
+        if not held.rows:
+            return
+        w, x, g = held.weights, _rows(held.x), _rows(held.g)
+        held.x, held.g, held.rows = [], [], 0
+        if any(t.requires_grad for t in w.weights):
+            # Sums of low-precision products stay in the weight's own precision.
+            part = (contraction(x, g) if w.transposed else contraction(g, x)).to(w.weights[0].dtype)
+            total = self._sums.get(w.key)
+            self._sums[w.key] = part if total is None else total.add_(part)
+        biases = [b for b in w.biases if b is not None and b.requires_grad]
+        if not biases:
+            return
+        sums = g.sum(0)
+        parts = [sums] * len(w.biases) if w.joined or w.transposed else sums.split(w.sizes())
+        for b, part in zip(w.biases, parts):
+            if b is not None and b.requires_grad:
+                self._bias_sums[id(b)] = self._bias_sums.get(id(b), 0) + part.to(b.dtype)
+
+
+class _Operands:
+    """What the weights of one product wait for."""
+
+    __slots__ = ("g", "rows", "weights", "x")
+
+    def __init__(self, weights: Weights):
+        self.weights = weights
+        self.x: list[Tensor] = []
+        self.g: list[Tensor] = []
+        self.rows = 0
+
+
+def _trains(weight: Tensor, bias: Tensor | None) -> bool:
+    return weight.requires_grad or (bias is not None and bias.requires_grad)
+
+
+def _gather(found: dict[int, Tensor], weight: Tensor, part: Tensor) -> None:
+    """Add to a weight's gradient: it may stand in several products (tied, or visited in other company)."""
+    known = found.get(id(weight))
+    found[id(weight)] = part if known is None else known + part
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Streams side by side as one matrix."""
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), -1)
+    return whole.reshape(-1, whole.shape[-1])
+
+
+def _rows(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class _SunkProduct(torch.autograd.Function):
+    """Products with parameters whose backward returns activation gradients only and reports to the sink."""
+
+    @staticmethod
+    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, *xs: Tensor):
+        ctx.sink, ctx.weights, ctx.dtype = sink, w, dtype
+        ctx.save_for_backward(*(xs if any(_trains(t, b) for t, b in zip(w.weights, w.biases)) else ()))
+        return tuple(sink.products.forward(sink.cast(w, dtype), xs))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        sink, w = ctx.sink, ctx.weights
+        if ctx.saved_tensors:
+            sink.add(w, ctx.saved_tensors, grads)
+        if not any(ctx.needs_input_grad):
+            return (None,) * len(ctx.needs_input_grad)
+        return (None, None, None, *sink.products.backward(sink.cast(w, ctx.dtype), grads))
+
+
+def sunk_products(sink: Sink, w: Weights, *xs: Tensor) -> Sequence[Tensor]:
+    """Products with parameters, their weight gradients sunk when there are any to compute.
+
+    Args:
+        xs: the stream ``[..., in]``, or of joined weights one for each.
+
+    Returns:
+        results ``[..., out]`` by weight, or of joined weights one, the sum.
+    """
+    dtype = _autocast_dtype(xs[0])
+    if not torch.is_grad_enabled():
+        if dtype is not None:
+            xs = tuple(x.to(dtype) for x in xs)
+        return sink.products.forward(sink.cast(w, dtype), xs)
+    if not any(x.requires_grad for x in xs) and not any(_trains(t, b) for t, b in zip(w.weights, w.biases)):
+        return plain(w, xs)
+    if dtype is not None:
+        xs = tuple(x.to(dtype) for x in xs)
+    return _SunkProduct.apply(sink, w, dtype, *xs)
+
+
+class _SunkAbsorbed(torch.autograd.Function):
+    """A product of what pointwise steps make of its inputs; the steps are taken again in the backward pass."""
+
+    @staticmethod
+    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, steps: Callable[..., Tensor], *leaves: Tensor):
+        ctx.sink, ctx.weights, ctx.dtype, ctx.steps = sink, w, dtype, steps
+        ctx.save_for_backward(*leaves)
+        x = steps(*leaves)
+        return tuple(sink.products.forward(sink.cast(w, dtype), [x if dtype is None else x.to(dtype)]))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        sink, w, dtype = ctx.sink, ctx.weights, ctx.dtype
+        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+        with torch.enable_grad(), torch.autocast(grads[0].device.type, dtype, enabled=dtype is not None):
+            x = ctx.steps(*leaves)
+            x = x if dtype is None else x.to(dtype)
+        sink.add(w, [x.detach()], grads)
+        (dx,) = sink.products.backward(sink.cast(w, dtype), grads)
+        return (None, None, None, None, *torch.autograd.grad(x, leaves, dx))
+
+
+def sunk_absorbed(sink: Sink, w: Weights, steps: Callable[..., Tensor], *leaves: Tensor) -> Sequence[Tensor]:
+    """As :func:`sunk_products` of ``steps(*leaves)``, keeping the leaves only."""
+    dtype = _autocast_dtype(leaves[0])
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in leaves):
+        return sunk_products(sink, w, steps(*leaves))
+    return _SunkAbsorbed.apply(sink, w, dtype, steps, *leaves)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast makes of a product's operands here; None = nothing."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+
+
+def sunk_linear(sink: Sink, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """One product ``x W^T + b`` with W ``[out, in]``, its weight gradient sunk."""
+    return sunk_products(sink, Weights((weight,), (bias,)), x)[0]
+
+
+class _Landing(torch.autograd.Function):
+    """A block's stream plus what bridges bring to it: one product for all of them, fused into one kernel on CUDA."""
+
+    @staticmethod
+    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, present: Tensor | None, x: Tensor, *cs: Tensor):
+        ctx.sink, ctx.weights, ctx.dtype, ctx.present = sink, w, dtype, present
+        ctx.types = [c.dtype for c in cs]
+        ctx.save_for_backward(*(cs if any(_trains(t, b) for t, b in zip(w.weights, w.biases)) else ()))
+        return landed(sink, sink.cast(w, dtype), present, x, cs if dtype is None else [c.to(dtype) for c in cs])
+
+    @staticmethod
+    def backward(ctx, grad):
+        sink, w, present = ctx.sink, ctx.weights, ctx.present
+        # Absent tokens brought nothing.
+        g = grad if present is None else torch.where(present, grad, 0)
+        g = g if ctx.dtype is None else g.to(ctx.dtype)
+        if ctx.saved_tensors:
+            sink.add(w, [c.to(g.dtype) for c in ctx.saved_tensors], [g])
+        dcs = sink.products.backward(sink.cast(w, ctx.dtype), [g])
+        return (None, None, None, None, grad, *(d.to(t) for d, t in zip(dcs, ctx.types)))
+
+
+def _fuses(x: Tensor) -> bool:
+    """Whether the fused bridge runs here: on a CPU packed products are faster."""
+    return x.is_cuda
+
+
+def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Sequence[Tensor]) -> Tensor:
+    """``x + present * (sum_b c_b W_b^T + bias_b)``, without gradient."""
+    if _fuses(x) and x.dtype == cs[0].dtype:
+
+        mask = None if present is None else present.squeeze(-1).expand(x.shape[:-1])
+        return bridge_in(x, list(cs), list(w.weights), list(w.biases), present=mask)[0]
+    (y,) = sink.products.forward(w, cs)
+    return x + (y if present is None else torch.where(present, y, 0))
+
+
+def sunk_landing(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, *cs: Tensor) -> Tensor:
+    """Add what bridges bring to a stream, their weight gradients sunk.
+
+    Args:
+        w: joined up-weights ``[width, rank]``.
+        present: ``[batch or 1, tokens, 1]`` bool, where the bridges' delay reaches back to a real token; None = everywhere.
+        x: ``[batch, tokens, width]``; cs: delayed streams ``[batch, tokens, rank]``, one for each weight.
+    """
+    dtype = _autocast_dtype(x)
+    if not torch.is_grad_enabled():
+        return landed(sink, sink.cast(w, dtype), present, x, cs if dtype is None else [c.to(dtype) for c in cs])
+    return _Landing.apply(sink, w, dtype, present, x, *cs)

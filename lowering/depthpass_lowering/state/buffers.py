@@ -1,0 +1,129 @@
+"""Static key-value buffers of the token loop, written in place, with gradient accumulators beside them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from depthpass_kernels import slot_attention_backward, slot_attention_forward
+from torch import Tensor
+
+
+class Buffer:
+    """Keys and values of one attention call of one slot over all columns of a forward pass.
+
+    Attributes:
+        k, v: ``[batch, kv_heads, columns, dim]``; columns from ``first`` up to the running one are written.
+    """
+
+    def __init__(self, before: tuple[Tensor, Tensor] | None, columns: int, first: int = 0):
+        self.before, self.columns, self.first = before, columns, first
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+        self.gk: Tensor | None = None
+        self.gv: Tensor | None = None
+        # Orders the backward passes of all uses of this buffer: later columns first.
+        self.token: Tensor | None = None
+
+    def write(self, k: Tensor, v: Tensor, start: int) -> None:
+        """Write the keys and values of the columns from ``start`` on."""
+        if self.k is None or self.v is None:
+            self.k = k.new_empty(k.shape[0], k.shape[1], self.columns, k.shape[3])
+            self.v = v.new_empty(v.shape[0], v.shape[1], self.columns, v.shape[3])
+            if self.before is not None:
+                past = slice(self.first, self.first + self.before[0].shape[2])
+                self.k[:, :, past], self.v[:, :, past] = self.before
+        self.k[:, :, start : start + k.shape[2]] = k
+        self.v[:, :, start : start + v.shape[2]] = v
+
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, once something is written."""
+        if self.k is None or self.v is None:
+            raise RuntimeError("a buffer is read before it is written")
+        return self.k, self.v
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Accumulators beside keys and values, in at least float32."""
+        if self.gk is None or self.gv is None:
+            k, v = self.held()
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+        return self.gk, self.gv
+
+
+class Use:
+    """One attention over a buffer: whose columns, from where, and the options of the attention.
+
+    Args:
+        options: of :func:`depthpass_kernels.slot_attention_forward`, without the sinks.
+        write: whether the span's keys and values belong into this buffer.
+    """
+
+    __slots__ = ("buffer", "count", "options", "start", "write")
+
+    def __init__(self, buffer: Buffer, start: int, count: int, write: bool, options: dict[str, Any]):
+        self.buffer, self.start, self.count, self.write, self.options = buffer, start, count, write, options
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        """Attention of the span's queries, ``[B, H, C, D]`` -> ``[B, C, H, Dv]``.
+
+        Writes the span's own keys and values first when this is their slot.
+        """
+        device = q.device.type
+        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+            # As autocast does to the operands of SDPA; rotary tables have made float32 of some of them.
+            dtype = torch.get_autocast_dtype(device)
+            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        if not torch.is_grad_enabled():
+            if self.write:
+                self.buffer.write(k, v, self.start)
+            return self.attend(q, sinks)[0].transpose(1, 2)
+        token = self.buffer.token if self.buffer.token is not None else q.new_empty(0)
+        out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
+        return out.transpose(1, 2)
+
+    def attend(self, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The attention and the log of its denominator."""
+        return slot_attention_forward(q, *self.columns(*self.buffer.held()), sinks=sinks, **self.options)
+
+    def columns(self, *sides: Tensor) -> tuple[Tensor, ...]:
+        """Buffers up to the last query's column."""
+        return tuple(t[:, :, : self.start + self.count] for t in sides)
+
+
+class _InPlaceAttention(torch.autograd.Function):
+    """Attention over a buffer that is written in place.
+
+    Nothing of the buffer is saved: a column's content never changes once written, so the backward pass reads it again.
+    Gradients of keys and values are accumulated in the buffer; when the columns of a chunk come up, every later use has
+    added its part, because the token chains the uses.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, sinks, token, use: Use):
+        if use.write:
+            use.buffer.write(k.detach(), v.detach(), use.start)
+        out, lse = use.attend(q, sinks)
+        ctx.use, ctx.strides = use, (k.stride(), v.stride())
+        ctx.save_for_backward(q, sinks, out, lse)
+        return out, token.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, grad, grad_token):
+        q, sinks, out, lse = ctx.saved_tensors
+        use: Use = ctx.use
+        buffer = use.buffer
+        dq, _, _, dsinks = slot_attention_backward(
+            grad, q, *use.columns(*buffer.held()), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
+            **use.options,
+        )
+        own_k = own_v = None
+        if use.write:
+            # In the layout of the keys and values themselves: what comes before expects it, and would copy once more.
+            own_k, own_v = (
+                torch.empty_strided((*t.shape[:2], use.count, t.shape[3]), strides, dtype=t.dtype, device=t.device).copy_(
+                    g[:, :, use.start : use.start + use.count]
+                )
+                for g, t, strides in zip(buffer.gradients(), buffer.held(), ctx.strides)
+            )
+        return dq, own_k, own_v, dsinks, grad.new_zeros(0), None

@@ -1,0 +1,93 @@
+"""Stacked visits: several visits of one block as rows of one call (see :mod:`depthpass.schedule.stacking`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from depthpass.capture.model import Template
+from depthpass.schedule.stacking import Stack
+from depthpass_lowering.visits.running import RunningVisit
+
+
+class StackedVisit:
+    """Visits of one block over one span: answers the block's graph for all their rows at once.
+
+    Rows of the first member come first. At each attention call every member first writes its keys, then all members that
+    read the same keys do so together, as more queries of one attention: those keys are read once.
+
+    Args:
+        members: one visit per place of the stack.
+        hidden: the block's input, ``[members * batch, tokens, width]``.
+    """
+
+    def __init__(self, stack: Stack, members: Sequence[RunningVisit], hidden: Tensor):
+        self.stack, self.members, self.hidden = stack, members, hidden
+        self.index = stack.index
+
+    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+        return (self.graph(template) if runner is None else runner(self.graph(template)))(self, hidden, *sides, *params)
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        members = self.members
+        qs, ks, vs = (t.chunk(len(members)) for t in (q, k, v))
+        own = [visit.extend(number, ks[i], vs[i]) if visit.writes else None for i, visit in enumerate(members)]
+        out: list[Tensor] = [q] * len(members)
+        for slot, who in self.stack.readers:
+            visit, writer = members[who[0]], self.stack.writers.get(slot)
+            if writer is None:
+                keys, values, mask = visit.shared.keys[number], visit.shared.values[number], visit.shared_mask(number)
+            else:
+                keys, values = own[writer]
+                mask = visit.masks.get(*visit.limits(number))
+            parts = _together(visit, number, [qs[i] for i in who], keys, values, sinks, mask)
+            for i, part in zip(who, parts):
+                out[i] = part
+        for who in self.stack.gated:
+            near = _rows([members[i].near(number, qs[i], *own[i], sinks) for i in who])
+            queries, far = (_rows([x[i] for i in who]) for x in (qs, out))
+            visit = members[who[0]]
+            # Only some gates read the block's input.
+            hidden = None if visit.op["gate_input"] == "query" else _rows([self.hidden.chunk(len(members))[i] for i in who])
+            mixed = visit.mix(queries, hidden, far, near)
+            for i, part in zip(who, mixed.chunk(len(who))):
+                out[i] = part
+        return torch.cat(out)
+
+    def submodule(self, path: str, *args: Tensor) -> Tensor:
+        return self.members[0].submodule(path, *args)
+
+    def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
+        return self.members[0].adapt(names, tensors)
+
+    def graph(self, template: Template) -> fx.GraphModule:
+        return self.members[0].graph(template)
+
+    def modulate(self, place: str, x: Tensor) -> Tensor:
+        return self.members[0].modulate(place, x)
+
+    def columns(self, device: torch.device) -> Tensor:
+        return self.members[0].columns(device)
+
+    def commit(self) -> None:
+        for visit in self.members:
+            visit.commit()
+
+
+def _rows(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _together(
+    visit: RunningVisit, number: int, queries: Sequence[Tensor], k: Tensor, v: Tensor, sinks: Tensor | None,
+    mask: tuple[Tensor | None, bool],
+) -> Sequence[Tensor]:
+    """Attention of several members' queries ``[B, H, C, D]`` to the same keys: ``[B, C, H, Dv]`` per member."""
+    seen, causal = mask
+    if len(queries) == 1 or causal:
+        return [visit.attention(number, q, k, v, sinks, mask) for q in queries]
+    if seen is not None:
+        seen = seen.repeat(1, 1, len(queries), 1)
+    return visit.attention(number, torch.cat(queries, 2), k, v, sinks, (seen, False)).chunk(len(queries), 1)
