@@ -38,6 +38,8 @@ def check_expressible(program: Program) -> None:
                 why = "its keys depend on how tokens are split into calls"
             elif o["memory"]:
                 why = "its keys come from another stream than its queries"
+            elif o["memory"]:
+                why = "keys come from another stream than queries"
             elif len(o.args) == 2:
                 why = "some of the tokens only ask"
             elif o["modulate"]:

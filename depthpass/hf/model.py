@@ -709,9 +709,15 @@ def depth_class(stock: type) -> type:
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
-        def generate(self, *args, draft=None, draft_tokens="auto", **kwargs):
+        def generate(self, *args, draft=None, draft_tokens="auto", loops=None, **kwargs):
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
+            if loops is not None:
+                from depthpass.hf.row_depth import rows_generate
+
+                if draft is not None:
+                    raise InputError("loops: expected no draft beside it, got one. Leave one of them out.")
+                return rows_generate(self, stock.generate, args, kwargs, cache, loops)
             if draft is not None:
                 from depthpass.hf.speculation import draft_generate
 

@@ -24,6 +24,7 @@ from depthpass.hf.drafts import ENTRY, Draft, Part, draft_of
 from depthpass.hf.host import StockHost, depth_module, logits_of
 from depthpass.hf.inputs import normalise, warn_frozen
 from depthpass.hf.placement import gather_new
+from depthpass.hf.tokens import Tokens
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -89,8 +90,8 @@ class DraftReport:
                 f"time ratio {self.time_ratio:.2f}")
 
 
-def check_draft(model: Any, args: tuple, kwargs: dict[str, Any], cache: Any, tokens: Any) -> None:
-    """Refuse what a draft cannot be combined with, before anything runs.
+def check_draft(model: Any, args: tuple, kwargs: dict[str, Any], cache: Any, tokens: Any, who: str = "draft") -> None:
+    """Refuse what a draft cannot be combined with, before anything runs; ``who`` is the argument that asks.
 
     Raises:
         InputError, CacheError: naming the argument.
@@ -98,19 +99,17 @@ def check_draft(model: Any, args: tuple, kwargs: dict[str, Any], cache: Any, tok
     if tokens != "auto" and (type(tokens) is not int or tokens < 1):
         raise InputError(f"draft_tokens: expected a number of at least 1 or 'auto', got {tokens!r}.")
     if cache is not None:
-        raise CacheError(f"draft: expected no cache of your own, got a {type(cache).__name__}. A draft keeps two states, which "
+        raise CacheError(f"{who}: expected no cache of your own, got a {type(cache).__name__}. It keeps several states, which "
                          "are made afresh.")
     config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config
-    for name, plain in (("num_beams", 1), ("use_cache", True), ("num_return_sequences", None), ("output_scores", False),
+    for name, plain in (("num_beams", 1), ("use_cache", True), ("output_scores", False),
                         ("output_logits", False), ("output_attentions", False), ("output_hidden_states", False),
                         ("assistant_model", None), ("prompt_lookup_num_tokens", None), ("custom_generate", None),
                         ("inputs_embeds", None), ("prefill_chunk_size", None), ("guidance_scale", None),
                         ("penalty_alpha", None), ("constraints", None)):
         given = kwargs.get(name, getattr(config, name, None))
-        if name in ("num_return_sequences",):
-            continue
         if given not in (None, plain) and not (name == "guidance_scale" and given == 1):
-            raise InputError(f"draft: expected {name}={plain!r} beside it, got {given!r}. Leave one of them out.")
+            raise InputError(f"{who}: expected {name}={plain!r} beside it, got {given!r}. Leave one of them out.")
 
 
 def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any], cache: Any, spec: Any, tokens: Any) -> Any:
@@ -184,13 +183,12 @@ class _Runner:
         return logits_of(self.model._head(self.captured, normed), "draft", "another model").to(torch.float32)
 
 
-class _Decoding:
+class _Decoding(Tokens):
     """One call: the states of both programs, and how much to draft."""
 
     def __init__(self, model, draft: Draft, tokens, processors, criteria, config, streamer, report: DraftReport):
+        super().__init__(processors, criteria, config, streamer)
         self.draft, self.run, self.tokens, self.report = draft, _Runner(model), tokens, report
-        self.processors, self.criteria, self.streamer = processors, criteria, streamer
-        self.sample, self.pad = bool(config.do_sample), config._pad_token_tensor
         self.room = config.max_length
         self.gains = _Gains(draft)
 
@@ -200,10 +198,10 @@ class _Decoding:
 
         mask = given.get("attention_mask")
         self.mask = mask if mask is not None and not bool(mask.all()) else None
-        self.ids, self.running = ids, torch.ones(len(ids), dtype=torch.bool, device=ids.device)
+        self.start(ids)
         self.whole: State = State(record=True)
         self.ahead: State = State(record=True)
-        self._emit(self._pick(self._prompt()[:, -1], self.ids)[0][:, None])
+        self.emit(self.pick(self._prompt()[:, -1], self.ids)[0][:, None])
         pause = 0
         while bool(self.running.any()):
             plain = pause > 0 or self.report.plain_seconds == 0.0 or (self.tokens == "auto" and self.gains.hopeless)
@@ -283,7 +281,7 @@ class _Decoding:
         """One token by the whole program; the draft's state lags behind and catches up in its next chunk."""
         streams, self.whole = self.run.advance(self.draft.model, self.ids[:, self.whole.length :], self._columns(), self.whole)
         self.report.visits += self.draft.model.cost
-        self._emit(self._pick(self.run.logits(streams, 1)[:, -1], self.ids)[0][:, None])
+        self.emit(self.pick(self.run.logits(streams, 1)[:, -1], self.ids)[0][:, None])
 
     def _round(self, count: int) -> None:
         """Draft ``count`` tokens, check them in one chunk, keep what the model agrees with."""
@@ -293,7 +291,7 @@ class _Decoding:
             fresh = row[:, self.ahead.length :]
             mask = self._mask_for(row.shape[1] - known)
             streams, self.ahead = self.run.advance(self.draft.draft, fresh, mask, self.ahead)
-            guess, chance = self._pick(self.run.logits(streams, 1)[:, -1], row)
+            guess, chance = self.pick(self.run.logits(streams, 1)[:, -1], row)
             guesses.append(guess)
             chances.append(chance)
             entries.append(streams[ENTRY][:, -1:] if ENTRY in streams else None)
@@ -313,15 +311,7 @@ class _Decoding:
         # Of what both programs have run, the tokens that were kept and the one that asked for the first that was not.
         length = known + min(taken, count - 1)
         self._take_back(before_whole, before_ahead, row[:, :length], length)
-        self._emit(tokens)
-
-    def _pick(self, logits: Tensor, row: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A token of every row, and when sampling the probabilities that it was drawn with."""
-        scores = self.processors(row, logits)
-        if not self.sample:
-            return scores.argmax(-1), None
-        chance = torch.softmax(scores, -1)
-        return torch.multinomial(chance, 1)[:, 0], chance
+        self.emit(tokens)
 
     def _judge(self, logits: Tensor, row: Tensor, known: int, guesses: Sequence[Tensor], chances: Sequence[Tensor | None]):
         """How many drafted tokens every row keeps, and the tokens that follow: those, and the model's own for the next.
@@ -362,18 +352,6 @@ class _Decoding:
         self.whole, self.ahead = whole, ahead
         if self.draft.rest is not None:
             self.whole = self._with_draft(self.whole)
-
-    def _emit(self, tokens: Tensor) -> None:
-        """Append tokens one by one, as plain decoding does, until every row has stopped."""
-        for token in tokens.unbind(1):
-            if self.pad is not None:
-                token = torch.where(self.running, token, self.pad.to(token))
-            self.ids = torch.cat((self.ids, token[:, None]), 1)
-            if self.streamer is not None:
-                self.streamer.put(token.cpu())
-            self.running = self.running & ~self.criteria(self.ids, None)
-            if not bool(self.running.any()):
-                return
 
 
 def _redrawn(p: Tensor, q: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:

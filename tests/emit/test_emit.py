@@ -40,9 +40,7 @@ CASES = {
     "opt": dp.Loop(start=0, end=4, times=2, normalize="loop", exit=0.6, skip=False),
     "gpt_neox": dp.ParallelLoop.iquest(window=3, loops=2),
     "phi": dp.Loop(start=1, end=3, times=2, lora_rank=3),
-    "cohere2": dp.LayerProgram([0, 2, 1, 2, 1, 3, 3]),
     "mixtral": [dp.IntraLayerRecurrence([1, 2, 1, 2]), dp.Taps(at=[1, 3], head=True)],
-    "smollm3": RICH,
     "gpt_oss": dp.LayerProgram([0, 1, 1, 2, 3, 1]),
 }
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import zoo
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GenerationConfig, PreTrainedTokenizerFast, pipeline
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerFast, pipeline
 from turbos import transformed
 
 import depthpass as dp
@@ -53,7 +53,9 @@ def test_continuous_batching_of_a_loop():
     model = transformed("llama", LOOP, torch.float32)
     settings = GenerationConfig(max_new_tokens=3, do_sample=False, eos_token_id=-1, pad_token_id=0)
     rows = [[5, 9, 23, 4], [7, 8, 9, 10, 11, 12]]
-    found = model.generate_batch(rows, generation_config=settings, warmup=False)
+    # Few pages: otherwise they take most of the machine's memory.
+    pages = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
+    found = model.generate_batch(rows, generation_config=settings, continuous_batching_config=pages, warmup=False)
     assert len(found) == 2
     for number, row in enumerate(rows):
         want = model.generate(torch.tensor([row]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
