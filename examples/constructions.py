@@ -19,7 +19,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from depthpass_lowering.eager import run
+from depthpass_lowering.executors.eager import run
 from depthpass_lowering.state import State
 from torch import Tensor, nn
 

@@ -193,7 +193,7 @@ class Subject:
         stock: nn.Module | None = None,
     ) -> dict[str, Tensor]:
         """What the oracle says of one row: logits, ``hidden`` (the normed stream) and taps, ``[tokens, ...]``."""
-        from depthpass_lowering.noise import noise
+        from depthpass_lowering.executors.noise import noise
 
         key = (tuple(ids.tolist()), start, prompt, tuple(calls))
         if p is None and key in self.meaning_of:
@@ -472,7 +472,7 @@ class Subject:
         """The longest path of what was read while the model ran, against the derived depth."""
         if self.varies:
             return
-        from depthpass_lowering.recording import record
+        from depthpass_lowering.executors.recording import record
 
         from depthpass.analysis.depth import depth
 

@@ -49,7 +49,7 @@ def attach(model: nn.Module, spec) -> nn.Module:
     found = attached_spec(inner)
     if found is None:
         check_fixed(passes)
-        from depthpass_lowering.backend import check_attachable
+        from depthpass_lowering.backend.dynamo import check_attachable
 
         runtime = prepare(inner, passes, None)
         check_attachable(runtime.program)

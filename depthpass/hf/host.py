@@ -29,7 +29,7 @@ from depthpass.hf.prefixes import running
 from depthpass.hf.watch import Binding
 
 if TYPE_CHECKING:
-    from depthpass_lowering.losses import Pool
+    from depthpass_lowering.executors.losses import Pool
 
 
 class BlockCall:
@@ -208,7 +208,7 @@ class StockHost:
         return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
-        from depthpass_lowering.attention import additive, sdpa_attention
+        from depthpass_lowering.visits.attention import additive, sdpa_attention
 
         if mask is not None and mask.device != q.device:  # the block is on another device than the streams
             mask = mask.to(q.device)
@@ -248,8 +248,8 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled rung makes of them."""
     if lowering not in ("inductor", "cudagraph"):
         return direct
-    from depthpass_lowering.compiled import compiled_whole
-    from depthpass_lowering.transforms import check_compilable
+    from depthpass_lowering.executors.compiled import compiled_whole
+    from depthpass_lowering.executors.transforms import check_compilable
 
     check_compilable(lowering)
     return compiled_whole

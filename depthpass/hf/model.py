@@ -146,9 +146,10 @@ class DepthModel:
 
     @property
     def depth_lowered(self) -> LoweredCall:
-        """How each serial region of the last call was run: its rung, and with ``lowering="auto"`` why it was no higher one.
+        """What the last call ran: prints as the lowered program, with the level of each region and why it was no higher one.
 
-        A decoded token that ran as one compiled graph, and regions that were swept, leave no entry.
+        Its entries are the serial regions that ran in a token loop; a decoded token that ran as one compiled graph, and regions
+        that were swept, leave none.
         """
         return self._depth.lowered
 
@@ -343,8 +344,8 @@ class DepthModel:
 
     def _run(self, plan, host: StockHost, call: Call, layout, state, keep: bool, sweeping, lowered: Recorder):
         """Advance a state by a call with its pads in place; returns the embedded tokens, all streams, the new state."""
-        from depthpass_lowering.eager import run
-        from depthpass_lowering.losses import Pool
+        from depthpass_lowering.executors.eager import run
+        from depthpass_lowering.executors.losses import Pool
 
         captured, runtime = host.captured, self._depth
 
@@ -396,7 +397,7 @@ class DepthModel:
         Returns:
             the decoder's flat outputs; all streams by name; the programs that ran with their rows and columns.
         """
-        from depthpass_lowering.losses import Pool
+        from depthpass_lowering.executors.losses import Pool
         from depthpass_lowering.state import State
 
         whole, packing, pool = StockHost(self, captured, ()), call.packing, Pool()
@@ -440,8 +441,8 @@ class DepthModel:
         self, groups, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None, sweeping, lowered
     ):
         """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
-        from depthpass_lowering.eager import run
-        from depthpass_lowering.losses import Pool
+        from depthpass_lowering.executors.eager import run
+        from depthpass_lowering.executors.losses import Pool
         from depthpass_lowering.state import State
 
         parts, pool, captured = [], Pool(), whole.captured

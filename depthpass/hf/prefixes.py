@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from depthpass_lowering.state import Grown
-    from depthpass_lowering.visits import RunningVisit
+    from depthpass_lowering.state.slots import Grown
+    from depthpass_lowering.visits.running import RunningVisit
 
 
 @dataclass(frozen=True)

@@ -158,7 +158,7 @@ class _Runner:
             mask: real tokens, of this call's and earlier columns at least; None = all.
             entry: the stream that takes the embedding's place.
         """
-        from depthpass_lowering.eager import run
+        from depthpass_lowering.executors.eager import run
 
         model, end = self.model, state.length + ids.shape[1]
         cache = DepthCache(model, record=True)

@@ -18,8 +18,8 @@ from depthpass.hf.inputs import Call
 from depthpass.hf.plans import Plan
 
 if TYPE_CHECKING:
+    from depthpass_lowering.executors.token import StaticCache
     from depthpass_lowering.state import State
-    from depthpass_lowering.step import Rooms
 
     from depthpass.lowered import LoweredProgram, Recorder
 
@@ -47,11 +47,11 @@ def advance_token(
             f"lowering {runtime.lowering!r} cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it "
             "uncompiled."
         )
+    from depthpass_lowering.executors.token import StaticCache, StepSlots, capacity
     from depthpass_lowering.state import State
-    from depthpass_lowering.step import Rooms, StepSlots, capacity
 
     length = state.length
-    rooms = Rooms.of(state, capacity(length + 1))
+    rooms = StaticCache.of(state, capacity(length + 1))
     valid = None
     if call.valid is not None:
         valid = nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
@@ -68,7 +68,7 @@ def advance_token(
     device = rooms.tensors()[0].device
     recorded = runtime.lowering == "cudagraph"
     if recorded:
-        from depthpass_lowering import graphed_step
+        from depthpass_lowering.executors import graphed_token as graphed_step
 
         if reason := graphed_step.obstacle(device):
             raise LoweringError(f"lowering 'cudagraph' cannot record a decoded token: {reason}. Use lowering='inductor'.")
@@ -107,7 +107,7 @@ def _is_step(call: Call, state: State) -> bool:
 
 def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) -> str | None:
     """Why a step of this program cannot be compiled in this call, or None."""
-    from depthpass_lowering.step import refusal
+    from depthpass_lowering.executors.token import refusal
 
     if reason := refusal(plan.program):
         return reason
@@ -183,7 +183,7 @@ class _StepHost(StockHost):
         return self.at
 
     def _stand_in(self, key: str, module: nn.Module) -> nn.Module:
-        from depthpass_lowering.scheduled import stand_in
+        from depthpass_lowering.executors.stand_ins import stand_in
 
         if key not in self.stand_ins:
             self.stand_ins[key] = stand_in(module, self.leaf)
@@ -191,7 +191,7 @@ class _StepHost(StockHost):
 
 
 def compile_step(
-    model: nn.Module, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: Rooms, lines: list[str],
+    model: nn.Module, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: StaticCache, lines: list[str],
     weights: list[Tensor], inputs: list[Tensor],
 ) -> CompiledStep:
     """Trace one token through the program and compile it.
@@ -199,8 +199,8 @@ def compile_step(
     Args:
         inputs: token tensors by ``names``, column, rank, validity if ``padded``, delay lines, rooms, weights.
     """
-    from depthpass_lowering.context import CallContext
-    from depthpass_lowering.step import StepRun
+    from depthpass_lowering.executors.context import CallContext
+    from depthpass_lowering.executors.token import StepRun
 
     counts: list[int] = []
     streams: list[str] = []

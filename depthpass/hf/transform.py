@@ -71,13 +71,13 @@ def transform(
             f"this {type(inner).__name__} is already transformed. Call dp.restore(model) first, or pass one list with "
             "all passes."
         )
-    from depthpass_lowering.ladder import check_rung
+    from depthpass_lowering.executors.levels import check_level
 
     from depthpass.hf.save import own_class
 
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
-    runtime.lowering, runtime.fixed_point = check_rung(lowering), policy
+    runtime.lowering, runtime.fixed_point = check_level(lowering), policy
     whole = copied(model)
     made = _inner(whole)
     made.__class__ = depth_class(type(inner))

@@ -212,6 +212,13 @@ class OpDef:
             return self.runs
         return frozenset() if self.meaning is None else EVERYWHERE
 
+    @property
+    def computed(self) -> Callable[..., Tensor]:
+        """``meaning`` of an op that has one."""
+        if self.meaning is None:
+            raise TypeError(f"op {self.kind!r} has no meaning of its own")
+        return self.meaning
+
     def given(self, o: Op) -> dict[str, Any]:
         """The constants that ``meaning`` is given."""
         return {name: o[name] for name in self.constants}
@@ -227,7 +234,7 @@ class OpDef:
     def apply(self, module: nn.Module | None, o: Op, streams: Sequence[Tensor]) -> Tensor:
         """A token-local op on streams, through the module that holds its parameters."""
         if module is None:
-            return self.meaning(*streams, **self.given(o))
+            return self.computed(*streams, **self.given(o))
         if self.applied is not None:
             return self.applied(module, o, streams)
         return module(*streams, **self.given(o))

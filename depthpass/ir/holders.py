@@ -37,4 +37,4 @@ def holder_of(definition: OpDef, declared: Mapping[str, Param], like: Tensor) ->
     if definition.holder is not None:
         return definition.holder(declared, like)
     with torch.no_grad():
-        return Held(definition.meaning, declared, like.detach())
+        return Held(definition.computed, declared, like.detach())

@@ -67,6 +67,12 @@ def rms(x: Tensor, eps: float, weight: Tensor | None = None) -> Tensor:
     return y if weight is None else y * weight
 
 
+def rescale(x: Tensor, eps: float, limit: float) -> Tensor:
+    """``x / rms(x)``, by at most ``limit`` up or down; no gradient flows through the factor."""
+    factor = (x.detach().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * factor.clamp(1 / limit, limit)
+
+
 def pick(x: Tensor, index: int) -> Tensor:
     return x[..., index, None]
 
@@ -252,6 +258,10 @@ LOCAL_OPS = (
     OpDef(
         "rms", attrs=dict(name=AttrDef(str, scope=True), eps=AttrDef(float, 1e-6, low=0.0)), parameters=_gain(None),
         meaning=rms, constants=("eps",), work=_elementwise(5, True),
+    ),
+    OpDef(
+        "rescale", attrs=dict(eps=AttrDef(float, 1e-6, low=0.0), limit=AttrDef(float, 5.0, low=1.0)), meaning=rescale,
+        constants=("eps", "limit"), work=_elementwise(5, True),
     ),
     OpDef("norm", accepts=_norm_accepts, work=None, runs=frozenset({STEP})),
     OpDef(

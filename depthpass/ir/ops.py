@@ -31,6 +31,7 @@ add, mul     sum, product; a stream of width 1 broadcasts; an absent summand add
 act          an elementwise function (sigmoid, silu, tanh, gelu), or ``softmax`` over the width
 pick         one column of a stream, counted from 0
 rms          root-mean-square norm without a gain (with a learned one when named)
+rescale      brought to a root mean square of 1, by a factor of at most ``limit``, through which no gradient flows (T2MLR)
 norm         the stock model's own final norm
 logits       the stock model's own head, of vocabulary ``width``; of a stream that ``norm`` has passed
 distance     how far a stream has moved, (now, before), as a stream of width 1: |now - before| / |now| (``state``),

@@ -124,6 +124,11 @@ class Program:
     def output(self) -> str:
         return self.ops[-1].args[0]
 
+    @cached_property
+    def latents(self) -> int:
+        """Positions that run by themselves, each fed with the output of the one before (Coconut); 0 = none."""
+        return next((o["tokens"] for o in self.ops if o.kind == "pad" and o["feed"]), 0)
+
     @property
     def fed(self) -> str:
         """The value that latents are fed with: the output before pads are dropped."""

@@ -19,8 +19,6 @@ SCATTER_MODES = ("add", "replace")
 TIME_WIDTH = 256
 """Width of the sinusoid that a time encoder reads."""
 
-_NO_RESULT = dict(defines=False, work=None)
-
 
 def _some_token(program: Program, o: Op) -> None:
     if o["tokens"] < 1:
@@ -283,17 +281,18 @@ STRUCTURAL_OPS = (
         accepts=_trim_accepts, pads=lambda o, before: 0, work=None,
     ),
     OpDef(
-        "tap", "name", attrs=dict(name=NAME, head=AttrDef(bool, False)), typed=_tap_typed, runs=frozenset({STEP}), **_NO_RESULT,
+        "tap", "name", attrs=dict(name=NAME, head=AttrDef(bool, False)), defines=False, typed=_tap_typed, work=None,
+        runs=frozenset({STEP}),
     ),
     OpDef(
         "loss", "rule", (1, 2),
         dict(rule=AttrDef(str, required=True, choices=LOSS_RULES), name=NAME, coefficient=AttrDef(float, 1.0, low=0.0)),
-        token_local=False, typed=_loss_typed, **_NO_RESULT,
+        token_local=False, typed=_loss_typed, defines=False, work=None,
     ),
     OpDef(
         "average", "index", (0, 0), dict(index=_BLOCK, blocks=AttrDef(tuple, required=True, block=True)), check=_average_check,
-        runs=frozenset({STEP}), **_NO_RESULT,
+        runs=frozenset({STEP}), defines=False, work=None,
     ),
-    OpDef("retire", "index", (0, 0), dict(index=_BLOCK), check=_retire_check, runs=frozenset({STEP}), **_NO_RESULT),
-    OpDef("output", accepts=_output_accepts, runs=frozenset({STEP}), **_NO_RESULT),
+    OpDef("retire", "index", (0, 0), dict(index=_BLOCK), check=_retire_check, runs=frozenset({STEP}), defines=False, work=None),
+    OpDef("output", accepts=_output_accepts, runs=frozenset({STEP}), defines=False, work=None),
 )

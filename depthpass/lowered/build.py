@@ -65,9 +65,9 @@ def lower(
     if call not in CALLS:
         raise SpecError(f"call: expected one of {', '.join(CALLS)}, got {call!r}.{did_you_mean(str(call), CALLS)}")
     program = schedule.program
-    if choose is None:
-        def choose(region: Region) -> tuple[str, str | None]:
-            return level_of(program, region, call, level)
+
+    def allowed(region: Region) -> tuple[str, str | None]:
+        return level_of(program, region, call, level)
 
     def lowered(o: Op, row: int | None = None) -> LoweredOp:
         visit = o.kind == "block"
@@ -83,7 +83,7 @@ def lower(
         regions = (_step_region(step, lowered, level),)
     else:
         regions = tuple(
-            _region(region, lowered, choose if region.serial else together, read, handed)
+            _region(region, lowered, (choose or allowed) if region.serial else together, read, handed)
             for region, read, handed in zip(schedule.regions, schedule.reads, schedule.results)
         )
     found = LoweredProgram(program.model, call, level, program.blocks, program.width, _with_last(regions))

@@ -95,6 +95,20 @@ class LoweredRegion:
     source: Region | None = field(default=None, repr=False, compare=False)
 
     @property
+    def size(self) -> int:
+        """Tokens of a chunk, or the most of a step."""
+        if self.chunk is None:
+            raise TypeError("a parallel region has no chunks")
+        return self.chunk
+
+    @property
+    def scheduled(self) -> Region:
+        """The schedule's region: the key of what executors make once for it."""
+        if self.source is None:
+            raise TypeError("a region that was read from a text has no schedule behind it")
+        return self.source
+
+    @property
     def serial(self) -> bool:
         return self.kind == "chunks"
 

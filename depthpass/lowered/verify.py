@@ -5,7 +5,7 @@ from __future__ import annotations
 from depthpass.errors import VerifyError
 from depthpass.ir.definitions import CHUNK, SWEEP
 from depthpass.ir.ops import OPS, unfit
-from depthpass.lowered.program import LoweredOp, LoweredProgram, LoweredRegion
+from depthpass.lowered.program import Line, LoweredOp, LoweredProgram, LoweredRegion
 
 _PLACES = {"scheduled": CHUNK, "inductor": CHUNK, "cudagraph": CHUNK, "sweeps": SWEEP}
 
@@ -70,12 +70,11 @@ class _Checker:
             self._need(name in region.inputs or name in region.outputs, f"{where}: lets go of %{name}, which it does not hold.")
         self.values = (self.values | set(region.outputs)) - set(region.last)
 
-    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict) -> None:
+    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict[str, Line]) -> None:
         at = f"{where}: {f'%{o.name} = ' if o.name else ''}{o.kind}"
         if o.line is not None:
-            line = lines.get(o.line)
-            self._need(line is not None and line.source == o.op.args[0] and line.tokens == OPS[o.op.kind].lag(o.op),
-                       f"{at}: reads line %{o.line}, which the region does not keep so.")
+            line = Line(o.line, o.op.args[0], OPS[o.op.kind].lag(o.op))
+            self._need(lines.get(o.line) == line, f"{at}: reads line %{o.line}, which the region does not keep so.")
             if line.source not in here:
                 self._need(region.chunk is not None and region.chunk <= line.tokens,
                            f"{at}: reads {line.tokens} tokens back what {region.chunk or 'all'} tokens run together compute "

@@ -23,6 +23,7 @@ BUILTIN: dict[str, str] = {
     "mixture_of_recursions": "depthpass.passes.mixture_of_recursions:MixtureOfRecursions",
     "pad": "depthpass.passes.pad:Pad",
     "parallel_loop": "depthpass.passes.parallel_loop:ParallelLoop",
+    "recurrent_loop": "depthpass.passes.recurrent_loop:RecurrentLoop",
     "relaxed_recursion": "depthpass.passes.relaxed_recursion:RelaxedRecursion",
     "repeat": "depthpass.passes.recurrence:Repeat",
     "skip": "depthpass.passes.layer_program:Skip",

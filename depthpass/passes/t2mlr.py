@@ -3,30 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from depthpass.errors import PassError
-from depthpass.ir.definitions import AttrDef, OpDef, Work
-from depthpass.ir.ops import OPS, register
 from depthpass.ir.program import Program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.streams import Builder, check_scope, straight
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-
-def rescale(x: Tensor, eps: float, limit: float) -> Tensor:
-    """``x / rms(x)``, by at most ``limit`` up or down; no gradient flows through the factor."""
-    factor = (x.detach().square().mean(-1, keepdim=True) + eps).rsqrt()
-    return x * factor.clamp(1 / limit, limit)
-
-
-if "rescale" not in OPS:
-    register(OpDef(
-        "rescale", attrs=dict(eps=AttrDef(float, 1e-6, low=0.0), limit=AttrDef(float, 5.0, low=1.0)), meaning=rescale,
-        constants=("eps", "limit"), work=lambda o, widths, out, hidden: Work(elementwise=4 * out, saved=out),
-    ))
 
 
 @dataclass(frozen=True)

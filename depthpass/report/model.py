@@ -174,10 +174,11 @@ class Report:
         return max((self.types[o.name].pads for r in loops for o in r.ops if o.name), default=0)
 
     def _steps(self, region: Region) -> int:
+        latents = self.program.latents
         if region.chunk is None:
-            return 1
-        pads = max(self.types[o.name].pads for o in region.ops if o.name)
-        return -(-(self.seq_len + pads) // region.chunk)
+            return 1 + latents
+        pads = max(self.types[o.name].pads for o in region.ops if o.name) - latents
+        return latents - (-(self.seq_len + pads) // region.chunk)
 
     @cached_property
     def new_parameters(self) -> int:

@@ -247,7 +247,10 @@ def _schedule(report: Report) -> Section:
     if (policy := report.fixed_point) is not None and report.serial_blocks:
         note = policy.approximate or "sweeps over all tokens at once, same numbers; recursions and calls are the token loop's"
         swept = (Number("fixed_point", "serial regions run as", str(policy), "", note),)
+    alone = (Number("latents", "latents", p.latents, "positions", "each runs by itself, fed with the output of the one before; "
+                    "n tokens stand before them"),) if p.latents else ()
     return Section("Schedule", (
+        *alone,
         Number("serial_blocks", "serial blocks", report.serial_blocks, "block visits",
                "on a delay cycle; all others run over the whole row at once", out_of=report.visits),
         Number("chunk", "chunk", chunk if chunk is not None else "the whole row", "tokens" if chunk is not None else "",
@@ -266,8 +269,8 @@ def _levels(report: Report) -> list[Number]:
     """What runs the token loops of a training call; nothing where there are none."""
     levels = {r.level: r.reason for r in report.lowered if r.serial}
     note = "; ".join(f"{level}: {reason}" for level, reason in levels.items() if reason)
-    return [Number("levels", "token loops run on", ", ".join(levels), "level", note or "in training, where nothing of the model "
-                   "forbids it; depthpass show --lowered has the text")] if levels else []
+    return [Number("levels", "token loops run on", ", ".join(levels), "level",
+                   note or "in training; see depthpass show --lowered")] if levels else []
 
 
 def _stacks(report: Report) -> list[Number]:

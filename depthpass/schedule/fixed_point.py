@@ -76,7 +76,7 @@ class FixedPoint:
 
     def start(self) -> Any:
         """What runs the sweeps of one call, and keeps their record."""
-        from depthpass_lowering.fixed_point import Sweeping
+        from depthpass_lowering.executors.fixed_point import Sweeping
 
         return Sweeping(self)
 
@@ -101,7 +101,7 @@ class Measure:
 
     def start(self) -> Any:
         """What runs one call, and keeps the measurements."""
-        from depthpass_lowering.contraction import Measuring
+        from depthpass_lowering.executors.contraction import Measuring
 
         return Measuring(self)
 

@@ -44,6 +44,13 @@ class Region:
         return self.chunk is not None
 
     @property
+    def size(self) -> int:
+        """Tokens of a chunk."""
+        if self.chunk is None:
+            raise TypeError("a parallel region has no chunks")
+        return self.chunk
+
+    @property
     def visits(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "block")
 
@@ -107,9 +114,14 @@ class Schedule:
         """Lowered programs of this schedule by what they were made for; filled by what runs them."""
         return {}
 
+    def __reduce__(self):
+        # What was lowered belongs to captures of this process, and to the model that ran them.
+        return Schedule, (self.program, self.regions, self.stacked)
+
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""
-        return sum(len(r.visits) * (-(-tokens // r.chunk) if r.serial else 1) for r in self.regions)
+        latents = self.program.latents
+        return sum(len(r.visits) * (latents + (-(-tokens // r.chunk) if r.serial else 1)) for r in self.regions)
 
 
 def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> Schedule:

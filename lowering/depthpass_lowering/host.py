@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from depthpass.capture.model import Capture, Site, Template
 
 if TYPE_CHECKING:
-    from depthpass_lowering.losses import Pool
-    from depthpass_lowering.visits import RunningVisit
+    from depthpass_lowering.executors.losses import Pool
+    from depthpass_lowering.visits.running import RunningVisit
+    from depthpass_lowering.visits.stacked import StackedVisit
 
 
 class Host(Protocol):
@@ -35,7 +36,7 @@ class Host(Protocol):
     losses: Mapping[str, Tensor] | None
     pool: Pool | None
 
-    def block(self, index: int, visit: RunningVisit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor: ...
+    def block(self, index: int, visit: RunningVisit | StackedVisit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor: ...
 
     def sides_of(self, index: int) -> tuple[int, ...]: ...
 

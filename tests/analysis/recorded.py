@@ -1,6 +1,6 @@
 """Depth of a program from a record of who asked whom, while the reference interpreter runs it: its longest path.
 
-For programs that run on no model (pads inside, other widths): :mod:`depthpass_lowering.recording` does the same on the
+For programs that run on no model (pads inside, other widths): :mod:`depthpass_lowering.executors.recording` does the same on the
 runtime. Nothing is read off the program here; an edge is a value that was asked for while another one was computed. Routes
 take every token, and in one more run per route nobody, and what was asked in any of the runs counts.
 """

@@ -3,7 +3,7 @@ import itertools
 import pytest
 import sympy as sp
 import torch
-from depthpass_lowering.routes import choose
+from depthpass_lowering.visits.routes import choose
 
 import depthpass as dp
 from depthpass.analysis.complexity import Growth, complexity, growth, precision_kind

@@ -14,6 +14,7 @@ import pytest
 import zoo
 
 from depthpass import cli
+from depthpass.lowered import parse_lowered, verify_lowered
 
 BRIDGE = "{pass: turboconn, bridges: [[5, 1]], group: 2, rank: 3}"
 
@@ -100,6 +101,16 @@ def test_show_prints_the_program_around_each_pass(run, config: str) -> None:
     assert out.count("program LlamaForCausalLM blocks=6 width=32") == 3
     shown = json.loads(run("show", config, "--spec", BRIDGE, "--json")[1])
     assert "delay 2" in shown[1]["program"] and "delay" not in shown[0]["program"]
+
+
+def test_show_prints_what_a_call_runs(run, config: str) -> None:
+    code, out, _ = run("show", config, "--spec", BRIDGE, "--lowered")
+    assert code == 0 and out.startswith("lowered LlamaForCausalLM call=train level=auto blocks=6 width=32")
+    assert "chunks of 2 level scheduled" in out and verify_lowered(parse_lowered(out))
+    shown = json.loads(run("show", config, "--spec", BRIDGE, "--lowered", "token", "--json")[1])
+    assert shown["call"] == "token" and "level eager because one chunk" in shown["lowered"]
+    code, _, err = run("show", config, "--lowered", "decode")
+    assert code == 2 and "call: expected one of train, score" in err
 
 
 def test_compare(run, config: str, tmp_path: Path) -> None:

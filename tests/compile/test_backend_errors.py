@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from depthpass_lowering.backend import Options, depthpass_backend, planned
+from depthpass_lowering.backend.dynamo import Options, depthpass_backend, planned
 from transformers import DynamicCache
 
 import depthpass as dp

@@ -6,8 +6,8 @@ import warnings
 import pytest
 import torch
 import zoo
-from depthpass_lowering.backend import depthpass_backend
-from depthpass_lowering.compiled import _COMPILED
+from depthpass_lowering.backend.dynamo import depthpass_backend
+from depthpass_lowering.executors.compiled import _COMPILED
 from transformers.modeling_outputs import CausalLMOutput
 
 import depthpass as dp

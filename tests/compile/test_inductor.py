@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import zoo
-from depthpass_lowering.compiled import _COMPILED
-from depthpass_lowering.joint import Joint
+from depthpass_lowering.executors.compiled import _COMPILED
+from depthpass_lowering.products.joint import Joint
 from rungs import assert_same, gradients, pair
 
 import depthpass as dp

@@ -3,7 +3,7 @@
 import operator
 
 import torch
-from depthpass_lowering.segments import Segmented
+from depthpass_lowering.products.segments import Segmented
 from torch import fx
 
 aten = torch.ops.aten

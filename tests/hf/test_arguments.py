@@ -257,9 +257,9 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
     ({"input_ids": IDS, "past_key_values": ((IDS, IDS),)}, "past_key_values: expected a DepthCache .* got tuple"),
 ])
 def test_bad_arguments_are_refused_before_any_compute(llama, arguments, message, monkeypatch):
-    import depthpass_lowering.eager
+    import depthpass_lowering.executors.eager
 
-    monkeypatch.setattr(depthpass_lowering.eager, "run", lambda *a, **k: pytest.fail("computed"))
+    monkeypatch.setattr(depthpass_lowering.executors.eager, "run", lambda *a, **k: pytest.fail("computed"))
     with pytest.raises((InputError, CacheError), match=message):
         llama(**arguments)
 

@@ -91,12 +91,12 @@ def test_caches_move_and_are_saved(filled):
 ])
 def test_generation_modes_are_refused_before_any_work(options, message, monkeypatch):
     turbo = turbo_of(stock_of("llama"))
-    import depthpass_lowering.eager
+    import depthpass_lowering.executors.eager
 
     ids = BATCH["input_ids"][:1]
     settings = turbo.config.to_dict()
     with monkeypatch.context() as patch:
-        patch.setattr(depthpass_lowering.eager, "run", lambda *a, **k: pytest.fail("computed"))
+        patch.setattr(depthpass_lowering.executors.eager, "run", lambda *a, **k: pytest.fail("computed"))
         with pytest.raises(dp.InputError, match=message):
             turbo.generate(ids, max_new_tokens=3, **options)
         if options.get("cache_implementation") != "paged":  # transformers looks for it among the arguments only

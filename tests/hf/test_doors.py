@@ -184,7 +184,7 @@ def test_bad_arguments_of_a_decoder():
 
 
 def test_the_program_runs_once_per_call(monkeypatch):
-    import depthpass_lowering.eager as eager
+    import depthpass_lowering.executors.eager as eager
 
     runs, real = [], eager.run
     monkeypatch.setattr(eager, "run", lambda *a, **k: runs.append(1) or real(*a, **k))

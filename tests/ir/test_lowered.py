@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -122,3 +124,10 @@ def test_levels_follow_the_call_and_what_was_asked_for() -> None:
         verify_lowered(replace(lower(schedule(modulated)), regions=tuple(
             replace(r, level="scheduled", reason=None) if r.serial else r for r in lower(schedule(modulated))
         )))
+
+
+def test_a_copied_schedule_leaves_what_was_lowered_behind() -> None:
+    plan = schedule(plain("M", 2, 8))
+    plan.lowered["made"] = lambda: None  # as little to be pickled as a capture is
+    for copied in (pickle.loads(pickle.dumps(plan)), copy.deepcopy(plan), copy.copy(plan)):
+        assert str(copied.program) == str(plan.program) and not copied.lowered and len(copied.regions) == len(plan.regions)

@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 import zoo
-from depthpass_lowering import scheduled
+from depthpass_lowering.executors import chunk_loop
 from depthpass_lowering.fx_passes.distribute import distribute_pass
 from depthpass_lowering.fx_passes.products import join_products_pass, land, products
 from depthpass_lowering.fx_passes.sink import _absorbed
@@ -20,9 +20,9 @@ def graph_of(name: str, spec, layers: int = 4, **options):
     """The chunk graph that a call of a transformed model runs on."""
     turbo = dp.transform(zoo.model(name, layers), spec, lowering="scheduled", **options)
     turbo(**zoo.batch([9, 6]), use_cache=False)
-    (graph,) = [g for made in scheduled._GRAPHS.values() for g in made.values() if g.program is turbo.depth_program]
+    (graph,) = [g for made in chunk_loop._GRAPHS.values() for g in made.values() if g.program is turbo.depth_program]
     turbo(**zoo.batch([13, 6]), use_cache=False)
-    assert sum(g.program is turbo.depth_program for made in scheduled._GRAPHS.values() for g in made.values()) == 1
+    assert sum(g.program is turbo.depth_program for made in chunk_loop._GRAPHS.values() for g in made.values()) == 1
     return graph
 
 
@@ -96,7 +96,7 @@ def test_products_that_must_stay_alone():
 def test_pointwise_work_between_products_is_not_kept(name, count):
     """One MLP a block; not where an activation has more than pointwise ops, and not where experts run as a whole."""
     graph = graph_of(name, dp.TurboConn(bridges=[(3, 0)], group=3, rank=5))
-    sunk = scheduled.sunk_graph(graph)
+    sunk = chunk_loop.sunk_graph(graph)
     taken = [n for n in sunk.graph.nodes if n.target is _absorbed]
     assert len(taken) == count
     for n in taken:  # it starts from results of products, or from views of them

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 import zoo
-from depthpass_lowering import fixed_point as lowered
+from depthpass_lowering.executors import fixed_point as lowered
 from rungs import assert_same, gradients
 
 import depthpass as dp

@@ -3,8 +3,8 @@
 import pytest
 import torch
 import zoo
-from depthpass_lowering import graphed
-from depthpass_lowering.graphed import bucket
+from depthpass_lowering.executors import graphed
+from depthpass_lowering.executors.graphed import bucket
 
 import depthpass as dp
 from depthpass.errors import LoweringError

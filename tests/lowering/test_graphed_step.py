@@ -3,8 +3,8 @@
 import pytest
 import torch
 import zoo
-from depthpass_lowering import graphed_step
-from depthpass_lowering.ladder import executor
+from depthpass_lowering.executors import graphed_token as graphed_step
+from depthpass_lowering.executors.levels import executor
 
 import depthpass as dp
 from depthpass.errors import LoweringError
@@ -53,7 +53,7 @@ def test_replays_equal_the_step_they_record(name, monkeypatch):
     monkeypatch.setattr(graphed_step, "obstacle", lambda device: None)
     # The prefill's token loop has no graphs here.
     graphed, eager = transformed(SPECS[name], "cudagraph"), transformed(SPECS[name], "eager")
-    monkeypatch.setattr("depthpass_lowering.graphed.Graphed.refuse", lambda self, run, region: "no CUDA here", raising=True)
+    monkeypatch.setattr("depthpass_lowering.executors.graphed.Graphed.refuse", lambda self, run, region: "no CUDA here")
     monkeypatch.setattr(executor("cudagraph"), "strict", False)
     batches = [zoo.batch([9, 6]), zoo.batch([7, 7])]
     with torch.no_grad():

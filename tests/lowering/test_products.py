@@ -5,10 +5,12 @@ import weakref
 import pytest
 import torch
 import zoo
-from depthpass_lowering import compiled, joint, products
-from depthpass_lowering import sink as sink_module
-from depthpass_lowering.products import Products, Weights, contraction
-from depthpass_lowering.sink import Sink, sunk_landing, sunk_products
+from depthpass_lowering.executors import compiled
+from depthpass_lowering.products import joint
+from depthpass_lowering.products import packed as products
+from depthpass_lowering.products import sink as sink_module
+from depthpass_lowering.products.packed import Products, Weights, contraction
+from depthpass_lowering.products.sink import Sink, sunk_landing, sunk_products
 
 import depthpass as dp
 

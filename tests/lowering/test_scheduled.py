@@ -6,8 +6,8 @@ import weakref
 import pytest
 import torch
 import zoo
-from depthpass_lowering.buffers import Buffer
-from depthpass_lowering.scheduled import _GRAPHS
+from depthpass_lowering.executors.chunk_loop import _GRAPHS
+from depthpass_lowering.state.buffers import Buffer
 from rungs import SPEC, assert_same, gradients, pair
 
 import depthpass as dp

@@ -219,6 +219,17 @@ def test_depth(spec):
     assert parse_program(str(program)) == program and "pad 3 (%0) feed true" in str(program)
 
 
+def test_the_report_counts_latents_one_by_one():
+    stock = zoo.model("llama", 4)
+    for spec, calls in (([dp.Loop(1, 3, times=2)], 6 * (1 + K)), ([dp.TurboConn(bridges=[(2, 0)], group=4, rank=2)],
+                                                                 4 + 4 * K + 2 * 2)):
+        model = dp.transform(stock, [*spec, dp.Coconut(K)])
+        report = dp.report(model, seq_len=10)
+        assert report.serial_block_calls == calls
+        assert report.depth_at(10) == longest(model.depth_program, 10, K)
+        assert "latents" in report.to_text() and f"{calls} block calls" in report.to_text()
+
+
 def test_interpreter():
     toy = Toy(2, 6)
     text = (f"program M blocks=2 width={WIDTH}\n%e = embed\n%p = pad 2 (%e) feed true\n%a = block 0 (%p) slot 0\n"

@@ -6,7 +6,7 @@ import oracle_program as oracle
 import pytest
 import torch
 import zoo
-from depthpass_lowering.noise import cut_off, noise
+from depthpass_lowering.executors.noise import cut_off, noise
 from turbos import enliven
 
 import depthpass as dp

@@ -4,7 +4,7 @@ import oracle_program as oracle
 import pytest
 import torch
 import zoo
-from depthpass_lowering.noise import noise
+from depthpass_lowering.executors.noise import noise
 from depthpass_lowering.supported import check_program
 from turbos import enliven
 

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
-from depthpass_lowering.recording import record
+from depthpass_lowering.executors.recording import record
 from turbos import enliven
 
 import depthpass as dp
@@ -72,7 +72,9 @@ def test_random_programs_with_every_op_kind(chunk, stocks, monkeypatch):
 
 
 def test_the_random_programs_have_every_op_kind():
-    assert kinds_of([runnable(s, "LlamaForCausalLM", 4, 32, zoo.VOCABULARY) for s in SEEDS]) == set(OPS)
+    made = [runnable(s, "LlamaForCausalLM", 4, 32, zoo.VOCABULARY) for s in SEEDS]
+    # rescale comes with T2MLR: test_feedback.py.
+    assert kinds_of(made) == set(OPS) - {"rescale"}
 
 
 SYSTEMS = {

@@ -4,7 +4,7 @@ import oracle_program as oracle
 import pytest
 import torch
 import zoo
-from depthpass_lowering.routes import Route, choose
+from depthpass_lowering.visits.routes import Route, choose
 from turbos import enliven
 
 import depthpass as dp

@@ -6,7 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 import zoo
-from depthpass_lowering import stacked
+from depthpass_lowering.visits import stacked
 from turbos import enliven
 
 import depthpass as dp

@@ -154,10 +154,10 @@ class _Builder:
         return g if region.chunk == self.schedule.chunk else sp.Integer(region.chunk)
 
     def _steps(self, region: Region) -> sp.Expr:
-        """Calls of one sequence."""
-        chunk = self._chunk(region)
-        pads = max((self.types[o.name].pads for o in region.ops if o.name), default=0)
-        return _ONE if chunk is None else sp.ceiling((n + pads) / chunk)
+        """Calls of one sequence; latents run one by one."""
+        chunk, latents = self._chunk(region), self.program.latents
+        pads = max((self.types[o.name].pads for o in region.ops if o.name), default=0) - latents
+        return latents + (_ONE if chunk is None else sp.ceiling((n + pads) / chunk))
 
     @cached_property
     def graded(self) -> frozenset[str]:

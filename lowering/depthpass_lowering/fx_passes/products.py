@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from depthpass_lowering.fx_passes.effects import writes
-from depthpass_lowering.products import Weights, plain
+from depthpass_lowering.products.packed import Weights, plain
 
 aten = torch.ops.aten
 

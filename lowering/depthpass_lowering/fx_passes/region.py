@@ -3,7 +3,7 @@
 The graph asks the running loop for what has a past or is no plain tensor code: attention of each visit, delayed streams,
 modules that wrap others. All else is in the graph, so that passes see across blocks: what leaves the loop
 (:mod:`.distribute`), products of one stream (:mod:`.products`), and one segment from one attention call to the next
-(:mod:`depthpass_lowering.segments`).
+(:mod:`depthpass_lowering.products.segments`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from depthpass.schedule.regions import Region
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
-from depthpass_lowering.queries import split_graph
+from depthpass_lowering.visits.split import split_graph
 
 # Calls in the graph, answered by the running loop.
 

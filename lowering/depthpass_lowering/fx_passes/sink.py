@@ -8,8 +8,8 @@ from torch import Tensor, fx
 
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.fx_passes.recompute import absorbed, recompute_pass
-from depthpass_lowering.products import Weights
-from depthpass_lowering.sink import Sink, sunk_absorbed, sunk_landing, sunk_products
+from depthpass_lowering.products.packed import Weights
+from depthpass_lowering.products.sink import Sink, sunk_absorbed, sunk_landing, sunk_products
 
 
 def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 from torch import Tensor, fx
 
+from depthpass_lowering.executors.chunk_loop import Job
+from depthpass_lowering.executors.scheduled import Scheduled
 from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.fx_passes.sink import sink_bridges_pass
-from depthpass_lowering.joint import Segment
-from depthpass_lowering.scheduled import Job, Scheduled
-from depthpass_lowering.segments import Segmented, compile_segment
-from depthpass_lowering.sink import Sink
+from depthpass_lowering.products.joint import Segment
+from depthpass_lowering.products.segments import Segmented, compile_segment
+from depthpass_lowering.products.sink import Sink
 
 MOST_SEGMENTS = 5
 """Different segments of one chunk above which bridges are taken out of them: blocks that differ by their bridges alone would
@@ -103,12 +104,12 @@ def structure(gm: fx.GraphModule) -> tuple:
 
 
 class Compiled(Scheduled):
-    """As :class:`~depthpass_lowering.scheduled.Scheduled`, with compiled chunks."""
+    """As :class:`~depthpass_lowering.executors.scheduled.Scheduled`, with compiled chunks."""
 
     name, compiled = "inductor", True
 
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         # The last chunk of a row may be short: it is not worth a compilation of its own.
-        if job.run.context.count > job.region.chunk != tokens:
+        if job.run.context.count > job.region.size != tokens:
             return super().chunk_runner(job, tokens)
         return functools.partial(compiled_graph(job.graph), job.sink)

@@ -17,12 +17,12 @@ from depthpass.passes.base import Pass
 from depthpass.passes.pipeline import apply_spec
 from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import SpecLike, load_spec, spec_hash
-from depthpass_lowering.dynamo_models import holds_no_model, model_of, scoring_parameters
-from depthpass_lowering.dynamo_sizes import restart_with_symbolic_sizes
+from depthpass_lowering.backend.models import holds_no_model, model_of, scoring_parameters
+from depthpass_lowering.backend.sizes import restart_with_symbolic_sizes
 
 if TYPE_CHECKING:
     from depthpass.hf.packing import Packing, Rows
-    from depthpass_lowering.graph_host import Columns, GraphHost
+    from depthpass_lowering.backend.graph_host import Columns, GraphHost
 
 NAME = "depthpass"
 
@@ -144,7 +144,7 @@ class _Compiled:
 
     def _host(self, parameters: Mapping[str, Tensor]) -> GraphHost:
         from depthpass.hf.attach import depth_of
-        from depthpass_lowering.graph_host import GraphHost
+        from depthpass_lowering.backend.graph_host import GraphHost
 
         # Token loops: by hand, with their chunks compiled, or op by op where another compiler runs the blocks.
         return GraphHost(
@@ -153,16 +153,16 @@ class _Compiled:
         )
 
     def _columns(self, inputs: Mapping[str, Tensor]) -> Columns:
-        from depthpass_lowering.graph_host import Columns
+        from depthpass_lowering.backend.graph_host import Columns
 
         name, dim = self.captured.tokens
         return Columns(inputs[name].shape[dim])
 
     def _run(self, host: GraphHost, inputs: Mapping[str, Tensor], valid: Tensor | None) -> Tensor:
         """The program's stream of rows that are one sequence each."""
-        from depthpass_lowering.eager import run
-        from depthpass_lowering.ladder import AUTO_INDUCTOR
-        from depthpass_lowering.state import State
+        from depthpass_lowering.executors.eager import run
+        from depthpass_lowering.executors.levels import AUTO_INDUCTOR
+        from depthpass_lowering.state.slots import State
 
         c = self.captured.capture
         hidden, *sides = host.part(c.prologue, inputs, visit=self._columns(inputs))
@@ -206,7 +206,7 @@ class _Compiled:
 
     def _runner(self, gm: fx.GraphModule) -> Callable:
         if gm not in self.runners:
-            from depthpass_lowering.segments import Segmented, compile_segment
+            from depthpass_lowering.products.segments import Segmented, compile_segment
 
             self.runners[gm] = Segmented(gm, lambda piece: compile_segment(piece, self.inner))
         return self.runners[gm]

@@ -27,7 +27,7 @@ class Buffer:
 
     def write(self, k: Tensor, v: Tensor, start: int) -> None:
         """Write the keys and values of the columns from ``start`` on."""
-        if self.k is None:
+        if self.k is None or self.v is None:
             self.k = k.new_empty(k.shape[0], k.shape[1], self.columns, k.shape[3])
             self.v = v.new_empty(v.shape[0], v.shape[1], self.columns, v.shape[3])
             if self.before is not None:
@@ -36,11 +36,18 @@ class Buffer:
         self.k[:, :, start : start + k.shape[2]] = k
         self.v[:, :, start : start + v.shape[2]] = v
 
+    def held(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, once something is written."""
+        if self.k is None or self.v is None:
+            raise RuntimeError("a buffer is read before it is written")
+        return self.k, self.v
+
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Accumulators beside keys and values, in at least float32."""
-        if self.gk is None:
-            dtype = torch.promote_types(self.k.dtype, torch.float32)
-            self.gk, self.gv = torch.zeros_like(self.k, dtype=dtype), torch.zeros_like(self.v, dtype=dtype)
+        if self.gk is None or self.gv is None:
+            k, v = self.held()
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         return self.gk, self.gv
 
 
@@ -77,7 +84,7 @@ class Use:
 
     def attend(self, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """The attention and the log of its denominator."""
-        return slot_attention_forward(q, *self.columns(self.buffer.k, self.buffer.v), sinks=sinks, **self.options)
+        return slot_attention_forward(q, *self.columns(*self.buffer.held()), sinks=sinks, **self.options)
 
     def columns(self, *sides: Tensor) -> tuple[Tensor, ...]:
         """Buffers up to the last query's column."""
@@ -107,7 +114,7 @@ class _InPlaceAttention(torch.autograd.Function):
         use: Use = ctx.use
         buffer = use.buffer
         dq, _, _, dsinks = slot_attention_backward(
-            grad, q, *use.columns(buffer.k, buffer.v), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
+            grad, q, *use.columns(*buffer.held()), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
             **use.options,
         )
         own_k = own_v = None
@@ -117,6 +124,6 @@ class _InPlaceAttention(torch.autograd.Function):
                 torch.empty_strided((*t.shape[:2], use.count, t.shape[3]), strides, dtype=t.dtype, device=t.device).copy_(
                     g[:, :, use.start : use.start + use.count]
                 )
-                for g, t, strides in zip(buffer.gradients(), (buffer.k, buffer.v), ctx.strides)
+                for g, t, strides in zip(buffer.gradients(), buffer.held(), ctx.strides)
             )
         return dq, own_k, own_v, dsinks, grad.new_zeros(0), None

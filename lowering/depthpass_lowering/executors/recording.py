@@ -19,19 +19,19 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depthpass.errors import InputError, LoweringError
 from depthpass.ir.program import Op, Program, op
 from depthpass.lowered.build import lower
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.stacking import Step
-from depthpass_lowering.attention import Masks
-from depthpass_lowering.context import CallContext, RunResult
-from depthpass_lowering.eager import Run
-from depthpass_lowering.executor import Executor
-from depthpass_lowering.routes import Route, choose
-from depthpass_lowering.state import Span, State, spans
+from depthpass_lowering.executors.base import Executor
+from depthpass_lowering.executors.context import CallContext, RunResult
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.state.slots import Span, State, spans
+from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.routes import Route, choose
 
 Node = tuple[str, int]
 """(value, column of the row); what is handed out is (``output`` or a tap's name, token) behind a ``>``."""
@@ -85,7 +85,7 @@ class Record:
         return max(length for (value, _), length in longest.items() if value == f">{name}")
 
 
-def record(model: nn.Module, ids: Tensor, calls: Sequence[int] | None = None) -> Record:
+def record(model: Any, ids: Tensor, calls: Sequence[int] | None = None) -> Record:
     """Run one row through a transformed model and record it.
 
     Args:
@@ -131,7 +131,7 @@ class _Runs:
         self.leaves: dict[Node, Tensor] = {}
         self.waits: list[tuple[Node, str]] = []
 
-    def run(self, model: nn.Module, ids: Tensor, sizes: Sequence[int]) -> None:
+    def run(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> None:
         """Run the calls; then ask what of each token was handed out it was computed from."""
         from depthpass.hf.cache import DepthCache
 

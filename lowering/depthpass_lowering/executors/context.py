@@ -14,7 +14,7 @@ from depthpass.lowered.program import LoweredProgram
 from depthpass.lowered.record import Lowered
 from depthpass.schedule.regions import Schedule
 from depthpass_lowering.host import Host
-from depthpass_lowering.state import State
+from depthpass_lowering.state.slots import State
 
 
 @dataclass(frozen=True, eq=False)

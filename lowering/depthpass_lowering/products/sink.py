@@ -13,7 +13,7 @@ import torch
 from depthpass_kernels import bridge_in
 from torch import Tensor
 
-from depthpass_lowering.products import Products, Weights, contraction, plain
+from depthpass_lowering.products.packed import Products, Weights, contraction, plain
 
 FLUSH = {"cpu": 256, "cuda": 8192}
 """Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.

@@ -7,28 +7,27 @@ exact after as many sweeps as chunks. Memory is that of one plain forward pass.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depthpass.errors import LoweringError
 from depthpass.ir.definitions import SWEEP
-from depthpass.ir.ops import OPS, unfit
+from depthpass.ir.ops import unfit
 from depthpass.ir.program import reads_slots, writes_slot
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass.schedule.regions import Region
-from depthpass_lowering.dropout import draws
-from depthpass_lowering.eager import Run
-from depthpass_lowering.executor import Executor
-from depthpass_lowering.first_order import first_order
-from depthpass_lowering.host import Host
-from depthpass_lowering.state import Slot
-from depthpass_lowering.sweeps import Solve, Solver, Sweeper
-from depthpass_lowering.transforms import unschedulable
+from depthpass_lowering.executors.base import Executor
+from depthpass_lowering.executors.dropout import draws
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.first_order import first_order
+from depthpass_lowering.executors.stand_ins import LeafHost, tensors_of
+from depthpass_lowering.executors.sweeps import Solve, Solver, Sweeper
+from depthpass_lowering.executors.transforms import unschedulable
+from depthpass_lowering.state.slots import Slot
 
 SWEEPS = "sweeps"
 
@@ -60,7 +59,7 @@ class Swept(Executor):
 
     def level(self, run: Run, region: Region) -> tuple[str, str | None]:
         # One chunk has nothing to wait for: decoding is sequential.
-        if run.context.count <= region.chunk or (self.policy.window == 1 and self.policy.exact):
+        if run.context.count <= region.size or (self.policy.window == 1 and self.policy.exact):
             return self.inner.level(run, region)
         if reason := unswept(run, region):
             raise LoweringError(f"schedule 'fixed_point' cannot run this call: {reason}. Use schedule='sequential'.")
@@ -69,7 +68,7 @@ class Swept(Executor):
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         if region.level != SWEEPS:
             return self.inner.region(run, region)
-        inputs = {a: run.env[a] for a in region.inputs}
+        inputs = run.streams(region)
         sweeper = Sweeper(run, region)
         if torch.is_grad_enabled():
             return self._trained(sweeper, inputs)
@@ -84,7 +83,7 @@ class Swept(Executor):
 
     def sequential(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         """The region in the token loop of the other executor."""
-        level, reason = self.inner.level(run, region.source)
+        level, reason = self.inner.level(run, region.scheduled)
         return self.inner.region(run, replace(region, level=level, reason=reason))
 
     def _rest(self, run: Run, inputs: Mapping[str, Tensor], settled: int, region: LoweredRegion) -> dict[str, Tensor]:
@@ -101,7 +100,7 @@ class Swept(Executor):
         whole = sweeper.span(0, run.context.count)
         with torch.no_grad():
             # The recording sweep is the last one.
-            budget = None if policy.exact else policy.max_sweeps - 1
+            budget = None if policy.exact else (policy.max_sweeps or 1) - 1
             solver = Solver(sweeper, policy, budget)
             self.solves.append(solver.made)
             inner = sweeper.inner(run.state.fork())
@@ -160,7 +159,7 @@ class _Job:
         run = sweeper.run
         self.state = run.state
         slots = {s for o in sweeper.region.visits for s in (*reads_slots(o), writes_slot(o))}
-        found = [*inputs.values(), *region_parameters(sweeper.region, run.host), *run.context.sides]
+        found = [*inputs.values(), *tensors_of(sweeper.region, run.host), *run.context.sides]
         found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
         found += [run.state.lines[d.name] for d in sweeper.region.lines if d.name in run.state.lines]
         self.outer = list({id(t): t for t in found if t.requires_grad}.values())
@@ -217,7 +216,7 @@ class _RegionFunction(torch.autograd.Function):
         with torch.enable_grad():
             outs, c, after = job.sweep({id(t): leaf for t, leaf in zip(outer, leaves)})
         # The job knows the run, and the run will hold this node's outputs: keeping it would be a cycle.
-        limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps, job.made.chunks) - 1
+        limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps or 1, job.made.chunks) - 1
         ctx.graph, ctx.limit, ctx.tol, ctx.made = (outs, c, after, leaves), limit, job.tol, job.made
         ctx.set_materialize_grads(False)
         return tuple(o.detach() for o in outs)
@@ -252,53 +251,6 @@ def _vjp(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[
     pairs = [(o, g) for o, g in zip(outs, grads) if o.requires_grad]
     found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], retain_graph=True, allow_unused=True)
     return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
-
-
-class LeafHost:
-    """Runs blocks and new modules on stand-ins for their parameters; everything else as the host does."""
-
-    def __init__(self, host, leaf):
-        self.host, self.leaf = host, leaf
-        self.modules: dict[str, nn.Module] = {}
-
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        template, params = self.host.bound(index)
-        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
-
-    def module(self, name: str) -> nn.Module:
-        if name not in self.modules:
-            self.modules[name] = self._stand_in(self.host.module(name))
-        return self.modules[name]
-
-    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
-        key = f"{index}/{path}"
-        if key not in self.modules:
-            self.modules[key] = self._stand_in(self.host.stock_module(index, path))
-        return self.modules[key](*args)
-
-    def _stand_in(self, module: nn.Module) -> nn.Module:
-        """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
-        made = copy.copy(module)
-        made.__dict__ = dict(module.__dict__)
-        made._parameters = {k: None if p is None else self.leaf(p) for k, p in module._parameters.items()}
-        made._modules = {k: None if m is None else self._stand_in(m) for k, m in module._modules.items()}
-        return made
-
-    def __getattr__(self, name: str):
-        return getattr(self.host, name)
-
-
-def region_parameters(region: LoweredRegion, host: Host) -> list[Tensor]:
-    """Every tensor with a gradient that the region's blocks and new modules read."""
-    found: list[Tensor] = []
-    for o in (lowered.op for lowered in region.ops):
-        if o.kind == "block":
-            found += host.bound(o["index"])[1]
-            for path in host.submodules_of(o["index"]):
-                found += host.stock_module(o["index"], path).parameters()
-        for name in OPS[o.kind].scopes(o):
-            found += host.module(name).parameters()
-    return [t for t in found if t.requires_grad]
 
 
 def _sides(slot: Slot) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -20,9 +20,9 @@ from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint
-from depthpass_lowering.attention import Masks
-from depthpass_lowering.eager import Run
-from depthpass_lowering.state import Span, State, push_delay, read_delay
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.state.slots import Span, State, push_delay, read_delay
+from depthpass_lowering.visits.attention import Masks
 
 RIDGE = {"cpu": 22.0}
 """Rows above which products are bound by arithmetic, where nothing is said: measured on two x86 cores."""
@@ -128,7 +128,7 @@ class Sweeper:
         """c of the first sweep: nothing, but what the first chunk reads from the delay lines."""
         zeros = self.zeros(span.count)
         made = self.inject(inner, zeros, span)
-        own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.region.chunk
+        own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.region.size
         return {name: torch.where(own, x, x.new_zeros(())) for name, x in made.items()}
 
     def zeros(self, count: int) -> dict[str, Tensor]:
@@ -162,21 +162,21 @@ class Sweeper:
 
     def changes(self, c: Mapping[str, Tensor], after: Mapping[str, Tensor], span: Span) -> list[float]:
         """Of each chunk the largest relative change of c over lines and rows."""
-        worst = None
+        found: list[Tensor] = []
         for name, x in after.items():
             dtype = torch.promote_types(x.dtype, torch.float32)
             moved, size = (self._norms(t.to(dtype), span) for t in (x.to(dtype) - c[name], x))
             ratio = torch.where(moved == 0, moved, moved / size).nan_to_num(math.inf).amax(0)
-            worst = ratio if worst is None else torch.maximum(worst, ratio)
-        return worst.tolist()
+            found.append(ratio)
+        return functools.reduce(torch.maximum, found).tolist()
 
     def _norms(self, x: Tensor, span: Span) -> Tensor:
         """Norms over the real tokens of each chunk, ``[batch, tokens, width]`` -> ``[batch, chunks]``."""
         squares = x.square().sum(-1)
         if span.valid is not None:
             squares = torch.where(span.valid, squares, squares.new_zeros(()))
-        short = -span.count % self.region.chunk
-        return torch.nn.functional.pad(squares, (0, short)).unflatten(1, (-1, self.region.chunk)).sum(-1).sqrt()
+        short = -span.count % self.region.size
+        return torch.nn.functional.pad(squares, (0, short)).unflatten(1, (-1, self.region.size)).sum(-1).sqrt()
 
 
 class Solver:
@@ -188,7 +188,7 @@ class Solver:
 
     def __init__(self, sweeper: Sweeper, policy: FixedPoint, budget: int | None = None):
         self.sweeper, self.policy, run = sweeper, policy, sweeper.run
-        self.chunk, self.count = sweeper.region.chunk, run.context.count
+        self.chunk, self.count = sweeper.region.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
         self.made = Solve(
             tuple(o["index"] for o in sweeper.region.visits), self.count, self.chunk, -(-self.count // self.chunk)
@@ -252,7 +252,7 @@ class Solver:
 
     def _settles(self, changes: list[float], c: Mapping[str, Tensor]) -> int:
         """How many chunks of a sweep are done."""
-        if not self.policy.exact and self.made.sweeps >= self.budget:
+        if not self.policy.exact and self.budget is not None and self.made.sweeps >= self.budget:
             self.made.converged = all(x <= self.tol(c) for x in changes)
             return len(changes)
         tol, good = self.tol(c), 1

@@ -12,7 +12,7 @@ from torch import Tensor
 from depthpass.errors import CacheError
 
 if TYPE_CHECKING:
-    from depthpass_lowering.ragged import RaggedRoom
+    from depthpass_lowering.state.ragged import RaggedRoom
 
 
 def room_for(columns: int) -> int:

@@ -1,13 +1,11 @@
-"""L0: run a schedule op by op, region by region. Obviously right, and the oracle of every faster rung.
-
-One primitive: advance a state by m new tokens. Training and prefill are m = all tokens, decoding is m = 1. Parallel
-regions see all m tokens at once, serial regions run in chunks.
-"""
+"""What the eager level computes for every op, on a span of tokens: the oracle of every faster level."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,73 +15,35 @@ from depthpass.ir.definitions import Type
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.structural_ops import asks
-from depthpass.ir.verify import infer
-from depthpass.lowered.build import call_kind, lower
-from depthpass.lowered.program import LoweredProgram, LoweredRegion
-from depthpass.lowered.record import Lowered, Recorder
-from depthpass.schedule.regions import Schedule
-from depthpass.schedule.stacking import Stack, Step
-from depthpass_lowering.attention import Masks
-from depthpass_lowering.context import CallContext, Losses, RunResult
-from depthpass_lowering.executor import EAGER, Executor
+from depthpass.lowered.program import LoweredRegion
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.losses import Pool, sums_of
+from depthpass_lowering.executors.noise import cut_off, noise
 from depthpass_lowering.host import Host
-from depthpass_lowering.losses import Pool, sums_of
-from depthpass_lowering.noise import cut_off, noise
-from depthpass_lowering.routes import Route, choose
-from depthpass_lowering.stacked import StackedVisit
-from depthpass_lowering.state import Span, State, push_delay, read_delay, spans
-from depthpass_lowering.visits import AskingVisit, RoutedVisit, RunningVisit
+from depthpass_lowering.state.slots import Span, State, push_delay, read_delay, spans
+from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.query_routed import QueryRoutedVisit
+from depthpass_lowering.visits.routed import RoutedVisit
+from depthpass_lowering.visits.routes import Route, choose
+from depthpass_lowering.visits.running import RunningVisit
 
 
-def run(
-    schedule: Schedule,
-    host: Host,
-    hidden: Tensor,
-    sides: Sequence[Tensor],
-    side_axes: Sequence[int | None],
-    state: State,
-    valid: Tensor | None,
-    keep: bool,
-    types: Mapping[str, Type] | None = None,
-    lowering: str | Executor = "eager",
-    sweeping=None,
-    record: Recorder | None = None,
-) -> RunResult:
-    """Advance a state by the tokens of ``hidden``.
+class Ops:
+    """The ops of a program on one call and its state.
 
-    Args:
-        hidden: the embedded new tokens, ``[batch, m, width]``.
-        sides: the prologue's per-token tables for the new tokens.
-        valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
-        keep: whether the returned state is needed (a cache, not just a forward pass).
-        lowering: a level of :data:`depthpass_lowering.ladder.RUNGS`, or an executor.
-        sweeping: a :class:`depthpass_lowering.fixed_point.Sweeping` to run serial regions by sweeps; it keeps the record.
-        record: gets what ran.
+    Attributes:
+        env: values of regions that have run.
+        out: what is handed out, by name.
     """
-    from depthpass_lowering.ladder import executor
 
-    chosen = executor(lowering) if sweeping is None else sweeping.on(executor(lowering))
-    context = CallContext(
-        schedule, host, hidden, tuple(sides), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
-    )
-    result = chosen.start(context, state.fork()).run()
-    if record is not None:
-        record.add(result)
-    return result
-
-
-class Run:
-    """One advance of a state: walks the lowered program of a call and leaves serial regions to its executor."""
-
-    def __init__(self, context: CallContext, state: State, executor: Executor = EAGER):
-        self.context, self.state, self.executor = context, state, executor
+    def __init__(self, context: CallContext, state: State):
+        self.context, self.state = context, state
         self.env: dict[str, Tensor | Route] = {}
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
         # Groups of rows with programs of their own share a pool; whoever made it closes it.
         self.pool: Pool = context.host.pool or Pool()
-        self.record: list[Lowered] = []
 
     @property
     def host(self) -> Host:
@@ -101,112 +61,9 @@ class Run:
     def types(self) -> Mapping[str, Type]:
         return self.context.types
 
-    def run(self) -> RunResult:
-        self._recall()
-        lowered = self.lowered()
-        for region in lowered.regions:
-            self._region(region)
-        for o in self.context.passing:
-            self.state.slots.pop(o["slot"], None)
-        losses = self._losses() if self.host.pool is None else None
-        self.state.length += self.context.count
-        self.state.valid = self.context.valid
-        return RunResult(self.out, self.state, losses, tuple(self.record), lowered)
-
-    def lowered(self) -> LoweredProgram:
-        """The lowered program of this call, made once for all calls that are alike."""
-        c, schedule = self.context, self.context.schedule
-        step = self._step()
-        chosen = {} if step is not None else {r: self.executor.level(self, r) for r in schedule.serial_regions}
-        kind = call_kind(torch.is_grad_enabled(), c.keep, c.start, c.count)
-        asked = self.executor.name
-        captured = self.host.captured
-        key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
-        kept = schedule.lowered
-        if key not in kept:
-            # The capture is kept, so that its id stays its own.
-            kept[key] = lower(schedule, kind, asked, chosen.get, step, self.host.sides_of), captured
-        return kept[key][0]
-
-    def _region(self, region: LoweredRegion) -> None:
-        if region.kind == "step":
-            self._run_step(region)
-        elif region.serial:
-            self.env |= self.executor.region(self, region)
-        else:
-            # Slots of parallel regions are only needed by a later call.
-            self.env |= self.loop(region, {a: self.env[a] for a in region.inputs}, region.outputs, self.context.keep)
-        for name in region.last:
-            self.env.pop(name, None)
-
-    def _losses(self) -> Losses | None:
-        """Move the balanced routers and add up what the call's losses are made of."""
-        self.pool.move()
-        return Losses(*self.pool.values()) if self.pool.sums else None
-
-    def _step(self) -> Step | None:
-        """The order with stacked visits for this call, or None: region by region."""
-        if torch.is_grad_enabled() or not self.context.keep:
-            return None
-        step = self.context.schedule.step(self.context.count)
-        return step if step is not None and all(self._rows_stack(stack) for stack in step.stacks) else None
-
-    def _recall(self) -> None:
-        """Start the slots of visits with a past from the entries that another visit has kept of earlier calls."""
-        kept = dict(self.state.slots)
-        for o in self.context.passing:
-            if o["past"] in kept:
-                self.state.slots[o["slot"]] = kept[o["past"]]
-
-    def _rows_stack(self, stack: Stack) -> bool:
-        """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
-        c = self.context
-        tables = ((c.sides[s], c.side_axes[s]) for s in self.host.sides_of(stack.index))
-        return c.batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != c.batch for t, axis in tables)
-
-    def _run_step(self, region: LoweredRegion) -> None:
-        """All ops over all new tokens in the order of a step, stacks as one call each."""
-        span, masks = self._at_once()
-        # A stack's result often is the next one's input as it stands.
-        names: tuple[str, ...] = ()
-        rows, tables = self.hidden, {}
-        for item in region.items:
-            if not isinstance(item, Stack):
-                self.one(item.op, self.env, span, masks, self.context.sides, self.context.keep)
-                continue
-            if item.inputs != names:
-                rows = torch.cat([self.env[a] for a in item.inputs])
-            names, rows = item.names, self._stack(item, rows, span, masks, tables)
-            self.env |= zip(names, rows.chunk(len(names)))
-        self.push(region, self.env, span)
-
-    def _at_once(self) -> tuple[Span, Masks]:
-        """All new tokens as one span, and its masks."""
-        c = self.context
-        (span,) = spans(c.start, c.count, c.valid, None, None)
-        return span, Masks(c.start, c.count, c.valid, self.hidden.device)
-
-    def _stack(self, stack: Stack, hidden: Tensor, span: Span, masks: Masks, tables: dict) -> Tensor:
-        """Visits of one block as rows of one call: ``[members * batch, tokens, width]`` -> the same."""
-        self._check_operands(stack.visits[0])
-        count = len(stack.visits)
-        visits = [self._visit(o, span, masks, self.context.keep or writes_slot(o) in self.context.read) for o in stack.visits]
-        stacked = StackedVisit(stack, visits, hidden)
-        sides = [self._stacked_side(s, count, tables) for s in self.host.sides_of(stack.index)]
-        y = self.host.block(stack.index, stacked, hidden, sides)
-        stacked.commit()
-        return y
-
-    def _stacked_side(self, number: int, count: int, made: dict) -> Tensor:
-        """A table for the rows of a stack; one without a batch dimension, or with one row for all, serves as it is."""
-        if (number, count) not in made:
-            t, whole = self.context.sides[number], self.context.side_axes[number] in (0, None)
-            made[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
-        return made[number, count]
-
     def loop(
         self, region: LoweredRegion, inputs: Mapping[str, Tensor | Route], wanted: Collection[str], keep: bool
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
         """Run a region op by op, chunk by chunk in a token loop; returns the wanted streams over all tokens."""
         c = self.context
         cut = spans(c.start, c.count, c.valid, None, region.chunk)
@@ -236,7 +93,8 @@ class Run:
         elif o.kind == "loss":
             self._loss(o, local, span)
         elif asks(o):
-            local[o.name] = self._asking_block(o, *(local[a] for a in o.args), span, masks, tables, keep)
+            x, route = (local[a] for a in o.args)
+            local[o.name] = self._query_routed_block(o, x, route, span, masks, tables, keep)
         elif o.kind == "block" and (route := self.types[o.args[0]].tokens):
             local[o.name] = self._routed_block(o, local[o.args[0]], local[route], span, masks, tables, keep)
         else:
@@ -268,7 +126,7 @@ class Run:
         local[o.name] = self.nothing[kind.width]
         return True
 
-    def _split(self, inputs: dict, sizes: list[int]) -> dict[str, Sequence]:
+    def _split(self, inputs: Mapping, sizes: list[int]) -> dict[str, Sequence]:
         """Every input cut into spans; routed streams are spread over the tokens, cut and gathered again."""
         if len(sizes) == 1:
             return {name: (x,) for name, x in inputs.items()}
@@ -294,14 +152,14 @@ class Run:
         route = self.types[name].tokens
         return x if route is None else local[route].spread(x)
 
-    def _joined(self, done: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    def _joined(self, done: dict[str, list[Tensor]]) -> dict[str, Any]:
         """Values over all new tokens from their spans' parts."""
         found = {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
         routes = {name: Route.of(x) for name, x in found.items() if self.types[name].is_route}
         for name, x in found.items():
             route = self.types[name].tokens
             if route is not None:
-                known = routes.get(route) or self.env[route]
+                known: Any = routes.get(route) or self.env[route]
                 found[name] = known.gather(x)
         return found | routes
 
@@ -313,7 +171,7 @@ class Run:
             self.state.lines[name] = line
         return line
 
-    def op(self, o: Op, args: list[Tensor], span: Span, masks: Masks, sides, keep: bool) -> Tensor | None:
+    def op(self, o: Op, args: list[Any], span: Span, masks: Any, sides: Sequence[Tensor], keep: bool) -> Any:
         definition, kind = OPS[o.kind], o.kind
         if definition.meaning is not None:
             name = definition.scope(o)
@@ -401,7 +259,7 @@ class Run:
             return span.start == 0
         return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
 
-    def _asking_block(
+    def _query_routed_block(
         self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
     ) -> Tensor:
         """A visit that only the routed tokens ask; keys and values come from every token."""
@@ -412,7 +270,7 @@ class Run:
         if route.count == 0 and not keep:
             return x[:, :0]
         used, axes, route = self._tables(o, route)
-        visit = AskingVisit(o, self.host, self.state, span, masks, keep, route, axes)
+        visit = QueryRoutedVisit(o, self.host, self.state, span, masks, keep, route, axes)
         visit.factors = self._factors(o)
         y = self.host.block(o["index"], visit, x, [sides[s] for s in used])
         visit.commit()
@@ -454,7 +312,7 @@ class Run:
             score = local[held].spread(score)
         outer = local[o.args[1]] if len(o.args) == 2 else None
         if o["bias"]:
-            balance = self.host.module(o["bias"])
+            balance: Any = self.host.module(o["bias"])
             score = score.detach() + balance.bias
             if o["rate"] and self.host.training and torch.is_grad_enabled():
                 self.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
@@ -491,7 +349,7 @@ class Run:
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:
         """Sum; a summand that is absent where the result is present adds nothing there."""
-        total, base = None, self.types[o.name].absent
+        base, found = self.types[o.name].absent, []
         order = sorted(range(len(args)), key=lambda i: self.types[o.args[i]].absent > base)
         for i in order:
             x, absent = args[i], self.types[o.args[i]].absent
@@ -500,5 +358,5 @@ class Run:
                 if present is not True:
                     mask = present if isinstance(present, Tensor) else torch.zeros(1, span.count, dtype=torch.bool)
                     x = torch.where(mask.to(x.device)[..., None], x, x.new_zeros(()))
-            total = x if total is None else total + x
-        return total
+            found.append(x)
+        return functools.reduce(torch.add, found)

@@ -12,12 +12,12 @@ from depthpass.errors import LoweringError
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 from depthpass.schedule.regions import Region
-from depthpass_lowering.context import CallContext
-from depthpass_lowering.eager import Run
-from depthpass_lowering.executor import Executor
-from depthpass_lowering.fixed_point import SWEEPS, Swept, unswept
-from depthpass_lowering.state import State
-from depthpass_lowering.sweeps import Solver, Sweeper
+from depthpass_lowering.executors.base import Executor
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.fixed_point import SWEEPS, Swept, unswept
+from depthpass_lowering.executors.sweeps import Solver, Sweeper
+from depthpass_lowering.state.slots import State
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class _Measured(Swept):
         self.limit = limit
 
     def level(self, run: Run, region: Region) -> tuple[str, str | None]:
-        if run.context.count <= region.chunk:
+        if run.context.count <= region.size:
             return self.inner.level(run, region)
         if reason := unswept(run, region):
             raise LoweringError(f"contraction cannot be measured: {reason}.")
@@ -81,7 +81,7 @@ class _Measured(Swept):
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         if region.level != SWEEPS:
             return self.inner.region(run, region)
-        inputs = {a: run.env[a] for a in region.inputs}
+        inputs = run.streams(region)
         sweeper = Sweeper(run, region)
         exact = Solver(sweeper, self.policy)
         before = run.state.fork()
@@ -98,7 +98,7 @@ class _Measured(Swept):
         inner = sweeper.inner(before.fork())
         right = sweeper.inject(inner, {s: values[s] for s in sweeper.sources}, whole)
         c = sweeper.first(inner, whole)
-        chunks = -(-count // sweeper.region.chunk)
+        chunks = -(-count // sweeper.region.size)
         found: list[Sweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
         for hops in range(min(chunks, self.limit or chunks)):

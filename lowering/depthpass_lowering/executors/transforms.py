@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 
 from depthpass.errors import LoweringError
@@ -30,7 +30,7 @@ def unschedulable(hidden: Tensor) -> str | None:
 
 def differentiated() -> str | None:
     """The transform that is running around this call, or None."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if peek_interpreter_stack() is not None:
         return "a function transform of torch.func (grad, vjp, jvp, vmap, jacrev, ...) is running, which needs to see every op"
     if forward_ad._current_level >= 0:
         return "forward-mode differentiation is on, which needs to see every op"

@@ -11,17 +11,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.compiled import Compiled
-from depthpass_lowering.context import CallContext
-from depthpass_lowering.eager import Run
-from depthpass_lowering.scheduled import Job, RegionFunction, recomputes, region_parameters
-from depthpass_lowering.state import State
+from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes
+from depthpass_lowering.executors.compiled import Compiled
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.stand_ins import region_parameters
+from depthpass_lowering.state.slots import State
 
 MOST = 8
 """Graphs kept per region; each holds the memory of its own activations."""
@@ -30,7 +32,7 @@ _RECORDED: weakref.WeakKeyDictionary[Region, dict[tuple, Callable]] = weakref.We
 
 
 class Graphed(Compiled):
-    """As :class:`~depthpass_lowering.compiled.Compiled`, training passes replayed as CUDA graphs."""
+    """As :class:`~depthpass_lowering.executors.compiled.Compiled`, training passes replayed as CUDA graphs."""
 
     name = "cudagraph"
 
@@ -47,7 +49,7 @@ class Graphed(Compiled):
         return "inductor", "passes without gradients are not recorded"
 
     def padding(self, run: Run, region: LoweredRegion) -> int:
-        return bucket(run.context.count, region.chunk) - run.context.count if region.level == self.name else 0
+        return bucket(run.context.count, region.size) - run.context.count if region.level == self.name else 0
 
     def trained(self, run: Run, region: LoweredRegion, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         context = padded(run.context, self.padding(run, region))
@@ -61,7 +63,7 @@ class Graphed(Compiled):
             # A graph reads the storage of the parameters it was recorded with.
             tuple(p.data_ptr() for p in parameters.values()), recomputes(run.host, region),
         )
-        kept = _RECORDED.setdefault(region.source, {})
+        kept = _RECORDED.setdefault(region.scheduled, {})
         if key not in kept:
             if len(kept) >= MOST:
                 kept.pop(next(iter(kept)))
@@ -105,7 +107,8 @@ def _record(
         t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
         for i, t in enumerate(given)
     )
-    return torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
+    recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
+    return recorded
 
 
 def bucket(tokens: int, chunk: int) -> int:

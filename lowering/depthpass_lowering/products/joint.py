@@ -18,8 +18,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
-from depthpass_lowering.products import Weights, blocked, packed_product, plain
-from depthpass_lowering.sink import Sink
+from depthpass_lowering.products.packed import Weights, blocked, packed_product, plain
+from depthpass_lowering.products.sink import Sink
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Product:
 
     Attributes:
         weights, biases: which inputs of the segment they are.
-        joined, transposed: as of :class:`depthpass_lowering.products.Weights`.
+        joined, transposed: as of :class:`depthpass_lowering.products.packed.Weights`.
         dtype: autocast's, which x and the weights are cast to; None = their own.
         packed: whether it is taken from packed weights.
         trained: whether there is a backward pass.
@@ -213,12 +213,8 @@ def trace(
             examples += product.examples(product.of(examples))
     own = len(inputs)
     if not any(trains):
-        def plainly(*primals: Tensor):
-            return _Recorder(gm, sink, dtype, False, primals[own:]).run(*primals[:own])
-
-        with torch.no_grad():
-            graph = make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
-        return Joint(_inductor(graph), None, len(results), (), (), tuple(probe.products), ())
+        forward = _forward_only(gm, sink, dtype, examples, own)
+        return Joint(forward, None, len(results), (), (), tuple(probe.products), ())
     weights = {i for p in probe.products for i in (*p.weights, *p.biases) if i is not None}
     # A trained parameter that is no weight of a product is wanted like an activation.
     floating = [i for i, t in enumerate(inputs) if t.is_floating_point() and i not in weights]
@@ -257,6 +253,19 @@ def trace(
         _inductor(forward), _inductor(backward), len(results), differentiable, wants, tuple(probe.products),
         tuple(t.stride() for t in tangents),
     )
+
+
+def _forward_only(
+    gm: fx.GraphModule, sink: Sink, dtype: torch.dtype | None, examples: Sequence[Tensor], own: int
+) -> Callable:
+    """A segment without a backward pass, compiled; its own inputs are the first so many examples."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def plainly(*primals: Tensor):
+        return _Recorder(gm, sink, dtype, False, primals[own:]).run(*primals[:own])
+
+    with torch.no_grad():
+        return _inductor(make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples))
 
 
 def _is_sunk(product: Product, trains: Sequence[bool]) -> bool:

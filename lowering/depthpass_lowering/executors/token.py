@@ -17,14 +17,14 @@ from depthpass.ir.program import Op, Program
 from depthpass.lowered.build import lower
 from depthpass.lowered.program import LoweredProgram
 from depthpass.schedule.stacking import Step
-from depthpass_lowering.attention import Masks, column_mask
-from depthpass_lowering.context import CallContext
-from depthpass_lowering.eager import Run
-from depthpass_lowering.state import Slot, Span, State
-from depthpass_lowering.visits import RunningVisit
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.state.slots import Slot, Span, State
+from depthpass_lowering.visits.attention import Masks, column_mask
+from depthpass_lowering.visits.running import RunningVisit
 
 SMALLEST = 256
-"""Columns of the smallest room. Rooms double, so a decode of n tokens compiles about log2(n / SMALLEST) steps."""
+"""Columns of the smallest room. StaticCache double, so a decode of n tokens compiles about log2(n / SMALLEST) steps."""
 
 
 def refusal(program: Program) -> str | None:
@@ -41,7 +41,7 @@ def capacity(columns: int) -> int:
     return size
 
 
-class Rooms:
+class StaticCache:
     """Static keys and values of every slot, written column by column.
 
     Attributes:
@@ -54,8 +54,8 @@ class Rooms:
         self.slots, self.used = slots, used
 
     @classmethod
-    def of(cls, state: State, columns: int) -> Rooms:
-        """Rooms of a state with space for so many columns: its own where it has them, else copies."""
+    def of(cls, state: State, columns: int) -> StaticCache:
+        """StaticCache of a state with space for so many columns: its own where it has them, else copies."""
         held = state.slots
         if isinstance(held, StepSlots) and held.rooms.used == state.length and held.rooms.columns == columns:
             return held.rooms
@@ -80,16 +80,16 @@ class Rooms:
     def tensors(self) -> list[Tensor]:
         return [t for pairs in self.slots.values() for pair in pairs for t in pair]
 
-    def like(self, tensors: Sequence[Tensor]) -> Rooms:
+    def like(self, tensors: Sequence[Tensor]) -> StaticCache:
         """The same rooms in other tensors, in the order of :meth:`tensors`."""
         left = iter(tensors)
-        return Rooms({n: tuple((next(left), next(left)) for _ in pairs) for n, pairs in self.slots.items()}, self.used)
+        return StaticCache({n: tuple((next(left), next(left)) for _ in pairs) for n, pairs in self.slots.items()}, self.used)
 
 
 class StepSlots(Mapping[int, Slot]):
     """Slots of a state that lies in rooms, cut to its length when somebody looks."""
 
-    def __init__(self, rooms: Rooms, length: int):
+    def __init__(self, rooms: StaticCache, length: int):
         self.rooms, self.length = rooms, length
 
     def __getitem__(self, number: int) -> Slot:
@@ -134,10 +134,12 @@ class StepVisit(RunningVisit):
         self.hidden = None
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        own_k, own_v = self.before.keys[number], self.before.values[number]
+        held = self.before
+        assert held is not None
+        own_k, own_v = held.keys[number], held.values[number]
         return own_k.index_copy_(2, self.masks.at, k.to(own_k.dtype)), own_v.index_copy_(2, self.masks.at, v.to(own_v.dtype))
 
-    def shared_mask(self, number: int) -> tuple[Tensor, bool]:
+    def shared_mask(self, number: int) -> tuple[Tensor | None, bool]:
         return self.masks.get(*self.limits(number))
 
     def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor, bool]) -> Tensor:
@@ -158,7 +160,7 @@ class StepVisit(RunningVisit):
         return self.masks.at
 
     def commit(self) -> None:
-        """Rooms are written by the attention itself."""
+        """StaticCache are written by the attention itself."""
 
 
 class StepRun(Run):
@@ -170,7 +172,7 @@ class StepRun(Run):
         rank: real tokens before it in its row, ``[batch, 1]``.
     """
 
-    def __init__(self, context: CallContext, rooms: Rooms, lines: Mapping[str, Tensor], at: Tensor, rank: Tensor):
+    def __init__(self, context: CallContext, rooms: StaticCache, lines: Mapping[str, Tensor], at: Tensor, rank: Tensor):
         slots = {n: Slot(tuple(k for k, _ in pairs), tuple(v for _, v in pairs)) for n, pairs in rooms.slots.items()}
         super().__init__(context, State(slots=slots, lines=dict(lines)))
         self.at, self.rank, self.columns = at, rank, rooms.columns

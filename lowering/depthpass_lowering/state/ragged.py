@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from depthpass_lowering.state import Slot, room_for
+from depthpass_lowering.state.slots import Slot, room_for
 
 
 @dataclass(eq=False)
@@ -35,7 +35,7 @@ class RaggedRoom:
         return self.newest is slot and self.keys[0].shape[1] >= entries and not frozen
 
 
-class Plan:
+class AppendPlan:
     """Where new entries of routed tokens go, for all visits of one route that hold the same tokens.
 
     Args:
@@ -74,7 +74,7 @@ class Plan:
 class Appending:
     """A routed visit's slot while new entries are appended to it; without gradients."""
 
-    def __init__(self, before: Slot, plan: Plan):
+    def __init__(self, before: Slot, plan: AppendPlan):
         self.plan, self.room = plan, _room(before, plan.high)
 
     def write(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

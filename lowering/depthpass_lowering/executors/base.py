@@ -9,11 +9,11 @@ from torch import Tensor
 from depthpass.lowered.program import LoweredRegion
 from depthpass.lowered.record import Lowered
 from depthpass.schedule.regions import Region
-from depthpass_lowering.context import CallContext
-from depthpass_lowering.state import State
+from depthpass_lowering.executors.context import CallContext
+from depthpass_lowering.state.slots import State
 
 if TYPE_CHECKING:
-    from depthpass_lowering.eager import Run
+    from depthpass_lowering.executors.eager import Run
 
 
 class Executor:
@@ -29,7 +29,7 @@ class Executor:
 
     def start(self, context: CallContext, state: State) -> Run:
         """The run of a call; it may change the state."""
-        from depthpass_lowering.eager import Run
+        from depthpass_lowering.executors.eager import Run
 
         return Run(context, state, self)
 
@@ -44,7 +44,7 @@ class Executor:
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
         """Run a serial region; the streams it hands out."""
         note(run, region, region.level, region.reason)
-        return run.loop(region, {a: run.env[a] for a in region.inputs}, region.outputs, True)
+        return run.loop(region, run.streams(region), region.outputs, True)
 
 
 EAGER = Executor()

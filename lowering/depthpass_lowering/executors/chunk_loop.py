@@ -1,44 +1,33 @@
-"""L3: serial regions with a hand-scheduled backward pass.
-
-Forward: keys and values go into static buffers in place. Backward: a reverse loop computes activation gradients only;
-key and value gradients are accumulated in place, and every weight gradient is one product after the loop. The result
-equals the eager rung up to the order of summation.
-"""
+"""The token loop of a serial region, scheduled by hand: chunks as graphs, keys in place, a backward loop of its own."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
-import functools
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from depthpass.capture.direct import direct
 from depthpass.capture.model import Site
-from depthpass.errors import LoweringError
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
-from depthpass.lowered.build import unschedulable_ops
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.attention import Masks
-from depthpass_lowering.buffers import Buffer, Use
-from depthpass_lowering.dropout import RandomState, draws
-from depthpass_lowering.eager import Run
-from depthpass_lowering.executor import Executor, note
-from depthpass_lowering.first_order import first_order
-from depthpass_lowering.fx_passes.region import ChunkGraph, Parameter, chunk_graph
+from depthpass_lowering.executors.dropout import RandomState, draws
+from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.first_order import first_order
+from depthpass_lowering.executors.stand_ins import SunkHost, own_scopes
+from depthpass_lowering.fx_passes.region import ChunkGraph, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.host import Host
-from depthpass_lowering.products import LEAST_USES
-from depthpass_lowering.sink import Sink, sunk_linear
-from depthpass_lowering.state import Slot, Span, push_delay, read_delay, spans
-from depthpass_lowering.transforms import unschedulable
-from depthpass_lowering.visits import RunningVisit
+from depthpass_lowering.products.packed import LEAST_USES
+from depthpass_lowering.products.sink import Sink
+from depthpass_lowering.state.buffers import Buffer, Use
+from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.running import RunningVisit
 
 _GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.WeakKeyDictionary()
 _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDictionary()
@@ -46,9 +35,9 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
-    source = region.source
+    source = region.scheduled
     templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
-    kinds = tuple(type(run.host.module(name)) for o in source.ops for name in _scope(o))
+    kinds = tuple(type(run.host.module(name)) for o in source.ops for name in own_scopes(o))
     # The graph keeps program and templates, so that their ids stay theirs.
     key = (id(run.program), templates, kinds, region.outputs)
     kept = _GRAPHS.setdefault(source, {})
@@ -64,95 +53,17 @@ def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
     return _SUNK[graph]
 
 
-class Scheduled(Executor):
-    """Serial regions by the hand-written schedule where it is legal.
-
-    Attributes:
-        strict: whether what it cannot run is an error instead of left to the eager level.
-        compiled: whether chunks run compiled code: then every chunk is given masks in one shape, and weights are packed
-            however short the row is.
-    """
-
-    name = "scheduled"
-    compiled = False
-
-    def __init__(self, strict: bool = True):
-        self.strict = strict
-
-    def level(self, run: Run, region: Region) -> tuple[str, str | None]:
-        reason = self.refuse(run, region)
-        if reason is not None and self.strict:
-            raise LoweringError(
-                f"lowering {self.name!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
-            )
-        if reason is None and run.context.count <= region.chunk and not torch.is_grad_enabled():
-            # Nothing to go back over, and the eager level writes keys in place as well.
-            reason = "one chunk without gradients"
-        return (self.name, None) if reason is None else ("eager", reason)
-
-    def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
-        if region.level == "eager":
-            return super().region(run, region)
-        inputs = {a: run.env[a] for a in region.inputs}
-        note(run, region, region.level, region.reason, recomputed=recomputes(run.host, region), padded=self.padding(run, region))
-        if not torch.is_grad_enabled():
-            job = Job(self, run, region, inputs, {})
-            found = job.loop(inputs)
-            job.store()
-            return found
-        return self.trained(run, region, inputs)
-
-    def padding(self, run: Run, region: LoweredRegion) -> int:
-        """Columns of nobody that are put behind the rows."""
-        return 0
-
-    def trained(self, run: Run, region: LoweredRegion, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The streams that a region hands out, as one node of the outer graph."""
-        if run.hidden.is_cuda and not self.strict:
-            _warn_slow()
-        parameters = region_parameters(region, run.host)
-        job = Job(self, run, region, inputs, parameters)
-        found = RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
-        return dict(zip(region.outputs, found))
-
-    def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
-        """What runs the graph of a chunk of so many tokens."""
-        return functools.partial(direct(sunk_graph(job.graph)), job.sink)
-
-    def refuse(self, run: Run, region: Region) -> str | None:
-        """Why a region cannot be hand-scheduled in this call, or None."""
-        if reason := unschedulable(run.hidden) or unschedulable_ops(run.program, region):
-            return reason
-        grad, host = torch.is_grad_enabled(), run.host
-        if grad:
-            if run.context.keep:
-                return "a cache is kept while gradients are recorded"
-            if run.state.length:
-                return "gradients are recorded on top of a cache"
-            used = {i for o in region.visits for i in host.sides_of(o["index"])}
-            if any(run.context.sides[i].requires_grad for i in used):
-                return "a side input of the blocks is trained"
-        for o in region.visits:
-            if reason := host.refuses_schedule(o["index"]):
-                return reason
-            if grad and any(s.dropout for s in host.sites_of(o["index"])):
-                return "attention dropout is on"
-        return None
-
-
 def recomputes(host: Host, region: LoweredRegion) -> bool:
     """Whether the activations of a region are to be computed again in the backward pass."""
     return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.visits)
 
 
-@functools.cache
-def _warn_slow() -> None:
-    """Once per process: on a GPU the loop waits for Python."""
-    warnings.warn(
-        "lowering='auto' trains a token loop on this GPU kernel by kernel, which on an H100 at the Llama-3.2-1B shape took 7 to "
-        "15 times as long as lowering='cudagraph' (docs/benchmarks.md). Use dp.transform(..., lowering='cudagraph') where rows "
-        "have a few lengths; lowering='scheduled' runs as now, without this warning.", UserWarning, stacklevel=2,
-    )
+class ChunkRunner(Protocol):
+    """The executor of a job, as far as its loop knows it."""
+
+    compiled: bool
+
+    def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]: ...
 
 
 class Job:
@@ -165,14 +76,14 @@ class Job:
     """
 
     def __init__(
-        self, executor: Scheduled, run: Run, region: LoweredRegion, inputs: Mapping[str, Tensor], parameters: dict[int, Tensor]
+        self, executor: ChunkRunner, run: Run, region: LoweredRegion, inputs: Mapping[str, Tensor], parameters: dict[int, Tensor]
     ):
         self.executor, self.run, self.region, self.names = executor, run, region, list(inputs)
         self.parameters = parameters
         self.graph = graph_of(run, region)
         self.recompute = recomputes(run.host, region)
         self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
-        uses = -(-run.context.count // region.chunk)
+        uses = -(-run.context.count // region.size)
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
 
@@ -213,7 +124,8 @@ class Job:
         """Hand the buffers over as slots, for a later call or region."""
         rings = {o["slot"]: self.run.ring(o) for o in self.region.visits}
         for number, buffers in self.buffers.items():
-            slot = Slot(tuple(b.k for b in buffers), tuple(b.v for b in buffers))
+            keys, values = zip(*(b.held() for b in buffers), strict=True)
+            slot = Slot(keys, values)
             ring = rings.get(number)
             self.run.state.slots[number] = slot if ring is None else slot.last(ring)
 
@@ -235,7 +147,7 @@ class Loop:
     def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The streams that the region hands out, over all tokens."""
         job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
-        cut = spans(c.start, c.count, c.valid, None, job.region.chunk)
+        cut = spans(c.start, c.count, c.valid, None, job.region.size)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
@@ -301,12 +213,19 @@ class Loop:
 
     # Calls of the graph.
 
+    @property
+    def running(self) -> Span:
+        """The running chunk."""
+        assert self.span is not None
+        return self.span
+
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
-        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.span)
+        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.running)
 
     def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
         o = self.run.program.defs[name]
-        return OPS[o.kind].apply(self.host.module(OPS[o.kind].scope(o)), o, streams)
+        (scope,) = own_scopes(o)
+        return OPS[o.kind].apply(self.host.module(scope), o, streams)
 
 
 class _Chunk:
@@ -392,14 +311,11 @@ class _BufferedVisit(RunningVisit):
         """Buffers are written by the attention itself."""
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
-        site, keys = self.sites[number], self.op["keys"]
-        own = keys is None or self.op["gate"] is not None
-        near = None
-        if own:
-            window = site.window if self.op["gate"] is None else min(self.op["window"], site.window or self.op["window"])
-            near = self._use(writes_slot(self.op), number, window, True)(q, k, v, sinks)
+        site, keys, own = self.sites[number], self.op["keys"], writes_slot(self.op)
+        window = site.window if self.op["gate"] is None else min(self.op["window"], site.window or self.op["window"])
         if keys is None:
-            return near
+            return self._use(self.op["slot"], number, window, True)(q, k, v, sinks)
+        near = None if own is None else self._use(own, number, window, True)(q, k, v, sinks)
         far = self._use(keys, number, site.window, False)(q, k, v, sinks)
         return far if near is None else self.mix(q, self.hidden, far, near)
 
@@ -411,82 +327,6 @@ class _BufferedVisit(RunningVisit):
             "scale": site.scale, "window": window, "chunk": site.chunk, "softcap": site.softcap,
         }
         return Use(self.job.slot(slot, self.sites)[number], self.span.start, self.span.count, write, options)
-
-
-class SunkHost:
-    """A host whose parameters are stand-ins and whose products sink their weight gradients."""
-
-    def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
-        self.host, self.sink, self.leaves = host, sink, leaves
-        self.modules: dict[str, nn.Module] = {}
-
-    def leaf(self, parameter: Tensor) -> Tensor:
-        return self.leaves.get(id(parameter), parameter)
-
-    def parameter(self, p: Parameter) -> Tensor:
-        """The stand-in for a parameter of a chunk's graph."""
-        if isinstance(p.owner, int):
-            return self.leaf(self.host.bound(p.owner)[1][p.at])
-        return self.leaf(getattr(self.host.module(p.owner), p.at))
-
-    def module(self, name: str) -> nn.Module:
-        if name not in self.modules:
-            self.modules[name] = stand_in(self.host.module(name), self.leaf, self.sink)
-        return self.modules[name]
-
-    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
-        key = f"{index}/{path}"
-        if key not in self.modules:
-            self.modules[key] = stand_in(self.host.stock_module(index, path), self.leaf, self.sink)
-        return self.modules[key](*args)
-
-    def __getattr__(self, name: str):
-        return getattr(self.host, name)
-
-
-def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
-    """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
-    if sink is not None and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
-        return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
-    made = copy.copy(module)
-    made.__dict__ = dict(module.__dict__)
-    made._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
-    made._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
-    return made
-
-
-class _LinearStandIn(nn.Module):
-    """A linear map on given tensors, its weight gradient sunk."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, sink: Sink):
-        super().__init__()
-        # Under their usual names: a wrapper such as LoRA looks at the weight of the layer it wraps.
-        self.weight, self.bias = weight, bias
-        self.sink = sink
-
-    def forward(self, x: Tensor) -> Tensor:
-        return sunk_linear(self.sink, x, self.weight, self.bias)
-
-
-def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
-    """Every parameter the region's ops read, once each, by id."""
-    found: dict[int, Tensor] = {}
-    for o in (lowered.op for lowered in region.ops):
-        if o.kind == "block":
-            tensors = list(host.bound(o["index"])[1])
-            for path in host.submodules_of(o["index"]):
-                tensors += host.stock_module(o["index"], path).parameters()
-            if o["gate"]:
-                tensors += host.module(o["gate"]).parameters()
-        else:
-            tensors = [t for name in _scope(o) for t in host.module(name).parameters()]
-        found |= {id(t): t for t in tensors if t.requires_grad}
-    return found
-
-
-def _scope(o: Op) -> tuple[str, ...]:
-    """The module of a token-local op's own parameters, if it has one."""
-    return OPS[o.kind].scopes(o) if OPS[o.kind].meaning is not None else ()
 
 
 class RegionFunction(torch.autograd.Function):

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from depthpass.capture.model import Template
 from depthpass.schedule.stacking import Stack
-from depthpass_lowering.visits import RunningVisit
+from depthpass_lowering.visits.running import RunningVisit
 
 
 class StackedVisit:

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 
 from depthpass.capture.model import Capture, Part, Site, Template
 from depthpass.errors import LoweringError
-from depthpass_lowering.attention import sdpa_attention
+from depthpass_lowering.visits.attention import sdpa_attention
 
 Runner = Callable[[fx.GraphModule], Callable]
 """Gives the callable to run a captured graph with: the graph itself, or its compiled segments."""

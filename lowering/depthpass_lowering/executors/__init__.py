@@ -1,0 +1,1 @@
+"""Executors: how the regions of a lowered program are run, level by level."""

@@ -1,0 +1,130 @@
+"""Stand-ins for the parameters of a region: hosts and modules that read other tensors, the models themselves untouched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from depthpass.ir.ops import OPS
+from depthpass.ir.program import Op
+from depthpass.lowered.program import LoweredRegion
+from depthpass_lowering.fx_passes.region import Parameter
+from depthpass_lowering.host import Host
+from depthpass_lowering.products.sink import Sink, sunk_linear
+
+
+class SunkHost:
+    """A host whose parameters are stand-ins and whose products sink their weight gradients."""
+
+    def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
+        self.host, self.sink, self.leaves = host, sink, leaves
+        self.modules: dict[str, nn.Module] = {}
+
+    def leaf(self, parameter: Tensor) -> Tensor:
+        return self.leaves.get(id(parameter), parameter)
+
+    def parameter(self, p: Parameter) -> Tensor:
+        """The stand-in for a parameter of a chunk's graph."""
+        if isinstance(p.owner, int):
+            return self.leaf(self.host.bound(p.owner)[1][p.at])
+        return self.leaf(getattr(self.host.module(p.owner), str(p.at)))
+
+    def module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            self.modules[name] = stand_in(self.host.module(name), self.leaf, self.sink)
+        return self.modules[name]
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        key = f"{index}/{path}"
+        if key not in self.modules:
+            self.modules[key] = stand_in(self.host.stock_module(index, path), self.leaf, self.sink)
+        return self.modules[key](*args)
+
+    def __getattr__(self, name: str):
+        return getattr(self.host, name)
+
+
+def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
+    """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
+    if sink is not None and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
+        return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
+    made = copy.copy(module)
+    made.__dict__ = dict(module.__dict__)
+    made._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
+    made._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
+    return made
+
+
+class _LinearStandIn(nn.Module):
+    """A linear map on given tensors, its weight gradient sunk."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, sink: Sink):
+        super().__init__()
+        # Under their usual names: a wrapper such as LoRA looks at the weight of the layer it wraps.
+        self.weight, self.bias = weight, bias
+        self.sink = sink
+
+    def forward(self, x: Tensor) -> Tensor:
+        return sunk_linear(self.sink, x, self.weight, self.bias)
+
+
+def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
+    """Every parameter the region's ops read, once each, by id."""
+    found: dict[int, Tensor] = {}
+    for o in (lowered.op for lowered in region.ops):
+        if o.kind == "block":
+            tensors = list(host.bound(o["index"])[1])
+            for path in host.submodules_of(o["index"]):
+                tensors += host.stock_module(o["index"], path).parameters()
+            if o["gate"]:
+                tensors += host.module(o["gate"]).parameters()
+        else:
+            tensors = [t for name in own_scopes(o) for t in host.module(name).parameters()]
+        found |= {id(t): t for t in tensors if t.requires_grad}
+    return found
+
+
+def own_scopes(o: Op) -> tuple[str, ...]:
+    """The module of a token-local op's own parameters, if it has one."""
+    return OPS[o.kind].scopes(o) if OPS[o.kind].meaning is not None else ()
+
+
+class LeafHost:
+    """Runs blocks and new modules on stand-ins for their parameters; everything else as the host does."""
+
+    def __init__(self, host, leaf):
+        self.host, self.leaf = host, leaf
+        self.modules: dict[str, nn.Module] = {}
+
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.host.bound(index)
+        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
+
+    def module(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            self.modules[name] = stand_in(self.host.module(name), self.leaf)
+        return self.modules[name]
+
+    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
+        key = f"{index}/{path}"
+        if key not in self.modules:
+            self.modules[key] = stand_in(self.host.stock_module(index, path), self.leaf)
+        return self.modules[key](*args)
+
+    def __getattr__(self, name: str):
+        return getattr(self.host, name)
+
+
+def tensors_of(region: LoweredRegion, host: Host) -> list[Tensor]:
+    """Every tensor with a gradient that the region's blocks and new modules read."""
+    found: list[Tensor] = []
+    for o in (lowered.op for lowered in region.ops):
+        if o.kind == "block":
+            found += host.bound(o["index"])[1]
+            for path in host.submodules_of(o["index"]):
+                found += host.stock_module(o["index"], path).parameters()
+        for name in OPS[o.kind].scopes(o):
+            found += host.module(name).parameters()
+    return [t for t in found if t.requires_grad]

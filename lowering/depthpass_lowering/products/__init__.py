@@ -1,0 +1,1 @@
+"""Products with parameters: packed weights, weight gradients that leave the loop, compiled segments."""

@@ -1,0 +1,1 @@
+"""Visits: one block over some tokens against its slots, and which tokens."""
