@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from depthpass.ir import Program, parse_program
     from depthpass.log import progress
     from depthpass.losses import aligned_targets, exit_loss, gate_loss, relay_loss
+    from depthpass.passes.bidirectional import Bidirectional
     from depthpass.passes.coconut import Coconut
     from depthpass.passes.feedback import FeedbackTransformer
     from depthpass.passes.identity import Identity
@@ -93,6 +94,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "FixedPoint": "depthpass.schedule.fixed_point",
     },
     "passes": {
+        "Bidirectional": "depthpass.passes.bidirectional",
         "Coconut": "depthpass.passes.coconut",
         "FeedbackTransformer": "depthpass.passes.feedback",
         "Identity": "depthpass.passes.identity",
@@ -181,19 +183,20 @@ _PACKAGES = {
 
 __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for group, names in GROUPS.items())
 
-# A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
+# A literal: type checkers read it. tests/packaging/test_layering.py holds it against the groups.
 __all__ = [
-    "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "CoevolutionaryDiffusion", "DepthCache",
-    "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity",
-    "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoopContrast",
-    "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError",
-    "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion", "Repeat", "SearchResult",
-    "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError",
-    "VerifyError", "aligned_targets", "attach", "calibrate", "capacity_warmup", "compare", "contraction", "denoise",
-    "diffusion_loss", "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels",
-    "load_spec", "logit_lens", "loops_of", "lowering", "materialize", "new_parameters", "only_gates", "parse_program",
-    "plot_depth", "progress", "recipes", "relay_loss", "report", "restore", "routing_of", "search", "set_exit",
-    "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks", "transform", "twin", "using",
+    "Bidirectional", "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "CoevolutionaryDiffusion",
+    "DepthCache", "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS",
+    "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop",
+    "LoopContrast", "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad",
+    "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion",
+    "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn",
+    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "calibrate", "capacity_warmup", "compare",
+    "contraction", "denoise", "diffusion_loss", "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss",
+    "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize", "new_parameters",
+    "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report", "restore",
+    "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks", "transform",
+    "twin", "using",
 ]
 
 
