@@ -176,7 +176,7 @@ class _Writer:
 
     def _biases(self) -> list[str]:
         turned = any(type(m).__name__ == "Conv1D" for m in self.model.modules())
-        return _BIASES.rstrip().splitlines() if turned and not self.copies else []
+        return list(_BIASES.rstrip().splitlines()) if turned and not self.copies else []
 
     def _attention_path(self) -> str:
         block = self.stock_blocks[0]

@@ -114,7 +114,7 @@ def _all_parameters(report: Report) -> Number:
 def _floor(report: Report) -> Number:
     """The least time of a forward pass, where a machine was named."""
     if report.ceilings is None or report.cost is None:
-        return Number("floor", "time floor", "-", "", "no machine named: --ceilings h200, ceilings=assumed('h200')")
+        return Number("floor", "time floor", "-", "", "no machine named: --ceilings h200")
     found = report.cost.floor(report.ceilings, report.seq_len, report.batch).rows()[0]
     stock = (report.cost.stock or report.cost).floor(report.ceilings, report.seq_len, report.batch).rows()[0]
     return Number("floor", "time floor", found[1], "s", f"forward on {report.ceilings.device}", stock=stock[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Sequence
 from itertools import count as count_up
 from typing import Any, Literal
@@ -200,7 +201,7 @@ def _task(task: Task | str) -> Task:
 
 def _datasets() -> Any:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError:
         raise InputError("expected the package 'datasets', which is not installed. Run: pip install 'depthpass[tasks]'") from None
     return datasets

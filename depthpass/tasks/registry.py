@@ -108,8 +108,8 @@ def dag(name: str, *sizes: int, form: str | None = None, seed: int = 0) -> TaskD
         return TaskDAG(f"{name}({sizes[0]}, seed {seed})", found.graph, inputs_are_nodes=False, note=found.note)
     from depthpass.tasks import shapes
 
-    found: Any = None if name == FORMULA else get(name)
-    shape: Any = shapes.arithmetic_formula if found is None else found.shape
+    task: Any = None if name == FORMULA else get(name)
+    shape: Any = shapes.arithmetic_formula if task is None else task.shape
     try:
         return shape(*sizes) if form is None else shape(*sizes, form=form)
     except TypeError as error:

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import InputError
+from depthpass.prompt import at_prompt
 from depthpass.tasks.task import Instance
 
 
+@at_prompt
 @dataclass(frozen=True)
 class RelayBatch:
     """Prompts with one target per loop.

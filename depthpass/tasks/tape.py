@@ -21,6 +21,8 @@ from typing import Any
 
 import networkx as nx
 
+from depthpass.prompt import at_prompt
+
 Value = Any
 """What a state holds: an integer, a string, or a tuple of them."""
 
@@ -37,7 +39,7 @@ class Cell:
     """An input symbol or a state: a name and what it holds."""
 
     name: str
-    value: Value
+    value: Any
 
     def __str__(self) -> str:
         return f"{self.name}={show(self.value)}"
@@ -90,6 +92,7 @@ class Tape:
         return name
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Trace:
     """What a program left on its tape.
