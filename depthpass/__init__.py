@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.gradients import gradients
     from depthpass.analysis.lens import logit_lens
     from depthpass.compared import compare, sweep
-    from depthpass.diffusion import CoevolutionaryDiffusion, denoise, diffusion_loss
+    from depthpass.diffusion import denoise, diffusion_loss
     from depthpass.emit import emit
     from depthpass.equal import twin
     from depthpass.errors import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from depthpass.hf.cache import DepthCache
     from depthpass.hf.calibrate import calibrate
     from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule, StopAtFlops
+    from depthpass.hf.coevolution import CoevolutionaryDiffusion
     from depthpass.hf.contrast import LoopContrast
     from depthpass.hf.exits import only_gates, set_exit
     from depthpass.hf.latent_curriculum import LatentCurriculum
@@ -159,7 +160,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "diffusion": {
         "denoise": "depthpass.diffusion",
         "diffusion_loss": "depthpass.diffusion",
-        "CoevolutionaryDiffusion": "depthpass.diffusion",
+        "CoevolutionaryDiffusion": "depthpass.hf.coevolution",
     },
     "errors": {
         "DepthpassError": "depthpass.errors",
@@ -189,14 +190,14 @@ __all__ = [
     "DepthCache", "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS",
     "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop",
     "LoopContrast", "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad",
-    "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion",
-    "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn",
-    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "calibrate", "capacity_warmup", "compare",
-    "contraction", "denoise", "diffusion_loss", "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss",
-    "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize", "new_parameters",
-    "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report", "restore",
-    "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks", "transform",
-    "twin", "using",
+    "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop",
+    "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR",
+    "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "calibrate",
+    "capacity_warmup", "compare", "contraction", "denoise", "diffusion_loss", "dump_spec", "emit", "exit_loss",
+    "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering",
+    "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes",
+    "relay_loss", "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary",
+    "sweep", "switch", "tasks", "transform", "twin", "using",
 ]
 
 
