@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from depthpass.passes.pad import Pad
     from depthpass.passes.parallel_loop import ParallelLoop
     from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+    from depthpass.passes.recurrent_loop import RecurrentLoop
     from depthpass.passes.relaxed_recursion import RelaxedRecursion
     from depthpass.passes.t2mlr import T2MLR
     from depthpass.passes.taps import Taps
@@ -101,6 +102,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "MixtureOfRecursions": "depthpass.passes.mixture_of_recursions",
         "Pad": "depthpass.passes.pad",
         "ParallelLoop": "depthpass.passes.parallel_loop",
+        "RecurrentLoop": "depthpass.passes.recurrent_loop",
         "RelaxedRecursion": "depthpass.passes.relaxed_recursion",
         "Repeat": "depthpass.passes.recurrence",
         "Skip": "depthpass.passes.layer_program",
@@ -177,13 +179,13 @@ __all__ = [
     "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError",
     "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoopContrast", "LoweringError",
     "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program",
-    "RecurrenceCurriculum", "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError",
-    "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach",
-    "calibrate", "capacity_warmup", "compare", "contraction", "dump_spec", "emit", "exit_loss", "from_pretrained",
-    "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize",
-    "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report",
-    "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks",
-    "transform", "twin", "using",
+    "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip",
+    "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets",
+    "attach", "calibrate", "capacity_warmup", "compare", "contraction", "dump_spec", "emit", "exit_loss",
+    "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering",
+    "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss",
+    "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch",
+    "tasks", "transform", "twin", "using",
 ]
 
 
