@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.gradients import gradients
     from depthpass.analysis.lens import logit_lens
     from depthpass.compared import compare, sweep
+    from depthpass.diffusion import CoevolutionaryDiffusion, denoise, diffusion_loss
     from depthpass.emit import emit
     from depthpass.equal import twin
     from depthpass.errors import (
@@ -49,12 +50,14 @@ if TYPE_CHECKING:
     from depthpass.ir import Program, parse_program
     from depthpass.log import progress
     from depthpass.losses import aligned_targets, exit_loss, gate_loss, relay_loss
+    from depthpass.passes.bidirectional import Bidirectional
     from depthpass.passes.coconut import Coconut
     from depthpass.passes.feedback import FeedbackTransformer
     from depthpass.passes.identity import Identity
     from depthpass.passes.inner_thinking import InnerThinking
     from depthpass.passes.layer_program import LayerProgram, Skip
     from depthpass.passes.loop import Loop
+    from depthpass.passes.masked_diffusion import MaskedDiffusion
     from depthpass.passes.mixture_of_depths import MixtureOfDepths
     from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
     from depthpass.passes.pad import Pad
@@ -91,6 +94,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "FixedPoint": "depthpass.schedule.fixed_point",
     },
     "passes": {
+        "Bidirectional": "depthpass.passes.bidirectional",
         "Coconut": "depthpass.passes.coconut",
         "FeedbackTransformer": "depthpass.passes.feedback",
         "Identity": "depthpass.passes.identity",
@@ -98,6 +102,7 @@ GROUPS: dict[str, dict[str, str]] = {
         "IntraLayerRecurrence": "depthpass.passes.recurrence",
         "LayerProgram": "depthpass.passes.layer_program",
         "Loop": "depthpass.passes.loop",
+        "MaskedDiffusion": "depthpass.passes.masked_diffusion",
         "MixtureOfDepths": "depthpass.passes.mixture_of_depths",
         "MixtureOfRecursions": "depthpass.passes.mixture_of_recursions",
         "Pad": "depthpass.passes.pad",
@@ -151,6 +156,11 @@ GROUPS: dict[str, dict[str, str]] = {
         "relay_loss": "depthpass.losses",
         "LoopContrast": "depthpass.hf.contrast",
     },
+    "diffusion": {
+        "denoise": "depthpass.diffusion",
+        "diffusion_loss": "depthpass.diffusion",
+        "CoevolutionaryDiffusion": "depthpass.diffusion",
+    },
     "errors": {
         "DepthpassError": "depthpass.errors",
         "SpecError": "depthpass.errors",
@@ -175,17 +185,18 @@ __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for
 
 # A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
 __all__ = [
-    "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "DepthCache", "DepthModel", "DepthpassError",
-    "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS", "Identity", "InnerThinking", "InputError",
-    "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop", "LoopContrast", "LoweringError",
-    "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop", "ParseError", "PassError", "Program",
-    "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip",
-    "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets",
-    "attach", "calibrate", "capacity_warmup", "compare", "contraction", "dump_spec", "emit", "exit_loss",
-    "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering",
-    "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss",
-    "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch",
-    "tasks", "transform", "twin", "using",
+    "Bidirectional", "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "CoevolutionaryDiffusion",
+    "DepthCache", "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS",
+    "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop",
+    "LoopContrast", "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad", "ParallelLoop",
+    "ParseError", "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop", "RelaxedRecursion", "Repeat",
+    "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR", "Taps", "TurboConn",
+    "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "calibrate", "capacity_warmup", "compare",
+    "contraction", "denoise", "diffusion_loss", "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss",
+    "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering", "materialize", "new_parameters",
+    "only_gates", "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report", "restore", "routing_of",
+    "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks", "transform", "twin",
+    "using",
 ]
 
 

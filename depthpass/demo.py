@@ -60,8 +60,12 @@ def parity_batch(rows: int, length: int, generator):
     return bits + 3, bits.cumsum(-1) % 2 + 3
 
 
-def run_demo(steps: int = 60, group: int = 4, write=print) -> int:
+def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
     """Transform, check against the stock model, report, train a few steps, generate.
+
+    Args:
+        write: takes each line.
+        on_step: called after every training step with how many are done and how many there are.
 
     Returns:
         0 when every check passed, else 1.
@@ -119,6 +123,8 @@ def run_demo(steps: int = 60, group: int = 4, write=print) -> int:
         optimizer.step()
         last = loss.item()
         first = last if step == 0 else first
+        if on_step is not None:
+            on_step(step + 1, steps)
     write(f"training: running parity, {steps} steps of 16 rows, loss {first:.3f} -> {last:.3f}")
     good &= check("the loss went down", last < first)
     turbo.eval()

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from depthpass.cli.inputs import dtype_of
-from depthpass.cli.output import check_outputs, working, write_text
+from depthpass.cli.output import Bar, check_outputs, working, write_text
 
 
 def doctor(args: argparse.Namespace) -> int:
@@ -41,4 +41,5 @@ def calibrate(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     from depthpass.demo import run_demo
 
-    return run_demo(steps=args.steps, group=args.group)
+    with Bar("training") as bar:
+        return run_demo(steps=args.steps, group=args.group, on_step=bar)

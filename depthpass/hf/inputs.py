@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import CacheError, InputError, did_you_mean
+from depthpass.hf.ahead import cached
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
 from depthpass.hf.columns import packing_of, positions_of, told_positions, validity
 from depthpass.hf.dense import made_of_packed_rows, validity_of
@@ -131,6 +132,8 @@ def normalise(
     if packing is not None:
         _refuse_cache(cache, cache_name, use_cache)
         use_cache = False
+    if model.depth_program.ahead is not None:
+        use_cache = cached(model.depth_program, cache, cache_name, use_cache, valid, past)
     if use_cache is None:
         use_cache = cache is not None or (bool(getattr(config, "use_cache", False)) and not model.training)
     return_dict = given.get("return_dict", getattr(config, "return_dict", True))

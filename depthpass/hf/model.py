@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from depthpass.capture import Capture, capture
 from depthpass.capture.quiet import quiet
 from depthpass.errors import InputError, UnsupportedModelError
+from depthpass.hf import ahead
 from depthpass.hf.cache import STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
 from depthpass.hf.checkpointing import not_reentrant
@@ -353,6 +354,9 @@ def depth_class(stock: Any) -> Any:
 
         @functools.wraps(stock.generate)
         def generate(self, *args, draft=None, draft_tokens="auto", loops=None, **kwargs):
+            if self.depth_program.denoise is not None:
+                return ahead.generate(self, args, {**kwargs, "draft": draft, "loops": loops})
+            ahead.refuse_generation(self.depth_program)
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
             if loops is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import InputError
+from depthpass.hf.ahead import refuse_shifted_loss
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
 from depthpass.hf.columns import packing_of, told_positions, validity
 from depthpass.hf.inputs import EMBEDS, IGNORED, prompt_of, refuse_flags, refuse_unknown
@@ -39,6 +40,7 @@ def check_outer(model: DepthModel, names: tuple[str, ...], arguments: dict[str, 
         return  # the decoder says what is wrong
     keep = _logits_to_keep(names, given, tokens.shape[1])
     if "labels" in given and "logits_to_keep" in names:  # a language model: one label per token
+        refuse_shifted_loss(model.depth_program)
         if keep is not None:
             raise InputError("logits_to_keep: cannot be combined with labels, the loss needs every logit.")
         if (shape := tuple(given["labels"].shape)) != tuple(tokens.shape[:2]):

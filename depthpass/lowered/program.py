@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from depthpass.ir.program import Op
+from depthpass.prompt import at_prompt
 from depthpass.schedule.regions import Region
 from depthpass.schedule.stacking import Stack
 
@@ -131,6 +132,7 @@ class LoweredRegion:
         return tuple(found)
 
 
+@at_prompt
 @dataclass(frozen=True)
 class LoweredProgram:
     """What one kind of call runs.

@@ -1,4 +1,7 @@
-"""The program as a Graphviz graph."""
+"""The program as a Graphviz graph.
+
+Written by hand, without pydot: the text must be there without an extra, and quoting is all that a library would add.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from depthpass.hf.facts import ModelFacts
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
-    from depthpass.tasks.dag import Sufficiency, TaskDAG
+    from depthpass.tasks.dags import Sufficiency, TaskDAG
 
 PATH_STEPS = 2000
 """Visits of the critical path that a report keeps, counted from its end."""
@@ -228,7 +228,7 @@ class Report:
         """Whether the depth and the tokens at n cover the task's DAG; None without a task."""
         if self.task is None:
             return None
-        from depthpass.tasks.dag import sufficient
+        from depthpass.tasks.dags import sufficient
 
         pads = max(t.pads for t in self.types.values())
         return sufficient(self.task, self.depth_at(self.seq_len), tokens=self.seq_len + pads)

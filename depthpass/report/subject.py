@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
-    from depthpass.tasks.dag import TaskDAG
+    from depthpass.tasks.dags import TaskDAG
 
 
 @at_prompt
@@ -178,8 +178,10 @@ def proven(program: Program, precision: str, loops: Any = 1) -> list[Statement]:
     fed = {v for cycle in cycles(program) for v in cycle}
     delays = {o.name for o in program if o.kind == "delay"}
     routes = [o for o in program if o.kind == "route"]
+    steps = program.denoise
     ranked = any(o["rule"] == "topk" and o["capacity"] < 1 for o in routes)
     return complexity(
         loops, max(t.pads for t in infer(program).values()), precision, delay_edges=bool(delays & fed), shifts=bool(delays - fed),
         token_routing="topk" if ranked else bool(routes),
+        diffusion_steps=steps["steps"] if steps is not None and not program.ahead and not steps["carry"] else None,
     )

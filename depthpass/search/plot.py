@@ -1,4 +1,7 @@
-"""Pictures of a search as SVG files of their own: the Pareto front, the heat map."""
+"""Pictures of a search as SVG files of their own: the Pareto front, the heat map.
+
+Written without matplotlib: ``SearchResult.save`` puts one into every folder, and must not need an extra.
+"""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from depthpass.errors import InputError, did_you_mean
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.task import Task
 
 TAIL: dict[str, str] = {

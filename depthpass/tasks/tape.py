@@ -21,8 +21,10 @@ from typing import Any
 
 import networkx as nx
 
-Value = int | str | tuple
-"""What a state holds."""
+from depthpass.prompt import at_prompt
+
+Value = Any
+"""What a state holds: an integer, a string, or a tuple of them."""
 
 
 def show(value: Value) -> str:
@@ -90,6 +92,7 @@ class Tape:
         return name
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Trace:
     """What a program left on its tape.

@@ -9,13 +9,15 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from depthpass.errors import InputError, did_you_mean
+from depthpass.prompt import at_prompt
 from depthpass.tasks.checker import Check, check
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.tape import Tape, Trace
 
 Size = Literal["S", "M", "L"]
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Instance:
     """One problem.

@@ -248,7 +248,7 @@ def test_calibrate_writes_what_report_reads(run, config: str, tmp_path: Path, mo
 
 def test_demo_is_imported_when_asked_for(run, monkeypatch) -> None:
     fake = types.ModuleType("depthpass.demo")
-    fake.run_demo = lambda steps, group: 10 * steps + group  # type: ignore[attr-defined]
+    fake.run_demo = lambda steps, group, on_step: on_step(1, steps) or 10 * steps + group  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "depthpass.demo", fake)
     assert run("demo", "--steps", "3", "--group", "2")[0] == 32
     assert run("demo", "--steps", "-3")[0] == 2

@@ -1,9 +1,12 @@
-"""docs/recipes: every page runs as pasted, by itself, and is as short as it says."""
+"""docs/recipes: every page runs as pasted, by itself, and is as short as it says; so do the pages that others start at."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,10 +36,74 @@ def test_every_script_runs_as_pasted(page: str, at: int, text: str, tmp_path: Pa
     exec(compile(text, f"{page}.md", "exec"), {"__name__": "__main__"})
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_notebooks_run_in_a_kernel(tmp_path: Path) -> None:
+    """All three one after another in one kernel, since starting it and importing takes most of the time."""
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    pytest.importorskip("ipykernel")
+    books = {f.stem: nbformat.read(f, as_version=4) for f in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb"))}
+    forget = nbformat.v4.new_code_cell("%reset -f")
+    for name, book in books.items():
+        nbformat.validate(book)
+        assert not any(c.get("outputs") for c in book.cells), f"{name}: outputs are not kept in the repository"
+    whole = nbformat.v4.new_notebook(cells=[c for book in books.values() for c in (*book.cells, forget)])
+    nbclient.NotebookClient(whole, timeout=600, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    shown = {name: [o.get("data", {}) for c in book.cells for o in c.get("outputs", ())] for name, book in books.items()}
+    assert set(shown) == {"analysis", "training", "serving"}
+    assert any("dp-picture" in d.get("text/html", "") for d in shown["analysis"])
+    assert any("depth at n = 155" in d.get("text/plain", "") for d in shown["analysis"])
+    assert any("program LlamaForCausalLM" in d.get("text/html", "") for d in shown["training"])
+    assert any("DepthCache(tokens=" in d.get("text/plain", "") for d in shown["serving"])
+
+
+ROOT = PAGES.parents[1]
+STARTS = ["README.md", "docs/index.md", "docs/report.md", "docs/depth.md", "docs/backend.md",
+          *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs" / "errors").glob("*.md")))]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", STARTS)
+def test_a_page_needs_no_names_from_elsewhere(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(encoding="utf-8"), re.M | re.S)
+    blocks = blocks[:1] if page == "README.md" else blocks      # its second one is docs/backend.md's
+    names: dict[str, object] = {"__name__": "__main__"}
+    for text in blocks:
+        exec(compile(text, page, "exec"), names)
+
+
+def test_every_error_has_a_page() -> None:
+    from depthpass import errors
+
+    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.DepthpassError)}
+    pages = {p.stem for p in (ROOT / "docs" / "errors").glob("*.md")} - {"README"}
+    assert found == pages
+    assert set(re.findall(r"\]\((\w+)\.md\)", (ROOT / "docs/errors/README.md").read_text(encoding="utf-8"))) == pages
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="needs the docs extra")
+    pytest.importorskip("mkdocstrings_handlers.python", reason="needs the docs extra")
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    made = subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)], cwd=ROOT,
+                          env=environment, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr[-2000:]
+    api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
+    assert all(f'id="depthpass.{name}"' in api for name in ("hf.transform.transform", "report.report", "passes.loop.Loop"))
+    assert "dp-picture" in (tmp_path / "reports" / "turboconn.html").read_text(encoding="utf-8")
+
+
+def test_the_matrix_names_the_lower_bounds() -> None:
+    made = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--python", "3.11,9.9"], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0 and "python 9.9: not installed" in made.stdout
+    if "3.11: not installed" not in made.stdout:
+        assert "torch==2.11.* transformers==5.17.*" in made.stdout
+
+
 def test_scripts_are_short_and_name_the_real_model() -> None:
     for page, _, text in scripts():
         assert len(text.splitlines()) <= LINES, page
-        assert "yours: " in text and "small(" in text, page
+        assert "yours: " in text and "from depthpass.demo import" in text, page
 
 
 def test_every_page_is_listed() -> None:

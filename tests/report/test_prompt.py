@@ -12,6 +12,7 @@ import zoo
 import depthpass as dp
 from depthpass.prompt import LINES, WIDTH, at_prompt
 from depthpass.report.tables import compare
+from depthpass.tasks import registry as tasks
 from tests.report.subjects import BAND, band, subject
 
 
@@ -25,6 +26,7 @@ def public() -> list[object]:
         made, made.program, made.schedule, made.schedule.regions[0], made.cost, made.depths[None], made.facts, made.sections[0],
         subject(), compare(subject(), [("stock", None), ("band", BAND)], cost=False), model.depth_program, dp.DepthCache(model),
         dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch), *dp.load_spec(BAND), dp.FixedPoint(),
+        tasks.get("large_add").instance(40, 0),
     ]
 
 
