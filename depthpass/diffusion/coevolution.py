@@ -240,7 +240,7 @@ class CoevolutionaryDiffusion(nn.Module):
         """What :meth:`save_pretrained` wrote."""
         from safetensors.torch import load_file
 
-        from depthpass.hf.save import from_pretrained
+        from depthpass.hf.pretrained import from_pretrained
 
         file = Path(folder) / f"{FILE}.json"
         if not file.exists():
@@ -254,7 +254,8 @@ class CoevolutionaryDiffusion(nn.Module):
 
 
 def _transformed(model: Any, steps: int, mask_token: int, latent: int) -> Any:
-    from depthpass.hf.transform import context_of, transform
+    from depthpass.hf.context import context_of
+    from depthpass.hf.transform import transform
 
     last = context_of(model).blocks - 1
     return transform(model, [MaskedDiffusion(steps=steps, mask_token=mask_token, unmask="ancestral", carry=latent),

@@ -47,7 +47,7 @@ def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     Raises:
         InputError: an argument that only makes sense token by token, or no number of new tokens.
     """
-    from depthpass.diffusion import denoise
+    from depthpass.diffusion.sampler import denoise
 
     given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
     if unknown := [k for k in given if k not in _KNOWN]:
