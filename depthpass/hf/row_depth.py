@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -180,7 +180,9 @@ def rows_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any]
         sequences = run.decode(input_ids, model_kwargs.get("attention_mask"))
         if streamer is not None:
             streamer.end()
-        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
 
     return generate(model, *args, custom_generate=decode, **kwargs)
 
