@@ -135,7 +135,7 @@ def _taken(stream: int) -> Iterator[BinaryIO]:
 
 def rate(product: Product, dtype: torch.dtype, seconds: float) -> Rate:
     """Rates of one product, plain and packed, over as many weights as no cache holds."""
-    from depthpass_lowering.products import Products, Weights, packed_product
+    from depthpass_lowering.products.packed import Products, Weights, packed_product
 
     p = product
     count = max(2, int(min(CACHES, CACHES * seconds * 10)) // (p.inputs * p.outputs * dtype.itemsize))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -69,17 +69,6 @@ class Oracle:
 
         return answer
 
-    def greedy(self, prompt: Tensor, steps: int) -> Callable[[], Answer]:
-        """Tokens taken one by one, every one from a whole row."""
-        @torch.no_grad()
-        def answer() -> Answer:
-            (model, values), ids = self._copy(), prompt
-            for _ in range(steps):
-                ids = torch.cat((ids, self._logits(model, ids, values, True).argmax(-1)), 1)
-            return {"tokens": ids}
-
-        return answer
-
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
@@ -88,3 +77,43 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 def loop(start: int, end: int, times: int) -> Want:
     """A loop over blocks [start, end) with keys of its own for every visit."""
     return lambda row, p: by_hand.loop(row, start, end, times)[-1]
+
+
+class Greedy:
+    """Greedy decoding by ``generate`` behind a prompt, which is part of every call.
+
+    What is checked is how probable each token is over the likeliest one, by hand: 1, whatever the dtype makes of near ties.
+
+    Args:
+        steps: decoded tokens of a timed call.
+        checked: decoded tokens of the call that is checked.
+        right: the program of each of the first rows by hand; those rows are checked.
+        options: further arguments of ``generate``.
+    """
+
+    def __init__(self, model: nn.Module, prompt: Tensor, steps: int, checked: int, right: Sequence[Oracle], **options):
+        self.model, self.prompt, self.steps, self.checked, self.right = model, prompt, steps, checked, right
+        self.options = options
+
+    def __call__(self) -> Tensor:
+        return self._decode(self.steps)
+
+    def _decode(self, steps: int) -> Tensor:
+        return self.model.generate(
+            self.prompt, attention_mask=torch.ones_like(self.prompt), max_new_tokens=steps, min_new_tokens=steps, do_sample=False,
+            eos_token_id=None, pad_token_id=0, **self.options,
+        )
+
+    def answer(self) -> Answer:
+        found, start = self._decode(self.checked)[: len(self.right)], self.prompt.shape[1]
+        logits = torch.cat([right.scores(row[None])()["logits"] for right, row in zip(self.right, found)])[:, start - 1 : -1]
+        chosen = logits.gather(-1, found[:, start:, None])[..., 0]
+        return {LIKELIEST: torch.exp(chosen - logits.amax(-1))}
+
+
+LIKELIEST = "probability over the likeliest token's"
+
+
+def likeliest(rows: int, checked: int) -> Callable[[], Answer]:
+    """What greedy decoding answers: every token is the likeliest one."""
+    return lambda: {LIKELIEST: torch.ones(rows, checked)}

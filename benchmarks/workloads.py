@@ -200,18 +200,3 @@ class OurTokens:
         found = {"logits": self._step().logits[self.rows].clone()}
         self.cache.state = self.start
         return found
-
-
-class Generate:
-    """Decode a few tokens after a short prompt by ``generate``, greedily; the prompt is part of every call."""
-
-    def __init__(self, model: nn.Module, prompt: Tensor, steps: int = 8):
-        self.model, self.prompt, self.steps = model.eval(), prompt, steps
-
-    @torch.no_grad()
-    def __call__(self) -> Tensor:
-        return self.model.generate(self.prompt, max_new_tokens=self.steps, min_new_tokens=self.steps, do_sample=False,
-                                   eos_token_id=None, pad_token_id=0)
-
-    def answer(self) -> Answer:
-        return {"tokens": self()}

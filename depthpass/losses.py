@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -159,12 +161,16 @@ def exit_loss(
     precise = [_precise(z[:, :-1][keep]) for z in logits]
     p = _exit_probabilities([g[:, :-1, 0][keep].to(precise[0].dtype) for g in gates])
     if form == "mixture":
-        each = F.cross_entropy(sum(w[:, None] * z for w, z in zip(p, precise)), want[keep], reduction="none")
+        each = F.cross_entropy(_sum(w[:, None] * z for w, z in zip(p, precise)), want[keep], reduction="none")
     else:
-        each = sum(w * F.cross_entropy(z, want[keep], reduction="none") for w, z in zip(p, precise))
+        each = _sum(w * F.cross_entropy(z, want[keep], reduction="none") for w, z in zip(p, precise))
     if beta:
-        each = each + beta * sum(torch.special.xlogy(w, w * len(p)) for w in p)
+        each = each + beta * _sum(torch.special.xlogy(w, w * len(p)) for w in p)
     return each.sum() / (len(each) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _sum(terms: Iterable[Tensor]) -> Tensor:
+    return functools.reduce(operator.add, terms)
 
 
 def gate_loss(
@@ -233,7 +239,8 @@ def _exits(taps: Any, scope: str, who: str = "exit_loss") -> tuple[list[Tensor],
     while f"{scope}.t{times + 1}" in found:
         times += 1
     names = [f"{scope}.t{t}" for t in range(1, times + 1)]
-    if missing := [n for n in [*names, *(f"{n}.exit" for n in names)] if n not in found] or not names:
+    missing = [n for n in [*names, *(f"{n}.exit" for n in names)] if n not in found]
+    if missing or not names:
         lacking = f"without {', '.join(missing)}" if names else f"without {scope}.t1"
         raise InputError(f"{who}: expected logits and gates of every iteration, got taps {lacking}. Use "
                          "Loop(..., exit=q, skip=False, taps=True), and scope= for a loop of another scope.")

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 from declare import Answer, Benchmark, Measurement, Setting, Variant
-from oracles import Oracle, loop
-from workloads import Forward, Generate, TrainingStep, build, tokens
+from oracles import Greedy, Oracle, by_hand, likeliest, loop
+from workloads import Forward, TrainingStep, build, tokens
 
 import depthpass as dp
 
@@ -68,10 +68,15 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
         "loop": Variant(lambda: TrainingStep(looped.train(), ids, checked), right.training(checked)),
     })
     steps = 2 if s.tiny else STEPS
+    rows = {
+        "stock": (deep, Oracle(deep, identity, lambda row, p: by_hand.layer_program(row, range(visits)))),
+        "loop": (looped, right),
+    }
+    rows["identity program"] = identity, rows["stock"][1]
     yield Measurement("decoding", f"{steps} decoded tokens (generate)", "stock", {
-        "stock": Variant(lambda: Generate(deep, few, steps)),
-        "identity program": Variant(lambda: Generate(identity, few, steps), lambda: Generate(deep, few, steps).answer(), 0.0),
-        "loop": Variant(lambda: Generate(looped, few, steps), right.greedy(few, steps), 0.0),
+        label: Variant(
+            lambda m=model, by=by: Greedy(m.eval(), few, steps, steps, [by] * s.batch), likeliest(s.batch, steps)
+        ) for label, (model, by) in rows.items()
     })
     short = ids[:, :8]
     yield Measurement("growth", "time to the first result by iterations", f"T={s.iterations[0]}", {

@@ -11,8 +11,8 @@ from argparse import Namespace
 from collections.abc import Iterator
 
 import torch
-from declare import Answer, Benchmark, Measurement, Product, Setting, Variant
-from oracles import Oracle, loop
+from declare import Benchmark, Measurement, Product, Setting, Variant
+from oracles import Greedy, Oracle, likeliest, loop
 from workloads import build, tokens
 
 import depthpass as dp
@@ -29,33 +29,11 @@ def looped(s: Namespace, agree: float):
     return stock, dp.transform(stock, dp.Loop(times=s.times))
 
 
-class Greedy:
-    """Greedy decoding, with a draft or without.
-
-    Args:
-        right: the program by hand.
-        checked: tokens that are checked.
-    """
-
-    def __init__(self, model, ids: torch.Tensor, steps: int, right: Oracle, checked: int, draft: dict):
-        self.model, self.ids, self.steps, self.right, self.checked, self.draft = model, ids, steps, right, checked, draft
-
-    def __call__(self) -> torch.Tensor:
-        return self._decode(self.steps)
-
-    def _decode(self, steps: int) -> torch.Tensor:
-        return self.model.generate(self.ids, attention_mask=torch.ones_like(self.ids), max_new_tokens=steps, do_sample=False,
-                                   eos_token_id=None, pad_token_id=0, **self.draft)
-
-    def answer(self) -> Answer:
-        found = self._decode(self.checked)
-        start = self.ids.shape[1]
-        logits = self.right.scores(found)()["logits"][:, start - 1 : -1]
-        chosen = logits.gather(-1, found[:, start:, None])[..., 0]
-        return {"probability over the likeliest token's": torch.exp(chosen - logits.amax(-1))}
+class Drafted(Greedy):
+    """Greedy decoding with a draft."""
 
     def note(self) -> str:
-        return str(self.model.depth_drafted) if self.draft else ""
+        return str(self.model.depth_drafted)
 
     def share(self) -> float:
         """Visits over those of plain decoding, of the last call."""
@@ -68,16 +46,12 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     length = "auto" if s.draft_tokens == "auto" else int(s.draft_tokens)
     for agree in s.agree:
         stock, model = looped(s, agree)
-        right = Oracle(stock, model, loop(0, s.blocks, s.times))
-
-        def likeliest():
-            return {"probability over the likeliest token's": torch.ones(s.batch, s.checked)}
-
-        drafted = Greedy(model, ids, s.tokens, right, s.checked, {"draft": "loop:1", "draft_tokens": length})
-        plain = Greedy(model, ids, s.tokens, right, s.checked, {})
+        right = [Oracle(stock, model, loop(0, s.blocks, s.times))] * s.batch
+        drafted = Drafted(model, ids, s.tokens, s.checked, right, draft="loop:1", draft_tokens=length)
+        plain, oracle = Greedy(model, ids, s.tokens, s.checked, right), likeliest(s.batch, s.checked)
         yield Measurement("draft", f"draft loop:1 of {s.times}, agree {agree:g}", "plain", {
-            "plain": Variant(lambda plain=plain: plain, likeliest),
-            f"draft, {length}": Variant(lambda drafted=drafted: drafted, likeliest, floor=drafted.share),
+            "plain": Variant(lambda plain=plain: plain, oracle),
+            f"draft, {length}": Variant(lambda drafted=drafted: drafted, oracle, floor=drafted.share),
         }, per=s.tokens, dtype=s.dtype, notes=("floor: share of the visits",))
 
 

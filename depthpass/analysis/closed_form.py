@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import sympy
 from sympy.printing.precedence import PRECEDENCE
@@ -116,7 +116,7 @@ class _TextPrinter(StrPrinter):
     def _print_Piecewise(self, expr: sympy.Piecewise) -> str:
         parts = [
             f"{self._print(value)} {'otherwise' if condition == True else 'if ' + self._print(condition)}"  # noqa: E712
-            for value, condition in expr.args
+            for value, condition in cast("tuple[tuple[sympy.Expr, Any], ...]", expr.args)
         ]
         return "{" + "; ".join(parts) + "}"
 

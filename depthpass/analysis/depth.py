@@ -131,11 +131,28 @@ def depth(program: Program, output: str | None = None, weight: Weight = "visits"
                         "delays over them in a way that one-token calls do not show.")
     stages = Stages(_unpadded(program) if calls else program, _weights(program, weight), calls)
     target = _output_value(stages.program, output)
-    growth = stages.row(target)
+    growth = denoised(program, stages.row(target))
     certificate = _certificate(stages.recurrences(target))
     routed = any(o.kind == "route" for o in program.ops if o.name in stages.ancestors(target))
     notes = ("routes: longest path over all choices of tokens",) if routed else ()
+    if program.denoise is not None:
+        notes += ("denoising: n masked tokens, of which every step writes at least one; a step reads what those before it wrote",)
     return Depth(program, output, weight, growth, certificate, notes, stages)
+
+
+def denoised(program: Program, once: Growth) -> Growth:
+    """Depth of all denoising steps, given that of one, which is the same for every n.
+
+    A step starts from the tokens that the steps before it have written, so depths add up. A row (or block) of fewer masks
+    than steps is filled after as many steps as it has masks.
+    """
+    if program.denoise is None:
+        return once
+    steps, each = program.denoise["steps"], once.at(0)
+    if not program.ahead:
+        return Growth(tuple(each * n for n in range(1, steps + 1))).normal()
+    block = program.ahead
+    return Growth(tuple(each * min(steps, n) for n in range(1, block + 1)), block, int(each * min(steps, block))).normal()
 
 
 def _unpadded(program: Program) -> Program:

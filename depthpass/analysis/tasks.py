@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from depthpass.tasks.dag import Sufficiency, TaskDAG, sufficient
+from depthpass.tasks.dags import Sufficiency, TaskDAG, sufficient
 from depthpass.tasks.registry import FORMULA
 from depthpass.tasks.registry import TASKS as _TASKS
 from depthpass.tasks.registry import dag as task

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -10,7 +13,7 @@ from depthpass.capture.model import Block, Capture, Part, Site, Template
 __all__ = ["Block", "Capture", "Part", "Site", "Template", "capture"]
 
 
-def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, object]) -> Capture:
+def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object]) -> Capture:
     """Capture one call signature of a stock model; the model itself is left untouched.
 
     Args:
@@ -34,6 +37,7 @@ def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str
     private = structural_copy(model)
     for module in private.modules():
         # Some models only look at their config, whatever their forward is told.
-        if hasattr(config := getattr(module, "config", None), "use_cache"):
+        config: Any = getattr(module, "config", None)
+        if hasattr(config, "use_cache"):
             config.use_cache = False
     return outline(trace(private, tensors, static))

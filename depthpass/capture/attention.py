@@ -11,6 +11,7 @@ import functools
 import inspect
 import types
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -169,7 +170,7 @@ def _probes(sizes: set[int]) -> list[int]:
     return sorted(points)
 
 
-def _probe(predicate: Callable, queries: torch.Tensor, keys: torch.Tensor, name: str) -> torch.Tensor:
+def _probe(predicate: Any, queries: torch.Tensor, keys: torch.Tensor, name: str) -> torch.Tensor:
     """Values of a predicate for several rows and heads, ``[rows, heads, queries, keys]``."""
     rows, heads = torch.arange(_ROWS)[:, None, None, None], torch.arange(8)[None, :, None, None]
     try:

@@ -30,7 +30,7 @@ def dim_of(size: sympy.Expr) -> Dim:
     number, rest = size.as_coeff_Mul()
     if rest == 1:
         return () if number == 1 else (int(number),)
-    if not rest.is_Symbol or not number.is_Integer or number < 1:
+    if not isinstance(rest, sympy.Symbol) or not number.is_Integer or number < 1:
         raise AxisError(f"has a dimension of size {size}, whose order of rows and tokens is not known")
     return (rest,) if number == 1 else (rest, int(number))
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import fx
+from torch._C._nn import gelu, linear, silu
 
 aten = torch.ops.aten
 
@@ -18,8 +19,8 @@ _FUNCTIONS: dict[object, Callable] = {
     aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
     aten.pow.Tensor_Scalar: torch.pow, aten.mean.dim: torch.mean, aten.rsqrt.default: torch.rsqrt,
     aten.neg.default: torch.neg, aten.cat.default: torch.cat, aten.tanh.default: torch.tanh,
-    aten.sigmoid.default: torch.sigmoid, aten.linear.default: torch._C._nn.linear, aten.silu.default: torch._C._nn.silu,
-    aten.gelu.default: torch._C._nn.gelu, aten.addmm.default: torch.addmm, aten.matmul.default: torch.matmul,
+    aten.sigmoid.default: torch.sigmoid, aten.linear.default: linear, aten.silu.default: silu,
+    aten.gelu.default: gelu, aten.addmm.default: torch.addmm, aten.matmul.default: torch.matmul,
     aten.layer_norm.default: torch.layer_norm, aten.transpose.int: torch.transpose, aten.view.default: torch.Tensor.view,
     aten.reshape.default: torch.reshape, aten.unsqueeze.default: torch.unsqueeze, aten.to.dtype: torch.Tensor.to,
     aten.sym_size.int: torch.Tensor.size, aten.cos.default: torch.cos,
@@ -63,7 +64,8 @@ def _is_whole(node: fx.Node) -> bool:
     """Whether a slice takes everything."""
     given = dict(zip(("x", "dim", "start", "end", "step"), node.args), **node.kwargs)
     last = torch.iinfo(torch.int64).max
-    return given.get("start") in (0, None) and given.get("end") in (last, None) and given.get("step", 1) == 1
+    usual = {"start": (0, None), "end": (last, None), "step": (1, None)}
+    return all(not isinstance(given.get(n), fx.Node) and given.get(n) in values for n, values in usual.items())
 
 
 def _with_grad(enabled: bool, graph: Callable, *args: object) -> object:

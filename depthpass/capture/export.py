@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from depthpass.capture import attention
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
 from depthpass.capture.repeats import Repeats
-from depthpass.capture.screen import find_layers
+from depthpass.capture.screen import block_list, find_layers
 from depthpass.capture.traced import Traced, from_export
 from depthpass.errors import InputError
 
@@ -66,7 +66,7 @@ def _capture_mode(model: nn.Module, layers: str):
         output[0 if isinstance(output, list) else "last_hidden_state"] = torch.ops.depthpass.final(output[0])
         return output
 
-    for i, layer in enumerate(model.get_submodule(layers)):
+    for i, layer in enumerate(block_list(model, layers)):
         before, after = mark(i)
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         handles.append(layer.register_forward_hook(after))
@@ -82,7 +82,7 @@ def _capture_mode(model: nn.Module, layers: str):
             setattr(config, key, value)
 
 
-def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, object]) -> Traced:
+def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object]) -> Traced:
     """Export ``model.forward(**tensors, **static)`` with symbolic batch and tokens.
 
     Args:
@@ -107,7 +107,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: dict[str, 
             raise explain(model, error, counting) from error
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
-    return from_export(program, layers, len(model.get_submodule(layers)), void, repeats.of)
+    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of)
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from depthpass.capture.legality import place
+from depthpass.capture.nodes import node_of, op_of
 from depthpass.errors import UnsupportedModelError
 
 _SCATTERS = {
@@ -99,8 +100,9 @@ def _replace(
     overload = getattr(packet, schema.overload_name or "default", None)
     if written != [schema.arguments[0].name] or overload is None or not schema.name.endswith("_"):
         raise UnsupportedModelError(f"{place(node)}: writes {', '.join(written)} in place; no functional form is known.")
-    chain = _views(node.args[0])
-    for member in shares.get(node.args[0], set(chain)) - {node}:
+    written_to = node_of(node.args[0])
+    chain = _views(written_to)
+    for member in shares.get(written_to, set(chain)) - {node}:
         if member.op in ("placeholder", "get_attr") and member.name not in writable:
             raise UnsupportedModelError(
                 f"{place(node)}: writes {member.name!r} in place, which is a parameter, a buffer or an outside value; "
@@ -118,7 +120,7 @@ def _replace(
             # What was written is part of a larger tensor: put it back there.
             view = chain[i - 1]
             with node.graph.inserting_after(new):
-                new = node.graph.call_function(_SCATTERS[view.target], (old, new, *view.args[1:]), dict(view.kwargs))
+                new = node.graph.call_function(_SCATTERS[op_of(view)], (old, new, *view.args[1:]), dict(view.kwargs))
             new.meta = {**node.meta, "val": old.meta["val"]}
             order[new] = after
         shares[new] = {new}
@@ -126,9 +128,9 @@ def _replace(
 
 
 def _retarget(node: fx.Node, overload: Any) -> None:
-    if overload is torch.ops.aten.copy.default and _alike(*node.args[:2], dtype=False):
+    if overload is torch.ops.aten.copy.default and _alike(*map(node_of, node.args[:2]), dtype=False):
         # ``copy`` itself has no derivative.
-        target, source = node.args[:2]
+        target, source = map(node_of, node.args[:2])
         node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (source, target.meta["val"].dtype), {}
     else:
         node.target = overload
@@ -149,11 +151,11 @@ def drop_void_writes(graph: fx.Graph) -> set[str]:
     for node in list(graph.nodes):
         if node.target is not torch.ops.aten.copy_.default:
             continue
-        source = node.args[1]
+        source = node_of(node.args[1])
         while source.op == "call_function" and _schema(source) is not None and source.args and (
-            _schema(source).name in _CASTS and _alike(source, source.args[0])
+            _schema(source).name in _CASTS and _alike(source, node_of(source.args[0]))
         ):
-            source = source.args[0]
+            source = node_of(source.args[0])
         if source is node.args[0]:
             gone.add(node.name)
             node.replace_all_uses_with(source)
@@ -165,5 +167,5 @@ def _views(target: fx.Node) -> list[fx.Node]:
     """A written tensor, what it is a slice of, what that is a slice of, and so on."""
     chain = [target]
     while chain[-1].target in _SCATTERS:
-        chain.append(chain[-1].args[0])
+        chain.append(node_of(chain[-1].args[0]))
     return chain

@@ -12,13 +12,14 @@ import operator
 import os.path
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import sympy
 import torch
 from torch import fx
 
 from depthpass.capture.axes import Axes, AxisError, dim_of, has_stream
+from depthpass.capture.nodes import attribute_of, node_of, op_of
 from depthpass.capture.rules import RULES, SIZE_ARGUMENTS
 from depthpass.capture.rules.call import BATCH, TOKENS, OpCall, Result, Rule, flatten
 from depthpass.capture.rules.shapes import elementwise
@@ -64,7 +65,7 @@ class _Sizes:
     def __call__(self, size: int | torch.SymInt) -> sympy.Expr:
         expr = size.node.expr if isinstance(size, torch.SymInt) else size
         if expr not in self.seen:
-            self.seen[expr] = sympy.sympify(expr).subs(self.names)
+            self.seen[expr] = sympy.sympify(expr).xreplace(self.names)
         return self.seen[expr]
 
     def shape(self, value: torch.Tensor) -> tuple[sympy.Expr, ...]:
@@ -80,7 +81,7 @@ class _Check:
         if node.op == "output" or isinstance(node.meta.get("val"), _SIZES):
             self._size(node, known)
             return
-        if node.op == "get_attr" and isinstance(_attribute(node), fx.GraphModule):
+        if node.op == "get_attr" and isinstance(attribute_of(node), fx.GraphModule):
             return
         if node.op in ("placeholder", "get_attr"):
             known[node] = self._outside(node)
@@ -108,7 +109,7 @@ class _Check:
         """Axes of a tensor made elsewhere: the call's inputs, parameters, side inputs, the hidden stream."""
         value = node.meta.get("val")
         if value is None and node.op == "get_attr":
-            value = _attribute(node)
+            value = attribute_of(node)
         try:
             return _over(value, lambda t: tuple(map(dim_of, self.sizes.shape(t))))
         except AxisError as error:
@@ -116,7 +117,8 @@ class _Check:
 
     def _call(self, node: fx.Node, known: dict[fx.Node, Result], nested: bool) -> Result | None:
         if node.target is operator.getitem:
-            return known[node.args[0]][node.args[1]]
+            several: Any = known[node_of(node.args[0])]
+            return several[node.args[1]]
         if not isinstance(node.target, torch._ops.OpOverload):
             return self._wrapper(node, known)
         value = node.meta.get("val")
@@ -128,17 +130,18 @@ class _Check:
         results = [value] if isinstance(value, torch.Tensor) else list(value)
         sizes = tuple(self.sizes.shape(t) for t in results)
         call = OpCall(node, args, known, sizes, nested)
-        found = self._rule(node, call)(call)
-        for axes, size in zip([found] if isinstance(value, torch.Tensor) else found, sizes):
+        result = self._rule(node, call)(call)
+        several = cast("tuple[Axes, ...]", (result,) if isinstance(value, torch.Tensor) else result)
+        for axes, size in zip(several, sizes):
             if [sympy.Mul(*a) for a in axes] != list(size):
                 raise AxisError(f"gives shape [{', '.join(map(str, size))}], which its rule does not account for")
-        return found
+        return result
 
     def _rule(self, node: fx.Node, call: OpCall) -> Rule:
-        rule = _listed(node.target._schema.name)
+        rule = _listed(op_of(node)._schema.name)
         if rule is not None:
             return rule
-        if torch.Tag.pointwise in node.target.tags:
+        if torch.Tag.pointwise in op_of(node).tags:
             return elementwise
         # A function of constants is a constant, whatever it does.
         if not any(map(_streams, call.tensors())) and not any(s.free_symbols for size in call.sizes for s in size):
@@ -164,7 +167,7 @@ class _Check:
         settings = _WRAPPERS.get(name)
         if settings is None:
             raise AxisError("is not known to be token-local")
-        graph = _attribute(node.args[settings]).graph
+        graph: fx.Graph = attribute_of(node_of(node.args[settings])).graph
         operands = iter(node.args[settings + 1 :])
         inner: dict[fx.Node, Result] = {}
         for inside in graph.nodes:
@@ -174,10 +177,10 @@ class _Check:
             given = next(operands)
             if isinstance(given, fx.Node) and given in known:
                 inner[inside] = known[given]
-        output = next(n for n in graph.nodes if n.op == "output").args[0]
+        output: Any = next(n for n in graph.nodes if n.op == "output").args[0]
         if isinstance(output, fx.Node):
             return inner[output]
-        return tuple(inner.get(n, ()) for n in output)
+        return cast(Result, tuple(inner.get(n, ()) for n in output))
 
     def _message(self, node: fx.Node, reason: str) -> str:
         advice = (
@@ -223,7 +226,7 @@ def _constant(call: OpCall) -> Result:
 def _arguments(node: fx.Node) -> dict[str, object]:
     """Arguments of an op call by the names of its schema, defaults filled in."""
     out = {}
-    for i, a in enumerate(node.target._schema.arguments):
+    for i, a in enumerate(op_of(node)._schema.arguments):
         if i < len(node.args):
             out[a.name] = node.args[i]
         elif a.name in node.kwargs:
@@ -233,25 +236,18 @@ def _arguments(node: fx.Node) -> dict[str, object]:
     return out
 
 
-def _attribute(node: fx.Node) -> object:
-    found = node.graph.owning_module
-    for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found
-
-
 def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor) or (
         isinstance(value, list | tuple) and any(isinstance(v, torch.Tensor) for v in value)
     )
 
 
-def _over(value: object, fn: Callable[[torch.Tensor], Axes]) -> Result:
+def _over(value: Any, fn: Callable[[torch.Tensor], Axes]) -> Result:
     if isinstance(value, torch.Tensor):
         return fn(value)
     return tuple(fn(v) if isinstance(v, torch.Tensor) else () for v in value)
 
 
-def _streams(axes: Result) -> bool:
+def _streams(axes: Any) -> bool:
     """Whether a tensor (or one of several) runs over rows or tokens."""
     return any(has_stream(a) if not a or not isinstance(a[0], tuple) else _streams(a) for a in axes)

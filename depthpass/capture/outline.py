@@ -18,7 +18,8 @@ from torch.fx.node import Argument
 from depthpass.capture import calls
 from depthpass.capture.legality import check_token_local
 from depthpass.capture.model import Block, Capture, Part, Site, Template
-from depthpass.capture.sections import HEAD, PROLOGUE, Ports, Section, Sections, is_size, node_of, size_of
+from depthpass.capture.nodes import node_of
+from depthpass.capture.sections import HEAD, PROLOGUE, Ports, Section, Sections, is_size, size_of
 from depthpass.capture.subgraph import MASK, Subgraph, module_path
 from depthpass.capture.traced import Traced
 from depthpass.errors import UnsupportedModelError

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
+from torch._C import _len_torch_function_stack
+from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules import module as _module
-from torch.overrides import _len_torch_function_stack, _pop_mode_temporarily
+from torch.overrides import _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 _GLOBAL_HOOKS = (
@@ -39,7 +41,7 @@ def quiet(device: torch.device) -> Iterator[None]:
         stack.enter_context(without_autocast(torch.device("cpu")))
         stack.enter_context(without_autocast(device))
         # Hooks on saved tensors (offloading, checkpoints) cannot be taken off, only covered.
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        if _top_saved_tensors_default_hooks(True) is not None:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t))
         stack.enter_context(torch.autograd.set_detect_anomaly(False))
         stack.enter_context(_without_global_hooks())

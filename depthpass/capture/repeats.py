@@ -13,10 +13,11 @@ import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
+from depthpass.capture.screen import block_list
 from depthpass.capture.structure import HOOKS
 
 _APART = ("_parameters", "_buffers", "_modules", *HOOKS)  # hooks of a private copy are the capture's own
@@ -32,7 +33,7 @@ class Repeats:
     """
 
     def __init__(self, model: nn.Module, layers: str):
-        self.blocks = list(model.get_submodule(layers))
+        self.blocks = list(block_list(model, layers))
         self.of: dict[int, int] = {}
         seen = Counter(map(id, _tensors(model)))
         # Names of tensors that stand in several places depend on which is first.
@@ -84,7 +85,7 @@ class Repeats:
             for r, earlier in self._traced.items():
                 if earlier.serves(call) and (differing := self._differing(r, i)) is not None and not differing & earlier.reads:
                     self.of[i] = r
-                    return earlier.result(call.hidden)
+                    return earlier.result(cast(Tensor, call.hidden))
             outer, self._reads = self._reads, set()
             before = self._attributes(i)
             try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any, cast
 
 from torch import nn
 
@@ -50,7 +52,18 @@ def find_layers(model: nn.Module) -> str:
     return outer[0]
 
 
-def screen(model: nn.Module, static: dict[str, object]) -> None:
+def block_list(model: nn.Module, layers: str) -> nn.ModuleList:
+    """The list of decoder blocks at a path that :func:`find_layers` has found."""
+    return cast(nn.ModuleList, model.get_submodule(layers))
+
+
+def text_config(model: nn.Module) -> Any:
+    """The config of a model's decoder; of the model itself where it is nothing but text."""
+    config: Any = model.config
+    return config.get_text_config(decoder=True)
+
+
+def screen(model: nn.Module, static: Mapping[str, object]) -> None:
     """Refuse models and calls that cannot be captured, by their modules and config.
 
     Args:
@@ -62,7 +75,7 @@ def screen(model: nn.Module, static: dict[str, object]) -> None:
     layers = find_layers(model)
     name = type(model).__name__
     attention_style(model)
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     for module in model.modules():
         own = getattr(module, "config", None)
         if own is not None and getattr(own, "is_causal", True) is False:
@@ -93,14 +106,14 @@ def screen(model: nn.Module, static: dict[str, object]) -> None:
             )
     if static.get("use_cache"):
         raise UnsupportedModelError("use_cache=True: caching is done by depthpass; capture without it.")
-    if not len(model.get_submodule(layers)):
+    if not len(block_list(model, layers)):
         raise UnsupportedModelError(f"{name}: {layers} is empty; expected at least one block.")
 
 
 def _mixers(model: nn.Module, layers: str) -> list[str]:
     """Modules of the blocks that are neither attention nor token-local by name: the first of each class."""
     found: dict[str, str] = {}
-    for i, block in enumerate(model.get_submodule(layers)):
+    for i, block in enumerate(block_list(model, layers)):
         for child, module in block.named_children():
             kind = type(module).__name__
             if not _LOCAL.search(kind) and not any(dispatches(type(m)) for m in module.modules()):

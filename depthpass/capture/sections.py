@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import fx
 
+from depthpass.capture.nodes import node_of
 from depthpass.capture.traced import Traced
 from depthpass.errors import UnsupportedModelError
 
@@ -21,13 +22,6 @@ HEAD: Section = ("head", -1)
 
 _OPS = torch.ops.depthpass
 ENTER, LEAVE, FINAL = _OPS.enter.default, _OPS.leave.default, _OPS.final.default
-
-
-def node_of(value: object) -> fx.Node:
-    """An argument of a node that is a node itself, as the arguments of markers and tensor operands are."""
-    if not isinstance(value, fx.Node):
-        raise TypeError(f"expected a node of the graph, got {value!r}.")
-    return value
 
 
 def block_of(marker: fx.Node) -> int:

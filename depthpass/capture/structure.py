@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 HOOKS = (
     "_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called", "_forward_pre_hooks",
@@ -59,11 +60,12 @@ def is_config(value: object) -> bool:
 
 def is_plain(tensor: Tensor) -> bool:
     """Whether a trace may read a tensor itself: no shard, wrapper of a function transform, quantised or inference tensor."""
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
+    if is_functorch_wrapped_tensor(tensor) or tensor.is_inference():
         return False
-    return type(tensor) in (nn.Parameter, Tensor) or (
-        type(tensor).__torch_dispatch__ in (Tensor.__torch_dispatch__, torch._C._disabled_torch_dispatch_impl)
-    )
+    if type(tensor) in (nn.Parameter, Tensor):
+        return True
+    plain = (getattr(Tensor, "__torch_dispatch__"), torch._C._disabled_torch_dispatch_impl)  # noqa: B009  a bound C function
+    return getattr(type(tensor), "__torch_dispatch__") in plain  # noqa: B009
 
 
 class _Copier:

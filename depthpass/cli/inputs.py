@@ -13,7 +13,7 @@ from depthpass.errors import InputError, SpecError, did_you_mean
 if TYPE_CHECKING:
     from depthpass.analysis.roofline import Ceilings
     from depthpass.passes import Pass
-    from depthpass.tasks.dag import TaskDAG
+    from depthpass.tasks.dags import TaskDAG
 
 
 def subject_of(config: str | None) -> Any:

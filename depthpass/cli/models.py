@@ -17,7 +17,7 @@ def contraction(args: argparse.Namespace) -> int:
     import torch
 
     from depthpass.analysis.contraction import contraction
-    from depthpass.hf.save import from_pretrained
+    from depthpass.hf.pretrained import from_pretrained
 
     rows = None if args.ids is None else _rows(args.ids)
     if not Path(args.checkpoint).is_dir():
@@ -37,7 +37,7 @@ def contraction(args: argparse.Namespace) -> int:
 
 def search(args: argparse.Namespace) -> int:
     from depthpass.search.files import read_samples
-    from depthpass.search.methods import load_method
+    from depthpass.search.named import load_method
     from depthpass.search.run import search
     from depthpass.search.scores import load_score
     from depthpass.search.space import load_space
@@ -100,7 +100,7 @@ def emit(args: argparse.Namespace) -> int:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"--out: expected a folder that does not exist or is empty, got {args.out!r}. Nothing was written.")
     from depthpass.emit import emit
-    from depthpass.hf.save import from_pretrained
+    from depthpass.hf.pretrained import from_pretrained
 
     emit(from_pretrained(args.checkpoint), out, name=args.name, copies=args.copies, source=args.checkpoint)
     print(f"{args.out}: load it with from_pretrained({args.out!r}, trust_remote_code=True); depthpass is not needed.")

@@ -58,12 +58,10 @@ def presets(args: argparse.Namespace) -> int:
 
 def completion(args: argparse.Namespace) -> int:
     """A script for the shell: ``eval "$(depthpass completion bash)"``."""
-    from depthpass.cli.parser import parser
-
     try:
         import shtab
     except ImportError:
         raise InputError("completion: expected shtab, which writes the script, to be installed. Run pip install "
                          "'depthpass[cli]'.") from None
-    print(shtab.complete(parser(), args.shell))
+    print(shtab.complete(args.parser(), args.shell))
     return 0

@@ -123,6 +123,7 @@ def parser() -> argparse.ArgumentParser:
 
     p = add("completion", names.completion, "Shell completion: eval \"$(depthpass completion bash)\".")
     p.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    p.set_defaults(parser=parser)
 
     p = add("doctor", machine.doctor, "Versions, devices, and whether a config can be treated.")
     _config(p, optional=True)

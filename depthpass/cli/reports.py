@@ -34,17 +34,14 @@ def report(args: argparse.Namespace) -> int:
 
 def show(args: argparse.Namespace) -> int:
     from depthpass.ir import plain
-    from depthpass.passes import apply_spec
+    from depthpass.plan import compile_spec
 
     passes, subject = passes_of(args), subject_of(args.config)
-    # Not before the arguments are known to be right: it imports transformers.
-    from depthpass.hf.transform import context_of
-
-    ctx = context_of(subject.stock)
+    ctx = subject.context
     stock = plain(ctx.model, ctx.blocks, ctx.width)
     shown: list[tuple[str, Program]] = [("stock", stock)]
     if passes is not None:
-        apply_spec(stock, passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
+        compile_spec(passes, ctx, on_pass=lambda p, _, after: shown.append((p.label, after)))
     if args.lowered is not None:
         print(_lowered(shown[-1][1], args.lowered, args.form))
     elif args.form == "json":

@@ -61,7 +61,8 @@ def emit(
     """
     inner = _transformed(model, "emit")
     target = Path(directory)
-    name = name or "depth_" + inner.config.model_type.replace("-", "_").replace(".", "_")
+    if name is None or not name:
+        name = f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"
     if not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"emit.name: expected a Python name such as 'depth_llama', got {name!r}.")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):

@@ -77,6 +77,7 @@ class _Writer:
         self.blocks = [o["index"] for o in program.visits]
         self.used: set[str] = set()
         self.body: Body | None = None
+        self.cache = ""
 
     @property
     def stateful(self) -> bool:
@@ -90,6 +91,8 @@ class _Writer:
         config = type(self.model.config)
         pieces = [self._constants(), self._config(config), self._decoder()]
         pieces += [self._outer(i) for i in range(1, len(self.modules))]
+        if self.cache:
+            pieces.insert(1, self._guard())
         whole = self.name(self.modules[-1])
         pieces.append("# Some tools look the architecture of a config up there, `transformers serve` among them.\n"
                       f"transformers.{whole} = {whole}")
@@ -106,6 +109,8 @@ class _Writer:
             imports.append("from transformers.cache_utils import DynamicCache")
         if self.body is not None and self.body.taps:
             imports.append("from functools import wraps")
+        if self.cache:
+            imports.append("from inspect import signature")
         given = {a.asname or a.name for line in imports for n in ast.parse(line).body for a in n.names}  # type: ignore[attr-defined]
         more = imports_for(body, (*homes, "transformers.modeling_outputs", "transformers"), given)
         text = self._docstring() + "\n\n" + "\n".join(_sorted(imports + more, body)) + "\n\n\n" + body
@@ -128,6 +133,14 @@ class _Writer:
     def _constants(self) -> str:
         return (f"BLOCKS = {self.blocks}\n"
                 '"""Block of the original model that each visit runs."""')
+
+    def _guard(self) -> str:
+        """An error in place of silently lost keys: transformers 5.24 gave the cache another name."""
+        stock = type(self.modules[0]).__name__
+        written = f"this file is for transformers {transformers.__version__}, whose models call their cache {self.cache!r}"
+        return (f'if "{self.cache}" not in signature({stock}.forward).parameters:\n'
+                f'    raise ImportError("{written}; those of "\n'
+                '                      f"{transformers.__version__} do not. Emit it again with the installed transformers.")')
 
     def _config(self, config: type) -> str:
         return (f"class {PREFIX}{config.__name__}({config.__name__}):\n"
@@ -157,6 +170,7 @@ class _Writer:
         lines = [f"class {name}({stock}):", f'    """{stock} with one layer per visit."""', "",
                  f"    config_class = {PREFIX}{type(self.model.config).__name__}"]
         if forward is not None:
+            self.cache = forward.cache
             self.body = body_of(self.program, forward.norm, forward.cache)
             self.used |= self.body.parts
             if self.body.chunk is not None:
@@ -176,7 +190,7 @@ class _Writer:
 
     def _biases(self) -> list[str]:
         turned = any(type(m).__name__ == "Conv1D" for m in self.model.modules())
-        return _BIASES.rstrip().splitlines() if turned and not self.copies else []
+        return list(_BIASES.rstrip().splitlines()) if turned and not self.copies else []
 
     def _attention_path(self) -> str:
         block = self.stock_blocks[0]

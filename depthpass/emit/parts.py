@@ -176,7 +176,7 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
     return g * far[0] + (1 - g) * near, None
 
 
-def near_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: int, past: Any) -> Tensor:
+def near_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: Any, past: Any) -> Tensor:
     """A causal mask, cut down to each query's last ``window`` keys."""
     if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
         raise NotImplementedError("gated visits need attn_implementation='sdpa' or 'eager'.")

@@ -22,7 +22,6 @@ import depthpass as dp
 from depthpass.fuzz import models
 from depthpass.fuzz.cases import Case
 from depthpass.fuzz.oracle import Meaning, Row, averaged, list_attention
-from depthpass.ir import plain
 
 LIMIT = 2e-6
 """Relative to the largest value compared: stock norms and rotary tables go through float32, whose last bit may flip."""
@@ -99,7 +98,8 @@ def sharing_captures() -> Iterator[None]:
     def capture(model: nn.Module, tensors: Any, static: Any) -> Any:
         if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
             return real(model, tensors, static)
-        settings = {k: v for k, v in model.config.to_dict().items() if k not in _SKIP}
+        config: Any = model.config
+        settings = {k: v for k, v in config.to_dict().items() if k not in _SKIP}
         key = json.dumps(settings, sort_keys=True, default=str) + repr((
             type(model), model.training, sorted((n, t.dtype, t.dim()) for n, t in tensors.items()), tuple(static),
             [(n, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()],
@@ -138,7 +138,7 @@ class Subject:
         ]
         self.meaning_of: dict[Any, dict[str, Tensor]] = {}
 
-    def transformed(self) -> nn.Module:
+    def transformed(self) -> dp.DepthModel:
         c = self.case
         options = {k: c[k] for k in ("chunk", "lowering", "stack", "schedule")}
         made = dp.transform(self.stock, c["spec"], **options)
@@ -178,15 +178,14 @@ class Subject:
         """The program of a row of so many tokens, as text."""
         if not self.varies:
             return str(self.model.depth_program)
-        from depthpass.hf.transform import context_of
-        from depthpass.passes import apply_spec
-        from depthpass.spec import load_spec
+        from depthpass.hf.context import context_of
+        from depthpass.plan import compile_spec
 
         passes = [
             s | {"times": _evaluated(s["times"], tokens)} if isinstance(s.get("times"), str) else s for s in self.case["spec"]
         ]
         context = context_of(self.stock)
-        return str(apply_spec(plain(context.model, context.blocks, context.width), load_spec(passes), context))
+        return str(compile_spec(passes, context).program)
 
     def want(
         self, ids: Tensor, start: int = 0, prompt: int | None = None, calls: Sequence[int] = (), p: Any = None,
@@ -303,8 +302,8 @@ class Subject:
         generator = torch.Generator().manual_seed(self.case["seed"])
         cut = [[torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (n,), generator=generator) for n in row]
                for row in check["rows"]]
-        batch = {"input_ids": torch.stack([torch.cat(row) for row in cut]),
-                 "position_ids": torch.stack([torch.cat([torch.arange(len(s)) for s in row]) for row in cut])}
+        batch: dict[str, Any] = {"input_ids": torch.stack([torch.cat(row) for row in cut]),
+                                 "position_ids": torch.stack([torch.cat([torch.arange(len(s)) for s in row]) for row in cut])}
         if check["lengths"] and len(cut) == 1:
             ends = torch.tensor([0, *(len(s) for s in cut[0])]).cumsum(0).to(torch.int32)
             longest = max(map(len, cut[0]))

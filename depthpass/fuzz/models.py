@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 VOCABULARY = 97
 WINDOW = 4
@@ -61,7 +63,7 @@ def config(name: str, layers: int) -> Any:
 
 
 @lru_cache(maxsize=8)
-def stock(name: str, layers: int) -> nn.Module:
+def stock(name: str, layers: int) -> PreTrainedModel:
     """A float64 model in eval mode with weights large enough that every block moves the output; do not change it."""
     torch.manual_seed(0)
     built = AutoModelForCausalLM.from_config(config(name, layers)).to(torch.float64).eval()
@@ -70,7 +72,7 @@ def stock(name: str, layers: int) -> nn.Module:
     return enliven(built, seed=0, std=0.2, least=2)
 
 
-def enliven(module: nn.Module, seed: int, std: float, least: int) -> nn.Module:
+def enliven(module: ModuleT, seed: int, std: float, least: int) -> ModuleT:
     """Random values for every parameter of at least ``least`` dimensions."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -82,7 +84,8 @@ def enliven(module: nn.Module, seed: int, std: float, least: int) -> nn.Module:
 
 def blocks_of(model: nn.Module) -> nn.ModuleList:
     """The decoder blocks of a stock model."""
-    count = model.config.num_hidden_layers
+    config: Any = model.config
+    count = config.num_hidden_layers
     return next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
 
 

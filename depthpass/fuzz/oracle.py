@@ -7,7 +7,9 @@ softmax over a Python list of keys. Of depthpass only the text's parser is used.
 from __future__ import annotations
 
 import copy
+import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
@@ -57,7 +59,7 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     return _running[-1](query[0, :, 0], key[0, :, 0], value[0, :, 0], limits)[None, None], None
 
 
-def _chunk(module: nn.Module) -> int | None:
+def _chunk(module: Any) -> int | None:
     kinds = getattr(module.config, "layer_types", None)
     chunked = kinds is not None and kinds[module.layer_idx] == "chunked_attention"
     return module.config.attention_chunk_size if chunked else None
@@ -68,7 +70,7 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 
 
 @contextmanager
-def list_attention(model: nn.Module):
+def list_attention(model: Any):
     """The stock model with attention over lists for the time of a ``with``."""
     found = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -250,7 +252,7 @@ class Meaning:
         args = [self.value(a, i) for a in o.args]
         if o.kind == "add":
             there = [a for a in args if a is not None]
-            return sum(there[1:], there[0]) if there else None
+            return functools.reduce(operator.add, there) if there else None
         return None if any(a is None for a in args) else self.local(o, args)
 
     def local(self, o: Op, args: list[Tensor]) -> Tensor:
@@ -389,9 +391,10 @@ class Meaning:
         for path, module in block.named_modules():
             name = f"{o['lora']}.{path}"
             if f"{name}.a" in self.p:
-                weight = module._parameters["weight"]
-                stack.callback(module._parameters.__setitem__, "weight", weight)
-                module._parameters["weight"] = weight + self.p[f"{name}.b"] @ self.p[f"{name}.a"]
+                table: dict[str, Any] = module._parameters
+                weight = table["weight"]
+                stack.callback(table.__setitem__, "weight", weight)
+                table["weight"] = weight + self.p[f"{name}.b"] @ self.p[f"{name}.a"]
 
     def _factors(self, o: Op, block: nn.Module, stack: ExitStack) -> None:
         if o["clock"]:
@@ -400,7 +403,8 @@ class Meaning:
         else:
             factors = self.p[f"{o['modulate']}.weight"]
         gate_a, gate_m, read_a, read_m = factors
-        places = PLACES.get(self.row.model.config.model_type, PLAIN)
+        config: Any = self.row.model.config
+        places = PLACES.get(config.model_type, PLAIN)
         attention, mlp, end_a, end_m = (block.get_submodule(n) for n in places)
 
         def reads(scale: Tensor) -> Callable[..., Any]:

@@ -9,10 +9,12 @@ from typing import Any
 from torch import nn
 
 from depthpass.errors import SpecError
+from depthpass.hf.context import inner_model
 from depthpass.hf.model import DepthModel
 from depthpass.hf.parameters import build
+from depthpass.hf.prepare import prepare
 from depthpass.hf.runtime import PREFIX
-from depthpass.hf.transform import _inner, prepare
+from depthpass.ir.program import Program
 from depthpass.passes.base import Pass
 from depthpass.spec import dump_spec, load_spec, spec_hash
 
@@ -39,30 +41,42 @@ def attach(model: nn.Module, spec) -> nn.Module:
         SpecError, PassError: the spec cannot be applied, or another one is attached; nothing has been changed.
         UnsupportedModelError: the model cannot be treated; nothing has been changed.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     if isinstance(inner, DepthModel):
         raise SpecError(
             f"attach: this {type(inner).__name__} is already transformed and runs its spec by itself. Call "
             "dp.restore(model) first to use the torch.compile backend."
         )
     passes = load_spec(spec)
-    found = attached_spec(inner)
-    if found is None:
+    attached = attached_spec(inner)
+    if attached is None:
         check_fixed(passes)
-        from depthpass_lowering.backend.dynamo import check_attachable
-
         runtime = prepare(inner, passes, None)
         check_attachable(runtime.program)
-        made: Any = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
-        made.spec = runtime.plan.spec
-        inner.add_module(PREFIX, made)
-    elif spec_hash(found) != spec_hash(passes):
+        depth: Any = build(runtime.program, next(inner.parameters()), inner).train(inner.training)
+        depth.spec = runtime.plan.spec
+        inner.add_module(PREFIX, depth)
+    elif spec_hash(attached) != spec_hash(passes):
         raise SpecError(
-            f"attach: this {type(inner).__name__} has parameters of another spec attached ({found['passes']}, now "
+            f"attach: this {type(inner).__name__} has parameters of another spec attached ({attached['passes']}, now "
             f"{dump_spec(passes)['passes']}). Delete them first: del model.{PREFIX}."
         )
     _ATTACHED.add(inner)
     return model
+
+
+def check_attachable(program: Program) -> None:
+    """Refuse what only a transformed model does besides running the program.
+
+    Raises:
+        SpecError: training losses, biases moved by training, averaged weights.
+    """
+    unmet = [f"the training loss {o['name']}" for o in program.losses]
+    unmet += [f"the balancing bias {o['bias']}" for o in program if o.kind == "route" and o["rate"]]
+    unmet += [f"block {o['index']} starting from an average" for o in program if o.kind == "average"]
+    if unmet:
+        raise SpecError(f"the spec asks for {', '.join(dict.fromkeys(unmet))}, which a compiled graph of the stock model cannot "
+                        "do. Set the coefficients to 0 or choose another init, or use dp.transform(model, spec).")
 
 
 def check_fixed(passes: Sequence[Pass]) -> None:

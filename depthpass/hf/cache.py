@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NAMES = ("past_key_values", "cache")
 """Names of the cache argument: transformers 5.24 renamed the first to the second. A transformed model takes both."""
 
-STOCK_NAME = next(n for n in NAMES if n in signature_names(GenerationMixin.prepare_inputs_for_generation))
+STOCK_NAME = next(n for n in NAMES if n in signature_names(vars(GenerationMixin)["prepare_inputs_for_generation"]))
 """The name that the installed transformers uses: of its stock models and of what ``generate`` hands to a model."""
 
 
@@ -118,10 +118,11 @@ class DepthCache(Cache):
 
     def check_program(self, now: Program, name: str) -> None:
         """Raise CacheError unless the program that runs now has filled the cache."""
-        if self.state.length and self.program is not now and self.program != now:
+        filled = self.program
+        if self.state.length and filled is not None and filled is not now and filled != now:
             raise CacheError(
                 f"{name}: this DepthCache holds {self.state.length} tokens of another program of this model "
-                f"({len(self.program.visits)} visits, {len(self.program.slots)} slots; now {len(now.visits)} visits, "
+                f"({len(filled.visits)} visits, {len(filled.slots)} slots; now {len(now.visits)} visits, "
                 f"{len(now.slots)} slots): the model was switched after it was filled, or its loop count is drawn or follows "
                 "the row's tokens. Switch back, fix the count with dp.using, or make a new cache with dp.DepthCache(model) "
                 "and run the prompt again."
@@ -231,7 +232,9 @@ class DepthCache(Cache):
         self.state = self.state.map(lambda t: t.index_select(0, beam_idx.to(t.device)))
         self._reopen()
 
-    batch_select_indices = reorder_cache
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``, in that order."""
+        self.reorder_cache(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times in place."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch._C._nn import _parse_to
 
 from depthpass.errors import CacheError
 
@@ -115,7 +116,7 @@ class SlotLayer:
 
 def moved(cache: DepthCache, *args: Any, **kwargs: Any):
     """The state of a cache on another device or in another dtype, as ``Tensor.to`` takes them; masks keep their dtype."""
-    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, non_blocking, _ = _parse_to(*args, **kwargs)
 
     def move(t: Tensor) -> Tensor:
         return t.to(device, dtype if t.is_floating_point() else None, non_blocking)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, SpecError
-from depthpass.hf.plans import Plan
 from depthpass.hf.switch import _transformed, switch, using
 from depthpass.ir.program import Op, Program
 from depthpass.passes.base import Pass
 from depthpass.passes.mixture_of_depths import MixtureOfDepths
 from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
+from depthpass.plan import Plan
 
 _LOWEST = -1e30
 """A threshold that every score reaches."""
@@ -141,7 +141,8 @@ def _wanted(
             raise InputError(f"shares: no route has the label {unknown[0]!r}; expected some of "
                              f"{', '.join(dict.fromkeys(labels))}.")
         # A recursion that top-k does not route takes everyone.
-        found = [float((shares or {}).get(n, capacities.get(n, 1.0))) for n in labels]
+        told: dict[str, Any] = {**capacities, **(shares or {})}
+        found = [float(told.get(n, 1.0)) for n in labels]
     else:
         found = [float(s) for s in shares]
         if len(found) != len(labels):
@@ -153,7 +154,7 @@ def _wanted(
 
 
 def _batches(batches: Iterable[Batch] | Batch) -> list[dict[str, Tensor]]:
-    listed = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
+    listed: list[Any] = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
     made = []
     for i, batch in enumerate(listed):
         call = {"input_ids": batch} if isinstance(batch, Tensor) else {

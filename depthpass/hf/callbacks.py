@@ -10,6 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from depthpass.analysis.cost.program import Trainable
 from depthpass.errors import InputError, SpecError
+from depthpass.hf.context import inner_model
 from depthpass.hf.ledger import Counter, Ledger
 from depthpass.hf.switch import _transformed, loops_of, set_loops
 from depthpass.passes.times import draw
@@ -43,6 +44,10 @@ class FlopsLedger(TrainerCallback, ExportableState):
         """What a schedule remembers besides the ledger, as plain data."""
         return {}
 
+    def subject(self, model: Any) -> Any:
+        """The model whose calls are counted, out of any wrapper."""
+        return _transformed(model, type(self).__name__)
+
     def begin(self, model: Any, resumed: bool) -> None:
         """Called before the first step; ``resumed`` after a checkpoint has given :meth:`progress` back."""
 
@@ -66,7 +71,7 @@ class FlopsLedger(TrainerCallback, ExportableState):
             setattr(self, key, found[key])
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        inner = _transformed(model, type(self).__name__)
+        inner = self.subject(model)
         # Trainer gives callbacks their state back only on request; a loop count that starts anew would be a silent error.
         saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         saved = saved[-1] if isinstance(saved, list) and saved else saved
@@ -94,6 +99,52 @@ class FlopsLedger(TrainerCallback, ExportableState):
 
     def _set(self, model: Any, times: Any) -> None:
         set_loops(model, list(times) if isinstance(times, list | tuple) else times, scope=getattr(self, "scope", None))
+
+
+class StopAtFlops(FlopsLedger):
+    """Ends a training run with the optimizer step that reaches a number of FLOPs: equal compute for models of unequal cost.
+
+    Counts as :class:`FlopsLedger` does, on transformed and on stock models alike, and resumes with its checkpoint::
+
+        budget = FlopsLedger's ledger.flops of the other run, or a number
+        Trainer(model=AutoModelForCausalLM.from_config(dp.twin(report)), callbacks=[dp.StopAtFlops(budget)], ...)
+
+    Set ``max_steps`` (which the learning-rate schedule follows) to what the run will about take, or more.
+
+    Args:
+        budget: FLOPs, forward and backward.
+        trainable: see :class:`FlopsLedger`.
+
+    Attributes:
+        stopped: step that reached the budget; None = not yet.
+    """
+
+    def __init__(self, budget: float, *, trainable: Trainable = "all"):
+        super().__init__(trainable)
+        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
+            raise SpecError(f"StopAtFlops.budget: expected a positive number of FLOPs, got {budget!r}.")
+        self.budget = budget
+        self.stopped: int | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        return {"budget": self.budget, "trainable": self.trainable}
+
+    def progress(self) -> dict[str, Any]:
+        return {"stopped": self.stopped}
+
+    def subject(self, model: Any) -> Any:
+        return inner_model(model)
+
+    def begin(self, model: Any, resumed: bool) -> None:
+        if not resumed:
+            self.stopped = None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        super().on_step_end(args, state, control, model=model, **kwargs)
+        if self.ledger.flops >= self.budget:
+            self.stopped = self.stopped or state.global_step
+            control.should_training_stop = True
+        return control
 
 
 class ShiftSchedule(FlopsLedger):

@@ -66,7 +66,8 @@ class LoopContrast(LogitsProcessor):
     def _keep(self, module: Any, args: Any, output: Any) -> None:
         taps = getattr(output, "taps", None) or {}
         found = [taps.get(name) for name in (self.last, self.earlier)]
-        self._held = None if any(x is None for x in found) else tuple(x[:, -1].detach() for x in found)
+        last, earlier = (None if x is None else x[:, -1].detach() for x in found)
+        self._held = None if last is None or earlier is None else (last, earlier)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._held is None or self._held[0].shape != scores.shape:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from depthpass.hf.auto import unmarked
+from depthpass.hf.marks import unmarked
 
 _INDEX = "model.safetensors.index.json"
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -25,6 +25,11 @@ from depthpass.capture import Capture
 from depthpass.errors import InputError, SpecError, UnsupportedModelError
 from depthpass.hf.cache import NAMES, STOCK_NAME
 from depthpass.hf.placement import needs_root
+
+if TYPE_CHECKING:
+    _Stock = PreTrainedModel
+else:
+    _Stock = object
 
 DISABLED = "a transformed model runs its program itself: pass lowering='inductor' to dp.transform to have it compiled"
 """What Dynamo says where it has to compile a whole graph."""
@@ -99,10 +104,11 @@ class Door:
         self.model = model
 
 
-class DepthDecoder:
+class DepthDecoder(_Stock):
     """Mixin of the inner decoder of a transformed model; the class in front of it stays."""
 
     _depth_door: Door
+    _stock_class: ClassVar[Any]
 
     @property
     def depth_model(self) -> Any:
@@ -149,7 +155,7 @@ def untraced(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def forward(self, *args, **kwargs):
-        if _exports() or torch.jit.is_tracing():
+        if _exports() or torch._C._is_tracing():
             _refuse_trace(self, "torch.export" if _exports() else "torch.jit.trace")
         if torch.compiler.is_dynamo_compiling():
             _say_compiled(self)
@@ -192,7 +198,7 @@ def _rebuild(stock_class: type) -> nn.Module:
 
 
 @functools.cache
-def decoder_class(stock: type) -> type:
+def decoder_class(stock: Any) -> Any:
     """The class of decoders of transformed models; it keeps the stock class's name."""
 
     @functools.wraps(stock.forward)

@@ -9,11 +9,11 @@ from torch import nn
 
 from depthpass.analysis.routing import reads_future
 from depthpass.errors import DepthpassError, InputError
+from depthpass.hf.loops import loop_of
 from depthpass.hf.pads import pad_op
-from depthpass.hf.plans import Plan
-from depthpass.hf.switch import _loop
 from depthpass.ir.program import Op, Program, op
 from depthpass.ir.verify import Type, infer, verify
+from depthpass.plan import Plan
 from depthpass.schedule.regions import Schedule, schedule
 
 ENTRY = "draft.entry"
@@ -99,7 +99,7 @@ def _plan(model: Any, now: Plan, spec: Any) -> Plan:
         if not count.isdigit() or int(count) < 1:
             raise InputError(f"draft: expected 'loop:N' with N of at least 1, got {spec!r}.")
         passes = list(now.passes)
-        at = _loop(passes, None)
+        at = loop_of(passes, None)
         try:
             passes[at] = passes[at].with_loops(int(count))
         except DepthpassError as error:

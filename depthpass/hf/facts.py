@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,8 +15,8 @@ from torch import nn
 
 from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
-from depthpass.hf.auto import PREFIX as MARKED
-from depthpass.hf.auto import unmarked
+from depthpass.hf.marks import PREFIX as MARKED
+from depthpass.hf.marks import unmarked
 from depthpass.prompt import at_prompt
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -46,6 +47,7 @@ class ModelFacts:
         kv_widths: values that one token adds to a KV slot of each block, keys and values together; None when the
             config's head counts do not describe the attention modules.
         from_config: whether no weights were read.
+        config: a copy of the model's config without a spec.
         head_dim: width of a head's keys; None when the config does not say.
     """
 
@@ -62,6 +64,7 @@ class ModelFacts:
     block_parameters: tuple[int, ...]
     kv_widths: tuple[int, ...] | None
     from_config: bool
+    config: Any = field(default=None, repr=False, compare=False)
     head_dim: int | None = None
 
 
@@ -94,6 +97,7 @@ def model_facts(source: ModelLike) -> ModelFacts:
         block_parameters=tuple(_count(b) for b in blocks),
         kv_widths=_kv_widths(blocks, text),
         from_config=first.device.type == "meta",
+        config=copy.deepcopy(model.config),
         head_dim=_head_dim(text),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -60,7 +61,8 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     finally:
         _running.discard(str(stage))
     # The new files are in place: what is left of the old ones is no reason to fail.
-    _insist(lambda: _remove(stage))
+    assert stage is not None
+    _insist(functools.partial(_remove, stage))
 
 
 def recover(target: Path) -> bool:

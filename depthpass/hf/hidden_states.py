@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from depthpass.errors import InputError
-from depthpass.hf.plans import Plan
 from depthpass.passes.taps import Taps
+from depthpass.plan import Plan
 
 SCOPE = "hidden_states"
 EMBEDDED = f"{SCOPE}.embedded"

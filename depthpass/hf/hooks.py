@@ -93,7 +93,7 @@ def check_rows_alike(module: nn.Module) -> None:
             )
 
 
-def find_hooks(decoder: nn.Module, layers: nn.Module, depth: nn.Module | None) -> Hooked:
+def find_hooks(decoder: nn.Module, layers: nn.ModuleList, depth: nn.Module | None) -> Hooked:
     """The hooks of a decoder and its blocks."""
     inside, own, within = set(), set(), set()
     for index, block in enumerate(layers):

@@ -7,8 +7,8 @@ import functools
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 from depthpass.capture import Block, Capture, Part, Site, Template, calls
 from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
+from depthpass.capture.screen import block_list
 from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.doors import DISABLED
+from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.live import Live
 from depthpass.hf.placement import (
     home,
@@ -31,6 +33,8 @@ from depthpass.hf.watch import Binding
 if TYPE_CHECKING:
     from depthpass_lowering.executors.losses import Pool
 
+    from depthpass.hf.model import DepthModel
+
 
 class BlockCall:
     """What a block is called with besides the hidden stream: see :func:`block_forward`."""
@@ -40,7 +44,7 @@ class BlockCall:
     def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
         self.block, self.visit, self.sides, self.host = block, visit, sides, host
 
-    @functools.partial(torch.compiler.disable, reason=DISABLED)
+    @torch.compiler.disable(reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         host = self.host
         if not host.dispatched:
@@ -60,6 +64,7 @@ class BlockCall:
         if visit.index in host.hooked.own:
             host.counts[visit.index] += 1
         if visit.index in host.hooked.inside:
+            assert host.live is not None, "hooks inside a block run live"
             return host.live.block(layer, visit, params, bound, hidden)
         return visit.run(self.block.template, hidden, self.sides, params, host.runner)
 
@@ -67,7 +72,7 @@ class BlockCall:
 # FSDP2 casts what a unit is called with to the unit's dtype.
 pytree.register_pytree_node(
     BlockCall, lambda call: (list(call.sides), (call.block, call.visit, call.host)),
-    lambda sides, rest: BlockCall(rest[0], rest[1], sides, rest[2]),
+    lambda sides, rest: BlockCall(rest[0], rest[1], list(sides), rest[2]),
 )
 
 
@@ -76,11 +81,13 @@ def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
     if not args or not isinstance(args[0], BlockCall):
         return type(layer).forward(layer, hidden, *args, **kwargs)
     call = args[0]
+    run = functools.partial(call.run, layer)
     checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     # Older transformers checkpoint in the layer's own __call__, around this function.
     if checkpointing and type(layer).__call__ is nn.Module.__call__:
-        return layer._gradient_checkpointing_func(functools.partial(call.run, layer), hidden)
-    return call.run(layer, hidden)
+        checkpoint: Any = layer._gradient_checkpointing_func
+        return checkpoint(run, hidden)
+    return run(hidden)
 
 
 class StockHost:
@@ -95,10 +102,10 @@ class StockHost:
 
     adapts = True
 
-    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor]):
+    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor]):
         self.model, self.captured = model, captured
         self.decoder = model.get_submodule(model._depth.decoder)
-        self.layers = model.get_submodule(model._depth.layers)
+        self.layers = block_list(model, model._depth.layers)
         self.extras = sides
         self.style = attention_style(model)
         self.training = model.training
@@ -106,9 +113,9 @@ class StockHost:
         self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
         self.live: Live | None = None
         self.counts: Counter[int] = Counter()
-        self.ratios = model._depth.ratios
+        self.ratios: Mapping[str, float] = model._depth.ratios
         self.prefix = running(model)
-        self.losses: dict[str, Tensor] | None = None
+        self.losses: Mapping[str, Tensor] | None = None
         self.pool: Pool | None = None
         self.extra_loss: Tensor | float = 0.0
         self.runner = _runner(model._depth.lowering)
@@ -161,7 +168,7 @@ class StockHost:
         return self.part(self.captured.norm, {}, hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
-        found = logits_of(self.model._head(self.captured, normed), "the op 'logits'", "an exit criterion of the state")
+        found = logits_of(apply_head(self.model, self.captured, normed), "the op 'logits'", "an exit criterion of the state")
         if found.shape[:2] != normed.shape[:2] or found.dim() != 3:
             raise UnsupportedModelError(
                 f"the op 'logits': expected the head to give logits of every token, got shape {tuple(found.shape)} for "
@@ -170,11 +177,12 @@ class StockHost:
         return found
 
     def module(self, name: str) -> nn.Module:
-        if self.depth is None:
-            self.depth = depth_module(self.model)
-        found = self.found.get((id(self.depth), name))
+        depth = self.depth
+        if depth is None:
+            depth = self.depth = depth_module(self.model)
+        found = self.found.get((id(depth), name))
         if found is None:
-            found = self.found[id(self.depth), name] = self.depth.get_submodule(name)
+            found = self.found[id(depth), name] = depth.get_submodule(name)
         return found
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
@@ -255,7 +263,7 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
     return compiled_whole
 
 
-def depth_module(model: nn.Module) -> nn.Module:
+def depth_module(model: Any) -> Any:
     """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter."""
     found = model.depth
     if not hasattr(found, "modules_to_save"):
@@ -266,11 +274,3 @@ def depth_module(model: nn.Module) -> nn.Module:
             f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
         )
     return found.original_module if found.disable_adapters or not active else found.modules_to_save[active[0]]
-
-
-def logits_of(output, what: str, instead: str) -> Tensor:
-    """Logits that the stock head made of a stream."""
-    if getattr(output, "logits", None) is None:
-        raise UnsupportedModelError(f"{what} needs a model with a head; this one returns {', '.join(output.keys())}. Use one, or "
-                                    f"{instead}.")
-    return output.logits

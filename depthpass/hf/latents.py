@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depthpass.errors import InputError
 from depthpass.hf.pads import Layout, pad_op
@@ -19,6 +19,7 @@ from depthpass.ir.program import Program
 
 if TYPE_CHECKING:
     from depthpass.hf.inputs import Call
+    from depthpass.hf.model import DepthModel
 
 Advance = Callable[["Call", Any, bool], "tuple[Tensor, dict[str, Tensor], Any]"]
 """(new tokens, state, whether the new state is needed) -> the embedded tokens, all streams, the new state."""
@@ -30,7 +31,7 @@ def feeds(program: Program) -> bool:
     return o is not None and bool(o["feed"])
 
 
-def as_embeddings(model: nn.Module, call: Call) -> Call:
+def as_embeddings(model: DepthModel, call: Call) -> Call:
     """The call with embeddings instead of ids: a latent is no token.
 
     Raises:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, astuple, dataclass, field, fields
 from typing import Any
 
@@ -10,7 +10,9 @@ from torch import nn
 
 from depthpass.analysis.cost import Cost, cost, model_cost
 from depthpass.analysis.cost.program import Trainable
-from depthpass.ir.program import Program
+from depthpass.hf.context import context_of
+from depthpass.hf.placement import copied
+from depthpass.ir.program import Program, plain
 from depthpass.prompt import at_prompt
 
 _BLOCKS = ("projection", "attention", "mlp", "new")
@@ -91,20 +93,23 @@ class Ledger:
 
 
 class Counter:
-    """Counts the calls of a transformed model in training mode, until a step is closed.
+    """Counts the calls of a model in training mode, until a step is closed.
 
     Args:
-        model: the transformed model itself, out of any wrapper.
+        model: the model itself, transformed or stock, out of any wrapper.
         trainable: which parameters train; see :data:`depthpass.analysis.cost.program.TRAINABLE`.
     """
 
     def __init__(self, model: Any, trainable: Trainable = "all"):
-        from depthpass.hf.transform import restore
+        from depthpass.hf.model import DepthModel
+        from depthpass.hf.stock import stock_copy
         from depthpass.hf.watch import without_hooks
 
         self.model = model
         self.trainable: Trainable = trainable
-        self.parts = model_cost(without_hooks(restore(model)))
+        transformed = isinstance(model, DepthModel)
+        self.plain = None if transformed else _plain(model)
+        self.parts = model_cost(without_hooks(stock_copy(model) if transformed else copied(model)))
         self.costs: dict[int, tuple[Program, Cost]] = {}
         self.known: dict[tuple[int, int, int], tuple[float, float, float, float]] = {}
         self.calls: list[tuple[int, int, int]] = []
@@ -113,11 +118,19 @@ class Counter:
     def _count(self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object) -> None:
         if not module.training:
             return
-        for program, rows, columns in self.model._depth.ran:
+        for program, rows, columns in self._ran(args, kwargs):
             # By identity: a program is made once per plan, and the ledger keeps it alive.
             if id(program) not in self.costs:
                 self.costs[id(program)] = program, cost(program, self.parts, trainable=self.trainable)
             self.calls.append((id(program), rows, columns))
+
+    def _ran(self, args: tuple, kwargs: dict[str, Any]) -> Sequence[tuple[Program, int, int]]:
+        """What a call has run: programs with rows and columns."""
+        if self.plain is None:
+            return self.model._depth.ran
+        tokens = next((x for n in ("input_ids", "inputs_embeds") if (x := kwargs.get(n)) is not None), None)
+        tokens = args[0] if tokens is None else tokens
+        return [(self.plain, tokens.shape[0], tokens.shape[1])]
 
     def close(self, step: int) -> Entry:
         """The entry of what was counted since the last one."""
@@ -139,6 +152,12 @@ class Counter:
 
     def remove(self) -> None:
         self.handle.remove()
+
+
+def _plain(model: nn.Module) -> Program:
+    """The program of a stock model."""
+    context = context_of(model)
+    return plain(context.model, context.blocks, context.width)
 
 
 def _split(found: Cost, rows: int, columns: int) -> tuple[float, float]:

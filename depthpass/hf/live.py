@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_utils import AttentionInterface
 
 from depthpass.capture import Capture, Part
+from depthpass.capture.screen import block_list
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.doors import call_names
 from depthpass.hf.hooks import Hooked, has_hooks, is_controlled
@@ -110,7 +111,9 @@ class Live:
         hidden: what the live embedding made of the tokens, ``[batch, tokens, width]``.
     """
 
-    def __init__(self, decoder: nn.Module, layers: str, captured: Capture, hooked: Hooked, tensors: Mapping[str, Tensor],
+    hidden: Tensor
+
+    def __init__(self, decoder: Any, layers: str, captured: Capture, hooked: Hooked, tensors: Mapping[str, Tensor],
                  past: int, cache: object):
         _install()
         self.decoder, self.layers, self.captured, self.hooked, self.past = decoder, layers, captured, hooked, past
@@ -119,7 +122,7 @@ class Live:
         given: dict[str, Any] = {n: t for n, t in tensors.items() if n in self.names}
         if "position_ids" not in self.names and past:
             given[next(n for n in ("cache", "past_key_values") if n in self.names)] = cache
-        blocks = decoder.get_submodule(layers)
+        blocks = block_list(decoder, layers)
 
         def seen(args, kwargs):
             if not self.calls:
@@ -160,7 +163,7 @@ class Live:
             inner = _twin(owner._modules[part], quiet, keep=True)
             owner._modules[part] = inner
             owner = inner
-        blocks = self.decoder.get_submodule(self.layers)
+        blocks = block_list(self.decoder, self.layers)
         owner._modules[name] = nn.ModuleList(map(_Recorder, blocks, seen))
         off = {"use_cache": False} if "use_cache" in self.names else {}
         return stock.forward(shell, **given, **off)
@@ -245,7 +248,7 @@ class Live:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """What the stock decoder makes of the last block's stream: ``[batch, k, width]`` -> the same."""
-        blocks, shape = self.decoder.get_submodule(self.layers), hidden.shape[:2]
+        blocks, shape = block_list(self.decoder, self.layers), hidden.shape[:2]
         first = [lambda args, kwargs: hidden] * len(blocks)
         after = _paths(self.captured.norm)
         quiet = frozenset(m for n, m in self.decoder.named_modules() if n not in after)

@@ -89,6 +89,8 @@ def stack_of(program: Program, who: str) -> tuple[int, ...]:
         SpecError: it is none; ``who`` asks.
     """
     want = "a plain stack of blocks, which is all that a stock model can be"
+    if program.ahead is not None:
+        raise SpecError(f"materialize: expected {want}, got attention that sees later tokens, which stock code does not run.")
     x = program.ops[0].name
     for o in program.ops[1:-2]:
         if o.kind != "block" or o.args != (x,):

@@ -15,6 +15,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_batchedtensor, maybe_get_bdim
 
 from depthpass.errors import InputError
 
@@ -219,9 +220,9 @@ def check_batched(positions: Tensor, gaps: bool) -> None:
     Raises:
         InputError: positions restart.
     """
-    while torch._C._functorch.is_batchedtensor(positions):
-        dim = torch._C._functorch.maybe_get_bdim(positions)
-        positions = torch._C._functorch.get_unwrapped(positions).movedim(dim, 0)
+    while is_batchedtensor(positions):
+        dim = maybe_get_bdim(positions)
+        positions = get_unwrapped(positions).movedim(dim, 0)
     steps = positions.diff(dim=-1)
     if bool((steps <= 0 if gaps else steps != 1).any()):
         raise InputError("position_ids: restart inside a row (packed sequences) under torch.func.vmap, where rows cannot be cut "

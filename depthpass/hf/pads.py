@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.table import table_size
@@ -20,6 +20,7 @@ from depthpass.ir.program import Op, Program
 
 if TYPE_CHECKING:
     from depthpass.hf.inputs import Call
+    from depthpass.hf.model import DepthModel
 
 IGNORED_LABEL = -100
 
@@ -117,7 +118,7 @@ def pad_token(o: Op, config) -> int:
     return found
 
 
-def insert(model: nn.Module, program: Program, call: Call) -> tuple[Call, Layout | None]:
+def insert(model: DepthModel, program: Program, call: Call) -> tuple[Call, Layout | None]:
     """A call with the program's pads in place, in the columns and positions of the state.
 
     Raises:
@@ -148,8 +149,9 @@ def insert(model: nn.Module, program: Program, call: Call) -> tuple[Call, Layout
     return replace(call, tensors=tensors, valid=valid, ids=None), layout
 
 
-def _after(model: nn.Module, count: int, call: Call) -> Call:
+def _after(model: DepthModel, count: int, call: Call) -> Call:
     """A call on top of a cache that has the pads: later columns and positions, a mask with pads."""
+    assert call.cache is not None
     state, new, tensors = call.cache.state, call.tensors["attention_mask"].shape[1], dict(call.tensors)
     if call.prompt is not None:
         raise InputError("prompt_length: the prompt came in an earlier call, with its pads. Leave it out.")
@@ -226,14 +228,14 @@ def _unlabelled(labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
     return length
 
 
-def _tokens(model: nn.Module, o: Op, tokens: Tensor, layout: Layout) -> Tensor:
+def _tokens(model: DepthModel, o: Op, tokens: Tensor, layout: Layout) -> Tensor:
     if o["feed"]:  # filled in one by one
         return layout.spread(tokens, 0.0)
     token = pad_token(o, model.config)
     if tokens.dim() == 2:
         return layout.spread(tokens, token)
-    made = model.get_input_embeddings()(torch.tensor(token, device=tokens.device))
-    return layout.spread(tokens, made.to(tokens.dtype))
+    embedded = model.get_input_embeddings()(torch.tensor(token, device=tokens.device))
+    return layout.spread(tokens, embedded.to(tokens.dtype))
 
 
 def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
@@ -244,7 +246,7 @@ def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
     return found + order
 
 
-def _check_positions(model: nn.Module, positions: Tensor) -> None:
+def _check_positions(model: DepthModel, positions: Tensor) -> None:
     size = table_size(model)
     if size is not None and int(positions.max()) >= size:
         raise InputError(f"the sequence reaches position {int(positions.max())} with its workspace pads, but the model's "

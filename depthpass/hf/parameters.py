@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -241,18 +242,18 @@ def counted(made: nn.Module) -> int:
     return sum(p.numel() for name, p in made.named_parameters() if not beside(name))
 
 
-def linear_maps(block: nn.Module) -> list[tuple[str, nn.Module]]:
+def linear_maps(block: nn.Module) -> list[tuple[str, nn.Linear]]:
     """Linear maps of a block by path, under any PEFT wrapping."""
     # GPT-2's Conv1D is a linear map with its matrix transposed.
     return [
-        (path.removesuffix(".base_layer"), m) for path, m in block.named_modules()
+        (path.removesuffix(".base_layer"), cast(nn.Linear, m)) for path, m in block.named_modules()
         if (isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D") and "lora_" not in path
     ]
 
 
-def _heads(config) -> tuple[int, int]:
+def _heads(config: Any) -> tuple[int, int]:
     """Number and size of the query heads of every block."""
-    text = None if config is None else config.get_text_config(decoder=True)
+    text: Any = None if config is None else config.get_text_config(decoder=True)
     heads = getattr(text, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
         raise UnsupportedModelError(
@@ -263,16 +264,16 @@ def _heads(config) -> tuple[int, int]:
     return heads, dim if isinstance(dim, int) else text.hidden_size // heads
 
 
-def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Module]]:
+def _matrices(model: nn.Module | None, index: int) -> list[tuple[str, nn.Linear]]:
     """The linear maps of a model's block."""
-    from depthpass.capture.export import find_layers
+    from depthpass.capture.screen import block_list, find_layers
 
-    found = [] if model is None else linear_maps(unwrapped(model.get_submodule(find_layers(model))[index]))
-    if not found:
+    matrices = [] if model is None else linear_maps(unwrapped(block_list(model, find_layers(model))[index]))
+    if not matrices:
         raise UnsupportedModelError(
             f"per-visit LoRA: block {index} of {type(model).__name__} has no linear maps to update. Leave lora_rank out."
         )
-    return found
+    return matrices
 
 
 def _has(root: nn.Module, name: str) -> bool:
@@ -288,7 +289,7 @@ def _attach(root: nn.Module, name: str, module: nn.Module) -> None:
     for part in parents:
         if part not in root._modules:
             root.add_module(part, nn.Module())
-        root = root._modules[part]
+        root = root.get_submodule(part)
     if leaf in root._modules:
         raise UnsupportedModelError(f"new parameter {name!r} clashes with another one.")
     root.add_module(leaf, module)

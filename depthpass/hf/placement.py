@@ -12,7 +12,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -62,14 +62,15 @@ def own_forward(module: nn.Module) -> Callable | None:
     if "_hf_hook" not in module.__dict__:
         return module.__dict__.get("forward")
     inner = module.__dict__.get("_old_forward")
-    plain = getattr(inner, "__self__", None) is module and getattr(type(module), "forward", None) is inner.__func__
+    bound = getattr(inner, "__self__", None) is module
+    plain = bound and getattr(type(module), "forward", None) is getattr(inner, "__func__", None)
     return None if plain else inner
 
 
 def set_forward(module: nn.Module, forward: Callable | None) -> None:
     """Give a module a forward of its own, or its class's back (None), inside of accelerate's."""
     if "_hf_hook" in module.__dict__:
-        module._old_forward = type(module).forward.__get__(module) if forward is None else forward
+        module.__dict__["_old_forward"] = type(module).forward.__get__(module) if forward is None else forward
     elif forward is None:
         module.__dict__.pop("forward", None)
     else:
@@ -212,7 +213,7 @@ def gather_new(new: nn.Module) -> None:
     """
     for module in new.modules():
         if _state(module) is not None:
-            module.unshard()
+            cast(Any, module).unshard()
 
 
 def needs_root(model: nn.Module) -> bool:
@@ -229,4 +230,5 @@ def gathered_state(model: nn.Module) -> Mapping[str, Tensor] | None:
         return None
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(model, options=options))

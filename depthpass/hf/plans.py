@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from functools import cached_property
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +13,13 @@ import torch
 from torch import nn
 
 from depthpass.errors import SpecError
+from depthpass.hf.context import context_of
+from depthpass.hf.host import depth_module
 from depthpass.hf.parameters import build, check_scopes
-from depthpass.ir.program import Program, plain
-from depthpass.ir.verify import Type, infer
-from depthpass.passes.base import Context, Pass
-from depthpass.passes.pipeline import apply_spec
-from depthpass.schedule.regions import Schedule, schedule
-from depthpass.spec import dump_spec, load_spec, spec_hash
+from depthpass.ir.program import Program
+from depthpass.passes.base import Pass
+from depthpass.plan import Plan, compile_spec
+from depthpass.spec import SpecLike, spec_hash
 
 if TYPE_CHECKING:
     from depthpass.hf.inputs import Call
@@ -32,73 +30,18 @@ KEPT = 1024
 _MAKING = threading.Lock()
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """A spec applied to one model.
-
-    Attributes:
-        key: hash of the spec and the chunk: equal for equal plans.
-        passes, spec: the passes, and the same as plain data.
-        program: what runs, verified; with loop counts that vary, what runs in evaluation (and at 1024 tokens).
-        schedule: its regions.
-        chunk: the chunk that was asked for; None = the largest legal one.
-        stack: whether independent visits of one block run as one call when decoding.
-        largest: the program whose new parameters serve every count that can occur.
-        types: of every value.
-        heads: taps by name: whether they are handed out as logits.
-    """
-
-    key: tuple[str, int | None]
-    passes: tuple[Pass, ...]
-    spec: dict
-    program: Program
-    schedule: Schedule
-    chunk: int | None
-    stack: bool
-    largest: Program
-    types: dict[str, Type] = field(init=False, repr=False)
-    heads: dict[str, bool] = field(init=False)
-
-    def __post_init__(self):
-        object.__setattr__(self, "types", infer(self.program))
-        object.__setattr__(self, "heads", {o["name"]: bool(o["head"]) for o in self.program.taps})
-
-    def __reduce__(self):
-        return Plan, (self.key, self.passes, self.spec, self.program, self.schedule, self.chunk, self.stack, self.largest)
-
-    @cached_property
-    def meaning(self) -> Program:
-        """The program without provenance: equal for specs that make the same program."""
-        return self.program.without_notes()
-
-    @property
-    def varies(self) -> frozenset[str]:
-        """How loop counts vary: ``drawn`` for each call in training, or with the row's ``length``."""
-        return frozenset(p.varies for p in self.passes if p.varies is not None)
-
-    def config(self) -> dict:
-        """The entry of a model's config that loads this plan again."""
-        return {"spec": self.spec, **({} if self.chunk is None else {"chunk": self.chunk})}
-
-
-def plan(spec, context: Context, chunk: int | None, stack: bool = True) -> Plan:
-    """Apply a spec; everything that can fail happens here.
+def check_runnable(plan: Plan) -> Plan:
+    """Refuse a plan that can be reported but not run; returns it.
 
     Raises:
-        SpecError, PassError: the spec cannot be applied.
-        LoweringError: the program can be reported but not run yet.
+        SpecError: new parameters have names that no module can have.
+        LoweringError: the program has an op that nothing runs yet.
     """
     from depthpass_lowering.supported import check_program
 
-    passes = load_spec(spec)
-    stock = plain(context.model, context.blocks, context.width)
-    program = largest = apply_spec(stock, [p.settled() for p in passes], context)
-    check_program(program)
-    if any(p.varies for p in passes):
-        largest = apply_spec(stock, [p.settled(most=True) for p in passes], context)
-    check_scopes(largest)
-    key = (spec_hash(passes), chunk)
-    return Plan(key, passes, dump_spec(passes), program, schedule(program, chunk, stack), chunk, stack, largest)
+    check_program(plan.program)
+    check_scopes(plan.largest)
+    return plan
 
 
 def check_averages(plan: Plan) -> None:
@@ -136,28 +79,25 @@ class Plans:
         """Whether a ``using`` block is open here."""
         return id(self) in _using.get()
 
-    def of(self, model: nn.Module, spec, chunk: int | None) -> Plan:
+    def of(self, model: nn.Module, spec: SpecLike | Sequence[Pass], chunk: int | None) -> Plan:
         """The plan of a spec, remembered or made now.
 
         Raises:
             SpecError: the spec needs new parameters that the model does not have, or of other shapes.
-            SpecError, PassError, LoweringError: as :func:`plan`.
+            SpecError, PassError, LoweringError: as :func:`~depthpass.plan.compile_spec` and :func:`check_runnable`.
         """
-        from depthpass.hf.transform import context_of
-
         key = (spec_hash(spec), chunk)
         with _MAKING:
-            found = self.kept.get(key)
-            if found is None:
-                found = plan(spec, context_of(model), chunk, self.home.stack)
-                check_parameters(model, found)
-                check_averages(found)
-                self.kept[key] = found
+            plan = self.kept.get(key)
+            if plan is None:
+                plan = check_runnable(compile_spec(spec, context_of(model), chunk=chunk, stack=self.home.stack))
+                check_parameters(model, plan)
+                check_averages(plan)
+                self.kept[key] = plan
                 while len(self.kept) > KEPT:
                     self.kept.popitem(last=False)
             self.kept.move_to_end(key)
-        return found
-
+        return plan
 
     def running(self, model: nn.Module, call: Call) -> list[tuple[Plan, torch.Tensor | None]]:
         """What a call runs: one plan for all rows, or one for each group of rows (by index) of equal loop counts.
@@ -184,7 +124,7 @@ class Plans:
             groups.setdefault(self.of(model, passes, now.chunk), []).append(row)
         if len(groups) == 1:
             return [(next(iter(groups)), None)]
-        return [(made, torch.tensor(rows, device=tokens.device)) for made, rows in groups.items()]
+        return [(plan, torch.tensor(rows, device=tokens.device)) for plan, rows in groups.items()]
 
 
 _using: ContextVar[Mapping[int, Plan]] = ContextVar("depthpass_using", default=MappingProxyType({}))
@@ -217,8 +157,6 @@ def check_parameters(model: Any, wanted: Plan) -> None:
     Raises:
         SpecError: naming them.
     """
-    from depthpass.hf.host import depth_module
-
     held = {k: t.shape for k, t in depth_module(model).state_dict().items()}
     needed = sizes(model, wanted.largest)
     lacking = [k for k, shape in needed.items() if held.get(k) != shape]
@@ -231,5 +169,5 @@ def check_parameters(model: Any, wanted: Plan) -> None:
         )
 
 
-def _short(made: Plan) -> str:
-    return "; ".join(p.label for p in made.passes)
+def _short(plan: Plan) -> str:
+    return "; ".join(p.label for p in plan.passes)

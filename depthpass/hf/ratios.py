@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import nn
 from transformers import TrainerCallback
@@ -77,5 +78,5 @@ class CapacityWarmup(TrainerCallback):
             raise InputError(f"steps: expected an integer of at least 1, got {steps!r}.")
         self.steps = steps
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         capacity_warmup(model, min(1.0, state.global_step / self.steps))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -67,8 +67,10 @@ class Packed:
 
     def joined(self, other: Packed) -> Packed:
         """These tokens, then others."""
-        pairs = zip((self.codes, self.scale, self.least), (other.codes, other.scale, other.least))
-        return Packed(*(torch.cat(pair, 2) for pair in pairs), self.bits)
+        codes, scale, least = (torch.cat(pair, 2) for pair in zip(
+            (self.codes, self.scale, self.least), (other.codes, other.scale, other.least)
+        ))
+        return Packed(codes, scale, least, self.bits)
 
     @property
     def nbytes(self) -> int:
@@ -140,7 +142,7 @@ class ResidualSlots(dict):
         super().__setitem__(number, replace(slot, base=None) if isinstance(slot, ResidualSlot) else slot)
 
     def _packed(self, number: int, slot: Any) -> ResidualSlot:
-        base, old = super().__getitem__(self.bases[number]), super().get(number)
+        base, old = super().__getitem__(self.bases[number]), cast(Any, super().get(number))
         start = old.length if isinstance(old, ResidualSlot) and old.length <= slot.keys[0].shape[2] else 0
         parts = []
         for i, (k, v) in enumerate(zip(slot.keys, slot.values)):

@@ -19,14 +19,16 @@ from depthpass.errors import DepthpassError, InputError
 from depthpass.hf.cache import NAMES, DepthCache
 from depthpass.hf.doors import call_names
 from depthpass.hf.drafts import Part, common
-from depthpass.hf.host import StockHost, depth_module, logits_of
+from depthpass.hf.head import apply_head, logits_of
+from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import normalise, warn_frozen
+from depthpass.hf.loops import loop_of
 from depthpass.hf.placement import gather_new
-from depthpass.hf.plans import Plan
-from depthpass.hf.switch import _loop
+from depthpass.hf.running import embedded
 from depthpass.hf.tokens import Tokens
 from depthpass.ir.program import Op, Program, op
 from depthpass.ir.verify import Type, infer, verify
+from depthpass.plan import Plan
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -64,7 +66,7 @@ def ladder_of(model: Any, counts: Sequence[int]) -> Ladder:
     plans = model._depth.plans
     passes = list(plans.current.passes)
     try:
-        at = _loop(passes, None)
+        at = loop_of(passes, None)
         made: list[Plan] = []
         for count in counts:
             some = list(passes)
@@ -216,7 +218,7 @@ class _Rows(Tokens):
 
     def _advance(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Logits of the last token of every row, in the order of the counts."""
-        from depthpass_lowering.eager import run
+        from depthpass_lowering.executors.eager import run
 
         model, ladder, past = self.model, self.ladder, self.states[0].length
         cache = DepthCache(model)
@@ -229,7 +231,7 @@ class _Rows(Tokens):
         call = normalise(model, self.decoder, self.names, given, None)
         captured = model._captured(call, self.names)
         whole = StockHost(model, captured, ())
-        x, sides = model._embedded(whole, call)
+        x, sides = embedded(model, whole, call)
         rung = model._depth.lowering
         rung = "auto" if rung in ("inductor", "cudagraph") else rung
         parts = (ladder.first, *ladder.steps, ladder.last)
@@ -246,4 +248,4 @@ class _Rows(Tokens):
             self.states[place] = ran.state
             y = ran.streams["output"]
             x = y if count == len(ids) else torch.cat((y, x[count:]))
-        return logits_of(model._head(captured, x[:, -1:]), "loops", "dp.using")[:, -1].to(torch.float32)
+        return logits_of(apply_head(model, captured, x[:, -1:]), "loops", "dp.using")[:, -1].to(torch.float32)

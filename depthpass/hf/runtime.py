@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
 
 from depthpass.capture import Capture
-from depthpass.hf.plans import Plan, Plans
-from depthpass.hf.watch import Binding, Watch
+from depthpass.hf.plans import Plans
+from depthpass.hf.watch import Watch
 from depthpass.ir.program import Program
 from depthpass.lowered.record import LoweredCall
+from depthpass.plan import Plan
 from depthpass.schedule.fixed_point import FixedPoint, Measure
 
 PREFIX = "depth"
@@ -45,9 +50,9 @@ class Runtime:
     fixed_point: FixedPoint | Measure | None = None
     ratios: dict[str, float] = field(default_factory=dict)
     captures: dict[tuple, Capture] = field(default_factory=dict)
-    bindings: dict[int, list[Binding]] = field(default_factory=dict)
+    bindings: dict[int, list[Callable[[], Tensor]]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
-    tokens: dict[tuple, object] = field(default_factory=dict)
+    tokens: dict[tuple, Any] = field(default_factory=dict)
     ran: tuple[tuple[Program, int, int], ...] = ()
     drafted: object = None
     lowered: LoweredCall = field(default_factory=LoweredCall)
@@ -65,7 +70,7 @@ class Runtime:
 
     def config(self) -> dict:
         """The entry of the model's config that loads what is in force here again."""
-        swept = {} if self.fixed_point is None else {"schedule": self.fixed_point.to_dict()}
+        swept = {"schedule": self.fixed_point.to_dict()} if isinstance(self.fixed_point, FixedPoint) else {}
         return self.plan.config() | swept
 
     def __deepcopy__(self, memo):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from depthpass.errors import CacheError, InputError
 from depthpass.hf.cache import NAMES, DepthCache
 from depthpass.hf.doors import call_names
 from depthpass.hf.drafts import ENTRY, Draft, Part, draft_of
-from depthpass.hf.host import StockHost, depth_module, logits_of
+from depthpass.hf.head import apply_head, logits_of
+from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import normalise, warn_frozen
 from depthpass.hf.placement import gather_new
+from depthpass.hf.running import embedded
 from depthpass.hf.tokens import Tokens
 
 if TYPE_CHECKING:
@@ -132,7 +134,9 @@ def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any
         sequences = run.decode(input_ids, model_kwargs)
         if streamer is not None:
             streamer.end()
-        return GenerateDecoderOnlyOutput(sequences=sequences) if generation_config.return_dict_in_generate else sequences
+        if not generation_config.return_dict_in_generate:
+            return sequences
+        return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
 
     out = generate(model, *args, custom_generate=decode, **kwargs)
     model._depth.drafted = report
@@ -171,7 +175,7 @@ class _Runner:
         call = normalise(model, self.decoder, self.names, given, None)
         captured = self.captured = model._captured(call, self.names)
         host = StockHost(model, captured, ())
-        hidden, sides = model._embedded(host, call)
+        hidden, sides = embedded(model, host, call)
         rung = model._depth.lowering
         ran = run(part.schedule, host, hidden if entry is None else entry, sides, captured.side_axes, state, call.valid, True,
                   part.types, "auto" if rung in ("inductor", "cudagraph") else rung)
@@ -180,7 +184,7 @@ class _Runner:
     def logits(self, streams: dict[str, Tensor], last: int) -> Tensor:
         """Logits of the last so many tokens, in float32 as ``generate`` reads them."""
         normed = streams["output"][:, -last:]
-        return logits_of(self.model._head(self.captured, normed), "draft", "another model").to(torch.float32)
+        return logits_of(apply_head(self.model, self.captured, normed), "draft", "another model").to(torch.float32)
 
 
 class _Decoding(Tokens):
@@ -326,7 +330,7 @@ class _Decoding(Tokens):
                 own = scores.argmax(-1)
                 agrees = own == guess
             else:
-                own, agrees = _redrawn(torch.softmax(scores, -1), chances[i], guess)
+                own, agrees = _redrawn(torch.softmax(scores, -1), cast(Tensor, chances[i]), guess)
             agrees = agrees | ~self.running
             live = self.running
             self.report.drafted += int(live.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +15,29 @@ from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call
-from depthpass.hf.plans import Plan
+from depthpass.log import working
+from depthpass.plan import Plan
 
 if TYPE_CHECKING:
     from depthpass_lowering.executors.token import StaticCache
     from depthpass_lowering.state import State
+    from depthpass_lowering.state.slots import Slot
 
+    from depthpass.hf.model import DepthModel
     from depthpass.lowered import LoweredProgram, Recorder
 
 Advanced = tuple[list[Tensor], dict[str, Tensor], "State"]
 
 
 def advance_token(
-    model: nn.Module, plan: Plan, captured: Capture, call: Call, state: State, record: Recorder
+    model: DepthModel, plan: Plan, captured: Capture, call: Call, state: State, record: Recorder
 ) -> Advanced | None:
     """Advance a state by one token with the compiled step, or return None: this call is none for it.
 
     Only the rungs ``inductor`` and ``cudagraph`` compile, and only calls of one token behind a cache, without gradients.
 
     Returns:
-        as ``DepthModel._advance``.
+        the decoder's flat outputs; streams by name; the new state.
 
     Raises:
         LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
@@ -63,7 +66,7 @@ def advance_token(
         id(captured), id(plan), batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
         tuple(lines), tuple((n, call.tensors[n].shape) for n in names),
     )
-    step = runtime.tokens.get(key)
+    step: CompiledStep | None = runtime.tokens.get(key)
     weights = live_tensors(model, plan, captured)
     device = rooms.tensors()[0].device
     recorded = runtime.lowering == "cudagraph"
@@ -89,7 +92,8 @@ def advance_token(
     parts = [next(made) for _ in range(step.parts)]
     streams = {name: next(made) for name in step.streams}
     new_lines = dict(zip(lines, made, strict=True))
-    return parts, streams, State(length + 1, call.valid, StepSlots(rooms, length + 1), new_lines)
+    slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
+    return parts, streams, State(length + 1, call.valid, slots, new_lines)
 
 
 def _is_step(call: Call, state: State) -> bool:
@@ -105,7 +109,7 @@ def _is_step(call: Call, state: State) -> bool:
     return call.valid is None or bool(call.valid[:, -1].all())
 
 
-def refusal_of(model: nn.Module, plan: Plan, captured: Capture, state: State) -> str | None:
+def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:
     """Why a step of this program cannot be compiled in this call, or None."""
     from depthpass_lowering.executors.token import refusal
 
@@ -139,7 +143,7 @@ class CompiledStep:
     lowered: LoweredProgram
 
 
-def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor]:
+def live_tensors(model: DepthModel, plan: Plan, captured: Capture) -> list[Tensor]:
     """Every parameter and buffer that a step reads, once each, as they are now."""
     host = StockHost(model, captured, ())
     found: dict[int, Tensor] = {}
@@ -157,7 +161,7 @@ def live_tensors(model: nn.Module, plan: Plan, captured: Capture) -> list[Tensor
 class _StepHost(StockHost):
     """Runs a step that is being traced: parameters are the trace's inputs, columns a tensor."""
 
-    def __init__(self, model: nn.Module, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
+    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
         super().__init__(model, captured, sides)
         self.leaves, self.at, self.training, self.runner = leaves, at, False, direct
         self.stand_ins: dict[str, nn.Module] = {}
@@ -191,7 +195,7 @@ class _StepHost(StockHost):
 
 
 def compile_step(
-    model: nn.Module, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: StaticCache, lines: list[str],
+    model: DepthModel, plan: Plan, captured: Capture, names: list[str], padded: bool, rooms: StaticCache, lines: list[str],
     weights: list[Tensor], inputs: list[Tensor],
 ) -> CompiledStep:
     """Trace one token through the program and compile it.
@@ -227,9 +231,9 @@ def compile_step(
         counts[:], streams[:] = [len(parts)], out
         return [*parts, *out.values(), *(state.lines[n] for n in lines)]
 
-    with torch.no_grad():
+    with working(f"compiling a decoded token of {type(model).__name__}"), torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        compiled = torch._inductor.compile(graph, inputs)
+        compiled: Any = torch._inductor.compile(graph, cast(Any, inputs))
     return CompiledStep(compiled, counts[0], tuple(streams), plan, programs[0])
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import nn
 
+from depthpass.capture.screen import block_list
 from depthpass.capture.structure import structural_copy
-from depthpass.hf.auto import unmark
 from depthpass.hf.doors import DepthDecoder
 from depthpass.hf.hooks import is_controlled
+from depthpass.hf.marks import unmark
 from depthpass.hf.placement import (
     copied,
     set_forward,
@@ -16,6 +19,9 @@ from depthpass.hf.placement import (
     unwrapped,
 )
 from depthpass.hf.runtime import PREFIX
+
+if TYPE_CHECKING:
+    from depthpass.hf.model import DepthModel
 
 
 def drop_wrapped_forward(model: nn.Module) -> None:
@@ -27,17 +33,17 @@ def drop_wrapped_forward(model: nn.Module) -> None:
         model.__dict__.pop("forward", None)
 
 
-def stock_copy(model: nn.Module) -> nn.Module:
+def stock_copy(model: DepthModel) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
     made = copied(model)
     made.__class__ = type(model)._stock_class
     drop_wrapped_forward(made)
-    decoder = made.get_submodule(model._depth.decoder)
+    decoder: Any = made.get_submodule(model._depth.decoder)
     if isinstance(decoder, DepthDecoder):
         decoder.__class__ = type(decoder)._stock_class
         del decoder._depth_door
     # A wrapper that was put around a forward calls the transformed model.
-    for module in (made, decoder, *map(unwrapped, made.get_submodule(model._depth.layers))):
+    for module in (made, decoder, *map(unwrapped, block_list(made, model._depth.layers))):
         set_forward(module, None)
     del made._depth
     del made.depth
@@ -47,20 +53,20 @@ def stock_copy(model: nn.Module) -> nn.Module:
     return made
 
 
-def stock_decoder(model: nn.Module, device: torch.device | None = None) -> nn.Module:
+def stock_decoder(model: DepthModel, device: torch.device | None = None) -> nn.Module:
     """A stock copy of the inner decoder of a transformed model, for a trace (see :func:`structural_copy`).
 
     Args:
         device: where its tensors are; None = where they are now.
     """
     path, layers = model._depth.decoder, model._depth.layers
-    made = structural_copy(
+    made: Any = structural_copy(
         model.get_submodule(path), leave=("_depth", "_depth_door"), dtypes=sharded_dtypes(model.modules()), device=device
     )
     made.__class__ = type(made)._stock_class
     made._modules.pop(PREFIX, None)
     # What was put around these forwards runs at each call.
-    for module in (made, *made.get_submodule(layers[len(path) + 1 if path else 0 :])):
+    for module in (made, *block_list(made, layers[len(path) + 1 if path else 0 :])):
         module.__dict__.pop("forward", None)
     for module in made.modules():
         if is_controlled(module):

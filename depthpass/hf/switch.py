@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from depthpass.errors import SpecError, did_you_mean
+from depthpass.errors import SpecError
 from depthpass.hf.host import depth_module
+from depthpass.hf.loops import loop_of
 from depthpass.hf.model import DepthModel
-from depthpass.hf.plans import Plan, Plans, Using
+from depthpass.hf.plans import Plans, Using
+from depthpass.hf.save import own_class
 from depthpass.passes.base import Pass
+from depthpass.plan import Plan
 
 if TYPE_CHECKING:
     from depthpass.spec import SpecLike
@@ -82,7 +85,7 @@ def set_loops(model: nn.Module, times: int | Sequence[int] | str, *, scope: str 
     inner = _transformed(model, "set_loops")
     plans = inner._depth.plans
     passes = list(plans.current.passes)
-    at = _loop(passes, scope)
+    at = loop_of(passes, scope)
     passes[at] = passes[at].with_loops(times)
     _adopt(inner, plans, _plan(inner, plans, passes, _SAME))
     return model
@@ -95,7 +98,7 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> Any:
         SpecError: as :func:`set_loops`.
     """
     passes = _transformed(model, "loops_of")._depth.plans.current.passes
-    found = passes[_loop(passes, scope)]
+    found = passes[loop_of(passes, scope)]
     return getattr(found, str(found.loop_field))
 
 
@@ -117,41 +120,9 @@ def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
     if plans.borrowed:
         raise SpecError("a switch inside a dp.using block would end with it. Open another dp.using block instead.")
     plans.default = wanted
-    from depthpass.hf.save import own_class
-
     inner.config.depthpass = inner._depth.config() | own_class(type(inner)._stock_class)
     parameters: Any = depth_module(inner)
     parameters.text = str(wanted.program)
-
-
-def _loop(passes: Sequence[Pass], scope: str | int | None) -> int:
-    """Place of the pass that counts iterations."""
-    found = [i for i, p in enumerate(passes) if p.loop_field is not None]
-    spec = ", ".join(p.label for p in passes)
-    if not found:
-        raise SpecError(f"set_loops: expected a spec with a loop, got {spec}. Call dp.switch(model, spec) with one.")
-    if scope is None:
-        if len(found) > 1:
-            names = ", ".join(repr(_names(passes[i])[0]) for i in found)
-            raise SpecError(f"set_loops: the spec has {len(found)} loops ({spec}). Say which with scope=, one of {names}, "
-                            f"or its place in the spec, one of {', '.join(map(str, found))}.")
-        return found[0]
-    if isinstance(scope, int) and not isinstance(scope, bool):
-        if scope not in found:
-            raise SpecError(f"set_loops.scope: expected the place of a loop in the spec, one of {found}, got {scope}.")
-        return scope
-    named = [i for i in found if scope in _names(passes[i])]
-    if len(named) != 1:
-        known = sorted({n for i in found for n in _names(passes[i])})
-        if named:
-            raise SpecError(f"set_loops.scope: {scope!r} fits {len(named)} passes; give the place in the spec, one of {named}.")
-        raise SpecError(f"set_loops.scope: expected one of {', '.join(known)}, got {scope!r}."
-                        f"{did_you_mean(str(scope), known)}")
-    return named[0]
-
-
-def _names(p: Pass) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((str(getattr(p, "scope", p.name)), p.name)))
 
 
 def _transformed(model: Any, who: str) -> Any:

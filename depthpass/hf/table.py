@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 
-def position_table(decoder: nn.Module) -> str | None:
+def position_table(decoder: Any) -> str | None:
     """Path of the learned absolute positions in a text decoder, or None (rotary models have no table to run out of).
 
     The tables of vision and audio towers lie outside of it and say nothing about text.

@@ -2,41 +2,75 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, overload
 
 import torch
 from torch import nn
 
-from depthpass.capture.attention import attention_style
-from depthpass.capture.export import find_layers
+from depthpass.capture.screen import block_list
 from depthpass.errors import SpecError, UnsupportedModelError
-from depthpass.hf.auto import mark
-from depthpass.hf.doors import DepthDecoder, Door, decoder_class, decoder_path
-from depthpass.hf.host import block_forward, depth_module
-from depthpass.hf.model import DepthModel, depth_class, not_reentrant
-from depthpass.hf.pads import check_pads, pad_op
-from depthpass.hf.parameters import build
-from depthpass.hf.placement import copied, home, is_dispatched, own_forward, set_forward, unwrapped
-from depthpass.hf.plans import Plans, plan
-from depthpass.hf.runtime import PREFIX, Runtime
+from depthpass.hf.context import inner_model
+from depthpass.hf.doors import DepthDecoder
+from depthpass.hf.host import depth_module
+from depthpass.hf.marks import mark
+from depthpass.hf.model import DepthModel, depth_class
+from depthpass.hf.placement import copied
+from depthpass.hf.prepare import install, prepare
+from depthpass.hf.save import own_class
 from depthpass.hf.stock import drop_wrapped_forward, stock_copy
-from depthpass.hf.table import position_table
-from depthpass.hf.watch import drop_capturing_hooks
-from depthpass.hf.weights import check_weights, retire, start_weights
-from depthpass.passes.base import Context
+from depthpass.hf.weights import retire, start_weights
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
-from depthpass.spec import load_spec
+from depthpass.spec import SpecLike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Lowering: TypeAlias = Literal["auto", "eager", "scheduled", "inductor", "cudagraph"]
+ScheduleName: TypeAlias = Literal["sequential", "fixed_point"]
+Wrapper = TypeVar("Wrapper", bound=nn.Module)
+"""A PEFT model around a decoder."""
+
+
+@overload
+def transform(
+    model: PreTrainedModel,
+    spec: SpecLike,
+    *,
+    chunk: int | None = None,
+    lowering: Lowering = "auto",
+    stack: bool = True,
+    schedule: ScheduleName | FixedPoint = "sequential",
+    tol: float | None = None,
+    max_sweeps: int | None = None,
+    window: int | None = None,
+    exact: bool | None = None,
+) -> DepthModel: ...
+
+
+@overload
+def transform(
+    model: Wrapper,
+    spec: SpecLike,
+    *,
+    chunk: int | None = None,
+    lowering: Lowering = "auto",
+    stack: bool = True,
+    schedule: ScheduleName | FixedPoint = "sequential",
+    tol: float | None = None,
+    max_sweeps: int | None = None,
+    window: int | None = None,
+    exact: bool | None = None,
+) -> Wrapper: ...
 
 
 def transform(
     model: nn.Module,
-    spec,
+    spec: SpecLike,
     *,
     chunk: int | None = None,
-    lowering: str = "auto",
+    lowering: Lowering = "auto",
     stack: bool = True,
-    schedule: str | FixedPoint = "sequential",
+    schedule: ScheduleName | FixedPoint = "sequential",
     tol: float | None = None,
     max_sweeps: int | None = None,
     window: int | None = None,
@@ -65,7 +99,7 @@ def transform(
         UnsupportedModelError: the model cannot be treated; nothing has been changed.
         LoweringError: the program can be reported but not run yet; nothing has been changed.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     if isinstance(inner, DepthModel | DepthDecoder):
         raise SpecError(
             f"this {type(inner).__name__} is already transformed. Call dp.restore(model) first, or pass one list with "
@@ -73,88 +107,26 @@ def transform(
         )
     from depthpass_lowering.executors.levels import check_level
 
-    from depthpass.hf.save import own_class
-
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
     runtime.lowering, runtime.fixed_point = check_level(lowering), policy
     whole = copied(model)
-    made = _inner(whole)
-    made.__class__ = depth_class(type(inner))
-    drop_wrapped_forward(made)
-    install(made, runtime)
-    start_weights(made.get_submodule(runtime.layers), runtime.program, made.depth)
-    made.config.depthpass = runtime.config() | own_class(type(made)._stock_class)
-    mark(made.config)
+    turbo = inner_model(whole)
+    turbo.__class__ = depth_class(type(inner))
+    drop_wrapped_forward(turbo)
+    install(turbo, runtime)
+    start_weights(block_list(turbo, runtime.layers), runtime.program, turbo.depth)
+    turbo.config.depthpass = runtime.config() | own_class(type(turbo)._stock_class)
+    mark(turbo.config, depth_class)
     return whole
 
 
-def prepare(model: nn.Module, spec, chunk: int | None, stack: bool = True) -> Runtime:
-    """Everything that can fail, before anything is changed.
-
-    Raises:
-        SpecError, PassError, UnsupportedModelError, LoweringError: as :func:`transform`.
-    """
-    passes = load_spec(spec)
-    context = context_of(model)
-    attention_style(model)
-    if hasattr(model, PREFIX):
-        raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
-    layers = find_layers(model)
-    check_distinct(model, layers)
-    decoder = decoder_path(model, layers)
-    for module in (model, model.get_submodule(decoder), *model.get_submodule(layers)):
-        module = unwrapped(module)
-        if own_forward(module) is not None and "_original_forward" not in module.__dict__:
-            raise UnsupportedModelError(
-                f"this {type(module).__name__} has a forward of its own that its class does not know (patched by another "
-                "library); a transformed model would not run it. Undo the patch first."
-            )
-    for module in model.modules():
-        if getattr(module, "gradient_checkpointing", False) and hasattr(module, "_gradient_checkpointing_func"):
-            not_reentrant(module._gradient_checkpointing_func)
-    made = plan(passes, context, chunk, stack)
-    if (pads := pad_op(made.program)) is not None:
-        check_pads(pads, model.config)
-    check_weights(model.get_submodule(layers), made.program)
-    return Runtime(Plans(made), layers, decoder, position_table(model.get_submodule(decoder)))
+@overload
+def restore(model: DepthModel) -> PreTrainedModel: ...
 
 
-def check_distinct(model: nn.Module, layers: str) -> None:
-    """Refuse a list in which one block object stands twice: a program says such things by its visits.
-
-    Raises:
-        SpecError: naming the layer program that means the same.
-    """
-    places: dict[int, int] = {}
-    order = [places.setdefault(id(b), len(places)) for b in model.get_submodule(layers)]
-    if len(places) < len(order):
-        raise SpecError(
-            f"{layers} holds {len(order)} entries but {len(places)} different blocks: one block object stands there twice. "
-            f"Keep each block once (and num_hidden_layers={len(places)}) and say the order with dp.LayerProgram({order})."
-        )
-
-
-def install(model: nn.Module, runtime: Runtime) -> None:
-    """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
-    like = next(model.parameters())
-    if is_dispatched(model):
-        # Beside the streams, whatever is offloaded; on a model that is dispatched later they go where its map says.
-        like = torch.empty(0, dtype=like.dtype, device=home(model))
-    model.add_module(PREFIX, build(runtime.plan.largest, like, model))
-    model.depth.train(model.training)
-    model._depth = runtime
-    drop_capturing_hooks(model)
-    decoder: Any = model.get_submodule(runtime.decoder)
-    if decoder is not model:
-        decoder.__class__ = decoder_class(type(decoder))
-        decoder._depth_door = Door(model)
-    for module in (model, decoder):
-        if "_hf_hook" in module.__dict__:
-            set_forward(module, None)
-    for layer in map(unwrapped, model.get_submodule(runtime.layers)):
-        # Not a bound method: pickle would look it up by name on the layer.
-        set_forward(layer, functools.partial(block_forward, layer))
+@overload
+def restore(model: Wrapper) -> Wrapper: ...
 
 
 def restore(model: nn.Module) -> nn.Module:
@@ -163,7 +135,7 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         SpecError: the model is not transformed.
     """
-    inner = _inner(model)
+    inner = inner_model(model)
     if isinstance(inner, DepthDecoder):
         raise SpecError(f"restore: expected a whole transformed model, got the decoder of one; pass the "
                         f"{type(inner.depth_model).__name__} it belongs to.")
@@ -172,34 +144,17 @@ def restore(model: nn.Module) -> nn.Module:
     if inner is model:
         return _revived(stock_copy(inner), inner)
     whole = copied(model)
-    stock = _inner(whole)
+    stock = inner_model(whole)
     _replace(whole, stock, _revived(stock_copy(stock), inner))
     return whole
 
 
-def _revived(stock: nn.Module, made: DepthModel) -> nn.Module:
+def _revived(stock: nn.Module, turbo: DepthModel) -> nn.Module:
     """The stock model with retired blocks that train again if the others do."""
-    blocks = stock.get_submodule(made._depth.layers)
+    blocks = block_list(stock, turbo._depth.layers)
     if any(p.requires_grad for p in blocks.parameters()):
-        retire(blocks, made.depth_program, frozen=False)
+        retire(blocks, turbo.depth_program, frozen=False)
     return stock
-
-
-def context_of(model: nn.Module) -> Context:
-    """What passes may know of a model."""
-    config = getattr(model, "config", None)
-    layers = find_layers(model)
-    text = config.get_text_config(decoder=True)
-    return Context(
-        model=type(model).__name__, model_type=config.model_type, blocks=len(model.get_submodule(layers)),
-        width=text.hidden_size, facts={"vocab_size": getattr(text, "vocab_size", None)},
-    )
-
-
-def _inner(model: nn.Module) -> nn.Module:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    base = getattr(model, "get_base_model", None)
-    return base() if callable(base) else model
 
 
 def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
@@ -213,4 +168,4 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 def new_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
     """The parameters that a transform has added, for an optimizer group of their own."""
-    return list(depth_module(_inner(model)).parameters())
+    return list(depth_module(inner_model(model)).parameters())

@@ -6,12 +6,13 @@ import copy
 from collections.abc import Iterable, Mapping
 from operator import eq, itemgetter
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from depthpass.capture.quiet import global_hook_tables
+from depthpass.capture.screen import block_list
 from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.code import class_items, globals_read, mentions, own_bases
@@ -115,12 +116,12 @@ class Watch:
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
         self.dtypes = sharded_dtypes(self.modules)
-        self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, model.get_submodule(layers))}))
+        self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, block_list(model, layers))}))
         self.found: dict[tuple[int, str], nn.Module] = {}
         self.dispatched = is_dispatched(model)
-        self.live = find_hooks(captured[0], model.get_submodule(layers), getattr(model, "depth", None))
+        self.live = find_hooks(captured[0], block_list(model, layers), getattr(model, "depth", None))
 
-    def _table(self, table: object, seen: set[int], deep: bool = True) -> None:
+    def _table(self, table: Any, seen: set[int], deep: bool = True) -> None:
         """Watch a table and the containers and configs in it."""
         if id(table) in seen:
             return
@@ -300,7 +301,7 @@ def without_hooks(model: nn.Module) -> nn.Module:
                       module._backward_pre_hooks):
             table.clear()
         if getattr(module, "gradient_checkpointing", False):
-            module.gradient_checkpointing = False
+            module.__dict__["gradient_checkpointing"] = False
     return model
 
 
@@ -314,8 +315,9 @@ class Binding:
         root = unwrapped(root)
         for part in parents:
             root = unwrapped(getattr(root, part))
-        self.table = root._parameters if self.name in root._parameters else root._buffers
-        if self.name not in self.table:
+        held = root._parameters if self.name in root._parameters else root._buffers
+        self.table = cast("dict[str, Tensor]", held)
+        if self.name not in held:
             raise AttributeError(f"{type(root).__name__} has no parameter or buffer {self.name!r}.")
 
     def __call__(self) -> Tensor:

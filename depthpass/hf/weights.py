@@ -3,6 +3,8 @@ has taken away, blocks that no visit runs any more."""
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -65,7 +67,7 @@ def _untie(updates: nn.Module, shared: dict[str, nn.Module], own: dict[str, torc
     for path, update in updates.named_modules():
         if not isinstance(update, LowRank):
             continue
-        held: torch.Tensor = shared[path].weight
+        held = cast(torch.Tensor, shared[path].weight)
         if held.is_meta:
             continue
         wide = held.dtype if held.dtype == torch.float64 else torch.float32

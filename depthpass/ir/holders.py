@@ -36,5 +36,6 @@ def holder_of(definition: OpDef, declared: Mapping[str, Param], like: Tensor) ->
     """
     if definition.holder is not None:
         return definition.holder(declared, like)
+    assert definition.meaning is not None, "an op without a meaning has no module"
     with torch.no_grad():
         return Held(definition.computed, declared, like.detach())

@@ -171,12 +171,17 @@ class Interpretation:
         """Keys in a slot from token ``first`` to token i: those of the tokens that its visit ran for."""
         writer = self._writers[slot]
         block, found = self.blocks[writer["index"]], []
-        for j in range(first, i + 1):
+        for j in range(first, self._end(slot, i)):
             if (x := self.value(keys_from(writer), j)) is not None:
                 if (slot, j) not in self._stored:
                     self._stored[slot, j] = block.keys(x, j)
                 found.append(self._stored[slot, j])
         return found
+
+    def _end(self, slot: int, i: int) -> int:
+        """One past the last token that token i sees."""
+        ahead, total = self.program.ahead, self.tokens + self.types[self._writers[slot].name].pads
+        return i + 1 if ahead is None else min(total, (i // ahead + 1) * ahead) if ahead else total
 
     def _routed(self, o: Op, i: int) -> bool:
         """Whether a route takes token i; only ``topk`` looks at other tokens."""

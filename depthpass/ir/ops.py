@@ -59,6 +59,11 @@ loss         a training loss, ``coefficient`` times a mean over real tokens, cal
              squared, over the tokens that the route chose from; without a route over all
 average      before anything runs, a block's weights become the mean of those of ``blocks``
 retire       a block that no visit runs: its weights are kept under their stock names and do not train
+ahead        attention of every visit sees later tokens: the whole row (0), or up to the end of a token's own block of so many
+             tokens, counted from the row's first real token; windows then reach so far in both directions
+denoise      the program runs ``steps`` times (for every block, with ``ahead``): after each, tokens are written into the
+             positions that ``order`` chooses among those that hold ``token``, the mask; only their ids, log2 of the
+             vocabulary in bits each, reach the next step, and ``carry`` values per token of a continuous state beside them
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
 """

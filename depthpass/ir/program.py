@@ -113,6 +113,16 @@ class Program:
         return any(o["past"] is not None for o in self.visits)
 
     @property
+    def ahead(self) -> int | None:
+        """How far attention sees ahead: None = not at all (causal), 0 = the whole row, else blocks of so many tokens."""
+        return next((o["tokens"] for o in self.ops if o.kind == "ahead"), None)
+
+    @property
+    def denoise(self) -> Op | None:
+        """The op that says how often the program runs to fill in masked tokens; None = once."""
+        return next((o for o in self.ops if o.kind == "denoise"), None)
+
+    @property
     def reads_positions(self) -> bool:
         """Whether it computes with absolute positions, so that a row has to be numbered by its own tokens.
 

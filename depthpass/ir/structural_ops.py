@@ -200,6 +200,32 @@ def _average_check(program: Program, o: Op) -> None:
         raise VerifyError(f"{where(o)}: expected at least one block to average, got none.")
 
 
+def _once_check(program: Program, o: Op) -> None:
+    if sum(other.kind == o.kind for other in program.ops) > 1:
+        raise VerifyError(f"{o.kind}: expected it once in a program, got it again.")
+
+
+def _ahead_check(program: Program, o: Op) -> None:
+    """What sees later tokens cannot wait for them: nothing of the program may go from token to token."""
+    _once_check(program, o)
+    for other in program.ops:
+        if waiting := waits(other):
+            raise VerifyError(f"{where(other)}: expected attention that sees no later token beside {waiting}, got a program with "
+                              "'ahead', whose tokens run together. Leave one of the two out.")
+
+
+def waits(o: Op) -> str | None:
+    """What of an op lets a token wait for earlier ones, in words; None = nothing."""
+    if o.kind == "delay":
+        return "a delay"
+    if o.kind == "pad" and o["feed"]:
+        return "latents"
+    if o.kind != "block":
+        return None
+    found = {"a gated window": o["gate"], "keys of earlier calls": o["past"], "a memory": o["memory"] or None}
+    return next((what for what, value in found.items() if value is not None), None)
+
+
 def _retire_check(program: Program, o: Op) -> None:
     if any(v["index"] == o["index"] for v in program.visits):
         raise VerifyError(f"{where(o)}: expected a block that no visit runs, got {o['index']}.")
@@ -294,5 +320,14 @@ STRUCTURAL_OPS = (
         runs=frozenset({STEP}), defines=False, work=None,
     ),
     OpDef("retire", "index", (0, 0), dict(index=_BLOCK), check=_retire_check, runs=frozenset({STEP}), defines=False, work=None),
+    OpDef(
+        "ahead", "tokens", (0, 0), dict(tokens=AttrDef(int, required=True, low=0)), check=_ahead_check, defines=False, work=None,
+    ),
+    OpDef(
+        "denoise", "steps", (0, 0),
+        dict(steps=AttrDef(int, required=True, low=1), order=AttrDef(str, "confidence"),
+             token=AttrDef(int, required=True, low=0), carry=AttrDef(int, 0, low=0)),
+        check=_once_check, defines=False, work=None,
+    ),
     OpDef("output", accepts=_output_accepts, runs=frozenset({STEP}), defines=False, work=None),
 )

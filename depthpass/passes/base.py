@@ -48,8 +48,9 @@ class Pass:
     """Base of every pass.
 
     A subclass is a frozen dataclass. Its fields are its options in Python, YAML and JSON alike; they may be int,
-    float, bool, str, None, Literal, tuples of these, and unions. They are checked against their annotations when
-    the pass is built; ``validate`` adds what annotations cannot say, ``apply`` what only the program tells.
+    float, bool, str, None, Literal, tuples and Sequences of these (which are kept as tuples), and unions. They are
+    checked against their annotations when the pass is built; ``validate`` adds what annotations cannot
+    say, ``apply`` what only the program tells.
 
     Attributes:
         name: the name in specs and in program comments.

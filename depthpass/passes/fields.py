@@ -22,7 +22,7 @@ def check_field(where: str, value: Any, annotation: Any) -> Any:
     Args:
         where: name of the field in messages, e.g. ``turboconn.group``.
         value: what the user gave.
-        annotation: a resolved type: int, float, bool, str, None, Literal, tuple, and unions of these.
+        annotation: a resolved type: int, float, bool, str, None, Literal, tuple, Sequence, and unions of these.
 
     Raises:
         SpecError: the value does not fit.
@@ -50,6 +50,8 @@ def describe(annotation: Any) -> str:
         return " or ".join(describe(a) for a in args)
     if origin is Literal:
         return " or ".join(repr(a) for a in args)
+    if origin is Sequence:
+        return describe(tuple[args[0], ...])
     if origin is tuple and len(args) == 2 and args[1] is Ellipsis:
         return f"a list of {_bare(args[0])}{'' if typing.get_origin(args[0]) is tuple else 's'}"
     if origin is tuple:
@@ -74,6 +76,8 @@ def _fit(value: Any, annotation: Any) -> Any:
         if any(value == a and type(value) is type(a) for a in args):
             return value
         raise _Mismatch
+    if origin is Sequence:
+        return _fit_tuple(value, (args[0], ...))
     if origin is tuple:
         return _fit_tuple(value, args)
     if annotation is float and isinstance(value, int | float) and not isinstance(value, bool):

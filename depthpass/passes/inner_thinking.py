@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -14,20 +15,20 @@ _NEUTRAL = {"sigmoid": 0.5, "tanh": 0.0, "symmetric": 0.0}
 """Weight of a token whose score is 0: the threshold that ``mode="threshold"`` uses."""
 
 
-def positions(who: str, blocks: str | tuple[int, ...], count: int) -> tuple[int, ...]:
+def positions(who: str, blocks: str | Sequence[int], count: int) -> tuple[int, ...]:
     """Positions of chosen blocks among ``count`` visits; ``every_other`` starts from the second.
 
     Raises:
         PassError: the program does not have them.
     """
-    chosen = tuple(range(1, count, 2)) if isinstance(blocks, str) else blocks
+    chosen = tuple(range(1, count, 2)) if isinstance(blocks, str) else tuple(blocks)
     if not chosen or max(chosen) >= count:
         got = f"{blocks!r} of {count} visits" if isinstance(blocks, str) else list(chosen)
         raise PassError(f"{who}.blocks: expected positions in 0..{count - 1}, got {got}.")
     return chosen
 
 
-def check_positions(who: str, blocks: str | tuple[int, ...]) -> None:
+def check_positions(who: str, blocks: str | Sequence[int]) -> None:
     """Refuse an empty list of positions, negative ones and repeats."""
     if isinstance(blocks, str):
         return
@@ -81,10 +82,10 @@ class InnerThinking(Pass):
     loop_field: ClassVar[str | None] = "steps"
 
     steps: int = 4
-    ratios: tuple[float, ...] | None = None
-    blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
+    ratios: Sequence[float] | None = None
+    blocks: Literal["every_other"] | Sequence[int] = "every_other"
     mode: Literal["topk", "threshold"] = "topk"
-    alpha: float | tuple[float, ...] = 1.0
+    alpha: float | Sequence[float] = 1.0
     weight: Literal["sigmoid", "tanh", "symmetric"] = "sigmoid"
     bypass: Literal["none", "literal"] = "none"
     keys: Literal["all", "routed"] = "all"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import yaml
+from yaml.composer import ComposerError
 
 from depthpass.errors import PassError, SpecError, did_you_mean
 from depthpass.ir.program import Program
@@ -40,7 +41,7 @@ class LayerProgram(Pass):
     name: ClassVar[str] = "layer_program"
     numerics: ClassVar[Numerics] = "changing"
 
-    layers: tuple[int, ...]
+    layers: Sequence[int]
     scales: bool = False
     scope: str = "layer_program"
 
@@ -170,7 +171,7 @@ def _yaml(text: str) -> Any:
         raise SpecError(f"mergekit config: expected at most {TEXT} characters, got {len(text)}.")
     try:
         return yaml.safe_load(text)
-    except yaml.composer.ComposerError as error:
+    except ComposerError as error:
         raise SpecError("mergekit config: expected one document, got several (separated by ---), of which each makes a model of "
                         "its own. Pass one of them.") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

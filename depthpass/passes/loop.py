@@ -255,9 +255,10 @@ class Loop(Pass):
         """The routes of an exit that skips visits; None without one."""
         if self.exit is None or not self.skip:
             return None
-        vocabulary = ctx.facts.get("vocab_size")
-        if self.criterion in ("kl", "entropy") and not isinstance(vocabulary, int):
-            raise PassError(f"loop.criterion: {self.criterion!r} needs the size of the model's vocabulary, got {vocabulary!r} "
+        told = ctx.facts.get("vocab_size")
+        vocabulary = told if isinstance(told, int) else None
+        if self.criterion in ("kl", "entropy") and vocabulary is None:
+            raise PassError(f"loop.criterion: {self.criterion!r} needs the size of the model's vocabulary, got {told!r} "
                             f"for {ctx.model}. Use criterion='state' or 'cdf'.")
         return Exits(build, self.criterion, self.exit, f"{self.scope}.exit", vocabulary, coda, self.out_norm)
 
@@ -284,7 +285,7 @@ class Loop(Pass):
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
-                operands = shared | modulation("loop", v, self._operands(t, self.start + p))
+                operands: dict[str, Any] = shared | modulation("loop", v, self._operands(t, self.start + p))
                 if self.kv == "latest" and exits is not None:
                     inputs[p] = exits.put(inputs[p], x)
                     x = build.visit(v, inputs[p], asks=exits.route, **operands)
@@ -307,7 +308,7 @@ class Loop(Pass):
         return states
 
     def _noise(self, build: Builder) -> str:
-        cut = {} if self.noise_cut is None else {"cut": float(self.noise_cut)}
+        cut: dict[str, Any] = {} if self.noise_cut is None else {"cut": float(self.noise_cut)}
         return build.emit("noise", std=self.noise_std, pads=build.pads, **cut)
 
     def _keep_last(self, build: Builder, grid: list[list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -48,7 +49,7 @@ class MixtureOfDepths(Pass):
     shown: ClassVar[tuple[str, ...]] = ("capacity",)
 
     capacity: float = 0.125
-    blocks: Literal["every_other"] | tuple[int, ...] = "every_other"
+    blocks: Literal["every_other"] | Sequence[int] = "every_other"
     mode: Literal["topk", "threshold"] = "topk"
     threshold: float | tuple[float, ...] = 0.0
     combine: Literal["paper", "delta"] = "paper"

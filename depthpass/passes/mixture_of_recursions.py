@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program
@@ -91,8 +92,8 @@ class MixtureOfRecursions(Pass):
     router: Literal["expert", "token"] = "expert"
     kv: Literal["recursion", "shared"] = "recursion"
     mode: Literal["topk", "threshold"] = "topk"
-    capacity: tuple[float, ...] | None = None
-    threshold: float | tuple[float, ...] = 0.5
+    capacity: Sequence[float] | None = None
+    threshold: float | Sequence[float] = 0.5
     alpha: float = 0.1
     combine: Literal["paper", "delta"] = "paper"
     aux: float = 1e-3
@@ -117,8 +118,8 @@ class MixtureOfRecursions(Pass):
             require(getattr(self, field) == default, f"{n}.{field}", f"router={of!r} beside it", getattr(self, field))
         require(self.alpha != 0, f"{n}.alpha", "a factor other than 0", self.alpha)
         require(self.alpha == 0.1 or self.combine == "paper", f"{n}.alpha", "combine='paper' beside it", self.combine)
-        several = isinstance(self.threshold, tuple)
-        for value in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+        several = not isinstance(self.threshold, float | int)
+        for value in (self.threshold,) if isinstance(self.threshold, float | int) else self.threshold:
             require(0 <= value <= 1 if several else 0 < value < 1, f"{n}.threshold", "a number between 0 and 1", value)
         require(self.threshold == 0.5 or self.mode == "threshold", f"{n}.threshold", "mode='threshold' beside it",
                 self.mode)
@@ -194,7 +195,8 @@ class _Recursions:
         """The stack once, as recursion r."""
         first = r == 1
         for p, v in enumerate(self.stack):
-            x = self.build.visit(v, x, **({} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}))
+            keys: dict[str, Any] = {} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}
+            x = self.build.visit(v, x, **keys)
             if first:
                 self.slots.append(self.build.slot_of(x))
         return x
@@ -260,7 +262,7 @@ class _Recursions:
         # State and weight of every token at the depth it has reached so far.
         state, weight, active = self.visits(x, 1), build.emit("pick", p, index=0), ""
         for r in range(2, spec.recursions + 1):
-            bias: dict[str, str | float] = {}
+            bias: dict[str, Any] = {}
             if free:
                 bias = {"bias": f"{self.prefix}.balance"} | ({"rate": spec.rate} if r == 2 and spec.rate else {})
             active = build.emit("route", p, *((active,) if active else ()), rule="choice", depth=r,

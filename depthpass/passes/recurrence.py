@@ -37,7 +37,7 @@ class IntraLayerRecurrence(Pass):
     numerics: ClassVar[Numerics] = "changing"
     loop_field: ClassVar[str | None] = "reuse"
 
-    reuse: tuple[int, ...]
+    reuse: Sequence[int]
     scales: bool = False
     scope: str = "intra_layer_recurrence"
 

@@ -12,6 +12,7 @@ GROUP = "depthpass.passes"
 """Entry-point group for passes of other packages: ``my_pass = "my_package.module:MyPass"``."""
 
 BUILTIN: dict[str, str] = {
+    "bidirectional": "depthpass.passes.bidirectional:Bidirectional",
     "coconut": "depthpass.passes.coconut:Coconut",
     "feedback_transformer": "depthpass.passes.feedback:FeedbackTransformer",
     "identity": "depthpass.passes.identity:Identity",
@@ -19,6 +20,7 @@ BUILTIN: dict[str, str] = {
     "intra_layer_recurrence": "depthpass.passes.recurrence:IntraLayerRecurrence",
     "layer_program": "depthpass.passes.layer_program:LayerProgram",
     "loop": "depthpass.passes.loop:Loop",
+    "masked_diffusion": "depthpass.passes.masked_diffusion:MaskedDiffusion",
     "mixture_of_depths": "depthpass.passes.mixture_of_depths:MixtureOfDepths",
     "mixture_of_recursions": "depthpass.passes.mixture_of_recursions:MixtureOfRecursions",
     "pad": "depthpass.passes.pad:Pad",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -28,7 +29,7 @@ class Taps(Pass):
     name: ClassVar[str] = "taps"
     numerics: ClassVar[Numerics] = "exact"
 
-    at: tuple[int, ...]
+    at: Sequence[int]
     head: bool = False
     scope: str = "taps"
 

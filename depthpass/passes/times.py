@@ -27,7 +27,7 @@ _CALLS: dict[str, Callable[..., float]] = {
     "ceil": math.ceil, "floor": math.floor, "round": round, "log2": math.log2, "log": math.log, "sqrt": math.sqrt,
     "min": min, "max": max,
 }
-_OPERATORS: dict[type, Callable[[float, float], float]] = {
+_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow,
     ast.FloorDiv: operator.floordiv,
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -89,7 +89,7 @@ class TurboConn(Pass):
     numerics: ClassVar[Numerics] = "changing"
     shown: ClassVar[tuple[str, ...]] = ("group",)
 
-    bridges: tuple[tuple[int, int], ...] | None = None
+    bridges: Sequence[tuple[int, int]] | None = None
     group: int = 4
     rank: int | None = 120
     alpha: float = 100.0

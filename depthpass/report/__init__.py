@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from depthpass.ir import Program
     from depthpass.ir.shares import Ratios
     from depthpass.spec import SpecLike
-    from depthpass.tasks.dag import TaskDAG
+    from depthpass.tasks.dags import TaskDAG
 
 __all__ = ["Number", "Report", "Section", "Segment", "Subject", "build_report", "proven", "report"]
 

@@ -6,14 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from depthpass.analysis.depth import Depth, Step, depth
+from depthpass.analysis.depth import Depth, depth
 from depthpass.errors import SpecError
 from depthpass.ir.program import Program, reads_slots, writes_slot
 from depthpass.ir.verify import Type, infer, parameters
 from depthpass.lowered import LoweredProgram, lower
+from depthpass.report.critical import Segment, segments
 from depthpass.report.numbers import Number, Section
 from depthpass.schedule.regions import Region, Schedule
 
@@ -26,28 +26,10 @@ if TYPE_CHECKING:
     from depthpass.hf.facts import ModelFacts
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
-    from depthpass.tasks.dag import Sufficiency, TaskDAG
+    from depthpass.tasks.dags import Sufficiency, TaskDAG
 
 PATH_STEPS = 2000
 """Visits of the critical path that a report keeps, counted from its end."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Part of a critical path that stays at one token.
-
-    Attributes:
-        token: position in the row, from 0.
-        visits: value names of the visits, in order.
-        blocks: their physical blocks.
-    """
-
-    token: int
-    visits: tuple[str, ...]
-    blocks: tuple[int, ...]
-
-    def __str__(self) -> str:
-        return f"token {self.token}: {'block' if len(self.blocks) == 1 else 'blocks'} {_ranges(self.blocks)}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -246,7 +228,7 @@ class Report:
         """Whether the depth and the tokens at n cover the task's DAG; None without a task."""
         if self.task is None:
             return None
-        from depthpass.tasks.dag import sufficient
+        from depthpass.tasks.dags import sufficient
 
         pads = max(t.pads for t in self.types.values())
         return sufficient(self.task, self.depth_at(self.seq_len), tokens=self.seq_len + pads)
@@ -384,23 +366,3 @@ def build_report(
         program, schedule, depths, seq_len, batch, facts, spec, cost, proven, ceilings, task, lengths, fixed_point, ratios or {},
         added,
     )
-
-
-def segments(steps: Sequence[Step]) -> tuple[Segment, ...]:
-    """A path cut where it changes the token."""
-    return tuple(
-        Segment(token, tuple(s.visit for s in part), tuple(s.block for s in part))
-        for token, group in groupby(steps, key=lambda s: s.token)
-        if (part := list(group))
-    )
-
-
-def _ranges(blocks: Sequence[int]) -> str:
-    """Blocks as text, runs of consecutive ones joined: ``0..3, 2, 3..5``."""
-    runs: list[list[int]] = []
-    for b in blocks:
-        if runs and b == runs[-1][-1] + 1:
-            runs[-1].append(b)
-        else:
-            runs.append([b])
-    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}..{r[-1]}" for r in runs)

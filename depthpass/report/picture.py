@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from depthpass.analysis.cost.visits import route_share
 from depthpass.ir.program import Op, Program
 from depthpass.ir.shares import by_route
-from depthpass.report.model import segments
+from depthpass.report.critical import segments
 
 if TYPE_CHECKING:
     from depthpass.report.model import Report

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
@@ -38,7 +39,7 @@ NOT_COUNTED = (
 
 def sections(report: Report) -> tuple[Section, ...]:
     """All sections in the order in which they are shown."""
-    found = [_model(report), _depth(report), *_routing(report), _schedule(report), _state(report)]
+    found = [_model(report), _depth(report), *_ahead(report), *_routing(report), _schedule(report), _state(report)]
     if report.cost is not None:
         found += _cost(report)
     if report.sufficiency is not None:
@@ -190,6 +191,33 @@ def _depth_of_calls(report: Report) -> Number:
     formula = sympy.expand(depth(program, calls=True).formula.subs(n, m + 1))
     return Number("depth_calls", "depth after a prompt and m calls of one token", format_formula(formula), "block visits",
                   note)
+
+
+def _ahead(report: Report) -> list[Section]:
+    """What attention sees of later tokens, and how masks are filled in; nothing for a causal program."""
+    p, n, facts = report.program, report.seq_len, report.facts
+    if p.ahead is None:
+        return []
+    sees = "the whole row" if not p.ahead else f"earlier blocks and the own one, of {p.ahead} tokens"
+    found = [Number("attention_sees", "attention sees", sees, "",
+                    "no cache: every pass runs the whole row" if not p.ahead else "a cache holds finished blocks")]
+    if p.denoise is None:
+        return [Section("Attention to later tokens", tuple(found))]
+    steps, each = p.denoise["steps"], len(p.visits)
+    found += [
+        Number("denoising_steps", "denoising steps", steps, "steps", "for every block" if p.ahead else "at most one per mask"),
+        Number("denoising_order", "positions are written by", p.denoise["order"], ""),
+        Number("denoising_depth", f"depth of all steps at n = {n} masks", report.depth_at(n), "block visits",
+               f"T * L with L = {report.depths[None].at(1)}: each step reads all that was written; {each} visits a step"),
+    ]
+    size = None if facts is None else facts.vocabulary
+    if size is not None:
+        found.append(Number("denoising_bits", "handed from step to step", round(math.log2(size), 3), "bits per written token",
+                            f"log2 of a vocabulary of {size}: " + ("ids pass" if p.denoise["carry"] else "only ids pass")))
+    if p.denoise["carry"]:
+        found.append(Number("denoising_carry", "continuous state beside them", p.denoise["carry"], "values per token",
+                            "no bottleneck; nothing is proven about programs with one"))
+    return [Section("Denoising", tuple(found))]
 
 
 def _routing(report: Report) -> list[Section]:
@@ -396,8 +424,10 @@ def _plural(unit: str) -> str:
 def not_counted(report: Report) -> tuple[str, ...]:
     """What the numbers of this report leave out."""
     found = [*NOT_COUNTED]
-    if any(d.notes for d in report.depths.values()):
+    if any(o.kind == "route" for o in report.program):
         found.append("Routes choose tokens by their data; depth is the longest over all choices.")
+    if report.program.denoise is not None:
+        found.append("Work, bytes and times are those of one denoising step; depth is that of all steps.")
     if report.program.reads_calls:
         found.append("Depth and work are those of one call: with kv='last' or 'mod:k' a cached token reads keys of later "
                      "iterations, so the function itself changes with the split into calls.")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.ir import Program, parse_program, plain, verify
 from depthpass.ir.shares import Ratios, by_route, checked_ratios
+from depthpass.passes.base import Context
+from depthpass.plan import compile_spec
 from depthpass.prompt import at_prompt
 from depthpass.report.model import Report, build_report
 from depthpass.schedule import schedule
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
-    from depthpass.tasks.dag import TaskDAG
+    from depthpass.tasks.dags import TaskDAG
 
 
 @at_prompt
@@ -55,12 +57,12 @@ class Subject:
 
         if getattr(source, "depth_program", None) is None:
             return cls(stock_model(source))
+        from depthpass.hf.context import inner_model
         from depthpass.hf.host import depth_module
         from depthpass.hf.parameters import counted
         from depthpass.hf.transform import restore
 
-        base = getattr(source, "get_base_model", None)
-        added = counted(depth_module(base() if callable(base) else source))
+        added = counted(depth_module(inner_model(source)))
         own = source.depth_program, source.depth_spec, source.depth_schedule.chunk
         return cls(stock_model(restore(source)), own, added, source._depth.fixed_point, dict(source._depth.ratios))
 
@@ -78,11 +80,17 @@ class Subject:
 
         return None if self.stock is None else model_cost(self.stock)
 
+    @cached_property
+    def context(self) -> Context:
+        """What passes may know of the stock model."""
+        from depthpass.hf.context import context_of
+
+        if self.stock is None:
+            raise SpecError("report: expected a model or a config, got a program alone.")
+        return context_of(self.stock)
+
     def program(self, spec: SpecLike | None, given: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
         """The program to report on, and its passes as plain data."""
-        from depthpass.passes import apply_spec
-        from depthpass.spec import dump_spec, load_spec
-
         if spec is not None and given is not None:
             raise SpecError("program: expected a spec or a program, got both.")
         if self.own is not None:
@@ -94,14 +102,10 @@ class Subject:
             return verify(parse_program(given) if isinstance(given, str) else given), None
         if self.stock is None:
             raise SpecError("report: expected a model, a config or a program, got none of them.")
-        from depthpass.hf.transform import context_of
-
-        ctx = context_of(self.stock)
-        program = plain(ctx.model, ctx.blocks, ctx.width)
         if spec is None:
-            return program, None
-        passes = load_spec(spec)
-        return apply_spec(program, passes, ctx), dump_spec(passes)
+            return plain(self.context.model, self.context.blocks, self.context.width), None
+        plan = compile_spec(spec, self.context)
+        return plan.program, plan.spec
 
     def report(
         self,
@@ -152,25 +156,13 @@ class Subject:
 
     def _largest(self, program: Program, plan: dict[str, Any] | None) -> Program:
         """The program that a transform makes parameters for: that of the largest loop counts."""
-        from depthpass.hf.transform import context_of
-        from depthpass.passes import apply_spec
-        from depthpass.spec import load_spec
-
-        passes = [] if plan is None else load_spec(plan)
-        if not any(p.varies for p in passes):
-            return program
-        return apply_spec(plain(program.model, program.blocks, program.width), [p.settled(most=True) for p in passes],
-                          context_of(self.stock))
+        return program if plan is None else compile_spec(plan, self.context).largest
 
     def _lengths(self, plan: dict[str, Any]) -> Lengths | None:
-        from depthpass.hf.transform import context_of
-        from depthpass.passes import apply_spec
         from depthpass.report.lengths import lengths
         from depthpass.spec import load_spec
 
-        ctx = context_of(self.stock)
-        stock = plain(ctx.model, ctx.blocks, ctx.width)
-        return lengths(load_spec(plan), lambda passes: apply_spec(stock, list(passes), ctx))
+        return lengths(load_spec(plan), lambda passes: compile_spec(passes, self.context).program)
 
 
 def proven(program: Program, precision: str, loops: Any = 1) -> list[Statement]:
@@ -186,8 +178,10 @@ def proven(program: Program, precision: str, loops: Any = 1) -> list[Statement]:
     fed = {v for cycle in cycles(program) for v in cycle}
     delays = {o.name for o in program if o.kind == "delay"}
     routes = [o for o in program if o.kind == "route"]
+    steps = program.denoise
     ranked = any(o["rule"] == "topk" and o["capacity"] < 1 for o in routes)
     return complexity(
         loops, max(t.pads for t in infer(program).values()), precision, delay_edges=bool(delays & fed), shifts=bool(delays - fed),
         token_routing="topk" if ranked else bool(routes),
+        diffusion_steps=steps["steps"] if steps is not None and not program.ahead and not steps["carry"] else None,
     )

@@ -46,7 +46,8 @@ def to_summary(report: Report) -> str:
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:])), note]).rstrip()
         for row, note in zip(cells, notes)
     ]
-    return "\n".join([heading(report), *_wrapped(f"{spec_line(report)}; {size_line(report)}"), *lines, *task_line(report), MORE])
+    head = [heading(report), *_wrapped(f"{spec_line(report)}; {size_line(report)}")]
+    return "\n".join([*head, *lines, *ahead_line(report), *task_line(report), MORE])
 
 
 MORE = "Not counted: embeddings, norms and tokens that generate() feeds back. All numbers: --full, report.to_text()."
@@ -57,9 +58,23 @@ def task_line(report: Report) -> list[str]:
     s = report.sufficiency
     if s is None:
         return []
-    missing = "deep enough" if not s.missing_depth else f"missing {s.missing_depth:,} block visits"
-    width = "" if report.seq_len >= s.needed_tokens or s.sufficient else f"; needs {s.needed_tokens:,} tokens at once"
-    return [f"task {s.task}: its DAG has depth {s.needed_depth:,}, at hand {s.available_depth:,}, {missing}{width}"]
+    covers = "covers this DAG" if s.sufficient else "does not cover this DAG"
+    missing = f", missing {s.missing_depth:,} block visits" if s.missing_depth else ""
+    width = "" if s.available_tokens is None or s.available_tokens >= s.needed_tokens else (
+        f"; its widest level is {s.needed_tokens:,} tokens, at hand {s.available_tokens:,}")
+    return [f"task {s.task}: {covers}: its DAG has depth {s.needed_depth:,}, at hand {s.available_depth:,}{missing}{width}"]
+
+
+def ahead_line(report: Report) -> list[str]:
+    """What attention sees of later tokens, and how masks are filled in; nothing for a causal program."""
+    p = report.program
+    if p.ahead is None:
+        return []
+    sees = "the whole row" if not p.ahead else f"blocks of {p.ahead:,} tokens"
+    if p.denoise is None:
+        return [f"attention sees {sees}"]
+    each = " for each" if p.ahead else ""
+    return [f"attention sees {sees}; {p.denoise['steps']:,} denoising steps{each}, depth is that of all"]
 
 
 def _wrapped(text: str) -> list[str]:

@@ -62,7 +62,7 @@ class FixedPoint:
     @property
     def approximate(self) -> str | None:
         """Why results may differ from the sequential schedule by more than rounding, or None."""
-        if not self.exact:
+        if not self.exact and self.max_sweeps is not None:
             return (f"scoring stops after {self.max_sweeps} sweeps, so values pass {_hops(self.max_sweeps - 1)} at most; "
                     "one-token decoding passes all, so it differs from scoring")
         if self.tol:
@@ -73,12 +73,6 @@ class FixedPoint:
     def __str__(self) -> str:
         set_ = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"fixed_point({', '.join(set_)})"
-
-    def start(self) -> Any:
-        """What runs the sweeps of one call, and keeps their record."""
-        from depthpass_lowering.executors.fixed_point import Sweeping
-
-        return Sweeping(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that are not at their default, as plain data; :func:`load_schedule` reads them back."""
@@ -98,12 +92,6 @@ class Measure:
     def __post_init__(self) -> None:
         if self.sweeps is not None and (type(self.sweeps) is not int or self.sweeps < 1):
             raise SpecError(f"max_sweeps: expected an integer of at least 1, or None, got {self.sweeps!r}.")
-
-    def start(self) -> Any:
-        """What runs one call, and keeps the measurements."""
-        from depthpass_lowering.executors.contraction import Measuring
-
-        return Measuring(self)
 
 
 def load_schedule(schedule: Any = "sequential", **options: Any) -> FixedPoint | None:

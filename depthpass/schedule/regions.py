@@ -81,7 +81,7 @@ class Schedule:
     @property
     def chunk(self) -> int | None:
         """Smallest chunk of any serial region; None when nothing is serial."""
-        return min((r.chunk for r in self.serial_regions), default=None)
+        return min((r.chunk for r in self.regions if r.chunk is not None), default=None)
 
     def step(self, tokens: int) -> Step | None:
         """The order with stacked visits for a step of so many new tokens, or None: region by region."""
@@ -121,7 +121,7 @@ class Schedule:
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""
         latents = self.program.latents
-        return sum(len(r.visits) * (latents + (-(-tokens // r.chunk) if r.serial else 1)) for r in self.regions)
+        return sum(len(r.visits) * (latents + (1 if r.chunk is None else -(-tokens // r.chunk))) for r in self.regions)
 
 
 def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> Schedule:
@@ -143,8 +143,8 @@ def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> 
     for c, cycle in enumerate(loops):
         component_of |= dict.fromkeys(cycle, c)
     graph = nx.DiGraph()
-    order: dict[object, int] = {}
-    nodes: dict[object, list[Op]] = {}
+    order: dict[tuple[str, int], int] = {}
+    nodes: dict[tuple[str, int], list[Op]] = {}
     for i, o in enumerate(program.ops):
         key = ("loop", component_of[o.name]) if o.name in component_of else ("op", i)
         nodes.setdefault(key, []).append(o)

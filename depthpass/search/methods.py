@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from depthpass.errors import InputError, did_you_mean
+from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.search.judge import Judge
 from depthpass.search.space import AnySpace, listing
@@ -118,23 +118,3 @@ class Beam(Method):
             held = {*beam, *chosen} if space.edits is None else chosen
             beam = sorted(held, key=lambda p: (-judge.gain(p), len(p), p))[: self.width]
             edits += 1
-
-
-def load_method(method: str | Method) -> Method:
-    """A method by its name, or with its options as an object.
-
-    Raises:
-        InputError: no such method.
-    """
-    if isinstance(method, Method):
-        return method
-    found = methods()
-    if not isinstance(method, str) or method not in found:
-        raise InputError(f"method: expected one of {', '.join(found)}, got {shown(method)}.{did_you_mean(str(method), found)}")
-    return found[method]()
-
-
-def methods() -> dict[str, type[Method]]:
-    from depthpass.search.mcts import MCTS
-
-    return {m.name: m for m in (MCTS, Beam, RandomSearch, Sweep, Exhaustive)}

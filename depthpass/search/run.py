@@ -13,7 +13,8 @@ from depthpass.search.compare import difference, estimate
 from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
 from depthpass.search.judge import Bench, Judge, Trial
-from depthpass.search.methods import Beam, Method, RandomSearch, Sweep, load_method
+from depthpass.search.methods import Beam, Method, RandomSearch, Sweep
+from depthpass.search.named import load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
 from depthpass.search.samples import Sample, SamplesLike, check_apart, check_fit, load_samples, split
 from depthpass.search.scores import Own, load_score

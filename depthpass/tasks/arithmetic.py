@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from depthpass.errors import InputError
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.tape import Cell, Tape
 from depthpass.tasks.task import Task
 

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from depthpass.errors import InputError
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 
 
 def arguments(p: argparse.ArgumentParser) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Sequence
 from itertools import count as count_up
 from typing import Any, Literal
@@ -76,7 +77,9 @@ class _Rows:
     """What data sets by index and streams share."""
 
     def __init__(self, task: Task | str, lengths: Lengths, seed: int, split: Split | None, tokenizer: Any, trace: bool) -> None:
-        self.task, self.lengths, self.seed, self.split = _task(task), lengths, seed, split
+        self.task, self.seed = _task(task), seed
+        self.lengths: Lengths = lengths
+        self.split: Split | None = split
         self.tokenizer, self.trace = tokenizer, trace
         self.task.span(lengths)
         draw(self.task, lengths, 0, seed=seed, split=split)
@@ -198,7 +201,7 @@ def _task(task: Task | str) -> Task:
 
 def _datasets() -> Any:
     try:
-        import datasets
+        datasets = importlib.import_module("datasets")
     except ImportError:
         raise InputError("expected the package 'datasets', which is not installed. Run: pip install 'depthpass[tasks]'") from None
     return datasets

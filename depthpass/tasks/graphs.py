@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar
 
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.tape import Cell, Tape
 from depthpass.tasks.task import Task
 

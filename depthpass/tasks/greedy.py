@@ -58,7 +58,8 @@ class Dijkstra(Task):
         rng.shuffle(names)
         pairs = {(names[rng.randrange(i)], names[i]) for i in range(1, length)}  # a random tree keeps it connected
         for _ in range(length):
-            pairs.add(tuple(rng.sample(range(length), 2)))
+            first, second = rng.sample(range(length), 2)
+            pairs.add((first, second))
         edges = {(min(p), max(p)) for p in pairs}
         return length, tuple((a, b, rng.randint(1, 9)) for a, b in sorted(edges))
 
@@ -84,9 +85,9 @@ class Dijkstra(Task):
             best = entries[0]
             for v, other in zip(todo[1:], entries[1:]):
                 best = tape.step(f"m{turn}_{v}", nearer, best, other)
-            chosen, last = best.value[0], [best]  # type: ignore[index]
+            chosen, last = best.value[0], [best]
             if chosen == n - 1:
-                return str(best.value[1])  # type: ignore[index]
+                return str(best.value[1])
             todo.remove(chosen)
             for v in todo:
                 weight = weights.get((min(v, chosen), max(v, chosen)))

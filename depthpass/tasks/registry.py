@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from depthpass.errors import InputError, did_you_mean
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.task import Task
 
 TAIL: dict[str, str] = {
@@ -108,7 +108,8 @@ def dag(name: str, *sizes: int, form: str | None = None, seed: int = 0) -> TaskD
         return TaskDAG(f"{name}({sizes[0]}, seed {seed})", found.graph, inputs_are_nodes=False, note=found.note)
     from depthpass.tasks import shapes
 
-    shape = shapes.arithmetic_formula if name == FORMULA else get(name).shape  # type: ignore[attr-defined]
+    task: Any = None if name == FORMULA else get(name)
+    shape: Any = shapes.arithmetic_formula if task is None else task.shape
     try:
         return shape(*sizes) if form is None else shape(*sizes, form=form)
     except TypeError as error:

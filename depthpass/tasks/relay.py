@@ -38,7 +38,8 @@ OPERATORS = {"+": plus, "-": minus, "*": times}
 class RelayArithmetic(Task):
     """Value of an expression with n operators modulo m: round t is the expression after t reductions, leftmost first.
 
-    ``(3+4)*2=`` has the rounds ``7*2=`` and ``3=`` modulo 11. Every operation stands in brackets of its own but the last.
+    ``(3+4)*2=`` has the rounds ``7*2`` and ``3`` modulo 11, the last one being the answer. Every operation but the last one
+    stands in brackets of its own.
 
     Args:
         modulus: values are taken modulo this; a value is one symbol.
@@ -77,7 +78,7 @@ class RelayArithmetic(Task):
         return self._reduce(problem, tape)[-1][0]
 
     def rounds(self, problem: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(" ".join([*r, "="]) for r in self._reduce(problem, Tape()))
+        return tuple(" ".join(r) for r in self._reduce(problem, Tape()))
 
     def _reduce(self, problem: tuple[str, ...], tape: Tape) -> list[list[str]]:
         """The expression after each reduction."""

@@ -11,7 +11,7 @@ import math
 import networkx as nx
 
 from depthpass.errors import InputError, did_you_mean
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 
 
 def _positive(**sizes: int) -> None:

@@ -46,6 +46,13 @@ class RelayBatch:
         """T."""
         return len(self.targets)
 
+    @property
+    def clashes(self) -> int:
+        """Tokens for which the last round and the answer want something else: one head cannot give both."""
+        at = torch.arange(len(self.last), device=self.last.device)
+        both = self.mask[self.last, at] & self.answer_mask
+        return int((both & (self.targets[self.last, at] != self.answers)).sum())
+
     def to(self, device: Any) -> RelayBatch:
         return RelayBatch(*(getattr(self, k).to(device) for k in self.__dataclass_fields__))
 
@@ -92,9 +99,14 @@ def relay_total_loss(output: Any, batch: RelayBatch, *, weight: float = 0.1, hea
         scope: of the loop.
 
     Raises:
-        InputError: taps are missing or their number is not that of the targets.
+        InputError: taps are missing or their number is not that of the targets; rounds and answers that one head cannot both
+            give.
     """
     from depthpass.losses import relay_loss
+
+    if weight and head is answer_head and (clash := batch.clashes):
+        raise InputError(f"relay_total_loss: at the iteration that answers, {clash} tokens are to be those of a round and others "
+                         "for the answer. Give answers a head of their own, answer_head=, as the paper does.")
 
     rounds = relay_loss(output, batch.targets, batch.mask, weight=weight, head=head, scope=scope)
     taps = torch.stack([output.taps[f"{scope}.t{t}"] for t in range(1, batch.loops + 1)])
@@ -149,18 +161,18 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
     Returns:
         chains in the order of the problems. ``chain.right`` tells which are right; the paper keeps all of them.
     """
-    import depthpass as dp
+    from depthpass.hf.switch import loops_of, set_loops
 
     given = list(instances)
     groups: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(given):
         groups[len(x.rounds)].append(i)
-    device, before, training = next(model.parameters()).device, dp.loops_of(model, scope=scope), model.training
+    device, before, training = next(model.parameters()).device, loops_of(model, scope=scope), model.training
     chains: dict[int, Chain] = {}
     model.eval()
     try:
         for loops, rows in sorted(groups.items()):
-            dp.set_loops(model, loops, scope=scope)
+            set_loops(model, loops, scope=scope)
             for at in range(0, len(rows), batch):
                 part = rows[at : at + batch]
                 made = relay_batch([given[i] for i in part], tokenizer, iterations=loops).to(device)
@@ -174,7 +186,7 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
                     texts = [_read(x[row][real].tolist(), tokenizer) for x in (*said, final)]
                     chains[i] = Chain(given[i], tuple(texts[:-1]), texts[-1])
     finally:
-        dp.set_loops(model, before, scope=scope)
+        set_loops(model, before, scope=scope)
         model.train(training)
     return [chains[i] for i in range(len(given))]
 

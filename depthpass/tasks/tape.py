@@ -17,13 +17,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import networkx as nx
 
 from depthpass.prompt import at_prompt
 
-Value = int | str | tuple
-"""What a state holds."""
+Value = Any
+"""What a state holds: an integer, a string, or a tuple of them."""
 
 
 def show(value: Value) -> str:
@@ -38,7 +39,7 @@ class Cell:
     """An input symbol or a state: a name and what it holds."""
 
     name: str
-    value: Value
+    value: Any
 
     def __str__(self) -> str:
         return f"{self.name}={show(self.value)}"

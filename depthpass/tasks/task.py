@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 from depthpass.errors import InputError, did_you_mean
 from depthpass.prompt import at_prompt
 from depthpass.tasks.checker import Check, check
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.tape import Tape, Trace
 
 Size = Literal["S", "M", "L"]

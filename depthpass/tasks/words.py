@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from depthpass.errors import InputError
-from depthpass.tasks.dag import TaskDAG
+from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.tape import Tape
 from depthpass.tasks.task import Task
 

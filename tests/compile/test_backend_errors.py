@@ -65,7 +65,7 @@ def test_specs_that_do_not_fit_the_model():
     def plan(**options):
         return planned(model, model, Options.read(options), parameters)
 
-    assert plan()[0] is model.depth and plan(spec=SPEC, chunk=2)[2].chunk == 2
+    assert plan()[0] is model.depth and plan(spec=SPEC, chunk=2)[1].schedule.chunk == 2
     with pytest.raises(dp.SpecError, match=r"options\.spec: expected the spec that is attached to the model, got another"):
         plan(spec=dp.TurboConn(bridges=[(1, 0)], group=2, rank=2))
     with pytest.raises(dp.SpecError, match=r"chunk: expected at most 3"):

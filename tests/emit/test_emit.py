@@ -173,8 +173,10 @@ def test_needs_no_depthpass(tmp_path):
         "tokenizer_config.json"]
     assert "depthpass" not in json.loads((tmp_path / "out" / "config.json").read_text())
     assert not re.search(r"import depthpass|from depthpass", (tmp_path / "out" / "modeling_turbo_llama.py").read_text())
-    ran = subprocess.run([sys.executable, "-c", _ALONE, str(tmp_path / "out")], capture_output=True, text=True, cwd=tmp_path,
-                         env={"PATH": "", "HF_MODULES_CACHE": str(tmp_path / "m"), "OMP_NUM_THREADS": "1"})
+    # The transformers of this process, wherever it comes from.
+    here = {"PYTHONPATH": ":".join(sys.path), "HF_MODULES_CACHE": str(tmp_path / "m"), "OMP_NUM_THREADS": "1", "PATH": ""}
+    command = [sys.executable, "-c", _ALONE, str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=here)
     assert ran.returncode == 0, ran.stderr
     ids = torch.tensor([[5, 9, 23, 4, 7]])
     want = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False)
@@ -182,6 +184,15 @@ def test_needs_no_depthpass(tmp_path):
     # Without its code the folder is nothing, and in no case the stock model.
     with pytest.raises(ValueError, match="trust_remote_code"):
         AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
+def test_another_name_of_the_cache_is_an_error_not_lost_keys(tmp_path):
+    model = transformed("llama", CASES["llama"], torch.float32)
+    dp.emit(model, tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("modeling_*.py")
+    file.write_text(file.read_text().replace(f'if "{zoo.CACHE}" not in', 'if "kv_store" not in'))
+    with pytest.raises(ImportError, match="Emit it again with the installed transformers"):
+        loaded(tmp_path / "out", model)
 
 
 def test_the_model_in_force_and_the_bare_model(tmp_path):

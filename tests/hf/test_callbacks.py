@@ -148,3 +148,22 @@ def test_bad_settings(tmp_path):
     t.eval_dataset = None
     with pytest.raises(ValueError, match="eval_dataset"):
         t.train()
+
+
+@pytest.mark.parametrize("kind", ["transformed", "stock"])
+def test_a_run_stops_with_the_step_that_reaches_its_flops(tmp_path, kind):
+    model = looped(times=2) if kind == "transformed" else enliven(zoo.model("llama", 2), std=0.2)
+    free = dp.StopAtFlops(1e30)
+    trainer(model, tmp_path / "free", free).train()
+    costs = [e.flops for e in free.ledger.entries]
+    assert free.stopped is None and len(costs) == 8 and min(costs) > 0
+    if kind == "transformed":
+        assert visits(free) == [4.0] * 8
+    else:
+        assert free.ledger.ratio == 1.0 and visits(free) == [2.0] * 8
+    budget = dp.StopAtFlops(sum(costs[:3]) * (1 - 1e-9))
+    t = trainer(model, tmp_path / "short", budget)
+    t.train()
+    assert budget.stopped == t.state.global_step == 3 and budget.ledger.flops >= budget.budget
+    with pytest.raises(dp.SpecError, match=r"StopAtFlops\.budget: expected a positive number"):
+        dp.StopAtFlops(0)

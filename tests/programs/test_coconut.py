@@ -91,7 +91,7 @@ def check(name, spec, side, **options):
 
 
 @pytest.mark.parametrize(("name", "spec", "side"), [
-    ("llama", "stock", "left"), ("llama", "stock", "right"), ("llama", "loop", "left"), ("llama", "bridge", "right"),
+    ("llama", "stock", "right"), ("llama", "loop", "left"), ("llama", "bridge", "right"),
     ("llama", "plt", "left"), ("llama", "exit", "right"), ("llama", "noise", "left"), ("gpt2", "loop", "right"),
     ("gemma3_text", "bridge", "left"), ("opt", "stock", "right"),
 ])
@@ -128,8 +128,8 @@ def test_generation(name, spec):
     cached = model.generate(**batch, **options)
     assert torch.equal(cached[:, :5], batch["input_ids"])
     assert torch.equal(cached, model.generate(**batch, **options, use_cache=False))
-    beams = model.generate(**batch, **options, num_beams=3)
-    assert torch.equal(beams, model.generate(**batch, **options, num_beams=3, use_cache=False))
+    beams = model.generate(**batch, **options, num_beams=2)
+    assert torch.equal(beams, model.generate(**batch, **options, num_beams=2, use_cache=False))
     for r, n in enumerate([5, 3]):
         text = batch["input_ids"][r, -n:]
         for _ in range(4):

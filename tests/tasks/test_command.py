@@ -59,9 +59,14 @@ def test_a_report_says_whether_the_depth_covers_a_dag(run, tmp_path):
     file.write_text(f"program M blocks=4 width=32\n %0 = embed\n {blocks}\n output %2\n")
 
     def said(task, n=64):
-        return run("report", "--program", file, "--seq-len", n, "--no-cost", "--task", task)[1]
+        return run("report", "--program", file, "--seq-len", n, "--no-cost", "--full", "--task", task)[1]
 
     tree, chain, graph = said("parity:4"), said("parity:4,chain"), said("dijkstra:5")
     assert re.search(r"depth and tokens cover this DAG +yes", tree) and re.search(r"cover this DAG +no", chain)
     assert re.search(r"depth of its DAG +4 rounds", chain) and re.search(r"missing +2 block visits", chain)
+    asked = ("report", "--program", file, "--seq-len", 4, "--no-cost", "--task")
+    short = [run(*asked, t)[1] for t in ("parity:4", "parity:8,chain")]
+    assert "task parity(4, tree): covers this DAG: its DAG has depth 2, at hand 2" in short[0]
+    assert "does not cover this DAG: its DAG has depth 8, at hand 2, missing 6 block visits" in short[1]
+    assert "its widest level is 8 tokens, at hand 4" in short[1]
     assert "dijkstra(5, seed 0)" in graph and not re.search(r"\bneed", chain[chain.index("Task:") :][:900])

@@ -22,7 +22,7 @@ def model(words):
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(words), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=2, pad_token_id=0, initializer_range=0.2)
-    return dp.transform(LlamaForCausalLM(config).double(), dp.Loop(times=3, taps=True))
+    return dp.transform(LlamaForCausalLM(config).double(), [dp.Loop(times=3, taps=True), dp.Bidirectional()])
 
 
 def items(*lengths):
@@ -81,7 +81,8 @@ def test_chains_are_what_the_taps_say(model, words):
     assert dp.loops_of(model) == 3 and [c.instance for c in chains] == given
     for chain, item in zip(chains, given):
         ids = torch.tensor([words(item.prompt)["input_ids"]])
-        with torch.no_grad(), dp.using(model, dp.Loop(times=len(item.rounds), taps=True)):
+        with torch.no_grad(), dp.using(
+                model, [dp.Loop(times=len(item.rounds), taps=True), dp.Bidirectional()]):
             taps = model(input_ids=ids, use_cache=False).taps
         for t, said in enumerate(chain.rounds):
             ids_said = taps[f"loop.t{t + 1}"][0].argmax(-1).tolist()
@@ -117,6 +118,9 @@ def test_bad_input(model, words):
         relay_batch(items(3), words, iterations=2)
     with pytest.raises(InputError, match="tokens"):
         relay_batch([get("multiplication").instance(6)], words)
+    clash = relay_batch([get("relay_edit_distance").instance(3)], words)
+    with pytest.raises(InputError, match="head of their own"):
+        relay_total_loss(None, clash)
     output = model(input_ids=torch.tensor([[5, 6]]), use_cache=False)
     with pytest.raises(InputError, match="for 3 taps"):
         relay_total_loss(output, relay_batch(items(2), words))

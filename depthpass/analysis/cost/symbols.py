@@ -31,6 +31,7 @@ class AttentionSite:
         key_dim, value_dim: width of a key and of a value per head.
         window: a query sees its own and the ``window - 1`` keys before it; None = all.
         chunk: a query sees the keys of its own chunk of so many tokens; None = all.
+        ahead: how far it sees later keys, see :attr:`depthpass.ir.program.Program.ahead`; None = not at all.
     """
 
     heads: int
@@ -39,6 +40,7 @@ class AttentionSite:
     value_dim: int
     window: int | None = None
     chunk: int | None = None
+    ahead: int | None = None
 
     @property
     def flops_per_pair(self) -> int:
@@ -65,7 +67,7 @@ class AttentionSite:
             return sp.Integer(0)
         if convention == "dense":
             return queries * keys
-        return sp.expand(queries * self._triangle(keys) / keys)
+        return sp.expand(queries * (self._triangle(keys) + self._later(keys)) / keys)
 
     def _triangle(self, tokens: sp.Expr) -> sp.Expr:
         """Visible pairs when every one of ``tokens`` tokens queries."""
@@ -74,6 +76,20 @@ class AttentionSite:
             return full * sp.Rational(self.chunk * (self.chunk + 1), 2) + rest * (rest + 1) / 2
         reach = tokens if self.window is None else sp.Min(tokens, self.window)
         return reach * (reach + 1) / 2 + (tokens - reach) * reach
+
+    def _later(self, tokens: sp.Expr) -> sp.Expr:
+        """Visible pairs of a query with a later key, when every one of ``tokens`` tokens queries."""
+        if self.ahead is None:
+            return sp.Integer(0)
+        if not self.ahead:
+            return self._triangle(tokens) - tokens  # as many as earlier ones
+        size = self.ahead if self.chunk is None else min(self.ahead, self.chunk)
+
+        def within(count: sp.Expr) -> sp.Expr:
+            reach = count if self.window is None else sp.Min(count, self.window)
+            return (reach - 1) * count - reach * (reach - 1) / 2
+
+        return sp.floor(tokens / size) * within(sp.Integer(size)) + within(sp.Mod(tokens, size))
 
     def decode_pairs(self, keys: sp.Expr) -> sp.Expr:
         """Keys that one new query at the end of ``keys`` tokens (itself included) reads."""

@@ -50,6 +50,7 @@ class VisitCost:
         sources: the tokens whose keys and values it computes; more than its queries where only routed tokens ask.
         reads: the slots it attends to.
         writes: whether it computes keys and values of its own.
+        ahead: how far its queries see later keys.
     """
 
     op: Op
@@ -58,6 +59,7 @@ class VisitCost:
     sources: Tokens
     reads: tuple[Read, ...]
     writes: bool
+    ahead: int | None = None
 
     @property
     def keeps(self) -> bool:
@@ -67,7 +69,7 @@ class VisitCost:
     def sites(self, read: Read) -> tuple[AttentionSite, ...]:
         """The block's attention calls as this read runs them."""
         if read.window is None:
-            return self.part.count.sites
+            return tuple(replace(s, ahead=self.ahead) for s in self.part.count.sites)
         return tuple(
             replace(s, window=min(s.window or read.window, read.window)) for s in self.part.count.sites
         )
@@ -193,7 +195,8 @@ def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]
             Read(s, tokens[keys_from(writers[s])], o["window"] if o["gate"] is not None and s == o["slot"] else None)
             for s in reads_slots(o)
         )
-        found.append(VisitCost(o, model.blocks[o["index"]], tokens[o.name], tokens[o.args[0]], reads, writes_slot(o) is not None))
+        writes = writes_slot(o) is not None
+        found.append(VisitCost(o, model.blocks[o["index"]], tokens[o.name], tokens[o.args[0]], reads, writes, program.ahead))
     return tuple(found)
 
 

@@ -153,7 +153,8 @@ def gated_dq_kernel(
     tl.store(DELTA_FAR + at, delta_far, inside)
     tl.store(DELTA_NEAR + at, delta_near, inside)
     gate = tl.sigmoid(tl.load(SCORE + row * s_b + c.to(tl.int64) * s_c + head, inside, 0.0).to(tl.float32))
-    tl.store(DSCORE + place, (gate * (1.0 - gate) * (delta_far - delta_near)).to(DSCORE.dtype.element_ty), inside)
+    dscore = gate * (1.0 - gate) * (delta_far - delta_near)  # pyright: ignore[reportOperatorIssue]  tl.sum has no type
+    tl.store(DSCORE + place, dscore.to(DSCORE.dtype.element_ty), inside)
     acc = _dq(
         tl.zeros((BM, BD), tl.float32), q, grad, gate, tl.load(LSE_FAR + at, inside, 0.0), delta_far,
         K + row * k_b + key_head * k_h, V + row * v_b + key_head * v_h, VALID, k_n, v_n, i,
@@ -221,7 +222,7 @@ def gated_dkv_kernel(
 def forward(problem: Gated) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return out, far, near [B, C, Hq, Dv] and both log-sum-exps [B, Hq, C]."""
     p = problem.with_unit_strides()
-    results = (*(p.new_output() for _ in range(3)), p.new_lse(), p.new_lse())
+    results = p.new_output(), p.new_output(), p.new_output(), p.new_lse(), p.new_lse()
     for launch in plan_forward(p, *results):
         launch.run()
     return results
@@ -234,14 +235,14 @@ def backward(
     p = problem.with_unit_strides()
     batch, heads, length, width = p.q.shape
     dq = p.q.new_empty(batch, length, heads, width)
-    keys = [x.new_empty(x.shape) for x in (p.k, p.v, p.near_k, p.near_v)]
+    dk, dv, dnear_k, dnear_v = (x.new_empty(x.shape) for x in (p.k, p.v, p.near_k, p.near_v))
     dscore = p.score.new_empty(p.score.shape)
     deltas = p.new_lse(), p.new_lse()
     for launch in plan_backward(
-        p, unit_stride(grad).contiguous(), far, near, lse_far, lse_near, *deltas, dq, *keys, dscore
+        p, unit_stride(grad).contiguous(), far, near, lse_far, lse_near, *deltas, dq, dk, dv, dnear_k, dnear_v, dscore
     ):
         launch.run()
-    return dq.transpose(1, 2), *keys, dscore
+    return dq.transpose(1, 2), dk, dv, dnear_k, dnear_v, dscore
 
 
 def plan_forward(

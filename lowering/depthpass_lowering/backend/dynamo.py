@@ -11,11 +11,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthpass.errors import InputError, LoweringError, SpecError, UnsupportedModelError, did_you_mean
-from depthpass.ir.program import Program, plain
-from depthpass.ir.verify import infer
 from depthpass.passes.base import Pass
-from depthpass.passes.pipeline import apply_spec
-from depthpass.schedule.regions import Schedule, schedule
+from depthpass.plan import Plan, compile_spec
 from depthpass.spec import SpecLike, load_spec, spec_hash
 from depthpass_lowering.backend.models import holds_no_model, model_of, scoring_parameters
 from depthpass_lowering.backend.sizes import restart_with_symbolic_sizes
@@ -101,7 +98,7 @@ def depthpass_backend(
         inner: Any = torch._dynamo.lookup_backend(settings.inner) if isinstance(settings.inner, str) else settings.inner
         return inner(gm, example_inputs)
     model, owner = model_of(gm, example_inputs)
-    depth, program, plan = planned(model, owner, settings, example_inputs)
+    depth, plan = planned(model, owner, settings, example_inputs)
     restart_with_symbolic_sizes(gm, example_inputs, model)
     try:
         captured = capture_graph(gm, example_inputs, model)
@@ -110,16 +107,15 @@ def depthpass_backend(
         raise UnsupportedModelError(
             f"{type(model).__name__}, compiled with backend 'depthpass': {error}{other}"
         ) from error
-    return _Compiled(captured, program, plan, owner, depth, settings.inner)
+    return _Compiled(captured, plan, owner, depth, settings.inner)
 
 
 class _Compiled:
     """What runs in the place of the graph: same arguments, same flat results."""
 
-    def __init__(self, captured, program: Program, plan: Schedule, owner: nn.Module, depth: nn.Module, inner):
+    def __init__(self, captured, plan: Plan, owner: nn.Module, depth: nn.Module, inner):
         self.captured, self.plan, self.depth, self.inner = captured, plan, depth, inner
         self.owner, self.attached = weakref.ref(owner), getattr(owner, "depth", None)
-        self.types = infer(program)
         self.runners: dict[fx.GraphModule, Callable] = {}
 
     def __call__(self, *args):
@@ -168,7 +164,7 @@ class _Compiled:
         hidden, *sides = host.part(c.prologue, inputs, visit=self._columns(inputs))
         host.extras = sides
         result = run(
-            self.plan, host, hidden, sides, c.side_axes, State(), valid, keep=False, types=self.types,
+            self.plan.schedule, host, hidden, sides, c.side_axes, State(), valid, keep=False, types=self.plan.types,
             lowering=AUTO_INDUCTOR if self.inner == "inductor" else "auto",
         )
         return result.streams["output"]
@@ -226,27 +222,11 @@ class _Compiled:
         return valid
 
 
-def check_attachable(program: Program) -> None:
-    """Refuse what only a transformed model does besides running the program.
-
-    Raises:
-        SpecError: training losses, biases moved by training, averaged weights.
-    """
-    found = [f"the training loss {o['name']}" for o in program.losses]
-    found += [f"the balancing bias {o['bias']}" for o in program if o.kind == "route" and o["rate"]]
-    found += [f"block {o['index']} starting from an average" for o in program if o.kind == "average"]
-    if found:
-        raise SpecError(f"the spec asks for {', '.join(dict.fromkeys(found))}, which a compiled graph of the stock model cannot "
-                        "do. Set the coefficients to 0 or choose another init, or use dp.transform(model, spec).")
-
-
-def planned(
-    model: nn.Module, owner: Any, settings: Options, arguments: Sequence[Any]
-) -> tuple[nn.Module, Program, Schedule]:
-    """The new parameters, the program and its schedule."""
-    from depthpass.hf.attach import attached_spec, check_fixed
+def planned(model: nn.Module, owner: Any, settings: Options, arguments: Sequence[Any]) -> tuple[nn.Module, Plan]:
+    """The new parameters and what is run with them."""
+    from depthpass.hf.attach import attached_spec, check_attachable, check_fixed
+    from depthpass.hf.context import context_of
     from depthpass.hf.inputs import warn_frozen
-    from depthpass.hf.transform import context_of
     from depthpass_lowering.supported import check_program
 
     attached = attached_spec(owner)
@@ -263,8 +243,8 @@ def planned(
             "model.depth and attach the new one."
         )
     check_fixed(passes)
-    context = context_of(model)
-    program = apply_spec(plain(context.model, context.blocks, context.width), passes, context)
+    plan = compile_spec(passes, context_of(model), chunk=settings.chunk)
+    program = plan.program
     check_program(program)
     if any(o.kind == "pad" for o in program):
         raise SpecError("the pass pad inserts tokens between prompt and answer, which a compiled graph of a fixed call cannot. "
@@ -275,8 +255,7 @@ def planned(
             "compiled graph cannot return. Use dp.transform(model, spec)."
         )
     check_attachable(program)
-    plan = schedule(program, settings.chunk)
     if attached is not None:
         warn_frozen(owner)
-        return owner.depth, program, plan
-    return scoring_parameters(model, spec_hash(passes), program, arguments), program, plan
+        return owner.depth, plan
+    return scoring_parameters(model, spec_hash(passes), program, arguments), plan

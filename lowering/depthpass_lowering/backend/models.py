@@ -88,11 +88,11 @@ def _root(source: str, scopes: Mapping[str, Mapping[str, object]]) -> object:
 
 def _outermost_decoder(root: nn.Module) -> nn.Module | None:
     from depthpass.capture.screen import find_layers
-    from depthpass.hf.transform import _inner
+    from depthpass.hf.context import inner_model
 
     for module in root.modules():
         # A PEFT wrapper hands on the attributes of the decoder inside it.
-        module = _inner(module)
+        module = inner_model(module)
         try:
             find_layers(module)
         except UnsupportedModelError:

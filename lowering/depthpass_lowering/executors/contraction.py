@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.base import Executor
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.fixed_point import SWEEPS, Swept, unswept
+from depthpass_lowering.executors.fixed_point import SWEEPS, Sweeping, Swept, unswept
 from depthpass_lowering.executors.sweeps import Solver, Sweeper
 from depthpass_lowering.state.slots import State
 
@@ -52,6 +53,13 @@ class Measured:
     chunk: int
     chunks: int
     sweeps: tuple[Sweep, ...]
+
+
+def start(policy: FixedPoint | Measure | None) -> Any:
+    """What runs the sweeps of one call and keeps their record, or measures them; None = the sequential schedule."""
+    if policy is None:
+        return None
+    return Sweeping(policy) if isinstance(policy, FixedPoint) else Measuring(policy)
 
 
 class Measuring:

@@ -168,7 +168,7 @@ class Run(Ops):
         """All new tokens as one span, and its masks."""
         c = self.context
         (span,) = spans(c.start, c.count, c.valid, None, None)
-        return span, Masks(c.start, c.count, c.valid, self.hidden.device)
+        return span, Masks(c.start, c.count, c.valid, self.hidden.device, self.program.ahead)
 
     def _stack(self, stack: Stack, hidden: Tensor, span: Span, masks: Masks, tables: dict) -> Tensor:
         """Visits of one block as rows of one call: ``[members * batch, tokens, width]`` -> the same."""

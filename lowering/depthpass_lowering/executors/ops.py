@@ -73,7 +73,7 @@ class Ops:
         done: dict[str, list] = {name: [] for name in wanted}
         for i, span in enumerate(cut):
             local = {name: parts[i] for name, parts in pieces.items()}
-            masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device)
+            masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device, self.program.ahead)
             tables = [parts[i] for parts in sides]
             for o in region.ops:
                 self.one(o.op, local, span, masks, tables, keep)

@@ -21,12 +21,14 @@ class Masks:
     Attributes:
         start, count: the queries' columns.
         valid: validity of the keys ``0 .. start+count-1``, ``[batch, n]``; None = all real.
+        ahead: how far queries see ahead, see :attr:`depthpass.ir.program.Program.ahead`; None = causal.
     """
 
     start: int
     count: int
     valid: Tensor | None
     device: torch.device
+    ahead: int | None = None
     _made: dict = field(default_factory=dict)
 
     def get(self, window: int | None, chunk: int | None, first: int = 0) -> tuple[Tensor | None, bool]:
@@ -60,12 +62,16 @@ class Masks:
     def _make(self, window: int | None, chunk: int | None, first: int) -> tuple[Tensor | None, bool]:
         keys = self.start + self.count
         local = window if window is not None else chunk
-        if self.valid is None and (local is None or keys < local) and (self.count == 1 or self.start == 0):
+        if self.ahead is not None and self.valid is None and (local is None or keys <= local) and (
+            not self.ahead or self.start // self.ahead == (keys - 1) // self.ahead
+        ):
+            return None, False  # all queries see all keys
+        if self.ahead is None and self.valid is None and (local is None or keys < local) and (self.count == 1 or self.start == 0):
             return None, self.count > 1
         q = torch.arange(self.start, keys, device=self.device)[:, None]
         k = torch.arange(first, keys, device=self.device)[None, :]
         valid = self.valid if self.valid is None or not first else self.valid[:, first:]
-        return column_mask(q[None], k[None], window, chunk, valid, self.row_start)[:, None], False
+        return column_mask(q[None], k[None], window, chunk, valid, self.row_start, self.ahead)[:, None], False
 
     @property
     def row_start(self) -> Tensor | None:
@@ -74,18 +80,27 @@ class Masks:
 
 
 def column_mask(
-    q: Tensor, k: Tensor, window: int | None, chunk: int | None, valid: Tensor | None, row_start: Tensor | None
+    q: Tensor, k: Tensor, window: int | None, chunk: int | None, valid: Tensor | None, row_start: Tensor | None,
+    ahead: int | None = None,
 ) -> Tensor:
     """Which keys each query sees: ``[batch or 1, queries, keys]`` bool.
 
     Args:
         q: query columns ``[batch or 1, queries, 1]``; k: key columns ``[batch or 1, 1, keys]``.
+        ahead: None = no later key, 0 = all of them, else those up to the end of the query's block of so many tokens.
     """
-    mask = k <= q
+    begin = 0 if row_start is None else row_start[:, None, None]
+    if ahead is None:
+        mask = k <= q
+    elif ahead:
+        mask = (k - begin) // ahead <= (q - begin) // ahead
+    else:
+        mask = (k == k) & (q == q)
     if window is not None:
         mask = mask & (k > q - window)
+        if ahead is not None:
+            mask = mask & (k < q + window)
     if chunk is not None:
-        begin = 0 if row_start is None else row_start[:, None, None]
         mask = mask & ((k - begin) // chunk == (q - begin) // chunk)
     return mask if valid is None else mask & valid[:, None, :]
 

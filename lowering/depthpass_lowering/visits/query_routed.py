@@ -83,10 +83,11 @@ class QueryRoutedVisit(RunningVisit):
     def _asking_mask(self, keys: int, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = torch.arange(keys, device=self.at.device)[None], self.masks.valid
         end = self.span.start + self.span.count
-        if valid is None and self.span.count == 1 and chunk is None and (window is None or window >= end):
+        ahead = self.masks.ahead
+        if ahead is None and valid is None and self.span.count == 1 and chunk is None and (window is None or window >= end):
             return None, False
         start = self._pick(self.masks.row_start)
-        mask = column_mask(self.at[..., None], columns[:, None], window, chunk, self._pick(valid), start)
+        mask = column_mask(self.at[..., None], columns[:, None], window, chunk, self._pick(valid), start, ahead)
         return mask[:, None], False
 
     def columns(self, device: torch.device) -> Tensor:

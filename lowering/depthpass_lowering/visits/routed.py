@@ -115,7 +115,8 @@ class RoutedVisit(RunningVisit):
     def _mask(self, where, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = where
         end = self.span.start + self.span.count
-        if valid is None and chunk is None and (window is None or window >= end):
+        ahead = self.masks.ahead
+        if ahead is None and valid is None and chunk is None and (window is None or window >= end):
             # Nothing but the order matters, and the tokens stand in order.
             if columns is self.at:
                 return None, columns.shape[1] > 1
@@ -125,7 +126,7 @@ class RoutedVisit(RunningVisit):
         if self.wide and columns is not self.at:
             at, rows = self.route.index + self.span.start, self._stored
         start = rows(self.masks.row_start)
-        return column_mask(at[..., None], columns[:, None], window, chunk, valid, start)[:, None], False
+        return column_mask(at[..., None], columns[:, None], window, chunk, valid, start, ahead)[:, None], False
 
     def columns(self, device: torch.device) -> Tensor:
         raise LoweringError(

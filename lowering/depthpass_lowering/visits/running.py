@@ -146,7 +146,9 @@ class RunningVisit:
             return self.masks.get(window, chunk)
         columns, valid = where
         q = torch.arange(self.span.start, self.span.start + self.span.count, device=columns.device)[None, :, None]
-        return column_mask(q, columns[:, None], window, chunk, valid, self.masks.row_start)[:, None], False
+        return column_mask(
+            q, columns[:, None], window, chunk, valid, self.masks.row_start, self.masks.ahead
+        )[:, None], False
 
     def mix(self, q: Tensor, hidden: Tensor | None, far: Tensor, near: Tensor) -> Tensor:
         """PLT: g * Attn(shared keys) + (1 - g) * Attn(own last W keys), per head and token, before o_proj."""

@@ -1,0 +1,59 @@
+"""What losses and samplers ask of a transformed model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from depthpass.errors import InputError, SpecError
+from depthpass.passes.masked_diffusion import MaskedDiffusion
+
+
+def settings(model: Any, who: str) -> MaskedDiffusion:
+    """The masked-diffusion pass of a model's spec.
+
+    Raises:
+        SpecError: the model has none.
+    """
+    wrapped = getattr(model, "get_base_model", None)
+    inner: Any = wrapped() if callable(wrapped) else model
+    passes = inner._depth.plan.passes if hasattr(inner, "_depth") else ()
+    found = [p for p in passes if isinstance(p, MaskedDiffusion)]
+    if len(found) != 1:
+        raise SpecError(f"{who}: expected a model transformed with dp.MaskedDiffusion, got {type(inner).__name__} with "
+                        f"{'; '.join(p.label for p in passes) or 'no spec'}.")
+    return found[0]
+
+
+def checked_ids(ids: object, attention_mask: object, who: str) -> Tensor | None:
+    """The validity mask, as bools, of ids that are a batch of rows; None = no padding.
+
+    Raises:
+        InputError: ids or mask of another form, or a row without a real token.
+    """
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.shape[0]:
+        got = f"a tensor {tuple(ids.shape)} of {ids.dtype}" if isinstance(ids, Tensor) else repr(ids)
+        raise InputError(f"{who}: input_ids: expected token ids [batch, tokens], got {got}.")
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.shape != ids.shape:
+        got = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else repr(attention_mask)
+        raise InputError(f"{who}: attention_mask: expected shape {tuple(ids.shape)}, got {got}.")
+    valid = attention_mask.bool()
+    if not bool(valid.any(-1).all()):
+        raise InputError(f"{who}: attention_mask: every row has to have a real token.")
+    return None if bool(valid.all()) else valid
+
+
+def predictions(logits: Tensor, given: MaskedDiffusion) -> Tensor:
+    """Logits of each position's own token, in float32 or better; the mask itself is never predicted."""
+    if given.shift:
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), 1)
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if given.mask_token >= precise.shape[-1]:
+        raise InputError(f"mask_token: expected a token below the vocabulary of {precise.shape[-1]}, got {given.mask_token}.")
+    mask = torch.zeros(precise.shape[-1], dtype=torch.bool, device=precise.device)
+    mask[given.mask_token] = True
+    return precise.masked_fill(mask, float("-inf"))

@@ -1,0 +1,121 @@
+"""ruff and pyright are clean, and a user's script over ``import depthpass as dp`` type-checks, completes and documents itself."""
+
+import ast
+import inspect
+import json
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+import depthpass as dp
+from depthpass.passes.registry import BUILTIN
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Imported by what is checked and still to be typed: nothing may be added.
+UNTYPED = ("lowering/depthpass_lowering/",)
+
+SCRIPT = '''
+from transformers import LlamaForCausalLM
+import depthpass as dp
+
+model = LlamaForCausalLM.from_pretrained("folder")
+turbo = dp.transform(model, dp.TurboConn(group=4, bridges=[(6, 1)]), lowering="scheduled")
+reveal_type(turbo)
+reveal_type(turbo.depth_program)
+reveal_type(dp.report(turbo, seq_len=155).seq_len)
+reveal_type(dp.restore(turbo))
+reveal_type(dp.LayerProgram([0, 1, 1]).layers)
+with dp.using(turbo, [dp.Loop(start=1, end=2, times=3)]):
+    turbo.generate(max_new_tokens=3)
+try:
+    dp.switch(turbo, "loop.yaml")
+except dp.SpecError as error:
+    print(error)
+dp.transform(model, dp.Identity(), lowering="indcutor")
+dp.transform(model, 3)
+dp.Loop(start=1, times=2, tmies=3)
+dp.transfrom(model, dp.Identity())
+'''
+WANTED = ["DepthModel", "Program", "int", "PreTrainedModel", "Sequence[int]"]
+
+
+def pyright(*arguments, cwd):
+    """What pyright says: a list of (file, line from 1, severity, message)."""
+    command = [sys.executable, "-m", "pyright", "--outputjson", "--pythonpath", sys.executable, *arguments]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.stdout.startswith("{"), done.stdout + done.stderr
+    return [(d["file"], d["range"]["start"]["line"] + 1, d["severity"], d["message"])
+            for d in json.loads(done.stdout)["generalDiagnostics"]]
+
+
+def test_ruff_is_clean():
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "."], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.slow
+def test_pyright_is_clean_and_a_script_knows_its_types(tmp_path):
+    script = tmp_path / "user.py"
+    script.write_text(SCRIPT)
+    said = pyright(str(ROOT / "depthpass"), str(ROOT / "kernels"), str(script), cwd=ROOT)
+    ours = [s for s in said if s[2] == "error" and not s[0].endswith("user.py")]
+    assert not [s for s in ours if not any(part in s[0] for part in UNTYPED)]
+    mine = [s for s in said if s[0].endswith("user.py")]
+    assert [m.split('" is "')[1].rstrip('"') for _, _, kind, m in mine if kind == "information"] == WANTED
+    wrong = [line for line, text in enumerate(SCRIPT.split("\n"), 1)
+             if "indcutor" in text or ", 3)" in text or "tmies" in text or "transfrom" in text]
+    assert sorted({line for _, line, kind, _ in mine if kind == "error"}) == wrong and len(wrong) == 4
+
+
+def imported_for_checkers():
+    """Name -> module of the imports that type checkers see."""
+    tree = ast.parse((ROOT / "depthpass/__init__.py").read_text())
+    block = next(n for n in tree.body if isinstance(n, ast.If))
+    assert ast.unparse(block.test) == "TYPE_CHECKING"
+    return {a.name: n.module for n in block.body if isinstance(n, ast.ImportFrom) for a in n.names}
+
+
+def test_checkers_see_what_attributes_give():
+    rooms = dict.fromkeys(("recipes", "tasks"), "depthpass")
+    assert imported_for_checkers() == {n: m for names in dp.GROUPS.values() for n, m in names.items()} | rooms
+    assert sorted(dp.__all__) == sorted({*imported_for_checkers(), "GROUPS", "kernels", "lowering"})
+
+
+def test_passes_are_listed():
+    assert set(dp.GROUPS["passes"]) == {target.partition(":")[2] for target in BUILTIN.values()} <= set(dir(dp))
+
+
+@pytest.mark.parametrize("name", sorted(n for names in dp.GROUPS.values() for n in names))
+def test_every_public_name_says_what_it_is(name):
+    found = getattr(dp, name)
+    text = inspect.getdoc(found)
+    assert text and not text.startswith(f"{name}("), name
+    assert name in (dp.__doc__ or "")
+
+
+@pytest.mark.parametrize("name,near", [("transfrom", "transform"), ("TurboCon", "TurboConn"), ("SpecErorr", "SpecError")])
+def test_a_misspelt_name_gets_the_nearest(name, near):
+    with pytest.raises(AttributeError, match=f"no attribute '{name}'. Did you mean '{near}'"):
+        getattr(dp, name)
+    assert not hasattr(dp, "__wrapped__")
+
+
+def test_literals_of_options_are_what_transform_takes():
+    from depthpass_lowering.executors.levels import LEVELS
+
+    from depthpass.hf import transform
+    from depthpass.schedule.fixed_point import SCHEDULES
+
+    assert transform.Lowering.__args__ == LEVELS and transform.ScheduleName.__args__ == SCHEDULES
+    takes = inspect.signature(transform.transform).parameters
+    assert {f.name for f in fields(dp.FixedPoint)} - {"ridge"} < set(takes)
+
+
+@pytest.mark.parametrize("package", ["depthpass", "lowering/depthpass_lowering", "kernels/depthpass_kernels"])
+def test_packages_say_that_they_are_typed(package):
+    assert (ROOT / package / "py.typed").is_file()
