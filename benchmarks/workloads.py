@@ -19,12 +19,14 @@ TOKENS = 16
 VOCABULARY = 1024
 
 
-def build(width: int, blocks: int, vocabulary: int = VOCABULARY, positions: int = 4096) -> LlamaForCausalLM:
+def build(
+    width: int, blocks: int, vocabulary: int = VOCABULARY, positions: int = 4096, inner: int | None = None
+) -> LlamaForCausalLM:
     """A random Llama: head size 64, two query heads per key head."""
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=vocabulary, hidden_size=width, intermediate_size=width * 8 // 3, num_hidden_layers=blocks,
+            vocab_size=vocabulary, hidden_size=width, intermediate_size=inner or width * 8 // 3, num_hidden_layers=blocks,
             num_attention_heads=width // 64, num_key_value_heads=max(1, width // 128), max_position_embeddings=positions,
         )
     )

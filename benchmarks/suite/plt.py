@@ -51,7 +51,8 @@ def program(loops: int, window: int, spec: dp.ParallelLoop):
 
 def measurements(s: Namespace) -> Iterator[Measurement]:
     positions = max(s.kv, s.prompt + s.steps + 8, s.prefill)
-    stock = build(s.width, s.blocks, s.vocabulary, positions).to(device=s.device, dtype=getattr(torch, s.dtype)).eval()
+    stock = build(s.width, s.blocks, s.vocabulary, positions, s.width * 11 // 4).eval()
+    stock.to(device=s.device, dtype=getattr(torch, s.dtype))
     ids = tokens(1, positions, s.device)
     prompt, row = ids[:, : s.prompt], ids[:, : s.prefill]
     checked = ids[:, : s.checked]
@@ -105,5 +106,5 @@ BENCHMARK = Benchmark(
         Setting("device", "cpu", None, choices=("cpu", "cuda")),
     ),
     ("token", "prefill", "kv"), measurements,
-    lambda s: [Product(r, s.width, s.width * 8 // 3) for r in (1, *s.loops)],
+    lambda s: [Product(r, s.width, s.width * 11 // 4) for r in (1, *s.loops)],
 )
