@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.gradients import gradients
     from depthpass.analysis.lens import logit_lens
     from depthpass.compared import compare, sweep
-    from depthpass.diffusion import CoevolutionaryDiffusion, denoise, diffusion_loss
+    from depthpass.diffusion import denoise, diffusion_loss
     from depthpass.emit import emit
     from depthpass.equal import twin
     from depthpass.errors import (
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from depthpass.hf.cache import DepthCache
     from depthpass.hf.calibrate import calibrate
     from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule, StopAtFlops
+    from depthpass.hf.coevolution import CoevolutionaryDiffusion
     from depthpass.hf.contrast import LoopContrast
     from depthpass.hf.exits import only_gates, set_exit
     from depthpass.hf.latent_curriculum import LatentCurriculum
@@ -159,7 +160,7 @@ GROUPS: dict[str, dict[str, str]] = {
     "diffusion": {
         "denoise": "depthpass.diffusion",
         "diffusion_loss": "depthpass.diffusion",
-        "CoevolutionaryDiffusion": "depthpass.diffusion",
+        "CoevolutionaryDiffusion": "depthpass.hf.coevolution",
     },
     "errors": {
         "DepthpassError": "depthpass.errors",
@@ -183,7 +184,7 @@ _PACKAGES = {
 
 __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for group, names in GROUPS.items())
 
-# A literal: type checkers read it. tests/packaging/test_public.py holds it against the groups.
+# A literal: type checkers read it. tests/packaging/test_layering.py holds it against the groups.
 __all__ = [
     "Bidirectional", "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "CoevolutionaryDiffusion",
     "DepthCache", "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS",

@@ -1,7 +1,6 @@
-"""Diffusion on transformed decoders: training losses and samplers of masked and of coevolutionary diffusion."""
+"""Masked diffusion on transformed decoders: the training loss and the sampler."""
 
-from depthpass.diffusion.coevolution import CoevolutionaryDiffusion
 from depthpass.diffusion.loss import diffusion_loss
 from depthpass.diffusion.sampler import Denoised, denoise
 
-__all__ = ["CoevolutionaryDiffusion", "Denoised", "denoise", "diffusion_loss"]
+__all__ = ["Denoised", "denoise", "diffusion_loss"]

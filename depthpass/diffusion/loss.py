@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from depthpass.diffusion.model import checked_ids, predictions, settings
+from depthpass.diffusion.model import checked_ids, new_cache, predictions, settings
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 
@@ -113,9 +113,7 @@ def _whole(model, given, ids: Tensor, noised: Tensor, mask: Tensor | None, argum
 
 def _blocks(model, given: MaskedDiffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
     """Logits of noised blocks, each behind the clean blocks before it."""
-    from depthpass.hf.cache import DepthCache
-
-    cache, found, size = DepthCache(model), [], given.block or 0
+    cache, found, size = new_cache(model), [], given.block or 0
     for start in range(0, ids.shape[1], size):
         end = min(start + size, ids.shape[1])
         seen = None if mask is None else mask[:, :end]

@@ -17,14 +17,24 @@ def settings(model: Any, who: str) -> MaskedDiffusion:
     Raises:
         SpecError: the model has none.
     """
-    wrapped = getattr(model, "get_base_model", None)
-    inner: Any = wrapped() if callable(wrapped) else model
+    inner = _inner(model)
     passes = inner._depth.plan.passes if hasattr(inner, "_depth") else ()
     found = [p for p in passes if isinstance(p, MaskedDiffusion)]
     if len(found) != 1:
         raise SpecError(f"{who}: expected a model transformed with dp.MaskedDiffusion, got {type(inner).__name__} with "
                         f"{'; '.join(p.label for p in passes) or 'no spec'}.")
     return found[0]
+
+
+def new_cache(model: Any) -> Any:
+    """An empty cache of the transformed model."""
+    return _inner(model).depth_cache()
+
+
+def _inner(model: Any) -> Any:
+    """The transformed model inside a PEFT wrapper, or the model itself."""
+    wrapped = getattr(model, "get_base_model", None)
+    return wrapped() if callable(wrapped) else model
 
 
 def checked_ids(ids: object, attention_mask: object, who: str) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.diffusion.model import checked_ids, predictions, settings
+from depthpass.diffusion.model import checked_ids, new_cache, predictions, settings
 from depthpass.diffusion.orders import Planner, highest, planned, scores
 from depthpass.errors import InputError, did_you_mean
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
@@ -142,10 +142,7 @@ class _Run:
             self.calls, self.tokens_run = self.calls + part.calls, self.tokens_run + part.tokens_run
 
     def _blocks(self, start: int, eos: int | None) -> None:
-        from depthpass.hf.cache import DepthCache
-
-        inner = getattr(self.model, "get_base_model", None)
-        cache, size, total = DepthCache(inner() if callable(inner) else self.model), self.given.block, self.canvas.shape[1]
+        cache, size, total = new_cache(self.model), self.given.block, self.canvas.shape[1]
         prompt = int((~self.open[0]).sum())
         if self.reuse and start:
             self._call(self.canvas[:, :start], start, past_key_values=cache, use_cache=True)

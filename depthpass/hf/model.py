@@ -123,6 +123,10 @@ class DepthModel(_Stock):
         build: Any = super(DepthModel, chosen)
         return build._from_config(config, **kwargs)
 
+    def depth_cache(self) -> DepthCache:
+        """An empty cache for this model."""
+        return DepthCache(self)
+
     @property
     def depth_program(self) -> Program:
         return self._depth.program

@@ -177,7 +177,12 @@ def test_kernels_folder_shadows_nothing():
 
 def test_public_names_resolve():
     import depthpass as dp
+    from depthpass.passes.registry import BUILTIN
 
+    groups = [name for group in dp.GROUPS.values() for name in group]
+    assert len(groups) == len(set(groups))
+    assert set(dp.__all__) == {*groups, "GROUPS", "kernels", "lowering", "tasks", "recipes"}
+    assert {v.partition(":")[2] for v in BUILTIN.values()} <= set(dp.GROUPS["passes"])
     for name in [n for n in dir(dp) if not n.startswith("_") and n not in ("annotations", "importlib")]:
         assert getattr(dp, name) is not None, name
     with pytest.raises(AttributeError, match="no attribute 'transfrom'"):
