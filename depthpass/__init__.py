@@ -201,15 +201,17 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in _PACKAGES:
-        return importlib.import_module(_PACKAGES[name])
-    if name in _PUBLIC:
-        return getattr(importlib.import_module(_PUBLIC[name]), name)
-    from depthpass.errors import did_you_mean
+if not TYPE_CHECKING:  # checkers know every name from the imports above, and report all others
 
-    known = {*_PUBLIC, *_PACKAGES, "__version__"}
-    raise AttributeError(f"module 'depthpass' has no attribute {name!r}.{did_you_mean(name, known)}")
+    def __getattr__(name: str) -> Any:
+        if name in _PACKAGES:
+            return importlib.import_module(_PACKAGES[name])
+        if name in _PUBLIC:
+            return getattr(importlib.import_module(_PUBLIC[name]), name)
+        from depthpass.errors import did_you_mean
+
+        known = {*_PUBLIC, *_PACKAGES, "__version__"}
+        raise AttributeError(f"module 'depthpass' has no attribute {name!r}.{did_you_mean(name, known)}")
 
 
 def __dir__() -> list[str]:
