@@ -1,6 +1,7 @@
-"""First training step of a compiled model: torch.compile of the stock one against the compiled level.
+"""First training step and first forward pass: torch.compile of the stock model against the compiled level, or other levels.
 
-Every row is a process of its own with Inductor's caches off. Numbers are checked after the step that is timed: the stock model,
+Every row is a process of its own with Inductor's caches off. With ``--level auto`` nothing is compiled, and the first call is the
+capture. Numbers are checked after the step that is timed: the stock model,
 and the naive grouped loop.
 """
 
@@ -13,7 +14,7 @@ from collections.abc import Iterator
 import torch
 from declare import Answer, Benchmark, Measurement, Setting, Variant
 from suite.turboconn import Configuration
-from workloads import TrainingStep
+from workloads import Forward, TrainingStep
 
 
 class FirstStep:
@@ -33,15 +34,34 @@ class FirstStep:
         return self.step.answer()
 
 
+class FirstForward(FirstStep):
+    """The same of a forward pass without gradients."""
+
+    def __init__(self, model, ids: torch.Tensor):
+        self.step, self.device = Forward(model, ids), ids.device
+
+
 def measurements(s: Namespace) -> Iterator[Measurement]:
     c = Configuration(s)
-    backend, level = ("eager", "scheduled") if s.tiny else ("inductor", "inductor")
-    yield Measurement("first step", "first training step of a compiled model", "stock compiled", {
-        "stock compiled": Variant(
-            lambda: FirstStep(torch.compile(c.stock, backend=backend), c.ids), TrainingStep(c.stock, c.ids).answer,
+    compiled = s.level == "inductor"
+    stock = "stock compiled" if compiled else "stock"
+
+    def base():
+        return torch.compile(c.stock, backend="inductor") if compiled else c.stock
+
+    apart = {"quantity": "value", "unit": "s", "isolated": True, "environment": {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}}
+    yield Measurement("first step", "first training step", stock, {
+        stock: Variant(lambda: FirstStep(base(), c.ids), TrainingStep(c.stock, c.ids).answer),
+        f"turboconn {s.level}": Variant(
+            lambda: FirstStep(c.turbo(s.group, s.level), c.ids), lambda: c.naive(s.group).answer()
         ),
-        f"turboconn {level}": Variant(lambda: FirstStep(c.turbo(s.group, level), c.ids), lambda: c.naive(s.group).answer()),
-    }, quantity="value", unit="s", isolated=True, environment={"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"})
+    }, **apart)
+    yield Measurement("first call", "first forward pass", stock, {
+        stock: Variant(lambda: FirstForward(base(), c.ids), Forward(c.stock, c.ids).answer),
+        f"turboconn {s.level}": Variant(
+            lambda: FirstForward(c.turbo(s.group, s.level), c.ids), lambda: {"logits": c.naive(s.group)()}
+        ),
+    }, **apart)
 
 
 BENCHMARK = Benchmark(
@@ -51,9 +71,10 @@ BENCHMARK = Benchmark(
         Setting("batch", 4, 2),
         Setting("tokens", 32, 6),
         Setting("group", 4, 2),
+        Setting("level", "inductor", "scheduled", choices=("inductor", "scheduled", "auto", "eager")),
         Setting("bridges", ("14-0",), ("2-0",), "source-destination of each bridge"),
         Setting("dtype", "float32", None, choices=("float32", "bfloat16")),
         Setting("device", "cpu", None, choices=("cpu", "cuda")),
     ),
-    ("first step",), measurements,
+    ("first step", "first call"), measurements,
 )

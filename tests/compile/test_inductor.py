@@ -188,5 +188,5 @@ def test_what_cannot_be_compiled_is_said(models):
         with pytest.raises(LoweringError, match="cannot compile a decoded token: autocast is on"):
             compiled(input_ids=torch.tensor([[4]]), past_key_values=cache)
     routed = dp.transform(dp.restore(compiled), dp.MixtureOfRecursions(start=1, end=2, mode="threshold"), lowering="inductor")
-    with pytest.raises(LoweringError, match=r"cannot compile a decoded token: the program has .*route"):
+    with pytest.raises(LoweringError, match=r"cannot compile a decoded token: op route "):
         routed.generate(**zoo.batch([5]), max_new_tokens=2, do_sample=False)

@@ -78,9 +78,9 @@ def test_a_refusal_is_counted_by_kind():
 
 
 PLANTED = {
-    "a delay that is one token short": ("depthpass_lowering.executors.eager", "read_delay", "forward: mismatch"),
+    "a delay that is one token short": ("depthpass_lowering.executors.ops", "read_delay", "forward: mismatch"),
     "an error that is none of ours": (
-        "depthpass_lowering.executors.eager", "spans", "forward: ZeroDivisionError: integer division or modulo by zero"
+        "depthpass_lowering.executors.ops", "spans", "forward: ZeroDivisionError: integer division or modulo by zero"
     ),
 }
 

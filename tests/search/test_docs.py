@@ -18,7 +18,7 @@ def test_every_block_of_the_page_runs(tmp_path, capsys):
 
 
 def test_the_page_names_every_preset_method_and_score():
-    from depthpass.search.methods import methods
+    from depthpass.search.named import methods
     from depthpass.search.scores import SCORES
     from depthpass.search.space import PRESETS
 
