@@ -131,6 +131,12 @@ class Sweeper:
         own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.region.size
         return {name: torch.where(own, x, x.new_zeros(())) for name, x in made.items()}
 
+    def plain(self, span: Span) -> Span:
+        """A span behind whose first chunk nothing has passed a delay: its tokens count as the row's first ones."""
+        count, device = span.count, self.run.hidden.device
+        rank = torch.arange(span.start, span.start + count, device=device)[None] if span.rank is None else span.rank
+        return replace(span, rank=torch.where(torch.arange(count, device=device) < self.region.size, rank, 0))
+
     def zeros(self, count: int) -> dict[str, Tensor]:
         hidden = self.run.hidden
         return {s: hidden.new_zeros(hidden.shape[0], count, self.run.types[s].width) for s in self.sources}
@@ -212,18 +218,21 @@ class Solver:
             at, end = self.settled, min(self.count, self.settled + width)
             span = sweeper.span(at, end - at)
             self.entered += [made.sweeps] * (-(-end // self.chunk) - len(self.entered))
-            inner = sweeper.inner(state.fork())
+            inner, reading = sweeper.inner(state.fork()), span
             if guess is None:
                 c = sweeper.first(inner, span)
+                reading = sweeper.plain(span) if policy.start == "plain" else span
             elif c is None:
                 known = next(iter(guess.values())).shape[1]
                 fresh = sweeper.zeros(end - at - known)
                 guess = {s: torch.cat((x, fresh[s].to(x.dtype)), 1) for s, x in guess.items()}
                 c = sweeper.inject(inner, guess, span)
-            local = sweeper.sweep(inner, inputs, c, span)
+            local = sweeper.sweep(inner, inputs, c, reading)
             sources = {s: local[s] for s in sweeper.sources}
             after = sweeper.inject(inner, sources, span)
             changes = sweeper.changes(c, after, span)
+            if reading is not span:  # nothing is not the same as zeros, whatever c has become
+                changes = [1.0] * len(changes)
             # The first chunk reads what is settled only: it is right, up to rounding of another product's shape.
             changes[0] = 0.0
             made.sweeps += 1
