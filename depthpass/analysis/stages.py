@@ -14,7 +14,7 @@ each one, and the last real token behind a ``trim``, is a node of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
@@ -60,10 +60,10 @@ class Stages:
             others, so that each pad is a node of its own. Otherwise they simply lengthen the row.
         trimmed: values behind a ``trim``, with the pads that the last real token's one stands behind.
 
-    With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
+    ``weigh`` says what an op adds to a path. With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
     """
 
-    def __init__(self, program: Program, weights: Mapping[int, int], calls: bool = False) -> None:
+    def __init__(self, program: Program, weigh: Callable[[Op], int], calls: bool = False) -> None:
         self.program = program
         self.types = infer(program)
         for cycle in cycles(program, calls):
@@ -82,7 +82,7 @@ class Stages:
             (o.kind == "pad" and (o["feed"] or self._computed(o.args[0]))) or (o.kind == "block" and self._outlives_keys(o))
             for o in program.ops
         )
-        self.nodes = self._nodes(weights)
+        self.nodes = self._nodes(weigh)
         self._check_pads()
         self.arcs = {node.name: node for node in self.nodes}
         self.sources = frozenset(
@@ -142,13 +142,13 @@ class Stages:
     def pads(self, value: str) -> int:
         return self.types[value].pads
 
-    def _nodes(self, weights: Mapping[int, int]) -> tuple[Node, ...]:
+    def _nodes(self, weigh: Callable[[Op], int]) -> tuple[Node, ...]:
         real, later = [], []
         for o in self.program.ops:
             if not o.name:
                 continue
             arcs = () if o.name in self.routes else tuple(dict.fromkeys(self.reads[o.name]))
-            weight = weights[o["index"]] if OPS[o.kind].depth else 0
+            weight = weigh(o)
             absent = self.types[o.name].absent
             real.append(Node(o.name, arcs, weight, absent))
             if self.pads_apart:
@@ -241,7 +241,7 @@ class Stages:
             node = self.arcs[key]
             while True:
                 op = self.program.defs[key if isinstance(key, str) else key[0]]
-                if op.kind == "block":
+                if OPS[op.kind].depth(op)[1]:
                     yield Step(op.name, op["index"], i if isinstance(key, str) else i + key[1])
                 if op.name == stage or not node.arcs:
                     break

@@ -69,6 +69,25 @@ def _block_parameters(o: Op, widths: Sequence[int], hidden: int) -> list[Param]:
     ]
 
 
+def _part_check(program: Program, o: Op) -> None:
+    if o["part"] == "whole":
+        return
+    for key, what in (("lora", "a LoRA"), ("modulate", "scales")):
+        if o[key]:
+            raise VerifyError(f"{where(o)}: expected {what} on a visit of a whole block, got one of its attention alone. Apply one "
+                              "of the two passes.")
+    if asks(o):
+        raise VerifyError(f"{where(o)}: expected a visit that every token asks, or routed tokens gathered before it, got a route "
+                          "beside part attention.")
+
+
+def _ffn_typed(program: Program, o: Op, args: Sequence[Type]) -> Type:
+    hidden_width(program, o, args)
+    expect(all((a.width, a.tokens, a.pads, a.absent) == (args[0].width, args[0].tokens, args[0].pads, 0) for a in args), o,
+           "two streams of the model's width over the same tokens, at all of them", "others")
+    return args[0]
+
+
 def asks(o: Op) -> bool:
     """Whether it is a visit that only the tokens of its second argument, a route, ask."""
     return o.kind == "block" and len(o.args) == 2 and not o["memory"]
@@ -268,9 +287,15 @@ STRUCTURAL_OPS = (
             untied=AttrDef(int, needs="lora", block=True),
             modulate=_SCOPE, clock=AttrDef(str, needs="modulate", scope=True), step=AttrDef(int, 0, low=0, needs="clock"),
             base=AttrDef(float, 1.0, needs="modulate"), memory=AttrDef(bool, False),
+            part=AttrDef(str, "whole", choices=("whole", "attention")),
         ),
-        token_local=False, typed=_block_typed, slots_read=slots_read, slot_written=slot_written, depth=1,
-        parameters=_block_parameters, work=None, runs=EVERYWHERE, refuses=_block_refuses,
+        token_local=False, check=_part_check, typed=_block_typed, slots_read=slots_read, slot_written=slot_written,
+        depth=lambda o: (1, 1) if o["part"] == "whole" else (1, 0), parameters=_block_parameters, work=None, runs=EVERYWHERE,
+        refuses=_block_refuses,
+    ),
+    OpDef("point", "index", (2, 2), dict(index=_BLOCK), typed=_ffn_typed, work=None, runs=EVERYWHERE),
+    OpDef(
+        "ffn", "index", (2, 2), dict(index=_BLOCK), typed=_ffn_typed, depth=lambda o: (0, 1), work=None, runs=EVERYWHERE,
     ),
     OpDef(
         "delay", "tokens", attrs=dict(tokens=_TOKENS), forward_refs=True, token_local=False, check=_some_token,

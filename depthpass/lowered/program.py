@@ -118,6 +118,11 @@ class LoweredRegion:
         return tuple(o.op for o in self.ops if o.op.kind == "block")
 
     @cached_property
+    def calls(self) -> tuple[Op, ...]:
+        """Its visits, and the feed-forward networks that it runs by themselves."""
+        return tuple(o.op for o in self.ops if o.op.kind in ("block", "ffn"))
+
+    @cached_property
     def items(self) -> tuple[LoweredOp | Stack, ...]:
         """The ops in order, those that are rows of one call as one stack."""
         found: list[LoweredOp | Stack] = []

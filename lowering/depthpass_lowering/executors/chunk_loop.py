@@ -36,7 +36,7 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
     source = region.scheduled
-    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
+    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.calls)
     kinds = tuple(type(run.host.module(name)) for o in source.ops for name in own_scopes(o))
     # The graph keeps program and templates, so that their ids stay theirs.
     key = (id(run.program), templates, kinds, region.outputs)
@@ -55,7 +55,7 @@ def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
 
 def recomputes(host: Host, region: LoweredRegion) -> bool:
     """Whether the activations of a region are to be computed again in the backward pass."""
-    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.visits)
+    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.calls)
 
 
 class ChunkRunner(Protocol):
@@ -82,7 +82,7 @@ class Job:
         self.parameters = parameters
         self.graph = graph_of(run, region)
         self.recompute = recomputes(run.host, region)
-        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
+        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.calls)
         uses = -(-run.context.count // region.size)
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}

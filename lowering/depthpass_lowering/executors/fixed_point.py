@@ -143,7 +143,7 @@ def unswept(run: Run, region: Region) -> str | None:
         return reason
     if routed := next((a for o in region.ops for a in (*o.args, o.name) if run.types[a].tokens), None):
         return f"%{routed} in a serial region holds routed tokens"
-    for o in region.visits:
+    for o in region.calls:
         if draws(run.host, o["index"]):
             return f"block {o['index']} has dropout switched on, so that no two sweeps are the same"
         if torch.is_grad_enabled() and (reason := run.host.refuses_schedule(o["index"])):

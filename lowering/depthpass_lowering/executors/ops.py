@@ -22,6 +22,7 @@ from depthpass_lowering.executors.noise import cut_off, noise
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State, push_delay, read_delay, spans
 from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.parts import FfnVisit, beside
 from depthpass_lowering.visits.query_routed import QueryRoutedVisit
 from depthpass_lowering.visits.routed import RoutedVisit
 from depthpass_lowering.visits.routes import Route, choose
@@ -181,6 +182,11 @@ class Ops:
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
             return self._block(o, args[0], span, masks, sides, keep, args[1] if o["memory"] else None)
+        if kind == "ffn":
+            x, read = args
+            return self.host.block(o["index"], FfnVisit(o, self.host, read), x, ())
+        if kind == "point":
+            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
         if kind == "add":
             return self._add(o, args, span)
         if kind == "norm":

@@ -197,7 +197,7 @@ class Solver:
         self.chunk, self.count = sweeper.region.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
         self.made = Solve(
-            tuple(o["index"] for o in sweeper.region.visits), self.count, self.chunk, -(-self.count // self.chunk)
+            tuple(o["index"] for o in sweeper.region.calls), self.count, self.chunk, -(-self.count // self.chunk)
         )
         self.settled = 0
         # Of each chunk the sweeps that were over when it was first swept.
