@@ -87,10 +87,22 @@ def _ffn(gm: fx.GraphModule, mlp: Branch, params: int) -> fx.GraphModule:
         if n in inside and n not in env:
             env[n] = graph.node_copy(n, env.__getitem__)
             env[n].meta = dict(n.meta)
-    total = graph.call_function(torch.ops.aten.add.Tensor, (hidden, env[mlp.result]))
-    total.meta = dict(mlp.adder.meta)
+    total = graph.call_function(torch.ops.aten.add.Tensor, (hidden, _shaped(graph, env[mlp.result], hidden)))
+    total.meta = dict(given[1].meta)
     graph.output(total)
     return _made(gm, graph)
+
+
+def _shaped(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
+    """A stream ``[batch, tokens, width]``, also where the block has made it flat (opt)."""
+    if x.meta["val"].dim() == like.meta["val"].dim():
+        return x
+    sizes = [graph.call_function(torch.ops.aten.sym_size.int, (like, d)) for d in (0, 1)]
+    for d, size in enumerate(sizes):
+        size.meta = {"val": like.meta["val"].shape[d]}
+    made = graph.call_function(torch.ops.aten.reshape.default, (x, [*sizes, x.meta["val"].shape[-1]]))
+    made.meta = dict(like.meta)
+    return made
 
 
 def _ancestors(ends: list[fx.Node], stop: fx.Node | None = None) -> set[fx.Node]:
