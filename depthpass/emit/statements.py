@@ -17,6 +17,8 @@ _WHY = {
     "pad": "it inserts tokens into every row",
     "trim": "it inserts tokens into every row",
     "loss": "it trains with a loss of its own",
+    "ffn": "its blocks run in two parts",
+    "point": "its blocks run in two parts",
     "logits": "it decides by the logits of unfinished states",
     "distance": "it decides by how far a state has moved",
 }
