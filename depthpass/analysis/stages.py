@@ -21,7 +21,7 @@ import networkx as nx
 
 from depthpass.analysis.dependence import cycles, dependences
 from depthpass.analysis.growth import ZERO, Growth, maximum, total
-from depthpass.analysis.maxplus import Node, Recurrence, solve
+from depthpass.analysis.maxplus import Distance, Held, Node, Recurrence, read_at, solve
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
@@ -72,9 +72,10 @@ class Stages:
                     f"depth: the top-k route %{late[0]} lies on a delay cycle, so it needs tokens that need its own "
                     "result. Use rule threshold or choice, or move the delay."
                 )
-        self.reads: dict[str, list[tuple[str, int]]] = {o.name: [] for o in program.ops if o.name}
+        self.reads: dict[str, list[tuple[str, Distance]]] = {o.name: [] for o in program.ops if o.name}
         for d in dependences(program, calls):
-            self.reads[d.target].append((d.source, d.distance))
+            group = program.defs[d.target]["group"] if d.kind == "delay" else None
+            self.reads[d.target].append((d.source, d.distance if group is None else Held(group)))
         self.routes = tuple(o.name for o in program.ops if _waits(o))
         self.writers = {writes_slot(o): o for o in program.visits}
         self.trimmed, mixed = self._trims()
@@ -159,14 +160,18 @@ class Stages:
         later.sort(key=lambda pair: pair[0])
         return tuple(real) + tuple(node for _, node in later)
 
-    def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, int], ...], k: int) -> tuple[tuple[Key, int], ...]:
-        """What a value at the k-th pad token, or at the last real one, reads; distances count back from the latter."""
+    def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, Distance], ...], k: int) -> tuple[tuple[Key, int], ...]:
+        """What a value at the k-th pad token, or at the last real one, reads; distances count back from the latter.
+
+        Where groups end depends on n there: they count as groups of one token, which are at least as deep.
+        """
         if o.kind == "trim":
             return (self._at(o.args[0], o["tokens"]),)
         if o.kind == "pad" and o["feed"]:
             return (self._at(self.program.fed, k - 1),)
         if o.kind != "block":
-            return tuple(self._at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
+            known = [(u, d if isinstance(d, int) else 1) for u, d in arcs]
+            return tuple(self._at(u, k - distance) for u, distance in known if k - distance <= self.pads(u))
         # Pads may break the order of depths along the row, so attention reads every earlier token here.
         found = [self._at(a, k) for a in o.args]
         for slot in reads_slots(o):
@@ -246,7 +251,7 @@ class Stages:
                 if op.name == stage or not node.arcs:
                     break
                 need = found[key].at(i) - node.weight
-                key, i = next((u, i - d) for u, d in node.arcs if found[u].at(i - d) == need)
+                key, i = next((u, j) for u, d in node.arcs if found[u].at(j := read_at(i, d)) == need)
                 node = self.arcs[key]
             if stage is None:
                 return

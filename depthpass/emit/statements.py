@@ -46,6 +46,8 @@ def check_expressible(program: Program) -> None:
                 why = "some of the tokens only ask"
             elif o["modulate"]:
                 why = "it scales what the parts of a block read and add (timestep, scales)"
+        if o.kind == "delay" and o["group"] is not None:
+            why = "tokens of a group read the last one of the group before"
         if why:
             raise SpecError(f"emit: expected a program that a plain forward can express, got {o.note or 'one'} with {o.kind}: "
                             f"{why}. Loops, layer programs, TurboConn, ParallelLoop, taps, shared keys and LoRA can be emitted; "

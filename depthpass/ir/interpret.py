@@ -108,6 +108,9 @@ class Interpretation:
         return self._memo[name, i]
 
     def _compute(self, o: Op, i: int) -> Tensor | None:
+        if o.kind == "delay" and o["group"] is not None:
+            last = i // o["group"] * o["group"] - 1
+            return self.value(o.args[0], last) if last >= 0 else None
         if o.kind == "delay":
             return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
         if asks(o) and not self.value(o.args[1], i):

@@ -24,7 +24,8 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
 point        (x, a), a the attention part of a block and x its input: the stream that its feed-forward branch reads, which is a,
              or x where the two branches run beside each other
 ffn          (a, y) of a physical block: a plus what its feed-forward branch makes of y; of y = the point the rest of a visit
-delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
+delay        the stream n tokens earlier in the same row; *absent* before the row's first real token. ``group``: at the last token
+             of the group of so many tokens before, groups being counted from the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
 weigh        times a learned vector of the stream's width

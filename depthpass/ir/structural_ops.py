@@ -130,7 +130,19 @@ def _delay_typed(program: Program, o: Op, args: Sequence[Type]) -> Type:
     source = args[0]
     expect(not source.is_route, o, "a stream", "a route")
     expect(source.tokens is None, o, "a stream over all tokens", "routed tokens; scatter them back first")
-    return Type(source.width, None, source.absent + o["tokens"], source.pads)
+    return Type(source.width, None, _delay_begins(o, source.absent), source.pads)
+
+
+def _delay_check(program: Program, o: Op) -> None:
+    _some_token(program, o)
+    if o["group"] is not None and o["tokens"] != 1:
+        raise VerifyError(f"{where(o)}: expected 1 token beside a group, whose tokens read the last one of the group before, got "
+                          f"{o['tokens']}.")
+
+
+def _delay_begins(o: Op, first: int) -> int:
+    group = o["group"]
+    return first + o["tokens"] if group is None else group * (first // group + 1)
 
 
 # Routes.
@@ -298,8 +310,9 @@ STRUCTURAL_OPS = (
         "ffn", "index", (2, 2), dict(index=_BLOCK), typed=_ffn_typed, depth=lambda o: (0, 1), work=None, runs=EVERYWHERE,
     ),
     OpDef(
-        "delay", "tokens", attrs=dict(tokens=_TOKENS), forward_refs=True, token_local=False, check=_some_token,
-        typed=_delay_typed, lag=lambda o: o["tokens"], work=None, runs=EVERYWHERE,
+        "delay", "tokens", attrs=dict(tokens=_TOKENS, group=AttrDef(int, low=2, bounded=True)), forward_refs=True,
+        token_local=False, check=_delay_check, typed=_delay_typed, lag=lambda o: o["group"] or o["tokens"], begins=_delay_begins,
+        work=None, runs=EVERYWHERE,
     ),
     OpDef(
         "add", None, (2, None), dict(lands=AttrDef(str, "output", choices=("output", "input"))),

@@ -103,6 +103,11 @@ class LoweredRegion:
         return self.chunk
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """As of the schedule's region."""
+        return () if self.source is None else self.source.groups
+
+    @property
     def scheduled(self) -> Region:
         """The schedule's region: the key of what executors make once for it."""
         if self.source is None:

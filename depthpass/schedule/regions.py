@@ -55,6 +55,11 @@ class Region:
     def visits(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "block")
 
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """Sizes of the groups that its delays read the last token of: its chunks end where a group of some row does."""
+        return tuple(sorted({o["group"] for o in self.ops if o.kind == "delay" and o["group"] is not None}))
+
     @property
     def calls(self) -> tuple[Op, ...]:
         """Its visits, and the feed-forward networks that it runs by themselves."""

@@ -224,7 +224,7 @@ class _Builder:
         chunk = self.schedule.chunk
         group = chunk if any(r.chunk == r.limit == chunk for r in self.schedule.serial_regions) else None
         return _sum(
-            B * (g if o["tokens"] == group else o["tokens"]) * self.types[o.name].width * self.model.itemsize
+            B * (g if OPS[o.kind].lag(o) == group else OPS[o.kind].lag(o)) * self.types[o.name].width * self.model.itemsize
             for o in self.program.ops if o.kind == "delay"
         )
 

@@ -25,7 +25,7 @@ from depthpass_lowering.host import Host
 from depthpass_lowering.products.packed import LEAST_USES
 from depthpass_lowering.products.sink import Sink
 from depthpass_lowering.state.buffers import Buffer, Use
-from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, read_group, spans
 from depthpass_lowering.visits.attention import Masks
 from depthpass_lowering.visits.running import RunningVisit
 
@@ -147,7 +147,7 @@ class Loop:
     def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The streams that the region hands out, over all tokens."""
         job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
-        cut = spans(c.start, c.count, c.valid, None, job.region.size)
+        cut = spans(c.start, c.count, c.valid, None, job.region.size, job.region.groups)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
@@ -220,7 +220,10 @@ class Loop:
         return self.span
 
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
-        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.running)
+        o = self.run.program.defs[name]
+        if o["group"] is not None:
+            return read_group(self.lines[name], source, o["group"], self.running)
+        return read_delay(self.lines[name], source, o["tokens"], self.running)
 
     def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
         o = self.run.program.defs[name]
