@@ -21,6 +21,7 @@ from depthpass.analysis.cycle_ratio import max_cycle_ratio
 from depthpass.analysis.growth import NEVER, UNREACHED, ZERO, Growth, Value, dominates_from, maximum
 from depthpass.errors import PassError
 
+
 @dataclass(frozen=True)
 class Held:
     """Distance of what a group of ``size`` tokens reads: the last token of the group before."""

@@ -60,7 +60,8 @@ class Stages:
             others, so that each pad is a node of its own. Otherwise they simply lengthen the row.
         trimmed: values behind a ``trim``, with the pads that the last real token's one stands behind.
 
-    ``weigh`` says what an op adds to a path. With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
+    ``weigh`` says what an op adds to a path.
+    With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
     """
 
     def __init__(self, program: Program, weigh: Callable[[Op], int], calls: bool = False) -> None:

@@ -177,7 +177,8 @@ class Live:
         op, index = (visit.members[0] if hasattr(visit, "members") else visit).op, visit.index
         partly = op.kind == "ffn" or op["part"] != "whole"
         if partly or op["modulate"] is not None or op["memory"] or hasattr(visit, "asking"):
-            what = ("one part of it alone" if partly else "scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
+            what = ("one part of it alone" if partly else
+                    "scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
                     "queries of some tokens and keys of all")
             raise UnsupportedModelError(
                 f"block {index} has hooks on modules inside it, and a visit with {what}, which change what the block computes "

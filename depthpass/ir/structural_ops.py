@@ -74,8 +74,8 @@ def _part_check(program: Program, o: Op) -> None:
         return
     for key, what in (("lora", "a LoRA"), ("modulate", "scales")):
         if o[key]:
-            raise VerifyError(f"{where(o)}: expected {what} on a visit of a whole block, got one of its attention alone. Apply one "
-                              "of the two passes.")
+            raise VerifyError(f"{where(o)}: expected {what} on a visit of a whole block, got one of its attention alone. "
+                              "Apply one of the two passes.")
     if asks(o):
         raise VerifyError(f"{where(o)}: expected a visit that every token asks, or routed tokens gathered before it, got a route "
                           "beside part attention.")

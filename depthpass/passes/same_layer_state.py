@@ -20,8 +20,8 @@ class SameLayerState(Pass):
         m_i = p_i + alpha (s_(i-1) - p_i);   y_i = a_i + FFN(m_i);   s_i = y_i
 
     The state never leaves its block, so attention runs over all tokens at once and only the networks are serial: a row of n
-    tokens is L + n - 1 deep. The row's first token has m = p. The paper's abstract says a nonlinear recurrence of the feed-forward
-    network with a learned blend; where the state is taken and what it enters are options here.
+    tokens is L + n - 1 deep. The row's first token has m = p. The paper's abstract says a nonlinear recurrence of the
+    feed-forward network with a learned blend; where the state is taken and what it enters are options here.
 
     rewrite:
         same_layer_state(start=1, end=2)
@@ -79,8 +79,8 @@ class SameLayerState(Pass):
     def _visit(self, visit: Op, position: int, names) -> list[Op]:
         """The ops of a visit with its state; the last one has the visit's name."""
         if visit["part"] != "whole" or visit["lora"] or visit["modulate"]:
-            raise PassError(f"{self.name}: expected visits of whole blocks without a LoRA or scales of their own, got %{visit.name}. "
-                            "Leave lora_rank, timestep and scales out.")
+            raise PassError(f"{self.name}: expected visits of whole blocks without a LoRA or scales of their own, got "
+                            f"%{visit.name}. Leave lora_rank, timestep and scales out.")
         found: list[Op] = []
 
         def emit(kind: str, *args: str, name: str = "", parameter: str = "", **attrs) -> str:

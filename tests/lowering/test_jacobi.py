@@ -45,7 +45,7 @@ def jacobi(stock, row, p, spec, sweeps, backward):
         def into(module, args, last=kept):
             return args if last is None else (mixed(args[0], shifted(last["R"], 1), p), *args[1:])
 
-        def after(module, args, output, b, last=kept):
+        def after(module, args, output, b, last=kept, found=found):
             x = output[0] if isinstance(output, tuple) else output
             if spec is T2MLR:
                 found["R"] = x

@@ -85,7 +85,8 @@ def same_layer(row, depth, spec):
                 if spec.blend == "learned":
                     start = torch.logit(torch.tensor(spec.share, dtype=p.dtype))
                     share = torch.sigmoid(depth[f"state.v{b}.share.weight"] + start)
-                seen["point"], seen["change"] = p[0, 0], share * (states[b] - p[0, 0]) if b in states else 0 * p[0, 0]
+                seen["point"] = p[0, 0]
+                seen["change"] = share * (states[b] - p[0, 0]) if b in states else 0 * p[0, 0]
                 return (p + seen["change"],)
 
             handle = block.get_submodule(path).register_forward_pre_hook(blended) if spec.start <= b < end else None
@@ -112,7 +113,8 @@ WANT = {
 }
 CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDLE, "mistral", "scheduled"),
          (LEARNED, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
-         (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"), (WHOLE, "gemma3_text", "scheduled")]
+         (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"),
+         (WHOLE, "gemma3_text", "scheduled")]
 
 
 def _alive(stock, spec, options):
@@ -183,6 +185,7 @@ def test_identity_and_what_does_not_fit():
         with pytest.raises(SpecError, match=message):
             make()
     scaled = [dp.Loop(times=2, scales=True), dp.SameLayerState()]
-    for spec in (scaled, dp.SameLayerState(start=3), dp.T2MLR(start=0, end=3), dp.FeedbackTransformer(end=4), dp.FeedbackTransformer(start=3)):
+    for spec in (scaled, dp.SameLayerState(start=3), dp.T2MLR(start=0, end=3), dp.FeedbackTransformer(end=4),
+                 dp.FeedbackTransformer(start=3)):
         with pytest.raises(PassError, match="expected"):
             apply_spec(stock, spec, Context.of(stock))

@@ -183,14 +183,14 @@ class _Job:
         sweeper, run = self.sweeper, self.sweeper.run
         host, sides = LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides))
         inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, sweeper.span(0, run.context.count)
-        first = c = {n: x.detach().requires_grad_() for n, x in self.c.items()}
+        first = after = {n: x.detach().requires_grad_() for n, x in self.c.items()}
         for number in range(self.policy.backward or 1):
             state = self.state.fork()
             state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
             state.lines = {k: leaf(t) for k, t in state.lines.items()}
             inner = sweeper.inner(state, host, sides)
             if number == 0:
-                before = c if self.constant is None else sweeper.inject(inner, self.constant, whole)
+                before = first if self.constant is None else sweeper.inject(inner, self.constant, whole)
             else:
                 before = after
             local = sweeper.sweep(inner, inputs, before, self.reading(whole, number))
