@@ -134,7 +134,7 @@ class Decoding(Subject):
         spec = next(s for s in self.case["spec"] if s["pass"] == "masked_diffusion")
         found = self.model.generate(**given, max_new_tokens=check["new"])
         for r, row in enumerate(self.rows):
-            want = self._filled(row.tolist(), check["new"], spec, self.start(self.rows, r))
+            want = self._filled(row.tolist(), check["new"], spec, self.start(self.rows, r, given=False))
             if found[r, width:].tolist() != want:
                 raise Mismatch(f"row {r}: filled in {found[r, width:].tolist()}, the oracle says {want}")
 

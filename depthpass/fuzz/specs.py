@@ -23,13 +23,18 @@ def specs(rng: random.Random, arch: str) -> list[Case]:
     if rng.random() < 0.5:
         return [first]
     # Most passes want a straight stack of visits, which these leave.
-    straight = first["pass"] in STRAIGHT and rng.random() < 0.9
+    straight = rng.random() < (0.9 if first["pass"] in STRAIGHT else 0.2)
     second = rng.choice(FIRST if straight else BEHIND)(rng, arch)
-    if second["pass"] == first["pass"] and second["pass"] not in ("pad", "identity", "skip", "coconut", "bidirectional"):
+    if second["pass"] == first["pass"] and second["pass"] in SCOPED:
         second["scope"] = "again"
     return [first, second]
 
 
+SCOPED = (
+    "turboconn", "loop", "parallel_loop", "layer_program", "repeat", "intra_layer_recurrence", "mixture_of_depths",
+    "mixture_of_recursions", "inner_thinking", "taps", "feedback_transformer", "t2mlr", "recurrent_loop", "relaxed_recursion",
+)
+"""Passes that have a scope, so that they can be applied twice."""
 STRAIGHT = ("layer_program", "repeat", "intra_layer_recurrence", "skip", "identity")
 
 
