@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from itertools import count
 from typing import Any
@@ -82,11 +83,13 @@ class Builder:
         """The program with ``visits`` (a straight stack) replaced by the collected ops, which end in ``end``."""
         program, gone = self.program, {v.name for v in visits}
         last = program.index[visits[-1].name]
-        # Whatever stands between the visits (nothing, usually) reads none of them, so it may come first.
-        before = [o for o in program.ops[:last] if o.name not in gone]
-        after = [
-            replace(o, args=tuple(end if a == visits[-1].name else a for a in o.args)) for o in program.ops[last + 1 :]
-        ]
+
+        def rewired(ops: Iterable[Op]) -> list[Op]:
+            return [replace(o, args=tuple(end if a == visits[-1].name else a for a in o.args)) for o in ops if o.name not in gone]
+
+        # Whatever stands between the visits (nothing, usually) reads none of them, so it may come first; delays before the stack
+        # read what it ends in.
+        before, after = rewired(program.ops[:last]), rewired(program.ops[last + 1 :])
         return with_slots(replace(program, ops=(*before, *self.ops, *after)))
 
 

@@ -46,7 +46,7 @@ class Iterations:
                 s = build.norm(s)
             if t and count - t == loop.bptt:
                 s = build.emit("detach", s)
-            x = self._injected(s, input_)
+            x = self._injected(s, input_, exits)
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and loop.kv == "first" else {}
@@ -87,7 +87,7 @@ class Iterations:
                 for name, keeper in zip(names, grid[kept]):
                     self.build.set(name, past=self.build.slot_of(keeper))
 
-    def _injected(self, s: str, e: str) -> str:
+    def _injected(self, s: str, e: str, exits: Exits | None) -> str:
         loop, build = self.loop, self.build
         if loop.inject == "concat":
             width = build.program.width
@@ -96,6 +96,7 @@ class Iterations:
             # A half everywhere, as a stream that learned vectors can be made of.
             half = build.emit("act", build.emit("zeros", pads=build.pads), fn="sigmoid")
             kept = build.emit("act", build.emit("weigh", half, parameter=f"{loop.scope}.keep", init=0.0), fn="sigmoid")
+            kept = kept if exits is None else exits.enter(kept)
             given = build.emit("weigh", e, parameter=f"{loop.scope}.inject", init=0.5)
             return build.emit("add", build.emit("mul", kept, s), given)
         return build.emit("add", s, e) if loop.inject == "add" and s != e else s
@@ -115,8 +116,8 @@ class Iterations:
         return found
 
     def gate(self, state: str) -> str:
-        score = self.build.emit("linear", self.build.norm(state), parameter=f"{self.loop.scope}.exit", out=1)
-        return self.build.emit("act", score, fn="sigmoid")
+        build = self.build
+        return build.emit("act", build.emit("linear", build.norm(state), parameter=f"{self.loop.scope}.exit", out=1), fn="sigmoid")
 
 
 def looped(loop: Loop, program: Program, ctx: Context) -> Program:
@@ -130,8 +131,7 @@ def looped(loop: Loop, program: Program, ctx: Context) -> Program:
     check_range("loop", loop.start, end, len(visits))
     check_scope("loop", loop.scope, program)
     prelude, core, coda = visits[: loop.start], visits[loop.start : end], visits[end:]
-    build = Builder(program)
-    x = visits[0].args[0]
+    build, x = Builder(program), visits[0].args[0]
     for v in prelude:
         x = build.visit(v, x)
     exits = exits_of(loop, build, ctx, coda)

@@ -61,6 +61,11 @@ def straight(program: Program, who: str) -> tuple[Op, ...]:
             slot = here["past"] if here["keys"] is None else here["keys"]
             raise PassError(f"{who}: expected visits with their own keys, got %{here.name}, which reads slot "
                             f"{slot}. Put {who} before the pass that shares keys.")
+        if len(here.args) > 1 or here["part"] != "whole":
+            what = ("keys from a memory" if here["memory"] else "queries of routed tokens only" if len(here.args) > 1 else
+                    "its attention alone")
+            raise PassError(f"{who}: expected visits of one stream, got %{here.name} = block {here['index']} with {what}. "
+                            f"Put {who} before the pass that adds it.")
         others = [o for o in program.users(here.name) if o is not after] if after else []
         if after is not None and (after.args != (here.name,) or others):
             other = others[0] if others else program.defs[after.args[0]]
