@@ -116,8 +116,8 @@ class Iterations:
         return found
 
     def gate(self, state: str) -> str:
-        build = self.build
-        return build.emit("act", build.emit("linear", build.norm(state), parameter=f"{self.loop.scope}.exit", out=1), fn="sigmoid")
+        score = self.build.emit("linear", self.build.norm(state), parameter=f"{self.loop.scope}.exit", out=1)
+        return self.build.emit("act", score, fn="sigmoid")
 
 
 def looped(loop: Loop, program: Program, ctx: Context) -> Program:
