@@ -64,16 +64,16 @@ class Use:
     def __init__(self, buffer: Buffer, start: int, count: int, write: bool, options: dict[str, Any]):
         self.buffer, self.start, self.count, self.write, self.options = buffer, start, count, write, options
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Attention of the span's queries, ``[B, H, C, D]`` -> ``[B, C, H, Dv]``.
 
-        Writes the span's own keys and values first when this is their slot.
+        Writes the span's own keys and values first when this is their slot; else they may be None.
         """
         device = q.device.type
         if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
             # As autocast does to the operands of SDPA; rotary tables have made float32 of some of them.
             dtype = torch.get_autocast_dtype(device)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            q, k, v = q.to(dtype), *(None if t is None else t.to(dtype) for t in (k, v))
         if not torch.is_grad_enabled():
             if self.write:
                 self.buffer.write(k, v, self.start)
@@ -104,7 +104,7 @@ class _InPlaceAttention(torch.autograd.Function):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
         out, lse = use.attend(q, sinks)
-        ctx.use, ctx.strides = use, (k.stride(), v.stride())
+        ctx.use, ctx.strides = use, (k.stride(), v.stride()) if use.write else ()
         ctx.save_for_backward(q, sinks, out, lse)
         return out, token.new_empty(0)
 

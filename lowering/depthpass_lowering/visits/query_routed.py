@@ -13,9 +13,9 @@ from depthpass.ir.program import Op
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
+from depthpass_lowering.visits.cut import graphs_of
 from depthpass_lowering.visits.routes import Route
 from depthpass_lowering.visits.running import RunningVisit
-from depthpass_lowering.visits.split import split_graph
 
 
 class QueryRoutedVisit(RunningVisit):
@@ -41,31 +41,22 @@ class QueryRoutedVisit(RunningVisit):
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
         """``[batch, tokens, width]`` of every token -> ``[batch, k, width]`` of the asking ones."""
         runner = runner or (lambda graph: graph)
-        split = split_graph(self.graph(template), self.index)
+        keys, rest = graphs_of(self.op, self.graph(template))
+        assert keys is not None, "a visit that routes its queries has keys of its own"
         if not self.keep:
             hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(sides, self.axes)]
         else:
             hidden_keys, sides_keys = hidden, sides
         self.asking = False
-        found = runner(split.keys)(self, hidden_keys, *sides_keys, *params)
-        read = found[2 * len(self.sites) :]
+        found = runner(keys)(self, hidden_keys, *sides_keys, *params)
         self.given = {i: (found[2 * i].contiguous(), found[2 * i + 1].contiguous()) for i in range(len(self.sites))}
         asks = self.route.gather(hidden)
         if self.route.count == 0:
             return asks
         tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(sides, self.axes)]
-        route = self.route if self.keep or self.rows is None else self._active()
-        read = [route.table(t, axis) for t, axis in zip(read, split.axes)]
         self.asking = True
-        y = runner(split.queries)(
-            self, self._pick(asks), *(self._side(t, axis) for t, axis in zip(tables, self.axes)), *params,
-            *(self._pick(t) if self.keep else t for t in read)
-        )
+        y = runner(rest)(self, self._pick(asks), *(self._side(t, axis) for t, axis in zip(tables, self.axes)), *params)
         return y if self.rows is None else asks.to(y.dtype).index_copy(0, self.rows, y)
-
-    def _active(self) -> Route:
-        """The route on the rows that ask alone."""
-        return Route(self._pick(self.route.chosen), self._pick(self.route.index), self._pick(self.route.real), None)
 
     def _side(self, side: Tensor, axis: int | None) -> Tensor:
         """A table at the rows that ask; one without a batch has a single row for all."""

@@ -14,7 +14,7 @@ from depthpass.ir.program import Op
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Grown, Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
-from depthpass_lowering.visits.split import split_graph
+from depthpass_lowering.visits.cut import graphs_of
 
 
 class RunningVisit:
@@ -62,11 +62,13 @@ class RunningVisit:
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
         """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
-        graph, runner = self.graph(template), runner or (lambda graph: graph)
-        if self.memory is not None:
-            found = runner(split_graph(graph, self.index).keys)(self, self.memory.to(hidden.device), *sides, *params)
+        runner = runner or (lambda graph: graph)
+        keys, rest = graphs_of(self.op, self.graph(template))
+        if keys is not None:
+            source = hidden if self.memory is None else self.memory.to(hidden.device)
+            found = runner(keys)(self, source, *sides, *params)
             self.given = {i: (found[2 * i], found[2 * i + 1]) for i in range(len(self.sites))}
-        return runner(graph)(self, hidden, *sides, *params)
+        return runner(rest)(self, hidden, *sides, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if self.given is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from depthpass.capture.model import Template
 from depthpass.schedule.stacking import Stack
+from depthpass_lowering.visits.cut import graphs_of
 from depthpass_lowering.visits.running import RunningVisit
 
 
@@ -28,11 +29,14 @@ class StackedVisit:
         self.index = stack.index
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
-        return (self.graph(template) if runner is None else runner(self.graph(template)))(self, hidden, *sides, *params)
+        # Rows that have no keys of their own run along with those that have.
+        leader = next((visit for visit in self.members if visit.writes), self.members[0])
+        _, graph = graphs_of(leader.op, self.graph(template))
+        return (graph if runner is None else runner(graph))(self, hidden, *sides, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         members = self.members
-        qs, ks, vs = (t.chunk(len(members)) for t in (q, k, v))
+        qs, ks, vs = (() if t is None else t.chunk(len(members)) for t in (q, k, v))
         own = [visit.extend(number, ks[i], vs[i]) if visit.writes else None for i, visit in enumerate(members)]
         out: list[Tensor] = [q] * len(members)
         for slot, who in self.stack.readers:
