@@ -83,8 +83,8 @@ if TYPE_CHECKING:
     from depthpass.ir.program import Op
 
 __all__ = [
-    "ACTIVATIONS", "DISTANCES", "LOSS_RULES", "OPS", "PARTS", "ROUTE_RULES", "SCATTER_MODES", "Attr", "AttrDef", "OpDef", "definition",
-    "register", "unfit",
+    "ACTIVATIONS", "DISTANCES", "LOSS_RULES", "OPS", "PARTS", "ROUTE_RULES", "SCATTER_MODES", "Attr", "AttrDef", "OpDef",
+    "definition", "register", "unfit",
 ]
 
 OPS: dict[str, OpDef] = {d.kind: d for d in (*STRUCTURAL_OPS, *LOCAL_OPS)}

@@ -8,6 +8,6 @@ from depthpass.lowered.text import format_lowered, parse_lowered
 from depthpass.lowered.verify import verify_lowered
 
 __all__ = [
-    "CALLS", "BlockFacts", "Line", "Lowered", "LoweredCall", "LoweredOp", "LoweredProgram", "LoweredRegion", "Recorder", "call_kind",
-    "format_lowered", "lower", "parse_lowered", "verify_lowered",
+    "CALLS", "BlockFacts", "Line", "Lowered", "LoweredCall", "LoweredOp", "LoweredProgram", "LoweredRegion", "Recorder",
+    "call_kind", "format_lowered", "lower", "parse_lowered", "verify_lowered",
 ]

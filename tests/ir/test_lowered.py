@@ -96,7 +96,7 @@ region 2 parallel level eager
         ("  %4:k = keys 1 (%3)  writes slot 1\n", "", "reads slot 1 before it is written"),
         ("keys 1 (%3)", "keys 1 (%5)", "reads %5 before it is there"),
         ("  %3 = finish 0 (%2, %3:a)\n  %4:k = keys 1 (%3)  writes slot 1\n",
-         "  %4:k = keys 1 (%2)  writes slot 1\n  %3 = finish 0 (%2, %3:a)\n", "expected keys, attend and finish next to each other"),
+         "  %4:k = keys 1 (%2)  writes slot 1\n  %3 = finish 0 (%2, %3:a)\n", "expected keys, attend and finish next"),
         ("finish 1 (%3, %4:a)", "finish 1 (%2, %4:a)", "expected finish of %3 and %4:a"),
         ("finish 1 (%3", "finish 0 (%3", "expected parts of one block"),
         ("attend 1 (%3)  reads slot 1", "attend 1 (%3)  reads slot 0, slot 1", "expected 1 slots to attend to, got 2"),

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,7 +28,7 @@ from depthpass.lowered.program import LoweredRegion
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
-from depthpass_lowering.visits.cut import graphs_of
+from depthpass_lowering.visits.cut import cut_for
 
 # Calls in the graph, answered by the running loop.
 
@@ -183,13 +183,13 @@ class _Builder:
             names = self.templates[o.name].params
             return [(Parameter(o["index"], i), f"{o['index']}_{name}") for i, name in enumerate(names)]
         if self._plain(o):
-            name = OPS[o.kind].scope(o)
+            name = cast(str, OPS[o.kind].scope(o))
             held = [leaf for leaf, p in self.host.module(name)._parameters.items() if p is not None]
             return [(Parameter(name, leaf), f"{name}_{leaf}") for leaf in held]
         return []
 
     def _op(self, o: Op) -> fx.Node:
-        graph, args = self.graph, [self.env.get(a) for a in o.args]
+        graph, args = self.graph, cast("list[Any]", [self.env.get(a) for a in o.args])
         if o.kind == "delay":
             return graph.call_function(delayed, (self.loop, o.name, args[0]))
         if o.kind == "block":
@@ -203,8 +203,8 @@ class _Builder:
         definition = OPS[o.kind]
         if definition.scope(o) is not None and not self._plain(o):
             return graph.call_function(call, (self.loop, o.name, *args))
-        weights = {p.at: self.params[p] for p, _ in self._parameters_of(o)}
-        return graph.call_function(definition.meaning, tuple(args), {**definition.given(o), **weights})
+        weights = {str(p.at): self.params[p] for p, _ in self._parameters_of(o)}
+        return graph.call_function(definition.computed, tuple(args), {**definition.given(o), **weights})
 
     def _linear(self, o: Op) -> tuple[fx.Node, fx.Node | None]:
         return self.params[Parameter(o["name"], "weight")], self.params.get(Parameter(o["name"], "bias"))
@@ -228,7 +228,7 @@ class _Builder:
             mask = self.masks[absent] if absent > base else None
             cs = [self.env[b.args[0]] for b in ops]
             total = graph.call_function(land, (weights, biases, mask, total, *cs))
-        return total
+        return cast(fx.Node, total)
 
     def _block(self, o: Op, hidden: fx.Node, memory: fx.Node | None = None) -> fx.Node:
         template, visit = self.templates[o.name], self.visits[o.name]
@@ -241,9 +241,9 @@ class _Builder:
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
             memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
         rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
-        keys, graph = graphs_of(o, template.graph)
-        made = () if keys is None else self._inline(keys, (visit, hidden if memory is None else memory, *rest))
-        y = self._inline(graph, (visit, hidden, *rest), made)
+        cut = cut_for(o, template.graph)
+        made = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
+        y = self._inline(cut.rest, (visit, hidden, *rest), made)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
 
     def _inline(self, gm: fx.GraphModule, inputs: Sequence[Any], keys: Sequence[fx.Node] = ()) -> Any:

@@ -75,7 +75,7 @@ class Use:
             dtype = torch.get_autocast_dtype(device)
             q, k, v = q.to(dtype), *(None if t is None else t.to(dtype) for t in (k, v))
         if not torch.is_grad_enabled():
-            if self.write:
+            if self.write and k is not None and v is not None:
                 self.buffer.write(k, v, self.start)
             return self.attend(q, sinks)[0].transpose(1, 2)
         token = self.buffer.token if self.buffer.token is not None else q.new_empty(0)
@@ -86,9 +86,9 @@ class Use:
         """The attention and the log of its denominator."""
         return slot_attention_forward(q, *self.columns(*self.buffer.held()), sinks=sinks, **self.options)
 
-    def columns(self, *sides: Tensor) -> tuple[Tensor, ...]:
+    def columns(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers up to the last query's column."""
-        return tuple(t[:, :, : self.start + self.count] for t in sides)
+        return keys[:, :, : self.start + self.count], values[:, :, : self.start + self.count]
 
 
 class _InPlaceAttention(torch.autograd.Function):
@@ -113,8 +113,9 @@ class _InPlaceAttention(torch.autograd.Function):
         q, sinks, out, lse = ctx.saved_tensors
         use: Use = ctx.use
         buffer = use.buffer
+        keys, values = use.columns(*buffer.held())
         dq, _, _, dsinks = slot_attention_backward(
-            grad, q, *use.columns(*buffer.held()), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
+            grad, q, keys, values, out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
             **use.options,
         )
         own_k = own_v = None

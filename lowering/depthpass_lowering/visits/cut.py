@@ -1,62 +1,68 @@
 """A block's graph cut in two, once per template: ``keys``, and ``attend`` with ``finish``.
 
-Each part works out what it needs from its own stream, so that keys may come from another stream than queries, or queries from
-some of the tokens. Attention and what follows it are one graph: nothing else reads what is between them.
+Keys may then come from another stream than queries, or queries from some of the tokens. Attention and what follows it are one
+graph: nothing else reads what is between them.
 """
 
 from __future__ import annotations
 
+import operator
 import weakref
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from depthpass.capture import calls
 from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
+from depthpass.ir.structural_ops import asks
 from depthpass.lowered.ops import BlockFacts, of_one_stream
 from depthpass_lowering.host import Host
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """A block's graph in two.
+    """What a visit runs of its block's graph.
 
     Attributes:
-        keys: ``(visit, hidden, *sides, *params)`` -> keys and values of each attention call.
-        rest: ``(visit, hidden, *sides, *params)`` -> the block's result. Its attention calls pass None for keys and values:
-            the visit knows them.
+        keys: ``(visit, hidden, *sides, *params)`` -> keys and values of each attention call, then what the rest reads besides;
+            None = the rest computes them as well, or there are none.
+        rest: ``(visit, hidden, *sides, *params, *read)`` -> the block's result. Behind ``keys`` its attention calls pass None for
+            keys and values: the visit knows them.
+        axes: token axis of each value that the rest reads of the first.
     """
 
-    keys: fx.GraphModule
+    keys: fx.GraphModule | None
     rest: fx.GraphModule
+    axes: tuple[int, ...] = ()
 
 
-_CUT: weakref.WeakKeyDictionary[fx.GraphModule, Cut] = weakref.WeakKeyDictionary()
+_CUT: weakref.WeakKeyDictionary[fx.GraphModule, dict[bool, Cut]] = weakref.WeakKeyDictionary()
 _FACTS: weakref.WeakKeyDictionary[Template, tuple[dict[str, tuple[int, ...]], str | None]] = weakref.WeakKeyDictionary()
 
 
-def graphs_of(visit: Op, graph: fx.GraphModule) -> tuple[fx.GraphModule | None, fx.GraphModule]:
-    """What a visit runs of its block's graph: the graph of its keys, and that of its queries and the rest.
-
-    The first is None where the second computes the keys as well (the graph runs whole), or where the visit has none.
+def cut_for(visit: Op, graph: fx.GraphModule) -> Cut:
+    """What a visit runs of its block's graph.
 
     Raises:
         LoweringError: the visit needs the parts of a block that runs as a whole only.
     """
     if of_one_stream(visit):
-        return None, graph
+        return Cut(None, graph)
     writes = writes_slot(visit) is not None
     if (reason := uncut(graph)) is not None:
         if not writes:
-            return None, graph  # its keys are computed for nobody
+            return Cut(None, graph)  # its keys are computed for nobody
         raise LoweringError(f"block {visit['index']}: {reason}, so they cannot be computed without the queries of every token. "
                             "Use keys='routed', or leave this block out.")
-    if graph not in _CUT:
-        _CUT[graph] = _cut(graph)
-    return _CUT[graph].keys if writes else None, _CUT[graph].rest
+    # Some tokens' queries read what the keys of all tokens were made from; those of another stream have their own.
+    made, shared = _CUT.setdefault(graph, {}), asks(visit)
+    if shared not in made:
+        made[shared] = _cut(graph, shared)
+    return made[shared] if writes else Cut(None, made[shared].rest)
 
 
 def uncut(graph: fx.GraphModule) -> str | None:
@@ -88,25 +94,30 @@ def _sides(template: Template) -> dict[str, tuple[int, ...]]:
     return {part: tuple(i for i, t in enumerate(tables) if t in needed) for part, needed in parts.items()}
 
 
-def _cut(root: fx.GraphModule) -> Cut:
+def _cut(root: fx.GraphModule, shared: bool) -> Cut:
     nodes = list(root.graph.nodes)
     attends = sorted((n for n in nodes if n.target is calls.attend), key=lambda n: n.args[1])
     made = [a for n in attends for a in n.args[3:5]]
     keys, rest = fx.Graph(), fx.Graph()
     first = _needed(made)
+    read = _border(nodes, first) if shared else []
     env: dict[fx.Node, Any] = {}
     for n in nodes:
-        if n.op == "placeholder" or n in first:
+        if n.op == "placeholder" or n in first or n in read:
             env[n] = keys.node_copy(n, env.__getitem__)
-    keys.output(tuple(env[a] for a in made))
-    second = _needed(list(nodes[-1].all_input_nodes), drop={n: n.args[3:5] for n in attends})
-    env = {}
+    keys.output(tuple(env[a] for a in (*made, *read)))
+    second = _needed(list(nodes[-1].all_input_nodes), set(read), {n: n.args[3:5] for n in attends})
+    env = {n: rest.node_copy(n) for n in nodes if n.op == "placeholder"}
+    for n in read:
+        env[n] = rest.placeholder(f"read_{n.name}")
+        env[n].meta = dict(n.meta)
     for n in nodes:
-        if n.op == "placeholder" or n in second:
-            # Keys and values have no node here, or nobody's: None stands for them.
+        if n in second and n not in env:
+            # Keys and values have no node here, or one that others read: None stands for them.
             env[n] = rest.node_copy(n, lambda a, n=n: None if n in attends and a in n.args[3:5] else env[a])
-    rest.output(fx.node.map_arg(nodes[-1].args[0], env.__getitem__))
-    return Cut(fx.GraphModule(root, keys), fx.GraphModule(root, rest))
+    rest.output(map_arg(nodes[-1].args[0], env.__getitem__))
+    axes = tuple(axis for n in read if (axis := _axis(nodes, n)) is not None)
+    return Cut(fx.GraphModule(root, keys), fx.GraphModule(root, rest), axes)
 
 
 def _needed(ends: list[Any], stop: set[fx.Node] | None = None, drop: dict[fx.Node, Any] | None = None) -> set[fx.Node]:
@@ -121,3 +132,37 @@ def _needed(ends: list[Any], stop: set[fx.Node] | None = None, drop: dict[fx.Nod
                 left_out = (drop or {}).get(n, ())
                 todo += [a for a in n.all_input_nodes if a not in left_out]
     return found
+
+
+def _border(nodes: list[fx.Node], first: set[fx.Node]) -> list[fx.Node]:
+    """What the second part reads of the first (its norm, a fused projection), as far as it comes from the stream."""
+    hidden = next(n for n in nodes if n.op == "placeholder" and n.name == "hidden")
+    from_hidden = {hidden}
+    for n in nodes:
+        if any(a in from_hidden for a in n.all_input_nodes) and isinstance(n.meta.get("val"), Tensor | tuple | list):
+            from_hidden.add(n)
+    inside = set(first)
+    # Parts of a tuple belong where the tuple is made.
+    inside |= {n for n in nodes if n.target is operator.getitem and n.args[0] in inside}
+    found = []
+    for n in nodes:
+        if n in inside and n in from_hidden and n.op != "placeholder" and isinstance(n.meta["val"], Tensor):
+            read = any(u not in inside and (u.target is not calls.attend or u.args[2] is n) for u in n.users)
+            if read and _axis(nodes, n) is not None:
+                found.append(n)
+    return found
+
+
+def _axis(nodes: list[fx.Node], n: fx.Node) -> int | None:
+    """The one dimension of a value that is the token axis; None when that is not certain."""
+    hidden = next(h for h in nodes if h.op == "placeholder" and h.name == "hidden").meta["val"]
+    batch, tokens = hidden.shape[:2]
+    shape = n.meta["val"].shape
+    found = [d for d, s in enumerate(shape) if d and _same(s, tokens)]
+    return found[0] if len(found) == 1 and _same(shape[0], batch) else None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two sizes are the same symbol, without asking for a guard."""
+    left, right = (getattr(getattr(x, "node", None), "expr", x) for x in (a, b))
+    return type(left) is type(right) and left == right
