@@ -11,24 +11,25 @@ and ``finish`` says which of its tokens ask.
 
 from __future__ import annotations
 
-from depthpass.ir.definitions import AttrDef, OpDef
+from depthpass.ir.definitions import OpDef
+from depthpass.ir.structural_ops import STRUCTURAL_OPS
 
-OPERANDS: dict[str, AttrDef] = dict(
-    lora=AttrDef(str), modulate=AttrDef(str), clock=AttrDef(str, needs="modulate"), step=AttrDef(int, 0, needs="clock"),
-    base=AttrDef(float, 1.0, needs="modulate"),
-)
-"""What changes a visit's weights or branches, in all of its parts."""
+_BLOCK = next(d for d in STRUCTURAL_OPS if d.kind == "block").attrs
 
-_BLOCK = AttrDef(int, required=True, block=True)
+GATE = ("gate", "window", "gate_input")
+"""What mixes the two slots that ``attend`` reads."""
 
-KEYS = OpDef("keys", "index", (1, 1), dict(index=_BLOCK, **OPERANDS))
-ATTEND = OpDef(
-    "attend", "index", (1, 2),
-    dict(index=_BLOCK, gate=AttrDef(str), window=AttrDef(int, needs="gate"), gate_input=AttrDef(str, "query", needs="gate"),
-         **OPERANDS),
-    token_local=False,
-)
-FINISH = OpDef("finish", "index", (2, 3), dict(index=_BLOCK, **OPERANDS))
+_ELSEWHERE = ("index", "slot", "keys", "past", "memory", "gate_init", "lora_rank", "untied", *GATE)
+OPERANDS = tuple(key for key in _BLOCK if key not in _ELSEWHERE)
+"""What changes a visit's weights or branches, on all of its parts: everything of a block but its slots, its gate and what only
+says how new parameters begin."""
 
-PARTS: dict[str, OpDef] = {d.kind: d for d in (KEYS, ATTEND, FINISH)}
+
+def _part(kind: str, args: tuple[int, int], gate: tuple[str, ...] = ()) -> OpDef:
+    return OpDef(kind, "index", args, {key: _BLOCK[key] for key in ("index", *gate, *OPERANDS)}, token_local=kind != "attend")
+
+
+PARTS: dict[str, OpDef] = {
+    "keys": _part("keys", (1, 1)), "attend": _part("attend", (1, 2), GATE), "finish": _part("finish", (2, 3)),
+}
 """The parts by kind, in the order in which they run. They stand in lowered programs alone."""

@@ -1,7 +1,7 @@
 """Lowered ops: ops of a program with every access to state written out, and visits as three of them.
 
-Passes write ``block``; :func:`expanded` gives its ``keys``, ``attend`` and ``finish``, and :func:`calls` the calls that executors
-make. The two are the only places that know both forms.
+Passes write ``block``; :func:`expanded` gives its ``keys``, ``attend`` and ``finish``, and :func:`items_of` what executors
+run. The two are the only places that know both forms.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from depthpass.ir.ops import OPS, PARTS
 from depthpass.ir.program import Op, op, reads_slots, writes_slot
 from depthpass.ir.structural_ops import asks, keys_from
-from depthpass.ir.visit_parts import OPERANDS
+from depthpass.ir.visit_parts import GATE, OPERANDS
 from depthpass.schedule.stacking import Stack
 
 KEYS_OF, ATTENTION_OF = ":k", ":a"
@@ -87,8 +87,8 @@ def expanded(o: Op, facts: BlockFacts = UNKNOWN, row: int | None = None) -> tupl
     operands = {key: o[key] for key in OPERANDS} | {"index": o["index"]}
     route = o.args[1:] if asks(o) else ()
     attended = f"{o.name}{ATTENTION_OF}"
-    attend = op("attend", o.args[0], *route, name=attended, note=o.note, **operands, gate=o["gate"],
-                **{key: o[key] for key in ("window", "gate_input") if o["gate"] is not None})
+    attend = op("attend", o.args[0], *route, name=attended, note=o.note, **operands,
+                **{key: o[key] for key in GATE if o["gate"] is not None})
     finish = op("finish", o.args[0], attended, *route, name=o.name, note=o.note, **operands)
     rest = (
         LoweredOp(attend, reads_slots(o), sides=facts.sides.get("attend", ()), row=row),
@@ -100,7 +100,7 @@ def expanded(o: Op, facts: BlockFacts = UNKNOWN, row: int | None = None) -> tupl
     return LoweredOp(keys, (), writes_slot(o), o["past"], None, facts.sides.get("keys", ()), row), *rest
 
 
-def calls(ops: Sequence[LoweredOp]) -> tuple[Op | Stack, ...]:
+def items_of(ops: Sequence[LoweredOp]) -> tuple[Op | Stack, ...]:
     """What executors run one after another: the peephole of lowered programs.
 
     The parts of a visit stand next to each other, and those of the visits that are rows of one call. They are one call of the
@@ -140,7 +140,7 @@ def joined(parts: Sequence[LoweredOp]) -> Op:
     memory = keys is not None and keys.op.args[0] != stream
     source = keys.op.args if keys is not None and memory else ()
     shared = {"keys": far} if keys is None or own != far else {}
-    gate = {key: attend.op[key] for key in ("gate", "window", "gate_input") if attend.op["gate"] is not None}
+    gate = {key: attend.op[key] for key in GATE if attend.op["gate"] is not None}
     return op(
         "block", stream, *route, *source, name=finish.name, note=finish.op.note, slot=own, **shared, **gate,
         past=None if keys is None else keys.past, memory=memory, **{key: finish.op[key] for key in ("index", *OPERANDS)},

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Literal
 
 from depthpass.ir.program import Op
-from depthpass.lowered.ops import LoweredOp, calls
+from depthpass.lowered.ops import LoweredOp, items_of
 from depthpass.prompt import at_prompt
 from depthpass.schedule.regions import Region
 from depthpass.schedule.stacking import Stack
@@ -83,14 +83,14 @@ class LoweredRegion:
         return self.kind == "chunks"
 
     @cached_property
-    def calls(self) -> tuple[Op | Stack, ...]:
+    def items(self) -> tuple[Op | Stack, ...]:
         """What executors run one after another."""
-        return calls(self.ops)
+        return items_of(self.ops)
 
     @cached_property
     def program_ops(self) -> tuple[Op, ...]:
         """The ops as a program has them, in order; a visit is one ``block``."""
-        return tuple(o for item in self.calls for o in (item.visits if isinstance(item, Stack) else (item,)))
+        return tuple(o for item in self.items for o in (item.visits if isinstance(item, Stack) else (item,)))
 
     @cached_property
     def visits(self) -> tuple[Op, ...]:

@@ -155,7 +155,7 @@ class Run(Ops):
         # A stack's result often is the next one's input as it stands.
         names: tuple[str, ...] = ()
         rows, tables = self.hidden, {}
-        for item in region.calls:
+        for item in region.items:
             if not isinstance(item, Stack):
                 self.one(item, self.env, span, masks, self.context.sides, self.context.keep)
                 continue
