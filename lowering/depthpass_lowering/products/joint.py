@@ -242,19 +242,23 @@ def trace(
     tangents = [torch.empty_like(results[i]) for i in differentiable]
     graph = make_fx(joint, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
     if any(writes(n) for n in graph.graph.nodes):
-        # Some formulas of gradients fill in place, which cannot be cut in two.
-        mutating = graph
-
-        def whole(primals, tangents):  # the partitioner goes by these names
-            return functionalize(mutating, remove="mutations_and_views")(primals, tangents)
-
-        graph = make_fx(whole, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
+        graph = _functional(graph, examples, tangents)
     _flatten(graph)
     forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(results) + len(made))
     return Joint(
         _inductor(forward), _inductor(backward), len(results), differentiable, wants, tuple(probe.products),
         tuple(t.stride() for t in tangents),
     )
+
+
+def _functional(mutating: fx.GraphModule, examples: Sequence[Tensor], tangents: Sequence[Tensor]) -> fx.GraphModule:
+    """The same graph without writes: some formulas of gradients fill in place, which cannot be cut in two."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def whole(primals, tangents):  # the partitioner goes by these names
+        return functionalize(mutating, remove="mutations_and_views")(primals, tangents)
+
+    return make_fx(whole, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
 
 
 def _forward_only(
