@@ -66,6 +66,8 @@ denoise      the program runs ``steps`` times (for every block, with ``ahead``):
              vocabulary in bits each, reach the next step, and ``carry`` values per token of a continuous state beside them
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
+
+Below the pass level a ``block`` is three ops, ``keys``, ``attend`` and ``finish``: see :mod:`.visit_parts`.
 """
 
 from __future__ import annotations
