@@ -19,25 +19,21 @@ from examples.harness.training import measure
 
 
 def arms(c: Settings) -> list[Arm]:
-    found = []
-    last = c.model.blocks - 1
-    for g in c.arms.groups:
+    found, wanted, last = [], c.arms, c.model.blocks - 1
+    for g in wanted.groups:
         model, facts = {"window": max(g, c.least_window)}, {"g": g}
-
-        def turbo(alpha: float, g: int = g) -> list:
-            return [dp.TurboConn(bridges=[(last, 0)], group=g, rank=c.rank, alpha=alpha)]
-
         name = f"TurboConn g={g}"
-        found.append(Arm(name, turbo(100.0), model, facts=facts))
-        if g in c.arms.weak:
-            found.append(Arm(f"{name}, alpha 1", turbo(1.0), model, facts=facts))
-        if "stock" in c.arms.controls:
+        bridge = {"bridges": [(last, 0)], "group": g, "rank": c.rank}
+        found.append(Arm(name, [dp.TurboConn(**bridge)], model, facts=facts))
+        if g in wanted.weak:
+            found.append(Arm(f"{name}, alpha 1", [dp.TurboConn(**bridge, alpha=1.0)], model, facts=facts))
+        if g in wanted.stock:
             found.append(Arm(f"stock, window {model['window']}", None, model, facts=facts, control=True))
-        if "parameters" in c.arms.controls:
-            found.append(Arm(f"stock of equal parameters, window {model['window']}", None, model, twin=name, by="params",
+        if g in wanted.parameters:
+            found.append(Arm(f"stock, window {model['window']}, parameters of g={g}", None, model, twin=name, by="params",
                              facts=facts, control=True))
-    if "no window" in c.arms.controls:
-        found.append(Arm("stock, no window", None, {}, facts={"g": c.arms.groups[0]}, control=True))
+    if wanted.no_window:
+        found.append(Arm("stock, no window", facts={"g": wanted.groups[0]}, control=True))
     return found
 
 
@@ -48,7 +44,7 @@ def measured(model, c: Settings, arm: Arm) -> dict:
     valid = measure(model, Parity(), c.train.length, c.test_rows, device=device, seed=8)
     made = {"at": found, "score": valid["accuracy"]}
     if arm.spec is not None and c.hops:
-        ids, _ = Parity().draw(16, c.train.length, torch.Generator().manual_seed(5))
+        ids, _ = Parity().draw(16, c.hops, torch.Generator().manual_seed(5))
         region = dp.contraction(model, {"input_ids": ids.to(device)}, eps=1e-2).regions[0]
         made["hops"] = {"available": region.available, "used": region.used(1e-2), "rate": region.rate(1e-2)}
     return made
