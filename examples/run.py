@@ -83,7 +83,8 @@ def publish(name: str, out: Path) -> None:
     (docs / "results").mkdir(exist_ok=True)
     stem = folder(out, name, None)
     held = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-    (docs / "results" / f"{name}.json").write_text(json.dumps(pages.thinned(held), separators=(",", ":")) + "\n", encoding="utf-8")
+    text = json.dumps(pages.thinned(held), separators=(",", ":"))
+    (docs / "results" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     shutil.copy(stem.with_suffix(".png"), docs / "images" / f"results_{name}.png")
     pages.put(docs / "results.md", name, stem.with_suffix(".md").read_text(encoding="utf-8"))
 
@@ -106,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     wanted = args.more if args.name == "publish" else [args.name]
     if unknown := [n for n in wanted if n not in names()] or (not wanted and ["nothing"]):
-        parser.error(f"expected {'' if args.name == 'publish' else 'list, publish or '}one of {', '.join(names())}; got {unknown[0]}")
+        more = "" if args.name == "publish" else "list, publish or "
+        parser.error(f"expected {more}one of {', '.join(names())}; got {unknown[0]}")
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
     for name in wanted:

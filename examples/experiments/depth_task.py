@@ -36,8 +36,9 @@ def arms(c: Settings) -> list[Arm]:
 def measured(model, c: Settings, arm: Arm) -> dict:
     device = c.get("device", "cpu")
     depth = dp.report(model, seq_len=c.train.length, cost=False)
+    found = {n: measure(model, problem(c), n, c.test_rows, device=device) for n in c.lengths}
     return {
-        "at": {str(n): measure(model, problem(c), n, c.test_rows, device=device) | {"depth": depth.depth_at(n)} for n in c.lengths},
+        "at": {str(n): m | {"depth": depth.depth_at(n)} for n, m in found.items()},
         "score": measure(model, problem(c), c.train.length, c.test_rows, device=device, seed=8)["accuracy"],
     }
 
@@ -60,6 +61,6 @@ def draw(figure, summary) -> None:
 
 
 EXPERIMENT = Experiment(
-    "state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback", arms, lambda c, arm: problem(c), measured,
-    draw, columns, before=lambda c, arm: problem(c, c.before),
+    "state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback", arms, lambda c, arm: problem(c),
+    measured, draw, columns, before=lambda c, arm: problem(c, c.before),
 )

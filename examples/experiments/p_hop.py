@@ -1,7 +1,7 @@
-"""Loops on p-hop induction (arXiv 2502.17416): k blocks run T times against k and k T blocks, at equal parameters and equal FLOPs.
+"""Loops on p-hop induction (arXiv 2502.17416): k blocks run T times against k and k T blocks, at equal cost.
 
-p hops need p lookups one after another, so depth decides and not the number of parameters: k blocks looped T times should come near
-k T blocks of T times the parameters, and leave k blocks behind, trained for as many steps or for as many FLOPs.
+p hops need p lookups one after another, so depth decides and not the number of parameters: k blocks looped T times should come
+near k T blocks of T times the parameters, and leave k blocks behind, trained for as many steps or for as many FLOPs.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def draw(figure, summary) -> None:
         left.plot([], [], color=plots.COLOURS[i], linestyle="--" if arm.control else "-", label=arm.name)
     left.set(xlabel="training step", ylabel="accuracy of the batch", title=f"{c.hops}-hop induction")
     left.legend(fontsize=7, frameon=False)
-    plots.band(right, summary, {a.name: {t: f"times.{t}.accuracy" for t in c.test_times} for a in summary.arms if a.spec is not None})
+    looped = [a.name for a in summary.arms if a.spec is not None]
+    plots.band(right, summary, {name: {t: f"times.{t}.accuracy" for t in c.test_times} for name in looped})
     right.axvline(c.arms.times, color="gray", linestyle=":", linewidth=1)
     right.set(xlabel="iterations at test time (dotted: trained)", ylabel="accuracy", title="more and fewer loops than trained")
 

@@ -64,8 +64,8 @@ def draw(figure, summary) -> None:
     plots.band(left, summary, {a.name: {n: f"at.{n}.accuracy" for n in c.lengths} for a in summary.arms})
     left.axvline(c.train.length, color="gray", linestyle=":", linewidth=1)
     left.axhline(0.5, color="gray", linewidth=0.6)
-    left.set(xlabel="tokens (dotted: longest in training)", ylabel="accuracy over all tokens", title="running parity", xscale="log",
-             ylim=(0.45, 1.02))
+    left.set(xlabel="tokens (dotted: longest in training)", ylabel="accuracy over all tokens", title="running parity",
+             xscale="log", ylim=(0.45, 1.02))
     left.set_xticks(c.lengths, [str(n) for n in c.lengths], minor=False)
     plots.curves(right, summary, 4)
     right.set(xlabel="training step", ylabel="length of the rows", title="rows grow when two batches are right")
@@ -73,6 +73,6 @@ def draw(figure, summary) -> None:
 
 
 EXPERIMENT = Experiment(
-    "parity of all bits so far: TurboConn at several groups against stock", arms, lambda c, arm: Parity(), measured, draw, columns,
-    before=lambda c, arm: Parity(last=arm.facts["g"]),
+    "parity of all bits so far: TurboConn at several groups against stock", arms, lambda c, arm: Parity(), measured, draw,
+    columns, before=lambda c, arm: Parity(last=arm.facts["g"]),
 )

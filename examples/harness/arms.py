@@ -68,7 +68,7 @@ def stock(made: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 def config_of(arm: Arm, arms: Mapping[str, Arm], settings: Settings, vocabulary: int) -> PreTrainedConfig:
     """The stock config below an arm; of a twin the one that ``dp.twin`` makes."""
-    own = config(merge(dict(settings.model), dict(arm.model)), vocabulary)
+    own = config(merge(settings.model, arm.model), vocabulary)
     if arm.twin is None or arm.by not in ("params", "flops"):
         return own
     other = arms[arm.twin]

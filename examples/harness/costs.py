@@ -7,7 +7,8 @@ from typing import Any
 import depthpass as dp
 
 QUANTITIES = {
-    "FLOPs forward": "FLOPs forward", "weight bytes": "weight bytes forward", "KV bytes": "KV bytes", "line bytes": "delay line bytes",
+    "FLOPs forward": "FLOPs forward", "weight bytes": "weight bytes forward", "KV bytes": "KV bytes",
+    "line bytes": "delay line bytes",
 }
 """Column -> quantity of the report."""
 

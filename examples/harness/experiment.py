@@ -91,7 +91,7 @@ class Runner:
         runs: dict[str, list[dict[str, Any]]] = {}
         sweep: dict[str, dict[float, float]] = {}
         for arm in self.wanted():
-            rates = list(merge(dict(self.settings.train), dict(arm.train))["lr"])
+            rates = list(merge(self.settings.train, arm.train).lr)
             tried = {lr: self.one(arm, 0, lr) for lr in rates}
             best = max(rates, key=lambda lr: tried[lr]["measures"]["score"])
             sweep[arm.name] = {lr: r["measures"]["score"] for lr, r in tried.items()}
@@ -110,14 +110,15 @@ class Runner:
         return found
 
     def fingerprint(self, arm: Arm) -> str:
-        """Of all that decides a run; which other arms there are does not."""
-        other = self.arms[arm.twin].plain() if arm.twin else None
-        return fingerprint({k: v for k, v in self.settings.items() if k != "arms"}, arm.plain(), other)
+        """Of all that decides a run beside its rate: other arms and other learning rates leave it as it is."""
+        held = merge({k: v for k, v in self.settings.items() if k != "arms"}, {"train": {"lr": None}})
+        both = [a and merge(a.plain(), {"train": {"lr": None}}) for a in (arm, self.arms.get(arm.twin or ""))]
+        return fingerprint(held, *both)
 
     def make(self, arm: Arm, seed: int, lr: float) -> dict[str, Any]:
         c, experiment = self.settings, self.experiment
         device = c.get("device", "cpu")
-        problem, plan = experiment.problem(c, arm), _settings(merge(dict(c.train), dict(arm.train)))
+        problem, plan = experiment.problem(c, arm), merge(c.train, arm.train)
         base = self.base(arm, seed, problem.vocabulary, device)
         model = transformed(base, arm, seed).to(device)
         tick = self.progress(f"{arm.name} seed {seed} lr {lr:g}", plan.steps)
@@ -157,10 +158,6 @@ class Runner:
             raise RuntimeError(f"{arm.name}: expected finished runs of {other.name!r}, seed {seed}. Run that arm first.")
         best = max(runs, key=lambda r: r["measures"]["score"])
         return {"seconds": best["seconds"]} if arm.by == "seconds" else {"flops": best["flops"]}
-
-
-def _settings(plain: dict) -> Settings:
-    return Settings({k: _settings(v) if isinstance(v, dict) else v for k, v in plain.items()})
 
 
 def value(record: Mapping[str, Any], path: str) -> float:

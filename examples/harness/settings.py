@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ def settings(name: str, overlay: str | None = None, changes: tuple[str, ...] = (
     found = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     laid = {o: found.pop(o, {}) for o in OVERLAYS}
     if overlay is not None:
-        merge(found, laid[overlay])
+        found = merge(found, laid[overlay])
     for change in changes:
         path, mark, value = change.partition("=")
         if not mark:
@@ -54,14 +54,13 @@ def assign(into: dict, path: list[str], value: Any) -> None:
     into[last] = value
 
 
-def merge(into: dict, other: dict) -> dict:
-    """``other`` over ``into``, key by key."""
-    for key, value in other.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            merge(into[key], value)
-        else:
-            into[key] = copy.deepcopy(value)
-    return into
+def merge(under: Mapping, over: Mapping) -> Settings:
+    """``over`` laid over ``under`` key by key, as a new mapping."""
+    found = {k: v for k, v in under.items() if k not in over}
+    for key, value in over.items():
+        below = under.get(key)
+        found[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return _wrapped(found)
 
 
 def fingerprint(*parts: Any) -> str:
@@ -70,6 +69,6 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _wrapped(value: Any) -> Any:
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return Settings({k: _wrapped(v) for k, v in value.items()})
     return value

@@ -91,8 +91,9 @@ def page(summary: Summary, experiment: Experiment, command: str) -> str:
 
 def plain(summary: Summary, command: str) -> dict[str, Any]:
     """Everything, for a file."""
+    sweep = {arm: {f"{lr:g}": score for lr, score in tried.items()} for arm, tried in summary.sweep.items()}
     return {
         "experiment": summary.name, "title": summary.title, "command": command, "settings": summary.settings,
-        "arms": [a.plain() for a in summary.arms], "sweep": {k: {f"{lr:g}": s for lr, s in v.items()} for k, v in summary.sweep.items()},
+        "arms": [a.plain() for a in summary.arms], "sweep": sweep,
         "runs": [r for rs in summary.runs.values() for r in rs],
     }

@@ -85,6 +85,11 @@ def judge(logits: Tensor, labels: Tensor) -> float:
     return ((logits.argmax(-1) == labels) & asked).sum().item() / max(1, asked.sum().item())
 
 
+def usual(output: Any, labels: Tensor) -> Tensor:
+    """Cross-entropy of all labels."""
+    return cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten())
+
+
 def train(
     model: nn.Module, problem: Problem, train: Settings, lr: float, seed: int, *, device: str = "cpu",
     flops: float | None = None, seconds: float | None = None, count: bool = True,
@@ -122,7 +127,7 @@ def train(
         ids, labels = (t.to(device) for t in problem.draw(train.rows, rows.now, generator))
         with cast:
             output = model(input_ids=ids, use_cache=False)
-        loss = cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten()) if loss_of is None else loss_of(output, labels)
+        loss = (loss_of or usual)(output, labels)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), train.get("clip", 1.0))
@@ -157,7 +162,9 @@ def train(
 
 
 @torch.no_grad()
-def measure(model: nn.Module, problem: Problem, length: int, rows: int, *, device: str = "cpu", seed: int = 7) -> dict[str, float]:
+def measure(
+    model: nn.Module, problem: Problem, length: int, rows: int, *, device: str = "cpu", seed: int = 7
+) -> dict[str, float]:
     """Of rows that training never drew: shares of right labels over all tokens and at the last one, and the loss."""
     ids, labels = (t.to(device) for t in problem.draw(rows, length, torch.Generator().manual_seed(99_991 * seed + length)))
     model.eval()

@@ -17,8 +17,8 @@ from examples.harness.settings import settings
 from examples.harness.store import Store
 from examples.harness.training import Rows, measure, train
 
-SMALL = ("model.width=16", "model.blocks=2", "model.heads=2", "model.feedforward=32", "train.steps=3", "train.rows=2", "train.length=8",
-         "train.grow=null", "train.enough=null", "train.lr=[0.001, 0.01]", "pretrain.steps=2", "test_rows=4")
+SMALL = ("model.width=16", "model.blocks=2", "model.heads=2", "model.feedforward=32", "train.steps=3", "train.rows=2",
+         "train.length=8", "train.grow=null", "train.enough=null", "train.lr=[0.001, 0.01]", "pretrain.steps=2", "test_rows=4")
 BRIDGE = [dp.TurboConn(bridges=[(1, 0)], group=2, rank=16)]
 ONE = {"lr": [0.001]}
 
@@ -58,7 +58,7 @@ def made(tmp_path_factory):
 
 
 def test_every_run_is_made_once(made):
-    store, c, lines, summary = made
+    store, c, lines, _ = made
     assert len(lines) == len(set(lines)) == len(store.records()) == 3 + 2 + 2  # two rates on seed 0, the better one on seed 1
     again = []
     Runner("trial", TRIAL, c, store, 2, say=again.append).run()
