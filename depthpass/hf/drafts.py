@@ -113,9 +113,9 @@ def _plan(model: Any, now: Plan, spec: Any) -> Plan:
         at = loop_of(passes, None)
         try:
             passes[at] = _fewer(passes[at], int(count))
+            return plans.of(model, passes, None)
         except DepthpassError as error:
-            raise InputError(f"draft={spec!r}: {error}") from error
-        return plans.of(model, passes, None)
+            raise InputError(f"draft={spec!r}: {error} A spec of its own can leave out what needs more iterations.") from error
     try:
         return plans.of(model, spec, None)
     except DepthpassError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from transformers import StopStringCriteria
+
 from depthpass.errors import CacheError, InputError
 
 _PLAIN: tuple[tuple[str, Any], ...] = (
@@ -25,6 +27,24 @@ def named(generate: Any, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     if twice := [n for n in names[: len(args)] if n in kwargs]:
         raise TypeError(f"generate: got several values for {twice[0]!r}.")
     return dict(zip(names, args)) | kwargs
+
+
+def with_stop_strings(model: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Stop strings as a criterion: transformers keeps the tokenizer from decoding that is not its own.
+
+    Raises:
+        InputError: there is no tokenizer to read them with.
+    """
+    kwargs = dict(kwargs)
+    tokenizer, config = kwargs.pop("tokenizer", None), kwargs.get("generation_config")
+    told = (kwargs.get("stop_strings"), getattr(config, "stop_strings", None), model.generation_config.stop_strings)
+    strings = next((s for s in told if s is not None), None)
+    if strings is None:
+        return kwargs
+    if tokenizer is None:
+        raise InputError("stop_strings: expected the model's tokenizer beside them, got none. Pass generate(..., tokenizer=...).")
+    criterion = StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)
+    return kwargs | {"stop_strings": None, "stopping_criteria": [*(kwargs.get("stopping_criteria") or ()), criterion]}
 
 
 def check_combined(model: Any, kwargs: dict[str, Any], cache: Any, tokens: Any, who: str = "draft") -> None:

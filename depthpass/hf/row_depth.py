@@ -22,7 +22,7 @@ from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import normalise, warn_frozen
 from depthpass.hf.loops import loop_of
-from depthpass.hf.own_decoding import check_combined, named
+from depthpass.hf.own_decoding import check_combined, named, with_stop_strings
 from depthpass.hf.placement import gather_new
 from depthpass.hf.running import embedded
 from depthpass.hf.tokens import Tokens, real_tokens
@@ -165,6 +165,7 @@ def rows_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any]
     """
     kwargs = named(generate, args, kwargs)
     check_combined(model, kwargs, cache, "auto", "loops")
+    kwargs = with_stop_strings(model, kwargs)
     if isinstance(loops, Tensor):
         loops = loops.tolist()
     if not isinstance(loops, Sequence) or isinstance(loops, str) or any(type(n) is not int or n < 1 for n in loops):

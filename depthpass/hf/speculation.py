@@ -22,7 +22,7 @@ from depthpass.hf.draft_gains import Gains
 from depthpass.hf.draft_report import DraftReport
 from depthpass.hf.draft_running import Runner, cropped
 from depthpass.hf.drafts import ENTRY, Draft, draft_of
-from depthpass.hf.own_decoding import check_combined, named
+from depthpass.hf.own_decoding import check_combined, named, with_stop_strings
 from depthpass.hf.tokens import Tokens, real_tokens
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any
     """
     kwargs = named(generate, args, kwargs)
     check_combined(model, kwargs, cache, tokens)
+    kwargs = with_stop_strings(model, kwargs)
     made, streamer = draft_of(model, spec), kwargs.get("streamer")
     report = DraftReport(shared=made.rest is not None)
 
