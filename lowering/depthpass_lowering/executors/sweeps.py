@@ -89,7 +89,7 @@ class Sweeper:
         # Groups that begin in other columns in every row: a token is only sure not to read itself.
         self.size = region.size if aligned(run, region) else 1
         self.sources = tuple(dict.fromkeys(line.source for line in region.lines))
-        self.ops = [o.op for o in region.ops]
+        self.ops = region.program_ops
         back = back_delays(run.program, frozenset(o.name for o in region.ops))
         self.injection: dict[str, Op] = {}
         for o in self.ops:
