@@ -83,23 +83,7 @@ def huginn_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
     parts = [*(f"prelude.{i}" for i in range(prelude)), *(f"core_block.{i}" for i in range(core)),
              *(f"coda.{i}" for i in range(coda))]
     for i, part in enumerate(parts):
-        at, to = f"transformer.{part}", f"model.layers.{i}"
-        q, k, v = get(f"{at}.attn.Wqkv.weight", (heads + 2 * kv) * dim, width).split([heads * dim, kv * dim, kv * dim])
-        gate, up = get(f"{at}.mlp.fc.weight", 2 * inner, width).chunk(2)
-        found |= {
-            f"{to}.self_attn.q_proj.weight": halves_of_pairs(q, dim), f"{to}.self_attn.k_proj.weight": halves_of_pairs(k, dim),
-            f"{to}.self_attn.v_proj.weight": v, f"{to}.self_attn.o_proj.weight": get(f"{at}.attn.proj.weight", width, width),
-            f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up,
-            f"{to}.mlp.down_proj.weight": get(f"{at}.mlp.proj.weight", width, inner),
-            f"{to}.input_layernorm.weight": get(f"{at}.norm_1.weight", width),
-            f"{to}.post_attention_layernorm.weight": get(f"{at}.norm_3.weight", width),
-            f"depth.sums.b{i}.attention.weight": get(f"{at}.norm_2.weight", width),
-            f"depth.sums.b{i}.ffn.weight": get(f"{at}.norm_4.weight", width),
-        }
-        if biased:
-            bias = get(f"{at}.attn.qk_bias", 2, 1, heads, dim)
-            found |= {f"{to}.self_attn.{n}_proj.bias": halves_of_pairs(b.reshape(-1), dim) for n, b in zip("qk", bias)}
-            found |= {f"{to}.self_attn.{n}_proj.bias": words.new_zeros(size) for n, size in (("v", kv * dim), ("o", width))}
+        found |= _huginn_block(get, f"transformer.{part}", i, (width, inner, heads, kv, dim), biased)
     get.finish()
     mean = config["mean_recurrence"]
     bptt = config.get("mean_backprop_depth", 8)
@@ -108,6 +92,29 @@ def huginn_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
     noise = {"noise_std": std} if std > 0 else {"state": "zeros", "noise_std": 1.0, "noise_cut": None}
     loop = Loop.huginn(prelude, prelude + core, **{**noise, **drawn, **options})
     return _filled(stock.to(words.dtype), [loop, SumNorms(eps=config["norm_eps"])], found)
+
+
+def _huginn_block(get: Tensors, at: str, i: int, sizes: tuple[int, ...], biased: bool) -> dict[str, Tensor]:
+    """Block i of the stock model, and the gains of its sums."""
+    (width, inner, heads, kv, dim), to = sizes, f"model.layers.{i}"
+    qkv = get(f"{at}.attn.Wqkv.weight", (heads + 2 * kv) * dim, width)
+    q, k, v = qkv.split([heads * dim, kv * dim, kv * dim])
+    gate, up = get(f"{at}.mlp.fc.weight", 2 * inner, width).chunk(2)
+    found = {
+        f"{to}.self_attn.q_proj.weight": halves_of_pairs(q, dim), f"{to}.self_attn.k_proj.weight": halves_of_pairs(k, dim),
+        f"{to}.self_attn.v_proj.weight": v, f"{to}.self_attn.o_proj.weight": get(f"{at}.attn.proj.weight", width, width),
+        f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up,
+        f"{to}.mlp.down_proj.weight": get(f"{at}.mlp.proj.weight", width, inner),
+        f"{to}.input_layernorm.weight": get(f"{at}.norm_1.weight", width),
+        f"{to}.post_attention_layernorm.weight": get(f"{at}.norm_3.weight", width),
+        f"depth.sums.b{i}.attention.weight": get(f"{at}.norm_2.weight", width),
+        f"depth.sums.b{i}.ffn.weight": get(f"{at}.norm_4.weight", width),
+    }
+    if biased:
+        bias = get(f"{at}.attn.qk_bias", 2, 1, heads, dim)
+        found |= {f"{to}.self_attn.{n}_proj.bias": halves_of_pairs(b.reshape(-1), dim) for n, b in zip("qk", bias)}
+        found |= {f"{to}.self_attn.{n}_proj.bias": qkv.new_zeros(size) for n, size in (("v", kv * dim), ("o", width))}
+    return found
 
 
 def ouro_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **options: Any) -> Any:
