@@ -41,6 +41,8 @@ class Graphed(Compiled):
             return reason
         if region.groups and run.context.valid is not None:
             return "groups are counted from the first real token of each row, which a recording does not know"
+        if torch.is_grad_enabled() and (run.context.keep or run.state.length):
+            return "a cache is kept while gradients are recorded"
         device = run.hidden.device.type
         return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
 
