@@ -90,13 +90,13 @@ def _taped(
 def _hoist_delays(gm: fx.GraphModule) -> tuple[str, ...]:
     """Make inputs of the delays that no value of the chunk itself goes into."""
     names = []
-    start = next(n for n in gm.graph.nodes if n.op != "placeholder")
+    last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
     for n in list(gm.graph.nodes):
         if n.target is delayed and n.args[2] is None:
-            with gm.graph.inserting_before(start):
-                given = gm.graph.placeholder(f"stream_delayed_{len(names)}")
+            with gm.graph.inserting_after(last):
+                last = gm.graph.placeholder(f"stream_delayed_{len(names)}")
             names.append(n.args[1])
-            n.replace_all_uses_with(given)
+            n.replace_all_uses_with(last)
             gm.graph.erase_node(n)
     return tuple(names)
 
