@@ -51,7 +51,7 @@ def fuse_pass(gm: fx.GraphModule, dtype: torch.dtype) -> None:
             _norm(gm.graph, node)
         elif node.target is aten.add.Tensor:
             _rotation(gm.graph, node)
-    gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or n.op == "call_function" and not _droppable(n))
+    gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or (n.op == "call_function" and not _droppable(n)))
     gm.graph.lint()
 
 
@@ -97,7 +97,7 @@ def _norm(graph: fx.Graph, root: fx.Node) -> None:
     if not _only(mean, (aten.mean.dim,)) or mean.kwargs or list(mean.args[1]) != [-1] or mean.args[2:] != (True,):
         return
     square = mean.args[0]
-    if not (_only(square, (aten.square.default,)) or _only(square, (aten.pow.Tensor_Scalar,)) and square.args[1] == 2):
+    if not (_only(square, (aten.square.default,)) or (_only(square, (aten.pow.Tensor_Scalar,)) and square.args[1] == 2)):
         return
     x, (scaled,) = square.args[0], root.users
     if scaled.target is not aten.mul.Tensor or scaled.kwargs or set(scaled.args) != {x, root}:

@@ -78,8 +78,8 @@ def _div(t: Tape, n: fx.Node) -> None:
         t.on_back(n, lambda g: t.fitted(a, n, t.back(torch.div, g, b), True))
 
 
-def _pointwise(forward: Callable, backward: Callable[[Tape, fx.Node, fx.Node, fx.Node], fx.Node]) -> Rule:
-    """A rule for an op of one tensor whose gradient is ``backward(tape, g, x, y)``."""
+def _pointwise(forward: Callable, backward: Callable[[Tape, fx.Node, fx.Node, fx.Node, fx.Node], fx.Node]) -> Rule:
+    """A rule for an op of one tensor whose gradient is ``backward(tape, g, x, y, node)``."""
 
     def run(t: Tape, n: fx.Node) -> None:
         x = n.args[0]
@@ -91,7 +91,7 @@ def _pointwise(forward: Callable, backward: Callable[[Tape, fx.Node, fx.Node, fx
 
 
 RULES |= {
-    aten.neg.default: _pointwise(torch.neg, lambda t, g, x, y, n: t.back(torch.neg, g)),
+    aten.neg.default: _pointwise(torch.neg, lambda t, g, _x, _y, _n: t.back(torch.neg, g)),
     aten.silu.default: _pointwise(torch._C._nn.silu, lambda t, g, x, y, n: t.back(aten.silu_backward.default, g, x)),
     aten.gelu.default: _pointwise(
         torch._C._nn.gelu, lambda t, g, x, y, n: t.back(aten.gelu_backward.default, g, x, **n.kwargs)
@@ -304,7 +304,7 @@ def _same(t: Tape, n: fx.Node) -> None:
 @rule(aten.to.dtype, aten._to_copy.default)
 def _cast(t: Tape, n: fx.Node) -> None:
     x = n.args[0]
-    t.env[n] = t.emit(FUNCTIONS.get(n.target, n.target) if not n.kwargs else n.target, *n.args, **n.kwargs)
+    t.env[n] = t.emit(_direct(n), *n.args, **n.kwargs)
     if t.differentiates(n):
         dtype = t.emit(getattr, x, "dtype")
         t.on_back(n, lambda g: t.add(x, t.back_method("to", g, dtype), False))
@@ -484,9 +484,8 @@ def _other(t: Tape, n: fx.Node) -> None:
     """An op without a rule: differentiated by autograd."""
     if writes(n):
         raise Unsupported(f"{n.target} writes into its argument")
-    target = n.target if n.kwargs else FUNCTIONS.get(n.target, n.target)
     if not t.differentiates(n):
-        t.env[n] = t.emit(target, *n.args, **n.kwargs)
+        t.env[n] = t.emit(_direct(n), *n.args, **n.kwargs)
         return
     if not isinstance(n.meta.get("val", torch.empty(0)), Tensor):
         raise Unsupported(f"{n.target} has several results")
@@ -512,7 +511,7 @@ class _Island:
         self.active = [self.inputs.index(a) for a in active]
         self.__name__ = f"island_{node.name}"
 
-    def __call__(self, *given: object):
+    def __call__(self, *given: Any):
         leaves = {i: given[i].detach().requires_grad_() for i in self.active}
         values = dict(zip(self.inputs, (leaves.get(i, x) for i, x in enumerate(given))))
         args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), values.__getitem__)
@@ -531,7 +530,12 @@ def _through(tape: tuple[Tensor, list[Tensor]], grad: Tensor) -> list[Tensor]:
     return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
 
 
+def _direct(n: fx.Node) -> Any:
+    """What a node calls, torch's own function where there is one of the same signature."""
+    return n.target if n.kwargs else FUNCTIONS.get(n.target, n.target)
+
+
 def _tensors(n: fx.Node) -> bool:
     """Whether an op of tensors, as against one of sizes."""
     value = n.meta.get("val")
-    return isinstance(value, Tensor) or value is None and n.target is not operator.mul
+    return isinstance(value, Tensor) or (value is None and n.target is not operator.mul)

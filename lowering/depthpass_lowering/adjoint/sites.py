@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,7 @@ from depthpass_lowering.adjoint.reverse import SiteSpec
 from depthpass_lowering.products.packed import Weights
 from depthpass_lowering.products.sink import Sink, landed
 
-_packed = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
+_packed: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 class Site:

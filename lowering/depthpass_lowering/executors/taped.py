@@ -15,7 +15,7 @@ from depthpass.ir.program import writes_slot
 from depthpass_lowering.adjoint.fused import fuse_pass
 from depthpass_lowering.adjoint.reverse import Adjoint, Reverse, Unsupported
 from depthpass_lowering.adjoint.rules import rule_of
-from depthpass_lowering.adjoint.sites import Site, sites_of
+from depthpass_lowering.adjoint.sites import sites_of
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.fx_passes.recompute import absorbed, recompute_pass
 from depthpass_lowering.fx_passes.region import ChunkGraph, delayed
