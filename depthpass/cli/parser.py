@@ -32,9 +32,14 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
+Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
+"""Makes a command from its name, what runs it, and what it does."""
+
+
 def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
     top = Parser(prog="depthpass", description="Depth, cost and schedule of rewired transformers.",
-                     allow_abbrev=False)
+                 allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"depthpass {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -43,6 +48,14 @@ def parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    _on_configs(add)
+    _on_models(add)
+    _on_names(add)
+    _on_this_machine(add)
+    return top
+
+
+def _on_configs(add: Add) -> None:
     p = add("report", reports.report, "Depth, schedule, state and cost of a spec on a model, from its config alone.")
     _config(p, optional=True)
     _spec(p)
@@ -76,6 +89,8 @@ def parser() -> argparse.ArgumentParser:
     _form(p, "json", "markdown")
     p.add_argument("--plot", metavar="FILE", help="also write depth and serial calls against the group as SVG")
 
+
+def _on_models(add: Add) -> None:
     p = add("contraction", models.contraction, "How much of the added depth a saved transformed model uses.")
     p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
     p.add_argument("--ids", metavar="FILE", help="token ids as JSON: a list of rows of equal length (default: random ids)")
@@ -110,6 +125,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
     p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
 
+
+def _on_names(add: Add) -> None:
     from depthpass.tasks import command as tasks
 
     tasks.arguments(add("tasks", tasks.run, "List algorithmic tasks, or draw instances of one with trace and DAG."))
@@ -125,8 +142,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     p.set_defaults(parser=parser)
 
+
+def _on_this_machine(add: Add) -> None:
     p = add("doctor", machine.doctor, "Versions, devices, and whether a config can be treated.")
-    _config(p, optional=True)
+    _config(p, optional=True, kept=False)
     _form(p, "json")
 
     p = add("calibrate", machine.calibrate, "Measure this machine's FLOP and byte rates, for --ceilings.")
@@ -138,12 +157,13 @@ def parser() -> argparse.ArgumentParser:
     p = add("demo", machine.demo, "Transform a small model, check it, report on it, train it a little, generate; no download.")
     p.add_argument("--steps", type=positive, default=60, help="training steps (default: 60)")
     p.add_argument("--group", type=positive, default=4, help="group of the bridges (default: 4)")
-    return top
 
 
-def _config(p: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def _config(p: argparse.ArgumentParser, *, optional: bool = False, kept: bool = True) -> None:
     p.add_argument("config", nargs="?" if optional else None, metavar="CONFIG",
                    help="a config.json, a folder that holds one, or a model id of the hub, whose config alone is fetched")
+    if kept:
+        p.add_argument("--fresh", action="store_true", help="count anew, whatever an earlier call has kept of this config")
 
 
 def _spec(p: argparse.ArgumentParser, *, group: bool = True) -> None:

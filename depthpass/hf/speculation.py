@@ -27,6 +27,7 @@ from depthpass.hf.inputs import normalise, warn_frozen
 from depthpass.hf.placement import gather_new
 from depthpass.hf.running import embedded
 from depthpass.hf.tokens import Tokens
+from depthpass.prompt import at_prompt
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -45,6 +46,7 @@ _PAUSE = (16, 512)
 """Tokens decoded plainly before drafts that do not pay are tried again: at first, and at most."""
 
 
+@at_prompt
 @dataclass
 class DraftReport:
     """What a call of ``generate`` with a draft did.
