@@ -65,7 +65,7 @@ dp.only_gates(turbo)[0].numel()
 dp.new_parameters(turbo)[0].numel()
 str(dp.loops_of(turbo))
 dp.summary(turbo).split()
-dp.routing_of(turbo, turbo(input_ids=ids)).labels[0].split()
+dp.routing_of(turbo, turbo(input_ids=ids)).share.values()
 dp.calibrate(turbo, [{"input_ids": ids}]).thresholds[0].hex()
 report = dp.report(model, dp.ParallelLoop(loops=2), seq_len=8)
 report.depth_at(8).bit_length()
@@ -147,7 +147,8 @@ def test_every_public_function_is_called():
     """Classes of passes and errors apart, whose constructors the dataclass and Exception give."""
     called = {n for n in dp.__all__ if f"dp.{n}" in CALLS + SCRIPT}
     rest = set(dp.__all__) - called - set(dp.GROUPS["passes"]) - set(dp.GROUPS["errors"])
-    assert rest == {"GROUPS", "DepthModel", "Program", "SearchResult", "CoevolutionaryDiffusion", "LoopContrast", "kernels", "lowering"}
+    assert rest == {"GROUPS", "DepthModel", "Program", "SearchResult", "CoevolutionaryDiffusion", "LoopContrast", "kernels",
+                    "lowering"}
 
 
 def test_passes_are_listed():
