@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 
 def build_model(seed: int = 0):
@@ -79,12 +81,11 @@ def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
 
     import depthpass as dp
 
-    good = True
+    checks: list[bool] = []
 
     def check(what: str, ok: bool) -> None:
-        nonlocal good
-        good &= ok
         write(f"  [{'ok' if ok else 'FAILED'}] {what}")
+        checks.append(ok)
 
     model = build_model().eval()
     spec = dp.TurboConn(bridges=[(6, 1), (4, 0)], group=group, rank=16)
@@ -92,21 +93,21 @@ def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
     turbo = dp.transform(model, spec)
     write(f"transform: {type(model).__name__} with 8 blocks, bridges 6 -> 1 and 4 -> 0, group {group} "
           f"({time.perf_counter() - began:.2f} s)\n")
-    _beside_stock(model, turbo, check)
+    _compare(model, turbo, check)
     write("")
     write(str(dp.report(turbo, seq_len=22, batch=2)))
     write("")
     turbo = dp.transform(model, spec).train()
-    first, last = _trained(turbo, steps, on_step)
+    first, last = _train(turbo, steps, on_step)
     write(f"training: running parity, {steps} steps of 16 rows, loss {first:.3f} -> {last:.3f}")
     check("the loss went down", last < first)
-    _generated(turbo.eval(), write, check)
-    write("\nEverything agrees." if good else "\nSomething does not agree: see FAILED above.")
-    return 0 if good else 1
+    write(f"generate: {_generate(turbo.eval(), check)}")
+    write("\nEverything agrees." if all(checks) else "\nSomething does not agree: see FAILED above.")
+    return 0 if all(checks) else 1
 
 
-def _beside_stock(model, turbo, check) -> None:
-    """A transformed model against the stock one, whole and token by token; its bridges get random weights."""
+def _compare(model: Any, turbo: Any, check: Callable[[str, bool], None]) -> None:
+    """The transformed model against the stock one, token by token against at once, and back."""
     import torch
 
     import depthpass as dp
@@ -128,13 +129,12 @@ def _beside_stock(model, turbo, check) -> None:
               torch.equal(dp.restore(turbo)(input_ids=ids).logits, model(input_ids=ids).logits))
 
 
-def _trained(turbo, steps: int, on_step) -> tuple[float, float]:
-    """Train running parity; the first and the last loss."""
+def _train(turbo: Any, steps: int, on_step: Callable[[int, int], None] | None) -> tuple[float, float]:
+    """A few steps of running parity; the first and the last loss."""
     import torch
 
     optimizer = torch.optim.AdamW(turbo.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(2)
-    losses = []
+    generator, losses = torch.Generator().manual_seed(2), []
     for step in range(steps):
         bits, parity = parity_batch(16, 16, generator)
         logits = turbo(input_ids=bits, use_cache=False).logits
@@ -148,13 +148,13 @@ def _trained(turbo, steps: int, on_step) -> tuple[float, float]:
     return losses[0], losses[-1]
 
 
-def _generated(turbo, write, check) -> None:
-    """``generate`` with and without a cache."""
+def _generate(turbo: Any, check: Callable[[str, bool], None]) -> list[list[int]]:
+    """Tokens after a left-padded batch of prompts, the same with and without the cache."""
     import torch
 
     prompt = torch.tensor([[0, 0, 3, 4, 4], [3, 4, 3, 3, 4]])
     mask = (prompt != 0).long()
     out = turbo.generate(prompt, attention_mask=mask, max_new_tokens=10, do_sample=False)
     plain = turbo.generate(prompt, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=False)
-    write(f"generate: {out.tolist()}")
     check("generate with the cache equals generate without it (left-padded batch)", torch.equal(out, plain))
+    return out.tolist()

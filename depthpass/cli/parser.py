@@ -11,6 +11,10 @@ from depthpass.cli import machine, models, names, reports
 from depthpass.cli.types import positive, positive_list
 from depthpass.errors import did_you_mean
 
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[[str, Run, str], argparse.ArgumentParser]
+"""Adds a command: its name, what runs it, and what it does."""
+
 
 class Parser(argparse.ArgumentParser):
     """Adds the nearest spelling to usage errors."""
@@ -32,30 +36,23 @@ class Parser(argparse.ArgumentParser):
         return found
 
 
-Add = Callable[[str, Callable[[argparse.Namespace], int], str], argparse.ArgumentParser]
-"""Makes a command from its name, what runs it, and what it does."""
-
-
 def parser() -> argparse.ArgumentParser:
-    """The parser of the whole command line."""
     top = Parser(prog="depthpass", description="Depth, cost and schedule of rewired transformers.",
-                 allow_abbrev=False)
+                     allow_abbrev=False)
     top.add_argument("--version", action="version", version=f"depthpass {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
-    _on_configs(add)
-    _on_models(add)
-    _on_names(add)
-    _on_this_machine(add)
+    for group in (_reports, _checkpoints, _search, _words, _machine):
+        group(add)
     return top
 
 
-def _on_configs(add: Add) -> None:
+def _reports(add: Add) -> None:
     p = add("report", reports.report, "Depth, schedule, state and cost of a spec on a model, from its config alone.")
     _config(p, optional=True)
     _spec(p)
@@ -90,7 +87,7 @@ def _on_configs(add: Add) -> None:
     p.add_argument("--plot", metavar="FILE", help="also write depth and serial calls against the group as SVG")
 
 
-def _on_models(add: Add) -> None:
+def _checkpoints(add: Add) -> None:
     p = add("contraction", models.contraction, "How much of the added depth a saved transformed model uses.")
     p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
     p.add_argument("--ids", metavar="FILE", help="token ids as JSON: a list of rows of equal length (default: random ids)")
@@ -100,6 +97,14 @@ def _on_models(add: Add) -> None:
     p.add_argument("--max-sweeps", type=positive, metavar="K", help="stop after so many sweeps")
     _form(p, "json")
 
+    p = add("emit", models.emit, "A saved transformed model as plain transformers code that needs no depthpass.")
+    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
+    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
+    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
+
+
+def _search(add: Add) -> None:
     p = add("search", models.search, "Which blocks to skip and repeat, from samples, with controls.")
     p.add_argument("checkpoint", metavar="FOLDER", help="a causal language model that save_pretrained wrote")
     p.add_argument("--samples", required=True, metavar="FILE",
@@ -119,14 +124,8 @@ def _on_models(add: Add) -> None:
     p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")
     _form(p, "json")
 
-    p = add("emit", models.emit, "A saved transformed model as plain transformers code that needs no depthpass.")
-    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
-    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
-    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
-    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
 
-
-def _on_names(add: Add) -> None:
+def _words(add: Add) -> None:
     from depthpass.tasks import command as tasks
 
     tasks.arguments(add("tasks", tasks.run, "List algorithmic tasks, or draw instances of one with trace and DAG."))
@@ -143,7 +142,7 @@ def _on_names(add: Add) -> None:
     p.set_defaults(parser=parser)
 
 
-def _on_this_machine(add: Add) -> None:
+def _machine(add: Add) -> None:
     p = add("doctor", machine.doctor, "Versions, devices, and whether a config can be treated.")
     _config(p, optional=True, kept=False)
     _form(p, "json")

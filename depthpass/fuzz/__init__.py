@@ -6,6 +6,6 @@ time: :mod:`depthpass.fuzz.oracle`. Needs transformers.
 """
 
 from depthpass.fuzz.cases import make_case
-from depthpass.fuzz.checks import run_case
+from depthpass.fuzz.run import run_case
 
 __all__ = ["make_case", "run_case"]

@@ -16,7 +16,7 @@ SIMPLE: Case = {
 NEEDED = {
     "loop": ("start", "end"), "repeat": ("start", "end"), "skip": ("start",), "layer_program": ("layers",),
     "pad": ("tokens", "token"), "intra_layer_recurrence": ("reuse",), "taps": ("at",), "turboconn": ("bridges", "rank"),
-    "parallel_loop": ("window",),
+    "parallel_loop": ("window",), "t2mlr": ("start", "end"), "masked_diffusion": ("steps", "mask_token"),
 }
 LISTS = ("bridges", "layers", "at", "blocks")
 

@@ -53,7 +53,7 @@ class FeedbackTransformer(Pass):
         stack = visits[self.start : end]
         build, x = Builder(program), stack[0].args[0]
         back = build.emit("delay", x, tokens=1)
-        memory, states = build.emit("add", build.emit("zeros"), back), [x]
+        memory, states = build.emit("add", build.emit("zeros", pads=build.pads), back), [x]
         for visit in stack:
             states.append(build.visit(visit, states[-1], asks=memory, memory=True))
         mixture = self._mixture(build, states)
@@ -62,7 +62,7 @@ class FeedbackTransformer(Pass):
 
     def _mixture(self, build: Builder, states: list[str]) -> str:
         """The states weighed by a softmax over learned numbers."""
-        half = build.emit("act", build.emit("zeros", width=len(states)), fn="sigmoid")
+        half = build.emit("act", build.emit("zeros", width=len(states), pads=build.pads), fn="sigmoid")
         weights = build.emit("weigh", build.emit("scale", half, by=2.0), parameter=f"{self.scope}.weights", init=0.0)
         shares = build.emit("act", weights, fn="softmax")
         return build.emit("add", *(build.emit("mul", h, build.emit("pick", shares, index=i)) for i, h in enumerate(states)))

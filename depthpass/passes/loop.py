@@ -281,7 +281,7 @@ class Loop(Pass):
                 s = build.norm(s)
             if t and count - t == self.bptt:
                 s = build.emit("detach", s)
-            x = self._injected(build, s, input_)
+            x = self._injected(build, s, input_, exits)
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and self.kv == "first" else {}
@@ -321,7 +321,7 @@ class Loop(Pass):
                 for name, keeper in zip(names, grid[kept]):
                     build.set(name, past=build.slot_of(keeper))
 
-    def _injected(self, build: Builder, s: str, e: str) -> str:
+    def _injected(self, build: Builder, s: str, e: str, exits: Exits | None) -> str:
         if self.inject == "concat":
             width = build.program.width
             return build.emit("linear", s, e, parameter=f"{self.scope}.inject", out=width, identity=True)
@@ -329,6 +329,7 @@ class Loop(Pass):
             # A half everywhere, as a stream that learned vectors can be made of.
             half = build.emit("act", build.emit("zeros", pads=build.pads), fn="sigmoid")
             kept = build.emit("act", build.emit("weigh", half, parameter=f"{self.scope}.keep", init=0.0), fn="sigmoid")
+            kept = kept if exits is None else exits.enter(kept)
             given = build.emit("weigh", e, parameter=f"{self.scope}.inject", init=0.5)
             return build.emit("add", build.emit("mul", kept, s), given)
         return build.emit("add", s, e) if self.inject == "add" and s != e else s

@@ -59,6 +59,10 @@ def straight(program: Program, who: str) -> tuple[Op, ...]:
             slot = here["past"] if here["keys"] is None else here["keys"]
             raise PassError(f"{who}: expected visits with their own keys, got %{here.name}, which reads slot "
                             f"{slot}. Put {who} before the pass that shares keys.")
+        if len(here.args) > 1:
+            what = "keys from a memory" if here["memory"] else "queries of routed tokens only"
+            raise PassError(f"{who}: expected visits of one stream, got %{here.name} = block {here['index']} with {what}. "
+                            f"Put {who} before the pass that adds it.")
         others = [o for o in program.users(here.name) if o is not after] if after else []
         if after is not None and (after.args != (here.name,) or others):
             other = others[0] if others else program.defs[after.args[0]]
@@ -142,11 +146,13 @@ class Builder:
         """The program with ``visits`` (a straight stack) replaced by the collected ops, which end in ``end``."""
         program, gone = self.program, {v.name for v in visits}
         last = program.index[visits[-1].name]
-        # Whatever stands between the visits (nothing, usually) reads none of them, so it may come first.
-        before = [o for o in program.ops[:last] if o.name not in gone]
-        after = [
-            replace(o, args=tuple(end if a == visits[-1].name else a for a in o.args)) for o in program.ops[last + 1 :]
-        ]
+
+        def rewired(ops: Iterable[Op]) -> list[Op]:
+            return [replace(o, args=tuple(end if a == visits[-1].name else a for a in o.args)) for o in ops if o.name not in gone]
+
+        # Whatever stands between the visits (nothing, usually) reads none of them, so it may come first; delays before the stack
+        # read what it ends in.
+        before, after = rewired(program.ops[:last]), rewired(program.ops[last + 1 :])
         return with_slots(replace(program, ops=(*before, *self.ops, *after)))
 
 

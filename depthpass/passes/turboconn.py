@@ -283,7 +283,7 @@ class TurboConn(Pass):
             stream = program.defs[visit].args[0]
             ops = [*ops, op("add", stream, *ups, name=name, lands="input")]
             return insert_before(program, visit, ops).map_ops(
-                lambda o: replace(o, args=(name,)) if o.name == visit else o
+                lambda o: replace(o, args=(name, *o.args[1:])) if o.name == visit else o
             )
         stream = after_bridges(program, visit)
         ops = [*ops, op("add", stream, *ups, name=name)]

@@ -7,7 +7,8 @@ from collections import Counter
 import pytest
 import torch
 
-from depthpass.fuzz import checks, make_case, run_case
+from depthpass.fuzz import make_case, run, run_case
+from depthpass.fuzz.cases import DOORS
 from depthpass.fuzz.command import main
 from depthpass.fuzz.models import ARCHITECTURES
 from depthpass.fuzz.shrink import candidates, script, shrink
@@ -35,16 +36,17 @@ def test_cases(arch):
         results[found["result"]] += 1
         assert found["result"] != "fault", f"case {number} of seed {SEED}\n{script(case, found)}\n{found['trace']}"
     assert results["ok"], results  # most must not be refused
-    checks._kept.clear()
+    run._kept.clear()
 
 
 def test_the_cases_have_everything():
     cases = [make_case(SEED, i, compiled=0.0) for i in range(COUNT)]
     passes = Counter(p["pass"] for c in cases for p in c["spec"])
-    assert {c["arch"] for c in cases} == set(ARCHITECTURES) and len(passes) == 13 and min(passes.values()) >= 5
+    assert {c["arch"] for c in cases} == set(ARCHITECTURES) and len(passes) == 20 and min(passes.values()) >= 4
     done = Counter(check["do"] for c in cases for check in c["checks"])
-    assert set(done) == {"forward", "gradients", "calls", "generate", "save", "door", "depth", "packed"}
-    assert min(done.values()) >= 3
+    assert set(done) == {"forward", "gradients", "calls", "generate", "save", "door", "depth", "packed", "drafted", "row_loops",
+                         "assisted", "residual", "denoise", "emit"}
+    assert min(done.values()) >= 2
     events = Counter(e for c in cases for check in c["checks"] for e in check.get("events", ()))
     assert {"copy", "crop", "reorder", "select", "repeat"} <= set(events)
     assert len({json.dumps(c) for c in cases}) == COUNT
@@ -56,14 +58,20 @@ def test_every_check_runs_on_one_model():
         {"do": "forward", "loss": True}, {"do": "gradients"}, {"do": "generate", "new": 3, "beams": 2},
         {"do": "generate", "new": 3, "beams": 1}, {"do": "save", "auto": True}, {"do": "save", "auto": False},
         {"do": "calls", "sizes": [2, 3, 1, 1, 1], "events": ["repeat", "reorder", "crop", "select", "copy"], "lot": 3},
-        *({"do": "door", "which": w} for w in ("decoder", "base_model", "wrapped", "embeds", "checkpointing", "hooked")),
-        {"do": "depth"},
+        *({"do": "door", "which": w} for w in DOORS),
+        {"do": "depth"}, {"do": "assisted", "new": 4}, {"do": "emit"},
         {"do": "packed", "rows": [[3, 1, 5], [4, 5]], "lengths": False, "loss": True, "gradients": True},
         {"do": "packed", "rows": [[3, 1, 5]], "lengths": True, "loss": False, "gradients": True},
     ]}
-    found = run_case(case)
-    assert found["result"] == "ok" and "refusals" not in found, found
-    assert found["done"] == [c["do"] for c in case["checks"]]
+    looped = BASE | {"spec": [{"pass": "loop", "start": 1, "end": 3, "times": 2}], "checks": [
+        {"do": "drafted", "new": 5, "tokens": 2}, {"do": "row_loops", "new": 3, "counts": [3, 1]},
+        {"do": "residual", "sizes": [2, 1], "bits": 2},
+    ]}
+    diffusion = {"pass": "masked_diffusion", "steps": 2, "mask_token": 4, "unmask": "margin", "block": 2}
+    for one in (case, looped, BASE | {"spec": [diffusion], "checks": [{"do": "forward"}, {"do": "denoise", "new": 3}]}):
+        found = run_case(one)
+        assert found["result"] == "ok" and "refusals" not in found, found
+        assert found["done"] == [c["do"] for c in one["checks"]]
 
 
 @pytest.mark.compile

@@ -89,7 +89,7 @@ class Sweeper:
     def __init__(self, run: Run, region: LoweredRegion):
         self.run, self.region, self.wanted = run, region, region.outputs
         self.sources = tuple(dict.fromkeys(line.source for line in region.lines))
-        self.ops = [o.op for o in region.ops]
+        self.ops = region.program_ops
         back = back_delays(run.program, frozenset(o.name for o in region.ops))
         self.injection: dict[str, Op] = {}
         for o in self.ops:

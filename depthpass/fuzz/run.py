@@ -1,0 +1,101 @@
+"""Run a case: build the model, do the checks in their order, and say what was found."""
+
+from __future__ import annotations
+
+import json
+import re
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+import depthpass as dp
+from depthpass.fuzz.checks import Checks
+from depthpass.fuzz.specs import Case
+from depthpass.fuzz.subject import Mismatch
+
+
+def run_case(case: Case) -> dict[str, Any]:
+    """Run a case.
+
+    Returns:
+        ``result`` (``ok``, ``refused`` or ``fault``); of the latter two ``kind``, what happened in words that stay the same
+        for equal causes, and ``message``; of a fault ``where`` too, the last line of depthpass that was running.
+    """
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    done: list[str] = []
+    refusals: list[str] = []
+    with warnings.catch_warnings(), sharing_captures():
+        warnings.simplefilter("ignore")
+        try:
+            subject = Checks(case)
+        except dp.DepthpassError as error:
+            return {"result": "refused", "kind": kind_of(error), "message": str(error)[:300], "done": done}
+        except Exception as error:
+            return fault(error, "transform", done)
+        for check in case["checks"]:
+            try:
+                getattr(subject, check["do"])(check)
+                done.append(check["do"])
+            except dp.DepthpassError as error:
+                refusals.append(f"{check['do']}: {kind_of(error)}")
+            except Exception as error:
+                return fault(error, check["do"], done)
+    found: dict[str, Any] = {"result": "ok" if done else "refused", "done": done, "error": subject.worst}
+    if refusals:
+        found |= {"kind": refusals[0], "refusals": refusals}
+    return found
+
+
+def fault(error: Exception, check: str, done: list[str]) -> dict[str, Any]:
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [f for f in frames if "depthpass" in f.filename and "/fuzz/" not in f.filename] or frames[-1:]
+    where = f"{ours[-1].filename.rsplit('/', 1)[-1]}:{ours[-1].lineno}"
+    kind = f"{check}: mismatch" if isinstance(error, Mismatch) else f"{check}: {kind_of(error)}"
+    return {"result": "fault", "kind": kind, "message": f"{type(error).__name__}: {error}"[:2000], "where": where, "done": done,
+            "trace": "".join(traceback.format_exception(error))[-3000:]}
+
+
+def kind_of(error: Exception) -> str:
+    """Class and message of an error without what is particular to a case."""
+    text = re.sub(r"%?[\d.]+|'[^']*'|\([^)]*\)|\[[^]]*\]", "_", str(error).split("\n")[0])
+    return f"{type(error).__name__}: {text[:90]}"
+
+
+# Captures ---------------------------------------------------------------------------------------------------------
+
+_kept: dict[str, Any] = {}
+_SKIP = ("_name_or_path", "architectures", "dtype", "transformers_version", "auto_map", "depthpass")
+
+
+@contextmanager
+def sharing_captures() -> Iterator[None]:
+    """Capture equal stock models once in a process: a capture is a function of what the key holds, and takes seconds."""
+    import depthpass.hf.model as module
+
+    real = module.capture
+
+    def capture(model: nn.Module, tensors: Any, static: Any) -> Any:
+        if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+            return real(model, tensors, static)
+        config: Any = model.config
+        settings = {k: v for k, v in config.to_dict().items() if k not in _SKIP}
+        key = json.dumps(settings, sort_keys=True, default=str) + repr((
+            type(model), model.training, sorted((n, t.dtype, t.dim()) for n, t in tensors.items()), tuple(static),
+            [(n, p.dtype, tuple(p.shape)) for n, p in model.named_parameters()],
+        ))
+        if key not in _kept:
+            _kept[key] = real(model, tensors, static)
+        return _kept[key]
+
+    module.capture = capture
+    try:
+        yield
+    finally:
+        module.capture = real
