@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from examples.harness.arms import Arm, config_of, stock, transformed
-from examples.harness.costs import costs
+from examples.harness.costs import costs, step_flops
 from examples.harness.problems import Problem
 from examples.harness.settings import Settings, fingerprint, merge
 from examples.harness.store import Store, conditions
@@ -31,7 +31,6 @@ class Experiment:
         draw: ``(figure, summary)``: the picture.
         columns: of the table: heading -> key of the measures (``a.b`` leads into mappings).
         before: problem of the cheap pre-training of the stock model below an arm; None = none.
-        extras: ``(model, settings, arm) -> arguments`` for :func:`~examples.harness.training.train`.
         form: how a number of the table is written.
     """
 
@@ -42,7 +41,6 @@ class Experiment:
     draw: Draw
     columns: Callable[[Settings], dict[str, str]]
     before: Callable[[Settings, Arm], Problem] | None = None
-    extras: Callable[[Any, Settings, Arm], dict[str, Any]] | None = None
     form: str = "{:.1%}"
 
 
@@ -121,9 +119,11 @@ class Runner:
         problem, plan = experiment.problem(c, arm), merge(c.train, arm.train)
         base = self.base(arm, seed, problem.vocabulary, device)
         model = transformed(base, arm, seed).to(device)
+        budget = self.budget(arm, seed)
+        if "flops" in budget:  # the learning rate falls over the steps that the budget will take
+            plan["steps"] = max(plan.warmup + 1, round(budget["flops"] / step_flops(model, plan.length, plan.rows)))
         tick = self.progress(f"{arm.name} seed {seed} lr {lr:g}", plan.steps)
-        extras = experiment.extras(model, c, arm) if experiment.extras else {}
-        done = train(model, problem, plan, lr, seed, device=device, tick=tick, **self.budget(arm, seed), **extras)
+        done = train(model, problem, plan, lr, seed, device=device, tick=tick, **budget)
         if hasattr(tick, "close"):
             tick.close()
         return {
