@@ -80,27 +80,33 @@ class Runner:
         self.say, self.progress = say, progress or (lambda text, total: None)
         self.arms = {a.name: a for a in experiment.arms(settings)}
         self.only = only
+        if not self.wanted():
+            raise ValueError(f"--arms: expected parts of {', '.join(self.arms)}, got {', '.join(only or ())}")
         self.pretrained: dict[str, dict[str, torch.Tensor]] = {}
 
     def wanted(self) -> list[Arm]:
         return [a for a in self.arms.values() if self.only is None or any(o in a.name for o in self.only)]
 
-    def run(self) -> Summary:
+    def run(self, missing: bool = True) -> Summary:
+        """Make what is missing and sum up; or, without ``missing``, sum up what there is."""
         runs: dict[str, list[dict[str, Any]]] = {}
         sweep: dict[str, dict[float, float]] = {}
         for arm in self.wanted():
-            rates = list(merge(self.settings.train, arm.train).lr)
-            tried = {lr: self.one(arm, 0, lr) for lr in rates}
-            best = max(rates, key=lambda lr: tried[lr]["measures"]["score"])
+            rates = merge(self.settings.train, arm.train).lr
+            tried = {lr: r for lr in rates if (r := self.one(arm, 0, lr, missing)) is not None}
+            if not tried:
+                continue
+            best = max(tried, key=lambda lr: tried[lr]["measures"]["score"])
             sweep[arm.name] = {lr: r["measures"]["score"] for lr, r in tried.items()}
-            runs[arm.name] = [tried[best]] + [self.one(arm, seed, best) for seed in range(1, self.seeds)]
-        return Summary(self.name, self.experiment.title, self.settings, self.wanted(), runs, sweep)
+            more = [self.one(arm, seed, best, missing) for seed in range(1, self.seeds)]
+            runs[arm.name] = [tried[best], *(r for r in more if r is not None)]
+        return Summary(self.name, self.experiment.title, self.settings, [a for a in self.wanted() if a.name in runs], runs, sweep)
 
-    def one(self, arm: Arm, seed: int, lr: float) -> dict[str, Any]:
-        """A finished run, from the store or made now."""
+    def one(self, arm: Arm, seed: int, lr: float, missing: bool = True) -> dict[str, Any] | None:
+        """A finished run, from the store or, if it is ``missing`` there, made now."""
         print_ = self.fingerprint(arm)
         found = self.store.find(arm.name, seed, lr, print_)
-        if found is None:
+        if found is None and missing:
             found = self.make(arm, seed, lr) | {"arm": arm.name, "seed": seed, "lr": lr, "settings": print_}
             self.store.add(found)
             self.say(f"{arm.name}, seed {seed}, lr {lr:g}: score {found['measures']['score']:.4f}, {found['steps']} steps, "
