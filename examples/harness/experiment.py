@@ -29,9 +29,9 @@ class Experiment:
         problem: what an arm trains on.
         measure: ``(model, settings, arm) -> plain data`` of the trained model; ``score`` among it picks the learning rate.
         draw: ``(figure, summary)``: the picture.
-        columns: of the table: heading -> key of the measures (``a.b`` leads into mappings).
+        columns: of the table: heading -> key of the measures (``a.b`` leads into mappings), or key and form.
         before: problem of the cheap pre-training of the stock model below an arm; None = none.
-        form: how a number of the table is written.
+        form: how the numbers of the table are written.
     """
 
     title: str
@@ -39,8 +39,8 @@ class Experiment:
     problem: Callable[[Settings, Arm], Problem]
     measure: Callable[[Any, Settings, Arm], dict[str, Any]]
     draw: Draw
-    columns: Callable[[Settings], dict[str, str]]
-    before: Callable[[Settings, Arm], Problem] | None = None
+    columns: Callable[[Settings], Mapping[str, str | tuple[str, str]]]
+    before: Callable[[Settings, Arm], Problem | None] | None = None
     form: str = "{:.1%}"
 
 
@@ -143,9 +143,9 @@ class Runner:
         made = config_of(arm, self.arms, self.settings, vocabulary)
         model = stock(made, seed).to(device)
         plan = self.settings.get("pretrain")
-        if not plan or self.experiment.before is None:
+        problem = self.experiment.before(self.settings, arm) if plan and self.experiment.before else None
+        if problem is None:
             return model
-        problem = self.experiment.before(self.settings, arm)
         key = fingerprint(made.to_dict(), seed, repr(problem), plan)
         if key not in self.pretrained:
             train(model, problem, plan, plan.lr, seed, device=device, count=False)

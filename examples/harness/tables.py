@@ -24,9 +24,10 @@ def results(summary: Summary, experiment: Experiment) -> list[list[str]]:
     for arm in summary.arms:
         runs = summary.runs[arm.name]
         cells = []
-        for path in columns.values():
+        for column in columns.values():
+            path, form = (column, experiment.form) if isinstance(column, str) else column
             held = [v for r in runs if (v := _get(r, path)) is not None]
-            cells.append(written(held, experiment.form) if held else "-")
+            cells.append(written(held, form) if held else "-")
         tried = ", ".join(f"{lr:g}" for lr in sorted(summary.sweep[arm.name]))
         found.append([arm.name, f"{runs[0]['lr']:g} ({tried})", *cells])
     return found
