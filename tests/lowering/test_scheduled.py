@@ -112,7 +112,7 @@ def test_what_cannot_be_scheduled_says_so():
     handle.remove()
     latents = dp.transform(zoo.model("llama"), [SPEC, dp.Coconut(2)], lowering="scheduled").train()
     latents.gradient_checkpointing_enable()
-    with pytest.raises(LoweringError, match="a cache is kept .* activations are computed again"):
+    with pytest.raises(LoweringError, match=r"a cache is kept .* activations are computed again"):
         latents(**batch, use_cache=False)
     with pytest.raises(SpecError, match="Did you mean 'scheduled'"):
         dp.transform(zoo.model("llama"), SPEC, lowering="schedule")

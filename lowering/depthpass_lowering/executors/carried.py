@@ -14,7 +14,7 @@ from torch import Tensor
 
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.executors.chunk_loop import Job, recomputes
+from depthpass_lowering.executors.chunk_loop import Job
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.executors.first_order import first_order
 from depthpass_lowering.state.buffers import Buffer
