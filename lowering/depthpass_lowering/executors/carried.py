@@ -89,7 +89,7 @@ class _CarryingFunction(torch.autograd.Function):
             out = job.loop(dict(zip(job.names, streams)), leaves)
         outs = [*(out[name] for name in job.wanted), *(state.lines[d.name] for d in job.region.lines)]
         buffers = [b for held in job.buffers.values() for b in held]
-        tokens = [b.token for b in buffers if b.token is not None]
+        tokens = [t for t in (job.chain, *(b.token for b in buffers)) if t is not None]
         job.release()
         ctx.job = job.sink, outs, tokens, buffers, [*leaves.values(), *streams, *lines.values()]
         ctx.leaves = len(leaves)

@@ -88,6 +88,7 @@ class Job:
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
         self.taped: TapedChunks | None = None
+        self.chain: Tensor | None = None  # of its last chunk, through which all chunks go back
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -112,6 +113,7 @@ class Job:
     def release(self) -> None:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
+        self.chain = None
         if self.taped is not None:
             self.taped.release()
             self.taped = None
@@ -184,6 +186,7 @@ class Loop:
                 run.state.lines[d.name] = push_delay(lines[d.name], source, d.tokens, span, run.state.record)
             for name, parts in done.items():
                 parts.append(results[name])
+        job.chain = chain
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
 
     def _taped(self, known: Sequence[Tensor], streams: Sequence[Tensor]) -> TapedChunks | None:
