@@ -72,7 +72,7 @@ def carry(job: Job, streams: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _CarryingFunction(torch.autograd.Function):
-    """As :class:`~depthpass_lowering.executors.chunk_loop.RegionFunction`, with state as arguments and results."""
+    """As :class:`~depthpass_lowering.executors.region_function.RegionFunction`, with state as arguments and results."""
 
     @staticmethod
     def forward(ctx: Any, job: Job, carried: Carried, count: int, *tensors: Tensor):

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes
+from depthpass_lowering.executors.chunk_loop import Job, recomputes
 from depthpass_lowering.executors.compiled import Compiled
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.region_function import RegionFunction
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.state.slots import State
 

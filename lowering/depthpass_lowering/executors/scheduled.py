@@ -21,8 +21,9 @@ from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.base import Executor, note
 from depthpass_lowering.executors.carried import carry, uncarried
-from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes, sunk_graph
+from depthpass_lowering.executors.chunk_loop import Job, recomputes, sunk_graph
 from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.region_function import RegionFunction
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.executors.transforms import unschedulable
 
