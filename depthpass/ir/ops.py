@@ -19,7 +19,8 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
              token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
-             values come from instead of the first, at the same positions (Feedback Transformer)
+             values come from instead of the first, at the same positions (Feedback Transformer). ``update``: of routed tokens,
+             whose own keys stand in the place of theirs among those of ``keys``, for this visit's own eyes (MoR)
 delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument

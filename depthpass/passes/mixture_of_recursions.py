@@ -58,7 +58,8 @@ class MixtureOfRecursions(Pass):
         end: one past its last position; None with ``start`` given = all but the last visit.
         router: ``expert`` (a router per recursion chooses tokens) or ``token`` (a token chooses its depth at once).
         kv: every ``recursion`` has its own slots, which hold its active tokens only; ``shared``: all read the keys of
-            the first one, which then runs for every token.
+            the first one, which then runs for every token; ``updated``: so, but with an active token's own keys in the place
+            of its first ones (``update_cache`` of the public code).
         mode: expert choice by ``topk`` or ``threshold``.
         capacity: share of a row's tokens for each recursion, not growing; None = (R - r + 1) / R. Only ``topk``.
         threshold: what sigmoid(s) has to reach in mode ``threshold``; a list has one for every router in program order
@@ -90,7 +91,7 @@ class MixtureOfRecursions(Pass):
     start: int | None = None
     end: int | None = None
     router: Literal["expert", "token"] = "expert"
-    kv: Literal["recursion", "shared"] = "recursion"
+    kv: Literal["recursion", "shared", "updated"] = "recursion"
     mode: Literal["topk", "threshold"] = "topk"
     capacity: Sequence[float] | None = None
     threshold: float | Sequence[float] = 0.5
@@ -137,7 +138,7 @@ class MixtureOfRecursions(Pass):
         require(all(0 < c <= 1 for c in caps), f"{n}.capacity", "shares in (0, 1]", list(caps))
         require(list(caps) == sorted(caps, reverse=True), f"{n}.capacity", "shares that do not grow", list(caps),
                 "A token that left does not come back.")
-        require(caps[0] == 1 or self.kv == "recursion", f"{n}.capacity", "a first share of 1 with kv='shared'", list(caps),
+        require(caps[0] == 1 or self.kv == "recursion", f"{n}.capacity", f"a first share of 1 with kv={self.kv!r}", list(caps),
                 "Later recursions read the keys of the first one at every token, so it runs for every token.")
         require(caps[0] == 1 or self.combine == "paper", f"{n}.capacity", "a first share of 1 with combine='delta'",
                 list(caps))
@@ -195,7 +196,8 @@ class _Recursions:
         """The stack once, as recursion r."""
         first = r == 1
         for p, v in enumerate(self.stack):
-            keys: dict[str, Any] = {} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}
+            shares = not first and self.spec.kv != "recursion"
+            keys: dict[str, Any] = {"keys": self.slots[p], "update": self.spec.kv == "updated"} if shares else {}
             x = self.build.visit(v, x, **keys)
             if first:
                 self.slots.append(self.build.slot_of(x))
@@ -237,7 +239,7 @@ class _Recursions:
         spec, nest, label = self.spec, (active,) if active else (), f"{self.spec.scope}.r{r}"
         if spec.mode == "threshold":
             # Later recursions read the keys of the first one at every token, so it must run for every token.
-            everyone = r == 1 and spec.kv == "shared"
+            everyone = r == 1 and spec.kv != "recursion"
             return "" if everyone else self.build.emit(
                 "route", chance, *nest, rule="threshold", threshold=threshold_of(self.build, spec.threshold), label=label
             )
