@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 IGNORED = {
     "output_hidden_states", "return_dict", "use_cache", "cache_position", "logits_to_keep", "attention_mask", "position_ids",
+    "tokenizer", "assistant_tokenizer",  # generate hands on what its stop strings were made with
 }
 _REFUSED_FLAGS = ("output_attentions", "output_router_logits")
 EMBEDS = ("input_ids", "inputs_embeds")

@@ -160,7 +160,7 @@ class DepthModel(_Stock):
     def depth_drafted(self):
         """What the last ``generate(..., draft=...)`` did: acceptance, visits per token, time ratio; None before the first.
 
-        A :class:`~depthpass.hf.speculation.DraftReport`.
+        A :class:`~depthpass.hf.draft_report.DraftReport`.
         """
         return self._depth.drafted
 
