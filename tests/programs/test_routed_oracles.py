@@ -55,7 +55,9 @@ def token_choice(row, before, stack, after, recursions, router, *, kv="recursion
     return torch.stack(streams), depth, torch.stack(p)
 
 
-@pytest.mark.parametrize(("name", "kv"), [*((n, "recursion") for n in FOUR), ("llama", "shared"), ("gpt2", "updated"), ("mistral", "updated")])
+@pytest.mark.parametrize(("name", "kv"), [
+    *((n, "recursion") for n in FOUR), ("llama", "shared"), ("gpt2", "updated"), ("mistral", "updated"),
+])
 def test_token_choice(name, kv):
     stock, model = made(name, dp.MixtureOfRecursions(start=1, router="token", kv=kv))
     seen = []
