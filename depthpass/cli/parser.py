@@ -144,7 +144,7 @@ def _words(add: Add) -> None:
 
 def _machine(add: Add) -> None:
     p = add("doctor", machine.doctor, "Versions, devices, and whether a config can be treated.")
-    _config(p, optional=True)
+    _config(p, optional=True, kept=False)
     _form(p, "json")
 
     p = add("calibrate", machine.calibrate, "Measure this machine's FLOP and byte rates, for --ceilings.")
@@ -158,9 +158,11 @@ def _machine(add: Add) -> None:
     p.add_argument("--group", type=positive, default=4, help="group of the bridges (default: 4)")
 
 
-def _config(p: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def _config(p: argparse.ArgumentParser, *, optional: bool = False, kept: bool = True) -> None:
     p.add_argument("config", nargs="?" if optional else None, metavar="CONFIG",
                    help="a config.json, a folder that holds one, or a model id of the hub, whose config alone is fetched")
+    if kept:
+        p.add_argument("--fresh", action="store_true", help="count anew, whatever an earlier call has kept of this config")
 
 
 def _spec(p: argparse.ArgumentParser, *, group: bool = True) -> None:

@@ -19,6 +19,7 @@ from depthpass.analysis.dependence import back_delays
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion
+from depthpass.prompt import at_prompt
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.state.slots import Span, State, push_delay, spans
@@ -31,6 +32,7 @@ RIDGE_ELSEWHERE = 184.0
 """The same for other devices: an H200 in bfloat16."""
 
 
+@at_prompt
 @dataclass
 class Solve:
     """How one serial region was run in one call.
