@@ -139,6 +139,9 @@ def depth(program: Program, output: str | None = None, weight: Weight = "visits"
     notes = ("routes: longest path over all choices of tokens",) if routed else ()
     if program.denoise is not None:
         notes += ("denoising: n masked tokens, of which every step writes at least one; a step reads what those before it wrote",)
+    placed = next((o for o in program if o.kind == "pad" and (o["at"] or o["behind"] is not None)), None)
+    if placed is not None and stages.pads_apart:
+        notes += ("pads: n tokens stand in front of them; tokens that follow them inside a row add depth that is not counted",)
     return Depth(program, output, weight, growth, certificate, notes, stages)
 
 

@@ -53,7 +53,7 @@ def depth_section(report: Report) -> Section:
         Number(f"loops.{name}", f"iterations of {name}", rule, "") for name, rule in (varying.rules if varying else ())
     ]
     found += [
-        Number("depth", "depth", formula_of(report, None), "block visits", exact),
+        Number("depth", "depth", formula_of(report, None), "block visits", "; ".join((exact, *main.notes))),
         Number("depth_at_n", f"depth at n = {n}", main.at(n), "block visits", stock=blocks),
         Number("depth_rate", "growth", main.rate, "block visits per token",
                "in the long run" if varying is None else "in the long run, at this loop count"),
