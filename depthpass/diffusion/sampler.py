@@ -12,7 +12,6 @@ from torch import Tensor
 from depthpass.diffusion.model import checked_ids, new_cache, predictions, settings
 from depthpass.diffusion.orders import Planner, highest, planned, scores
 from depthpass.errors import InputError, did_you_mean
-from depthpass.hf.pads import pad_op
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from depthpass.prompt import at_prompt
 
@@ -114,8 +113,7 @@ class _Run:
         self.model, self.given, self.steps, self.order, self.planner = model, given, steps, order, planner
         self.temperature, self.generator, self.reuse = temperature, generator, reuse
         self.canvas, self.seen, self.open = canvas, seen, open_
-        pads = pad_op(model.depth_program)
-        self.pads = 0 if pads is None else pads["tokens"]
+        self.pads = sum(o["tokens"] for o in model.depth_program if o.kind == "pad")
         self.written = torch.zeros_like(canvas)
         self.calls = self.tokens_run = self.step = 0
 
