@@ -34,8 +34,8 @@ def samples(problem: Median, count: int, length: int, seed: int) -> list[tuple[l
 
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     device, problem = c.get("device", "cpu"), Median(tuple(c.counts))
-    found = dp.search(model, samples(problem, c.samples, c.train.length, 11), method=arm.facts["method"], space=arm.facts["space"],
-                      score="greedy_match", budget=c.budget)
+    found = dp.search(model, samples(problem, c.samples, c.train.length, 11), method=arm.facts["method"],
+                      space=arm.facts["space"], score="greedy_match", budget=c.budget)
     held = {"stock": found.stock, "found": found.best, **{name: control.best for name, control in found.controls.items()}}
     return {
         "score": measure(model, problem, c.train.length, 512, device=device, seed=8)["accuracy"],
@@ -61,6 +61,6 @@ def draw(figure, summary) -> None:
 
 
 EXPERIMENT = Experiment(
-    "layer programs found by search on a trained model, with random and input-blind controls", arms, lambda c, arm: Median(tuple(c.counts)),
-    measured, draw, columns,
+    "layer programs found by search on a trained model, with random and input-blind controls", arms,
+    lambda c, arm: Median(tuple(c.counts)), measured, draw, columns,
 )
