@@ -9,8 +9,10 @@ from depthpass.errors import SpecError
 from depthpass.passes.base import Pass
 from depthpass.passes.layer_program import LayerProgram
 from depthpass.passes.loop import Loop
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Recipe:
     """What it takes to train and run a published system.

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from depthpass.tasks.dags import TaskDAG
 
 
-def subject_of(config: str | None) -> Any:
+def subject_of(args: argparse.Namespace) -> Any:
+    config = args.config
     with working(f"reading {config}"):
         from depthpass.report.subject import Subject
 
-        return Subject.of(config)
+        return Subject.of(None) if config is None else Subject.of_config(config, keep=not args.fresh)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:

@@ -13,8 +13,10 @@ from depthpass.diffusion.model import checked_ids, new_cache, predictions, setti
 from depthpass.diffusion.orders import Planner, highest, planned, scores
 from depthpass.errors import InputError, did_you_mean
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Denoised:
     """What a sampler did.

@@ -128,7 +128,8 @@ def _handed_on(run: Run, region: LoweredRegion) -> tuple[int, ...]:
     own = {o.writes for o in region.ops if o.writes is not None}
     if run.context.keep:
         return tuple(sorted(own))
-    outside = {s for o in run.program.visits if o not in region.visits for s in reads_slots(o)}
+    here = {o.name for o in region.visits}
+    outside = {s for o in run.program.visits if o.name not in here for s in reads_slots(o)}
     return tuple(sorted(own & outside))
 
 

@@ -75,8 +75,8 @@ class Ops:
             local = {name: parts[i] for name, parts in pieces.items()}
             masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device, self.program.ahead)
             tables = [parts[i] for parts in sides]
-            for o in region.ops:
-                self.one(o.op, local, span, masks, tables, keep)
+            for o in region.program_ops:
+                self.one(o, local, span, masks, tables, keep)
             self.push(region, local, span)
             for name, parts in done.items():
                 parts.append(self._whole(name, local))
@@ -264,8 +264,8 @@ class Ops:
     ) -> Tensor:
         """A visit that only the routed tokens ask; keys and values come from every token."""
         self._check_operands(o)
-        if route.everything:
-            return self._block(o, x, span, masks, sides, keep)
+        if route.everything:  # then keys and queries are of one stream
+            return self._block(replace(o, args=o.args[:1]), x, span, masks, sides, keep)
         keep = keep or writes_slot(o) in self.context.read
         if route.count == 0 and not keep:
             return x[:, :0]

@@ -73,7 +73,7 @@ class _LinearStandIn(nn.Module):
 def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
     """Every parameter the region's ops read, once each, by id."""
     found: dict[int, Tensor] = {}
-    for o in (lowered.op for lowered in region.ops):
+    for o in region.program_ops:
         if o.kind == "block":
             tensors = list(host.bound(o["index"])[1])
             for path in host.submodules_of(o["index"]):
@@ -120,7 +120,7 @@ class LeafHost:
 def tensors_of(region: LoweredRegion, host: Host) -> list[Tensor]:
     """Every tensor with a gradient that the region's blocks and new modules read."""
     found: list[Tensor] = []
-    for o in (lowered.op for lowered in region.ops):
+    for o in region.program_ops:
         if o.kind == "block":
             found += host.bound(o["index"])[1]
             for path in host.submodules_of(o["index"]):

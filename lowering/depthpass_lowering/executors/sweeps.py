@@ -19,6 +19,7 @@ from depthpass.analysis.dependence import back_delays
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion
+from depthpass.prompt import at_prompt
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.state.slots import Span, State, push_delay, read_delay
@@ -31,6 +32,7 @@ RIDGE_ELSEWHERE = 184.0
 """The same for other devices: an H200 in bfloat16."""
 
 
+@at_prompt
 @dataclass
 class Solve:
     """How one serial region was run in one call.
@@ -87,7 +89,7 @@ class Sweeper:
     def __init__(self, run: Run, region: LoweredRegion):
         self.run, self.region, self.wanted = run, region, region.outputs
         self.sources = tuple(dict.fromkeys(line.source for line in region.lines))
-        self.ops = [o.op for o in region.ops]
+        self.ops = region.program_ops
         back = back_delays(run.program, frozenset(o.name for o in region.ops))
         self.injection: dict[str, Op] = {}
         for o in self.ops:

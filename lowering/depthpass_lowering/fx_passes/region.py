@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,11 +24,11 @@ from depthpass.ir.definitions import Type
 from depthpass.ir.holders import Held
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
-from depthpass.schedule.regions import Region
+from depthpass.lowered.program import LoweredRegion
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
-from depthpass_lowering.visits.split import split_graph
+from depthpass_lowering.visits.cut import cut_for
 
 # Calls in the graph, answered by the running loop.
 
@@ -99,35 +99,34 @@ class ChunkGraph:
         return 1 + len(self.visits)
 
 
-def chunk_graph(region: Region, program: Program, types: Mapping[str, Type], host: Any, wanted: Sequence[str]) -> ChunkGraph:
+def chunk_graph(region: LoweredRegion, program: Program, types: Mapping[str, Type], host: Any) -> ChunkGraph:
     """Build the graph of one chunk of a region.
 
     Args:
         types: of the program's values.
         host: a :class:`depthpass_lowering.host.Host`.
-        wanted: values that later regions read.
     """
-    return _Builder(region, program, types, host, wanted).build()
+    return _Builder(region, program, types, host).build()
 
 
 class _Builder:
-    def __init__(self, region: Region, program: Program, types: Mapping[str, Type], host: Any, wanted: Sequence[str]):
+    def __init__(self, region: LoweredRegion, program: Program, types: Mapping[str, Type], host: Any):
         self.region, self.program, self.types, self.host = region, program, types, host
         self.graph = fx.Graph()
         self.root: dict[str, object] = {}
-        here = {o.name for o in region.ops}
-        self.streams = tuple(dict.fromkeys(a for o in region.ops for a in o.args if a not in here))
-        sources = [o.args[0] for o in region.ops if o.kind == "delay"]
-        self.results = tuple(dict.fromkeys([*wanted, *(s for s in sources if s in here)]))
+        here = {o.name for o in region.program_ops}
+        self.streams = tuple(dict.fromkeys(a for o in region.program_ops for a in o.args if a not in here))
+        sources = [o.args[0] for o in region.program_ops if o.kind == "delay"]
+        self.results = tuple(dict.fromkeys([*region.outputs, *(s for s in sources if s in here)]))
         self.templates = {o.name: host.bound(o["index"])[0] for o in region.visits}
         self.sides = tuple(sorted({s for o in region.visits for s in host.sides_of(o["index"])}))
         self.absents = tuple(sorted({
-            self.types[a].absent for o in region.ops if o.kind == "add" for a in o.args
+            self.types[a].absent for o in region.program_ops if o.kind == "add" for a in o.args
             if self.types[a].absent > self.types[o.name].absent
         }))
         self.params: dict[Parameter, fx.Node] = {}
         # Linear maps that one sum alone reads are taken together with it.
-        self.bridges = {o.name for o in region.ops if self._lands(o)}
+        self.bridges = {o.name for o in region.program_ops if self._lands(o)}
 
     def build(self) -> ChunkGraph:
         graph = self.graph
@@ -136,11 +135,11 @@ class _Builder:
         self.env = {s: graph.placeholder(f"stream_{s}") for s in self.streams}
         self.masks = {n: graph.placeholder(f"mask_{n}") for n in self.absents}
         self.tables = {n: graph.placeholder(f"table_{n}") for n in self.sides}
-        for o in self.region.ops:
+        for o in self.region.program_ops:
             for parameter, name in self._parameters_of(o):
                 if parameter not in self.params:
                     self.params[parameter] = graph.placeholder(f"p{len(self.params)}_{re.sub(r'[^0-9A-Za-z]', '_', name)}")
-        for o in self.region.ops:
+        for o in self.region.program_ops:
             if o.name not in self.bridges:
                 self.env[o.name] = self._op(o)
         graph.output(tuple(self.env[r] for r in self.results))
@@ -166,10 +165,10 @@ class _Builder:
             return False
         total = users[0]
         rest = [a for a in total.args if not self._is_linear(a)]
-        return total in self.region.ops and o.name not in self.results and bool(rest) and total.args.count(o.name) == 1
+        return total in self.region.program_ops and o.name not in self.results and bool(rest) and total.args.count(o.name) == 1
 
     def _is_linear(self, name: str) -> bool:
-        return any(o.name == name and o.kind == "linear" for o in self.region.ops)
+        return any(o.name == name and o.kind == "linear" for o in self.region.program_ops)
 
     def _plain(self, o: Op) -> bool:
         """Whether an op's parameters are in a module that does nothing but the op, so that the graph may read them itself."""
@@ -184,13 +183,13 @@ class _Builder:
             names = self.templates[o.name].params
             return [(Parameter(o["index"], i), f"{o['index']}_{name}") for i, name in enumerate(names)]
         if self._plain(o):
-            name = OPS[o.kind].scope(o)
+            name = cast(str, OPS[o.kind].scope(o))
             held = [leaf for leaf, p in self.host.module(name)._parameters.items() if p is not None]
             return [(Parameter(name, leaf), f"{name}_{leaf}") for leaf in held]
         return []
 
     def _op(self, o: Op) -> fx.Node:
-        graph, args = self.graph, [self.env.get(a) for a in o.args]
+        graph, args = self.graph, cast("list[Any]", [self.env.get(a) for a in o.args])
         if o.kind == "delay":
             return graph.call_function(delayed, (self.loop, o.name, args[0]))
         if o.kind == "block":
@@ -204,8 +203,8 @@ class _Builder:
         definition = OPS[o.kind]
         if definition.scope(o) is not None and not self._plain(o):
             return graph.call_function(call, (self.loop, o.name, *args))
-        weights = {p.at: self.params[p] for p, _ in self._parameters_of(o)}
-        return graph.call_function(definition.meaning, tuple(args), {**definition.given(o), **weights})
+        weights = {str(p.at): self.params[p] for p, _ in self._parameters_of(o)}
+        return graph.call_function(definition.computed, tuple(args), {**definition.given(o), **weights})
 
     def _linear(self, o: Op) -> tuple[fx.Node, fx.Node | None]:
         return self.params[Parameter(o["name"], "weight")], self.params.get(Parameter(o["name"], "bias"))
@@ -229,7 +228,7 @@ class _Builder:
             mask = self.masks[absent] if absent > base else None
             cs = [self.env[b.args[0]] for b in ops]
             total = graph.call_function(land, (weights, biases, mask, total, *cs))
-        return total
+        return cast(fx.Node, total)
 
     def _block(self, o: Op, hidden: fx.Node, memory: fx.Node | None = None) -> fx.Node:
         template, visit = self.templates[o.name], self.visits[o.name]
@@ -242,10 +241,9 @@ class _Builder:
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
             memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
         rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
-        keys: Sequence[fx.Node] = ()
-        if memory is not None:
-            keys = self._inline(split_graph(template.graph, o["index"]).keys, (visit, memory, *rest))
-        y = self._inline(template.graph, (visit, hidden, *rest), keys)
+        cut = cut_for(o, template.graph)
+        made = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
+        y = self._inline(cut.rest, (visit, hidden, *rest), made)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
 
     def _inline(self, gm: fx.GraphModule, inputs: Sequence[Any], keys: Sequence[fx.Node] = ()) -> Any:

@@ -59,6 +59,13 @@ class Slot:
     places: tuple[Place | None, ...] | None = None
     ragged: RaggedRoom | None = field(default=None, repr=False, compare=False)
 
+    @property
+    def listed_columns(self) -> Tensor:
+        """``columns`` of a slot that lists them."""
+        if self.columns is None:
+            raise TypeError("a slot of tokens in order lists no columns")
+        return self.columns
+
     def map(self, fn: Callable[[Tensor], Tensor]) -> Slot:
         return Slot(
             tuple(map(fn, self.keys)), tuple(map(fn, self.values)),
