@@ -132,9 +132,10 @@ def loop(
 
     def visit(key, first):
         keys = slots.setdefault(key, Keys())
-        if kv.startswith(("last", "mod")) and isinstance(key, tuple) and key[-1] != "coda" and key[0] is not None:
+        if kv.startswith(("last", "mod", "anchor")) and isinstance(key, tuple) and key[-1] != "coda" and key[0] is not None:
             t, b = key
-            kept = times - 1 - (times - 1 - t) % (1 if kv == "last" else int(kv[4:]))
+            k = 1 if kv == "last" else int(kv.partition(":")[2])
+            kept = (t if t < k else times - 1) if kv.startswith("anchor") else times - 1 - (times - 1 - t) % k
             return split(keys, slots.setdefault((kept, b), Keys()), ends)
         return own(keys) if first is None else shared(slots[first])
 

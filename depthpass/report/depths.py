@@ -60,7 +60,8 @@ def depth_section(report: Report) -> Section:
     ]
     counted: tuple[tuple[Literal["attention", "mlp"], str], ...] = (("attention", "attention layers"), ("mlp", "MLPs"))
     for weight, unit in counted:
-        weighed = main if WEIGHTS[weight] == WEIGHTS["visits"] else depth(report.program, weight=weight)
+        alike = sum(WEIGHTS[weight]) == 1 and all(o.kind != "ffn" for o in report.program)
+        weighed = main if alike else depth(report.program, weight=weight)
         found.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
     if report.program.reads_calls:
         found.append(depth_of_calls(report))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -38,10 +39,11 @@ def fuse_pass(gm: fx.GraphModule, dtype: torch.dtype) -> None:
         node.meta["dtype"] = _dtype(node, dtype)
         if not _casts(node):
             continue
-        source = node.args[0]
+        source: Any = node.args[0]
         if "layout" not in source.meta:
             # What stands between blocks has no example value; its reader's has its shape.
-            source.meta["layout"] = layout(node) and (layout(node)[0], source.meta["dtype"])
+            known = layout(node)
+            source.meta["layout"] = None if known is None else (known[0], source.meta["dtype"])
         if node.meta["dtype"] is not None and source.meta["dtype"] == node.meta["dtype"]:
             node.replace_all_uses_with(source)
             gm.graph.erase_node(node)
@@ -84,13 +86,13 @@ def _casts(n: fx.Node) -> bool:
     return n.target is aten.to.dtype and len(n.args) == 2 and not n.kwargs
 
 
-def _only(n: object, targets: tuple, users: int = 1) -> bool:
+def _only(n: Any, targets: tuple, users: int = 1) -> bool:
     return isinstance(n, fx.Node) and n.target in targets and len(n.users) == users
 
 
 def _norm(graph: fx.Graph, root: fx.Node) -> None:
     """``rsqrt(mean(x^2) + eps)`` and what multiplies with it."""
-    total = root.args[0]
+    total: Any = root.args[0]
     if len(root.users) != 1 or not _only(total, (aten.add.Tensor,)) or total.kwargs or not isinstance(total.args[1], float):
         return
     mean, eps = total.args
@@ -108,7 +110,7 @@ def _norm(graph: fx.Graph, root: fx.Node) -> None:
     if len(scaled.users) == 1:
         (user,) = scaled.users
         if user.target is aten.mul.Tensor and not user.kwargs and user.meta["dtype"] == scaled.meta["dtype"]:
-            (other,) = [a for a in user.args if a is not scaled] or [None]
+            other: Any = next((a for a in user.args if a is not scaled), None)
             value = other.meta.get("val") if isinstance(other, fx.Node) else None
             if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == scaled.meta["dtype"]:
                 weight, last = other, user
@@ -119,7 +121,8 @@ def _rotation(graph: fx.Graph, node: fx.Node) -> None:
     """``x cos + cat(-x[half:], x[:half]) sin``."""
     if node.kwargs or len(node.args) != 2:
         return
-    for straight, turned in (node.args, node.args[::-1]):
+    both: Any = node.args
+    for straight, turned in (both, both[::-1]):
         if not (_only(straight, (aten.mul.Tensor,)) and _only(turned, (aten.mul.Tensor,))):
             continue
         for whole, sin in (turned.args, turned.args[::-1]):
@@ -127,14 +130,14 @@ def _rotation(graph: fx.Graph, node: fx.Node) -> None:
             if found is None or found[0] not in straight.args or not isinstance(sin, fx.Node):
                 continue
             x, half = found
-            (cos,) = [a for a in straight.args if a is not x] or [None]
+            cos = next((a for a in straight.args if a is not x), None)
             same = isinstance(cos, fx.Node) and node.meta["dtype"] == x.meta["dtype"] == cos.meta["dtype"] == sin.meta["dtype"]
             if same:
                 _replace(graph, node, rope, (x, cos, sin, half))
                 return
 
 
-def _halves(n: object) -> tuple[fx.Node, int] | None:
+def _halves(n: Any) -> tuple[fx.Node, int] | None:
     """``(x, half)`` of ``cat(-x[half:], x[:half])`` along the last axis, or None."""
     if not _only(n, (aten.cat.default,)) or len(n.args[0]) != 2 or n.args[1:] not in ((-1,), (3,)):
         return None

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -59,7 +60,7 @@ class Gradient:
     fresh: bool
 
 
-Rule = Callable[["Reverse", fx.Node], None]
+Rule = Callable[[Any, fx.Node], None]
 
 
 class Tape:
@@ -76,7 +77,7 @@ class Tape:
 
     def __init__(self, ahead: fx.Graph, behind: fx.Graph, rules: Callable[[fx.Node], Rule]):
         self.ahead, self.behind, self.rules = ahead, behind, rules
-        self.env: dict[fx.Node, object] = {}
+        self.env: dict[fx.Node, Any] = {}
         self.active: set[fx.Node] = set()
         self.steps: list[Callable[[], None]] = []
         self.gradients: dict[fx.Node, Gradient] = {}
@@ -85,7 +86,7 @@ class Tape:
 
     # Forward.
 
-    def value(self, x):
+    def value(self, x: Any) -> Any:
         """Values of nodes of the source graph, in any nesting."""
         return map_arg(x, lambda n: self.env.get(n, n))
 
@@ -125,11 +126,12 @@ class Tape:
 
     def back(self, target: Callable, *args, **kwargs) -> fx.Node:
         """Write a call into the backward graph; forward values among the arguments are kept for it."""
-        given = map_arg((args, kwargs), self._behind)
+        given: Any = map_arg((args, kwargs), self._behind)
         return self.behind.call_function(target, given[0], given[1])
 
     def back_method(self, name: str, *args) -> fx.Node:
-        return self.behind.call_method(name, map_arg(args, self._behind))
+        given: Any = map_arg(args, self._behind)
+        return self.behind.call_method(name, given)
 
     def _behind(self, n: fx.Node) -> fx.Node:
         n = self.env.get(n, n)
@@ -187,6 +189,7 @@ class Reverse(Tape):
         self.gm, self.params, self.writers = gm, list(params), writers
         self.active |= active
         self.sites: list[SiteSpec] = []
+        self.slots: list[fx.Node] = []
         self.saved: dict[fx.Node, int] = {}
         self.read: dict[fx.Node, fx.Node] = {}
         self.sink = self.behind.placeholder("sink")
@@ -229,9 +232,9 @@ class Reverse(Tape):
         results: Sequence[fx.Node] = ()
         for n in self.gm.graph.nodes:
             if n.op == "output":
-                results = n.args[0]
+                results = cast("Sequence[fx.Node]", n.args[0])
             elif n.op == "get_attr":
-                self.env[n] = self.ahead.get_attr(n.target)
+                self.env[n] = self.ahead.get_attr(str(n.target))
             elif n.op == "call_function":
                 self.run(n)
         trained = [r for r in results if r in self.active]

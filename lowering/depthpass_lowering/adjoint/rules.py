@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 from depthpass.capture import calls
 from depthpass.capture.direct import FUNCTIONS
@@ -39,7 +40,7 @@ def rule(*targets: object) -> Callable[[Rule], Rule]:
 
 
 @rule(aten.mul.Tensor, operator.mul)
-def _mul(t: Tape, n: fx.Node) -> None:
+def _mul(t: Tape, n: Any) -> None:
     a, b = n.args
     t.env[n] = t.emit(torch.mul if _tensors(n) else operator.mul, a, b)
     if t.differentiates(n):
@@ -52,7 +53,7 @@ def _mul(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.add.Tensor, aten.sub.Tensor, operator.add)
-def _add(t: Tape, n: fx.Node) -> None:
+def _add(t: Tape, n: Any) -> None:
     if n.kwargs:
         return _other(t, n)
     a, b = n.args
@@ -69,7 +70,7 @@ def _add(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.div.Tensor)
-def _div(t: Tape, n: fx.Node) -> None:
+def _div(t: Tape, n: Any) -> None:
     a, b = n.args
     if b in t.active:
         return _other(t, n)
@@ -81,7 +82,7 @@ def _div(t: Tape, n: fx.Node) -> None:
 def _pointwise(forward: Callable, backward: Callable[[Tape, fx.Node, fx.Node, fx.Node, fx.Node], fx.Node]) -> Rule:
     """A rule for an op of one tensor whose gradient is ``backward(tape, g, x, y, node)``."""
 
-    def run(t: Tape, n: fx.Node) -> None:
+    def run(t: Tape, n: Any) -> None:
         x = n.args[0]
         y = t.env[n] = t.emit(forward, *n.args, **n.kwargs)
         if t.differentiates(n):
@@ -103,7 +104,7 @@ RULES |= {
 
 
 @rule(rms)
-def _rms(t: Tape, n: fx.Node) -> None:
+def _rms(t: Tape, n: Any) -> None:
     x, weight, eps = n.args
     square = t.emit(torch.mul, x, x)
     r = t.method("rsqrt_", t.method("add_", t.emit(_mean, square), eps))
@@ -148,7 +149,7 @@ def _minus_mean(x: Tensor, weight: Tensor | None) -> Tensor:
 
 
 @rule(rope)
-def _rope(t: Tape, n: fx.Node) -> None:
+def _rope(t: Tape, n: Any) -> None:
     x, cos, sin, half = n.args
     if cos in t.active or sin in t.active:
         raise Unsupported("a rotary table that is trained")
@@ -177,7 +178,7 @@ def _signs(sin: Tensor, half: int) -> tuple[Tensor, Tensor]:
 
 
 @rule(aten.layer_norm.default)
-def _layer_norm(t: Tape, n: fx.Node) -> None:
+def _layer_norm(t: Tape, n: Any) -> None:
     given = dict(zip(("x", "shape", "weight", "bias", "eps", "cudnn"), n.args), **n.kwargs)
     x, shape, weight, bias = given["x"], given["shape"], given.get("weight"), given.get("bias")
     parts = t.emit(aten.native_layer_norm.default, x, shape, weight, bias, given.get("eps", 1e-5))
@@ -204,7 +205,7 @@ def _layer_norm_backward(g: Tensor, *args):
 
 
 @rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-def _view(t: Tape, n: fx.Node) -> None:
+def _view(t: Tape, n: Any) -> None:
     x = n.args[0]
     t.env[n] = t.method("view" if n.target is aten.view.default else "reshape", *n.args)
     if t.differentiates(n):
@@ -213,7 +214,7 @@ def _view(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.transpose.int)
-def _transpose(t: Tape, n: fx.Node) -> None:
+def _transpose(t: Tape, n: Any) -> None:
     x, a, b = n.args
     t.env[n] = t.method("transpose", x, a, b)
     if t.differentiates(n):
@@ -221,7 +222,7 @@ def _transpose(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.unsqueeze.default)
-def _unsqueeze(t: Tape, n: fx.Node) -> None:
+def _unsqueeze(t: Tape, n: Any) -> None:
     x, axis = n.args
     t.env[n] = t.method("unsqueeze", x, axis)
     if t.differentiates(n):
@@ -229,7 +230,7 @@ def _unsqueeze(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.slice.Tensor)
-def _slice(t: Tape, n: fx.Node) -> None:
+def _slice(t: Tape, n: Any) -> None:
     given = dict(zip(("x", "dim", "start", "end", "step"), n.args), **n.kwargs)
     x, dim, start, end, step = given["x"], given.get("dim", 0), given.get("start"), given.get("end"), given.get("step", 1)
     t.env[n] = t.emit(n.target, x, dim, start, end, step)
@@ -241,7 +242,7 @@ def _slice(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.cat.default)
-def _cat(t: Tape, n: fx.Node) -> None:
+def _cat(t: Tape, n: Any) -> None:
     parts, axis = n.args[0], n.args[1] if len(n.args) > 1 else 0
     t.env[n] = t.emit(torch.cat, parts, axis)
     if t.differentiates(n):
@@ -269,7 +270,7 @@ def _size(x: Tensor, axis: int) -> int:
 
 
 @rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-def _split(t: Tape, n: fx.Node) -> None:
+def _split(t: Tape, n: Any) -> None:
     x = n.args[0]
     axis = n.args[2] if len(n.args) > 2 else n.kwargs.get("dim", 0)
     made = t.emit(n.target, *n.args, **n.kwargs)
@@ -294,7 +295,7 @@ def _side_by_side(parts: Sequence[Tensor], grads: dict[int, Tensor], axis: int) 
 
 
 @rule(aten.clone.default, aten.contiguous.default, aten.alias.default)
-def _same(t: Tape, n: fx.Node) -> None:
+def _same(t: Tape, n: Any) -> None:
     x = n.args[0]
     t.env[n] = t.method("contiguous", x)
     if t.differentiates(n):
@@ -302,7 +303,7 @@ def _same(t: Tape, n: fx.Node) -> None:
 
 
 @rule(aten.to.dtype, aten._to_copy.default)
-def _cast(t: Tape, n: fx.Node) -> None:
+def _cast(t: Tape, n: Any) -> None:
     x = n.args[0]
     t.env[n] = t.emit(_direct(n), *n.args, **n.kwargs)
     if t.differentiates(n):
@@ -311,7 +312,7 @@ def _cast(t: Tape, n: fx.Node) -> None:
 
 
 @rule(torch.detach, aten.detach.default)
-def _detach(t: Tape, n: fx.Node) -> None:
+def _detach(t: Tape, n: Any) -> None:
     t.env[n] = t.value(n.args[0])
 
 
@@ -319,7 +320,7 @@ def _detach(t: Tape, n: fx.Node) -> None:
 
 
 @rule(present)
-def _present(t: Tape, n: fx.Node) -> None:
+def _present(t: Tape, n: Any) -> None:
     x, mask = n.args
     t.env[n] = t.emit(present, x, mask)
     if t.differentiates(n):
@@ -327,7 +328,7 @@ def _present(t: Tape, n: fx.Node) -> None:
 
 
 @rule(calls.attend)
-def _attend(t: Tape, n: fx.Node) -> None:
+def _attend(t: Tape, n: Any) -> None:
     visit, site, q, k, v, *rest = n.args
     sinks = rest[0] if rest else n.kwargs.get("sinks")
     if not isinstance(t, Reverse):
@@ -359,7 +360,7 @@ def attend_back(tape: Any, grad: Tensor) -> Sequence[Tensor | None]:
 
 
 @rule(products)
-def _products(t: Tape, n: fx.Node) -> None:
+def _products(t: Tape, n: Any) -> None:
     transposed, weights, biases, x = n.args
 
     def finish(g: fx.Node, site: fx.Node, trained: bool) -> None:
@@ -372,7 +373,7 @@ def _products(t: Tape, n: fx.Node) -> None:
 
 
 @rule(absorbed)
-def _absorbed(t: Tape, n: fx.Node) -> None:
+def _absorbed(t: Tape, n: Any) -> None:
     transposed, weights, biases, steps, *leaves = n.args
     if not isinstance(t, Reverse):
         raise Unsupported("a product that is computed again")
@@ -437,7 +438,7 @@ def _multiply(
 
 
 @rule(land)
-def _land(t: Tape, n: fx.Node) -> None:
+def _land(t: Tape, n: Any) -> None:
     weights, biases, mask, x, *cs = n.args
     if not isinstance(t, Reverse):
         raise Unsupported("a landing that is computed again")
@@ -469,18 +470,18 @@ def _land(t: Tape, n: fx.Node) -> None:
 
 
 @rule(call, delayed, enter, calls.submodule, calls.modulate)
-def _asks(t: Tape, n: fx.Node) -> None:
+def _asks(t: Tape, n: Any) -> None:
     raise Unsupported(f"{getattr(n.target, '__name__', n.target)} asks modules or streams that autograd has to see")
 
 
 @rule(operator.getitem)
-def _item(t: Tape, n: fx.Node) -> None:
+def _item(t: Tape, n: Any) -> None:
     if n.args[0] in t.active:
         raise Unsupported("a part of a result without a rule")
     t.env[n] = t.emit(operator.getitem, *n.args)
 
 
-def _other(t: Tape, n: fx.Node) -> None:
+def _other(t: Tape, n: Any) -> None:
     """An op without a rule: differentiated by autograd."""
     if writes(n):
         raise Unsupported(f"{n.target} writes into its argument")
@@ -514,9 +515,10 @@ class _Island:
     def __call__(self, *given: Any):
         leaves = {i: given[i].detach().requires_grad_() for i in self.active}
         values = dict(zip(self.inputs, (leaves.get(i, x) for i, x in enumerate(given))))
-        args, kwargs = fx.node.map_arg((self.node.args, self.node.kwargs), values.__getitem__)
+        args, kwargs = cast(Any, map_arg((self.node.args, self.node.kwargs), values.__getitem__))
+        target: Any = self.node.target
         with torch.enable_grad():
-            y = self.node.target(*args, **kwargs)
+            y = target(*args, **kwargs)
         if not isinstance(y, Tensor):
             raise TypeError(f"{self.node.target}: expected one tensor, got {type(y).__name__}")
         return y.detach(), (y, list(leaves.values()))

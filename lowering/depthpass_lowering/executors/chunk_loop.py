@@ -26,7 +26,7 @@ from depthpass_lowering.host import Host
 from depthpass_lowering.products.packed import LEAST_USES
 from depthpass_lowering.products.sink import Sink
 from depthpass_lowering.state.buffers import Buffer, Use
-from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, read_group, spans
 from depthpass_lowering.visits.attention import Masks
 from depthpass_lowering.visits.running import RunningVisit
 
@@ -37,7 +37,7 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
     source = region.scheduled
-    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
+    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.calls)
     kinds = tuple(type(run.host.module(name)) for o in region.program_ops for name in own_scopes(o))
     # The graph keeps program and templates, so that their ids stay theirs.
     key = (id(run.program), templates, kinds, region.outputs)
@@ -56,7 +56,7 @@ def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
 
 def recomputes(host: Host, region: LoweredRegion) -> bool:
     """Whether the activations of a region are to be computed again in the backward pass."""
-    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.visits)
+    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.calls)
 
 
 class ChunkRunner(Protocol):
@@ -83,7 +83,7 @@ class Job:
         self.parameters = parameters
         self.graph = graph_of(run, region)
         self.recompute = recomputes(run.host, region)
-        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
+        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.calls)
         uses = -(-run.context.count // region.size)
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
@@ -152,7 +152,7 @@ class Loop:
     def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The streams that the region hands out, over all tokens."""
         job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
-        cut = spans(c.start, c.count, c.valid, None, job.region.size)
+        cut = spans(c.start, c.count, c.valid, None, job.region.size, job.region.groups)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
@@ -247,7 +247,10 @@ class Loop:
         return self.span
 
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
-        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.running)
+        o = self.run.program.defs[name]
+        if o["group"] is not None:
+            return read_group(self.lines[name], source, o["group"], self.running)
+        return read_delay(self.lines[name], source, o["tokens"], self.running)
 
     def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
         o = self.run.program.defs[name]

@@ -91,7 +91,8 @@ def _hoist_delays(gm: fx.GraphModule) -> tuple[str, ...]:
     """Make inputs of the delays that no value of the chunk itself goes into."""
     names = []
     last = [n for n in gm.graph.nodes if n.op == "placeholder"][-1]
-    for n in list(gm.graph.nodes):
+    nodes: list[Any] = list(gm.graph.nodes)
+    for n in nodes:
         if n.target is delayed and n.args[2] is None:
             with gm.graph.inserting_after(last):
                 last = gm.graph.placeholder(f"stream_delayed_{len(names)}")
@@ -105,7 +106,7 @@ class TapedChunks:
     """The chunks of one loop on a graph with its backward pass.
 
     Args:
-        fixed: the chunk graph's parameters.
+        params: the chunk graph's parameters.
         like: a tensor of the dtype and device of the streams, with as many rows as a chunk.
     """
 

@@ -83,12 +83,13 @@ class Use:
         out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
         return out.transpose(1, 2)
 
-    def taped(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, AttentionTape]:
+    def taped(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, AttentionTape | ChunkTape]:
         """As :meth:`__call__`, without autograd: the result, and what its backward pass needs."""
         if self.write:
             self.buffer.write(k, v, self.start)
         if sinks is None and chunk.fits(q, self.start, self.options):
-            return chunk.forward(q, *self.by_head(*self.buffer.held()), self.options["scale"]), ChunkTape(self, q)
+            k, v = self.by_head(*self.buffer.held())
+            return chunk.forward(q, k, v, self.options["scale"]), ChunkTape(self, q)
         out, lse = self.attend(q, sinks)
         return out.transpose(1, 2), AttentionTape(self, q, sinks, out, lse)
 
@@ -140,7 +141,8 @@ class ChunkTape:
 
     def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
         use, buffer = self.use, self.use.buffer
-        dq, dk, dv = chunk.backward(grad, self.q, *use.by_head(*buffer.held()), use.options["scale"])
+        k, v = use.by_head(*buffer.held())
+        dq, dk, dv = chunk.backward(grad, self.q, k, v, use.options["scale"])
         for sums, part in zip(use.by_head(*buffer.gradients()), (dk, dv)):
             sums.add_(part)
         return (dq, *_own_gradients(use), None)
