@@ -7,18 +7,20 @@ accumulators of their buffers before the backward loop begins, and what is left 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.executors.chunk_loop import Job
-from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.executors.first_order import first_order
 from depthpass_lowering.state.buffers import Buffer
 from depthpass_lowering.state.slots import Slot
+
+if TYPE_CHECKING:
+    from depthpass_lowering.executors.chunk_loop import Job
+    from depthpass_lowering.executors.eager import Run
 
 
 def uncarried(run: Run, region: Region) -> str | None:

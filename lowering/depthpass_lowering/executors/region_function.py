@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from depthpass_lowering.executors.chunk_loop import Job
 from depthpass_lowering.executors.first_order import first_order
+
+if TYPE_CHECKING:
+    from depthpass_lowering.executors.chunk_loop import Job
 
 
 class RegionFunction(torch.autograd.Function):
