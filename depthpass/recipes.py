@@ -123,6 +123,20 @@ def ouro(*, times: int = 4, exit: float = 0.5, stage: int = 1, **options: Any) -
     return Recipe("ouro", (loop,), training)
 
 
+def from_huginn(config: Any, tensors: Any, **options: Any) -> Any:
+    """The public Huginn checkpoint as a transformed Llama; see :func:`depthpass.hf.public.huginn_model`."""
+    from depthpass.hf.public import huginn_model
+
+    return huginn_model(config, tensors, **options)
+
+
+def from_ouro(config: Any, tensors: Any, **options: Any) -> Any:
+    """The public Ouro checkpoint as a transformed GLM-4; see :func:`depthpass.hf.public.ouro_model`."""
+    from depthpass.hf.public import ouro_model
+
+    return ouro_model(config, tensors, **options)
+
+
 def _blocks(source: Any) -> int:
     """Blocks of a model or config, or the number itself."""
     if type(source) is int:

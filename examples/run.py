@@ -2,12 +2,13 @@
 
     python examples/run.py list
     python examples/run.py NAME [--seeds 3] [--quick | --gpu] [--arms PART,...] [--set key.key=value] [--out runs]
-    python examples/run.py publish NAME [--out runs]
+    python examples/run.py show NAME [--out runs]          what is finished, without running anything
+    python examples/run.py publish NAME [--out runs]       a finished result into docs/
 
 Every finished run (arm, seed, learning rate) is a line of ``OUT/NAME.jsonl`` and is not made again, so that a run that was
 interrupted goes on where it was. ``OUT/NAME.json`` holds everything, ``OUT/NAME.md`` the tables, ``OUT/NAME.png`` the picture.
 The learning rate of each arm is chosen by its first seed. ``--quick`` takes seconds and shows the direction; ``--gpu`` is a
-longer setting for one card. ``publish`` copies a result into docs/.
+longer setting for one card.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ class Bars:
 
 
 def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Path("runs"), arms: list[str] | None = None,
-        changes: tuple[str, ...] = (), console: Console | None = None) -> Summary:
-    """Make what is missing of an experiment and write its files."""
+        changes: tuple[str, ...] = (), missing: bool = True, console: Console | None = None) -> Summary:
+    """Make what is missing of an experiment, or leave it out, and write its files."""
     experiment, console = load(name), console or Console(width=150)
     stem = folder(out, name, overlay)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
@@ -65,7 +66,9 @@ def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Pa
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         runner = Runner(name, experiment, settings(name, overlay, changes), Store(stem.with_suffix(".jsonl")), seeds, only=arms,
                         say=lambda text: console.print(text, highlight=False, markup=False), progress=Bars(progress))
-        summary = runner.run()
+        summary = runner.run(missing)
+    if not summary.arms:
+        raise ValueError(f"{name}: expected finished runs in {stem}.jsonl, found none with these settings. Run it first.")
     command = f"python examples/run.py {name} --seeds {seeds}" + (f" --{overlay}" if overlay else "") + "".join(
         f" --set {c}" for c in changes)
     stem.with_suffix(".json").write_text(json.dumps(tables.plain(summary, command), indent=1), encoding="utf-8")
@@ -82,6 +85,8 @@ def publish(name: str, out: Path) -> None:
     docs = ROOT / "docs"
     (docs / "results").mkdir(exist_ok=True)
     stem = folder(out, name, None)
+    if not stem.with_suffix(".json").exists():
+        raise ValueError(f"publish: expected {stem}.json, found none. Run the experiment first.")
     held = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
     text = json.dumps(pages.thinned(held), separators=(",", ":"))
     (docs / "results" / f"{name}.json").write_text(text + "\n", encoding="utf-8")
@@ -91,7 +96,7 @@ def publish(name: str, out: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("name", help="list, publish, or the name of an experiment")
+    parser.add_argument("name", help="list, show, publish, or the name of an experiment")
     parser.add_argument("more", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--seeds", type=int, default=3)
     kind = parser.add_mutually_exclusive_group()
@@ -105,20 +110,22 @@ def main(argv: list[str] | None = None) -> int:
         for name in names():
             print(f"{name:<14}{load(name).title}")
         return 0
-    wanted = args.more if args.name == "publish" else [args.name]
+    word = args.name if args.name in ("show", "publish") else None
+    wanted = args.more if word else [args.name, *args.more]
     if unknown := [n for n in wanted if n not in names()] or (not wanted and ["nothing"]):
-        more = "" if args.name == "publish" else "list, publish or "
+        more = "" if word else "list, show, publish or "
         parser.error(f"expected {more}one of {', '.join(names())}; got {unknown[0]}")
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
-    for name in wanted:
-        if args.name == "publish":
-            publish(name, args.out)
-        else:
-            try:
-                run(name, seeds=args.seeds, overlay=args.overlay, out=args.out, arms=args.arms, changes=tuple(args.set))
-            except ValueError as error:
-                parser.error(str(error))
+    try:
+        for name in wanted:
+            if word == "publish":
+                publish(name, args.out)
+            else:
+                run(name, seeds=args.seeds, overlay=args.overlay, out=args.out, arms=args.arms, changes=tuple(args.set),
+                    missing=word is None)
+    except ValueError as error:
+        parser.error(str(error))
     return 0
 
 

@@ -62,7 +62,7 @@ def _lowered(program: Program, call: str, form: str | None) -> str:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from depthpass.passes.turboconn import PRESETS
+    from depthpass.passes.turboconn_layout import PRESETS
     from depthpass.report.tables import compare
 
     specs = [(name, named_spec(name)) for name in args.specs]

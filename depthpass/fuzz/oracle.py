@@ -106,6 +106,9 @@ class Meaning:
             case "trim":
                 j = i if i < self.prompt - 1 else i + self.pads
                 return self.value(o.args[0], j) if j < self.columns else None
+            case "delay" if o["group"]:
+                last = i - i % o["group"] - 1
+                return self.value(o.args[0], last) if last >= 0 else None
             case "delay":
                 return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
             case "gather":

@@ -178,8 +178,10 @@ class Live:
         """
         op, index = (visit.members[0] if hasattr(visit, "members") else visit).op, visit.index
         # A module has its keys and queries from one stream; a visit without keys of its own leaves the module's unused.
-        if op["modulate"] is not None or (writes_slot(op) is not None and not of_one_stream(op)):
-            what = ("scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
+        partly = op.kind == "ffn" or op["part"] != "whole"
+        if partly or op["modulate"] is not None or (writes_slot(op) is not None and not of_one_stream(op)):
+            what = ("one part of it alone" if partly else
+                    "scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
                     "queries of some tokens and keys of all")
             raise UnsupportedModelError(
                 f"block {index} has hooks on modules inside it, and a visit with {what}, which change what the block computes "

@@ -44,6 +44,18 @@ class Block(Protocol):
         """
         ...
 
+    def attention(self, x: Tensor, position: int, keys: Sequence[Any]) -> Tensor:
+        """The block's input plus what its attention adds; only programs with parts of blocks need it."""
+        ...
+
+    def point(self, x: Tensor, a: Tensor) -> Tensor:
+        """What the feed-forward branch reads: ``a``, or the block's input ``x``; likewise."""
+        ...
+
+    def ffn(self, a: Tensor, read: Tensor) -> Tensor:
+        """``a`` plus what the feed-forward branch makes of ``read``; likewise."""
+        ...
+
 
 class Interpretation:
     """Values of a program on one row.
@@ -96,6 +108,9 @@ class Interpretation:
         return self._memo[name, i]
 
     def _compute(self, o: Op, i: int) -> Tensor | None:
+        if o.kind == "delay" and o["group"] is not None:
+            last = i // o["group"] * o["group"] - 1
+            return self.value(o.args[0], last) if last >= 0 else None
         if o.kind == "delay":
             return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
         if asks(o) and not self.value(o.args[1], i):
@@ -114,6 +129,10 @@ class Interpretation:
             return reduce(torch.add, there) if there else None
         if any(a is None for a in args):
             return None
+        if o.kind == "ffn":
+            return self.blocks[o["index"]].ffn(*args)
+        if o.kind == "point":
+            return self.blocks[o["index"]].point(*args)
         return self._visit(o, args[0], i) if o.kind == "block" else self._local(o, args, i)
 
     def _padded(self, o: Op, i: int) -> Tensor | None:
@@ -164,7 +183,7 @@ class Interpretation:
             if o["past"] is not None:
                 start = max((e for e in self._call_ends if e <= i), default=0)
                 keys = self._keys(o["past"], start - 1) + self._keys(o["slot"], i, start)
-            return block(x, i, keys)
+            return block(x, i, keys) if o["part"] == "whole" else block.attention(x, i, keys)
         return block(x, i, self._keys(o["keys"], i), self._keys(o["slot"], i)[-o["window"] :], o["gate"])
 
     def _keys(self, slot: int, i: int, first: int = 0) -> list[Any]:

@@ -19,8 +19,13 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
              token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
-             values come from instead of the first, at the same positions (Feedback Transformer)
-delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
+             values come from instead of the first, at the same positions (Feedback Transformer). ``part attention``: the
+             stream plus what the attention branch adds, without the feed-forward network
+point        (x, a), a the attention part of a block and x its input: the stream that its feed-forward branch reads, which is a,
+             or x where the two branches run beside each other
+ffn          (a, y) of a physical block: a plus what its feed-forward branch makes of y; of y = the point the rest of a visit
+delay        the stream n tokens earlier in the same row; *absent* before the row's first real token. ``group``: at the last token
+             of the group of so many tokens before, groups being counted from the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
 weigh        times a learned vector of the stream's width

@@ -75,7 +75,7 @@ def _absences(program: Program) -> dict[str, int]:
         for o in program.ops:
             if o.name:
                 definition = OPS[o.kind]
-                absent[o.name] = min(NEVER, definition.absent([absent[a] for a in o.args]) + definition.lag(o))
+                absent[o.name] = min(NEVER, definition.begins(o, definition.absent([absent[a] for a in o.args])))
         if absent == before:
             break
     return absent

@@ -72,6 +72,11 @@ class LoweredRegion:
         return self.chunk
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """As of the schedule's region."""
+        return () if self.source is None else self.source.groups
+
+    @property
     def scheduled(self) -> Region:
         """The schedule's region: the key of what executors make once for it."""
         if self.source is None:
@@ -95,6 +100,11 @@ class LoweredRegion:
     @cached_property
     def visits(self) -> tuple[Op, ...]:
         return tuple(o for o in self.program_ops if o.kind == "block")
+
+    @cached_property
+    def calls(self) -> tuple[Op, ...]:
+        """Its visits, and the feed-forward networks that it runs by themselves."""
+        return tuple(o for o in self.program_ops if o.kind in ("block", "ffn"))
 
 
 @at_prompt

@@ -53,14 +53,15 @@ def depth_section(report: Report) -> Section:
         Number(f"loops.{name}", f"iterations of {name}", rule, "") for name, rule in (varying.rules if varying else ())
     ]
     found += [
-        Number("depth", "depth", formula_of(report, None), "block visits", exact),
+        Number("depth", "depth", formula_of(report, None), "block visits", "; ".join((exact, *main.notes))),
         Number("depth_at_n", f"depth at n = {n}", main.at(n), "block visits", stock=blocks),
         Number("depth_rate", "growth", main.rate, "block visits per token",
                "in the long run" if varying is None else "in the long run, at this loop count"),
     ]
     counted: tuple[tuple[Literal["attention", "mlp"], str], ...] = (("attention", "attention layers"), ("mlp", "MLPs"))
     for weight, unit in counted:
-        weighed = main if WEIGHTS[weight] == WEIGHTS["visits"] else depth(report.program, weight=weight)
+        alike = sum(WEIGHTS[weight]) == 1 and all(o.kind != "ffn" for o in report.program)
+        weighed = main if alike else depth(report.program, weight=weight)
         found.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
     if report.program.reads_calls:
         found.append(depth_of_calls(report))

@@ -29,8 +29,7 @@ def arms(c: Settings) -> list[Arm]:
         found.append(Arm(f"{looped}, timestep", [dp.Loop(times=times, timestep=True, **c.loop)], facts=facts))
     found.append(Arm(f"{blocks(k)} (equal parameters)", control=True))
     if c.arms.longer:
-        found.append(Arm(f"{blocks(k)}, longer (equal training FLOPs)", train={"steps": times * c.train.steps}, twin=looped,
-                         by="training FLOPs", control=True))
+        found.append(Arm(f"{blocks(k)}, longer (equal training FLOPs)", twin=looped, by="training FLOPs", control=True))
     if c.arms.deep:
         found.append(Arm(f"{blocks(k * times)} (equal FLOPs)", twin=looped, by="flops", control=True))
     return found

@@ -13,6 +13,13 @@ QUANTITIES = {
 """Column -> quantity of the report."""
 
 
+def step_flops(model: Any, length: int, rows: int) -> float:
+    """Forward and backward of a batch."""
+    cost = dp.report(model, seq_len=length, batch=rows).cost
+    assert cost is not None
+    return sum(cost.at(name, length, rows) for name in ("FLOPs forward", "FLOPs backward"))
+
+
 def costs(model: Any, length: int) -> dict[str, Any]:
     """Parameters, depth, and FLOPs and bytes of one row of ``length`` tokens."""
     report = dp.report(model, seq_len=length)

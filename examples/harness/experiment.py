@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from examples.harness.arms import Arm, config_of, stock, transformed
-from examples.harness.costs import costs
+from examples.harness.costs import costs, step_flops
 from examples.harness.problems import Problem
 from examples.harness.settings import Settings, fingerprint, merge
 from examples.harness.store import Store, conditions
@@ -29,10 +29,9 @@ class Experiment:
         problem: what an arm trains on.
         measure: ``(model, settings, arm) -> plain data`` of the trained model; ``score`` among it picks the learning rate.
         draw: ``(figure, summary)``: the picture.
-        columns: of the table: heading -> key of the measures (``a.b`` leads into mappings).
+        columns: of the table: heading -> key of the measures (``a.b`` leads into mappings), or key and form.
         before: problem of the cheap pre-training of the stock model below an arm; None = none.
-        extras: ``(model, settings, arm) -> arguments`` for :func:`~examples.harness.training.train`.
-        form: how a number of the table is written.
+        form: how the numbers of the table are written.
     """
 
     title: str
@@ -40,9 +39,8 @@ class Experiment:
     problem: Callable[[Settings, Arm], Problem]
     measure: Callable[[Any, Settings, Arm], dict[str, Any]]
     draw: Draw
-    columns: Callable[[Settings], dict[str, str]]
-    before: Callable[[Settings, Arm], Problem] | None = None
-    extras: Callable[[Any, Settings, Arm], dict[str, Any]] | None = None
+    columns: Callable[[Settings], Mapping[str, str | tuple[str, str]]]
+    before: Callable[[Settings, Arm], Problem | None] | None = None
     form: str = "{:.1%}"
 
 
@@ -82,27 +80,33 @@ class Runner:
         self.say, self.progress = say, progress or (lambda text, total: None)
         self.arms = {a.name: a for a in experiment.arms(settings)}
         self.only = only
+        if not self.wanted():
+            raise ValueError(f"--arms: expected parts of {', '.join(self.arms)}, got {', '.join(only or ())}")
         self.pretrained: dict[str, dict[str, torch.Tensor]] = {}
 
     def wanted(self) -> list[Arm]:
         return [a for a in self.arms.values() if self.only is None or any(o in a.name for o in self.only)]
 
-    def run(self) -> Summary:
+    def run(self, missing: bool = True) -> Summary:
+        """Make what is missing and sum up; or, without ``missing``, sum up what there is."""
         runs: dict[str, list[dict[str, Any]]] = {}
         sweep: dict[str, dict[float, float]] = {}
         for arm in self.wanted():
-            rates = list(merge(self.settings.train, arm.train).lr)
-            tried = {lr: self.one(arm, 0, lr) for lr in rates}
-            best = max(rates, key=lambda lr: tried[lr]["measures"]["score"])
+            rates = merge(self.settings.train, arm.train).lr
+            tried = {lr: r for lr in rates if (r := self.one(arm, 0, lr, missing)) is not None}
+            if not tried:
+                continue
+            best = max(tried, key=lambda lr: tried[lr]["measures"]["score"])
             sweep[arm.name] = {lr: r["measures"]["score"] for lr, r in tried.items()}
-            runs[arm.name] = [tried[best]] + [self.one(arm, seed, best) for seed in range(1, self.seeds)]
-        return Summary(self.name, self.experiment.title, self.settings, self.wanted(), runs, sweep)
+            more = [self.one(arm, seed, best, missing) for seed in range(1, self.seeds)]
+            runs[arm.name] = [tried[best], *(r for r in more if r is not None)]
+        return Summary(self.name, self.experiment.title, self.settings, [a for a in self.wanted() if a.name in runs], runs, sweep)
 
-    def one(self, arm: Arm, seed: int, lr: float) -> dict[str, Any]:
-        """A finished run, from the store or made now."""
+    def one(self, arm: Arm, seed: int, lr: float, missing: bool = True) -> dict[str, Any] | None:
+        """A finished run, from the store or, if it is ``missing`` there, made now."""
         print_ = self.fingerprint(arm)
         found = self.store.find(arm.name, seed, lr, print_)
-        if found is None:
+        if found is None and missing:
             found = self.make(arm, seed, lr) | {"arm": arm.name, "seed": seed, "lr": lr, "settings": print_}
             self.store.add(found)
             self.say(f"{arm.name}, seed {seed}, lr {lr:g}: score {found['measures']['score']:.4f}, {found['steps']} steps, "
@@ -121,9 +125,11 @@ class Runner:
         problem, plan = experiment.problem(c, arm), merge(c.train, arm.train)
         base = self.base(arm, seed, problem.vocabulary, device)
         model = transformed(base, arm, seed).to(device)
+        budget = self.budget(arm, seed)
+        if "flops" in budget:  # the learning rate falls over the steps that the budget will take
+            plan["steps"] = max(plan.warmup + 1, round(budget["flops"] / step_flops(model, plan.length, plan.rows)))
         tick = self.progress(f"{arm.name} seed {seed} lr {lr:g}", plan.steps)
-        extras = experiment.extras(model, c, arm) if experiment.extras else {}
-        done = train(model, problem, plan, lr, seed, device=device, tick=tick, **self.budget(arm, seed), **extras)
+        done = train(model, problem, plan, lr, seed, device=device, tick=tick, **budget)
         if hasattr(tick, "close"):
             tick.close()
         return {
@@ -137,9 +143,9 @@ class Runner:
         made = config_of(arm, self.arms, self.settings, vocabulary)
         model = stock(made, seed).to(device)
         plan = self.settings.get("pretrain")
-        if not plan or self.experiment.before is None:
+        problem = self.experiment.before(self.settings, arm) if plan and self.experiment.before else None
+        if problem is None:
             return model
-        problem = self.experiment.before(self.settings, arm)
         key = fingerprint(made.to_dict(), seed, repr(problem), plan)
         if key not in self.pretrained:
             train(model, problem, plan, plan.lr, seed, device=device, count=False)

@@ -148,26 +148,34 @@ class Addition:
 
 @dataclass(frozen=True)
 class Formula:
-    """A chain of sums and products modulo ``modulus``, worked out left to right: digit, then pairs of operator and digit.
+    """A chain of sums and products modulo ``modulus``, worked out left to right: a start token, then operators with a digit each.
 
-    Token i is an operator with its digit; label i the value so far. It is TurboConn's arithmetic on a tree that is a path.
+    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path.
+
+    Args:
+        last: the value after the last so many tokens alone.
     """
 
     modulus: int = 5
+    last: int | None = None
 
     @property
     def vocabulary(self) -> int:
-        return 2 * self.modulus
+        return 2 * self.modulus + 1
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
         digits = torch.randint(self.modulus, (rows, length), generator=generator)
         times = torch.randint(2, (rows, length), generator=generator)
-        labels = torch.empty_like(digits)
-        value = torch.zeros(rows, dtype=torch.long)
-        for i in range(length):
-            value = torch.where(times[:, i] == 1, value * digits[:, i], value + digits[:, i]) % self.modulus
+        ids = times * self.modulus + digits
+        ids[:, 0] = 2 * self.modulus
+        labels = torch.zeros_like(digits)
+        for i in range(1, length):
+            first = i if self.last is None else max(1, i + 1 - self.last)
+            value = labels[:, i - 1] if self.last is None else labels[:, 0]
+            for j in range(first, i + 1):
+                value = torch.where(times[:, j] == 1, value * digits[:, j], value + digits[:, j]) % self.modulus
             labels[:, i] = value
-        return times * self.modulus + digits, labels
+        return ids, labels
 
 
 @dataclass(frozen=True)

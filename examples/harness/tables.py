@@ -20,14 +20,16 @@ def written(values: list[float], form: str) -> str:
 def results(summary: Summary, experiment: Experiment) -> list[list[str]]:
     """Heading and a row for each arm."""
     columns = experiment.columns(summary.settings)
-    found = [["arm", "lr", *columns]]
+    found = [["arm", "lr (tried)", *columns]]
     for arm in summary.arms:
         runs = summary.runs[arm.name]
         cells = []
-        for path in columns.values():
+        for column in columns.values():
+            path, form = (column, experiment.form) if isinstance(column, str) else column
             held = [v for r in runs if (v := _get(r, path)) is not None]
-            cells.append(written(held, experiment.form) if held else "-")
-        found.append([arm.name, f"{runs[0]['lr']:g}", *cells])
+            cells.append(written(held, form) if held else "-")
+        tried = ", ".join(f"{lr:g}" for lr in sorted(summary.sweep[arm.name]))
+        found.append([arm.name, f"{runs[0]['lr']:g} ({tried})", *cells])
     return found
 
 
@@ -82,9 +84,10 @@ def page(summary: Summary, experiment: Experiment, command: str) -> str:
     runs = [r for rs in summary.runs.values() for r in rs]
     dates, machines = sorted({r["date"] for r in runs}), sorted({r["machine"] for r in runs})
     seeds = sorted({len(rs) for rs in summary.runs.values()})
+    count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
     versions = sorted({f"torch {r['torch']}, transformers {r['transformers']}" for r in runs})
     about = (f"`{command}` · {', '.join(dates)} · {'; '.join(machines)} · {'; '.join(versions)} · "
-             f"seeds: {' to '.join(map(str, seeds)) if len(seeds) > 1 else seeds[0]} · mean (lowest to highest)")
+             f"seeds: {count} · mean (lowest to highest)")
     return "\n\n".join([about, markdown(results(summary, experiment)), "What the arms cost, for one row of "
                         f"{summary.settings.train.length} tokens (twins included):", markdown(cost_table(summary))])
 

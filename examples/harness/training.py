@@ -104,8 +104,7 @@ def train(
             ``decay``, ``clip``, ``floor``.
         lr: highest learning rate.
         seed: of the data.
-        flops, seconds: budgets in the place of ``train.steps``; the learning rate then falls over ``train.steps`` of about as
-            many steps, so set these to what the run will take.
+        flops, seconds: budgets in the place of ``train.steps``, over which the learning rate still falls.
         count: keep the ledger of FLOPs.
         tick: called after each step with loss and length.
         loss_of: ``(output, labels) -> loss`` in place of the cross-entropy of the labels.

@@ -62,7 +62,8 @@ def test_every_run_is_made_once(made):
     assert len(lines) == len(set(lines)) == len(store.records()) == 3 + 2 + 2  # two rates on seed 0, the better one on seed 1
     again = []
     Runner("trial", TRIAL, c, store, 2, say=again.append).run()
-    assert again == []
+    more = Runner("trial", TRIAL, c, store, 3, say=again.append).run(missing=False)
+    assert again == [] and len(more.runs["bridge"]) == 2
     other = Runner("trial", TRIAL, settings("parity", None, (*SMALL, "train.rows=3")), store, 1)
     assert other.fingerprint(other.arms["bridge"]) != store.records()[0]["settings"]  # other settings are other runs
     fewer = Runner("trial", TRIAL, settings("parity", None, (*SMALL, "arms.groups=[1]")), store, 1)
@@ -141,9 +142,12 @@ def test_equal_bases_are_trained_before_once(monkeypatch):
     assert all(a is not b for a, b in zip(first.parameters(), again.parameters()))
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, tmp_path):
     assert run.main(["list"]) == 0 and "parity" in capsys.readouterr().out
-    for bad in (["no_such"], ["parity", "--seeds", "0"], ["publish"], ["parity", "--set", "train.row=1"]):
+    for bad in (["no_such"], ["parity", "--seeds", "0"], ["publish"], ["parity", "--set", "train.row=1"],
+                ["parity", "--arms", "none"],
+                ["publish", "parity", "--out", str(tmp_path)], ["show", "parity", "--out", str(tmp_path)]):
         with pytest.raises(SystemExit):
             run.main(bad)
-    assert "train.row" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "train.row" in said and "Run it first" in said

@@ -59,11 +59,13 @@ def test_addition(base):
         assert sum(d * base**i for i, d in enumerate(labels)) == (a + b) % base ** len(labels)
 
 
-def test_formula():
-    for ids, labels in zip(*drawn(Formula(5))):
-        text = "0"
-        for token, label in zip(ids, labels):
-            text = f"({text}{'+*'[token // 5]}{token % 5})"
+@pytest.mark.parametrize("last", [None, 2])
+def test_formula(last):
+    for ids, labels in zip(*drawn(Formula(5, last))):
+        for i, label in enumerate(labels):
+            text = "0"
+            for token in ids[1 : i + 1][-last:] if last else ids[1 : i + 1]:
+                text = f"({text}{'+*'[token // 5]}{token % 5})"
             assert label == eval(text) % 5
 
 

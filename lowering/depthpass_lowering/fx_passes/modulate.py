@@ -41,12 +41,14 @@ class Branch:
     """A residual branch.
 
     Attributes:
+        source: the stream that it starts from.
         read: what its linear maps read.
         readers: its nodes that use ``read``.
         result: what it adds.
         adder: the sum that takes ``result``.
     """
 
+    source: fx.Node
     read: fx.Node
     readers: tuple[fx.Node, ...]
     result: fx.Node
@@ -209,7 +211,7 @@ def _branch(result: fx.Node, adder: fx.Node, streams: set[fx.Node], data: set[fx
     if not read:
         raise LoweringError(f"expected linear maps in the branch {_name(result)}, found none.")
     readers = tuple(n for n in region - streams if read[-1] in n.all_input_nodes)
-    return Branch(read[-1], readers, result, adder)
+    return Branch(source, read[-1], readers, result, adder)
 
 
 def _first_products(source: fx.Node, region: set[fx.Node]) -> list[fx.Node]:

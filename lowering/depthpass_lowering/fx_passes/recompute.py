@@ -43,6 +43,8 @@ def recompute_pass(gm: fx.GraphModule) -> int:
         leaves = list(dict.fromkeys(a for n in inside for a in n.all_input_nodes if a not in inside))
         steps = fx.Graph()
         env = {a: steps.placeholder(a.name) for a in leaves}
+        for a, given in env.items():
+            given.meta = dict(a.meta)
         for n in inside:
             env[n] = steps.node_copy(n, env.__getitem__)
         steps.output(env[x])

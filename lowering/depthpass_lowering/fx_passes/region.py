@@ -29,6 +29,7 @@ from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
 from depthpass_lowering.visits.cut import cut_for
+from depthpass_lowering.visits.parts import beside, graph_of
 
 # Calls in the graph, answered by the running loop.
 
@@ -69,7 +70,7 @@ class ChunkGraph:
     ``distributed.loop(loop, *visits, *streams, *masks, *sides, *params, *known)`` returns the ``results``.
 
     Attributes:
-        visits: block ops in order.
+        visits: block ops in order, and feed-forward networks that run by themselves.
         streams: values of earlier regions that it reads.
         absents: for each mask, how many of a row's first tokens it leaves out.
         sides: numbers of the side inputs.
@@ -118,7 +119,7 @@ class _Builder:
         self.streams = tuple(dict.fromkeys(a for o in region.program_ops for a in o.args if a not in here))
         sources = [o.args[0] for o in region.program_ops if o.kind == "delay"]
         self.results = tuple(dict.fromkeys([*region.outputs, *(s for s in sources if s in here)]))
-        self.templates = {o.name: host.bound(o["index"])[0] for o in region.visits}
+        self.templates = {o.name: host.bound(o["index"])[0] for o in region.calls}
         self.sides = tuple(sorted({s for o in region.visits for s in host.sides_of(o["index"])}))
         self.absents = tuple(sorted({
             self.types[a].absent for o in region.program_ops if o.kind == "add" for a in o.args
@@ -131,7 +132,7 @@ class _Builder:
     def build(self) -> ChunkGraph:
         graph = self.graph
         self.loop = graph.placeholder("loop")
-        self.visits = {o.name: graph.placeholder(f"visit_{i}") for i, o in enumerate(self.region.visits)}
+        self.visits = {o.name: graph.placeholder(f"visit_{i}") for i, o in enumerate(self.region.calls)}
         self.env = {s: graph.placeholder(f"stream_{s}") for s in self.streams}
         self.masks = {n: graph.placeholder(f"mask_{n}") for n in self.absents}
         self.tables = {n: graph.placeholder(f"table_{n}") for n in self.sides}
@@ -155,7 +156,7 @@ class _Builder:
         loop.graph.lint()
         loop.recompile()
         return ChunkGraph(
-            self.region.visits, self.streams, self.absents, self.sides, tuple(self.params), self.results, distributed, count,
+            self.region.calls, self.streams, self.absents, self.sides, tuple(self.params), self.results, distributed, count,
             nodes, self.program, tuple(dict.fromkeys(self.templates.values())),
         )
 
@@ -179,7 +180,7 @@ class _Builder:
         return type(module) in (nn.Linear, Held) and not module._forward_hooks and not module._forward_pre_hooks
 
     def _parameters_of(self, o: Op) -> list[tuple[Parameter, str]]:
-        if o.kind == "block":
+        if o.kind in ("block", "ffn"):
             names = self.templates[o.name].params
             return [(Parameter(o["index"], i), f"{o['index']}_{name}") for i, name in enumerate(names)]
         if self._plain(o):
@@ -194,6 +195,10 @@ class _Builder:
             return graph.call_function(delayed, (self.loop, o.name, args[0]))
         if o.kind == "block":
             return self._block(o, *args)
+        if o.kind == "ffn":
+            return self._ffn(o, *args)
+        if o.kind == "point":
+            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
         if o.kind == "add":
             return self._add(o)
         if o.kind == "linear" and self._plain(o):
@@ -241,10 +246,17 @@ class _Builder:
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
             memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
         rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
-        cut = cut_for(o, template.graph)
+        cut = cut_for(o, graph_of(template, o))
         made = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
         y = self._inline(cut.rest, (visit, hidden, *rest), made)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
+
+    def _ffn(self, o: Op, *streams: fx.Node) -> fx.Node:
+        template = self.templates[o.name]
+        inputs = [*streams, *(self.params[Parameter(o["index"], i)] for i in range(len(template.params)))]
+        if o.name in self.program.stopped:
+            inputs = [self.graph.call_function(torch.detach, (t,)) for t in inputs]
+        return self._inline(graph_of(template, o), (self.visits[o.name], *inputs))
 
     def _inline(self, gm: fx.GraphModule, inputs: Sequence[Any], keys: Sequence[fx.Node] = ()) -> Any:
         """What a graph gives, its nodes copied into this one.

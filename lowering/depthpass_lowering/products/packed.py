@@ -99,7 +99,7 @@ class Products:
 
     def __init__(self, uses: int = 0):
         self.uses = uses
-        self._packed: dict[tuple[int, ...], tuple[Weights, Tensor, Tensor | None]] = {}
+        self._packed: dict[tuple, tuple[Weights, Tensor, Tensor | None]] = {}
         self._packed_back: dict[tuple[int, ...], tuple[Weights, Tensor]] = {}
 
     def forward(self, w: Weights, xs: Tensors) -> list[Tensor]:
@@ -143,6 +143,22 @@ class Products:
             back = _pack(w.matrix().detach().t(), g) if blocked(g, w.weights[0]) else self.packed(w, g)[0].t()
             held = self._packed_back[w.key] = w, back
         return held[1]
+
+    def whole(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """W and b, and whether W is in oneDNN's format: of several weights always one product."""
+        if self.packs(w, x) and blocked(x, w.weights[0]):
+            return *self.packed(w, x), True
+        key = ("whole", *w.key)
+        if key not in self._packed:
+            self._packed[key] = w, w.matrix().detach(), w.bias()
+        return *self._packed[key][1:], False
+
+    def whole_back(self, w: Weights, g: Tensor) -> tuple[Tensor, bool]:
+        """What the gradient of the whole result is multiplied with from the right: the transpose of W in oneDNN's format,
+        or W as it is."""
+        if self.packs(w, g) and blocked(g, w.weights[0]):
+            return self.packed_back(w, g), True
+        return self.whole(w, g)[0], False
 
     def packs(self, w: Weights, x: Tensor) -> bool:
         """Whether a product is taken from packed weights: those that oneDNN reads, and several that CUDA takes as one."""

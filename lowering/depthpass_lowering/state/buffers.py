@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from depthpass_kernels import slot_attention_backward, slot_attention_forward
+from depthpass_kernels.slot_attention import chunk
 from torch import Tensor
 
 
@@ -82,6 +83,24 @@ class Use:
         out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
         return out.transpose(1, 2)
 
+    def taped(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, AttentionTape | ChunkTape]:
+        """As :meth:`__call__`, without autograd: the result, and what its backward pass needs."""
+        if self.write:
+            self.buffer.write(k, v, self.start)
+        if sinks is None and chunk.fits(q, self.start, self.options):
+            k, v = self.by_head(*self.buffer.held())
+            return chunk.forward(q, k, v, self.options["scale"]), ChunkTape(self, q)
+        out, lse = self.attend(q, sinks)
+        return out.transpose(1, 2), AttentionTape(self, q, sinks, out, lse)
+
+    def by_head(self, *sides: Tensor) -> list[Tensor]:
+        """Buffers up to the last query's column, ``[batch * kv_heads, n, dim]``."""
+        return [t.flatten(0, 1).narrow(1, 0, self.start + self.count) for t in sides]
+
+    def own(self, *sides: Tensor) -> list[Tensor]:
+        """The span's own columns of buffers."""
+        return [t.narrow(2, self.start, self.count) for t in sides]
+
     def attend(self, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """The attention and the log of its denominator."""
         return slot_attention_forward(q, *self.columns(*self.buffer.held()), sinks=sinks, **self.options)
@@ -89,6 +108,51 @@ class Use:
     def columns(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers up to the last query's column."""
         return keys[:, :, : self.start + self.count], values[:, :, : self.start + self.count]
+
+
+class AttentionTape:
+    """What the backward pass of an attention needs: called with the gradient of its result, returns those of q, k, v, sinks.
+
+    Gradients of keys and values are accumulated in the buffer; those of the own ones are complete once every later use has
+    added its part, so chunks go back last to first.
+    """
+
+    __slots__ = ("lse", "out", "q", "sinks", "use")
+
+    def __init__(self, use: Use, q: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor):
+        self.use, self.q, self.sinks, self.out, self.lse = use, q, sinks, out, lse
+
+    def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        use, buffer = self.use, self.use.buffer
+        dq, _, _, dsinks = slot_attention_backward(
+            grad.transpose(1, 2), self.q, *use.columns(*buffer.held()), self.out, self.lse,
+            into=use.columns(*buffer.gradients()), sinks=self.sinks, **use.options,
+        )
+        return (dq, *_own_gradients(use), dsinks)
+
+
+class ChunkTape:
+    """The same of a chunk whose queries see every key before them."""
+
+    __slots__ = ("q", "use")
+
+    def __init__(self, use: Use, q: Tensor):
+        self.use, self.q = use, q
+
+    def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        use, buffer = self.use, self.use.buffer
+        k, v = use.by_head(*buffer.held())
+        dq, dk, dv = chunk.backward(grad, self.q, k, v, use.options["scale"])
+        for sums, part in zip(use.by_head(*buffer.gradients()), (dk, dv)):
+            sums.add_(part)
+        return (dq, *_own_gradients(use), None)
+
+
+def _own_gradients(use: Use) -> list[Tensor | None]:
+    """Complete gradients of the span's own keys and values, in their dtype."""
+    if not use.write:
+        return [None, None]
+    return [g.to(t.dtype) for g, t in zip(use.own(*use.buffer.gradients()), use.buffer.held())]
 
 
 class _InPlaceAttention(torch.autograd.Function):

@@ -15,6 +15,7 @@ from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Grown, Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
 from depthpass_lowering.visits.cut import cut_for
+from depthpass_lowering.visits.parts import graph_of
 
 
 class RunningVisit:
@@ -178,11 +179,11 @@ class RunningVisit:
 
     def graph(self, template: Template) -> fx.GraphModule:
         """The graph of a block's template that this visit runs."""
-        if self.op["modulate"] is None:
-            return template.graph
-        from depthpass_lowering.fx_passes.modulate import modulated
+        if self.op["modulate"] is not None:
+            from depthpass_lowering.fx_passes.modulate import modulated
 
-        return modulated(template, self.index)
+            return modulated(template, self.index)
+        return graph_of(template, self.op)
 
     def modulate(self, place: str, x: Tensor) -> Tensor:
         assert self.factors is not None, "a modulated visit is given its factors"
