@@ -341,12 +341,12 @@ def test_brackets_over_repeats() -> None:
     assert found(0, 1, 2, 1, 2, 1, 2, 3) == {(1, 6, 3, 0)}
     assert found(0, 0, 0, 1, 1) == {(0, 2, 3, 0), (3, 4, 2, 0)}
     assert found(0, 1, 1, 0, 1, 1) == {(0, 5, 2, 1), (1, 2, 2, 0)}
-    page = Page(subject().report("{pass: repeat, start: 3, end: 5, times: 3}", seq_len=9, cost=False).to_html())
+    page = wide(subject().report("{pass: repeat, start: 3, end: 5, times: 3}", seq_len=9, cost=False).to_html())
     assert len(page.of_class("dp-bracket")) == 1 and "x3" in page.words
 
 
 def test_routed_visits_are_filled_by_their_share() -> None:
-    page = Page(subject().report("{pass: mixture_of_depths, capacity: 0.25, blocks: [4]}", seq_len=9, cost=False).to_html())
+    page = wide(subject().report("{pass: mixture_of_depths, capacity: 0.25, blocks: [4]}", seq_len=9, cost=False).to_html())
     hollow, cells = page.of_class("dp-part"), page.of_class("dp-cell")
     assert len(hollow) == 4 and "25%" in page.words
     narrow = [float(c["width"]) for c in cells if float(c["width"]) < 0.5 * float(hollow[0]["width"])]
@@ -356,7 +356,7 @@ def test_routed_visits_are_filled_by_their_share() -> None:
 def test_parallel_loops_show_their_diagonal() -> None:
     """From the end of loop 1 at token t to the start of loop 2 at t + 1, for every token, in a gap."""
     made = subject().report("{pass: parallel_loop, loops: 2}", seq_len=9, cost=False)
-    page = Page(made.to_html())
+    page = wide(made.to_html())
     lines = page.of_class("dp-delay")
     assert len(lines) == 3
     for a in lines:
