@@ -23,6 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [p for p in (str(ROOT),) if p not in sys.path]
 
+import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
@@ -60,11 +61,13 @@ def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Pa
         changes: tuple[str, ...] = (), missing: bool = True, console: Console | None = None) -> Summary:
     """Make what is missing of an experiment, or leave it out, and write its files."""
     experiment, console = load(name), console or Console(width=150)
-    stem = folder(out, name, overlay)
+    stem, chosen = folder(out, name, overlay), settings(name, overlay, changes)
+    if chosen.get("device", "cpu") != "cpu" and missing and not torch.cuda.is_available():
+        raise ValueError(f"{name}: expected a CUDA device, found none. Leave --gpu out to run on the CPU.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
                TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        runner = Runner(name, experiment, settings(name, overlay, changes), Store(stem.with_suffix(".jsonl")), seeds, only=arms,
+        runner = Runner(name, experiment, chosen, Store(stem.with_suffix(".jsonl")), seeds, only=arms,
                         say=lambda text: console.print(text, highlight=False, markup=False), progress=Bars(progress))
         summary = runner.run(missing)
     if not summary.arms:

@@ -38,7 +38,7 @@ def cached(
     if any((c + pads) % program.ahead for c in counts):
         beside = f" and {pads} pads" if pads else ""
         raise InputError(f"{name}: attention sees blocks of {program.ahead} tokens as a whole, so a cache has to end with one in "
-                         f"every row, got rows of {', '.join(map(str, counts))} real tokens{beside}. Run the unfinished block again.")
+                         f"every row, got rows of {', '.join(map(str, counts))} real tokens{beside}. Run the block again.")
     return cache is not None if use_cache is None else bool(use_cache)
 
 

@@ -52,9 +52,7 @@ def draw(figure, summary) -> None:
     left, right = figure.subplots(1, 2)
     for axes, key in ((left, "accuracy"), (right, "depth")):
         plots.band(axes, summary, {a.name: {n: f"at.{n}.{key}" for n in c.lengths} for a in summary.arms})
-        axes.axvline(c.train.length, color="gray", linestyle=":", linewidth=1)
-        axes.set(xlabel="tokens (dotted: longest in training)", xscale="log")
-        axes.set_xticks(c.lengths, [str(n) for n in c.lengths], minor=False)
+        plots.lengths(axes, c.lengths, c.train.length)
     left.set(ylabel="accuracy over all tokens", title="word problem of S3" if c.task == "words" else f"addition in base {c.base}")
     right.set(ylabel="block visits", title="depth by the report", yscale="log")
     left.legend(fontsize=7, frameon=False)

@@ -79,10 +79,8 @@ def draw(figure, summary) -> None:
     c = summary.settings
     left, right = figure.subplots(1, 2)
     plots.band(left, summary, {a.name: {n: f"at.{n}.accuracy" for n in c.lengths} for a in summary.arms})
-    left.axvline(c.train.length, color="gray", linestyle=":", linewidth=1)
-    left.set(xlabel="tokens (dotted: longest in training)", ylabel="accuracy over all tokens", title="length",
-             xscale="log", ylim=(None, 1.02))
-    left.set_xticks(c.lengths, [str(n) for n in c.lengths], minor=False)
+    plots.lengths(left, c.lengths, c.train.length)
+    left.set(ylabel="accuracy over all tokens", title=f"trained to {c.train.length} tokens", ylim=(None, 1.02))
     plots.curves(right, summary, 4)
     right.set(xlabel="training step", ylabel="length of the rows", title="rows grow when two batches are right")
     left.legend(fontsize=7, frameon=False)

@@ -21,9 +21,19 @@ def band(axes: Any, summary: Summary, points: dict[str, dict[float, str]], **mor
         at = points[arm.name]
         held = [spread([value(r, path) for r in summary.runs[arm.name]]) for path in at.values()]
         colour = COLOURS[i % len(COLOURS)]
-        axes.plot(list(at), [s["mean"] for s in held], color=colour, label=arm.name, marker="o", markersize=3.5,
-                  linestyle="--" if arm.control else "-", linewidth=1.6, **more)
+        # Wider below, so that lines that lie on each other are seen.
+        axes.plot(list(at), [s["mean"] for s in held], color=colour, label=arm.name, marker="o", markersize=max(3.0, 6.5 - i),
+                  linestyle="--" if arm.control else "-", linewidth=max(1.4, 4.0 - 0.8 * i), **more)
         axes.fill_between(list(at), [s["min"] for s in held], [s["max"] for s in held], color=colour, alpha=0.15, linewidth=0)
+
+
+def lengths(axes: Any, tokens: list[int], trained: int) -> None:
+    """Tokens on a logarithmic x axis, the trained length dotted."""
+    axes.set_xscale("log")
+    axes.set_xticks(tokens, [str(n) for n in tokens])
+    axes.set_xticks([], minor=True)
+    axes.axvline(trained, color="gray", linestyle=":", linewidth=1)
+    axes.set_xlabel("tokens (dotted: longest in training)")
 
 
 def curves(axes: Any, summary: Summary, column: int, *, against: int = 0) -> None:

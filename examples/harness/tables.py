@@ -11,10 +11,11 @@ from examples.harness.store import spread
 
 
 def written(values: list[float], form: str) -> str:
-    """Mean and, of several, the range."""
+    """Mean and, where they differ, the range."""
     s = spread(values)
     mean = form.format(s["mean"])
-    return mean if s["n"] == 1 else f"{mean} ({form.format(s['min'])} to {form.format(s['max'])})"
+    low, high = form.format(s["min"]), form.format(s["max"])
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def results(summary: Summary, experiment: Experiment) -> list[list[str]]:

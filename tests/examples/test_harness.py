@@ -142,12 +142,13 @@ def test_equal_bases_are_trained_before_once(monkeypatch):
     assert all(a is not b for a, b in zip(first.parameters(), again.parameters()))
 
 
-def test_the_command(capsys, tmp_path):
+def test_the_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main(["list"]) == 0 and "parity" in capsys.readouterr().out
     for bad in (["no_such"], ["parity", "--seeds", "0"], ["publish"], ["parity", "--set", "train.row=1"],
-                ["parity", "--arms", "none"],
+                ["parity", "--arms", "none"], ["parity", "--gpu"],
                 ["publish", "parity", "--out", str(tmp_path)], ["show", "parity", "--out", str(tmp_path)]):
         with pytest.raises(SystemExit):
             run.main(bad)
     said = capsys.readouterr().err
-    assert "train.row" in said and "Run it first" in said
+    assert "train.row" in said and "expected a CUDA device" in said and "Run it first" in said
