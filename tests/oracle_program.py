@@ -53,6 +53,16 @@ def shared(keys: Keys) -> Visit:
     return visit
 
 
+def updated(keys: Keys, mine: Keys) -> Visit:
+    """A visit that reads the keys of another one, and its own in the place of those of tokens that have some."""
+    def visit(q, k, v, scale, window, column):
+        mine.append((k, v, column))
+        latest = {e[2]: e for e in (*keys, *mine) if e[2] <= column}
+        return Keys(latest[c] for c in sorted(latest)).read(q, scale, window)
+
+    return visit
+
+
 def split(keys: Keys, kept: Keys, ends: Sequence[int]) -> Visit:
     """A visit that reads its own keys of the running call, and ``kept`` ones of the calls that ended before it."""
     def visit(q, k, v, scale, window, column):

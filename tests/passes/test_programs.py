@@ -32,6 +32,7 @@ SYSTEMS: dict[str, tuple[int, list[Pass]]] = {
     "iquest": (2, [ParallelLoop.iquest()]),
     "mor": (4, [MixtureOfRecursions(start=1, recursions=3)]),
     "mor threshold, shared keys": (3, [MixtureOfRecursions(start=1, recursions=2, mode="threshold", kv="shared", taps=True)]),
+    "mor updated keys": (3, [MixtureOfRecursions(start=1, recursions=3, router="token", kv="updated")]),
     "mor delta": (3, [MixtureOfRecursions(start=1, recursions=2, combine="delta")]),
     "itt": (3, [InnerThinking(blocks=(1,), steps=3)]),
     "itt literal": (2, [InnerThinking(steps=2, mode="threshold", bypass="literal", alpha=0.5)]),
@@ -56,7 +57,7 @@ def test_golden(system: str, golden) -> None:
 def test_slots_are_the_writing_visits_in_order(system: str) -> None:
     """Slot = index of the attention call that writes it; a visit without keys of its own carries what it reads."""
     program = built(*SYSTEMS[system])
-    writers = [v for v in program.visits if v["keys"] is None or v["gate"] is not None]
+    writers = [v for v in program.visits if v["keys"] is None or v["gate"] is not None or v["update"]]
     assert [v["slot"] for v in writers] == list(range(len(writers))) == list(program.slots)
     assert all(v["slot"] == v["keys"] for v in program.visits if v not in writers)
 

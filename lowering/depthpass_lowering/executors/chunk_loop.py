@@ -36,12 +36,10 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
-    source = region.scheduled
     templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.calls)
     kinds = tuple(type(run.host.module(name)) for o in region.program_ops for name in own_scopes(o))
-    # The graph keeps program and templates, so that their ids stay theirs.
-    key = (id(run.program), templates, kinds, region.outputs)
-    kept = _GRAPHS.setdefault(source, {})
+    key = id(run.program), templates, kinds, region.outputs  # the graph keeps program and templates: their ids stay theirs
+    kept = _GRAPHS.setdefault(region.scheduled, {})
     if key not in kept:
         kept[key] = chunk_graph(region, run.program, run.types, run.host)
     return kept[key]
