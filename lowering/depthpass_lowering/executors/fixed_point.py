@@ -24,7 +24,7 @@ from depthpass_lowering.executors.base import Executor
 from depthpass_lowering.executors.dropout import draws
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.executors.first_order import first_order
-from depthpass_lowering.executors.stand_ins import LeafHost, tensors_of
+from depthpass_lowering.executors.stand_ins import LeafHost, region_parameters
 from depthpass_lowering.executors.sweeps import Solve, Solver, Sweeper
 from depthpass_lowering.executors.transforms import unschedulable
 from depthpass_lowering.state.slots import Slot, Span
@@ -170,7 +170,7 @@ class _Job:
         run = sweeper.run
         self.state = run.state
         slots = {s for o in sweeper.region.visits for s in (*reads_slots(o), writes_slot(o))}
-        found = [*inputs.values(), *tensors_of(sweeper.region, run.host), *run.context.sides]
+        found = [*inputs.values(), *region_parameters(sweeper.region, run.host).values(), *run.context.sides]
         found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
         found += [run.state.lines[d.name] for d in sweeper.region.lines if d.name in run.state.lines]
         self.outer = list({id(t): t for t in found if t.requires_grad}.values())
