@@ -1,4 +1,4 @@
-"""L0: run a schedule op by op, region by region. Obviously right, and the oracle of every faster rung.
+"""L0: run a schedule op by op, region by region. Obviously right, and the oracle of every faster level.
 
 One primitive: advance a state by m new tokens. Training and prefill are m = all tokens, decoding is m = 1. Parallel
 regions see all m tokens at once, serial regions run in chunks.

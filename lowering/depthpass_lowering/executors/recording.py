@@ -1,6 +1,6 @@
 """Depth as it happens: a record of which values of which tokens every op of a running model read, and its longest path.
 
-The eager rung runs a real model one token at a time. The result of every op at every token is cut out of autograd and made
+The eager level runs a real model one token at a time. The result of every op at every token is cut out of autograd and made
 a leaf, so the gradient of the next result with respect to all leaves says which of them it was computed from: nothing here
 knows what a delay, a window, a slot, a pad or a trim means. What has no gradient, a choice, is recorded by what it was
 handed. Routes are told whom to take, in several runs (all tokens, and for each route nobody), and what was read in any of
