@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.fuzz import stock_rows
-from depthpass.fuzz.models import norm_of
+from depthpass.fuzz.models import blocks_of, norm_of  # noqa: F401 - tests take it from here
 from depthpass.fuzz.stock_rows import list_attention
 
 

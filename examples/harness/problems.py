@@ -179,6 +179,28 @@ class Formula:
 
 
 @dataclass(frozen=True)
+class Median:
+    """An odd number of digits, then ``=``; the label of that one is their median. Shorter rows end in pads, which are 0.
+
+    Args:
+        counts: how many digits; one of them for each row.
+    """
+
+    counts: tuple[int, ...] = (5, 7, 9, 11)
+    vocabulary: int = 11
+
+    def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
+        ids = torch.randint(10, (rows, length), generator=generator)
+        counts = torch.tensor([n for n in self.counts if n < length])[torch.randint(
+            sum(n < length for n in self.counts), (rows,), generator=generator)]
+        labels = torch.full_like(ids, IGNORED)
+        for row, count in enumerate(counts.tolist()):
+            labels[row, count] = ids[row, :count].median()
+            ids[row, count], ids[row, count + 1 :] = 10, 0
+        return ids, labels
+
+
+@dataclass(frozen=True)
 class Text:
     """Characters of the language reference that ships with Python; label i is the next one.
 

@@ -113,7 +113,7 @@ def test_settings():
     for name in run.names():
         for overlay in (None, "quick", "gpu"):
             c = settings(name, overlay)
-            assert len({a.name for a in run.load(name).arms(c)}) == len(run.load(name).arms(c)) > 1
+            assert len({a.name for a in run.load(name).arms(c)}) == len(run.load(name).arms(c)) > 0
 
 
 def test_rows_grow_after_two_good_batches():

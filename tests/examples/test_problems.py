@@ -1,12 +1,13 @@
 """Rows and labels of the experiments against the solvers of the task tests, which work from prompts."""
 
 import math
+import statistics
 
 import pytest
 import task_solvers as solve
 import torch
 
-from examples.harness.problems import IGNORED, Addition, Formula, Parity, PHop, Text, Tokens, Words
+from examples.harness.problems import IGNORED, Addition, Formula, Median, Parity, PHop, Text, Tokens, Words
 
 
 def drawn(problem, rows=6, length=12, seed=3):
@@ -67,6 +68,13 @@ def test_formula(last):
             for token in ids[1 : i + 1][-last:] if last else ids[1 : i + 1]:
                 text = f"({text}{'+*'[token // 5]}{token % 5})"
             assert label == eval(text) % 5
+
+
+def test_median():
+    for ids, labels in zip(*drawn(Median())):
+        end = ids.index(10)
+        assert end in (5, 7, 9, 11) and labels[end] == statistics.median(ids[:end])
+        assert [i for i, label in enumerate(labels) if label != IGNORED] == [end]
 
 
 def test_text_is_shifted_and_held_out():
