@@ -1,4 +1,4 @@
-"""Decoders outside the zoo whose code does something unusual: through the inner decoder, on every rung, with gradients."""
+"""Decoders outside the zoo whose code does something unusual: through the inner decoder, on every level, with gradients."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def test_numbers_and_gradients(name):
 def test_the_scheduled_loop_without_gradients(name):
     stock = stock_of(name)
     spec = dp.TurboConn(bridges=[(2, 0)], group=2, rank=4)
-    eager, scheduled = (dp.transform(stock, spec, lowering=rung) for rung in ("eager", "scheduled"))
+    eager, scheduled = (dp.transform(stock, spec, lowering=level) for level in ("eager", "scheduled"))
     enliven(eager.depth, seed=1, least=1)
     scheduled.depth.load_state_dict(eager.depth.state_dict())
     with torch.no_grad():

@@ -132,30 +132,30 @@ def test_a_landing_equals_its_parts(dtype, fused, monkeypatch):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
-@pytest.mark.parametrize(("arch", "rung"), [
+@pytest.mark.parametrize(("arch", "level"), [
     ("llama", "scheduled"), ("gpt2", "scheduled"), pytest.param("llama", "inductor", marks=pytest.mark.compile),
     pytest.param("gpt2", "inductor", marks=pytest.mark.compile),
 ])
-def test_a_token_loop_on_packed_weights_equals_float64(arch, rung):
-    """Large enough that weights are packed; every gradient against the eager rung in float64."""
-    check_token_loop(arch, rung)
+def test_a_token_loop_on_packed_weights_equals_float64(arch, level):
+    """Large enough that weights are packed; every gradient against the eager level in float64."""
+    check_token_loop(arch, level)
 
 
-@pytest.mark.parametrize("rung", ["scheduled", pytest.param("inductor", marks=pytest.mark.compile)])
-def test_a_token_loop_on_weights_side_by_side_equals_float64(rung, as_on_cuda, monkeypatch):
+@pytest.mark.parametrize("level", ["scheduled", pytest.param("inductor", marks=pytest.mark.compile)])
+def test_a_token_loop_on_weights_side_by_side_equals_float64(level, as_on_cuda, monkeypatch):
     """As on CUDA: joined weights in their own format, one weight-gradient product after the whole loop."""
     monkeypatch.setattr(compiled, "_SEGMENTS", weakref.WeakValueDictionary())
     monkeypatch.setitem(sink_module.FLUSH, "cpu", sink_module.FLUSH["cuda"])
-    check_token_loop("llama", rung)
+    check_token_loop("llama", level)
 
 
-def check_token_loop(arch, rung):
+def check_token_loop(arch, level):
     stock = zoo.model(arch, 3, **({"n_embd": 192, "n_inner": 256} if arch == "gpt2" else
                                   {"hidden_size": 192, "intermediate_size": 256}))
     spec = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=2, rank=192)
     batch = zoo.batch([13, 9])
     found = []
-    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, rung)):
+    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, level)):
         turbo = dp.transform(stock.to(dtype), spec, lowering=lowering)
         torch.manual_seed(1)
         with torch.no_grad():
