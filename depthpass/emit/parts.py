@@ -5,11 +5,13 @@ They use torch and transformers only, and the name ``CACHE`` of nothing: whoever
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
+from transformers.pytorch_utils import Conv1D
 
 
 def attach(root: nn.Module, name: str, module: nn.Module) -> None:
@@ -67,6 +69,67 @@ class LowRankLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.weight + self.b @ self.a, self.bias)
+
+
+class LowRankConv1D(Conv1D):
+    """The same of a linear map whose weight is ``[in, out]``."""
+
+    def add_update(self, rank: int) -> None:
+        self.a = nn.Parameter(torch.zeros(rank, self.weight.shape[1]))
+        self.b = nn.Parameter(torch.zeros(self.weight.shape[0], rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, (self.weight + self.b @ self.a).T, self.bias)
+
+
+class TimeEncoder(nn.Module):
+    """An iteration number as a vector ``[width]``: W silu(V [cos, sin](t) + b) + c."""
+
+    def __init__(self, width: int, waves: int):
+        super().__init__()
+        self.rise = nn.Linear(waves, width)
+        self.mix = nn.Linear(width, width)
+
+    def forward(self, step: int) -> Tensor:
+        half = self.rise.in_features // 2
+        phase = [step * math.exp(-i * math.log(10000.0) / half) for i in range(half)]
+        wave = self.rise.weight.new_tensor([math.cos(p) for p in phase] + [math.sin(p) for p in phase])
+        return self.mix(nn.functional.silu(self.rise(wave)))
+
+
+class TimeFactors(nn.Module):
+    """Four factors of a visit, ``[4, width]``, from an encoded iteration number."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4 * width, width))
+        self.bias = nn.Parameter(torch.zeros(4 * width))
+
+    def forward(self, time: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.silu(time), self.weight, self.bias).view(4, -1)
+
+
+class Factors(nn.Module):
+    """Four factors of a visit, ``[4, width]``, of its own."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, width))
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
+def scaled(made: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a visit multiplies with: what its attention reads, what that adds, what its MLP reads, what that adds."""
+    add_attention, add_mlp, read_attention, read_mlp = made.unbind(0)
+    return 1 + read_attention, base + add_attention, 1 + read_mlp, base + add_mlp
+
+
+def rescaled(x: Tensor, eps: float, limit: float) -> Tensor:
+    """``x`` over its root mean square, by at most ``limit`` up or down; no gradient flows through the factor."""
+    factor = (x.detach().square().mean(-1, keepdim=True) + eps).rsqrt()
+    return x * factor.clamp(1 / limit, limit)
 
 
 def rms(x: Tensor, eps: float) -> Tensor:
@@ -165,7 +228,8 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
     """
     if slots is None:
         raise RuntimeError(f"layer {module.layer_idx} was called by itself: what it reads is another layer's.")
-    slots[module.layer_idx] = key, value
+    if reads is None or gate is not None:
+        slots[module.layer_idx] = key, value
     if reads is None:
         return attention(module, query, key, value, mask, **kwargs)
     far = attention(module, query, *slots[reads], mask, **kwargs)

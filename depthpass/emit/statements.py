@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from depthpass.errors import SpecError
 from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.ir.structural_ops import TIME_WIDTH
 from depthpass.ir.verify import infer
 
 _WHY = {
@@ -17,8 +18,12 @@ _WHY = {
     "pad": "it inserts tokens into every row",
     "trim": "it inserts tokens into every row",
     "loss": "it trains with a loss of its own",
+    "ffn": "its blocks run in two parts",
+    "point": "its blocks run in two parts",
     "logits": "it decides by the logits of unfinished states",
     "distance": "it decides by how far a state has moved",
+    "ahead": "its attention sees later tokens",
+    "denoise": "it runs several times to fill tokens in",
 }
 _ACTIVATIONS = {"sigmoid": "torch.sigmoid({})", "silu": "nn.functional.silu({})", "tanh": "torch.tanh({})",
                 "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)"}
@@ -36,18 +41,15 @@ def check_expressible(program: Program) -> None:
         if o.kind == "block":
             if o["past"] is not None:
                 why = "its keys depend on how tokens are split into calls"
-            elif o["memory"]:
-                why = "its keys come from another stream than its queries"
-            elif o["memory"]:
-                why = "keys come from another stream than queries"
-            elif len(o.args) == 2:
+            elif len(o.args) == 2 and not o["memory"]:
                 why = "some of the tokens only ask"
-            elif o["modulate"]:
-                why = "it scales what the parts of a block read and add (timestep, scales)"
+        if o.kind == "delay" and o["group"] is not None:
+            why = "tokens of a group read the last one of the group before"
         if why:
             raise SpecError(f"emit: expected a program that a plain forward can express, got {o.note or 'one'} with {o.kind}: "
-                            f"{why}. Loops, layer programs, TurboConn, ParallelLoop, taps, shared keys and LoRA can be emitted; "
-                            "serve this one with depthpass, or fix its choice first (dp.set_loops, dp.switch).")
+                            f"{why}. Loops, layer programs, bridges, ParallelLoop, feedback, taps, shared keys, timesteps, "
+                            "scales and LoRA can be emitted; serve this one with depthpass, or fix its choice first "
+                            "(dp.set_loops, dp.switch).")
     last = program.ops[-1].args[0]
     if program.defs[last].kind != "norm":
         raise SpecError(f"emit: expected a program whose output is the final norm's, got {program.defs[last].kind}.")
@@ -62,6 +64,7 @@ class Body:
         parts: names of :mod:`depthpass.emit.parts` that they use.
         chunk: tokens that may run at once; None = any number.
         attends: visits whose attention shares keys, by place.
+        modulated: visits whose branches are scaled, by place.
         taps: taps by name: whether they are logits.
         ages: whether they need the tokens' ages.
         past: whether they need to know what a cache holds.
@@ -71,6 +74,7 @@ class Body:
     parts: set[str] = field(default_factory=set)
     chunk: int | None = None
     attends: tuple[int, ...] = ()
+    modulated: tuple[int, ...] = ()
     taps: dict[str, bool] = field(default_factory=dict)
     ages: bool = False
     past: bool = False
@@ -93,13 +97,15 @@ class _Writer:
         self.places = {o.name: p for p, o in enumerate(program.visits)}
         self.slots = {writes_slot(o): p for p, o in enumerate(program.visits) if writes_slot(o) is not None}
         shared = {o["keys"] for o in program.visits if o["keys"] is not None}
-        self.sharing = {p for p, o in enumerate(program.visits) if o["slot"] in shared or o["keys"] is not None}
+        self.sharing = {p for p, o in enumerate(program.visits)
+                        if o["slot"] in shared or o["keys"] is not None or o["memory"]}
         delayed = dict.fromkeys(a for o in program if o.kind == "delay" for a in o.args)
         self.lines_at = {name: len(program.visits) + i for i, name in enumerate(delayed)}
 
     def write(self) -> Body:
         body = self.body
         body.attends = tuple(sorted(self.sharing))
+        body.modulated = tuple(p for p, o in enumerate(self.program.visits) if o["modulate"])
         if body.attends:
             body.parts |= {"attend", "near_mask"}
             self._say("slots = {}", "keys and values of this call's visits")
@@ -150,7 +156,7 @@ class _Writer:
                 return f"torch.zeros_like({_v(self.program.ops[0].name)}[..., :{width}])" if width <= self.program.width else (
                     f"{_v(self.program.ops[0].name)}.new_zeros(*{_v(self.program.ops[0].name)}.shape[:-1], {width})")
             case "block":
-                return self._visit(o, args[0])
+                return self._visit(o, args)
             case "delay":
                 return self._delay(o)
             case "linear":
@@ -172,6 +178,9 @@ class _Writer:
                 self.body.parts.add("rms")
                 x = f"rms({args[0]}, {o['eps']!r})"
                 return f"self.depth.{o['name']}({x})" if o["name"] else x
+            case "rescale":
+                self.body.parts.add("rescaled")
+                return f"rescaled({args[0]}, {o['eps']!r}, {o['limit']!r})"
             case "norm":
                 return f"{self.norm}({args[0]})"
             case "detach":
@@ -202,20 +211,29 @@ class _Writer:
             line = f"line{number}"
         return f"earlier({line}, {o['tokens']}, past, {_v(self.program.ops[0].name)}.shape[1])"
 
-    def _visit(self, o: Op, x: str) -> str:
-        place = self.places[o.name]
-        if place not in self.sharing:
-            return f"visit({place}, {x})"
-        more = "slots=slots"
-        if o["keys"] is not None:
-            more += f", reads={self.slots[o['keys']]}"
-        if o["gate"] is None and o["keys"] is not None:
-            # It has no keys of its own to keep.
-            more = f"None, {more}"
-        elif o["gate"] is not None:
-            self.body.past = True
-            more += f", gate=self.depth.{o['gate']}, window={o['window']}, hidden={x}, past=past"
-        return f"visit({place}, {x}, {more})"
+    def _visit(self, o: Op, args: Sequence[str]) -> str:
+        place, more = self.places[o.name], []
+        if place in self.sharing:
+            more.append("slots=slots")
+        if o["memory"]:
+            more = ["None", *more, f"reads={place}"]
+        elif o["keys"] is not None:
+            more.append(f"reads={self.slots[o['keys']]}")
+            if o["gate"] is None:
+                # It has no keys of its own to keep.
+                more.insert(0, "None")
+            else:
+                self.body.past = True
+                more += [f"gate=self.depth.{o['gate']}", f"window={o['window']}", f"hidden={args[0]}", "past=past"]
+        if o["modulate"]:
+            self.body.parts.add("scaled")
+            time = f"self.depth.{o['clock']}({o['step']})" if o["clock"] else ""
+            more.append(f"factors=scaled(self.depth.{o['modulate']}({time}), {o['base']!r})")
+        if o["memory"]:
+            # The layer runs on the memory first, for its keys alone.
+            first = [m for m in more if m != "None" and not m.startswith("reads=")]
+            self._say(f"visit({', '.join([str(place), args[1], *first])})")
+        return f"visit({', '.join([str(place), args[0], *more])})"
 
 
 def _v(name: str) -> str:
@@ -234,9 +252,19 @@ def new_modules(program: Program, sizes: dict[str, Sequence[int]]) -> dict[str, 
             heads, width = sizes[f"{o['gate']}.weight"]
             kind = "QueryGate" if o["gate_input"] == "query" else "HiddenGate"
             found[o["gate"]] = f"{kind}({heads}, {width})", {kind} | ({"Weigh", "rms"} if kind == "HiddenGate" else set())
+        if o.kind == "block" and o["modulate"]:
+            found |= _modulating(o, program.width)
         elif o.kind == "linear":
             wide = sum(types[a].width for a in o.args)
             found[o["name"]] = f"nn.Linear({wide}, {o['out']}{'' if o['bias'] else ', bias=False'})", set()
         elif o.kind in ("weigh", "rms") and o["name"]:
             found[o["name"]] = f"Weigh({types[o.args[0]].width})", {"Weigh"}
     return found
+
+
+def _modulating(o: Op, width: int) -> dict[str, tuple[str, set[str]]]:
+    """Modules of a modulated visit."""
+    if not o["clock"]:
+        return {o["modulate"]: (f"Factors({width})", {"Factors"})}
+    return {o["clock"]: (f"TimeEncoder({width}, {TIME_WIDTH})", {"TimeEncoder"}),
+            o["modulate"]: (f"TimeFactors({width})", {"TimeFactors"})}

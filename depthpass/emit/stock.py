@@ -67,6 +67,11 @@ class Forward:
     norm: str
     arguments: tuple[str, ...]
 
+    @property
+    def hands_on(self) -> bool:
+        """Whether blocks get the arguments that the decoder does not know."""
+        return any("**kwargs" in line for line in self.visit)
+
 
 def forward_of(cls: type, layers: str) -> Forward:
     """The stock forward of a decoder class.

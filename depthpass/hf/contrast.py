@@ -42,6 +42,9 @@ class LoopContrast(LogitsProcessor):
         SpecError: the model is not transformed, its loop is not tapped or has no such iteration, or a value is out of range.
     """
 
+    hears_model = True
+    """Decoding that calls the model otherwise than token by token refuses it."""
+
     def __init__(
         self, model: Any, loop: int = 1, *, strength: float = 1.0, plausible: float = 0.1, scope: str = "loop",
     ):

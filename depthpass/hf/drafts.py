@@ -92,6 +92,17 @@ def _label(made: Plan) -> str:
     return "; ".join(p.label for p in made.passes)
 
 
+def _fewer(loop: Any, count: int) -> Any:
+    """A loop of so many iterations; from a single one no token can leave early.
+
+    Raises:
+        DepthpassError: it cannot run so many.
+    """
+    if count == 1 and getattr(loop, "exit", None) is not None:
+        loop = replace(loop, exit=None, criterion="cdf", skip=True, kv="own" if loop.kv == "latest" else loop.kv)
+    return loop.with_loops(count)
+
+
 def _plan(model: Any, now: Plan, spec: Any) -> Plan:
     plans = model._depth.plans
     if isinstance(spec, str) and spec.startswith("loop:"):
@@ -101,10 +112,10 @@ def _plan(model: Any, now: Plan, spec: Any) -> Plan:
         passes = list(now.passes)
         at = loop_of(passes, None)
         try:
-            passes[at] = passes[at].with_loops(int(count))
+            passes[at] = _fewer(passes[at], int(count))
+            return plans.of(model, passes, None)
         except DepthpassError as error:
-            raise InputError(f"draft={spec!r}: {error}") from error
-        return plans.of(model, passes, None)
+            raise InputError(f"draft={spec!r}: {error} A spec of its own can leave out what needs more iterations.") from error
     try:
         return plans.of(model, spec, None)
     except DepthpassError as error:

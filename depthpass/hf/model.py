@@ -35,6 +35,7 @@ from depthpass.hf.prepare import install, prepare
 from depthpass.hf.running import run_program
 from depthpass.hf.runtime import Runtime
 from depthpass.hf.save import configured, spec_of, with_notice
+from depthpass.hf.shown import Shown, model_card
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
@@ -67,7 +68,7 @@ else:
 _CAPTURING = threading.Lock()
 
 
-class DepthModel(_Stock):
+class DepthModel(Shown, _Stock):
     """Mixin of every transformed model. The class in front of it stays: ``isinstance(model, LlamaForCausalLM)`` holds.
 
     Attributes:
@@ -123,6 +124,10 @@ class DepthModel(_Stock):
         build: Any = super(DepthModel, chosen)
         return build._from_config(config, **kwargs)
 
+    def card(self) -> str:
+        """What it is, in a few lines."""
+        return model_card(self, type(self).__name__)
+
     def depth_cache(self) -> DepthCache:
         """An empty cache for this model."""
         return DepthCache(self)
@@ -160,7 +165,7 @@ class DepthModel(_Stock):
     def depth_drafted(self):
         """What the last ``generate(..., draft=...)`` did: acceptance, visits per token, time ratio; None before the first.
 
-        A :class:`~depthpass.hf.speculation.DraftReport`.
+        A :class:`~depthpass.hf.draft_report.DraftReport`.
         """
         return self._depth.drafted
 

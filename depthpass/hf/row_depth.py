@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from depthpass.errors import DepthpassError, InputError
 from depthpass.hf.cache import NAMES, DepthCache
@@ -23,9 +22,10 @@ from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import normalise, warn_frozen
 from depthpass.hf.loops import loop_of
+from depthpass.hf.own_decoding import check_combined, named, with_stop_strings
 from depthpass.hf.placement import gather_new
 from depthpass.hf.running import embedded
-from depthpass.hf.tokens import Tokens
+from depthpass.hf.tokens import Tokens, real_tokens
 from depthpass.ir.program import Op, Program, op
 from depthpass.ir.verify import Type, infer, verify
 from depthpass.plan import Plan
@@ -76,7 +76,7 @@ def ladder_of(model: Any, counts: Sequence[int]) -> Ladder:
         raise InputError(f"loops={list(counts)}: {error}") from error
     programs = [p.program for p in made]
     for program in programs:
-        if bad := next((o.kind for o in program if o.kind in ("delay", "route", "noise", "pad", "select")), None):
+        if bad := next((o.kind for o in program if o.kind in ("delay", "route", "noise", "pad", "select", "ffn")), None):
             raise _unfit(f"{bad} of {plans.current.passes[at].label}")
     return cut(programs, tuple(counts))
 
@@ -163,28 +163,23 @@ def rows_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any]
     Raises:
         InputError: before anything runs.
     """
-    from depthpass.hf.speculation import check_draft
-
-    check_draft(model, args, kwargs, cache, "auto", "loops")
+    kwargs = named(generate, args, kwargs)
+    check_combined(model, kwargs, cache, "auto", "loops")
+    kwargs = with_stop_strings(model, kwargs)
     if isinstance(loops, Tensor):
         loops = loops.tolist()
     if not isinstance(loops, Sequence) or isinstance(loops, str) or any(type(n) is not int or n < 1 for n in loops):
         raise InputError(f"loops: expected one number of at least 1 for every row, got {loops!r}.")
-    made = ladder_of(model, sorted(set(loops)))
-    streamer = kwargs.pop("streamer", None)
+    made, streamer = ladder_of(model, sorted(set(loops))), kwargs.get("streamer")
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         if len(loops) != len(input_ids):
             raise InputError(f"loops: expected a number for each of {len(input_ids)} rows, got {len(loops)}.")
+        mask = real_tokens(model_kwargs, "loops")
         run = _Rows(model, made, loops, logits_processor, stopping_criteria, generation_config, streamer)
-        sequences = run.decode(input_ids, model_kwargs.get("attention_mask"))
-        if streamer is not None:
-            streamer.end()
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
+        return run.decode(input_ids, mask)
 
-    return generate(model, *args, custom_generate=decode, **kwargs)
+    return generate(model, custom_generate=decode, **kwargs)
 
 
 class _Rows(Tokens):
@@ -205,18 +200,18 @@ class _Rows(Tokens):
         warn_frozen(model)
         gather_new(depth_module(model))
 
-    def decode(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        """``[batch, prompt]`` -> ``[batch, prompt + new]``."""
+    def decode(self, ids: Tensor, mask: Tensor | None) -> Any:
+        """What ``generate`` returns for ``[batch, prompt]``; no cache, for the rows have several."""
         self.start(ids)
         self.order, self.back = self.order.to(ids.device), self.back.to(ids.device)
-        mask = None if mask is None or bool(mask.all()) else mask[self.order]
+        mask = None if mask is None else mask[self.order]
         fresh = ids
         while bool(self.running.any()):
             logits = self._advance(fresh[self.order], mask)[self.back]
-            self.emit(self.pick(logits, self.ids)[0][:, None])
+            self.next(logits)
             fresh = self.ids[:, -1:]
             mask = mask if mask is None else torch.cat((mask, mask.new_ones(len(mask), 1)), 1)
-        return self.ids
+        return self.outcome(None)
 
     def _advance(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Logits of the last token of every row, in the order of the counts."""

@@ -10,108 +10,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
-from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from depthpass.errors import CacheError, InputError
-from depthpass.hf.cache import NAMES, DepthCache
-from depthpass.hf.doors import call_names
-from depthpass.hf.drafts import ENTRY, Draft, Part, draft_of
-from depthpass.hf.head import apply_head, logits_of
-from depthpass.hf.host import StockHost, depth_module
-from depthpass.hf.inputs import normalise, warn_frozen
-from depthpass.hf.placement import gather_new
-from depthpass.hf.running import embedded
-from depthpass.hf.tokens import Tokens
+from depthpass.errors import CacheError
+from depthpass.hf.cache import DepthCache
+from depthpass.hf.draft_gains import Gains
+from depthpass.hf.draft_report import DraftReport
+from depthpass.hf.draft_running import Runner, cropped
+from depthpass.hf.drafts import ENTRY, Draft, draft_of
+from depthpass.hf.own_decoding import check_combined, named, with_stop_strings
+from depthpass.hf.tokens import Tokens, real_tokens
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
-
-MOST = 8
-"""Tokens that are drafted at once at most with ``draft_tokens="auto"``."""
-_PRIOR = (0.6, 1.5)
-"""Acceptance that is assumed at first, and how many drafted tokens that assumption weighs."""
-_PROBES = (4, 2)
-"""Rounds of one drafted token, which cost next to nothing, before more are drafted: at first, and after a pause."""
-_FORGET = 0.97
-"""Weight of what was seen per round."""
-_EXTRA = 0.04
-"""What one more token of a chunk costs, of a chunk of one."""
-_PAUSE = (16, 512)
-"""Tokens decoded plainly before drafts that do not pay are tried again: at first, and at most."""
-
-
-@dataclass
-class DraftReport:
-    """What a call of ``generate`` with a draft did.
-
-    Attributes:
-        tokens: decoded per row (behind the prompt, the row's first token included).
-        drafted, accepted: tokens that the draft gave, and of those the ones that were kept, over all rows.
-        visits: visits of the calls behind the prompt; a chunk counts as one token, as its weights are read once.
-        plain_visits: those of plain decoding for the same tokens.
-        seconds: wall time of drafting and checking; ``plain_seconds`` of one token decoded plainly, as measured here.
-        chosen: how many tokens were drafted in each round; 0 = decoded plainly.
-        shared: whether the check started from the draft's own stream.
-    """
-
-    tokens: int = 0
-    drafted: int = 0
-    accepted: int = 0
-    visits: int = 0
-    plain_visits: int = 0
-    seconds: float = 0.0
-    plain_seconds: float = 0.0
-    chosen: list[int] = field(default_factory=list)
-    shared: bool = False
-    _drafted_tokens: int = field(default=0, repr=False)
-
-    @property
-    def acceptance(self) -> float:
-        """Share of drafted tokens that were kept."""
-        return self.accepted / self.drafted if self.drafted else 0.0
-
-    @property
-    def visits_per_token(self) -> float:
-        return self.visits / max(self.tokens - 1, 1)
-
-    @property
-    def time_ratio(self) -> float:
-        """Time of a token with drafts over that of one decoded plainly; below 1 is faster."""
-        if not self._drafted_tokens or not self.plain_seconds:
-            return 1.0
-        return self.seconds / self._drafted_tokens / self.plain_seconds
-
-    def __str__(self) -> str:
-        return (f"{self.tokens} tokens: {self.acceptance:.0%} of {self.drafted} drafted tokens kept, "
-                f"{self.visits_per_token:.1f} visits per token (plain {self.plain_visits / max(self.tokens - 1, 1):.1f}), "
-                f"time ratio {self.time_ratio:.2f}")
-
-
-def check_draft(model: Any, args: tuple, kwargs: dict[str, Any], cache: Any, tokens: Any, who: str = "draft") -> None:
-    """Refuse what a draft cannot be combined with, before anything runs; ``who`` is the argument that asks.
-
-    Raises:
-        InputError, CacheError: naming the argument.
-    """
-    if tokens != "auto" and (type(tokens) is not int or tokens < 1):
-        raise InputError(f"draft_tokens: expected a number of at least 1 or 'auto', got {tokens!r}.")
-    if cache is not None:
-        raise CacheError(f"{who}: expected no cache of your own, got a {type(cache).__name__}. It keeps several states, which "
-                         "are made afresh.")
-    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config
-    for name, plain in (("num_beams", 1), ("use_cache", True), ("output_scores", False),
-                        ("output_logits", False), ("output_attentions", False), ("output_hidden_states", False),
-                        ("assistant_model", None), ("prompt_lookup_num_tokens", None), ("custom_generate", None),
-                        ("inputs_embeds", None), ("prefill_chunk_size", None), ("guidance_scale", None),
-                        ("penalty_alpha", None), ("constraints", None)):
-        given = kwargs.get(name, getattr(config, name, None))
-        if given not in (None, plain) and not (name == "guidance_scale" and given == 1):
-            raise InputError(f"{who}: expected {name}={plain!r} beside it, got {given!r}. Leave one of them out.")
 
 
 def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any], cache: Any, spec: Any, tokens: Any) -> Any:
@@ -124,67 +39,20 @@ def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any
     Raises:
         InputError, CacheError: before anything runs.
     """
-    check_draft(model, args, kwargs, cache, tokens)
-    made = draft_of(model, spec)
-    streamer = kwargs.pop("streamer", None)
+    kwargs = named(generate, args, kwargs)
+    check_combined(model, kwargs, cache, tokens)
+    kwargs = with_stop_strings(model, kwargs)
+    made, streamer = draft_of(model, spec), kwargs.get("streamer")
     report = DraftReport(shared=made.rest is not None)
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        mask = real_tokens(model_kwargs, "draft")
         run = _Decoding(model, made, tokens, logits_processor, stopping_criteria, generation_config, streamer, report)
-        sequences = run.decode(input_ids, model_kwargs)
-        if streamer is not None:
-            streamer.end()
-        if not generation_config.return_dict_in_generate:
-            return sequences
-        return GenerateDecoderOnlyOutput(sequences=cast(Any, sequences))
+        return run.decode(input_ids, mask)
 
-    out = generate(model, *args, custom_generate=decode, **kwargs)
+    out = generate(model, custom_generate=decode, **kwargs)
     model._depth.drafted = report
     return out
-
-
-class _Runner:
-    """Advances states of parts of a model's program."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.decoder = model.get_submodule(model._depth.decoder)
-        self.names = call_names(type(self.decoder)._stock_class)
-        self.captured: Any = None
-        warn_frozen(model)
-        gather_new(depth_module(model))
-
-    def advance(self, part: Part, ids: Tensor, mask: Tensor | None, state: State, entry: Tensor | None = None):
-        """Streams by name and the state behind some tokens.
-
-        Args:
-            ids: the new tokens, ``[batch, n]``.
-            mask: real tokens, of this call's and earlier columns at least; None = all.
-            entry: the stream that takes the embedding's place.
-        """
-        from depthpass_lowering.executors.eager import run
-
-        model, end = self.model, state.length + ids.shape[1]
-        cache = DepthCache(model, record=True)
-        cache.state = state
-        given: dict[str, Any] = {"input_ids": ids, "use_cache": True, NAMES[0]: cache}
-        if mask is not None:
-            given["attention_mask"] = mask[:, :end]
-            if "position_ids" in self.names:
-                given["position_ids"] = (mask[:, :end].long().cumsum(-1) - 1).clamp(min=0)[:, state.length :]
-        call = normalise(model, self.decoder, self.names, given, None)
-        captured = self.captured = model._captured(call, self.names)
-        host = StockHost(model, captured, ())
-        hidden, sides = embedded(model, host, call)
-        rung = model._depth.lowering
-        ran = run(part.schedule, host, hidden if entry is None else entry, sides, captured.side_axes, state, call.valid, True,
-                  part.types, "auto" if rung in ("inductor", "cudagraph") else rung)
-        return ran.streams, ran.state
-
-    def logits(self, streams: dict[str, Tensor], last: int) -> Tensor:
-        """Logits of the last so many tokens, in float32 as ``generate`` reads them."""
-        normed = streams["output"][:, -last:]
-        return logits_of(apply_head(self.model, self.captured, normed), "draft", "another model").to(torch.float32)
 
 
 class _Decoding(Tokens):
@@ -192,20 +60,19 @@ class _Decoding(Tokens):
 
     def __init__(self, model, draft: Draft, tokens, processors, criteria, config, streamer, report: DraftReport):
         super().__init__(processors, criteria, config, streamer)
-        self.draft, self.run, self.tokens, self.report = draft, _Runner(model), tokens, report
+        self.draft, self.run, self.tokens, self.report = draft, Runner(model), tokens, report
         self.room = config.max_length
-        self.gains = _Gains(draft)
+        self.gains = Gains(draft)
 
-    def decode(self, ids: Tensor, given: dict[str, Any]) -> Tensor:
-        """``[batch, prompt]`` -> ``[batch, prompt + new]``."""
+    def decode(self, ids: Tensor, mask: Tensor | None) -> Any:
+        """What ``generate`` returns for ``[batch, prompt]``."""
         from depthpass_lowering.state import State
 
-        mask = given.get("attention_mask")
-        self.mask = mask if mask is not None and not bool(mask.all()) else None
+        self.mask = mask
         self.start(ids)
         self.whole: State = State(record=True)
         self.ahead: State = State(record=True)
-        self.emit(self.pick(self._prompt()[:, -1], self.ids)[0][:, None])
+        self.next(self._prompt()[:, -1])
         pause = 0
         while bool(self.running.any()):
             plain = pause > 0 or self.report.plain_seconds == 0.0 or (self.tokens == "auto" and self.gains.hopeless)
@@ -225,7 +92,13 @@ class _Decoding(Tokens):
             self.report.chosen.append(count)
         self.report.tokens = self.ids.shape[1] - ids.shape[1]
         self.report.plain_visits = (self.report.tokens - 1) * self.draft.model.cost
-        return self.ids
+        return self.outcome(self._cache())
+
+    def _cache(self) -> DepthCache:
+        """All tokens but the last, as plain decoding leaves them."""
+        cache = DepthCache(self.run.model, record=True)
+        cache.state = self.whole
+        return cache
 
     def _count(self) -> int:
         """How many tokens to draft; no more than can still be used."""
@@ -285,21 +158,21 @@ class _Decoding(Tokens):
         """One token by the whole program; the draft's state lags behind and catches up in its next chunk."""
         streams, self.whole = self.run.advance(self.draft.model, self.ids[:, self.whole.length :], self._columns(), self.whole)
         self.report.visits += self.draft.model.cost
-        self.emit(self.pick(self.run.logits(streams, 1)[:, -1], self.ids)[0][:, None])
+        self.next(self.run.logits(streams, 1)[:, -1])
 
     def _round(self, count: int) -> None:
         """Draft ``count`` tokens, check them in one chunk, keep what the model agrees with."""
         before_whole, before_ahead, known = self.whole, self.ahead, self.ids.shape[1]
-        row, guesses, chances, entries = self.ids, [], [], []
+        row, guesses, chances, entries, processors = self.ids, [], [], [], self.drafting()
         for _ in range(count):
             fresh = row[:, self.ahead.length :]
             mask = self._mask_for(row.shape[1] - known)
             streams, self.ahead = self.run.advance(self.draft.draft, fresh, mask, self.ahead)
-            guess, chance = self.pick(self.run.logits(streams, 1)[:, -1], row)
-            guesses.append(guess)
+            guess, chance, _ = self.pick(self.run.logits(streams, 1)[:, -1], row, processors)
+            guesses.append(self.padded(guess))
             chances.append(chance)
             entries.append(streams[ENTRY][:, -1:] if ENTRY in streams else None)
-            row = torch.cat((row, guess[:, None]), 1)
+            row = torch.cat((row, guesses[-1][:, None]), 1)
         asked = row[:, before_whole.length : -1]
         if self.draft.rest is None:
             streams, self.whole = self.run.advance(self.draft.model, asked, self._mask_for(count - 1), self.whole)
@@ -310,46 +183,43 @@ class _Decoding(Tokens):
             streams = self._check(asked, entry)
             self.report.visits += self.draft.rest.cost
         self.report.visits += count * self.draft.draft.cost
-        logits = self.run.logits(streams, count)
-        taken, tokens = self._judge(logits, row, known, guesses, chances)
+        self._judge(self.run.logits(streams, count), guesses, chances)
         # Of what both programs have run, the tokens that were kept and the one that asked for the first that was not.
-        length = known + min(taken, count - 1)
+        length = self.ids.shape[1] - 1
         self._take_back(before_whole, before_ahead, row[:, :length], length)
-        self.emit(tokens)
 
-    def _judge(self, logits: Tensor, row: Tensor, known: int, guesses: Sequence[Tensor], chances: Sequence[Tensor | None]):
-        """How many drafted tokens every row keeps, and the tokens that follow: those, and the model's own for the next.
+    def _judge(self, logits: Tensor, guesses: Sequence[Tensor], chances: Sequence[Tensor | None]) -> None:
+        """Append drafted tokens while every row keeps them, and the model's own in the place of the first that one does not.
 
         Rows go on together: the first token that any row does not keep ends the round for all. That is a stopping time of each
-        row's own tokens, so what the others keep stays distributed as it should.
+        row's own tokens, so what the others keep stays distributed as it should. So is a row's end: what follows it are pads,
+        which were not drafted.
         """
-        kept: list[Tensor] = []
         for i, guess in enumerate(guesses):
-            scores = self.processors(row[:, : known + i], logits[:, i])
+            live, raw = self.live, logits[:, i]
+            scores = self.processors(self.ids, raw.clone())
             if not self.sample:
                 own = scores.argmax(-1)
                 agrees = own == guess
             else:
                 own, agrees = _redrawn(torch.softmax(scores, -1), cast(Tensor, chances[i]), guess)
-            agrees = agrees | ~self.running
-            live = self.running
             self.report.drafted += int(live.sum())
             self.report.accepted += int((agrees & live).sum())
             self.gains.see(int((agrees & live).sum()), int(live.sum()))
-            kept.append(torch.where(agrees, guess, own))
-            if not bool(agrees.all()):
-                return i, torch.stack(kept, 1)
-        return len(guesses), torch.stack(kept, 1)
+            agrees = agrees | ~live
+            self.append(torch.where(agrees, guess, own), raw, scores)
+            if not bool(agrees.all()) or not torch.equal(self.live, live) or not bool(self.running.any()):
+                return
 
     def _take_back(self, before_whole: State, before_ahead: State, row: Tensor, length: int) -> None:
         """Both states after ``length`` columns."""
         if self.whole.length == length == self.ahead.length:
             return
         try:
-            whole, ahead = _cropped(self.whole, length), _cropped(self.ahead, length)
+            whole, ahead = cropped(self.whole, length), cropped(self.ahead, length)
         except CacheError:
             # Routed slots hold what was routed to them: run the tokens that were kept again.
-            mask = self._mask_for(length - self.ids.shape[1])
+            mask = self._columns()
             _, ahead = self.run.advance(self.draft.draft, row[:, before_ahead.length :], mask, before_ahead)
             _, whole = self.run.advance(self.draft.model, row[:, before_whole.length :], mask, before_whole)
             self.report.visits += self.draft.draft.cost + self.draft.model.cost
@@ -371,68 +241,3 @@ def _redrawn(p: Tensor, q: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
     # Nothing is left only where both are the same, and then the token is kept (but for rounding).
     left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)
     return torch.multinomial(left, 1)[:, 0], agrees
-
-
-def _cropped(state: State, length: int) -> State:
-    """A state after its first columns, which grows again in the memory it has.
-
-    Only for states whose later columns nobody reads any more.
-    """
-    from depthpass_lowering.state import Place, crop
-
-    if state.length == length:
-        return state
-    made = crop(state, length)
-    for number, slot in made.slots.items():
-        places = state.slots[number].places
-        if places is None or any(p is None for p in places):
-            continue
-        drop = state.length - length
-        ends = tuple(Place(p.room, p.end - drop) for p in places if p is not None)
-        for place in ends:
-            place.room.used = min(place.room.used, place.end)
-        made.slots[number] = replace(slot, places=ends)
-    return made
-
-
-class _Gains:
-    """How many tokens are worth drafting: costs in visits, so that the choice is the same in every run."""
-
-    def __init__(self, draft: Draft):
-        self.draft = draft
-        self.kept, self.seen = _PRIOR[0] * _PRIOR[1], _PRIOR[1]
-        self.wait, self.probes = _PAUSE[0], _PROBES[0]
-
-    def see(self, kept: int, seen: int) -> None:
-        if seen:
-            self.kept, self.seen = self.kept * _FORGET + kept / seen, self.seen * _FORGET + 1
-
-    def gain(self, count: int, acceptance: float | None = None) -> float:
-        """Visits of plain decoding over those of drafting so many, per token."""
-        a, d = self.kept / self.seen if acceptance is None else acceptance, self.draft
-        tokens = sum(a**i for i in range(count))
-        check = (d.model if d.rest is None else d.rest).cost
-        return d.model.cost * tokens / (count * d.draft.cost + check * (1 + _EXTRA * (count - 1)))
-
-    @property
-    def hopeless(self) -> bool:
-        """Whether drafts would not pay if every token of them were kept."""
-        return max(self.gain(count, 1.0) for count in range(1, MOST + 1)) <= 1
-
-    def best(self) -> int:
-        """How many to draft now."""
-        return 1 if self.probes > 0 else self.most()
-
-    def most(self) -> int:
-        return max(range(1, MOST + 1), key=self.gain)
-
-    def pause(self) -> int:
-        """Tokens to decode plainly before the next draft."""
-        self.probes -= 1
-        if self.probes > 0:
-            return 0
-        if self.gain(self.most()) > 1.02:
-            self.wait = _PAUSE[0]
-            return 0
-        now, self.wait, self.probes = self.wait, min(2 * self.wait, _PAUSE[1]), _PROBES[1]
-        return now

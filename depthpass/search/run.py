@@ -9,6 +9,7 @@ from typing import Any
 
 from depthpass.errors import InputError
 from depthpass.limits import shown
+from depthpass.log import Bar
 from depthpass.search.compare import difference, estimate
 from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
@@ -26,18 +27,9 @@ BUDGET = 200
 
 
 def search(
-    model: Any,
-    samples: SamplesLike,
-    *,
-    score: str | Own = "exact_match",
-    space: SpaceLike = "cola",
-    method: str | Method = "mcts",
-    budget: int | None = None,
-    seed: int = 0,
-    per_sample: bool = False,
-    held_out: float | SamplesLike = 0.5,
-    memo: int | bool = True,
-    batch: int = 32,
+    model: Any, samples: SamplesLike, *, score: str | Own = "exact_match", space: SpaceLike = "cola",
+    method: str | Method = "mcts", budget: int | None = None, seed: int = 0, per_sample: bool = False,
+    held_out: float | SamplesLike = 0.5, memo: int | bool = True, batch: int = 32,
     on_trial: Callable[[int, int], object] | None = None,
 ) -> SearchResult:
     """Search layer programs (which blocks are skipped, which repeated) that answer samples best, beside its controls.
@@ -67,7 +59,8 @@ def search(
         held_out: share of the samples that is kept for comparison, or other samples.
         memo: bytes that shared prefixes may hold; True = 1 GiB, False = none. The numbers do not depend on it.
         batch: most rows of a call.
-        on_trial: called after every program that ran, with how many have and how many can at most, for a progress bar.
+        on_trial: called after every program that ran, with how many have and how many can at most; left out = a bar on a
+            terminal (``dp.progress(False)``: none).
 
     Raises:
         InputError: an argument cannot be honoured, a sample does not fit the model, or a score is NaN; all but the last
@@ -80,25 +73,17 @@ def search(
     """
     how, where, judged = load_method(method), load_space(space), load_score(score)
     _check(budget, seed, per_sample, memo, batch)
-    given = load_samples(samples, seed)
-    if isinstance(held_out, int | float):
-        searched, rest = split(given, held_out, seed)
-    else:
-        searched, rest = given, load_samples(held_out, seed, "held_out")
-        check_apart(searched, rest)
-    with subject(model) as (live, inner):
-        from depthpass.hf.table import table_size
-
+    given, searched, rest = _samples(samples, held_out, seed)
+    with subject(model) as (live, inner), Bar("scoring programs") as bar:
         blocks = inner.depth_program.blocks
         where.check(blocks)
         how.check(where, blocks, BUDGET if budget is None and not how.complete else budget)
-        for part, what in ((given, "samples"), (rest, "held_out")):
-            check_fit(part, len(inner.get_input_embeddings().weight), table_size(inner), what)
+        _check_fit(inner, given, rest)
         budget = _budget(budget, how, where, blocks)
         most = (budget + 1) * (2 + len(searched) if per_sample else 3)
-        counted = None if on_trial is None else lambda done: on_trial(min(done, most), most)
+        told = bar if on_trial is None else on_trial
         room = (1 << 30) * memo if isinstance(memo, bool) else memo
-        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, counted)
+        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most))
         made = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
         return made.result(type(inner).__name__, per_sample)
 
@@ -199,6 +184,24 @@ class Search:
 
     def _samples(self, rows: tuple[int, ...]) -> list[Sample]:
         return [self.bench.forward.samples[r] for r in rows]
+
+
+def _samples(samples: SamplesLike, held_out: float | SamplesLike, seed: int) -> tuple[tuple[Sample, ...], ...]:
+    """All samples, those to search on, and those kept for comparison."""
+    given = load_samples(samples, seed)
+    if isinstance(held_out, int | float):
+        return given, *split(given, held_out, seed)
+    rest = load_samples(held_out, seed, "held_out")
+    check_apart(given, rest)
+    return given, given, rest
+
+
+def _check_fit(model: Any, given: tuple[Sample, ...], rest: tuple[Sample, ...]) -> None:
+    """Samples and held-out ones fit the model's vocabulary and positions."""
+    from depthpass.hf.table import table_size
+
+    for part, what in ((given, "samples"), (rest, "held_out")):
+        check_fit(part, len(model.get_input_embeddings().weight), table_size(model), what)
 
 
 def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> None:

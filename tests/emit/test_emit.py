@@ -39,9 +39,15 @@ CASES = {
     "gpt2": dp.ParallelLoop.loopcoder_v2(loops=3, window=2),
     "opt": dp.Loop(start=0, end=4, times=2, normalize="loop", exit=0.6, skip=False),
     "gpt_neox": dp.ParallelLoop.iquest(window=3, loops=2),
-    "phi": dp.Loop(start=1, end=3, times=2, lora_rank=3),
+    "phi": dp.Loop(start=1, end=3, times=2, lora_rank=3, timestep=True),
     "mixtral": [dp.IntraLayerRecurrence([1, 2, 1, 2]), dp.Taps(at=[1, 3], head=True)],
     "gpt_oss": dp.LayerProgram([0, 1, 1, 2, 3, 1]),
+    "olmo2": [dp.Loop(start=1, end=3, times=2, residual="1/n", inject="bounded"),  # norms behind the branches
+              dp.TurboConn(bridges=((5, 0),), group=2, rank=4)],
+    "cohere": dp.Loop(start=1, end=3, times=2, timestep="zero"),  # parallel branches
+    "starcoder2": [dp.Loop(start=1, end=3, times=2, scales=True), dp.T2MLR(start=1, end=4, rescaled=True, residual=0.3)],
+    "smollm3": dp.FeedbackTransformer(start=1),
+    "qwen2": dp.RecurrentLoop(encoder=1, interval=3, gate="token"),
 }
 
 
@@ -118,7 +124,8 @@ def test_weights_are_stored_once_and_again(tmp_path):
     assert torch.equal(again(**BATCH).logits, made(**BATCH).logits)
 
 
-@pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], LOOP], ids=["turboconn", "plt", "loop"])
+@pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], dp.FeedbackTransformer(start=2)],
+                         ids=["turboconn", "plt", "feedback"])
 def test_caches_of_transformers(spec, tmp_path):
     model = transformed("llama", spec)
     dp.emit(model, tmp_path / "out")
@@ -139,7 +146,8 @@ def test_caches_of_transformers(spec, tmp_path):
 
 
 def test_compiles_as_one_graph(tmp_path):
-    model = transformed("llama", [LOOP, dp.TurboConn(bridges=((5, 0),), group=4, rank=5)], torch.float32)
+    loop = dp.Loop(start=1, end=3, times=2, timestep=True)
+    model = transformed("llama", [loop, dp.TurboConn(bridges=((5, 0),), group=4, rank=5)], torch.float32)
     dp.emit(model, tmp_path / "out")
     made = loaded(tmp_path / "out", model)
     ids = BATCH["input_ids"][:1]
@@ -210,12 +218,13 @@ def test_the_model_in_force_and_the_bare_model(tmp_path):
     [
         (dp.MixtureOfRecursions(recursions=2), "mixture_of_recursions.* with route"),
         (dp.Loop.huginn(1, 3), "loop.* with noise"),
-        (dp.Loop(start=1, end=3, times=2, timestep=True), "timestep"),
+        (dp.Loop(start=1, end=3, times=2, exit=0.5), "loop.* with route"),
+        (dp.Bidirectional(), "sees later tokens"),
         (dp.Loop(start=1, end=3, times=2, kv="last"), "split into calls"),
         (dp.Loop(start=1, end=3, times=(1, 3)), "dp.set_loops"),
         (dp.Pad(tokens=2), "pad"),
     ],
-    ids=["mor", "noise", "timestep", "past", "varies", "pad"],
+    ids=["mor", "noise", "exit", "ahead", "past", "varies", "pad"],
 )
 def test_what_no_plain_forward_can_express(spec, words, tmp_path):
     model = transformed("llama", spec, torch.float32)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import zoo
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from turbos import enliven, transformed
 
@@ -22,6 +23,7 @@ CASES = {
     "first": (dp.Loop(start=1, end=3, times=3, kv="first"), "loop:1", False),
     "damped": (dp.Loop(start=1, end=3, times=3, damped=True, inject="concat"), "loop:2", False),
     "exits": (dp.Loop(times=3, exit=0.6), "{pass: loop, times: 3, exit: 0.3}", False),
+    "no exits": (dp.Loop(times=3, exit=0.6, kv="latest"), "loop:1", False),
     "ouro": (dp.Loop(times=3, normalize="loop", exit=0.6, skip=False), "loop:2", False),
     "plt": (dp.ParallelLoop(loops=3, window=3), "loop:1", False),
     "bridges": ([dp.Loop(start=1, end=3, times=2), dp.TurboConn(bridges=((5, 0),), group=3, rank=5)], LOOP.with_loops(1), True),
@@ -71,26 +73,84 @@ def test_an_agreeing_draft_saves_visits():
 
 class _Tape(BaseStreamer):
     def __init__(self):
-        self.seen, self.ended = [], False
+        self.seen, self.ends = [], 0
 
     def put(self, value):
-        self.seen += value.tolist()
+        self.seen.append(value.tolist())
 
     def end(self):
-        self.ended = True
+        self.ends += 1
 
 
-def test_stops_streams_and_outputs():
+class _Counts(LogitsProcessor):
+    """Favours another token at each call, so a call too many would change what follows."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, input_ids, scores):
+        self.calls += 1
+        scores[:, 7 * self.calls % zoo.VOCABULARY] += 3.0
+        return scores
+
+
+class _RowStops(StoppingCriteria):
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] % 3 == 0
+
+
+@pytest.fixture(scope="module")
+def agreeing():
+    """A model whose first iteration is right about half of the time."""
     model = transformed("llama", LOOP)
-    ids = BATCH["input_ids"][:1]
-    plain = model.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=None)
-    stop = int(plain[0, ids.shape[1] + 4])
-    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": stop, "pad_token_id": 0}
-    tape = _Tape()
-    out = model.generate(ids, **settings, draft="loop:1", draft_tokens=4, streamer=tape, return_dict_in_generate=True)
-    want = model.generate(ids, **settings)
-    assert torch.equal(out.sequences, want) and want[0, -1] == stop
-    assert tape.seen == want[0, ids.shape[1] :].tolist() and tape.ended
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.mul_(0.1)
+            block.mlp.down_proj.weight.mul_(0.1)
+    return model
+
+
+def _words():
+    # transformers finds out what a token reads like behind this word.
+    words = {"<pad>": 0, "abcdef": 1} | {f"w{i}": i for i in range(2, zoo.VOCABULARY)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<pad>")), pad_token="<pad>")
+
+
+@pytest.mark.parametrize("more", [
+    {"eos": 3, "return_dict_in_generate": True, "output_scores": True, "output_logits": True},
+    {"eos": 5, "repetition_penalty": 1.3, "min_new_tokens": 4, "forced_eos_token_id": 9},
+    {"eos": 7, "logits_processor": _Counts, "no_repeat_ngram_size": 3, "return_dict_in_generate": True, "output_scores": True},
+    {"stopping_criteria": _RowStops, "return_dict_in_generate": True, "output_logits": True},
+    {"stop": 6},
+    {"do_sample": True, "top_k": 1, "num_return_sequences": 2, "eos": 4},
+], ids=["eos", "length", "memory", "rows", "strings", "several"])
+def test_every_option_means_what_it_means_in_plain_decoding(more, agreeing):
+    more = dict(more)
+    settings = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    free = agreeing.generate(**BATCH, **settings)[:, 9:]
+    if "eos" in more:
+        settings["eos_token_id"] = int(free[1, more.pop("eos")])
+    if "stop" in more:
+        settings |= {"stop_strings": [f"w{int(free[0, more.pop('stop')])}"], "tokenizer": _words()}
+    made = {k: more.pop(k) for k in ("logits_processor", "stopping_criteria") if k in more}
+    outputs, tapes = [], []
+    for draft in ({}, {"draft": "loop:1", "draft_tokens": 3}, {"draft": "loop:1"}):
+        tapes.append(_Tape())
+        own = {k: [make()] for k, make in made.items()}
+        outputs.append(agreeing.generate(**BATCH, **settings | more, **own, **draft, streamer=tapes[-1]))
+    assert agreeing.depth_drafted.accepted > 0
+    want, *others = outputs
+    for got, tape in zip(others, tapes[1:]):
+        assert tape.seen == tapes[0].seen and tape.ends == tapes[0].ends == 1
+        if isinstance(want, torch.Tensor):
+            assert torch.equal(got, want)
+            continue
+        assert torch.equal(got.sequences, want.sequences)
+        assert got[zoo.CACHE].get_seq_length() == want.sequences.shape[1] - 1
+        for key in ("scores", "logits"):
+            found, wanted = (getattr(output, key) for output in (got, want))
+            assert (found is None) is (wanted is None)
+            torch.testing.assert_close(found or (), wanted or (), rtol=1e-5, atol=1e-5)
 
 
 def test_a_redrawn_token_is_distributed_as_the_model_says():
@@ -148,7 +208,10 @@ def test_sampled_rows_are_distributed_as_plain_ones():
         ({"draft": "loop:1", "num_beams": 2}, "num_beams=1"),
         ({"draft": "loop:1", "use_cache": False}, "use_cache=True"),
         ({"draft": "loop:1", "prompt_lookup_num_tokens": 2}, "prompt_lookup_num_tokens"),
-        ({"draft": "loop:1", "output_scores": True, "return_dict_in_generate": True}, "output_scores"),
+        ({"draft": "loop:1", "output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
+        ({"draft": "loop:1", "penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
+        ({"draft": "loop:1", "position_ids": torch.arange(9)[None].expand(3, -1) + 1}, "position_ids"),
+        ({"draft": "loop:1", "assistant_model": zoo.model("llama", 1)}, "assistant_model"),
         ({"draft": "loop:1", "cache_implementation": "static"}, "cache_implementation='static'"),
     ],
 )

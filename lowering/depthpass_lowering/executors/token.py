@@ -5,6 +5,7 @@ The run below is not executed token by token: it is traced once per capacity and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,6 +22,7 @@ from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.state.slots import Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
+from depthpass_lowering.visits.cut import block_facts
 from depthpass_lowering.visits.running import RunningVisit
 
 SMALLEST = 256
@@ -197,7 +199,7 @@ class StepRun(Run):
     def lowered(self) -> LoweredProgram:
         schedule = self.context.schedule
         step = self._step() or Step(1, tuple(o for region in schedule.regions for o in region.ops))
-        return lower(schedule, "token", "inductor", step=step, sides=self.host.sides_of)
+        return lower(schedule, "token", "inductor", step=step, facts=functools.partial(block_facts, self.host))
 
     def _at_once(self) -> tuple[Span, StepMasks]:
         return Span(0, 1, None, self.rank), StepMasks(self.at, self.columns, self.context.valid)

@@ -8,12 +8,15 @@ product; on CUDA that is all that packing means. Packed copies live as long as t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 SMALLEST = 1 << 15
 """Entries of a weight below which a packed product costs more in calls than it saves."""
@@ -87,7 +90,7 @@ class Weights:
         if all(b is None for b in self.biases):
             return None
         if self.joined:
-            return sum(b for b in self.biases if b is not None)
+            return functools.reduce(torch.add, [b for b in self.biases if b is not None])
         found = [w.new_zeros(size) if b is None else b for w, b, size in zip(self.weights, self.biases, self.sizes())]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -104,7 +107,7 @@ class Products:
         self._packed: dict[tuple, tuple[Weights, Tensor, Tensor | None]] = {}
         self._packed_back: dict[tuple[int, ...], tuple[Weights, Tensor]] = {}
 
-    def forward(self, w: Weights, xs: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, w: Weights, xs: Tensors) -> list[Tensor]:
         """Results by weight, without gradient; of joined weights one, the sum.
 
         Args:
@@ -116,7 +119,7 @@ class Products:
             return [y] if w.joined or len(w.weights) == 1 else list(y.split(w.sizes(), -1))
         return plain(w, xs)
 
-    def backward(self, w: Weights, grads: Sequence[Tensor]) -> list[Tensor]:
+    def backward(self, w: Weights, grads: Tensors) -> list[Tensor]:
         """Gradients of the streams from those of the results, without gradient."""
         if self.packs(w, grads[0]):
             dx = packed_product(grads[0] if len(grads) == 1 else torch.cat(grads, -1), self.packed_back(w, grads[0]), None)

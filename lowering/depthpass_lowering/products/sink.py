@@ -13,7 +13,7 @@ import torch
 from depthpass_kernels import bridge_in
 from torch import Tensor
 
-from depthpass_lowering.products.packed import Products, Weights, contraction, plain
+from depthpass_lowering.products.packed import Products, Tensors, Weights, contraction, plain
 
 FLUSH = {"cpu": 256, "cuda": 8192}
 """Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.
@@ -276,7 +276,7 @@ def _fuses(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Sequence[Tensor]) -> Tensor:
+def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Tensors) -> Tensor:
     """``x + present * (sum_b c_b W_b^T + bias_b)``, without gradient."""
     if _fuses(x) and x.dtype == cs[0].dtype:
 

@@ -65,18 +65,18 @@ class Use:
     def __init__(self, buffer: Buffer, start: int, count: int, write: bool, options: dict[str, Any]):
         self.buffer, self.start, self.count, self.write, self.options = buffer, start, count, write, options
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Attention of the span's queries, ``[B, H, C, D]`` -> ``[B, C, H, Dv]``.
 
-        Writes the span's own keys and values first when this is their slot.
+        Writes the span's own keys and values first when this is their slot; else they may be None.
         """
         device = q.device.type
         if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
             # As autocast does to the operands of SDPA; rotary tables have made float32 of some of them.
             dtype = torch.get_autocast_dtype(device)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            q, k, v = q.to(dtype), *(None if t is None else t.to(dtype) for t in (k, v))
         if not torch.is_grad_enabled():
-            if self.write:
+            if self.write and k is not None and v is not None:
                 self.buffer.write(k, v, self.start)
             return self.attend(q, sinks)[0].transpose(1, 2)
         token = self.buffer.token if self.buffer.token is not None else q.new_empty(0)
@@ -105,9 +105,9 @@ class Use:
         """The attention and the log of its denominator."""
         return slot_attention_forward(q, *self.columns(*self.buffer.held()), sinks=sinks, **self.options)
 
-    def columns(self, *sides: Tensor) -> tuple[Tensor, ...]:
+    def columns(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers up to the last query's column."""
-        return tuple(t[:, :, : self.start + self.count] for t in sides)
+        return keys[:, :, : self.start + self.count], values[:, :, : self.start + self.count]
 
 
 class AttentionTape:
@@ -168,7 +168,7 @@ class _InPlaceAttention(torch.autograd.Function):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
         out, lse = use.attend(q, sinks)
-        ctx.use, ctx.strides = use, (k.stride(), v.stride())
+        ctx.use, ctx.strides = use, (k.stride(), v.stride()) if use.write else ()
         ctx.save_for_backward(q, sinks, out, lse)
         return out, token.new_empty(0)
 
@@ -177,8 +177,9 @@ class _InPlaceAttention(torch.autograd.Function):
         q, sinks, out, lse = ctx.saved_tensors
         use: Use = ctx.use
         buffer = use.buffer
+        keys, values = use.columns(*buffer.held())
         dq, _, _, dsinks = slot_attention_backward(
-            grad, q, *use.columns(*buffer.held()), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
+            grad, q, keys, values, out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
             **use.options,
         )
         own_k = own_v = None

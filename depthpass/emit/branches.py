@@ -1,0 +1,191 @@
+"""The stock forward of a block with its two residual branches scaled: what attention and MLP read, and what they add.
+
+The source is read as the captured graph is elsewhere: a chain of sums from the block's input to its result. What is added to the
+stream is a branch; the one that the attention made is the attention branch, the other the MLP branch.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+
+from torch import nn
+
+from depthpass.emit.stock import source_of
+from depthpass.errors import UnsupportedModelError
+
+STREAM, READ, ATTENTION, MLP, BOTH = "stream", "read", "attention", "mlp", "both"
+"""What a value is: the residual stream, something of it that no linear map has read, a branch's, the sum of both branches."""
+
+FACTORS = ("read_attention", "add_attention", "read_mlp", "add_mlp")
+_SAME = ("view", "reshape", "to", "contiguous", "clone", "flatten", "type_as", "float")
+"""Methods that hand a value on."""
+
+
+def modulated_forward(blocks: Sequence[nn.Module], attention: str) -> str:
+    """The forward of the blocks' class, which takes its four ``factors`` besides.
+
+    Args:
+        blocks: blocks of one class, whose settings may lead through different branches of its code.
+        attention: their attribute that holds the attention.
+
+    Raises:
+        UnsupportedModelError: the code is no chain of two residual branches.
+    """
+    cls = type(blocks[0])
+    text, tree = source_of(cls.forward)
+    if tree.args.kwarg is None or tree.args.kwarg.arg != "kwargs":
+        raise _unfit(cls, "a forward with **kwargs")
+    edits: dict[tuple[int, int, int, int], str] = {}
+    for block in blocks:
+        found = _Reader(block, attention, tree).edits()
+        if missing := set(FACTORS) - set(found.values()):
+            raise _unfit(cls, "two residual branches, each added to the stream", f"no place for {', '.join(sorted(missing))}")
+        edits |= found
+    lines = text.splitlines()
+    for (first, start, last, end), factor in sorted(edits.items(), reverse=True):
+        # Columns of the tree count bytes; what is inserted behind comes first, so earlier columns stay as they are.
+        lines[last - 1] = _at(lines[last - 1], end, ")")
+        lines[first - 1] = _at(lines[first - 1], start, f"{factor} * (")
+    text = "\n".join(_bare(line) for line in lines)
+    at = tree.body[0].lineno - 1
+    lines = text.splitlines()
+    return "\n".join([*lines[:at], f'    {", ".join(FACTORS)} = kwargs.pop("factors")', *lines[at:]])
+
+
+def _at(line: str, column: int, text: str) -> str:
+    raw = line.encode()
+    return (raw[:column] + text.encode() + raw[column:]).decode()
+
+
+def _bare(line: str) -> str:
+    """Without parentheses around a name."""
+    return re.sub(r"\* \((\w+)\)", r"* \1", line)
+
+
+class _Reader:
+    """One walk through the code with a block's own settings."""
+
+    def __init__(self, block: nn.Module, attention: str, tree: ast.FunctionDef):
+        self.block, self.attention, self.tree = block, attention, tree
+        self.kinds: dict[str, str | None] = {}
+        self.found: dict[tuple[int, int, int, int], str] = {}
+        self.result: str | None = None
+
+    def edits(self) -> dict[tuple[int, int, int, int], str]:
+        """Expressions to multiply, by where they stand, with the names of their factors."""
+        self.kinds[self.tree.args.args[1].arg] = STREAM
+        self._statements(self.tree.body)
+        if self.result != STREAM:
+            raise _unfit(type(self.block), "a result that is the stream with its branches added", self.result or "none")
+        return self.found
+
+    def _statements(self, body: Sequence[ast.stmt]) -> bool:
+        """Whether the forward goes on behind them."""
+        for s in body:
+            match s:
+                case ast.Assign(targets=[target]):
+                    self._assign(target, self._kind(s.value))
+                case ast.AnnAssign(value=ast.expr() as value):
+                    self._assign(s.target, self._kind(value))
+                case ast.If():
+                    if not self._statements(s.body if self._holds(s.test) else s.orelse):
+                        return False
+                case ast.Return():
+                    value = s.value.elts[0] if isinstance(s.value, ast.Tuple) else s.value
+                    self.result = None if value is None else self._kind(value)
+                    return False
+                case ast.Expr(value=ast.Constant()) | ast.Pass():
+                    pass
+                case _:
+                    raise _unfit(type(self.block), "assignments and conditions", ast.unparse(s))
+        return True
+
+    def _assign(self, target: ast.expr, kind: str | None) -> None:
+        # Of several results the first is the hidden one.
+        names = target.elts if isinstance(target, ast.Tuple) else [target]
+        for i, name in enumerate(names):
+            if isinstance(name, ast.Name):
+                self.kinds[name.id] = kind if i == 0 else None
+
+    def _holds(self, test: ast.expr) -> bool:
+        """A condition on the block's settings, or on arguments that a decoder leaves out."""
+        known = {"self": self.block} | {a.arg: None for a in self.tree.args.args[2:]}
+        try:
+            return bool(eval(compile(ast.Expression(test), "block", "eval"), {}, known))
+        except Exception:
+            raise _unfit(type(self.block), "conditions on its own settings", ast.unparse(test)) from None
+
+    def _kind(self, e: ast.expr) -> str | None:
+        match e:
+            case ast.Name():
+                return self.kinds.get(e.id)
+            case ast.BinOp(op=ast.Add()):
+                return self._sum(e)
+            case ast.BinOp():
+                return self._of(e, [self._kind(e.left), self._kind(e.right)])
+            case ast.Call():
+                return self._call(e)
+            case ast.IfExp():
+                return self._kind(e.body if self._holds(e.test) else e.orelse)
+            case ast.Subscript() | ast.Attribute():
+                kind = self._kind(e.value)
+                return kind if isinstance(e, ast.Subscript) and kind in (ATTENTION, MLP) else None
+        return None
+
+    def _sum(self, e: ast.BinOp) -> str | None:
+        left, right = self._kind(e.left), self._kind(e.right)
+        if {left, right} == {ATTENTION, MLP}:
+            self._scale(e.left, f"add_{left}")
+            self._scale(e.right, f"add_{right}")
+            return BOTH
+        for kind, branch, value in ((left, right, e.right), (right, left, e.left)):
+            if kind == STREAM and branch in (ATTENTION, MLP, BOTH):
+                if branch != BOTH:
+                    self._scale(value, f"add_{branch}")
+                return STREAM
+        return self._of(e, [left, right])
+
+    def _of(self, e: ast.expr, kinds: Sequence[str | None]) -> str | None:
+        """What an elementwise function of values is."""
+        found = {k for k in kinds if k is not None}
+        if len(found) > 1:
+            raise _unfit(type(self.block), "branches that meet in sums only", ast.unparse(e))
+        kind = next(iter(found), None)
+        return READ if kind == STREAM else kind
+
+    def _call(self, e: ast.Call) -> str | None:
+        values = [*e.args, *(k.value for k in e.keywords)]
+        f = e.func
+        if isinstance(f, ast.Attribute) and isinstance(f.value, ast.Name) and f.value.id == "self":
+            module = getattr(self.block, f.attr, None)
+            if isinstance(module, nn.Module):
+                return self._module(f.attr, module, e, values)
+        if isinstance(f, ast.Attribute) and (kind := self._kind(f.value)) is not None:
+            for value in values:
+                self._kind(value)
+            return kind if f.attr in _SAME else None if f.attr == "size" else self._of(e, [kind])
+        return self._of(e, [self._kind(v) for v in values])
+
+    def _module(self, name: str, module: nn.Module, e: ast.Call, values: Sequence[ast.expr]) -> str | None:
+        kinds = [self._kind(v) for v in values]
+        attends = name == self.attention
+        if not attends and not any(p.dim() > 1 for p in module.parameters()):
+            return self._of(e, kinds)
+        for value, kind in zip(values, kinds):
+            if kind in (STREAM, READ):
+                self._scale(value, "read_attention" if attends else "read_mlp")
+        if attends:
+            return ATTENTION
+        made = {k for k in kinds if k in (ATTENTION, MLP)}
+        return ATTENTION if ATTENTION in made else MLP
+
+    def _scale(self, e: ast.expr, factor: str) -> None:
+        assert e.end_lineno is not None and e.end_col_offset is not None
+        self.found[e.lineno, e.col_offset, e.end_lineno, e.end_col_offset] = factor
+
+
+def _unfit(cls: type, wanted: str, got: str = "another one") -> UnsupportedModelError:
+    return UnsupportedModelError(f"emit: expected a {cls.__name__} with {wanted}, got {got}. Timesteps and scales cannot be "
+                                 "written into this architecture's code; leave them out, or serve the model with depthpass.")

@@ -1,0 +1,177 @@
+"""The emitted decoder class: one layer per visit, and the program's statements in its forward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from depthpass.emit.branches import modulated_forward
+from depthpass.emit.outer import biases
+from depthpass.emit.statements import Body, body_of, new_modules
+from depthpass.emit.stock import Forward, attention_forward, check_handed_on, forward_of
+from depthpass.emit.subject import PREFIX, Subject, indented
+from depthpass.emit.templates import CHUNKS, CUT, TIES
+from depthpass.errors import UnsupportedModelError
+from depthpass.ir.program import Op
+
+_RANKS = {nn.Linear: "LowRankLinear", Conv1D: "LowRankConv1D"}
+
+
+def decoder_class(s: Subject) -> str:
+    """The decoder's class, behind the classes of attention and layers that it names.
+
+    Raises:
+        UnsupportedModelError: the stock code cannot be cut open for what the program needs.
+    """
+    module = s.modules[0]
+    forward = None if s.stack is not None else forward_of(type(module), s.layers)
+    lines = [f"class {s.name(module)}({type(module).__name__}):", f'    """{type(module).__name__} with one layer per visit."""',
+             "", f"    config_class = {s.config}"]
+    classes: list[str] = []
+    if forward is not None:
+        s.cache = forward.cache
+        s.body = body_of(s.program, forward.norm, forward.cache)
+        s.used |= s.body.parts
+        lines += _flags(s, s.body)
+        if s.body.attends:
+            classes.append(_attention(s))
+        if s.body.modulated:
+            if not forward.hands_on:
+                raise UnsupportedModelError(f"emit: expected a {type(module).__name__} that hands **kwargs to its blocks, which "
+                                            "timesteps and scales come in, got one that does not.")
+            classes += _layers(s, s.body)
+    lines += _init(s)
+    if not s.copies:
+        lines += TIES.replace("LAYERS", s.layers).rstrip().splitlines() + biases(s)
+    if forward is not None:
+        lines += _forward(s, forward)
+    return "\n\n\n".join([*classes, "\n".join(lines)])
+
+
+def _flags(s: Subject, body: Body) -> list[str]:
+    """What tools must not try with it."""
+    lines = ["    supports_gradient_checkpointing = False"] if body.chunk is not None else []
+    if s.stateful:
+        lines.append("    _supports_attention_backend = False")
+    if any(o["gate"] for o in s.program.visits):
+        lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
+    return lines
+
+
+def _attention(s: Subject) -> str:
+    path, cls = s.attention()
+    check_handed_on(type(s.block(0)), path)
+    return (f"class {PREFIX}{cls.__name__}({cls.__name__}):\n"
+            f'    """{cls.__name__} of a visit whose keys others read, or that reads another\'s."""\n\n'
+            + "\n".join(indented(attention_forward(cls), 4)))
+
+
+def _layers(s: Subject, body: Body) -> list[str]:
+    """A class for every class of blocks that has modulated visits."""
+    attention, made = s.attention()[0], {}
+    for place in body.modulated:
+        block = s.block(s.blocks[place])
+        made.setdefault(type(block), {})[s.blocks[place]] = block
+    return [f"class {PREFIX}{cls.__name__}({cls.__name__}):\n"
+            f'    """{cls.__name__} whose two branches a visit scales: what they read, and what they add."""\n\n'
+            + "\n".join(indented(modulated_forward(list(blocks.values()), attention), 4))
+            for cls, blocks in made.items()]
+
+
+def _init(s: Subject) -> list[str]:
+    program, body = s.program, s.body
+    made = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
+    ranks = {p: o for p, o in enumerate(program.visits) if o["lora"]}
+    shared = body.attends if body is not None else ()
+    scaled = body.modulated if body is not None else ()
+    if not (made or ranks or shared or scaled):
+        return []
+    lines = ["", "    def __init__(self, config):", "        super().__init__(config)"]
+    if shared:
+        path, cls = s.attention()
+        lines += [f"        for place in {list(shared)}:",
+                  f"            self.{s.layers}[place].{path}.__class__ = {PREFIX}{cls.__name__}"]
+    for kind in dict.fromkeys(type(s.block(s.blocks[p])) for p in scaled):
+        places = [p for p in scaled if type(s.block(s.blocks[p])) is kind]
+        lines += [f"        for place in {places}:", f"            self.{s.layers}[place].__class__ = {PREFIX}{kind.__name__}"]
+    for name, (expression, used) in made.items():
+        s.used |= {"attach", *used}
+        lines.append(f'        attach(self, "depth.{name}", {expression})')
+    for p, o in ranks.items():
+        lines += _ranks(s, p, o)
+    return [*lines, "        self.post_init()"]
+
+
+def _ranks(s: Subject, place: int, o: Op) -> list[str]:
+    """Lines that give a visit's linear maps their updates."""
+    block, lines = s.block(o["index"]), []
+    names = [n for n, _ in s.new.get_submodule(o["lora"]).named_parameters()]
+    for path in (n.removesuffix(".a") for n in names if n.endswith(".a")):
+        kind = type(block.get_submodule(path))
+        if kind not in _RANKS:
+            raise UnsupportedModelError(f"emit: expected per-visit LoRA on linear maps, got {path} of block {o['index']}, a "
+                                        f"{kind.__name__}. Leave lora_rank out.")
+        s.used.add(_RANKS[kind])
+        lines += [f"        self.{s.layers}[{place}].{path}.__class__ = {_RANKS[kind]}",
+                  f"        self.{s.layers}[{place}].{path}.add_update({o['lora_rank']})"]
+    return lines
+
+
+def _forward(s: Subject, f: Forward) -> list[str]:
+    body = s.body
+    assert body is not None
+    code = [*_before(s, body, f), "", *_visit(body, f), "", *body.lines, "", *f.after]
+    head = list(f.head)
+    if body.chunk is None:
+        return ["", *indented("\n".join(head), 4), *indented("\n".join(code), 8)]
+    at = next(i for i, line in enumerate(head) if line.lstrip().startswith("def forward("))
+    inner = [*head[:at], head[at].replace("def forward(", "def chunk("), *head[at + 1 :]]
+    # Decorators read the config and record outputs: once, around each chunk.
+    outer = [line for line in head[:at] if "deprecate_kwarg" in line] + head[at:]
+    return ["", *indented("\n".join(outer), 4), *_chunks(f, body.chunk), "",
+            *indented("\n".join(inner), 4), *indented("\n".join(code), 8)]
+
+
+def _before(s: Subject, body: Body, f: Forward) -> list[str]:
+    """Statements before the visits: what they need to know of this call, and the stock code's own."""
+    code: list[str] = []
+    if s.stateful:
+        s.used.add("check_backend")
+        code.append("check_backend(kwargs)")
+    if body.taps:
+        code.append('taps = kwargs.pop("taps", None)')
+    if body.past:
+        s.used.add("seen_before")
+        code.append(f"past = seen_before({f.cache})")
+    if any(o["gate"] for o in s.program.visits):
+        s.used.add("check_rooms")
+        code.append(f"check_rooms({f.cache})")
+    if body.ages:
+        code.append("tokens = input_ids if input_ids is not None else inputs_embeds")
+        code.append("age = ages(attention_mask, past, tokens.shape[1], tokens.device)")
+    return code + f.before
+
+
+def _visit(body: Body, f: Forward) -> list[str]:
+    """The stock loop's body as a function of its own."""
+    first, *visit = f.visit
+    place = first.removeprefix("place=")
+    if not (body.attends or body.modulated):
+        return [f"def visit({place}, hidden_states):", *("    " + line for line in visit)]
+    cache = f", {f.cache}={f.cache}" if body.attends else ""
+    return ["given = kwargs", "", f"def visit({place}, hidden_states{cache}, **reading):", "    kwargs = {**given, **reading}",
+            *("    " + line for line in visit)]
+
+
+def _chunks(f: Forward, chunk: int) -> list[str]:
+    names = [n for n in f.arguments if n not in ("self", "use_cache", f.cache)]
+    given = [CUT[n] for n in names if n in CUT]
+    lines = []
+    if others := [n for n in names if n not in CUT]:
+        lines = [f"        if any(x is not None for x in ({', '.join(others)},)):",
+                 f"            raise ValueError(\"this model runs chunks of tokens and takes no {' or '.join(others)}.\")"]
+    arguments: Any = ("\n" + " " * 16).join([*given, f"{f.cache}={f.cache}, use_cache=True, **kwargs,"])
+    text = CHUNKS.replace("ARGUMENTS", arguments).replace("CHUNK", str(chunk)).replace("CACHE", f.cache)
+    return lines + text.strip("\n").splitlines()

@@ -1,0 +1,62 @@
+"""The emitted classes around a decoder: the head, and what generation asks of the whole model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from depthpass.emit.statements import Body
+from depthpass.emit.stock import logits_of, makes_by_config, renamed_init
+from depthpass.emit.subject import Subject, indented
+from depthpass.emit.templates import BIASES, MASKS, NO_PAGES
+
+
+def outer_class(s: Subject, i: int) -> str:
+    """The class of module ``i``, which holds module ``i - 1``.
+
+    Raises:
+        UnsupportedModelError: its code does not say where it makes that, or a tap's logits cannot be made as it makes its own.
+    """
+    module, inner, path = s.modules[i], s.modules[i - 1], s.inner_path(i)
+    lines = [f"class {s.name(module)}({type(module).__name__}):", f"    config_class = {s.config}", *biases(s)]
+    first: list[str] = []
+    if makes_by_config(type(module)):
+        # Its decoder is whatever AutoModel makes of its config.
+        first = [f"AutoModel.register({s.config}, {s.name(inner)}, exist_ok=True)", "", ""]
+    else:
+        lines += ["", *indented(renamed_init(type(module), type(inner), s.name(inner), path), 4)]
+    body = s.body
+    if body is not None and i == len(s.modules) - 1:
+        if s.stateful and hasattr(module, "init_continuous_batching"):
+            lines += NO_PAGES.rstrip().splitlines()
+        if body.ages:
+            lines += MASKS.rstrip().splitlines()
+        if body.taps:
+            lines += _taps(s, module, path, body)
+    return "\n".join(first + lines)
+
+
+def biases(s: Subject) -> list[str]:
+    """How tying leaves the biases of shared Conv1D layers alone."""
+    turned = any(type(m).__name__ == "Conv1D" for m in s.model.modules())
+    return list(BIASES.rstrip().splitlines()) if turned and not s.copies else []
+
+
+def _taps(s: Subject, module: nn.Module, path: str, body: Body) -> list[str]:
+    stock, heads = type(module).__name__, sorted(n for n, head in body.taps.items() if head)
+    lines = ["", f"    @wraps({stock}.forward)", "    def forward(self, *args, **kwargs):", "        taps = {}",
+             "        output = super().forward(*args, taps=taps, **kwargs)",
+             '        keep = kwargs.get("logits_to_keep", 0)',
+             "        streams = {name: torch.cat(parts, 1) for name, parts in taps.items()}"]
+    if heads:
+        lines += [f"        output.taps = {{name: self.logits_of(x, keep) if name in {heads} else kept_tokens(x, keep)",
+                  "                       for name, x in streams.items()}"]
+    else:
+        lines += ["        output.taps = {name: kept_tokens(x, keep) for name, x in streams.items()}"]
+    s.used.add("kept_tokens")
+    lines.append("        return output")
+    if heads:
+        lines += ["", "    def logits_of(self, hidden_states, logits_to_keep):",
+                  '        """Logits of a stream that the final norm has passed."""',
+                  "        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states)",
+                  *indented("\n".join(logits_of(type(module), path)), 8), "        return logits"]
+    return lines
