@@ -103,8 +103,8 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
         )
     yield Measurement(
         "token", f"one decoded token against a copy ({torch.get_num_threads()} threads)", "copy", found, per=steps,
-        dtype=s.dtype, notes=(f"a stock token reads {base / 1e6:.1f} MB, the copy reads and writes half as many each; the share of "
-                              "the floor that a row reaches is 1 / (over floor)",),
+        dtype=s.dtype, notes=(f"a stock token reads {base / 1e6:.1f} MB, the copy reads and writes half as many each; the share "
+                              "of the floor that a row reaches is 1 / (over floor)",),
     )
 
 
