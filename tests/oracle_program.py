@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.fuzz import stock_rows
-from depthpass.fuzz.models import norm_of
+from depthpass.fuzz.models import blocks_of, norm_of  # noqa: F401 - tests take it from here
 from depthpass.fuzz.stock_rows import list_attention
 
 
@@ -49,6 +49,16 @@ def shared(keys: Keys) -> Visit:
     def visit(q, k, v, scale, window, column):
         seen = Keys(e for e in keys if e[2] <= column)
         return seen.read(q, scale, window)
+
+    return visit
+
+
+def updated(keys: Keys, mine: Keys) -> Visit:
+    """A visit that reads the keys of another one, and its own in the place of those of tokens that have some."""
+    def visit(q, k, v, scale, window, column):
+        mine.append((k, v, column))
+        latest = {e[2]: e for e in (*keys, *mine) if e[2] <= column}
+        return Keys(latest[c] for c in sorted(latest)).read(q, scale, window)
 
     return visit
 

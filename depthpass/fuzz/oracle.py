@@ -55,7 +55,8 @@ class Meaning:
         self.program, self.row, self.p, self.bits = parse_program(text), row, p, bits
         self.prompt, self.noise, self.ends = prompt, noise, list(accumulate(calls))
         self.pads = next((o["tokens"] for o in self.program if o.kind == "pad"), 0)
-        self.writers = {o["slot"]: o for o in self.program.visits if o["keys"] is None or o["gate"] is not None}
+        self.writers = {o["slot"]: o for o in self.program.visits
+                        if o["keys"] is None or o["gate"] is not None or o["update"]}
         self.columns = len(row.ids)
         self.ahead = next((o["tokens"] for o in self.program if o.kind == "ahead"), None)
         last = self.program.defs[self.program.output]
@@ -214,6 +215,8 @@ class Meaning:
             mine = own if o["memory"] or end > i + 1 else [*own, self.stored.setdefault((o["slot"], i), (k, v, i))]
             if shared is None:
                 return read(q, mine, i, limits, end)
+            if o["update"]:
+                return read(q, list({key[2]: key for key in (*shared, *mine)}.values()), i, limits, end)
             far = read(q, shared, i, limits, end)
             if o["gate"] is None:
                 return far

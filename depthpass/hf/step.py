@@ -214,6 +214,7 @@ def compile_step(
     """
     from depthpass_lowering.executors.context import CallContext
     from depthpass_lowering.executors.token import StepRun
+    from depthpass_lowering.fx_passes.few_rows import few_rows_pass
 
     counts: list[int] = []
     streams: list[str] = []
@@ -242,6 +243,7 @@ def compile_step(
 
     with working(f"compiling a decoded token of {type(model).__name__}"), torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        few_rows_pass(graph)
         compiled: Any = torch._inductor.compile(graph, cast(Any, inputs))
     return CompiledStep(compiled, counts[0], tuple(streams), plan, programs[0])
 

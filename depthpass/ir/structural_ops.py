@@ -100,14 +100,14 @@ def keys_from(visit: Op) -> str:
 
 def slot_written(visit: Op) -> int | None:
     """Slot a visit writes keys and values to, or None when it only reads another visit's keys."""
-    return None if visit["keys"] is not None and visit["gate"] is None else visit["slot"]
+    return visit["slot"] if visit["keys"] is None or visit["gate"] is not None or visit["update"] else None
 
 
 def slots_read(visit: Op) -> tuple[int, ...]:
     """Slots a visit attends to."""
     if visit["keys"] is None:
         return (visit["slot"],)
-    return (visit["keys"],) if visit["gate"] is None else (visit["keys"], visit["slot"])
+    return (visit["keys"],) if slot_written(visit) is None else (visit["keys"], visit["slot"])
 
 
 def _block_refuses(o: Op, place: str) -> str | None:
@@ -299,6 +299,7 @@ STRUCTURAL_OPS = (
             untied=AttrDef(int, needs="lora", block=True),
             modulate=_SCOPE, clock=AttrDef(str, needs="modulate", scope=True), step=AttrDef(int, 0, low=0, needs="clock"),
             base=AttrDef(float, 1.0, needs="modulate"), memory=AttrDef(bool, False),
+            update=AttrDef(bool, False, needs="keys"),
             part=AttrDef(str, "whole", choices=("whole", "attention")),
         ),
         token_local=False, check=_part_check, typed=_block_typed, slots_read=slots_read, slot_written=slot_written,

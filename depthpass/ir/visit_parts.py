@@ -16,8 +16,8 @@ from depthpass.ir.structural_ops import STRUCTURAL_OPS
 
 _BLOCK = next(d for d in STRUCTURAL_OPS if d.kind == "block").attrs
 
-GATE = ("gate", "window", "gate_input")
-"""What mixes the two slots that ``attend`` reads."""
+GATE = ("gate", "window", "gate_input", "update")
+"""What makes one of the two slots that ``attend`` reads."""
 
 _ELSEWHERE = ("index", "slot", "keys", "past", "memory", "gate_init", "lora_rank", "untied", *GATE)
 OPERANDS = tuple(key for key in _BLOCK if key not in _ELSEWHERE)

@@ -46,7 +46,7 @@ class LoweredOp:
 
     Attributes:
         op: what it computes: an op of programs, or a part of a visit (:mod:`depthpass.ir.visit_parts`).
-        reads: slots it attends to; of two the second within the op's window.
+        reads: slots it attends to; of two the second is its own: within the op's window, or in the place of the first's entries.
         writes: the slot it puts the keys and values of its tokens into.
         past: the slot whose entries of earlier calls it starts from.
         line: the delay line it reads.
@@ -87,8 +87,7 @@ def expanded(o: Op, facts: BlockFacts = UNKNOWN, row: int | None = None) -> tupl
     operands = {key: o[key] for key in OPERANDS} | {"index": o["index"]}
     route = o.args[1:] if asks(o) else ()
     attended = f"{o.name}{ATTENTION_OF}"
-    attend = op("attend", o.args[0], *route, name=attended, note=o.note, **operands,
-                **{key: o[key] for key in GATE if o["gate"] is not None})
+    attend = op("attend", o.args[0], *route, name=attended, note=o.note, **operands, **{key: o[key] for key in GATE})
     finish = op("finish", o.args[0], attended, *route, name=o.name, note=o.note, **operands)
     rest = (
         LoweredOp(attend, reads_slots(o), sides=facts.sides.get("attend", ()), row=row),
@@ -140,7 +139,7 @@ def joined(parts: Sequence[LoweredOp]) -> Op:
     memory = keys is not None and keys.op.args[0] != stream
     source = keys.op.args if keys is not None and memory else ()
     shared = {"keys": far} if keys is None or own != far else {}
-    gate = {key: attend.op[key] for key in GATE if attend.op["gate"] is not None}
+    gate = {key: attend.op[key] for key in GATE}
     return op(
         "block", stream, *route, *source, name=finish.name, note=finish.op.note, slot=own, **shared, **gate,
         past=None if keys is None else keys.past, memory=memory, **{key: finish.op[key] for key in ("index", *OPERANDS)},

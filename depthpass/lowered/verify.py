@@ -119,7 +119,7 @@ class _Checker:
         stream, *route = attend.op.args
         self._need(len({o.op["index"] for o in parts}) == 1, f"{at}: expected parts of one block.")
         self._need(finish.op.args == (stream, attend.name, *route), f"{at}: expected finish of %{stream} and %{attend.name}.")
-        gated = attend.op["gate"] is not None
+        gated = attend.op["gate"] is not None or attend.op["update"]
         self._need(len(attend.reads) == 1 + gated, f"{at}: expected {1 + gated} slots to attend to, got {len(attend.reads)}.")
         own = {o.writes for o in keys}
         self._need(None not in own and own <= {attend.reads[-1]}, f"{at}: expected keys into the last slot that it attends to.")

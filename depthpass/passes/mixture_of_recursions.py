@@ -56,7 +56,8 @@ class MixtureOfRecursions(Pass):
         end: one past its last position; None with ``start`` given = all but the last visit.
         router: ``expert`` (a router per recursion chooses tokens) or ``token`` (a token chooses its depth at once).
         kv: every ``recursion`` has its own slots, which hold its active tokens only; ``shared``: all read the keys of
-            the first one, which then runs for every token.
+            the first one, which then runs for every token; ``updated``: so, but with an active token's own keys in the place
+            of its first ones (``update_cache`` of the public code).
         mode: expert choice by ``topk`` or ``threshold``.
         capacity: share of a row's tokens for each recursion, not growing; None = (R - r + 1) / R. Only ``topk``.
         threshold: what sigmoid(s) has to reach in mode ``threshold``; a list has one for every router in program order
@@ -88,7 +89,7 @@ class MixtureOfRecursions(Pass):
     start: int | None = None
     end: int | None = None
     router: Literal["expert", "token"] = "expert"
-    kv: Literal["recursion", "shared"] = "recursion"
+    kv: Literal["recursion", "shared", "updated"] = "recursion"
     mode: Literal["topk", "threshold"] = "topk"
     capacity: Sequence[float] | None = None
     threshold: float | Sequence[float] = 0.5

@@ -52,7 +52,7 @@ def _check_capacity(spec: MixtureOfRecursions) -> None:
     require(all(0 < c <= 1 for c in caps), f"{n}.capacity", "shares in (0, 1]", list(caps))
     require(list(caps) == sorted(caps, reverse=True), f"{n}.capacity", "shares that do not grow", list(caps),
             "A token that left does not come back.")
-    require(caps[0] == 1 or spec.kv == "recursion", f"{n}.capacity", "a first share of 1 with kv='shared'", list(caps),
+    require(caps[0] == 1 or spec.kv == "recursion", f"{n}.capacity", f"a first share of 1 with kv={spec.kv!r}", list(caps),
             "Later recursions read the keys of the first one at every token, so it runs for every token.")
     require(caps[0] == 1 or spec.combine == "paper", f"{n}.capacity", "a first share of 1 with combine='delta'",
             list(caps))

@@ -33,7 +33,8 @@ class Recursions:
         """The stack once, as recursion r."""
         first = r == 1
         for p, v in enumerate(self.stack):
-            keys: dict[str, Any] = {} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}
+            shares = not first and self.spec.kv != "recursion"
+            keys: dict[str, Any] = {"keys": self.slots[p], "update": self.spec.kv == "updated"} if shares else {}
             x = self.build.visit(v, x, **keys)
             if first:
                 self.slots.append(self.build.slot_of(x))
@@ -75,7 +76,7 @@ class Recursions:
         spec, nest, label = self.spec, (active,) if active else (), f"{self.spec.scope}.r{r}"
         if spec.mode == "threshold":
             # Later recursions read the keys of the first one at every token, so it must run for every token.
-            everyone = r == 1 and spec.kv == "shared"
+            everyone = r == 1 and spec.kv != "recursion"
             return "" if everyone else self.build.emit(
                 "route", chance, *nest, rule="threshold", threshold=threshold_of(self.build, spec.threshold), label=label
             )

@@ -14,6 +14,9 @@ from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
 from depthpass.passes.pad import Pad
 from depthpass.passes.parallel_loop import ParallelLoop
 from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+from depthpass.passes.recurrent_loop import RecurrentLoop
+from depthpass.passes.same_layer_state import SameLayerState
+from depthpass.passes.sum_norms import SumNorms
 from depthpass.passes.taps import Taps
 from depthpass.passes.turboconn import TurboConn
 from depthpass.schedule import schedule
@@ -32,9 +35,13 @@ SYSTEMS: dict[str, tuple[int, list[Pass]]] = {
     "iquest": (2, [ParallelLoop.iquest()]),
     "mor": (4, [MixtureOfRecursions(start=1, recursions=3)]),
     "mor threshold, shared keys": (3, [MixtureOfRecursions(start=1, recursions=2, mode="threshold", kv="shared", taps=True)]),
+    "mor updated keys": (3, [MixtureOfRecursions(start=1, recursions=3, router="token", kv="updated")]),
     "mor delta": (3, [MixtureOfRecursions(start=1, recursions=2, combine="delta")]),
     "itt": (3, [InnerThinking(blocks=(1,), steps=3)]),
     "itt literal": (2, [InnerThinking(steps=2, mode="threshold", bypass="literal", alpha=0.5)]),
+    "same-layer states": (2, [SameLayerState(start=1, state="ffn")]),
+    "groups": (2, [RecurrentLoop(encoder=1, interval=4)]),
+    "norms of sums": (2, [Loop(1, 2, times=2), SumNorms()]),
     "pad and loop": (2, [Pad(3), Loop(times=2)]),
     "loop with bridges and taps": (2, [Loop(times=2), TurboConn(bridges=[(-1, 0)], rank=8), Taps([0, 3], head=True)]),
 }
@@ -56,12 +63,12 @@ def test_golden(system: str, golden) -> None:
 def test_slots_are_the_writing_visits_in_order(system: str) -> None:
     """Slot = index of the attention call that writes it; a visit without keys of its own carries what it reads."""
     program = built(*SYSTEMS[system])
-    writers = [v for v in program.visits if v["keys"] is None or v["gate"] is not None]
+    writers = [v for v in program.visits if v["keys"] is None or v["gate"] is not None or v["update"]]
     assert [v["slot"] for v in writers] == list(range(len(writers))) == list(program.slots)
     assert all(v["slot"] == v["keys"] for v in program.visits if v not in writers)
 
 
-@pytest.mark.parametrize("system", [s for s in SYSTEMS if "bridges" not in s])
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if not {"bridges", "states", "groups"} & set(s.split(" "))])
 def test_only_bridges_make_a_token_loop(system: str) -> None:
     """A parallel loop delays forward only: all its loops run over all tokens, one after another."""
     program = built(*SYSTEMS[system])

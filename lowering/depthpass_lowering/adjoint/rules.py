@@ -4,36 +4,22 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.node import map_arg
 
 from depthpass.capture import calls
-from depthpass.capture.direct import FUNCTIONS
+from depthpass_lowering.adjoint import views  # noqa: F401  (registers its rules)
 from depthpass_lowering.adjoint.fused import rms, rope
+from depthpass_lowering.adjoint.registry import RULES, other, rule, rule_of, tensors
 from depthpass_lowering.adjoint.reverse import Reverse, Rule, Tape, Unsupported
-from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.fx_passes.recompute import absorbed
 from depthpass_lowering.fx_passes.region import call, delayed, enter, present
 
 aten = torch.ops.aten
-RULES: dict[object, Rule] = {}
-
-
-def rule_of(node: fx.Node) -> Rule:
-    """The rule of a node."""
-    return RULES.get(node.target, _other)
-
-
-def rule(*targets: object) -> Callable[[Rule], Rule]:
-    def register(fn: Rule) -> Rule:
-        RULES.update(dict.fromkeys(targets, fn))
-        return fn
-
-    return register
+__all__ = ["rule_of"]
 
 
 # Pointwise.
@@ -42,7 +28,7 @@ def rule(*targets: object) -> Callable[[Rule], Rule]:
 @rule(aten.mul.Tensor, operator.mul)
 def _mul(t: Tape, n: Any) -> None:
     a, b = n.args
-    t.env[n] = t.emit(torch.mul if _tensors(n) else operator.mul, a, b)
+    t.env[n] = t.emit(torch.mul if tensors(n) else operator.mul, a, b)
     if t.differentiates(n):
         def back(g: fx.Node) -> None:
             for x, other in ((a, b), (b, a)):
@@ -55,10 +41,10 @@ def _mul(t: Tape, n: Any) -> None:
 @rule(aten.add.Tensor, aten.sub.Tensor, operator.add)
 def _add(t: Tape, n: Any) -> None:
     if n.kwargs:
-        return _other(t, n)
+        return other(t, n)
     a, b = n.args
     minus = n.target is aten.sub.Tensor
-    t.env[n] = t.emit((torch.sub if minus else torch.add) if _tensors(n) else n.target, a, b)
+    t.env[n] = t.emit((torch.sub if minus else torch.add) if tensors(n) else n.target, a, b)
     if t.differentiates(n):
         def back(g: fx.Node) -> None:
             if a in t.active:
@@ -73,7 +59,7 @@ def _add(t: Tape, n: Any) -> None:
 def _div(t: Tape, n: Any) -> None:
     a, b = n.args
     if b in t.active:
-        return _other(t, n)
+        return other(t, n)
     t.env[n] = t.emit(torch.div, a, b)
     if t.differentiates(n):
         t.on_back(n, lambda g: t.fitted(a, n, t.back(torch.div, g, b), True))
@@ -199,121 +185,6 @@ def _layer_norm(t: Tape, n: Any) -> None:
 
 def _layer_norm_backward(g: Tensor, *args):
     return aten.native_layer_norm_backward.default(g.contiguous(), *args)
-
-
-# Views.
-
-
-@rule(aten.view.default, aten.reshape.default, aten._unsafe_view.default)
-def _view(t: Tape, n: Any) -> None:
-    x = n.args[0]
-    t.env[n] = t.method("view" if n.target is aten.view.default else "reshape", *n.args)
-    if t.differentiates(n):
-        shape = t.emit(getattr, x, "shape")
-        t.on_back(n, lambda g: t.add(x, t.back_method("reshape", g, shape), False))
-
-
-@rule(aten.transpose.int)
-def _transpose(t: Tape, n: Any) -> None:
-    x, a, b = n.args
-    t.env[n] = t.method("transpose", x, a, b)
-    if t.differentiates(n):
-        t.on_back(n, lambda g: t.add(x, t.back_method("transpose", g, a, b), False))
-
-
-@rule(aten.unsqueeze.default)
-def _unsqueeze(t: Tape, n: Any) -> None:
-    x, axis = n.args
-    t.env[n] = t.method("unsqueeze", x, axis)
-    if t.differentiates(n):
-        t.on_back(n, lambda g: t.add(x, t.back_method("squeeze", g, axis), False))
-
-
-@rule(aten.slice.Tensor)
-def _slice(t: Tape, n: Any) -> None:
-    given = dict(zip(("x", "dim", "start", "end", "step"), n.args), **n.kwargs)
-    x, dim, start, end, step = given["x"], given.get("dim", 0), given.get("start"), given.get("end"), given.get("step", 1)
-    t.env[n] = t.emit(n.target, x, dim, start, end, step)
-    if t.differentiates(n):
-        shape = t.emit(getattr, x, "shape")
-        last = torch.iinfo(torch.int64).max
-        where = dim, 0 if start is None else start, last if end is None else end, step
-        t.on_back(n, lambda g: t.add(x, t.back(aten.slice_backward.default, g, shape, *where), True))
-
-
-@rule(aten.cat.default)
-def _cat(t: Tape, n: Any) -> None:
-    parts, axis = n.args[0], n.args[1] if len(n.args) > 1 else 0
-    t.env[n] = t.emit(torch.cat, parts, axis)
-    if t.differentiates(n):
-        sizes = [t.emit(_size, p, axis) for p in parts]
-
-        def back(g: fx.Node) -> None:
-            found = t.back(torch.split, g, sizes, axis)
-            for i, p in enumerate(parts):
-                if p in t.active:
-                    t.add(p, _as(t, p, n, t.behind.call_function(operator.getitem, (found, i))), False)
-
-        t.on_back(n, back)
-
-
-def _as(t: Tape, p: fx.Node, n: fx.Node, g: fx.Node) -> fx.Node:
-    """The gradient of a part in the part's own dtype."""
-    x, y = p.meta.get("val"), n.meta.get("val")
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.dtype == y.dtype:
-        return g
-    return t.back_method("to", g, t.emit(getattr, p, "dtype"))
-
-
-def _size(x: Tensor, axis: int) -> int:
-    return x.shape[axis]
-
-
-@rule(aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default)
-def _split(t: Tape, n: Any) -> None:
-    x = n.args[0]
-    axis = n.args[2] if len(n.args) > 2 else n.kwargs.get("dim", 0)
-    made = t.emit(n.target, *n.args, **n.kwargs)
-    parts = {u.args[1]: u for u in n.users if u.target is operator.getitem}
-    for i, u in parts.items():
-        t.env[u] = t.emit(operator.getitem, made, i)
-    t.env[n] = made
-    if x not in t.active:
-        return
-    t.active.update(parts.values())
-
-    def step() -> None:
-        grads = {i: t.gradients[u].node for i, u in parts.items() if u in t.gradients}
-        if grads:
-            t.add(x, t.back(_side_by_side, made, grads, axis), True)
-
-    t.steps.append(step)
-
-
-def _side_by_side(parts: Sequence[Tensor], grads: dict[int, Tensor], axis: int) -> Tensor:
-    return torch.cat([grads[i] if i in grads else torch.zeros_like(p) for i, p in enumerate(parts)], axis)
-
-
-@rule(aten.clone.default, aten.contiguous.default, aten.alias.default)
-def _same(t: Tape, n: Any) -> None:
-    x = n.args[0]
-    t.env[n] = t.method("contiguous", x)
-    if t.differentiates(n):
-        t.on_back(n, lambda g: t.add(x, g, False))
-
-
-@rule(aten.to.dtype, aten._to_copy.default)
-def _cast(t: Tape, n: Any) -> None:
-    x = n.args[0]
-    t.env[n] = t.emit(_direct(n), *n.args, **n.kwargs)
-    if t.differentiates(n):
-        dtype = t.emit(getattr, x, "dtype")
-        t.on_back(n, lambda g: t.add(x, t.back_method("to", g, dtype), False))
-
-
-@rule(torch.detach, aten.detach.default)
-def _detach(t: Tape, n: Any) -> None:
-    t.env[n] = t.value(n.args[0])
 
 
 # Calls and products.
@@ -479,65 +350,3 @@ def _item(t: Tape, n: Any) -> None:
     if n.args[0] in t.active:
         raise Unsupported("a part of a result without a rule")
     t.env[n] = t.emit(operator.getitem, *n.args)
-
-
-def _other(t: Tape, n: Any) -> None:
-    """An op without a rule: differentiated by autograd."""
-    if writes(n):
-        raise Unsupported(f"{n.target} writes into its argument")
-    if not t.differentiates(n):
-        t.env[n] = t.emit(_direct(n), *n.args, **n.kwargs)
-        return
-    if not isinstance(n.meta.get("val", torch.empty(0)), Tensor):
-        raise Unsupported(f"{n.target} has several results")
-    active = [a for a in n.all_input_nodes if a in t.active]
-    island = _Island(n, active)
-    both = t.emit(island, *n.all_input_nodes)
-    t.env[n] = t.emit(operator.getitem, both, 0)
-    tape = t.emit(operator.getitem, both, 1)
-
-    def back(g: fx.Node) -> None:
-        found = t.back(_through, tape, g)
-        for i, a in enumerate(active):
-            t.add(a, t.behind.call_function(operator.getitem, (found, i)), False)
-
-    t.on_back(n, back)
-
-
-class _Island:
-    """Runs one op under autograd: ``(*inputs) -> (result, what its backward pass needs)``."""
-
-    def __init__(self, node: fx.Node, active: Sequence[fx.Node]):
-        self.node, self.inputs = node, node.all_input_nodes
-        self.active = [self.inputs.index(a) for a in active]
-        self.__name__ = f"island_{node.name}"
-
-    def __call__(self, *given: Any):
-        leaves = {i: given[i].detach().requires_grad_() for i in self.active}
-        values = dict(zip(self.inputs, (leaves.get(i, x) for i, x in enumerate(given))))
-        args, kwargs = cast(Any, map_arg((self.node.args, self.node.kwargs), values.__getitem__))
-        target: Any = self.node.target
-        with torch.enable_grad():
-            y = target(*args, **kwargs)
-        if not isinstance(y, Tensor):
-            raise TypeError(f"{self.node.target}: expected one tensor, got {type(y).__name__}")
-        return y.detach(), (y, list(leaves.values()))
-
-
-def _through(tape: tuple[Tensor, list[Tensor]], grad: Tensor) -> list[Tensor]:
-    y, leaves = tape
-    if not y.requires_grad:
-        return [torch.zeros_like(x) for x in leaves]
-    found = torch.autograd.grad(y, leaves, grad, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
-
-
-def _direct(n: fx.Node) -> Any:
-    """What a node calls, torch's own function where there is one of the same signature."""
-    return n.target if n.kwargs else FUNCTIONS.get(n.target, n.target)
-
-
-def _tensors(n: fx.Node) -> bool:
-    """Whether an op of tensors, as against one of sizes."""
-    value = n.meta.get("val")
-    return isinstance(value, Tensor) or (value is None and n.target is not operator.mul)

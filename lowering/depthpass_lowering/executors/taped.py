@@ -62,7 +62,7 @@ def taped_graph(
 def _taped(
     graph: ChunkGraph, trained: Sequence[bool], known: Sequence[bool], dtype: torch.dtype, grad: bool
 ) -> TapedGraph:
-    if any(o["gate"] is not None for o in graph.visits):
+    if any(o.kind == "block" and o["gate"] is not None for o in graph.visits):
         raise Unsupported("a gate between two attentions")
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.distributed.loop.graph, {}))

@@ -29,6 +29,10 @@ SMALLEST = 256
 """Columns of the smallest room. StaticCache double, so a decode of n tokens compiles about log2(n / SMALLEST) steps."""
 
 
+MOST_QUERIES = 8
+"""Queries of one key head up to which a decoded token's attention is written out."""
+
+
 def refusal(program: Program) -> str | None:
     """Why a token of this program cannot be one compiled graph, or None."""
     reason = unfit(program, STEP)
@@ -153,6 +157,10 @@ class StepVisit(RunningVisit):
         b, h, count, d = q.shape
         # Several queries where visits are stacked: all stand at the same column.
         seen = mask[0][:, :, :1]
+        if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and groups * count <= MOST_QUERIES:
+            return _attention(q.reshape(b, h // groups, groups * count, d), k, v, seen, site.scale).reshape(
+                b, h, count, v.shape[-1]
+            ).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q.reshape(b, h // groups, groups * count, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
         )
@@ -163,6 +171,15 @@ class StepVisit(RunningVisit):
 
     def commit(self) -> None:
         """StaticCache are written by the attention itself."""
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of a few queries written out, for the compiler to make its own loops of: q ``[B, Hkv, C, D]``, k and v
+    ``[B, Hkv, N, D or Dv]``, seen ``[B or 1, 1, 1, N]``. On a CPU the library's kernel for long rows of queries costs as much
+    as several products of one row."""
+    logits = (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(-1) * scale
+    p = torch.softmax(logits.masked_fill(~seen, float("-inf")), -1)
+    return (p[..., None] * v.float()[:, :, None]).sum(-2).to(q.dtype)
 
 
 class StepRun(Run):

@@ -38,7 +38,7 @@ class RoutedVisit(RunningVisit):
         self.together = route.once("together", lambda: _together(route.rows))
         self.wide = (
             self.rows is not None and self.together is None and span.count == 1 and not torch.is_grad_enabled()
-            and op["gate"] is None and 3 * len(self.rows) >= self.batch
+            and op["gate"] is None and not op["update"] and 3 * len(self.rows) >= self.batch
         )
         self.at, self.real = route.once(
             ("at", span.start), lambda: (self.pick(route.index + span.start), self.pick(route.real))
@@ -95,6 +95,27 @@ class RoutedVisit(RunningVisit):
         k, v = self.appending.write(number, k, v)
         self.made[number] = k, v, None
         return self._stored(k), self._stored(v)
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        if not self.op["update"]:
+            return super().attend(number, q, k, v, sinks)
+        k, v = self.given[number] if self.given is not None else (k, v)
+        k, v = self.extend(number, k, v)
+        slot = self.shared_slot
+        mask = self._mask(self._updated_columns(), *self.limits(number))
+        return self.attention(
+            number, q, torch.cat((slot.keys[number], k), 2), torch.cat((slot.values[number], v), 2), sinks, mask
+        )
+
+    def _updated_columns(self) -> tuple[Tensor, Tensor]:
+        """Columns of the shared keys and then of the own ones, and which are real: of a token that has both, the own one."""
+        (theirs, real), (own, mine) = self._shared_columns(), self._own_columns()
+        theirs, mine = theirs.expand(len(own), -1), torch.ones_like(own, dtype=torch.bool) if mine is None else mine
+        end = self.span.start + self.span.count
+        replaced = torch.zeros(len(own), end + 1, dtype=torch.bool, device=own.device)
+        replaced.scatter_(1, torch.where(mine, own, end), True)
+        left = ~replaced.gather(1, theirs)
+        return torch.cat((theirs, own), 1), torch.cat((left if real is None else left & real, mine), 1)
 
     def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
         """One query per row asks as one head group of several queries: a mask then needs no copies of the keys."""

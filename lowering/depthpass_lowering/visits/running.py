@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
-from depthpass.ir.program import Op
+from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Grown, Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
@@ -60,7 +60,7 @@ class RunningVisit:
     @property
     def writes(self) -> bool:
         """Whether the visit has keys of its own."""
-        return self.gated or not self.shares
+        return writes_slot(self.op) is not None
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
         """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
@@ -75,7 +75,7 @@ class RunningVisit:
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if self.given is not None:
             k, v = self.given[number]
-        if not self.shares:
+        if not self.shares or self.op["update"]:  # where every token is routed, nothing is left of what others wrote
             k, v = self.extend(number, k, v)
             return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], *self.limits(number)))
         slot = self.shared_slot
