@@ -2,8 +2,8 @@
 
 `trained` trains a loop from scratch on a small language, with loop counts drawn as Huginn's are (half a minute at width 1024),
 and decodes that language. In `draft` weights are random; `--agree` scales what the looped blocks add, so that later iterations
-change little and the draft is often right, or much. Acceptance is measured and printed; the floor is the share of visits. Numbers: how
-probable each token is over the likeliest one, by the loop written out by hand, which is 1 in greedy decoding.
+change little and the draft is often right, or much. Acceptance is measured and printed; the floor is the share of visits.
+Numbers: how probable each token is over the likeliest one, by the loop written out by hand, which is 1 in greedy decoding.
 """
 
 from __future__ import annotations
