@@ -66,6 +66,8 @@ if TYPE_CHECKING:
     from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
     from depthpass.passes.recurrent_loop import RecurrentLoop
     from depthpass.passes.relaxed_recursion import RelaxedRecursion
+    from depthpass.passes.same_layer_state import SameLayerState
+    from depthpass.passes.sum_norms import SumNorms
     from depthpass.passes.t2mlr import T2MLR
     from depthpass.passes.taps import Taps
     from depthpass.passes.turboconn import TurboConn
@@ -112,6 +114,8 @@ GROUPS: dict[str, dict[str, str]] = {
         "RelaxedRecursion": "depthpass.passes.relaxed_recursion",
         "Repeat": "depthpass.passes.recurrence",
         "Skip": "depthpass.passes.layer_program",
+        "SameLayerState": "depthpass.passes.same_layer_state",
+        "SumNorms": "depthpass.passes.sum_norms",
         "T2MLR": "depthpass.passes.t2mlr",
         "Taps": "depthpass.passes.taps",
         "TurboConn": "depthpass.passes.turboconn",
@@ -188,16 +192,17 @@ __doc__ = (__doc__ or "") + "\n" + "".join(f"{group}: {', '.join(names)}.\n" for
 __all__ = [
     "Bidirectional", "CacheError", "CapacityWarmup", "CheckpointError", "Coconut", "CoevolutionaryDiffusion",
     "DepthCache", "DepthModel", "DepthpassError", "FeedbackTransformer", "FixedPoint", "FlopsLedger", "GROUPS",
-    "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram", "Loop",
-    "LoopContrast", "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad",
+    "Identity", "InnerThinking", "InputError", "IntraLayerRecurrence", "LatentCurriculum", "LayerProgram",
+    "Loop", "LoopContrast", "LoweringError", "MaskedDiffusion", "MixtureOfDepths", "MixtureOfRecursions", "Pad",
     "ParallelLoop", "ParseError", "PassError", "Program", "RecurrenceCurriculum", "RecurrentLoop",
-    "RelaxedRecursion", "Repeat", "SearchResult", "ShiftSchedule", "Skip", "SpecError", "StopAtFlops", "T2MLR",
-    "Taps", "TurboConn", "UnsupportedModelError", "VerifyError", "aligned_targets", "attach", "calibrate",
-    "capacity_warmup", "compare", "contraction", "denoise", "diffusion_loss", "dump_spec", "emit", "exit_loss",
-    "from_pretrained", "gate_loss", "gradients", "kernels", "load_spec", "logit_lens", "loops_of", "lowering",
-    "materialize", "new_parameters", "only_gates", "parse_program", "plot_depth", "progress", "recipes",
-    "relay_loss", "report", "restore", "routing_of", "search", "set_exit", "set_loops", "set_ratios", "summary",
-    "sweep", "switch", "tasks", "transform", "twin", "using",
+    "RelaxedRecursion", "Repeat", "SameLayerState", "SearchResult", "ShiftSchedule", "Skip", "SpecError",
+    "StopAtFlops", "SumNorms", "T2MLR", "Taps", "TurboConn", "UnsupportedModelError", "VerifyError",
+    "aligned_targets", "attach", "calibrate", "capacity_warmup", "compare", "contraction", "denoise",
+    "diffusion_loss", "dump_spec", "emit", "exit_loss", "from_pretrained", "gate_loss", "gradients", "kernels",
+    "load_spec", "logit_lens", "loops_of", "lowering", "materialize", "new_parameters", "only_gates",
+    "parse_program", "plot_depth", "progress", "recipes", "relay_loss", "report", "restore", "routing_of",
+    "search", "set_exit", "set_loops", "set_ratios", "summary", "sweep", "switch", "tasks", "transform", "twin",
+    "using",
 ]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import time
+from collections.abc import Callable
+from typing import Any
 
 
 def build_model(seed: int = 0):
@@ -73,8 +74,6 @@ def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
     Raises:
         SpecError: ``steps`` or ``group`` is below 1.
     """
-    import torch
-
     from depthpass.errors import SpecError
 
     if steps < 1:
@@ -82,9 +81,11 @@ def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
 
     import depthpass as dp
 
-    def check(what: str, ok: bool) -> bool:
+    checks: list[bool] = []
+
+    def check(what: str, ok: bool) -> None:
         write(f"  [{'ok' if ok else 'FAILED'}] {what}")
-        return ok
+        checks.append(ok)
 
     model = build_model().eval()
     spec = dp.TurboConn(bridges=[(6, 1), (4, 0)], group=group, rank=16)
@@ -92,28 +93,48 @@ def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
     turbo = dp.transform(model, spec)
     write(f"transform: {type(model).__name__} with 8 blocks, bridges 6 -> 1 and 4 -> 0, group {group} "
           f"({time.perf_counter() - began:.2f} s)\n")
+    _compare(model, turbo, check)
+    write("")
+    write(str(dp.report(turbo, seq_len=22, batch=2)))
+    write("")
+    turbo = dp.transform(model, spec).train()
+    first, last = _train(turbo, steps, on_step)
+    write(f"training: running parity, {steps} steps of 16 rows, loss {first:.3f} -> {last:.3f}")
+    check("the loss went down", last < first)
+    write(f"generate: {_generate(turbo.eval(), check)}")
+    write("\nEverything agrees." if all(checks) else "\nSomething does not agree: see FAILED above.")
+    return 0 if all(checks) else 1
+
+
+def _compare(model: Any, turbo: Any, check: Callable[[str, bool], None]) -> None:
+    """The transformed model against the stock one, token by token against at once, and back."""
+    import torch
+
+    import depthpass as dp
+
     ids = torch.randint(3, 64, (2, 22), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        good = check("zero-initialised bridges: same logits as the stock model",
-                     torch.allclose(turbo(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5))
+        check("zero-initialised bridges: same logits as the stock model",
+              torch.allclose(turbo(input_ids=ids).logits, model(input_ids=ids).logits, atol=1e-5))
         for parameter in turbo.depth.parameters():
             parameter.normal_(0.0, 0.1)
         whole = turbo(input_ids=ids).logits
         cache, parts = dp.DepthCache(turbo), []
         for i in range(ids.shape[1]):
             parts.append(turbo(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits)
-        good &= check("one token at a time with a cache: same logits as the whole sequence",
-                      torch.allclose(torch.cat(parts, 1), whole, atol=1e-4))
-        good &= check("the bridges change the function", not torch.allclose(whole, model(input_ids=ids).logits))
-        good &= check("the stock model is untouched, and restore() gives it back",
-                      torch.equal(dp.restore(turbo)(input_ids=ids).logits, model(input_ids=ids).logits))
-    write("")
-    write(str(dp.report(turbo, seq_len=22, batch=2)))
-    write("")
-    turbo = dp.transform(model, spec).train()
+        check("one token at a time with a cache: same logits as the whole sequence",
+              torch.allclose(torch.cat(parts, 1), whole, atol=1e-4))
+        check("the bridges change the function", not torch.allclose(whole, model(input_ids=ids).logits))
+        check("the stock model is untouched, and restore() gives it back",
+              torch.equal(dp.restore(turbo)(input_ids=ids).logits, model(input_ids=ids).logits))
+
+
+def _train(turbo: Any, steps: int, on_step: Callable[[int, int], None] | None) -> tuple[float, float]:
+    """A few steps of running parity; the first and the last loss."""
+    import torch
+
     optimizer = torch.optim.AdamW(turbo.parameters(), lr=3e-3)
-    generator = torch.Generator().manual_seed(2)
-    first = last = math.nan
+    generator, losses = torch.Generator().manual_seed(2), []
     for step in range(steps):
         bits, parity = parity_batch(16, 16, generator)
         logits = turbo(input_ids=bits, use_cache=False).logits
@@ -121,18 +142,19 @@ def run_demo(steps: int = 60, group: int = 4, write=print, on_step=None) -> int:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        last = loss.item()
-        first = last if step == 0 else first
+        losses.append(loss.item())
         if on_step is not None:
             on_step(step + 1, steps)
-    write(f"training: running parity, {steps} steps of 16 rows, loss {first:.3f} -> {last:.3f}")
-    good &= check("the loss went down", last < first)
-    turbo.eval()
+    return losses[0], losses[-1]
+
+
+def _generate(turbo: Any, check: Callable[[str, bool], None]) -> list[list[int]]:
+    """Tokens after a left-padded batch of prompts, the same with and without the cache."""
+    import torch
+
     prompt = torch.tensor([[0, 0, 3, 4, 4], [3, 4, 3, 3, 4]])
     mask = (prompt != 0).long()
     out = turbo.generate(prompt, attention_mask=mask, max_new_tokens=10, do_sample=False)
     plain = turbo.generate(prompt, attention_mask=mask, max_new_tokens=10, do_sample=False, use_cache=False)
-    write(f"generate: {out.tolist()}")
-    good &= check("generate with the cache equals generate without it (left-padded batch)", torch.equal(out, plain))
-    write("\nEverything agrees." if good else "\nSomething does not agree: see FAILED above.")
-    return 0 if good else 1
+    check("generate with the cache equals generate without it (left-padded batch)", torch.equal(out, plain))
+    return out.tolist()

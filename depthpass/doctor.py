@@ -9,11 +9,13 @@ from importlib import metadata
 from typing import Any
 
 from depthpass.errors import UnsupportedModelError
+from depthpass.prompt import at_prompt
 
 REQUIRED = ("torch", "transformers", "safetensors", "networkx", "sympy", "pyyaml", "rich")
 OPTIONAL = ("triton", "peft", "accelerate", "matplotlib")
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Finding:
     """One line.

@@ -9,8 +9,10 @@ from depthpass.errors import SpecError
 from depthpass.passes.base import Pass
 from depthpass.passes.layer_program import LayerProgram
 from depthpass.passes.loop import Loop
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Recipe:
     """What it takes to train and run a published system.
@@ -119,6 +121,20 @@ def ouro(*, times: int = 4, exit: float = 0.5, stage: int = 1, **options: Any) -
     loop = Loop(**{"times": times, "normalize": "loop", "exit": exit, "skip": not train, "taps": train, **options})
     training = {1: {"loss": "exit_loss", "form": "expected", "beta": 0.1}, 2: {"loss": "gate_loss"}}.get(stage, {})
     return Recipe("ouro", (loop,), training)
+
+
+def from_huginn(config: Any, tensors: Any, **options: Any) -> Any:
+    """The public Huginn checkpoint as a transformed Llama; see :func:`depthpass.hf.public.huginn_model`."""
+    from depthpass.hf.public import huginn_model
+
+    return huginn_model(config, tensors, **options)
+
+
+def from_ouro(config: Any, tensors: Any, **options: Any) -> Any:
+    """The public Ouro checkpoint as a transformed GLM-4; see :func:`depthpass.hf.public.ouro_model`."""
+    from depthpass.hf.public import ouro_model
+
+    return ouro_model(config, tensors, **options)
 
 
 def _blocks(source: Any) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 # Before anything imports torch: tiny models run fastest on one thread, and CI workers share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
+os.environ["DEPTHPASS_CACHE"] = "off"  # nothing of this user's
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -1,23 +1,23 @@
-"""Naive oracles of whole programs: the stock model's own blocks, one token of one row at a time, no depthpass.
+"""Naive oracles of whole programs: the stock model's own blocks, one token of one row at a time, without a program.
 
-The blocks' attention is replaced by :func:`_attend`, a softmax over a Python list of keys that belongs to one visit.
-Every system below is written down as in its paper, in the fewest lines.
+The blocks' attention is replaced by a softmax over a Python list of keys that belongs to one visit (the fuzzer's
+:mod:`depthpass.fuzz.stock_rows`, which knows stock models only). Every system below is written down as in its paper, in the
+fewest lines.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from itertools import accumulate
 
 import torch
-from oracle import blocks_of
 from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
-NAME = "depthpass_oracle"
+from depthpass.fuzz import stock_rows
+from depthpass.fuzz.models import blocks_of, norm_of  # noqa: F401 - tests take it from here
+from depthpass.fuzz.stock_rows import list_attention
 
 
 class Keys(list):
@@ -35,9 +35,6 @@ class Keys(list):
 Visit = Callable[[Tensor, Tensor, Tensor, float, "int | None", int], Tensor]
 """What a visit does with one token's (q, k, v, scale, the layer's window, column): the attention's result."""
 
-_running: list[tuple[Visit, int]] = []
-
-
 def own(keys: Keys) -> Visit:
     """A visit with a slot of its own."""
     def visit(q, k, v, scale, window, column):
@@ -52,6 +49,16 @@ def shared(keys: Keys) -> Visit:
     def visit(q, k, v, scale, window, column):
         seen = Keys(e for e in keys if e[2] <= column)
         return seen.read(q, scale, window)
+
+    return visit
+
+
+def updated(keys: Keys, mine: Keys) -> Visit:
+    """A visit that reads the keys of another one, and its own in the place of those of tokens that have some."""
+    def visit(q, k, v, scale, window, column):
+        mine.append((k, v, column))
+        latest = {e[2]: e for e in (*keys, *mine) if e[2] <= column}
+        return Keys(latest[c] for c in sorted(latest)).read(q, scale, window)
 
     return visit
 
@@ -78,91 +85,32 @@ def gated(first: Keys, ring: Keys, size: int, gate: Callable[[Tensor], Tensor]) 
     return visit
 
 
-def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, sliding_window=None, **kwargs):
-    if not _running:
-        # Whole rows are run to record calls and to apply the head; what the blocks then give is not used.
-        return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
-    visit, column = _running[-1]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return visit(query[0, :, 0], key[0, :, 0], value[0, :, 0], scale, sliding_window, column)[None, None], None
+oracle_attention = list_attention
+"""The stock model with attention over lists for the time of a ``with``."""
 
 
-AttentionInterface.register(NAME, _attend)
-AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-
-
-@contextmanager
-def oracle_attention(model: nn.Module):
-    """The stock model with list attention for the time of a ``with``."""
-    found = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(found)
-
-
-class Row:
+class Row(stock_rows.Row):
     """One row without padding: its embeddings, its blocks one token at a time, its head.
 
     Args:
         ids, positions: ``[tokens]``.
     """
 
-    def __init__(self, model: nn.Module, ids: Tensor, positions: Tensor):
-        self.model, self.ids, self.positions = model, ids, positions
-        self.blocks = blocks_of(model)
-        self.calls: list[tuple[tuple, dict]] = []
-
-        def record(module, args, kwargs):
-            self.calls.append((args, kwargs))
-
-        handles = [b.register_forward_pre_hook(record, with_kwargs=True) for b in self.blocks]
-        self._forward()
-        for h in handles:
-            h.remove()
-        args, kwargs = self.calls[0]
-        self.embed = (args[0] if args else kwargs["hidden_states"])[0]
-        self.tokens = len(ids)
-
-    def _forward(self):
-        return self.model(input_ids=self.ids[None], position_ids=self.positions[None], use_cache=False)
+    @property
+    def tokens(self) -> int:
+        return len(self.ids)
 
     def block(self, index: int, x: Tensor, i: int, visit: Visit) -> Tensor:
         """Stock block ``index`` on token i, ``[width]``; the visit answers its attention."""
-        args, kwargs = self.calls[index]
-
-        def at(value):
-            if isinstance(value, tuple | list):
-                return type(value)(at(v) for v in value)
-            if isinstance(value, Tensor):
-                axis = next((d for d in range(1, value.dim()) if value.shape[d] == self.tokens), None)
-                return value if axis is None else value.narrow(axis, i, 1)
-            return value
-
-        kwargs = {k: at(v) for k, v in kwargs.items() if k not in ("hidden_states", "past_key_values", "cache")}
-        _running.append((visit, i))
-        try:
-            out = self.blocks[index](x[None, None], *(at(a) for a in args[1:]), **kwargs)
-        finally:
-            _running.pop()
-        return (out[0] if isinstance(out, tuple) else out)[0, 0]
+        return super().block(
+            index, x, i, lambda q, k, v, limits: visit(q, k, v, limits["scale"], limits["window"], i))
 
     def norm(self, x: Tensor) -> Tensor:
-        base = self.model.base_model
-        name = next(n for n in ("norm", "ln_f", "final_layer_norm") if hasattr(base, n))
-        return base.get_submodule(name)(x)
+        return norm_of(self.model)(x)
 
     def logits(self, stream: Tensor) -> Tensor:
         """What the stock model makes of a stream ``[tokens, width]`` after its last block."""
-        def put(module, args, output):
-            return (stream[None], *output[1:]) if isinstance(output, tuple) else stream[None]
-
-        handle = self.blocks[-1].register_forward_hook(put)
-        try:
-            return self._forward().logits[0]
-        finally:
-            handle.remove()
+        return self.head(self.norm(stream))
 
 
 def layer_program(row: Row, layers: Sequence[int]) -> Tensor:
@@ -194,9 +142,10 @@ def loop(
 
     def visit(key, first):
         keys = slots.setdefault(key, Keys())
-        if kv.startswith(("last", "mod")) and isinstance(key, tuple) and key[-1] != "coda" and key[0] is not None:
+        if kv.startswith(("last", "mod", "anchor")) and isinstance(key, tuple) and key[-1] != "coda" and key[0] is not None:
             t, b = key
-            kept = times - 1 - (times - 1 - t) % (1 if kv == "last" else int(kv[4:]))
+            k = 1 if kv == "last" else int(kv.partition(":")[2])
+            kept = (t if t < k else times - 1) if kv.startswith("anchor") else times - 1 - (times - 1 - t) % k
             return split(keys, slots.setdefault((kept, b), Keys()), ends)
         return own(keys) if first is None else shared(slots[first])
 

@@ -7,7 +7,8 @@ choice that routes may make: an upper bound on the depth of one input's run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -18,15 +19,16 @@ from depthpass.analysis.growth import Growth
 from depthpass.analysis.maxplus import Recurrence
 from depthpass.analysis.stages import Stages, Step
 from depthpass.errors import SpecError, did_you_mean
-from depthpass.ir.program import Program
+from depthpass.ir.ops import OPS
+from depthpass.ir.program import Op, Program
 from depthpass.prompt import at_prompt
 
 if TYPE_CHECKING:
     import sympy
 
 Weight = Literal["visits", "attention", "mlp", "sublayers"] | Mapping[int, int]
-WEIGHTS: dict[str, int] = {"visits": 1, "attention": 1, "mlp": 1, "sublayers": 2}
-"""What one visit adds to a path: its attention and its MLP follow each other, so a path takes both."""
+WEIGHTS: dict[str, tuple[int, int]] = {"visits": (0, 1), "attention": (1, 0), "mlp": (0, 1), "sublayers": (1, 1)}
+"""What the attention and the MLP of a visit add to a path: they follow each other, so a path takes both."""
 
 
 @at_prompt
@@ -129,7 +131,7 @@ def depth(program: Program, output: str | None = None, weight: Weight = "visits"
     if calls and {"delay", "pad"} <= {o.kind for o in program}:
         raise SpecError("calls: expected a program without pads or without delays; the pads of the first call lengthen "
                         "delays over them in a way that one-token calls do not show.")
-    stages = Stages(_unpadded(program) if calls else program, _weights(program, weight), calls)
+    stages = Stages(_unpadded(program) if calls else program, _weigh(program, weight), calls)
     target = _output_value(stages.program, output)
     growth = denoised(program, stages.row(target))
     certificate = _certificate(stages.recurrences(target))
@@ -137,6 +139,9 @@ def depth(program: Program, output: str | None = None, weight: Weight = "visits"
     notes = ("routes: longest path over all choices of tokens",) if routed else ()
     if program.denoise is not None:
         notes += ("denoising: n masked tokens, of which every step writes at least one; a step reads what those before it wrote",)
+    placed = next((o for o in program if o.kind == "pad" and (o["at"] or o["behind"] is not None)), None)
+    if placed is not None and stages.pads_apart:
+        notes += ("pads: n tokens stand in front of them; tokens that follow them inside a row add depth that is not counted",)
     return Depth(program, output, weight, growth, certificate, notes, stages)
 
 
@@ -185,16 +190,18 @@ def _certificate(recurrences: tuple[Recurrence, ...]) -> Certificate:
     return Certificate(recurrences, steepest.cycle_ratio, tuple(str(v) for v in steepest.cycle))
 
 
-def _weights(program: Program, weight: Weight) -> dict[int, int]:
+def _weigh(program: Program, weight: Weight) -> Callable[[Op], int]:
+    """What an op adds to a path."""
     if isinstance(weight, str):
         if weight not in WEIGHTS:
             raise SpecError(
                 f"weight: expected one of {', '.join(WEIGHTS)}, or weights by block, got {weight!r}."
                 f"{did_you_mean(weight, WEIGHTS)}"
             )
-        return dict.fromkeys(range(program.blocks), WEIGHTS[weight])
+        attention, mlp = WEIGHTS[weight]
+        return lambda o: sum(map(operator.mul, OPS[o.kind].depth(o), (attention, mlp)))
     for block in range(program.blocks):
         value = weight.get(block)
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise SpecError(f"weight[{block}]: expected an integer of at least 0 for every block, got {value!r}.")
-    return dict(weight)
+    return lambda o: weight[o["index"]] if OPS[o.kind].depth(o)[1] else 0

@@ -64,6 +64,13 @@ class Growth:
         """f(i - tokens): what a reader sees that looks so many tokens back."""
         return Growth((NEVER,) * tokens + self.values, self.period, self.step) if tokens else self
 
+    def held(self, size: int) -> Growth:
+        """f at the last token of the group of ``size`` tokens before i's own."""
+        period = math.lcm(self.period, size)
+        start = size * (self.start // size + 1)
+        values = tuple(self.at(i // size * size - 1) for i in range(start + period))
+        return Growth(values, period, self.step * period // self.period).normal()
+
     def advanced(self, tokens: int) -> Growth:
         """f(i + tokens)."""
         return self._from(lambda i: self.at(i + tokens), max(self.start - tokens, 0)) if tokens else self

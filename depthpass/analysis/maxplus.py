@@ -8,6 +8,7 @@ later tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -20,6 +21,26 @@ from depthpass.analysis.cycle_ratio import max_cycle_ratio
 from depthpass.analysis.growth import NEVER, UNREACHED, ZERO, Growth, Value, dominates_from, maximum
 from depthpass.errors import PassError
 
+
+@dataclass(frozen=True)
+class Held:
+    """Distance of what a group of ``size`` tokens reads: the last token of the group before."""
+
+    size: int
+
+
+Distance = int | Held
+
+
+def read_at(i: int, distance: Distance) -> int:
+    """The token that token i reads; negative = before the row."""
+    return i - distance if isinstance(distance, int) else i // distance.size * distance.size - 1
+
+
+def _most(distance: Distance) -> int:
+    return distance if isinstance(distance, int) else distance.size
+
+
 TOKEN_LIMIT = 1 << 16
 """Tokens simulated at most before giving up on a closed form."""
 
@@ -30,13 +51,13 @@ class Node:
 
     Attributes:
         name: any hashable key.
-        arcs: (name of the node read, distance in tokens).
+        arcs: (name of the node read, distance in tokens or :class:`Held`).
         weight: what passing the node adds to a path, at least 0.
         absent: the node has no value at tokens before this one, whatever its arcs say.
     """
 
     name: Any
-    arcs: tuple[tuple[Any, int], ...]
+    arcs: tuple[tuple[Any, Distance], ...]
     weight: int = 0
     absent: int = 0
 
@@ -102,27 +123,32 @@ def solve(nodes: Sequence[Node], sources: frozenset[object]) -> tuple[dict[objec
 def _inputs(n: Node, inside: set[object], sources: frozenset[object], solved: Mapping[object, Growth]) -> Growth:
     """What a node gets from outside its component, before its own weight."""
     found = [ZERO] if n.name in sources else []
-    found += [solved[u].delayed(d) for u, d in n.arcs if u not in inside]
+    found += [solved[u].delayed(d) if isinstance(d, int) else solved[u].held(d.size) for u, d in n.arcs if u not in inside]
     return maximum(found)
 
 
 def _solve_cycle(block: Sequence[Node], inputs: Mapping[object, Growth]) -> tuple[Recurrence, dict[object, Growth]]:
     inner = {n.name: tuple((u, d) for u, d in n.arcs if u in inputs) for n in block}
-    ratio, cycle = max_cycle_ratio([(u, n.name, n.weight, d) for n in block for u, d in inner[n.name]])
+    ratio, cycle = max_cycle_ratio([(u, n.name, n.weight, _most(d)) for n in block for u, d in inner[n.name]])
     fastest = max([ratio, *(g.rate for g in inputs.values() if g.reachable)])
-    reach = max(d for arcs in inner.values() for _, d in arcs)
+    reach = max(_most(d) for arcs in inner.values() for _, d in arcs)
+    groups = {d.size for arcs in inner.values() for _, d in arcs if isinstance(d, Held)}
+    # Where a group begins an arc jumps: only whole groups repeat, and their rate is that of no cycle of the graph.
+    unit = math.lcm(*groups) if groups else fastest.denominator
     values: dict[object, list[Value]] = {n.name: [] for n in block}
-    tokens = 4 * reach + 4 * fastest.denominator + max(g.start for g in inputs.values()) + max(n.absent for n in block)
+    tokens = 4 * reach + 4 * unit + max(g.start for g in inputs.values()) + max(n.absent for n in block)
     while tokens <= TOKEN_LIMIT:
         _simulate(block, inner, inputs, values, tokens)
         table = np.array([values[n.name] for n in block]).T
-        for period in range(fastest.denominator, (tokens - reach) // 3 + 1, fastest.denominator):
-            step = int(fastest * period)
+        for period in range(unit, (tokens - reach) // 3 + 1, unit):
             start = tokens - 2 * period - reach
+            step = int(table[-1][0] - table[-1 - period][0] if groups else fastest * period)
             if _repeats(table, period, step, start) and _certified(block, inner, inputs, values, start, period, step):
                 found = {v: Growth(tuple(x[: start + period]), period, step).normal() for v, x in values.items()}
                 start = max(g.start for g in found.values())
                 names = tuple(n.name for n in block)
+                if groups:
+                    ratio = fastest = Fraction(step, period)
                 return Recurrence(names, start, period, step, ratio, cycle, fastest > ratio, tokens), found
         tokens *= 2
     raise PassError(
@@ -144,8 +170,8 @@ def _simulate(block: Sequence[Node], inner: Mapping, inputs: Mapping, values: di
         for own, arcs, outside, weight, absent in rows:
             best = NEVER if outside is None else outside.at(i)
             for source, d in arcs:
-                if i >= d and source[i - d] > best:
-                    best = source[i - d]
+                if (j := i - d if isinstance(d, int) else read_at(i, d)) >= 0 and source[j] > best:
+                    best = source[j]
             own.append(best + weight if i >= absent else NEVER)
 
 
@@ -171,7 +197,7 @@ def _certified(
     slower input is left out of that check and must stay at or below the pattern for ever (checked exactly).
     """
     rate = Fraction(step, period)
-    reach = max(d for arcs in inner.values() for _, d in arcs)
+    reach = max(_most(d) for arcs in inner.values() for _, d in arcs)
     begin = start + reach
     for n in block:
         outside = inputs[n.name]
@@ -185,7 +211,7 @@ def _certified(
             if from_token is None or from_token > begin:
                 return False
         for i in range(begin, begin + period):
-            best = max((values[u][i - d] for u, d in inner[n.name]), default=NEVER)
+            best = max((values[u][read_at(i, d)] for u, d in inner[n.name]), default=NEVER)
             if equal:
                 best = max(best, outside.at(i))
             if best + n.weight != own[i]:

@@ -14,14 +14,14 @@ each one, and the last real token behind a ``trim``, is a node of its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import networkx as nx
 
 from depthpass.analysis.dependence import cycles, dependences
 from depthpass.analysis.growth import ZERO, Growth, maximum, total
-from depthpass.analysis.maxplus import Node, Recurrence, solve
+from depthpass.analysis.maxplus import Distance, Held, Node, Recurrence, read_at, solve
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
@@ -60,10 +60,11 @@ class Stages:
             others, so that each pad is a node of its own. Otherwise they simply lengthen the row.
         trimmed: values behind a ``trim``, with the pads that the last real token's one stands behind.
 
+    ``weigh`` says what an op adds to a path.
     With ``calls`` every token is a call of its own (see :func:`~depthpass.analysis.dependence.dependences`).
     """
 
-    def __init__(self, program: Program, weights: Mapping[int, int], calls: bool = False) -> None:
+    def __init__(self, program: Program, weigh: Callable[[Op], int], calls: bool = False) -> None:
         self.program = program
         self.types = infer(program)
         for cycle in cycles(program, calls):
@@ -72,9 +73,10 @@ class Stages:
                     f"depth: the top-k route %{late[0]} lies on a delay cycle, so it needs tokens that need its own "
                     "result. Use rule threshold or choice, or move the delay."
                 )
-        self.reads: dict[str, list[tuple[str, int]]] = {o.name: [] for o in program.ops if o.name}
+        self.reads: dict[str, list[tuple[str, Distance]]] = {o.name: [] for o in program.ops if o.name}
         for d in dependences(program, calls):
-            self.reads[d.target].append((d.source, d.distance))
+            group = program.defs[d.target]["group"] if d.kind == "delay" else None
+            self.reads[d.target].append((d.source, d.distance if group is None else Held(group)))
         self.routes = tuple(o.name for o in program.ops if _waits(o))
         self.writers = {writes_slot(o): o for o in program.visits}
         self.trimmed, mixed = self._trims()
@@ -82,7 +84,7 @@ class Stages:
             (o.kind == "pad" and (o["feed"] or self._computed(o.args[0]))) or (o.kind == "block" and self._outlives_keys(o))
             for o in program.ops
         )
-        self.nodes = self._nodes(weights)
+        self.nodes = self._nodes(weigh)
         self._check_pads()
         self.arcs = {node.name: node for node in self.nodes}
         self.sources = frozenset(
@@ -142,13 +144,13 @@ class Stages:
     def pads(self, value: str) -> int:
         return self.types[value].pads
 
-    def _nodes(self, weights: Mapping[int, int]) -> tuple[Node, ...]:
+    def _nodes(self, weigh: Callable[[Op], int]) -> tuple[Node, ...]:
         real, later = [], []
         for o in self.program.ops:
             if not o.name:
                 continue
             arcs = () if o.name in self.routes else tuple(dict.fromkeys(self.reads[o.name]))
-            weight = weights[o["index"]] if OPS[o.kind].depth else 0
+            weight = weigh(o)
             absent = self.types[o.name].absent
             real.append(Node(o.name, arcs, weight, absent))
             if self.pads_apart:
@@ -159,14 +161,18 @@ class Stages:
         later.sort(key=lambda pair: pair[0])
         return tuple(real) + tuple(node for _, node in later)
 
-    def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, int], ...], k: int) -> tuple[tuple[Key, int], ...]:
-        """What a value at the k-th pad token, or at the last real one, reads; distances count back from the latter."""
+    def _pad_arcs(self, o: Op, arcs: tuple[tuple[str, Distance], ...], k: int) -> tuple[tuple[Key, int], ...]:
+        """What a value at the k-th pad token, or at the last real one, reads; distances count back from the latter.
+
+        Where groups end depends on n there: they count as groups of one token, which are at least as deep.
+        """
         if o.kind == "trim":
             return (self._at(o.args[0], o["tokens"]),)
         if o.kind == "pad" and o["feed"]:
             return (self._at(self.program.fed, k - 1),)
         if o.kind != "block":
-            return tuple(self._at(u, k - distance) for u, distance in arcs if k - distance <= self.pads(u))
+            known = [(u, d if isinstance(d, int) else 1) for u, d in arcs]
+            return tuple(self._at(u, k - distance) for u, distance in known if k - distance <= self.pads(u))
         # Pads may break the order of depths along the row, so attention reads every earlier token here.
         found = [self._at(a, k) for a in o.args]
         for slot in reads_slots(o):
@@ -241,12 +247,12 @@ class Stages:
             node = self.arcs[key]
             while True:
                 op = self.program.defs[key if isinstance(key, str) else key[0]]
-                if op.kind == "block":
+                if OPS[op.kind].depth(op)[1]:
                     yield Step(op.name, op["index"], i if isinstance(key, str) else i + key[1])
                 if op.name == stage or not node.arcs:
                     break
                 need = found[key].at(i) - node.weight
-                key, i = next((u, i - d) for u, d in node.arcs if found[u].at(i - d) == need)
+                key, i = next((u, j) for u, d in node.arcs if found[u].at(j := read_at(i, d)) == need)
                 node = self.arcs[key]
             if stage is None:
                 return

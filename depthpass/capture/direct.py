@@ -15,7 +15,7 @@ from torch._C._nn import gelu, linear, silu
 
 aten = torch.ops.aten
 
-_FUNCTIONS: dict[object, Callable] = {
+FUNCTIONS: dict[object, Callable] = {
     aten.add.Tensor: torch.add, aten.sub.Tensor: torch.sub, aten.mul.Tensor: torch.mul, aten.div.Tensor: torch.div,
     aten.pow.Tensor_Scalar: torch.pow, aten.mean.dim: torch.mean, aten.rsqrt.default: torch.rsqrt,
     aten.neg.default: torch.neg, aten.cat.default: torch.cat, aten.tanh.default: torch.tanh,
@@ -52,7 +52,7 @@ def _rewritten(module: fx.GraphModule) -> fx.GraphModule:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif not node.kwargs:
-            node.target = _FUNCTIONS.get(node.target, node.target)
+            node.target = FUNCTIONS.get(node.target, node.target)
     made = fx.GraphModule(module, graph)
     for name, child in module.named_children():
         if isinstance(child, fx.GraphModule) and hasattr(made, name):

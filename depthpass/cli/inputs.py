@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from depthpass.tasks.dags import TaskDAG
 
 
-def subject_of(config: str | None) -> Any:
+def subject_of(args: argparse.Namespace) -> Any:
+    config = args.config
     with working(f"reading {config}"):
         from depthpass.report.subject import Subject
 
-        return Subject.of(config)
+        return Subject.of(None) if config is None else Subject.of_config(config, keep=not args.fresh)
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -52,7 +53,8 @@ def passes_of(args: argparse.Namespace) -> list[Pass] | None:
 
 
 def _preset(name: str) -> Pass:
-    from depthpass.passes.turboconn import PRESETS, TurboConn
+    from depthpass.passes.turboconn import TurboConn
+    from depthpass.passes.turboconn_layout import PRESETS
 
     if name not in PRESETS:
         raise SpecError(f"--preset: expected one of {', '.join(PRESETS)}, got {name!r}.{did_you_mean(name, PRESETS)}")
@@ -61,7 +63,7 @@ def _preset(name: str) -> Pass:
 
 def named_spec(text: str) -> Any:
     """A spec of ``compare``: stock, a preset, a file or YAML text."""
-    from depthpass.passes.turboconn import PRESETS
+    from depthpass.passes.turboconn_layout import PRESETS
     from depthpass.spec import load_spec
 
     if text == "stock":

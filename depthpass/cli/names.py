@@ -44,7 +44,8 @@ def _title(listed: dict[str, Any]) -> str:
 
 def presets(args: argparse.Namespace) -> int:
     """The published layouts and search spaces that have names."""
-    from depthpass.passes.turboconn import PRESETS, TurboConn
+    from depthpass.passes.turboconn import TurboConn
+    from depthpass.passes.turboconn_layout import PRESETS
     from depthpass.search.space import PRESETS as SPACES
 
     found = [{"name": name, "for": "--preset", "what": TurboConn(preset=name).describe()} for name in PRESETS]  # type: ignore[arg-type]

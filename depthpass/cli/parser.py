@@ -11,6 +11,10 @@ from depthpass.cli import machine, models, names, reports
 from depthpass.cli.types import positive, positive_list
 from depthpass.errors import did_you_mean
 
+Run = Callable[[argparse.Namespace], int]
+Add = Callable[[str, Run, str], argparse.ArgumentParser]
+"""Adds a command: its name, what runs it, and what it does."""
+
 
 class Parser(argparse.ArgumentParser):
     """Adds the nearest spelling to usage errors."""
@@ -38,11 +42,17 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"depthpass {__version__}")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
         sub.set_defaults(run=run)
         return sub
 
+    for group in (_reports, _checkpoints, _search, _words, _machine):
+        group(add)
+    return top
+
+
+def _reports(add: Add) -> None:
     p = add("report", reports.report, "Depth, schedule, state and cost of a spec on a model, from its config alone.")
     _config(p, optional=True)
     _spec(p)
@@ -76,6 +86,8 @@ def parser() -> argparse.ArgumentParser:
     _form(p, "json", "markdown")
     p.add_argument("--plot", metavar="FILE", help="also write depth and serial calls against the group as SVG")
 
+
+def _checkpoints(add: Add) -> None:
     p = add("contraction", models.contraction, "How much of the added depth a saved transformed model uses.")
     p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
     p.add_argument("--ids", metavar="FILE", help="token ids as JSON: a list of rows of equal length (default: random ids)")
@@ -85,6 +97,14 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--max-sweeps", type=positive, metavar="K", help="stop after so many sweeps")
     _form(p, "json")
 
+    p = add("emit", models.emit, "A saved transformed model as plain transformers code that needs no depthpass.")
+    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
+    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
+    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
+    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
+
+
+def _search(add: Add) -> None:
     p = add("search", models.search, "Which blocks to skip and repeat, from samples, with controls.")
     p.add_argument("checkpoint", metavar="FOLDER", help="a causal language model that save_pretrained wrote")
     p.add_argument("--samples", required=True, metavar="FILE",
@@ -104,12 +124,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")
     _form(p, "json")
 
-    p = add("emit", models.emit, "A saved transformed model as plain transformers code that needs no depthpass.")
-    p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
-    p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
-    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
-    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
 
+def _words(add: Add) -> None:
     from depthpass.tasks import command as tasks
 
     tasks.arguments(add("tasks", tasks.run, "List algorithmic tasks, or draw instances of one with trace and DAG."))
@@ -125,8 +141,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     p.set_defaults(parser=parser)
 
+
+def _machine(add: Add) -> None:
     p = add("doctor", machine.doctor, "Versions, devices, and whether a config can be treated.")
-    _config(p, optional=True)
+    _config(p, optional=True, kept=False)
     _form(p, "json")
 
     p = add("calibrate", machine.calibrate, "Measure this machine's FLOP and byte rates, for --ceilings.")
@@ -138,12 +156,13 @@ def parser() -> argparse.ArgumentParser:
     p = add("demo", machine.demo, "Transform a small model, check it, report on it, train it a little, generate; no download.")
     p.add_argument("--steps", type=positive, default=60, help="training steps (default: 60)")
     p.add_argument("--group", type=positive, default=4, help="group of the bridges (default: 4)")
-    return top
 
 
-def _config(p: argparse.ArgumentParser, *, optional: bool = False) -> None:
+def _config(p: argparse.ArgumentParser, *, optional: bool = False, kept: bool = True) -> None:
     p.add_argument("config", nargs="?" if optional else None, metavar="CONFIG",
                    help="a config.json, a folder that holds one, or a model id of the hub, whose config alone is fetched")
+    if kept:
+        p.add_argument("--fresh", action="store_true", help="count anew, whatever an earlier call has kept of this config")
 
 
 def _spec(p: argparse.ArgumentParser, *, group: bool = True) -> None:

@@ -23,7 +23,7 @@ def report(args: argparse.Namespace) -> int:
     if args.config is None and program is None:
         raise InputError("report: expected the path of a config.json, or --program FILE, got neither.")
     options = options_of(args) | {"task": task_of(args.task, args.seq_len)}
-    subject = subject_of(args.config)
+    subject = subject_of(args)
     with working("capturing and counting" if options["cost"] else "analysing"):
         made = subject.report(passes, program=program, **options)
     if args.html:
@@ -36,7 +36,7 @@ def show(args: argparse.Namespace) -> int:
     from depthpass.ir import plain
     from depthpass.plan import compile_spec
 
-    passes, subject = passes_of(args), subject_of(args.config)
+    passes, subject = passes_of(args), subject_of(args)
     ctx = subject.context
     stock = plain(ctx.model, ctx.blocks, ctx.width)
     shown: list[tuple[str, Program]] = [("stock", stock)]
@@ -62,7 +62,7 @@ def _lowered(program: Program, call: str, form: str | None) -> str:
 
 
 def compare(args: argparse.Namespace) -> int:
-    from depthpass.passes.turboconn import PRESETS
+    from depthpass.passes.turboconn_layout import PRESETS
     from depthpass.report.tables import compare
 
     specs = [(name, named_spec(name)) for name in args.specs]
@@ -70,7 +70,7 @@ def compare(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         names = list(args.specs)
     pairs = [(name, spec) for name, (_, spec) in zip(names, specs)]
-    subject = subject_of(args.config)
+    subject = subject_of(args)
     with working("comparing"):
         table = compare(subject, pairs, **options_of(args))
     show_result(table.diff() if args.diff else table, args.form)
@@ -89,7 +89,7 @@ def sweep(args: argparse.Namespace) -> int:
     passes = passes_of(args)
     if passes is None:
         raise SpecError("sweep: expected --spec or --preset, got neither.")
-    subject = subject_of(args.config)
+    subject = subject_of(args)
     with working("sweeping"):
         table = sweep(subject, passes, args.group, **options_of(args))
     if args.plot:

@@ -13,8 +13,10 @@ from depthpass.diffusion.model import checked_ids, new_cache, predictions, setti
 from depthpass.diffusion.orders import Planner, highest, planned, scores
 from depthpass.errors import InputError, did_you_mean
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Denoised:
     """What a sampler did.
@@ -111,6 +113,7 @@ class _Run:
         self.model, self.given, self.steps, self.order, self.planner = model, given, steps, order, planner
         self.temperature, self.generator, self.reuse = temperature, generator, reuse
         self.canvas, self.seen, self.open = canvas, seen, open_
+        self.pads = sum(o["tokens"] for o in model.depth_program if o.kind == "pad")
         self.written = torch.zeros_like(canvas)
         self.calls = self.tokens_run = self.step = 0
 
@@ -121,12 +124,18 @@ class _Run:
     def _call(self, ids: Tensor, end: int, **cache: Any) -> Tensor:
         self.calls, self.tokens_run = self.calls + 1, self.tokens_run + ids.numel()
         seen = None if self.seen is None else self.seen[:, :end]
+        if self.pads and not cache:  # they stand behind the prompt; a call that starts a cache ends with it
+            cache = {"prompt_length": self._real(int((~self.open[0]).sum()))}
         return predictions(self.model(input_ids=ids, attention_mask=seen, **cache).logits, self.given)
+
+    def _real(self, columns: int) -> list[int]:
+        """Real tokens of every row among so many columns."""
+        return [columns] * len(self.canvas) if self.seen is None else self.seen[:, :columns].sum(-1).tolist()
 
     def blocks(self, prompt: int, eos: int | None) -> None:
         """Block after block; blocks are counted from each row's first real token, so rows that differ run apart."""
         size = self.given.block
-        real = [prompt] * len(self.canvas) if self.seen is None else self.seen[:, :prompt].sum(-1).tolist()
+        real = self._real(prompt)
         groups = {r % size: [i for i, n in enumerate(real) if n % size == r % size] for r in real}
         if len(groups) == 1:
             return self._blocks(prompt - real[0] % size, eos)
@@ -144,7 +153,9 @@ class _Run:
     def _blocks(self, start: int, eos: int | None) -> None:
         cache, size, total = new_cache(self.model), self.given.block, self.canvas.shape[1]
         prompt = int((~self.open[0]).sum())
-        if self.reuse and start:
+        # Pads end the prompt: keys can be kept only where both fill whole blocks.
+        reuse = self.reuse and not (self.pads and (start != prompt or self.pads % size))
+        if reuse and start:
             self._call(self.canvas[:, :start], start, past_key_values=cache, use_cache=True)
         while start < total:
             end = min(start + size, total)
@@ -152,11 +163,11 @@ class _Run:
             def behind(first: int, last: int) -> Tensor:
                 return self._call(self.canvas[:, first:last], last, past_key_values=cache, use_cache=False)
 
-            self.fill(start, end, behind if self.reuse else self.whole)
+            self.fill(start, end, behind if reuse else self.whole)
             if eos is not None and bool((self.canvas[:, prompt:end] == eos).any(-1).all()):
                 self.canvas, self.written = self.canvas[:, :end], self.written[:, :end]
                 return
-            if self.reuse and end < total:
+            if reuse and end < total:
                 self._call(self.canvas[:, start:end], end, past_key_values=cache, use_cache=True)
             start = end
 

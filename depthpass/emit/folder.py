@@ -33,8 +33,8 @@ _OURS = ("config.json", "README.md")
 
 
 def emit(
-    model: nn.Module, directory: str | os.PathLike, *, name: str | None = None, copies: bool = False,
-    source: str | os.PathLike | None = None,
+    model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None, copies: bool = False,
+    source: str | os.PathLike[str] | None = None,
 ) -> Path:
     """Write a transformed model as plain transformers code, config and safetensors; returns the folder.
 

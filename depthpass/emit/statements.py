@@ -18,6 +18,8 @@ _WHY = {
     "pad": "it inserts tokens into every row",
     "trim": "it inserts tokens into every row",
     "loss": "it trains with a loss of its own",
+    "ffn": "its blocks run in two parts",
+    "point": "its blocks run in two parts",
     "logits": "it decides by the logits of unfinished states",
     "distance": "it decides by how far a state has moved",
     "ahead": "its attention sees later tokens",
@@ -41,6 +43,8 @@ def check_expressible(program: Program) -> None:
                 why = "its keys depend on how tokens are split into calls"
             elif len(o.args) == 2 and not o["memory"]:
                 why = "some of the tokens only ask"
+        if o.kind == "delay" and o["group"] is not None:
+            why = "tokens of a group read the last one of the group before"
         if why:
             raise SpecError(f"emit: expected a program that a plain forward can express, got {o.note or 'one'} with {o.kind}: "
                             f"{why}. Loops, layer programs, bridges, ParallelLoop, feedback, taps, shared keys, timesteps, "

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from depthpass.fuzz import models
 from depthpass.fuzz.decoding import Decoding
 from depthpass.fuzz.doors import Doors
 from depthpass.fuzz.specs import Case
@@ -48,8 +47,7 @@ class Checks(Decoding, Doors):
     def packed(self, check: Case) -> None:
         """Sequences one after the other in a row, told apart by positions that restart, or by their lengths too."""
         generator = torch.Generator().manual_seed(self.case["seed"])
-        cut = [[torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (n,), generator=generator) for n in row]
-               for row in check["rows"]]
+        cut = [[self.tokens(n, generator) for n in row] for row in check["rows"]]
         batch: dict[str, Any] = {"input_ids": torch.stack([torch.cat(row) for row in cut]),
                                  "position_ids": torch.stack([torch.cat([torch.arange(len(s)) for s in row]) for row in cut])}
         if check["lengths"] and len(cut) == 1:
@@ -75,7 +73,8 @@ class Checks(Decoding, Doors):
     def depth(self, check: Case) -> None:
         """The longest path of what was read while the model ran, against the derived depth."""
         program = self.model.depth_program
-        if self.varies or any(o.kind == "denoise" for o in program):  # the depth of several passes, of which one is recorded
+        # Several passes, of which one is recorded; pads inside a row, whose depth is derived for its end.
+        if self.varies or any(o.kind == "denoise" or (o.kind == "pad" and o["at"]) for o in program):
             return
         from depthpass_lowering.executors.recording import record
 

@@ -55,7 +55,8 @@ class Meaning:
         self.program, self.row, self.p, self.bits = parse_program(text), row, p, bits
         self.prompt, self.noise, self.ends = prompt, noise, list(accumulate(calls))
         self.pads = next((o["tokens"] for o in self.program if o.kind == "pad"), 0)
-        self.writers = {o["slot"]: o for o in self.program.visits if o["keys"] is None or o["gate"] is not None}
+        self.writers = {o["slot"]: o for o in self.program.visits
+                        if o["keys"] is None or o["gate"] is not None or o["update"]}
         self.columns = len(row.ids)
         self.ahead = next((o["tokens"] for o in self.program if o.kind == "ahead"), None)
         last = self.program.defs[self.program.output]
@@ -106,6 +107,9 @@ class Meaning:
             case "trim":
                 j = i if i < self.prompt - 1 else i + self.pads
                 return self.value(o.args[0], j) if j < self.columns else None
+            case "delay" if o["group"]:
+                last = i - i % o["group"] - 1
+                return self.value(o.args[0], last) if last >= 0 else None
             case "delay":
                 return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
             case "gather":
@@ -211,6 +215,8 @@ class Meaning:
             mine = own if o["memory"] or end > i + 1 else [*own, self.stored.setdefault((o["slot"], i), (k, v, i))]
             if shared is None:
                 return read(q, mine, i, limits, end)
+            if o["update"]:
+                return read(q, list({key[2]: key for key in (*shared, *mine)}.values()), i, limits, end)
             far = read(q, shared, i, limits, end)
             if o["gate"] is None:
                 return far

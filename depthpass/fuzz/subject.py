@@ -42,9 +42,7 @@ class Subject:
         self.p = {n: v.detach() for n, v in [*self.model.depth.named_parameters(), *self.model.depth.named_buffers()]}
         self.varies = any(isinstance(s.get("times"), str) for s in case["spec"])
         generator = torch.Generator().manual_seed(case["seed"])
-        self.rows = [
-            torch.randint(models.FIRST_TOKEN, models.VOCABULARY, (n,), generator=generator) for n in case["lengths"]
-        ]
+        self.rows = [self.tokens(n, generator) for n in case["lengths"]]
         self.meaning_of: dict[Any, dict[str, Tensor]] = {}
 
     def transformed(self) -> dp.DepthModel:
@@ -53,6 +51,11 @@ class Subject:
         made = dp.transform(self.stock, c["spec"], **options)
         models.enliven(made.depth, seed=c["seed"] + 1, std=0.3, least=1)
         return made.eval()
+
+    @staticmethod
+    def tokens(count: int, generator: torch.Generator) -> Tensor:
+        """Different ones: equal tokens may have equal scores, of which rounding chooses."""
+        return models.FIRST_TOKEN + torch.randperm(models.VOCABULARY - models.FIRST_TOKEN, generator=generator)[:count]
 
     # The rows as the model and as the oracle see them.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import InputError, did_you_mean
+from depthpass.hf.pads import pad_op
 
 if TYPE_CHECKING:
     from depthpass.hf.cache import DepthCache
@@ -32,9 +33,12 @@ def cached(
     # A row that has no further tokens may end anywhere.
     real = None if valid is None else valid[:, :past].sum(-1)[valid[:, past:].any(-1)]
     counts = [past] if real is None else sorted(set(real.tolist()))
-    if any(c % program.ahead for c in counts):
+    # Workspace pads stand among the tokens that were cached, and count in their blocks.
+    pads = op["tokens"] if past and (op := pad_op(program)) is not None else 0
+    if any((c + pads) % program.ahead for c in counts):
+        beside = f" and {pads} pads" if pads else ""
         raise InputError(f"{name}: attention sees blocks of {program.ahead} tokens as a whole, so a cache has to end with one in "
-                         f"every row, got rows of {', '.join(map(str, counts))} real tokens. Run the unfinished block again.")
+                         f"every row, got rows of {', '.join(map(str, counts))} real tokens{beside}. Run the block again.")
     return cache is not None if use_cache is None else bool(use_cache)
 
 

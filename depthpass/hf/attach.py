@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Collection, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -18,11 +18,16 @@ from depthpass.ir.program import Program
 from depthpass.passes.base import Pass
 from depthpass.spec import dump_spec, load_spec, spec_hash
 
+if TYPE_CHECKING:
+    from depthpass.spec import SpecLike
+
+Model = TypeVar("Model", bound=nn.Module)
+
 _ATTACHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models with attached parameters that are alive: where the backend looks for the owner of a graph's parameters."""
 
 
-def attach(model: nn.Module, spec) -> nn.Module:
+def attach(model: Model, spec: SpecLike) -> Model:
     """Create the new parameters of ``spec`` on a stock model, under ``model.depth``, and return the model.
 
     Its forward stays the stock one; ``torch.compile(model, backend="depthpass")`` runs the spec with these parameters.

@@ -16,6 +16,7 @@ from depthpass.passes.base import Pass
 from depthpass.passes.mixture_of_depths import MixtureOfDepths
 from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
 from depthpass.plan import Plan
+from depthpass.prompt import at_prompt
 
 _LOWEST = -1e30
 """A threshold that every score reaches."""
@@ -23,6 +24,7 @@ _LOWEST = -1e30
 Batch = Mapping[str, Tensor] | Tensor
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Calibration:
     """Thresholds that a calibration has found. ``print`` it.

@@ -13,7 +13,7 @@ from depthpass.errors import InputError, SpecError
 from depthpass.hf.context import inner_model
 from depthpass.hf.ledger import Counter, Ledger
 from depthpass.hf.switch import _transformed, loops_of, set_loops
-from depthpass.passes.times import draw
+from depthpass.passes.draws import draw
 
 
 class FlopsLedger(TrainerCallback, ExportableState):

@@ -17,6 +17,7 @@ from depthpass.diffusion.model import checked_ids, predictions, settings
 from depthpass.diffusion.noise import WEIGHTS, continuous, moved, weight_of
 from depthpass.diffusion.orders import highest, scores
 from depthpass.errors import InputError, did_you_mean
+from depthpass.hf.shown import Shown
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 from depthpass.passes.taps import Taps
 
@@ -56,7 +57,7 @@ class CoevolutionSettings:
             raise InputError(f"coevolution: expected latent of at least 1 and drop in [0, 1), got {self.latent} and {self.drop}.")
 
 
-class CoevolutionaryDiffusion(nn.Module):
+class CoevolutionaryDiffusion(Shown, nn.Module):
     """Tokens x and a continuous state z are noised apart and denoised together by one decoder.
 
         logits, z0 = f(embed(x_t) + W z_t + time(t))
@@ -103,6 +104,10 @@ class CoevolutionaryDiffusion(nn.Module):
         for new in (self.enter, self.time, self.leave):
             new.to(device=like.device, dtype=like.dtype)
         object.__setattr__(self, "encoder", encoder)  # not a part: it neither trains nor is saved
+
+    def card(self) -> str:
+        """What it is, in a few lines."""
+        return f"CoevolutionaryDiffusion\n  {'settings':<12}{self.settings}\nof {self.model!r}"
 
     def forward(self, ids: Tensor, state: Tensor, time: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One pass: logits ``[batch, tokens, vocabulary]`` and the clean state ``[batch, tokens, latent]``.

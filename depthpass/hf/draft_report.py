@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from depthpass.prompt import at_prompt
 
+
+@at_prompt
 @dataclass
 class DraftReport:
     """What a call of ``generate`` with a draft did.

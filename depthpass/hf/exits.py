@@ -11,13 +11,13 @@ from torch import nn
 from depthpass.errors import SpecError
 from depthpass.hf.host import depth_module
 from depthpass.hf.loops import loop_of
-from depthpass.hf.switch import _SAME, _adopt, _plan, _transformed
+from depthpass.hf.switch import _SAME, Model, _adopt, _plan, _transformed
 from depthpass.passes.base import Pass
 
 
 def set_exit(
-    model: nn.Module, exit: float, *, skip: bool | None = None, kv: str | None = None, scope: str | int | None = None
-) -> nn.Module:
+    model: Model, exit: float, *, skip: bool | None = None, kv: str | None = None, scope: str | int | None = None
+) -> Model:
     """Change the value at which tokens leave the loop of a live transformed model; returns the model.
 
     A model that was trained with ``skip=False, taps=True`` decodes with ``skip=True``: gates and weights are the same, tokens

@@ -175,6 +175,15 @@ def _config(source: ModelLike) -> Any:
         raise InputError(f"{where}: not a valid {kind} config: {_first_line(error)}") from error
 
 
+def config_fields(source: str | Path) -> Any:
+    """The fields of a config as they stand in its file; transformers is not imported for a path.
+
+    Raises:
+        InputError: there is no such file, or it is not JSON.
+    """
+    return _read(_local(source))
+
+
 def _local(source: str | Path) -> Path:
     """The path itself, or where the config of a model on the hub was fetched to."""
     if isinstance(source, Path) or Path(source).exists() or not HUB_ID.fullmatch(source) or source.endswith(".json"):

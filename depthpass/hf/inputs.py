@@ -140,13 +140,18 @@ def normalise(
     return_dict = given.get("return_dict", getattr(config, "return_dict", True))
     states = bool(given.get("output_hidden_states", getattr(config, "output_hidden_states", False)))
     length = prompt_of(model, prompt)
-    if packing is not None and length is not None and len(length) not in (1, len(packing.first)):
-        raise InputError(f"prompt_length: expected one number, or one for each of the {len(packing.first)} sequences in the "
-                         f"packed rows, got {len(length)}.")
+    _check_lengths(length, packing)
     return Call(
         tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, length, packing,
         given.get("input_ids"),
     )
+
+
+def _check_lengths(length: Tensor | None, packing: Packing | None) -> None:
+    """Prompts of packed rows: one length for all sequences, or one for each."""
+    if packing is not None and length is not None and len(length) not in (1, len(packing.first)):
+        raise InputError(f"prompt_length: expected one number, or one for each of the {len(packing.first)} sequences in the "
+                         f"packed rows, got {len(length)}.")
 
 
 def _tokens(given: Mapping[str, Any]) -> tuple[str, Tensor]:

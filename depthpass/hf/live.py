@@ -28,6 +28,8 @@ from depthpass.capture.screen import block_list
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.doors import call_names
 from depthpass.hf.hooks import Hooked, has_hooks, is_controlled
+from depthpass.ir.program import writes_slot
+from depthpass.lowered.ops import of_one_stream
 
 
 class _Asking:
@@ -175,8 +177,11 @@ class Live:
             UnsupportedModelError: the visit changes the block's graph, which a module does not have.
         """
         op, index = (visit.members[0] if hasattr(visit, "members") else visit).op, visit.index
-        if op["modulate"] is not None or op["memory"] or hasattr(visit, "asking"):
-            what = ("scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
+        # A module has its keys and queries from one stream; a visit without keys of its own leaves the module's unused.
+        partly = op.kind == "ffn" or op["part"] != "whole"
+        if partly or op["modulate"] is not None or (writes_slot(op) is not None and not of_one_stream(op)):
+            what = ("one part of it alone" if partly else
+                    "scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
                     "queries of some tokens and keys of all")
             raise UnsupportedModelError(
                 f"block {index} has hooks on modules inside it, and a visit with {what}, which change what the block computes "

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthpass.analysis.cost.model import _signature
 from depthpass.capture.export import find_layers
@@ -22,7 +22,7 @@ _NUMBERS = ("moe_layers", "mlp_only_layers")
 """Fields of configs that list block numbers; every other list as long as the stack has an entry per block."""
 
 
-def materialize(model: nn.Module) -> nn.Module:
+def materialize(model: nn.Module) -> PreTrainedModel:
     """A stock model with one block per visit of the program in force; returns a new model, the given one is untouched.
 
     Every visit gets a copy of its block's weights, so the result is larger and its copies train apart. ``num_hidden_layers``

@@ -35,6 +35,7 @@ from depthpass.hf.prepare import install, prepare
 from depthpass.hf.running import run_program
 from depthpass.hf.runtime import Runtime
 from depthpass.hf.save import configured, spec_of, with_notice
+from depthpass.hf.shown import Shown, model_card
 from depthpass.hf.stock import stock_decoder
 from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
@@ -67,7 +68,7 @@ else:
 _CAPTURING = threading.Lock()
 
 
-class DepthModel(_Stock):
+class DepthModel(Shown, _Stock):
     """Mixin of every transformed model. The class in front of it stays: ``isinstance(model, LlamaForCausalLM)`` holds.
 
     Attributes:
@@ -122,6 +123,10 @@ class DepthModel(_Stock):
         chosen = depth_class(class_to_load(cls._stock_class, config.to_dict(), cls.__name__))
         build: Any = super(DepthModel, chosen)
         return build._from_config(config, **kwargs)
+
+    def card(self) -> str:
+        """What it is, in a few lines."""
+        return model_card(self, type(self).__name__)
 
     def depth_cache(self) -> DepthCache:
         """An empty cache for this model."""

@@ -16,6 +16,7 @@ from depthpass.ir.ops import OPS
 from depthpass.ir.program import Program
 from depthpass.ir.structural_ops import TIME_WIDTH
 from depthpass.ir.verify import infer, parameters
+from depthpass.prompt import as_html, beginning
 
 
 class DepthParameters(nn.Module):
@@ -25,8 +26,14 @@ class DepthParameters(nn.Module):
         super().__init__()
         self.text = text
 
-    def __repr__(self) -> str:
+    def __str__(self) -> str:
         return self.text or super().__repr__()
+
+    def __repr__(self) -> str:
+        return beginning(str(self))
+
+    def _repr_html_(self) -> str:
+        return as_html(repr(self))
 
 
 class Weigh(nn.Module):
@@ -223,14 +230,17 @@ def build(program: Program, like: torch.Tensor, model: nn.Module | None = None) 
     return root
 
 
-def sizes(program: Program, model: nn.Module) -> dict[str, int]:
+def sizes(program: Program, model: nn.Module | None) -> dict[str, int]:
     """Elements of every new parameter of a program on a model, by name; nothing is allocated.
+
+    Args:
+        model: the stock model; None for programs without attention gates and per-visit LoRA.
 
     Raises:
         UnsupportedModelError: as :func:`build`.
     """
-    like = next(model.parameters())
-    made = build(program, torch.empty(0, dtype=like.dtype, device="meta"), model)
+    dtype = None if model is None else next(model.parameters()).dtype
+    made = build(program, torch.empty(0, dtype=dtype, device="meta"), model)
     return {name: p.numel() for name, p in made.named_parameters()}
 
 

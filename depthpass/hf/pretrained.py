@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from depthpass.errors import InputError
 from depthpass.hf.loading import check_safetensors, settings_of, stock_class
-from depthpass.hf.model import depth_class
+from depthpass.hf.model import DepthModel, depth_class
 from depthpass.hf.save import spec_of
 
 
-def from_pretrained(path: str | os.PathLike, *, model_class: type | None = None, **kwargs) -> nn.Module:
+def from_pretrained(path: str | os.PathLike[str], *, model_class: type | None = None, **kwargs: Any) -> DepthModel:
     """Load a transformed model that ``save_pretrained`` has written.
 
     Args:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class Routing:
     valid: Tensor
 
 
-def routing_of(model: nn.Module, outputs, attention_mask: Tensor | None = None) -> Routing:
+def routing_of(model: nn.Module, outputs: Any, attention_mask: Tensor | None = None) -> Routing:
     """Routing statistics from the outputs of a model whose routed pass has ``taps=True``.
 
     Args:

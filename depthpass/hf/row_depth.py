@@ -76,7 +76,7 @@ def ladder_of(model: Any, counts: Sequence[int]) -> Ladder:
         raise InputError(f"loops={list(counts)}: {error}") from error
     programs = [p.program for p in made]
     for program in programs:
-        if bad := next((o.kind for o in program if o.kind in ("delay", "route", "noise", "pad", "select")), None):
+        if bad := next((o.kind for o in program if o.kind in ("delay", "route", "noise", "pad", "select", "ffn")), None):
             raise _unfit(f"{bad} of {plans.current.passes[at].label}")
     return cut(programs, tuple(counts))
 

@@ -19,6 +19,7 @@ from depthpass.log import working
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
+    from depthpass_lowering.executors.graphed_token import GraphedStep
     from depthpass_lowering.executors.token import StaticCache
     from depthpass_lowering.state import State
     from depthpass_lowering.state.slots import Slot
@@ -69,12 +70,7 @@ def advance_token(
     step: CompiledStep | None = runtime.tokens.get(key)
     weights = live_tensors(model, plan, captured)
     device = rooms.tensors()[0].device
-    recorded = runtime.lowering == "cudagraph"
-    if recorded:
-        from depthpass_lowering.executors import graphed_token as graphed_step
-
-        if reason := graphed_step.obstacle(device):
-            raise LoweringError(f"lowering 'cudagraph' cannot record a decoded token: {reason}. Use lowering='inductor'.")
+    record_steps = _recorder(device) if runtime.lowering == "cudagraph" else None
     at = torch.tensor([length], device=device)
     rank = at.expand(batch, 1).contiguous() if call.valid is None else call.valid[:, :length].sum(-1, keepdim=True)
     moving = [
@@ -83,8 +79,8 @@ def advance_token(
     inputs = [*moving, *rooms.tensors(), *weights]
     if step is None:
         step = compile_step(model, plan, captured, names, valid is not None, rooms, list(lines), weights, inputs)
-        if recorded:
-            step = replace(step, run=graphed_step.GraphedStep(step.run, len(moving)))
+        if record_steps is not None:
+            step = replace(step, run=record_steps(step.run, len(moving)))
         runtime.tokens[key] = step
     made = iter(step.run(*inputs))
     record.ran(step.lowered)
@@ -94,6 +90,19 @@ def advance_token(
     new_lines = dict(zip(lines, made, strict=True))
     slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
     return parts, streams, State(length + 1, call.valid, slots, new_lines)
+
+
+def _recorder(device: torch.device) -> type[GraphedStep]:
+    """What records compiled steps.
+
+    Raises:
+        LoweringError: nothing can be recorded on the device.
+    """
+    from depthpass_lowering.executors import graphed_token
+
+    if reason := graphed_token.obstacle(device):
+        raise LoweringError(f"lowering 'cudagraph' cannot record a decoded token: {reason}. Use lowering='inductor'.")
+    return graphed_token.GraphedStep
 
 
 def _is_step(call: Call, state: State) -> bool:
@@ -205,6 +214,7 @@ def compile_step(
     """
     from depthpass_lowering.executors.context import CallContext
     from depthpass_lowering.executors.token import StepRun
+    from depthpass_lowering.fx_passes.few_rows import few_rows_pass
 
     counts: list[int] = []
     streams: list[str] = []
@@ -233,6 +243,7 @@ def compile_step(
 
     with working(f"compiling a decoded token of {type(model).__name__}"), torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
+        few_rows_pass(graph)
         compiled: Any = torch._inductor.compile(graph, cast(Any, inputs))
     return CompiledStep(compiled, counts[0], tuple(streams), plan, programs[0])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -25,10 +25,12 @@ from depthpass.plan import Plan
 if TYPE_CHECKING:
     from depthpass.spec import SpecLike
 
-_SAME = object()
+Model = TypeVar("Model", bound=nn.Module)
+
+_SAME: Any = object()
 
 
-def switch(model: nn.Module, spec: SpecLike, *, chunk: Any = _SAME) -> nn.Module:
+def switch(model: Model, spec: SpecLike, *, chunk: int | None = _SAME) -> Model:
     """Let a transformed model run another spec from now on; returns the model.
 
     Caches that were filled before are refused afterwards, unless the two specs make the same program; switching back is
@@ -49,7 +51,7 @@ def switch(model: nn.Module, spec: SpecLike, *, chunk: Any = _SAME) -> nn.Module
     return model
 
 
-def using(model: nn.Module, spec: SpecLike, *, chunk: Any = _SAME) -> AbstractContextManager[Plan]:
+def using(model: nn.Module, spec: SpecLike, *, chunk: int | None = _SAME) -> AbstractContextManager[Plan]:
     """Let a transformed model run another spec inside a ``with`` block, in this thread or task only::
 
         with dp.using(model, dp.LayerProgram([0, 1, 1, 2])):
@@ -65,7 +67,7 @@ def using(model: nn.Module, spec: SpecLike, *, chunk: Any = _SAME) -> AbstractCo
     return Using(plans, _plan(inner, plans, spec, chunk))
 
 
-def set_loops(model: nn.Module, times: int | Sequence[int] | str, *, scope: str | int | None = None) -> nn.Module:
+def set_loops(model: Model, times: int | Sequence[int] | str, *, scope: str | int | None = None) -> Model:
     """Change the loop count of a live transformed model; returns the model.
 
     Acts on the one pass of the spec that counts iterations: ``loop``, ``repeat``, ``parallel_loop``,
@@ -91,7 +93,7 @@ def set_loops(model: nn.Module, times: int | Sequence[int] | str, *, scope: str 
     return model
 
 
-def loops_of(model: nn.Module, *, scope: str | int | None = None) -> Any:
+def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Sequence[int] | str:
     """The loop count in force: an int, or what the pass was given instead of one.
 
     Raises:

@@ -163,10 +163,11 @@ class OpDef:
         pads: pad tokens of the result, from the most of its arguments.
         absent: for how many tokens the result is absent, of the arguments' numbers.
         typed: the whole type rule, ``(program, op, types) -> type``, of ops that take routes or change the tokens.
-        lag: how many tokens earlier it reads its argument.
+        lag: how many tokens earlier it reads its argument, at most.
+        begins: the first token of a row that has a value, of the first one that its argument has.
         slots_read, slot_written: KV slots it attends to, and the one it puts keys into.
         waits: whether it needs every token of the row.
-        depth: what one application adds to a path, in visits.
+        depth: what one application runs of a block, as (attention, feed-forward network); a path counts a visit by the latter.
         parameters: new parameters it asks for: ``(op, widths of the arguments, width of the model's stream)``.
         holder: module for its parameters, made of them and of a tensor like them; None = one that applies ``meaning``.
         meaning: what it computes of one token, ``(*streams, *parameters and constants by name) -> stream``, each stream
@@ -192,10 +193,11 @@ class OpDef:
     absent: Callable[[Sequence[int]], int] = lambda found: max(found, default=0)
     typed: Callable[[Program, Op, Sequence[Type]], Type] | None = None
     lag: Callable[[Op], int] = lambda o: 0
+    begins: Callable[[Op, int], int] = lambda o, first: first
     slots_read: Callable[[Op], tuple[int, ...]] = _no_slots
     slot_written: Callable[[Op], int | None] = _no_slot
     waits: Callable[[Op], bool] = lambda o: False
-    depth: int = 0
+    depth: Callable[[Op], tuple[int, int]] = lambda o: (0, 0)
     parameters: Callable[[Op, Sequence[int], int], Sequence[Param]] = _nothing
     holder: Callable[[Mapping[str, Param], Tensor], nn.Module] | None = None
     meaning: Callable[..., Tensor] | None = None

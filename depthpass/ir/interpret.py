@@ -44,6 +44,18 @@ class Block(Protocol):
         """
         ...
 
+    def attention(self, x: Tensor, position: int, keys: Sequence[Any]) -> Tensor:
+        """The block's input plus what its attention adds; only programs with parts of blocks need it."""
+        ...
+
+    def point(self, x: Tensor, a: Tensor) -> Tensor:
+        """What the feed-forward branch reads: ``a``, or the block's input ``x``; likewise."""
+        ...
+
+    def ffn(self, a: Tensor, read: Tensor) -> Tensor:
+        """``a`` plus what the feed-forward branch makes of ``read``; likewise."""
+        ...
+
 
 class Interpretation:
     """Values of a program on one row.
@@ -96,6 +108,9 @@ class Interpretation:
         return self._memo[name, i]
 
     def _compute(self, o: Op, i: int) -> Tensor | None:
+        if o.kind == "delay" and o["group"] is not None:
+            last = i // o["group"] * o["group"] - 1
+            return self.value(o.args[0], last) if last >= 0 else None
         if o.kind == "delay":
             return self.value(o.args[0], i - o["tokens"]) if i >= o["tokens"] else None
         if asks(o) and not self.value(o.args[1], i):
@@ -114,6 +129,10 @@ class Interpretation:
             return reduce(torch.add, there) if there else None
         if any(a is None for a in args):
             return None
+        if o.kind == "ffn":
+            return self.blocks[o["index"]].ffn(*args)
+        if o.kind == "point":
+            return self.blocks[o["index"]].point(*args)
         return self._visit(o, args[0], i) if o.kind == "block" else self._local(o, args, i)
 
     def _padded(self, o: Op, i: int) -> Tensor | None:
@@ -160,23 +179,33 @@ class Interpretation:
             raise LoweringError(f"the interpreter cannot run %{o.name}: LoRA and modulation depend on the model.")
         block = self.blocks[o["index"]]
         if o["gate"] is None:
-            keys = self._keys(o["slot"] if o["keys"] is None else o["keys"], i)
+            keys = self._keys(o["slot"] if o["keys"] is None else o["keys"], i, update=o["slot"] if o["update"] else None)
             if o["past"] is not None:
                 start = max((e for e in self._call_ends if e <= i), default=0)
                 keys = self._keys(o["past"], start - 1) + self._keys(o["slot"], i, start)
-            return block(x, i, keys)
+            return block(x, i, keys) if o["part"] == "whole" else block.attention(x, i, keys)
         return block(x, i, self._keys(o["keys"], i), self._keys(o["slot"], i)[-o["window"] :], o["gate"])
 
-    def _keys(self, slot: int, i: int, first: int = 0) -> list[Any]:
-        """Keys in a slot from token ``first`` to token i: those of the tokens that its visit ran for."""
-        writer = self._writers[slot]
-        block, found = self.blocks[writer["index"]], []
+    def _keys(self, slot: int, i: int, first: int = 0, update: int | None = None) -> list[Any]:
+        """Keys in a slot from token ``first`` to token i: those of the tokens that its visit ran for.
+
+        Args:
+            update: a slot whose keys are taken where a token has some in it.
+        """
+        found = []
         for j in range(first, self._end(slot, i)):
-            if (x := self.value(keys_from(writer), j)) is not None:
-                if (slot, j) not in self._stored:
-                    self._stored[slot, j] = block.keys(x, j)
-                found.append(self._stored[slot, j])
+            known = None if update is None else self._key(update, j)
+            known = self._key(slot, j) if known is None else known
+            if known is not None:
+                found.append(known)
         return found
+
+    def _key(self, slot: int, j: int) -> Any:
+        """What token j has in a slot; None = its visit did not run for the token."""
+        writer = self._writers[slot]
+        if (slot, j) not in self._stored and (x := self.value(keys_from(writer), j)) is not None:
+            self._stored[slot, j] = self.blocks[writer["index"]].keys(x, j)
+        return self._stored.get((slot, j))
 
     def _end(self, slot: int, i: int) -> int:
         """One past the last token that token i sees."""

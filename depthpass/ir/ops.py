@@ -19,8 +19,14 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              time encoder at ``step``, else parameters of their own;
              with a route as second argument only its tokens ask (queries, MLP), while keys and values come from every
              token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
-             values come from instead of the first, at the same positions (Feedback Transformer)
-delay        the stream n tokens earlier in the same row; *absent* before the row's first real token
+             values come from instead of the first, at the same positions (Feedback Transformer). ``part attention``: the
+             stream plus what the attention branch adds, without the feed-forward network. ``update``: of routed tokens, whose
+             own keys stand in the place of theirs among those of ``keys``, for this visit's own eyes (MoR)
+point        (x, a), a the attention part of a block and x its input: the stream that its feed-forward branch reads, which is a,
+             or x where the two branches run beside each other
+ffn          (a, y) of a physical block: a plus what its feed-forward branch makes of y; of y = the point the rest of a visit
+delay        the stream n tokens earlier in the same row; *absent* before the row's first real token. ``group``: at the last token
+             of the group of so many tokens before, groups being counted from the row's first real token
 linear       a learned affine map; several arguments are concatenated along the width first. ``identity``: starts as
              its last argument
 weigh        times a learned vector of the stream's width
@@ -66,6 +72,8 @@ denoise      the program runs ``steps`` times (for every block, with ``ahead``):
              vocabulary in bits each, reach the next step, and ``carry`` values per token of a continuous state beside them
 output       the stream that goes to the head of the stock model
 ===========  ====================================================================================================
+
+Below the pass level a ``block`` is three ops, ``keys``, ``attend`` and ``finish``: see :mod:`.visit_parts`.
 """
 
 from __future__ import annotations
@@ -77,16 +85,22 @@ from depthpass.errors import SpecError
 from depthpass.ir.definitions import Attr, AttrDef, OpDef
 from depthpass.ir.local_ops import ACTIVATIONS, DISTANCES, LOCAL_OPS
 from depthpass.ir.structural_ops import LOSS_RULES, ROUTE_RULES, SCATTER_MODES, STRUCTURAL_OPS
+from depthpass.ir.visit_parts import PARTS
 
 if TYPE_CHECKING:
     from depthpass.ir.program import Op
 
 __all__ = [
-    "ACTIVATIONS", "DISTANCES", "LOSS_RULES", "OPS", "ROUTE_RULES", "SCATTER_MODES", "Attr", "AttrDef", "OpDef", "register",
-    "unfit",
+    "ACTIVATIONS", "DISTANCES", "LOSS_RULES", "OPS", "PARTS", "ROUTE_RULES", "SCATTER_MODES", "Attr", "AttrDef", "OpDef",
+    "definition", "register", "unfit",
 ]
 
 OPS: dict[str, OpDef] = {d.kind: d for d in (*STRUCTURAL_OPS, *LOCAL_OPS)}
+
+
+def definition(kind: str) -> OpDef:
+    """The definition of an op of programs, or of a part that a visit has in lowered ones."""
+    return PARTS[kind] if kind in PARTS else OPS[kind]
 
 
 def unfit(ops: Iterable[Op], place: str) -> str | None:
@@ -112,7 +126,7 @@ def register(definition: OpDef) -> OpDef:
         SpecError: the kind is taken or no name, the op has no meaning, or its parameters have no attribute that names them.
     """
     kind = definition.kind
-    if kind in OPS:
+    if kind in OPS or kind in PARTS:
         raise SpecError(f"op {kind!r}: expected a name that no op has, got that of one. Choose another.")
     if not kind.isidentifier():
         raise SpecError(f"op {kind!r}: expected a name of letters, digits and '_'.")

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 from depthpass.errors import PassError
-from depthpass.ir.ops import OPS, Attr
+from depthpass.ir.ops import OPS, Attr, definition
 from depthpass.limits import check_program
 from depthpass.prompt import at_prompt
 
@@ -37,7 +37,7 @@ class Op:
     @cached_property
     def _values(self) -> dict[str, Any]:
         """Every attribute the kind has, defaults included."""
-        return {k: d.default for k, d in OPS[self.kind].attrs.items()} | dict(self.attrs)
+        return {k: d.default for k, d in definition(self.kind).attrs.items()} | dict(self.attrs)
 
     def with_attrs(self, **attrs: Attr | None) -> Op:
         """Return a copy with some attributes set, or removed when None."""
@@ -46,7 +46,7 @@ class Op:
 
 
 def _ordered(kind: str, attrs: dict[str, Attr | None]) -> tuple[tuple[str, Attr], ...]:
-    known = OPS[kind].attrs
+    known = definition(kind).attrs
     for key in attrs:
         if key not in known:
             raise PassError(f"op {kind!r} has no attribute {key!r}; it has {', '.join(known) or 'none'}.")

@@ -69,6 +69,25 @@ def _block_parameters(o: Op, widths: Sequence[int], hidden: int) -> list[Param]:
     ]
 
 
+def _part_check(program: Program, o: Op) -> None:
+    if o["part"] == "whole":
+        return
+    for key, what in (("lora", "a LoRA"), ("modulate", "scales")):
+        if o[key]:
+            raise VerifyError(f"{where(o)}: expected {what} on a visit of a whole block, got one of its attention alone. "
+                              "Apply one of the two passes.")
+    if asks(o):
+        raise VerifyError(f"{where(o)}: expected a visit that every token asks, or routed tokens gathered before it, got a route "
+                          "beside part attention.")
+
+
+def _ffn_typed(program: Program, o: Op, args: Sequence[Type]) -> Type:
+    hidden_width(program, o, args)
+    expect(all((a.width, a.tokens, a.pads, a.absent) == (args[0].width, args[0].tokens, args[0].pads, 0) for a in args), o,
+           "two streams of the model's width over the same tokens, at all of them", "others")
+    return args[0]
+
+
 def asks(o: Op) -> bool:
     """Whether it is a visit that only the tokens of its second argument, a route, ask."""
     return o.kind == "block" and len(o.args) == 2 and not o["memory"]
@@ -81,14 +100,14 @@ def keys_from(visit: Op) -> str:
 
 def slot_written(visit: Op) -> int | None:
     """Slot a visit writes keys and values to, or None when it only reads another visit's keys."""
-    return None if visit["keys"] is not None and visit["gate"] is None else visit["slot"]
+    return visit["slot"] if visit["keys"] is None or visit["gate"] is not None or visit["update"] else None
 
 
 def slots_read(visit: Op) -> tuple[int, ...]:
     """Slots a visit attends to."""
     if visit["keys"] is None:
         return (visit["slot"],)
-    return (visit["keys"],) if visit["gate"] is None else (visit["keys"], visit["slot"])
+    return (visit["keys"],) if slot_written(visit) is None else (visit["keys"], visit["slot"])
 
 
 def _block_refuses(o: Op, place: str) -> str | None:
@@ -111,7 +130,19 @@ def _delay_typed(program: Program, o: Op, args: Sequence[Type]) -> Type:
     source = args[0]
     expect(not source.is_route, o, "a stream", "a route")
     expect(source.tokens is None, o, "a stream over all tokens", "routed tokens; scatter them back first")
-    return Type(source.width, None, source.absent + o["tokens"], source.pads)
+    return Type(source.width, None, _delay_begins(o, source.absent), source.pads)
+
+
+def _delay_check(program: Program, o: Op) -> None:
+    _some_token(program, o)
+    if o["group"] is not None and o["tokens"] != 1:
+        raise VerifyError(f"{where(o)}: expected 1 token beside a group, whose tokens read the last one of the group before, got "
+                          f"{o['tokens']}.")
+
+
+def _delay_begins(o: Op, first: int) -> int:
+    group = o["group"]
+    return first + o["tokens"] if group is None else group * (first // group + 1)
 
 
 # Routes.
@@ -268,13 +299,21 @@ STRUCTURAL_OPS = (
             untied=AttrDef(int, needs="lora", block=True),
             modulate=_SCOPE, clock=AttrDef(str, needs="modulate", scope=True), step=AttrDef(int, 0, low=0, needs="clock"),
             base=AttrDef(float, 1.0, needs="modulate"), memory=AttrDef(bool, False),
+            update=AttrDef(bool, False, needs="keys"),
+            part=AttrDef(str, "whole", choices=("whole", "attention")),
         ),
-        token_local=False, typed=_block_typed, slots_read=slots_read, slot_written=slot_written, depth=1,
-        parameters=_block_parameters, work=None, runs=EVERYWHERE, refuses=_block_refuses,
+        token_local=False, check=_part_check, typed=_block_typed, slots_read=slots_read, slot_written=slot_written,
+        depth=lambda o: (1, 1) if o["part"] == "whole" else (1, 0), parameters=_block_parameters, work=None, runs=EVERYWHERE,
+        refuses=_block_refuses,
+    ),
+    OpDef("point", "index", (2, 2), dict(index=_BLOCK), typed=_ffn_typed, work=None, runs=EVERYWHERE),
+    OpDef(
+        "ffn", "index", (2, 2), dict(index=_BLOCK), typed=_ffn_typed, depth=lambda o: (0, 1), work=None, runs=EVERYWHERE,
     ),
     OpDef(
-        "delay", "tokens", attrs=dict(tokens=_TOKENS), forward_refs=True, token_local=False, check=_some_token,
-        typed=_delay_typed, lag=lambda o: o["tokens"], work=None, runs=EVERYWHERE,
+        "delay", "tokens", attrs=dict(tokens=_TOKENS, group=AttrDef(int, low=2, bounded=True)), forward_refs=True,
+        token_local=False, check=_delay_check, typed=_delay_typed, lag=lambda o: o["group"] or o["tokens"], begins=_delay_begins,
+        work=None, runs=EVERYWHERE,
     ),
     OpDef(
         "add", None, (2, None), dict(lands=AttrDef(str, "output", choices=("output", "input"))),

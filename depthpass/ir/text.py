@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 
 from depthpass.errors import ParseError, did_you_mean
-from depthpass.ir.ops import OPS, Attr, AttrDef
+from depthpass.ir.ops import OPS, PARTS, Attr, AttrDef, definition
 from depthpass.ir.program import Op, Program, _ordered
 
 _HEADER = re.compile(r"program\s+(\S+)((?:\s+\w+=\d+)*)\s*$")
-_DEF = re.compile(r"%([\w.]+)\s*=\s*(.*)$")
-_TOKEN = re.compile(r"\s*(%[\w.]+|\(|\)|\[|\]|,|[^\s()\[\],]+)")
+_DEF = re.compile(r"%([\w.:]+)\s*=\s*(.*)$")
+_TOKEN = re.compile(r"\s*(%[\w.:]+|\(|\)|\[|\]|,|[^\s()\[\],]+)")
 NOTE_COLUMN = 48
 
 
@@ -28,7 +28,7 @@ def format_op(o: Op) -> str:
 
     Prints invalid ops as well: the verifier shows them.
     """
-    lead = OPS[o.kind].lead if o.kind in OPS else None
+    lead = definition(o.kind).lead if o.kind in OPS or o.kind in PARTS else None
     args = ", ".join(f"%{a}" for a in o.args)
     parts = [o.kind]
     parts += [format_attr(v) for k, v in o.attrs if k == lead]
@@ -75,8 +75,11 @@ def parse_program(text: str) -> Program:
     return program
 
 
-def parse_op(number: int, line: str) -> Op:
+def parse_op(number: int, line: str, parts: bool = False) -> Op:
     """One op of a program text.
+
+    Args:
+        parts: whether it may be a part of a visit, which stands in lowered programs alone.
 
     Raises:
         ParseError: with the line's number.
@@ -88,9 +91,9 @@ def parse_op(number: int, line: str) -> Op:
         name, body = match[1], match[2]
     tokens = _TOKEN.findall(body)
     kind = tokens[0] if tokens else ""
-    if kind not in OPS:
+    if kind not in OPS and not (parts and kind in PARTS):
         raise ParseError(f"line {number}: unknown op {kind!r}.{did_you_mean(kind, OPS)} Known: {', '.join(OPS)}.")
-    spec, rest, attrs, args = OPS[kind], tokens[1:], {}, []
+    spec, rest, attrs, args = definition(kind), tokens[1:], {}, []
     if bool(name) != spec.defines:
         raise ParseError(f"line {number}: {kind!r} {'needs a' if spec.defines else 'has no'} result.")
     if kind == "output":

@@ -75,7 +75,7 @@ def _absences(program: Program) -> dict[str, int]:
         for o in program.ops:
             if o.name:
                 definition = OPS[o.kind]
-                absent[o.name] = min(NEVER, definition.absent([absent[a] for a in o.args]) + definition.lag(o))
+                absent[o.name] = min(NEVER, definition.begins(o, definition.absent([absent[a] for a in o.args])))
         if absent == before:
             break
     return absent
@@ -207,6 +207,9 @@ def _check_attrs(program: Program, o: Op) -> None:
 
 
 def _check_keys(program: Program, o: Op, writers: dict[int, Op], types: dict[str, Type]) -> None:
+    if o["update"] and (o["gate"] is not None or o["memory"] or types[o.args[0]].tokens is None):
+        raise VerifyError(f"{where(o)}: expected 'update' on a visit of routed tokens without a gate and a memory: of all tokens "
+                          "nothing would be left of the slot that it reads.")
     if o["memory"] and o["keys"] is not None and o["gate"] is None:
         raise VerifyError(f"{where(o)}: a visit that reads slot {o['keys']} has no keys of its own to take from a second stream.")
     if asks(o) and o["keys"] is not None:

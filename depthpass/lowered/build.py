@@ -8,9 +8,10 @@ from typing import Any
 
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.definitions import CHUNK
-from depthpass.ir.ops import OPS, unfit
-from depthpass.ir.program import Op, Program, reads_slots, writes_slot
-from depthpass.lowered.program import Line, LoweredOp, LoweredProgram, LoweredRegion
+from depthpass.ir.ops import OPS, PARTS, unfit
+from depthpass.ir.program import Op, Program, writes_slot
+from depthpass.lowered.ops import UNKNOWN, BlockFacts, LoweredOp, expanded
+from depthpass.lowered.program import Line, LoweredProgram, LoweredRegion
 from depthpass.lowered.verify import verify_lowered
 from depthpass.schedule.regions import Region, Schedule
 from depthpass.schedule.stacking import Stack, Step
@@ -26,6 +27,9 @@ CALLS = {
 
 Choose = Callable[[Region], tuple[str, str | None]]
 """The level that runs a serial region, and why not a higher one."""
+
+Expand = Callable[..., tuple[LoweredOp, ...]]
+"""An op of the program, and the row of its call -> its lowered ops."""
 
 
 def call_kind(grad: bool, keep: bool, past: int, tokens: int) -> str:
@@ -46,7 +50,7 @@ def call_kind(grad: bool, keep: bool, past: int, tokens: int) -> str:
 
 def lower(
     schedule: Schedule, call: str = "train", level: str = "auto", choose: Choose | None = None, step: Step | None = None,
-    sides: Callable[[int], Sequence[int]] | None = None,
+    facts: Callable[[int], BlockFacts] | None = None,
 ) -> LoweredProgram:
     """The lowered program of a schedule.
 
@@ -56,7 +60,7 @@ def lower(
         level: the level that is asked for.
         choose: the level of each serial region; None = the one that the program alone allows.
         step: run the whole program as this step instead of region by region.
-        sides: side inputs of a block; None = not known.
+        facts: of a captured block; None = no capture is known.
 
     Raises:
         SpecError: no such kind of call.
@@ -69,12 +73,8 @@ def lower(
     def allowed(region: Region) -> tuple[str, str | None]:
         return level_of(program, region, call, level)
 
-    def lowered(o: Op, row: int | None = None) -> LoweredOp:
-        visit = o.kind == "block"
-        return LoweredOp(
-            o, reads_slots(o), writes_slot(o), o["past"] if visit else None, o.name if OPS[o.kind].forward_refs else None,
-            tuple(sides(o["index"])) if visit and sides else (), row,
-        )
+    def lowered(o: Op, row: int | None = None) -> tuple[LoweredOp, ...]:
+        return expanded(o, facts(o["index"]) if facts and o.kind == "block" else UNKNOWN, row)
 
     def together(region: Region) -> tuple[str, str | None]:
         return ("inductor" if level in ("inductor", "cudagraph") else "eager"), None
@@ -86,8 +86,9 @@ def lower(
             _region(region, lowered, (choose or allowed) if region.serial else together, read, handed)
             for region, read, handed in zip(schedule.regions, schedule.reads, schedule.results)
         )
-    found = LoweredProgram(program.model, call, level, program.blocks, program.width, _with_last(regions))
-    return verify_lowered(found)
+    return verify_lowered(
+        LoweredProgram(program.model, call, level, program.blocks, program.width, _with_last(regions))
+    )
 
 
 def level_of(program: Program, region: Region, call: str, level: str) -> tuple[str, str | None]:
@@ -118,24 +119,29 @@ def lines_of(ops: Sequence[Op]) -> tuple[Line, ...]:
 
 
 def _region(
-    region: Region, lowered: Callable[..., LoweredOp], choose: Choose, read: Sequence[str], handed: frozenset[str]
+    region: Region, lowered: Expand, choose: Choose, read: Sequence[str], handed: frozenset[str]
 ) -> LoweredRegion:
     here = {o.name for o in region.ops}
     inputs = tuple(a for a in read if a not in here)
     outputs = tuple(o.name for o in region.ops if o.name in handed)
     level, reason = choose(region)
     return LoweredRegion(
-        "chunks" if region.serial else "parallel", tuple(map(lowered, region.ops)), region.chunk, level, reason, inputs, outputs,
-        lines=lines_of(region.ops), source=region,
+        "chunks" if region.serial else "parallel", tuple(part for o in region.ops for part in lowered(o)), region.chunk, level,
+        reason, inputs, outputs, lines=lines_of(region.ops), source=region,
     )
 
 
-def _step_region(step: Step, lowered: Callable[..., LoweredOp], level: str) -> LoweredRegion:
+def _step_region(step: Step, lowered: Expand, level: str) -> LoweredRegion:
     ops: list[LoweredOp] = []
     for number, item in enumerate(step.items):
-        ops += [lowered(o, number) for o in item.visits] if isinstance(item, Stack) else [lowered(item)]
+        if isinstance(item, Stack):
+            parts = [part for o in item.visits for part in lowered(o, number)]
+            # All rows of one call write their keys before any of them reads.
+            ops += sorted(parts, key=lambda o: list(PARTS).index(o.kind) if o.kind in PARTS else 0)
+        else:
+            ops += lowered(item)
     level = level if level in ("inductor", "cudagraph") else "eager"
-    return LoweredRegion("step", tuple(ops), step.tokens, level, lines=lines_of([o.op for o in ops]))
+    return LoweredRegion("step", tuple(ops), step.tokens, level, lines=lines_of([o.op for o in ops if o.line is not None]))
 
 
 def _with_last(regions: Sequence[LoweredRegion]) -> tuple[LoweredRegion, ...]:

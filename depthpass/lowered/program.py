@@ -13,43 +13,12 @@ from functools import cached_property
 from typing import Literal
 
 from depthpass.ir.program import Op
+from depthpass.lowered.ops import LoweredOp, items_of
 from depthpass.prompt import at_prompt
 from depthpass.schedule.regions import Region
 from depthpass.schedule.stacking import Stack
 
 Kind = Literal["parallel", "chunks", "step"]
-
-
-@dataclass(frozen=True)
-class LoweredOp:
-    """One op of a region.
-
-    Attributes:
-        op: what it computes.
-        reads: slots it attends to.
-        writes: the slot it puts the keys and values of its tokens into.
-        past: the slot whose entries of earlier calls it starts from.
-        line: the delay line it reads.
-        sides: side inputs of its block; empty where no capture was given.
-        row: ops of one number are rows of one call; None = a call of its own.
-    """
-
-    op: Op
-    reads: tuple[int, ...] = ()
-    writes: int | None = None
-    past: int | None = None
-    line: str | None = None
-    sides: tuple[int, ...] = ()
-    row: int | None = None
-
-    @property
-    def name(self) -> str:
-        return self.op.name
-
-    @property
-    def kind(self) -> str:
-        """As the program's op; a ``block`` is a ``visit``: keys of its stream, attention, and the rest of the block."""
-        return "visit" if self.op.kind == "block" else self.op.kind
 
 
 @dataclass(frozen=True)
@@ -103,6 +72,11 @@ class LoweredRegion:
         return self.chunk
 
     @property
+    def groups(self) -> tuple[int, ...]:
+        """As of the schedule's region."""
+        return () if self.source is None else self.source.groups
+
+    @property
     def scheduled(self) -> Region:
         """The schedule's region: the key of what executors make once for it."""
         if self.source is None:
@@ -114,22 +88,23 @@ class LoweredRegion:
         return self.kind == "chunks"
 
     @cached_property
-    def visits(self) -> tuple[Op, ...]:
-        return tuple(o.op for o in self.ops if o.op.kind == "block")
+    def items(self) -> tuple[Op | Stack, ...]:
+        """What executors run one after another."""
+        return items_of(self.ops)
 
     @cached_property
-    def items(self) -> tuple[LoweredOp | Stack, ...]:
-        """The ops in order, those that are rows of one call as one stack."""
-        found: list[LoweredOp | Stack] = []
-        rows: dict[int, list[Op]] = {}
-        for o in self.ops:
-            if o.row is None:
-                found.append(o)
-            else:
-                rows.setdefault(o.row, []).append(o.op)
-                if len(rows[o.row]) == sum(p.row == o.row for p in self.ops):
-                    found.append(Stack(tuple(rows[o.row])))
-        return tuple(found)
+    def program_ops(self) -> tuple[Op, ...]:
+        """The ops as a program has them, in order; a visit is one ``block``."""
+        return tuple(o for item in self.items for o in (item.visits if isinstance(item, Stack) else (item,)))
+
+    @cached_property
+    def visits(self) -> tuple[Op, ...]:
+        return tuple(o for o in self.program_ops if o.kind == "block")
+
+    @cached_property
+    def calls(self) -> tuple[Op, ...]:
+        """Its visits, and the feed-forward networks that it runs by themselves."""
+        return tuple(o for o in self.program_ops if o.kind in ("block", "ffn"))
 
 
 @at_prompt

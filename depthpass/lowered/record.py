@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from depthpass.prompt import at_prompt
+
 if TYPE_CHECKING:
     from depthpass.lowered.program import LoweredProgram
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Lowered:
     """How one serial region was run in one call.
@@ -43,6 +46,7 @@ class Lowered:
         return text + (f" ({self.reason})" if self.reason else "")
 
 
+@at_prompt
 class LoweredCall(tuple[Lowered, ...]):
     """The serial regions of a call, in the order they ran; prints as the lowered programs that ran.
 

@@ -8,12 +8,14 @@ from dataclasses import replace
 from depthpass.errors import ParseError
 from depthpass.ir.program import Op
 from depthpass.ir.text import NOTE_COLUMN, format_op, parse_op
-from depthpass.lowered.program import Kind, Line, LoweredOp, LoweredProgram, LoweredRegion
+from depthpass.lowered.ops import LoweredOp
+from depthpass.lowered.program import Kind, Line, LoweredProgram, LoweredRegion
 
 _HEADER = re.compile(r"lowered\s+(\S+)\s+call=(\w+)\s+level=([\w-]+)\s+blocks=(\d+)\s+width=(\d+)$")
 _REGION = re.compile(r"region (\d+) (parallel|chunks of (\d+)|step of at most (\d+)) level ([\w-]+)(?: because (.*))?$")
 _LINE = re.compile(r"line %([\w.]+) \(%([\w.]+)\) tokens (\d+)$")
-_ACCESS = re.compile(r"\s{2}(row|reads|writes|past|line|sides) (.*?)(?=\s{2}(?:row|reads|writes|past|line|sides) |$)")
+_WORDS = "row|reads|writes|past|line|sides|uncut"
+_ACCESS = re.compile(rf"\s{{2}}({_WORDS}) (.*?)(?=\s{{2}}(?:{_WORDS}) |$)")
 
 
 def format_lowered(program: LoweredProgram) -> str:
@@ -36,15 +38,13 @@ def _values(names: tuple[str, ...]) -> str:
 
 
 def _format_op(o: LoweredOp) -> str:
-    text = format_op(o.op)
-    if o.op.kind == "block":
-        text = text.replace("= block ", "= visit ", 1)
     access = [
         ("row", "" if o.row is None else str(o.row)), ("reads", ", ".join(f"slot {s}" for s in o.reads)),
         ("past", "" if o.past is None else f"slot {o.past}"), ("line", f"%{o.line}" if o.line else ""),
         ("sides", ", ".join(map(str, o.sides))), ("writes", "" if o.writes is None else f"slot {o.writes}"),
+        ("uncut", o.uncut or ""),
     ]
-    text = "  " + text + "".join(f"  {word} {what}" for word, what in access if what)
+    text = f"  {format_op(o.op)}" + "".join(f"  {word} {what}" for word, what in access if what)
     return f"{text:<{NOTE_COLUMN}}  # {o.op.note}" if o.op.note else text
 
 
@@ -86,8 +86,7 @@ def _add(region: LoweredRegion, number: int, line: str) -> LoweredRegion:
 
 def _parse_op(number: int, body: str, note: str) -> LoweredOp:
     access = dict(_ACCESS.findall(body))
-    plain = _ACCESS.sub("", body).replace("= visit ", "= block ", 1)
-    op: Op = replace(parse_op(number, plain), note=note)
+    op: Op = replace(parse_op(number, _ACCESS.sub("", body), parts=True), note=note)
 
     def slots(word: str) -> tuple[int, ...]:
         return tuple(int(s.removeprefix("slot ")) for s in access[word].split(", ")) if word in access else ()
@@ -97,7 +96,7 @@ def _parse_op(number: int, body: str, note: str) -> LoweredOp:
             op, slots("reads"), next(iter(slots("writes")), None), next(iter(slots("past")), None),
             access["line"].removeprefix("%") if "line" in access else None,
             tuple(int(s) for s in access["sides"].split(", ")) if "sides" in access else (),
-            int(access["row"]) if "row" in access else None,
+            int(access["row"]) if "row" in access else None, access.get("uncut"),
         )
     except ValueError:
         raise ParseError(f"line {number}: expected accesses such as 'reads slot 1, slot 2', got {body!r}.") from None

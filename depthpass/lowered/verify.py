@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 from depthpass.errors import VerifyError
 from depthpass.ir.definitions import CHUNK, SWEEP
 from depthpass.ir.ops import OPS, unfit
-from depthpass.lowered.program import Line, LoweredOp, LoweredProgram, LoweredRegion
+from depthpass.lowered.ops import LoweredOp
+from depthpass.lowered.program import Line, LoweredProgram, LoweredRegion
+
+_VISITS = (("keys", "attend", "finish"), ("attend", "finish"), ("block",))
+"""What a visit may consist of."""
 
 _PLACES = {"scheduled": CHUNK, "inductor": CHUNK, "cudagraph": CHUNK, "sweeps": SWEEP}
 
@@ -53,8 +59,9 @@ class _Checker:
             raise VerifyError(f"{where}: expected a size of at least 1 for chunks and steps alone, got {region.chunk}.")
         for name in region.inputs:
             self._need(name in self.values, f"{where}: reads %{name} before an earlier region hands it out.")
+        self._visits(where, region)
         place = _PLACES.get(region.level) if region.serial else None
-        if place and (reason := unfit([o.op for o in region.ops], place)):
+        if place and (reason := unfit(region.program_ops, place)):
             raise VerifyError(f"{where}: expected ops that level {region.level!r} can run, got {reason}.")
         here = set(region.inputs)
         sources = {line.name: line for line in region.lines}
@@ -88,14 +95,45 @@ class _Checker:
             self.defined.add(o.name)
             here.add(o.name)
 
+    def _visits(self, where: str, region: LoweredRegion) -> None:
+        """The parts of a visit, or of the visits that are rows of one call, stand next to each other and belong together."""
+        rows: set[int] = set()
+        for row, group in groupby(region.ops, lambda o: o.visit if o.row is None else o.row):
+            visits: dict[str, list[LoweredOp]] = {}
+            for o in group:
+                visits.setdefault(o.visit or "", []).append(o)
+            if isinstance(row, int):
+                self._need(row not in rows, f"{where}: the visits of row {row} do not stand next to each other.")
+                rows.add(row)
+            for name, parts in visits.items():
+                if name:
+                    self._visit(f"{where}: visit %{name}", parts)
+
+    def _visit(self, at: str, parts: list[LoweredOp]) -> None:
+        kinds = tuple(o.kind for o in parts)
+        self._need(kinds in _VISITS, f"{at}: expected keys, attend and finish next to each other, or attend and finish, got "
+                                     f"{', '.join(kinds)}.")
+        if kinds == ("block",):
+            return
+        *keys, attend, finish = parts
+        stream, *route = attend.op.args
+        self._need(len({o.op["index"] for o in parts}) == 1, f"{at}: expected parts of one block.")
+        self._need(finish.op.args == (stream, attend.name, *route), f"{at}: expected finish of %{stream} and %{attend.name}.")
+        gated = attend.op["gate"] is not None or attend.op["update"]
+        self._need(len(attend.reads) == 1 + gated, f"{at}: expected {1 + gated} slots to attend to, got {len(attend.reads)}.")
+        own = {o.writes for o in keys}
+        self._need(None not in own and own <= {attend.reads[-1]}, f"{at}: expected keys into the last slot that it attends to.")
+
     def _slots(self, at: str, region: LoweredRegion, o: LoweredOp) -> None:
-        # The rows of one call write their keys before any of them reads.
-        together = {p.writes for p in region.ops if o.row is not None and p.row == o.row}
+        # Whole blocks that are rows of one call write their keys before any of them reads.
+        together = {p.writes for p in region.ops if o.kind == "block" and o.row is not None and p.row == o.row}
         if o.writes is not None:
             self._need(o.writes not in self.slots, f"{at}: slot {o.writes} is written twice per token.")
             self.slots[o.writes] = o
         for slot in o.reads:
             self._need(slot in self.slots or slot in together, f"{at}: reads slot {slot} before it is written.")
+            writer = self.slots.get(slot, o)
+            self._need(writer.op["index"] == o.op["index"], f"{at}: reads slot {slot}, which holds keys of another block.")
 
     @staticmethod
     def _need(ok: bool, message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
@@ -12,7 +12,10 @@ from depthpass.errors import SpecError
 from depthpass.ir.program import Program
 from depthpass.limits import INTEGER, shown
 from depthpass.passes.fields import check_field, integers
+from depthpass.passes.options import default_of, options, require, short
 from depthpass.prompt import in_notebooks
+
+__all__ = ["Context", "Numerics", "Pass", "default_of", "options", "require"]
 
 Numerics = Literal["exact", "reassociated", "changing"]
 """``exact``: same numbers; ``reassociated``: same up to rounding; ``changing``: another function."""
@@ -130,35 +133,14 @@ class Pass:
     @property
     def label(self) -> str:
         """Short text for provenance comments: the name, the ``shown`` options and those that differ from defaults."""
-        given = options(self)
-        given = {f.name: getattr(self, f.name) for f in fields(self) if f.name in given or f.name in self.shown}
-        given = ", ".join(f"{k}={_short(v)}" for k, v in given.items())
+        given = ", ".join(f"{k}={short(v)}" for k, v in self._told({*options(self), *self.shown}).items())
         return f"{self.name}({given if len(given) <= 50 else given[:50].rsplit(',', 1)[0] + ', ..'})"
-
 
     def describe(self) -> str:
         """The name and every option that was given or that says what the pass does, in full: ``loop(start=1, times=2)``."""
         names = {*options(self), *self.shown, self.loop_field}
-        told = {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
-        return f"{self.name}({', '.join(f'{k}={list(v) if isinstance(v, tuple) else v}' for k, v in told.items())})"
+        told = self._told(names).items()
+        return f"{self.name}({', '.join(f'{k}={list(v) if isinstance(v, tuple) else v}' for k, v in told)})"
 
-
-def options(p: Pass) -> dict[str, Any]:
-    """Options of a pass that have no default or differ from it, in field order."""
-    return {f.name: v for f in fields(p) if (v := getattr(p, f.name)) != default_of(f) or default_of(f) is MISSING}
-
-
-def default_of(f: Field[Any]) -> Any:
-    """Default of a dataclass field, or ``MISSING``."""
-    return f.default if f.default_factory is MISSING else f.default_factory()
-
-
-def require(ok: bool, where: str, expected: str, got: object, remedy: str = "") -> None:
-    """Raise the one shape of spec error unless ``ok``."""
-    if not ok:
-        raise SpecError(f"{where}: expected {expected}, got {shown(got)}.{' ' + remedy if remedy else ''}")
-
-
-def _short(value: object) -> str:
-    text = str(list(value)) if isinstance(value, tuple) else str(value)
-    return text if len(text) <= 30 else text[:27] + "..."
+    def _told(self, names: set[str | None]) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}

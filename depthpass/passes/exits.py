@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+from depthpass.errors import PassError
 from depthpass.ir.program import Op
+from depthpass.passes.base import Context
 from depthpass.passes.streams import Builder
+
+if TYPE_CHECKING:
+    from depthpass.passes.loop import Loop
 
 
 @dataclass
@@ -116,3 +122,15 @@ class Exits:
         for v in self.coda:
             y = build.visit(v, y)
         return build.emit("logits", build.norm(y), width=self.vocabulary)
+
+
+def exits_of(loop: Loop, build: Builder, ctx: Context, coda: tuple[Op, ...]) -> Exits | None:
+    """The routes of an exit that skips visits; None without one."""
+    if loop.exit is None or not loop.skip:
+        return None
+    told = ctx.facts.get("vocab_size")
+    vocabulary = told if isinstance(told, int) else None
+    if loop.criterion in ("kl", "entropy") and vocabulary is None:
+        raise PassError(f"loop.criterion: {loop.criterion!r} needs the size of the model's vocabulary, got {told!r} "
+                        f"for {ctx.model}. Use criterion='state' or 'cdf'.")
+    return Exits(build, loop.criterion, loop.exit, f"{loop.scope}.exit", vocabulary, coda, loop.out_norm)

@@ -6,35 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program
 from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.positions import check_positions, positions
 from depthpass.passes.streams import Builder, straight
 
 _NEUTRAL = {"sigmoid": 0.5, "tanh": 0.0, "symmetric": 0.0}
 """Weight of a token whose score is 0: the threshold that ``mode="threshold"`` uses."""
-
-
-def positions(who: str, blocks: str | Sequence[int], count: int) -> tuple[int, ...]:
-    """Positions of chosen blocks among ``count`` visits; ``every_other`` starts from the second.
-
-    Raises:
-        PassError: the program does not have them.
-    """
-    chosen = tuple(range(1, count, 2)) if isinstance(blocks, str) else tuple(blocks)
-    if not chosen or max(chosen) >= count:
-        got = f"{blocks!r} of {count} visits" if isinstance(blocks, str) else list(chosen)
-        raise PassError(f"{who}.blocks: expected positions in 0..{count - 1}, got {got}.")
-    return chosen
-
-
-def check_positions(who: str, blocks: str | Sequence[int]) -> None:
-    """Refuse an empty list of positions, negative ones and repeats."""
-    if isinstance(blocks, str):
-        return
-    require(blocks != (), f"{who}.blocks", "at least one position", [])
-    require(len(set(blocks)) == len(blocks), f"{who}.blocks", "positions that differ", list(blocks))
-    require(min(blocks) >= 0, f"{who}.blocks", "positions of at least 0", list(blocks))
 
 
 @dataclass(frozen=True)

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import yaml
-from yaml.composer import ComposerError
-
-from depthpass.errors import PassError, SpecError, did_you_mean
+from depthpass.errors import PassError
 from depthpass.ir.program import Program
-from depthpass.limits import TEXT, check_program, shown
 from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.layer_lists import flat_layers, joined_ranges, mergekit_layers
 from depthpass.passes.streams import Builder, check_scope, modulation, straight
-
-_MERGEKIT = ("slices", "merge_method", "dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template", "name")
-"""Fields of a mergekit config that say which blocks are visited, or nothing about depth at all."""
 
 
 @dataclass(frozen=True)
@@ -63,28 +56,7 @@ class LayerProgram(Pass):
             >>> LayerProgram.from_mergekit(text).layers
             (0, 1, 2, 1, 2, 3)
         """
-        data = _yaml(config) if isinstance(config, str) else config
-        if not isinstance(data, Mapping) or not isinstance(data.get("slices"), Sequence) or not data["slices"]:
-            raise SpecError("mergekit config: expected a mapping with a list 'slices', "
-                            f"got {', '.join(data) if isinstance(data, Mapping) else repr(data)}.")
-        _known(data, _MERGEKIT, "mergekit config")
-        if data.get("merge_method") != "passthrough":
-            raise SpecError(f"mergekit config: expected merge_method passthrough, got {data.get('merge_method')!r}. "
-                            "Other methods merge weights; run them in mergekit and transform the result.")
-        sources = []
-        for i, piece in enumerate(data["slices"]):
-            where = f"mergekit config: slices[{i}]"
-            listed = piece.get("sources") if isinstance(piece, Mapping) else None
-            if not isinstance(listed, Sequence) or len(listed) != 1 or not isinstance(listed[0], Mapping):
-                raise SpecError(f"{where}: expected 'sources' with exactly one source, got {piece!r}.")
-            _known(piece, ("sources",), where)
-            _known(listed[0], ("model", "layer_range"), f"{where}.sources[0]")
-            sources.append(listed[0])
-        models = {str(s.get("model")) for s in sources}
-        if len(models) > 1:
-            raise SpecError(f"mergekit config: expected slices of one model, got {', '.join(sorted(models))}. "
-                            "Blocks of several models need their weights merged first.")
-        return cls.from_layer_replication([s.get("layer_range") for s in sources])
+        return cls(mergekit_layers(config))
 
     @classmethod
     def from_layer_replication(cls, ranges: Sequence[Any]) -> LayerProgram:
@@ -94,14 +66,7 @@ class LayerProgram(Pass):
             >>> LayerProgram.from_layer_replication([[0, 4], [2, 5]]).layers
             (0, 1, 2, 3, 2, 3, 4)
         """
-        layers: list[int] = []
-        for i, pair in enumerate(ranges):
-            ok = isinstance(pair, list | tuple) and len(pair) == 2 and all(type(p) is int for p in pair)
-            if not ok or not 0 <= pair[0] < pair[1]:
-                raise SpecError(f"layer range {i}: expected [start, end) with 0 <= start < end, got {shown(pair)}.")
-            check_program(len(layers) + pair[1] - pair[0], 0, f"layer range {i}")
-            layers += range(*pair)
-        return cls(tuple(layers))
+        return cls(joined_ranges(ranges))
 
     @classmethod
     def from_flat_map(cls, text: str) -> LayerProgram:
@@ -111,19 +76,7 @@ class LayerProgram(Pass):
             >>> LayerProgram.from_flat_map("0:3, 1, 2:4").layers
             (0, 1, 2, 1, 2, 3)
         """
-        layers: list[int] = []
-        for word in re.split(r"[,\s]+", text.strip()):
-            match = re.fullmatch(r"(\d+)(?::(\d+))?", word)
-            if not match:
-                raise SpecError(f"layer map: expected numbers and start:end ranges, got {word!r} in {text!r}.")
-            if len(word) > 20:
-                raise SpecError(f"layer map: expected block numbers, got {shown(word)}.")
-            piece = range(int(match[1]), int(match[2]) if match[2] else int(match[1]) + 1)
-            check_program(len(layers) + len(piece), 0, "layer map")
-            if not piece:
-                raise SpecError(f"layer map: expected a range start:end with start < end, got {word!r}.")
-            layers += piece
-        return cls(tuple(layers))
+        return cls(flat_layers(text))
 
     def apply(self, program: Program, ctx: Context) -> Program:
         visits = straight(program, self.name)
@@ -166,19 +119,6 @@ class Skip(Pass):
         return LayerProgram(left).apply(program, ctx)
 
 
-def _yaml(text: str) -> Any:
-    if len(text) > TEXT:
-        raise SpecError(f"mergekit config: expected at most {TEXT} characters, got {len(text)}.")
-    try:
-        return yaml.safe_load(text)
-    except ComposerError as error:
-        raise SpecError("mergekit config: expected one document, got several (separated by ---), of which each makes a model of "
-                        "its own. Pass one of them.") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = "nested too deeply" if isinstance(error, RecursionError) else " ".join(str(error).split())
-        raise SpecError(f"mergekit config: expected one YAML document, got text that is none: {reason}.") from None
-
-
 def visit_list(who: str, program: Program, layers: Sequence[int], scaled: Collection[int], scope: str) -> Program:
     """The program with its visits in another order; those at the places ``scaled`` of the list get learned scales."""
     visits = straight(program, who)
@@ -196,10 +136,3 @@ def check_range(who: str, start: int, end: int, visits: int) -> None:
     if end > visits:
         raise PassError(f"{who}.end: expected a position in {start + 1}..{visits}, got {end}: the program has {visits} "
                         "visits. Ranges are half-open.")
-
-
-def _known(data: Mapping[str, Any], fields: Sequence[str], where: str) -> None:
-    for key in data:
-        if key not in fields:
-            raise SpecError(f"{where}: the field {key!r} is not supported.{did_you_mean(str(key), fields)} "
-                            f"Supported: {', '.join(fields)}.")

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from depthpass.ir.program import Op, Program
 from depthpass.passes.base import Context, Numerics, Pass, require
-from depthpass.passes.inner_thinking import check_positions, positions
+from depthpass.passes.positions import check_positions, positions
 from depthpass.passes.streams import Builder, straight
 from depthpass.passes.thresholds import check_thresholds, threshold_of
 

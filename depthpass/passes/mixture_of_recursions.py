@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program
-from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.base import Context, Numerics, Pass
 from depthpass.passes.layer_program import check_range
+from depthpass.passes.recursion_options import check_recursions
+from depthpass.passes.recursions import Recursions
 from depthpass.passes.sharing import Shared, Sharing, Start, shared_stack
 from depthpass.passes.streams import Builder, straight
-from depthpass.passes.thresholds import check_thresholds, threshold_of
-
-_EXPERT = {"mode": "topk", "capacity": None, "alpha": 0.1, "combine": "paper", "aux": 1e-3, "threshold": 0.5}
-_TOKEN = {"balance": 0.1, "balancing": "loss", "rate": 1e-3}
-_LOSS_Z = {"expert": 0.0, "token": 1e-5}
+from depthpass.passes.thresholds import check_thresholds
 
 
 @dataclass(frozen=True)
@@ -58,7 +56,8 @@ class MixtureOfRecursions(Pass):
         end: one past its last position; None with ``start`` given = all but the last visit.
         router: ``expert`` (a router per recursion chooses tokens) or ``token`` (a token chooses its depth at once).
         kv: every ``recursion`` has its own slots, which hold its active tokens only; ``shared``: all read the keys of
-            the first one, which then runs for every token.
+            the first one, which then runs for every token; ``updated``: so, but with an active token's own keys in the place
+            of its first ones (``update_cache`` of the public code).
         mode: expert choice by ``topk`` or ``threshold``.
         capacity: share of a row's tokens for each recursion, not growing; None = (R - r + 1) / R. Only ``topk``.
         threshold: what sigmoid(s) has to reach in mode ``threshold``; a list has one for every router in program order
@@ -90,7 +89,7 @@ class MixtureOfRecursions(Pass):
     start: int | None = None
     end: int | None = None
     router: Literal["expert", "token"] = "expert"
-    kv: Literal["recursion", "shared"] = "recursion"
+    kv: Literal["recursion", "shared", "updated"] = "recursion"
     mode: Literal["topk", "threshold"] = "topk"
     capacity: Sequence[float] | None = None
     threshold: float | Sequence[float] = 0.5
@@ -104,48 +103,13 @@ class MixtureOfRecursions(Pass):
     taps: bool = False
     scope: str = "mor"
 
-    def validate(self) -> None:
-        n = self.name
-        require(self.start is None or self.start >= 0, f"{n}.start", "a position of at least 0", self.start)
-        first = 1 if self.start is None else self.start
-        require(self.end is None or self.end > first, f"{n}.end", f"a position above start={first}", self.end,
-                "Ranges are half-open.")
-        require(self.init == "stepwise" or not self.keeps_layers, f"{n}.init", "no start and end beside it", self.init,
-                "With them the model keeps its own layers and nothing is shared anew.")
-        require(self.recursions >= 1, f"{n}.recursions", "at least 1", self.recursions)
-        other, of = (_EXPERT, "expert") if self.router == "token" else (_TOKEN, "token")
-        for field, default in other.items():
-            require(getattr(self, field) == default, f"{n}.{field}", f"router={of!r} beside it", getattr(self, field))
-        require(self.alpha != 0, f"{n}.alpha", "a factor other than 0", self.alpha)
-        require(self.alpha == 0.1 or self.combine == "paper", f"{n}.alpha", "combine='paper' beside it", self.combine)
-        several = not isinstance(self.threshold, float | int)
-        for value in (self.threshold,) if isinstance(self.threshold, float | int) else self.threshold:
-            require(0 <= value <= 1 if several else 0 < value < 1, f"{n}.threshold", "a number between 0 and 1", value)
-        require(self.threshold == 0.5 or self.mode == "threshold", f"{n}.threshold", "mode='threshold' beside it",
-                self.mode)
-        for field in ("aux", "balance", "rate", "z"):
-            require((getattr(self, field) or 0) >= 0, f"{n}.{field}", "a number of at least 0", getattr(self, field))
-        require(self.scope.isidentifier(), f"{n}.scope", "a plain name of letters, digits and _", self.scope)
-        self._check_capacity()
-
-    def _check_capacity(self) -> None:
-        n, caps = self.name, self.capacity
-        if caps is None:
-            return
-        require(self.mode == "topk", f"{n}.capacity", "mode='topk' beside it", self.mode)
-        require(len(caps) == self.recursions, f"{n}.capacity", f"{self.recursions} shares", list(caps))
-        require(all(0 < c <= 1 for c in caps), f"{n}.capacity", "shares in (0, 1]", list(caps))
-        require(list(caps) == sorted(caps, reverse=True), f"{n}.capacity", "shares that do not grow", list(caps),
-                "A token that left does not come back.")
-        require(caps[0] == 1 or self.kv == "recursion", f"{n}.capacity", "a first share of 1 with kv='shared'", list(caps),
-                "Later recursions read the keys of the first one at every token, so it runs for every token.")
-        require(caps[0] == 1 or self.combine == "paper", f"{n}.capacity", "a first share of 1 with combine='delta'",
-                list(caps))
-
     @property
     def keeps_layers(self) -> bool:
         """Whether the model keeps all its own layers."""
         return self.start is not None or self.end is not None
+
+    def validate(self) -> None:
+        check_recursions(self)
 
     def apply(self, program: Program, ctx: Context) -> Program:
         visits = straight(program, self.name)
@@ -158,7 +122,7 @@ class MixtureOfRecursions(Pass):
             x = build.visit(v, x)
         for j, stack in enumerate(plan.stacks):
             prefix = f"{self.scope}.s{j}" if self.sharing.endswith("sequence") else self.scope
-            x = _Recursions(self, build, stack, prefix).run(x)
+            x = Recursions(self, build, stack, prefix).run(x)
         for v in plan.after:
             x = build.visit(v, x)
         check_thresholds(self.name, build, self.threshold if self.mode == "threshold" else 0.5)
@@ -174,102 +138,3 @@ class MixtureOfRecursions(Pass):
         stack = visits[start:end]
         stacks = tuple((v,) for v in stack) if self.sharing.endswith("sequence") else (stack,)
         return Shared(visits[:start], stacks, visits[end:])
-
-
-class _Recursions:
-    """Emits the recursions of one stack.
-
-    Args:
-        prefix: of its parameter and tap names.
-    """
-
-    def __init__(self, spec: MixtureOfRecursions, build: Builder, stack: tuple[Op, ...], prefix: str) -> None:
-        self.spec, self.build, self.stack, self.prefix = spec, build, stack, prefix
-        self.slots: list[int] = []
-        self.z = _LOSS_Z[spec.router] if spec.z is None else spec.z
-
-    def run(self, x: str) -> str:
-        return self.by_token(x) if self.spec.router == "token" else self.by_expert(x)
-
-    def visits(self, x: str, r: int) -> str:
-        """The stack once, as recursion r."""
-        first = r == 1
-        for p, v in enumerate(self.stack):
-            keys: dict[str, Any] = {} if first or self.spec.kv == "recursion" else {"keys": self.slots[p]}
-            x = self.build.visit(v, x, **keys)
-            if first:
-                self.slots.append(self.build.slot_of(x))
-        return x
-
-    def tap(self, name: str, value: str) -> None:
-        if self.spec.taps:
-            self.build.tap(f"{self.prefix}.{name}", value, head=False)
-
-    def by_expert(self, x: str) -> str:
-        spec, build = self.spec, self.build
-        active = ""
-        for r in range(1, spec.recursions + 1):
-            if r == 1 and spec.combine == "delta":
-                x = self.visits(x, 1)
-                continue
-            score = build.emit("linear", x, parameter=f"{self.prefix}.r{r}.router", out=1, bias=False)
-            self.tap(f"r{r}", score)
-            chance = build.emit("act", score, fn="sigmoid")
-            active = self.expert_route(chance, active, r)
-            judged = (score, active) if active else (score,)
-            build.loss("z", f"{spec.scope}.z", self.z, *judged)
-            if spec.mode == "topk":
-                build.loss("bce", f"{spec.scope}.aux", spec.aux, *judged)
-            if not active:
-                x = build.emit("add", x, build.emit("mul", self.visits(x, r), self.weight(chance, r)))
-                continue
-            self.tap(f"r{r}.taken", active)
-            h = build.emit("gather", x, active)
-            y = self.visits(h, r)
-            if spec.combine == "delta":
-                y = build.emit("add", y, build.emit("scale", h, by=-1.0))
-            w = self.weight(build.emit("gather", chance, active), r)
-            x = build.emit("scatter", x, build.emit("mul", y, w), active)
-        return x
-
-    def expert_route(self, chance: str, active: str, r: int) -> str:
-        """Route of the tokens that take recursion r, nested in those of the one before; empty when all tokens do."""
-        spec, nest, label = self.spec, (active,) if active else (), f"{self.spec.scope}.r{r}"
-        if spec.mode == "threshold":
-            # Later recursions read the keys of the first one at every token, so it must run for every token.
-            everyone = r == 1 and spec.kv == "shared"
-            return "" if everyone else self.build.emit(
-                "route", chance, *nest, rule="threshold", threshold=threshold_of(self.build, spec.threshold), label=label
-            )
-        capacity = spec.capacity[r - 1] if spec.capacity else (spec.recursions - r + 1) / spec.recursions
-        everyone = r == 1 and capacity == 1
-        return "" if everyone else self.build.emit("route", chance, *nest, rule="topk", capacity=capacity, label=label)
-
-    def weight(self, chance: str, r: int) -> str:
-        if self.spec.combine == "delta":
-            return self.build.emit("weigh", chance, parameter=f"{self.prefix}.r{r}.strength", init=0.0)
-        return chance if self.spec.alpha == 1 else self.build.emit("scale", chance, by=self.spec.alpha)
-
-    def by_token(self, x: str) -> str:
-        spec, build = self.spec, self.build
-        score = build.emit("linear", x, parameter=f"{self.prefix}.router", out=spec.recursions, bias=False)
-        build.loss("z", f"{spec.scope}.z", self.z, score)
-        p = build.emit("act", score, fn="softmax")
-        self.tap("p", p)
-        free = spec.balancing == "loss_free"
-        if not free:
-            build.loss("balance", f"{spec.scope}.balance", spec.balance, p)
-        # State and weight of every token at the depth it has reached so far.
-        state, weight, active = self.visits(x, 1), build.emit("pick", p, index=0), ""
-        for r in range(2, spec.recursions + 1):
-            bias: dict[str, Any] = {}
-            if free:
-                bias = {"bias": f"{self.prefix}.balance"} | ({"rate": spec.rate} if r == 2 and spec.rate else {})
-            active = build.emit("route", p, *((active,) if active else ()), rule="choice", depth=r,
-                                label=f"{spec.scope}.r{r}", **bias)
-            self.tap(f"r{r}.taken", active)
-            y = self.visits(build.emit("gather", state, active), r)
-            state = build.emit("scatter", state, y, active, mode="replace")
-            here = build.emit("gather", build.emit("pick", p, index=r - 1), active)
-            weight = build.emit("scatter", weight, here, active, mode="replace")
-        return build.emit("add", x, build.emit("mul", state, weight))

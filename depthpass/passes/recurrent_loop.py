@@ -21,9 +21,7 @@ class RecurrentLoop(Pass):
     (the exact form); with B > 1 all tokens of a group of B, counted from the row's first real token, read the last token of the
     group before. Tokens without a source are fed nothing. ``encoder=0`` feeds the bottom of the stack (fully looped).
 
-    In program text the source is a value that is held: z_i = p_i s_(i-1) + (1 - p_i) z_(i-1), p_i = 1 at the first token of a
-    group, else 0, itself made of delays. The token loop therefore takes tokens one by one whatever B is, and reports count the
-    paths of that text, E + n D; only E + ceil(n / B) D visits can carry anything.
+    A group is one chunk of the token loop, and a row is E + ceil(n / B) D deep.
 
     rewrite:
         recurrent_loop(encoder=1)
@@ -70,15 +68,12 @@ class RecurrentLoop(Pass):
         build, x = Builder(program), visits[0].args[0]
         for v in visits[: self.encoder]:
             x = build.visit(v, x)
-        # Delays read what is made after them: they are bound when it has a name.
-        later: dict[str, str] = {}
-        last = build.emit("delay", x, tokens=1)
-        source = last if self.interval == 1 else self._held(build, last, later)
+        source = build.emit("delay", x, tokens=1, **({} if self.interval == 1 else {"group": self.interval}))
         x = build.emit("add", x, build.emit("scale", self._fed(build, x, source), by=self.alpha))
         for v in visits[self.encoder :]:
             x = build.visit(v, x)
-        later[last] = x
-        return build.splice(visits, x).map_ops(lambda o: replace(o, args=(later[o.name],)) if o.name in later else o)
+        # The delay reads what is made after it.
+        return build.splice(visits, x).map_ops(lambda o: replace(o, args=(x,)) if o.name == source else o)
 
     def _fed(self, build: Builder, x: str, source: str) -> str:
         width = build.program.width
@@ -90,15 +85,3 @@ class RecurrentLoop(Pass):
             score = build.emit("linear", x, source, parameter=f"{self.scope}.gate", out=width, init=0.0)
             return build.emit("mul", build.emit("act", score, fn="sigmoid"), y)
         return y
-
-    def _held(self, build: Builder, last: str, later: dict[str, str]) -> str:
-        """The state of the last token of the group before; zero in the first group."""
-        one = build.emit("scale", build.emit("act", build.emit("zeros", width=1, pads=build.pads), fn="sigmoid"), by=2.0)
-        first = build.emit("add", one, build.emit("scale", build.emit("delay", one, tokens=1), by=-1.0))
-        ring = build.emit("delay", one, tokens=self.interval)
-        starts = build.emit("add", first, ring)
-        goes_on = build.emit("add", one, build.emit("scale", starts, by=-1.0))
-        before = build.emit("delay", last, tokens=1)
-        held = build.emit("add", build.emit("mul", last, starts), build.emit("mul", before, goes_on))
-        later |= {ring: starts, before: held}
-        return held

@@ -29,6 +29,8 @@ BUILTIN: dict[str, str] = {
     "relaxed_recursion": "depthpass.passes.relaxed_recursion:RelaxedRecursion",
     "repeat": "depthpass.passes.recurrence:Repeat",
     "skip": "depthpass.passes.layer_program:Skip",
+    "same_layer_state": "depthpass.passes.same_layer_state:SameLayerState",
+    "sum_norms": "depthpass.passes.sum_norms:SumNorms",
     "t2mlr": "depthpass.passes.t2mlr:T2MLR",
     "taps": "depthpass.passes.taps:Taps",
     "turboconn": "depthpass.passes.turboconn:TurboConn",

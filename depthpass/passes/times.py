@@ -3,35 +3,19 @@
 from __future__ import annotations
 
 import ast
-import math
-import operator
 from collections.abc import Callable
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from depthpass.errors import SpecError, did_you_mean
+from depthpass.errors import SpecError
 from depthpass.limits import FORMULA, INTEGER, shown
+from depthpass.passes.times_size import OPERATORS, check_size
 
 if TYPE_CHECKING:
     import sympy
 
 SHOWN = 1024
 """Tokens at which a program with a count that depends on n is printed when nobody says for how many."""
-
-LARGEST = 1e18
-"""Bound of every number in a count's expression."""
-
-_CALLS: dict[str, Callable[..., float]] = {
-    "ceil": math.ceil, "floor": math.floor, "round": round, "log2": math.log2, "log": math.log, "sqrt": math.sqrt,
-    "min": min, "max": max,
-}
-_OPERATORS: dict[type, Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv, ast.Pow: operator.pow,
-    ast.FloorDiv: operator.floordiv,
-}
-
 
 def count_at(text: str, n: int) -> int:
     """A count such as ``ceil(2 * log2(n) ** 1.5)`` for a row of n real tokens; never below 1.
@@ -48,7 +32,7 @@ def count_at(text: str, n: int) -> int:
 @lru_cache(maxsize=1 << 14)
 def _count(text: str, n: int) -> int:
     try:
-        _size(_tree(text), text, n)
+        check_size(_tree(text), text, n)
         found = _exact(_tree(text), n)
     except (ArithmeticError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, SpecError):
@@ -108,7 +92,7 @@ def _exact(node: ast.expr, n: int | sympy.Expr) -> sympy.Expr:
             case ast.BinOp(left=left, op=ast.FloorDiv(), right=right):
                 return sympy.floor(build(left) / build(right))
             case ast.BinOp(left=left, op=op, right=right):
-                return _OPERATORS[type(op)](build(left), build(right))
+                return OPERATORS[type(op)](build(left), build(right))
             case ast.Call(func=ast.Name(id=name), args=args):
                 return known[name](*map(build, args))
         return sympy.sympify(n)
@@ -122,50 +106,3 @@ def _rounded(x: sympy.Expr) -> sympy.Expr:
 
     quarter = (2 * x - 1) / 4
     return sympy.floor(x + sympy.Rational(1, 2)) + sympy.ceiling(quarter) - sympy.floor(quarter) - 1
-
-
-def _size(node: ast.expr, text: str, n: int) -> float:
-    """About the value of an expression at n: refuses what is not understood, and numbers too large to compute with.
-
-    Exact arithmetic takes as long as its numbers have digits, so this walks ahead in floating point.
-    """
-    match node:
-        case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            found = float(number)
-        case ast.Name(id="n"):
-            found = float(n)
-        case ast.UnaryOp(op=ast.USub(), operand=inner):
-            found = -_size(inner, text, n)
-        case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
-            found = _about(op, _size(left, text, n), _size(right, text, n), text, n)
-        case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
-            found = _CALLS[name](*(_size(a, text, n) for a in args))
-        case _:
-            name = node.func if isinstance(node, ast.Call) else node
-            near = did_you_mean(name.id, (*_CALLS, "n")) if isinstance(name, ast.Name) else ""
-            raise SpecError(f"loop.times: {ast.unparse(node)!r} in {text!r} is not understood.{near} Known: n, numbers, + - * "
-                            f"/ // **, {', '.join(_CALLS)}.")
-    if isinstance(found, complex) or not abs(found) < LARGEST:
-        raise SpecError(f"loop.times: expected numbers below {LARGEST:g}, got {found:g} from {ast.unparse(node)!r} at n = {n}.")
-    return float(found)
-
-
-def _about(op: ast.operator, left: float, right: float, text: str, n: int) -> float:
-    if isinstance(op, ast.Pow) and abs(right) > 64:
-        raise SpecError(f"loop.times: expected exponents of at most 64, got {right:g} in {text!r} at n = {n}.")
-    if isinstance(op, ast.Pow) and left and abs(right) * abs(math.log2(abs(left))) > math.log2(LARGEST):
-        raise SpecError(f"loop.times: expected numbers below {LARGEST:g}, got {left:g} ** {right:g} in {text!r} at n = {n}.")
-    return _OPERATORS[type(op)](left, right)
-
-
-def draw(mean: float, sigma: float, low: int, high: int, generator: torch.Generator | None = None) -> int:
-    """Draw a loop count: r ~ Poisson(LogNormal(ln mean - sigma^2 / 2, sigma)) + 1, clipped to low..high (Huginn).
-
-    Args:
-        mean: of the log-normal rate, so r is ``mean`` + 1 on average before it is clipped.
-        generator: on the CPU; None = torch's default one.
-    """
-    normal = torch.randn((), dtype=torch.float64, generator=generator)
-    # Far above the range it is cut off anyway, and a Poisson of an infinite rate is no number.
-    rate = torch.exp(math.log(mean) - sigma**2 / 2 + sigma * normal).clamp_max(1e9)
-    return min(max(int(torch.poisson(rate, generator=generator)) + 1, low), high)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from depthpass.analysis.cost import ModelCost
     from depthpass.analysis.roofline import Ceilings
     from depthpass.hf.facts import ModelFacts
+    from depthpass.report.kept import Kept
     from depthpass.report.lengths import Lengths
     from depthpass.schedule.fixed_point import FixedPoint
     from depthpass.spec import SpecLike
@@ -40,6 +41,9 @@ class Subject:
         added: elements of that model's new parameters.
         fixed_point: how that model sweeps its serial regions; None = token loop.
         ratios: those that are set on it.
+        origin: what the model is built from where it is not given.
+        key: name under which its counts are kept between processes; None = not kept.
+        kept: what was kept of it.
     """
 
     stock: nn.Module | None
@@ -47,6 +51,9 @@ class Subject:
     added: int | None = None
     fixed_point: FixedPoint | None = None
     ratios: Mapping[str, float] = field(default_factory=dict)
+    origin: Any = None
+    key: str | None = None
+    kept: Kept | None = None
 
     @classmethod
     def of(cls, source: Any) -> Subject:
@@ -66,28 +73,67 @@ class Subject:
         own = source.depth_program, source.depth_spec, source.depth_schedule.chunk
         return cls(stock_model(restore(source)), own, added, source._depth.fixed_point, dict(source._depth.ratios))
 
+    @classmethod
+    def of_config(cls, source: str, keep: bool = True) -> Subject:
+        """The same for the path of a config or a hub id, keeping what is counted between processes; see :mod:`.kept`."""
+        from depthpass.hf.facts import config_fields
+        from depthpass.report import kept
+
+        if not keep or not kept.usable():
+            return cls.of(source)
+        fields = config_fields(source)
+        key = kept.key_of(fields) if isinstance(fields, Mapping) else None
+        if key is None:
+            return cls.of(source)
+        return cls(None, origin=source, key=key, kept=kept.read(key))
+
+    @property
+    def nothing(self) -> bool:
+        """Whether there is a program alone."""
+        return self.stock is None and self.origin is None
+
+    @cached_property
+    def model(self) -> nn.Module | None:
+        """The stock model, built when it is first needed; None for programs without one."""
+        if self.stock is not None or self.origin is None:
+            return self.stock
+        from depthpass.hf.facts import stock_model
+
+        return stock_model(self.origin)
+
     @cached_property
     def facts(self) -> ModelFacts | None:
         """Facts of the stock model."""
+        if self.kept is not None:
+            return self.kept.facts
         from depthpass.hf.facts import model_facts
 
-        return None if self.stock is None else model_facts(self.stock)
+        return None if self.model is None else model_facts(self.model)
 
     @cached_property
     def cost(self) -> ModelCost | None:
         """Cost of the stock model's parts; captures it on the meta device."""
+        if self.kept is not None and self.kept.cost is not None:
+            return self.kept.cost
         from depthpass.analysis.cost import model_cost
 
-        return None if self.stock is None else model_cost(self.stock)
+        found = None if self.model is None else model_cost(self.model)
+        if self.key is not None and self.facts is not None:
+            from depthpass.report import kept
+
+            kept.write(self.key, kept.Kept(self.facts, self.context, found))
+        return found
 
     @cached_property
     def context(self) -> Context:
         """What passes may know of the stock model."""
+        if self.kept is not None:
+            return self.kept.context
         from depthpass.hf.context import context_of
 
-        if self.stock is None:
+        if self.model is None:
             raise SpecError("report: expected a model or a config, got a program alone.")
-        return context_of(self.stock)
+        return context_of(self.model)
 
     def program(self, spec: SpecLike | None, given: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
         """The program to report on, and its passes as plain data."""
@@ -100,7 +146,7 @@ class Subject:
             return self.own[0], self.own[1]
         if given is not None:
             return verify(parse_program(given) if isinstance(given, str) else given), None
-        if self.stock is None:
+        if self.nothing:
             raise SpecError("report: expected a model, a config or a program, got none of them.")
         if spec is None:
             return plain(self.context.model, self.context.blocks, self.context.width), None
@@ -125,7 +171,7 @@ class Subject:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name}: expected an integer of at least 1, got {value!r}.")
         made, plan = self.program(spec, program)
-        varying = None if plan is None or self.stock is None else self._lengths(plan)
+        varying = None if plan is None or self.nothing else self._lengths(plan)
         if varying is not None:
             made = varying.at(seq_len)
         chunk = chunk if chunk is not None or self.own is None else self.own[2]
@@ -144,12 +190,15 @@ class Subject:
 
     def _added(self, program: Program, plan: dict[str, Any] | None) -> int | None:
         """Elements of the new parameters: counted on a transformed model, else sized from the stock one; None = neither."""
-        if self.added is not None or self.stock is None:
+        if self.added is not None or self.nothing:
             return self.added
         from depthpass.hf.parameters import sizes
 
+        largest = self._largest(program, plan)
+        # Sizes of gates and of updates of stock matrices are the model's to tell.
+        asks = self.kept is None or any(o["gate"] or o["lora"] for o in largest.visits)
         try:
-            return sum(sizes(self._largest(program, plan), self.stock).values())
+            return sum(sizes(largest, self.model if asks else None).values())
         except UnsupportedModelError:
             # A model that has no such sizes is told so by transform; here they are left out, and the report says so.
             return None

@@ -85,7 +85,7 @@ def _wrapped(text: str) -> list[str]:
 
 def summary_rows(report: Report) -> list[tuple[Number, str, str, str]]:
     """The summary: what is counted, the stock model's number, this program's, and their ratio."""
-    from depthpass.report.sections import summary
+    from depthpass.report.summary import summary
 
     found = []
     for x in summary(report):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.prompt import in_notebooks
 
 SCHEDULES = ("sequential", "fixed_point")
+STARTS = ("zero", "plain")
 
 
 @in_notebooks
@@ -32,6 +33,10 @@ class FixedPoint:
             taken as it is: another model than the sequential one, cut off after ``max_sweeps - 1`` hops.
         ridge: rows from which a matrix product is bound by arithmetic and no longer by reading its weights; decides whether
             sweeps pay. None = 22 on a CPU, 184 elsewhere (see ``depthpass calibrate``).
+        start: what the first sweep reads behind its first chunk: ``zero`` streams through every delay, or nothing at all, as
+            the ``plain`` model without delays does (T2MLR, arXiv 2607.15178). The same where only bridges read delays.
+        backward: gradients flow through the last so many sweeps, unrolled; what enters them is a constant. None = those of
+            the fixed point. Needs ``exact=False``. Memory is that of so many plain forward passes.
 
     Raises:
         SpecError: a field is out of range, or fields contradict each other.
@@ -42,11 +47,13 @@ class FixedPoint:
     window: int | None = None
     exact: bool = True
     ridge: float | None = None
+    start: Literal["zero", "plain"] = "zero"
+    backward: int | None = None
 
     def __post_init__(self) -> None:
         _number("tol", self.tol, 0)
         _number("ridge", self.ridge, 1)
-        for name in ("max_sweeps", "window"):
+        for name in ("max_sweeps", "window", "backward"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise SpecError(f"{name}: expected an integer of at least 1, or None, got {value!r}.")
@@ -58,6 +65,17 @@ class FixedPoint:
         if not self.exact and self.window is not None:
             raise SpecError(f"exact=False: expected no window, got window={self.window}. A model that is cut off after "
                             "max_sweeps sweeps is defined over the whole row; leave window out.")
+        if self.start not in STARTS:
+            raise SpecError(f"start: expected 'zero' or 'plain', got {self.start!r}.{did_you_mean(str(self.start), STARTS)}")
+        if self.start == "plain" and self.window is not None:
+            raise SpecError(f"start='plain': expected no window, got window={self.window}. A plain pass runs over the whole row.")
+        if self.backward is None:
+            return
+        if self.exact:
+            raise SpecError(f"backward={self.backward}: expected exact=False and max_sweeps beside it, got exact=True. How many "
+                            "sweeps an exact solution takes depends on the data; leave backward out for its own gradient.")
+        if self.backward > (self.max_sweeps or 0):
+            raise SpecError(f"backward: expected at most the {self.max_sweeps} sweeps of max_sweeps, got {self.backward}.")
 
     @property
     def approximate(self) -> str | None:

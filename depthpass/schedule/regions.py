@@ -15,6 +15,7 @@ import networkx as nx
 
 from depthpass.analysis.dependence import back_delays, cycles, dependences, slot_order
 from depthpass.errors import PassError, SpecError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import infer
 from depthpass.prompt import at_prompt
@@ -54,6 +55,16 @@ class Region:
     def visits(self) -> tuple[Op, ...]:
         return tuple(o for o in self.ops if o.kind == "block")
 
+    @cached_property
+    def groups(self) -> tuple[int, ...]:
+        """Sizes of the groups that its delays read the last token of: its chunks end where a group of some row does."""
+        return tuple(sorted({o["group"] for o in self.ops if o.kind == "delay" and o["group"] is not None}))
+
+    @property
+    def calls(self) -> tuple[Op, ...]:
+        """Its visits, and the feed-forward networks that it runs by themselves."""
+        return tuple(o for o in self.ops if o.kind in ("block", "ffn"))
+
 
 @at_prompt
 @dataclass(frozen=True)
@@ -76,7 +87,7 @@ class Schedule:
     @property
     def serial_visits(self) -> int:
         """Visits that run in a token loop."""
-        return sum(len(r.visits) for r in self.serial_regions)
+        return sum(OPS[o.kind].depth(o)[1] for r in self.serial_regions for o in r.ops)
 
     @property
     def chunk(self) -> int | None:
@@ -121,7 +132,7 @@ class Schedule:
     def steps(self, tokens: int) -> int:
         """Serial block calls for a sequence: wall-clock depth in visits, all chunks counted."""
         latents = self.program.latents
-        return sum(len(r.visits) * (latents + (1 if r.chunk is None else -(-tokens // r.chunk))) for r in self.regions)
+        return sum(len(r.calls) * (latents + (1 if r.chunk is None else -(-tokens // r.chunk))) for r in self.regions)
 
 
 def schedule(program: Program, chunk: int | None = None, stack: bool = True) -> Schedule:

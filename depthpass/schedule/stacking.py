@@ -83,7 +83,7 @@ class Step:
     @property
     def calls(self) -> int:
         """Block calls of the step, one after another."""
-        return sum(isinstance(item, Stack) or item.kind == "block" for item in self.items)
+        return sum(isinstance(item, Stack) or item.kind in ("block", "ffn") for item in self.items)
 
 
 def steps(program: Program) -> tuple[Step, ...]:
@@ -119,13 +119,15 @@ class _Planner:
         for i, o in enumerate(self.ops):
             ignored = o.kind == "delay" and o["tokens"] >= tokens
             self.before.append(set() if ignored else {index[a] for a in o.args})
+            if o.kind == "ffn":
+                self.group[i] = i
             if o.kind == "block":
                 if o["keys"] is not None:
                     self.keys[i] = writers[o["keys"]]
                 # Routed tokens, and streams that keys come from, differ from visit to visit.
                 routed = types[o.name].tokens is not None or o["memory"]
                 self.group[i] = i if routed else (
-                    o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base"))
+                    o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base", "part"))
                 )
 
     def step(self) -> Step | None:

@@ -26,18 +26,9 @@ BUDGET = 200
 
 
 def search(
-    model: Any,
-    samples: SamplesLike,
-    *,
-    score: str | Own = "exact_match",
-    space: SpaceLike = "cola",
-    method: str | Method = "mcts",
-    budget: int | None = None,
-    seed: int = 0,
-    per_sample: bool = False,
-    held_out: float | SamplesLike = 0.5,
-    memo: int | bool = True,
-    batch: int = 32,
+    model: Any, samples: SamplesLike, *, score: str | Own = "exact_match", space: SpaceLike = "cola",
+    method: str | Method = "mcts", budget: int | None = None, seed: int = 0, per_sample: bool = False,
+    held_out: float | SamplesLike = 0.5, memo: int | bool = True, batch: int = 32,
     on_trial: Callable[[int, int], object] | None = None,
 ) -> SearchResult:
     """Search layer programs (which blocks are skipped, which repeated) that answer samples best, beside its controls.
@@ -80,20 +71,12 @@ def search(
     """
     how, where, judged = load_method(method), load_space(space), load_score(score)
     _check(budget, seed, per_sample, memo, batch)
-    given = load_samples(samples, seed)
-    if isinstance(held_out, int | float):
-        searched, rest = split(given, held_out, seed)
-    else:
-        searched, rest = given, load_samples(held_out, seed, "held_out")
-        check_apart(searched, rest)
+    given, searched, rest = _samples(samples, held_out, seed)
     with subject(model) as (live, inner):
-        from depthpass.hf.table import table_size
-
         blocks = inner.depth_program.blocks
         where.check(blocks)
         how.check(where, blocks, BUDGET if budget is None and not how.complete else budget)
-        for part, what in ((given, "samples"), (rest, "held_out")):
-            check_fit(part, len(inner.get_input_embeddings().weight), table_size(inner), what)
+        _check_fit(inner, given, rest)
         budget = _budget(budget, how, where, blocks)
         most = (budget + 1) * (2 + len(searched) if per_sample else 3)
         counted = None if on_trial is None else lambda done: on_trial(min(done, most), most)
@@ -199,6 +182,24 @@ class Search:
 
     def _samples(self, rows: tuple[int, ...]) -> list[Sample]:
         return [self.bench.forward.samples[r] for r in rows]
+
+
+def _samples(samples: SamplesLike, held_out: float | SamplesLike, seed: int) -> tuple[tuple[Sample, ...], ...]:
+    """All samples, those to search on, and those kept for comparison."""
+    given = load_samples(samples, seed)
+    if isinstance(held_out, int | float):
+        return given, *split(given, held_out, seed)
+    rest = load_samples(held_out, seed, "held_out")
+    check_apart(given, rest)
+    return given, given, rest
+
+
+def _check_fit(model: Any, given: tuple[Sample, ...], rest: tuple[Sample, ...]) -> None:
+    """Samples and held-out ones fit the model's vocabulary and positions."""
+    from depthpass.hf.table import table_size
+
+    for part, what in ((given, "samples"), (rest, "held_out")):
+        check_fit(part, len(model.get_input_embeddings().weight), table_size(model), what)
 
 
 def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> None:

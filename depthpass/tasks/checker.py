@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from depthpass.prompt import at_prompt
 from depthpass.tasks.tape import Step, Trace, show
 
 Kind = Literal["form", "transition", "fetch", "step", "missing", "extra"]
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Check:
     """What is right in a response.

@@ -117,6 +117,7 @@ def relay_total_loss(output: Any, batch: RelayBatch, *, weight: float = 0.1, hea
     return rounds + torch.nn.functional.cross_entropy(precise, batch.answers[keep])
 
 
+@at_prompt
 @dataclass(frozen=True)
 class Chain:
     """What a looped model wrote for one problem.

@@ -108,12 +108,15 @@ def run_part(built: nn.Module, part: Part, batch: dict[str, Tensor], sides, visi
 
 
 def run_block(built: nn.Module, layer: nn.Module, block: Block, hidden: Tensor, sides, valid: Tensor) -> Tensor:
-    params = [
+    visit = DenseVisit(layer, block.template.sites, valid)
+    return block.template.graph(visit, hidden, *(sides[s] for s in block.sides), *params_of(built, layer, block))
+
+
+def params_of(built: nn.Module, layer: nn.Module, block: Block) -> list[Tensor]:
+    return [
         attribute(built, p[1:]) if p.startswith("/") else block.constants[p] if p in block.constants else attribute(layer, p)
         for p in block.template.params
     ]
-    visit = DenseVisit(layer, block.template.sites, valid)
-    return block.template.graph(visit, hidden, *(sides[s] for s in block.sides), *params)
 
 
 def attribute(module: nn.Module, path: str) -> Tensor:

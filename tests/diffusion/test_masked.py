@@ -183,6 +183,26 @@ def test_kept_blocks_save_work(diffusers):
     assert kept.tokens_run == 2 * (4 * 3 * 4 + 8 + 3 * 4) < again.tokens_run == 2 * sum(3 * (8 + 4 * b) for b in (1, 2, 3, 4))
 
 
+@pytest.mark.parametrize(("pads", "block", "tokens"), [(1, 2, 7), (2, 2, 8), (2, None, 7)])
+def test_workspace_pads_end_the_prompt(stock, pads, block, tokens):
+    """Kept keys change nothing, and padded rows are the rows alone."""
+    model = dp.transform(stock, [dp.MaskedDiffusion(steps=2, mask_token=MASK, block=block), dp.Pad(pads, token=5)])
+    ids, mask = torch.stack([torch.arange(6, 6 + tokens), torch.arange(9, 9 + tokens)]), torch.ones(2, tokens, dtype=torch.long)
+    mask[1, :2] = 0
+    found = dp.denoise(model, ids, mask, new_tokens=6, details=True)
+    again = dp.denoise(model, ids, mask, new_tokens=6, reuse=False, details=True)
+    assert torch.equal(found.ids, again.ids)
+    assert (found.tokens_run < again.tokens_run) == (block == 2 and pads == 2)
+    assert found.ids[1, 2:].tolist() == dp.denoise(model, ids[1:, 2:], new_tokens=6)[0].tolist()
+
+
+def test_a_cache_counts_pads_in_its_blocks(stock):
+    model = dp.transform(stock, [dp.MaskedDiffusion(steps=2, mask_token=MASK, block=2), dp.Pad(1, token=5)])
+    held = model(torch.arange(6, 14)[None], use_cache=True).past_key_values
+    with pytest.raises(dp.InputError, match="8 real tokens and 1 pads"):
+        model(torch.arange(6, 8)[None], past_key_values=held)
+
+
 def test_orders_and_draws(diffusers):
     ids, _ = rows(5, 5)
 

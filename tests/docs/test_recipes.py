@@ -72,6 +72,35 @@ def test_a_page_needs_no_names_from_elsewhere(page: str, tmp_path: Path, monkeyp
         exec(compile(text, page, "exec"), names)
 
 
+PAGES_FOR_USERS = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DIALECT = r"\b(rungs?|sink|sunk|asking|rooms?|sides|swept|doors?)\b"
+"""What we call things among ourselves."""
+
+
+def test_pages_define_every_name_that_they_use(tmp_path: Path) -> None:
+    for page in PAGES_FOR_USERS:
+        blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), re.M | re.S)
+        (tmp_path / f"{page.relative_to(ROOT)}.py".replace("/", "-")).write_text("\n".join(blocks), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise",
+                           str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_pages_are_in_plain_words() -> None:
+    for page in PAGES_FOR_USERS:
+        prose = re.sub(r"^(```+).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+        prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose)
+        assert not (found := re.search(DIALECT, prose, re.I)), f"{page.name}: {prose[found.start() - 60 : found.end() + 20]!r}"
+
+
+def test_the_picture_stands_before_the_fold() -> None:
+    """What it is, one example, one picture of a real result, one of a report, and recipes, within a screen."""
+    start = (ROOT / "README.md").read_text(encoding="utf-8").partition("\n## ")[0]
+    assert len(start.splitlines()) <= 40 and start.count("![") == 2 and "docs/recipes/README.md" in start
+    for image in re.findall(r"!\[[^]]*\]\(([^)]*)\)", start):
+        assert (ROOT / image).stat().st_size > 2000
+
+
 def test_every_error_has_a_page() -> None:
     from depthpass import errors
 

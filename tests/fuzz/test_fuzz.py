@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
+import depthpass as dp
 from depthpass.fuzz import make_case, run, run_case
 from depthpass.fuzz.cases import DOORS
 from depthpass.fuzz.command import main
@@ -72,6 +73,34 @@ def test_every_check_runs_on_one_model():
         found = run_case(one)
         assert found["result"] == "ok" and "refusals" not in found, found
         assert found["done"] == [c["do"] for c in one["checks"]]
+
+
+FOUND = {
+    "bounded injection of the tokens that are left": [
+        {"pass": "loop", "start": 1, "end": 3, "times": 3, "inject": "bounded", "exit": 0.3, "criterion": "cosine"}],
+    "bridges onto the input of a visit with a memory": [
+        {"pass": "feedback_transformer"},
+        {"pass": "turboconn", "bridges": [[1, 0], [3, 2]], "group": 3, "rank": 3, "write": "input"}],
+    "feedback into a row with pads": [{"pass": "pad", "tokens": 2, "token": 5}, {"pass": "feedback_transformer", "start": 2}],
+    "a loop around what is fed back": [
+        {"pass": "recurrent_loop", "encoder": 0, "alpha": 0.8}, {"pass": "loop", "start": 1, "end": 4, "times": 2}],
+}
+
+
+@pytest.mark.parametrize("what", FOUND)
+def test_what_was_found(what):
+    found = run_case(BASE | {"spec": FOUND[what], "checks": [{"do": "forward"}, {"do": "gradients"}]})
+    assert found["result"] == "ok" and len(found["done"]) == 2, found
+
+
+def test_a_loop_feeds_back_what_it_ends_in():
+    from depthpass.ir import plain
+    from depthpass.passes import Context, apply_spec
+
+    stock = plain("M", 3, 16)
+    made = apply_spec(stock, [dp.RecurrentLoop(), dp.Loop(start=1, end=3, times=2)], Context.of(stock))
+    (back,) = [o for o in made if o.kind == "delay"]
+    assert back.args[0] == made.visits[-1].name
 
 
 @pytest.mark.compile

@@ -134,6 +134,12 @@ def test_no_import_circles_lazy_ones_counted():
     assert [c for c in circles if not any(c <= known for known in KNOWN)] == []
 
 
+def test_pass_files_are_short():
+    """One subject each; the docstring counts."""
+    lengths = {p.name: len(p.read_text().splitlines()) for p in (ROOT / "depthpass" / "passes").glob("*.py")}
+    assert len(lengths) > 30 and not {name: n for name, n in lengths.items() if n > 150}
+
+
 def test_rooms_import_what_the_map_allows():
     wrong = {(a, b) for a, b in imported()
              if room(a) in ROOMS and room(a) != room(b) and room(b) != "depthpass" and room(b) not in ROOMS[room(a)]}

@@ -32,6 +32,7 @@ SYSTEMS: dict[str, tuple[int, list[Pass]]] = {
     "iquest": (2, [ParallelLoop.iquest()]),
     "mor": (4, [MixtureOfRecursions(start=1, recursions=3)]),
     "mor threshold, shared keys": (3, [MixtureOfRecursions(start=1, recursions=2, mode="threshold", kv="shared", taps=True)]),
+    "mor updated keys": (3, [MixtureOfRecursions(start=1, recursions=3, router="token", kv="updated")]),
     "mor delta": (3, [MixtureOfRecursions(start=1, recursions=2, combine="delta")]),
     "itt": (3, [InnerThinking(blocks=(1,), steps=3)]),
     "itt literal": (2, [InnerThinking(steps=2, mode="threshold", bypass="literal", alpha=0.5)]),
@@ -56,7 +57,7 @@ def test_golden(system: str, golden) -> None:
 def test_slots_are_the_writing_visits_in_order(system: str) -> None:
     """Slot = index of the attention call that writes it; a visit without keys of its own carries what it reads."""
     program = built(*SYSTEMS[system])
-    writers = [v for v in program.visits if v["keys"] is None or v["gate"] is not None]
+    writers = [v for v in program.visits if v["keys"] is None or v["gate"] is not None or v["update"]]
     assert [v["slot"] for v in writers] == list(range(len(writers))) == list(program.slots)
     assert all(v["slot"] == v["keys"] for v in program.visits if v not in writers)
 
@@ -150,8 +151,8 @@ def test_two_loops_need_two_scopes() -> None:
         (lambda: Loop(times=0), "loop.times: expected at least 1, got 0"),
         (lambda: Loop(state="zeros"), "loop.inject: expected 'add', 'concat' or 'bounded' with state='zeros', got None"),
         (lambda: Loop(noise_std=0.5), "loop.noise_std: expected state='noise' beside it, got 'input'"),
-        (lambda: Loop(kv="mod:0"), "loop.kv: expected own, first, last, latest or mod:k, got 'mod:0'"),
-        (lambda: Loop(kv="frist"), "loop.kv: expected own, first, last, latest or mod:k, got 'frist'"),
+        (lambda: Loop(kv="mod:0"), "loop.kv: expected own, first, last, latest, mod:k, anchor or anchor:k, got 'mod:0'"),
+        (lambda: Loop(kv="frist"), "loop.kv: expected own, first, last, latest, mod:k, anchor or anchor:k, got 'frist'"),
         (lambda: Loop(exit=1.5), "loop.exit: expected a probability in (0, 1], got 1.5"),
         (lambda: Loop(times=1, exit=0.5), "loop.times: expected at least 2 with an exit, got 1"),
         (lambda: Loop(lora_rank=0), "loop.lora_rank: expected at least 1"),

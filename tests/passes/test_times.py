@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import depthpass as dp
-from depthpass.passes.times import count_at, draw
+from depthpass.passes.draws import draw
+from depthpass.passes.times import count_at
 from depthpass.spec import dump_spec, load_spec, spec_to_json, spec_to_yaml
 
 

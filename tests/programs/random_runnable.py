@@ -72,7 +72,12 @@ class Grower:
                 {"lora": f"lora{len(self.ops)}", "lora_rank": 2}, {"modulate": f"m{len(self.ops)}"},
                 {"modulate": f"t{index}", "clock": "clock", "step": rng.randint(0, 3)},
             ))
+        parted = len(args) == 1 and not attrs.keys() & {"lora", "modulate"} and rng.random() < 0.3
+        attrs |= {"part": "attention"} if parted else {}
         name = self.emit("block", *args, index=index, slot=self.slots, **attrs)
+        if parted:
+            point = self.emit("point", args[0], name, index=index)
+            name = self.emit("ffn", name, point if rng.random() < 0.5 else self.emit("scale", point, by=0.7), index=index)
         if shared and not attrs.keys() & {"keys", "past"}:
             self.writers.append((index, self.slots, True))
         self.slots += 1

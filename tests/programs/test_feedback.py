@@ -68,15 +68,53 @@ def t2mlr(row, depth, spec):
     return torch.stack(out)
 
 
+NORMS = {"gpt2": "ln_2", "gemma3_text": "pre_feedforward_layernorm"}
+
+
+def same_layer(row, depth, spec):
+    """What a block makes of the token before, blended in front of the norm that its feed-forward network reads."""
+    path, end = NORMS.get(row.model.config.model_type, "post_attention_layernorm"), spec.end or len(row.blocks)
+    slots, out, states = [oracle.Keys() for _ in row.blocks], [], {}
+    for i in range(row.tokens):
+        x = row.embed[i]
+        for b, block in enumerate(row.blocks):
+            seen = {}
+
+            def blended(module, args, b=b, seen=seen):
+                p, share = args[0], spec.share
+                if spec.blend == "learned":
+                    start = torch.logit(torch.tensor(spec.share, dtype=p.dtype))
+                    share = torch.sigmoid(depth[f"state.v{b}.share.weight"] + start)
+                seen["point"] = p[0, 0]
+                seen["change"] = share * (states[b] - p[0, 0]) if b in states else 0 * p[0, 0]
+                return (p + seen["change"],)
+
+            handle = block.get_submodule(path).register_forward_pre_hook(blended) if spec.start <= b < end else None
+            x = row.block(b, x, i, oracle.own(slots[b]))
+            if handle is not None:
+                handle.remove()
+                added = x - seen["point"]
+                x = x + seen["change"] if spec.into == "stream" else x
+                states[b] = x if spec.state == "stream" else added
+        out.append(x)
+    return torch.stack(out)
+
+
 FEEDBACK, MIDDLE = dp.FeedbackTransformer(), dp.FeedbackTransformer(start=1, end=3)
 LEARNED = dp.T2MLR(start=1, end=2, init=0.3)
 CONSTANT = dp.T2MLR(start=0, end=1, gate="constant", recurrent=0.7, input=0.4, residual=0.5, rescaled=True, limit=1.5)
+STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", share=0.6)
+BESIDE = dp.SameLayerState(start=1, end=2, blend="constant", share=0.7)
+WHOLE = dp.SameLayerState(end=2, into="stream", share=0.3)
 WANT = {
+    **{s: lambda row, depth, s=s: same_layer(row, depth, s) for s in (STATE, ADDED, BESIDE, WHOLE)},
     FEEDBACK: lambda row, depth: feedback(row, depth, 0, 3), MIDDLE: lambda row, depth: feedback(row, depth, 1, 3),
     LEARNED: lambda row, depth: t2mlr(row, depth, LEARNED), CONSTANT: lambda row, depth: t2mlr(row, depth, CONSTANT),
 }
 CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDLE, "mistral", "scheduled"),
-         (LEARNED, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled")]
+         (LEARNED, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
+         (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"),
+         (WHOLE, "gemma3_text", "scheduled")]
 
 
 def _alive(stock, spec, options):
@@ -101,7 +139,7 @@ def test_outputs_gradients_and_caches(spec, name, level):
             torch.testing.assert_close(step[real], whole[:, first:last][real], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("spec", [FEEDBACK, LEARNED], ids=lambda s: s.name)
+@pytest.mark.parametrize("spec", [FEEDBACK, LEARNED, STATE], ids=lambda s: s.name)
 def test_sweeps_find_the_same_numbers(spec):
     stock = enliven(zoo.model("llama", 3, dtype=torch.float64), std=0.2)
     model, swept = (_alive(stock, spec, o) for o in ({"lowering": "eager"}, {"schedule": dp.FixedPoint(max_sweeps=9)}))
@@ -119,13 +157,17 @@ def test_sweeps_find_the_same_numbers(spec):
 
 
 def test_depth_is_that_of_the_literature():
-    """Feedback: n L. T2MLR: L + (n - 1) (end - start + 1)."""
+    """Feedback: n L. T2MLR: L + (n - 1) (end - start + 1). Same-layer states: L + n - 1, of which attention is L."""
     from depthpass.ir import plain
     from depthpass.passes import Context, apply_spec
+    from depthpass.schedule import schedule
 
     stock = plain("M", 4, 16)
-    for spec, want in ((FEEDBACK, 4 * 7), (dp.T2MLR(start=1, end=2), 4 + 6 * 2)):
+    for spec, want in ((FEEDBACK, 4 * 7), (dp.T2MLR(start=1, end=2), 4 + 6 * 2), (STATE, 4 + 6)):
         assert depth(apply_spec(stock, spec, Context.of(stock))).at(7) == want
+    serial = schedule(state := apply_spec(stock, STATE, Context.of(stock))).serial_regions
+    assert [[o["index"] for o in r.calls] for r in serial] == [[0], [1], [2], [3]] and not any(r.visits for r in serial)
+    assert depth(state, weight="attention").at(7) == 4 and depth(state, weight="sublayers").at(7) == 2 * 4 + 6
 
 
 def test_identity_and_what_does_not_fit():
@@ -133,14 +175,17 @@ def test_identity_and_what_does_not_fit():
     from depthpass.passes import Context, apply_spec
 
     stock = plain("M", 3, 16)
-    same = dp.T2MLR(start=0, end=2, gate="constant", recurrent=0.0, input=1.0)
-    assert apply_spec(stock, same, Context.of(stock)) == stock
+    for same in (dp.T2MLR(start=0, end=2, gate="constant", recurrent=0.0, input=1.0),
+                 dp.SameLayerState(blend="constant", share=0.0)):
+        assert apply_spec(stock, same, Context.of(stock)) == stock
     for make, message in (
         (lambda: dp.T2MLR(start=2, end=1), "start <= end"), (lambda: dp.T2MLR(start=0, end=1, input=1.0), r"in \(0, 1\)"),
-        (lambda: dp.FeedbackTransformer(start=2, end=2), "above 2"),
+        (lambda: dp.FeedbackTransformer(start=2, end=2), "above 2"), (lambda: dp.SameLayerState(share=0.0), r"in \(0, 1\)"),
     ):
         with pytest.raises(SpecError, match=message):
             make()
-    for spec in (dp.T2MLR(start=0, end=3), dp.FeedbackTransformer(end=4), dp.FeedbackTransformer(start=3)):
+    scaled = [dp.Loop(times=2, scales=True), dp.SameLayerState()]
+    for spec in (scaled, dp.SameLayerState(start=3), dp.T2MLR(start=0, end=3), dp.FeedbackTransformer(end=4),
+                 dp.FeedbackTransformer(start=3)):
         with pytest.raises(PassError, match="expected"):
             apply_spec(stock, spec, Context.of(stock))

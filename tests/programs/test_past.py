@@ -1,4 +1,4 @@
-"""KV policies that depend on how tokens are split into calls: ``last`` and ``mod:k``."""
+"""KV policies that depend on how tokens are split into calls: ``last``, ``mod:k`` and ``anchor:k``."""
 
 import oracle_program as oracle
 import pytest
@@ -34,7 +34,7 @@ def in_calls(model, batch, calls):
 
 
 @pytest.mark.parametrize(("name", "kv", "times"), [
-    ("llama", "last", 3), ("llama", "mod:2", 3), ("llama", "mod:2", 4), ("gpt2", "mod:2", 4), ("gpt_neox", "last", 2),
+    ("llama", "last", 3), ("llama", "mod:2", 3), ("llama", "mod:2", 4), ("gpt2", "mod:2", 4), ("gpt_neox", "anchor:1", 3),
     ("gemma3_text", "last", 3), ("gemma3_text", "mod:3", 4), ("mixtral", "mod:2", 3),
 ])
 def test_calls_equal_the_oracle(name, kv, times):
@@ -52,7 +52,8 @@ def test_calls_equal_the_oracle(name, kv, times):
                 torch.testing.assert_close(got[r, -n:], want, rtol=1e-9, atol=1e-9)
         whole = model(**batch).logits
     assert (got - whole)[batch["attention_mask"].bool()].abs().max() > 1e-3
-    kept = min(1 if kv == "last" else int(kv[4:]), times)
+    kind, _, k = kv.partition(":")
+    kept = min(int(k or 1) + (kind == "anchor"), times)
     assert len(cache) == 3 - (end - 1) + kept * (end - 1) == len(model.depth_program.slots)
 
 

@@ -82,6 +82,8 @@ SYSTEMS = {
     "bridges on the input": dp.TurboConn(bridges=[(3, 1)], group=1, rank=3, write="input"),
     "bridges over pads": [dp.TurboConn(bridges=[(3, 0)], group=1, rank=3), dp.Pad(3, token=5)],
     "loops over pads": [dp.Loop(1, 3, times=3, inject="add"), dp.Pad(2, token=5)],
+    "states of layers": dp.SameLayerState(share=0.4),
+    "groups": [dp.RecurrentLoop(encoder=1, interval=3), dp.TurboConn(bridges=[(2, 0)], group=2, rank=3)],
     "parallel loops": dp.ParallelLoop(loops=3, window=2),
     "recursions": dp.MixtureOfRecursions(start=1, end=3, recursions=2),
     "recursions by threshold": dp.MixtureOfRecursions(start=1, end=3, recursions=3, mode="threshold", kv="shared"),

@@ -46,7 +46,9 @@ def want(row, p, *, encoder=0, interval=1, alpha=0.1, gate="vector", normed=True
 ])
 def test_outputs_and_gradients(name, options):
     stock, model = made(name, **options)
-    oracle.compare(stock, model, zoo.batch(LENGTHS), lambda row, p: want(row, p, **options))
+    oracle.compare(stock, model, zoo.batch(LENGTHS) | {"use_cache": False}, lambda row, p: want(row, p, **options))
+    (region,) = model.depth_lowered
+    assert (region.level, region.chunk) == ("scheduled", options.get("interval", 1))
 
 
 @pytest.mark.parametrize("options", [{"encoder": 1}, {"encoder": 1, "interval": 3, "alpha": 0.6}])
@@ -61,7 +63,7 @@ def test_generation_and_saving(options, tmp_path):
         real = batch["attention_mask"].bool()
         torch.testing.assert_close(loaded(**batch).logits[real], model(**batch).logits[real], rtol=1e-10, atol=1e-10)
     report = dp.report(model, seq_len=7, cost=False)
-    assert report.depth_at(7) == 1 + 7 * 2 and report.serial_blocks == 2
+    assert report.depth_at(7) == 1 + -(-7 // options.get("interval", 1)) * 2 and report.serial_blocks == 2
 
 
 def test_starts_as_the_stock_model_and_bad_input():

@@ -44,7 +44,10 @@ def token_choice(row, before, stack, after, recursions, router, *, kv="recursion
             for b in stack:
                 keys = slots.setdefault((r, b), oracle.Keys())
                 first = slots.get((1, b))
-                y = row.block(b, y, i, oracle.shared(first) if kv == "shared" and r > 1 else oracle.own(keys))
+                reads = oracle.own(keys)
+                if kv != "recursion" and r > 1:
+                    reads = oracle.shared(first) if kv == "shared" else oracle.updated(first, keys)
+                y = row.block(b, y, i, reads)
             cur[i] = y
     streams = [x + q[d - 1] * y for x, q, d, y in zip(streams, p, depth, cur)]
     for b in after:
@@ -52,7 +55,9 @@ def token_choice(row, before, stack, after, recursions, router, *, kv="recursion
     return torch.stack(streams), depth, torch.stack(p)
 
 
-@pytest.mark.parametrize(("name", "kv"), [*((n, "recursion") for n in FOUR), ("llama", "shared")])
+@pytest.mark.parametrize(("name", "kv"), [
+    *((n, "recursion") for n in FOUR), ("llama", "shared"), ("gpt2", "updated"), ("mistral", "updated"),
+])
 def test_token_choice(name, kv):
     stock, model = made(name, dp.MixtureOfRecursions(start=1, router="token", kv=kv))
     seen = []
@@ -62,8 +67,18 @@ def test_token_choice(name, kv):
         seen.extend(depth)
         return stream
 
-    oracle.compare(stock, model.eval(), zoo.batch(LENGTHS, "left"), want)
+    batch = zoo.batch(LENGTHS, "left")
+    oracle.compare(stock, model.eval(), batch, want)
     assert len(set(seen)) > 1
+    if kv == "updated":
+        assert "attend 1" in str(model.depth_lowered) and " update true  reads slot 1, slot 2" in str(model.depth_lowered)
+        ids, mask, cache = batch["input_ids"], batch["attention_mask"], dp.DepthCache(model)
+        with torch.no_grad():
+            whole = model(**batch, use_cache=False).logits
+            for first, last in ((0, 3), (3, 4), (4, 5), (5, ids.shape[1])):
+                step = model(input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache).logits
+                real = mask[:, first:last].bool()
+                torch.testing.assert_close(step[real], whole[:, first:last][real], rtol=1e-9, atol=1e-9)
 
 
 def test_a_balancing_bias_moves_choices_and_not_weights():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from html import unescape
+from typing import Any
 
 import pytest
 import torch
@@ -26,8 +27,26 @@ def public() -> list[object]:
         made, made.program, made.schedule, made.schedule.regions[0], made.cost, made.depths[None], made.facts, made.sections[0],
         subject(), compare(subject(), [("stock", None), ("band", BAND)], cost=False), model.depth_program, dp.DepthCache(model),
         dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch), *dp.load_spec(BAND), dp.FixedPoint(),
-        tasks.get("large_add").instance(40, 0),
+        tasks.get("large_add").instance(40, 0), *states(model, batch), dp.recipes.huginn(30),
     ]
+
+
+def states(model: Any, batch: dict[str, torch.Tensor]) -> list[object]:
+    """The model itself, its new parameters, and what its calls leave behind."""
+    bridged = dp.transform(zoo.model("llama"), dp.TurboConn(bridges=[(2, 0)], group=2, rank=2), schedule="fixed_point")
+    swept = bridged(**batch).sweeps[0]
+    bridged(input_ids=batch["input_ids"], past_key_values=dp.DepthCache(bridged))
+    model.generate(batch["input_ids"], max_new_tokens=3, do_sample=False, draft="loop:1")
+    return [model, model.depth, bridged, bridged.depth, bridged.depth_lowered, swept, model.depth_drafted]
+
+
+def test_a_model_is_a_card_at_a_prompt_and_its_modules_in_print(public: list[object]) -> None:
+    model = next(m for m in public if isinstance(m, dp.DepthModel))
+    assert repr(model).startswith("LlamaForCausalLM, transformed by depthpass\n  spec        loop(end=2, times=9)\n")
+    assert str(model).startswith("LlamaForCausalLM(\n") and "(q_proj): Linear(" in str(model)
+    # As a part of a wrapper's tree, PEFT's say, it is a tree.
+    assert "    (q_proj): Linear(" in repr(torch.nn.Sequential(model))
+    assert model.depth_lowered is not None and not repr(dp.restore(model)).startswith("LlamaForCausalLM, transformed")
 
 
 def test_no_object_fills_the_screen(public: list[object]) -> None:

@@ -139,7 +139,7 @@ class _Builder:
         for v in self.visits:
             if v.op.name in self.graded:
                 # A LoRA of the visit gets its gradient through that of the weight it is added to.
-                _add(found, v.gemm_flops(), 2 if v.op["lora"] else times)
+                _add(found, v.gemm_flops(), 2 if v.op.kind == "block" and v.op["lora"] else times)
                 _add(found, {"attention": v.attention_flops(self.attention)}, 2)
         return _ordered(found)
 
@@ -191,7 +191,7 @@ class _Builder:
     # Bytes ---------------------------------------------------------------------------------------------------
 
     def _region(self, index: int, region: Region) -> RegionCost:
-        inside = [self.by_name[o.name] for o in region.visits]
+        inside = [self.by_name[o.name] for o in region.calls]
         chunk, steps = self._chunk(region), self._steps(region)
         flops = _sum(e for v in inside for e in v.gemm_flops().values())
         flops += _sum(v.attention_flops(self.attention) for v in inside)
@@ -224,7 +224,7 @@ class _Builder:
         chunk = self.schedule.chunk
         group = chunk if any(r.chunk == r.limit == chunk for r in self.schedule.serial_regions) else None
         return _sum(
-            B * (g if o["tokens"] == group else o["tokens"]) * self.types[o.name].width * self.model.itemsize
+            B * (g if OPS[o.kind].lag(o) == group else OPS[o.kind].lag(o)) * self.types[o.name].width * self.model.itemsize
             for o in self.program.ops if o.kind == "delay"
         )
 
@@ -317,11 +317,11 @@ class _Builder:
         found = []
         for region in self.schedule.regions:
             for o in region.ops:
-                if o.kind != "block" and not (o.name in self.new.elements and o.name in self.new.by_op):
+                if o.kind not in ("block", "ffn") and not (o.name in self.new.elements and o.name in self.new.by_op):
                     continue
                 share, pads = float(self.tokens[o.name].share), self.types[o.name].pads
                 graded = o.name in self.graded
-                if o.kind == "block":
+                if o.kind in ("block", "ffn"):
                     v = self.by_name[o.name]
                     found.append(Work(f"%{o.name} block {o['index']}", self._active(v), v.part.weights, region.chunk,
                                       share, pads, graded, trained, stack_of[o.name]))
@@ -341,7 +341,7 @@ class _Builder:
 
     def _notes(self) -> tuple[str, ...]:
         notes: list[str] = []
-        if any(not v.writes for v in self.visits):
+        if any(not v.writes and v.op.kind == "block" for v in self.visits):
             notes.append("a visit that reads another visit's keys needs no keys and values of its own: not counted, "
                          "though a lowering may compute them")
         notes += [

@@ -126,6 +126,11 @@ def trace_symbols(graph: fx.Graph | fx.GraphModule) -> tuple[sp.Expr, sp.Expr] |
     return None
 
 
+def in_attention(path: str) -> bool:
+    """Whether a module inside a block belongs to its attention."""
+    return bool(_ATTENTION.search(path))
+
+
 class _Counter:
     def __init__(
         self, graph: fx.Graph | fx.GraphModule, part: str, inputs: Mapping[str, Sequence[object]],
@@ -188,7 +193,7 @@ class _Counter:
         inside = _BLOCK.split(path)
         if self.part != "block" and len(inside) == 1:
             return self.part
-        return "projection" if _ATTENTION.search(inside[-1]) else "mlp"
+        return "projection" if in_attention(inside[-1]) else "mlp"
 
     def _element_class(self, node: fx.Node) -> str:
         path = table.module_path(node)

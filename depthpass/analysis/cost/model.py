@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -17,7 +17,7 @@ import sympy as sp
 import torch
 from torch import nn
 
-from depthpass.analysis.cost.flops import Count, Experts, count
+from depthpass.analysis.cost.flops import Count, Experts, count, in_attention
 from depthpass.analysis.cost.symbols import AttentionSite, B, n
 from depthpass.errors import UnsupportedModelError
 
@@ -65,6 +65,19 @@ class PartCost:
     weights: Weights
     kind: int = 0
     matrices: tuple[tuple[str, int, int], ...] = ()
+
+    def parts(self) -> tuple[PartCost, PartCost]:
+        """A block's attention, with everything else that stands around it, and its feed-forward network."""
+        gemm = self.count.gemm_flops
+        network = self.weights.expert + sum(a * b for path, a, b in self.matrices if not in_attention(path))
+        dense = network - self.weights.expert
+        none = {"projection": sp.Integer(0)}
+        return (
+            replace(self, count=replace(self.count, gemm_flops={c: e for c, e in gemm.items() if c != "mlp"}, expert_calls=()),
+                    weights=Weights(self.weights.dense - dense), matrices=()),
+            replace(self, count=Count({**none, "mlp": gemm.get("mlp", sp.Integer(0))}, expert_calls=self.count.expert_calls),
+                    weights=replace(self.weights, dense=dense), matrices=()),
+        )
 
     @cached_property
     def kv_width(self) -> int:

@@ -44,7 +44,7 @@ class VisitCost:
     """One visit.
 
     Attributes:
-        op: the ``block`` op.
+        op: the ``block`` op, or the ``ffn`` of one.
         part: the block it runs.
         tokens: its queries.
         sources: the tokens whose keys and values it computes; more than its queries where only routed tokens ask.
@@ -187,16 +187,23 @@ def check_capacities(program: Program, capacities: Mapping[str, float]) -> None:
 
 
 def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]) -> tuple[VisitCost, ...]:
-    """The visits in program order."""
+    """The visits, and feed-forward networks that run by themselves, in program order."""
     writers = {writes_slot(o): o for o in program.visits}
     found = []
-    for o in program.visits:
+    for o in program.ops:
+        if o.kind == "ffn":
+            part = model.blocks[o["index"]].parts()[1]
+            found.append(VisitCost(o, part, tokens[o.name], tokens[o.name], (), False))
+        if o.kind != "block":
+            continue
         reads = tuple(
             Read(s, tokens[keys_from(writers[s])], o["window"] if o["gate"] is not None and s == o["slot"] else None)
             for s in reads_slots(o)
         )
         writes = writes_slot(o) is not None
-        found.append(VisitCost(o, model.blocks[o["index"]], tokens[o.name], tokens[o.args[0]], reads, writes, program.ahead))
+        block = model.blocks[o["index"]]
+        part = block if o["part"] == "whole" else block.parts()[0]
+        found.append(VisitCost(o, part, tokens[o.name], tokens[o.args[0]], reads, writes, program.ahead))
     return tuple(found)
 
 
@@ -207,5 +214,5 @@ def stacks(program: Program) -> tuple[tuple[str, ...], ...]:
     loop of the *previous* token.
     """
     step = next(iter(steps(program)), None)
-    items = program.visits if step is None else [i for i in step.items if isinstance(i, Stack) or i.kind == "block"]
+    items = [i for i in (program.ops if step is None else step.items) if isinstance(i, Stack) or i.kind in ("block", "ffn")]
     return tuple(i.names if isinstance(i, Stack) else (i.name,) for i in items)

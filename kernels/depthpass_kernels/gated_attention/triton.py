@@ -16,7 +16,7 @@ from torch import Tensor
 from depthpass_kernels.gated_attention.problem import Gated
 from depthpass_kernels.launch import Launch, Tile, cdiv, power_of_two
 from depthpass_kernels.operands import unit_stride
-from depthpass_kernels.slot_attention.triton import LN2, LOG2E, NEVER, _live_keys, _load, _program, _store
+from depthpass_kernels.slot_attention.tile_parts import LN2, LOG2E, NEVER, _live_keys, _load, _program, _store
 
 VARYING = ["q_start", "near_start", "length"]
 

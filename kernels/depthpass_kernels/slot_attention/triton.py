@@ -24,103 +24,25 @@ from depthpass_kernels.launch import Launch, Tile, cdiv, power_of_two
 from depthpass_kernels.operands import unit_stride
 from depthpass_kernels.slot_attention.naive import sink_gradient
 from depthpass_kernels.slot_attention.problem import Problem
+from depthpass_kernels.slot_attention.tile_parts import (
+    LN2,
+    LOG2E,
+    NEVER,
+    _first_key,
+    _last_query,
+    _live_keys,
+    _load,
+    _logits,
+    _origin,
+    _program,
+    _query_start,
+    _share,
+    _slope,
+    _store,
+)
+from depthpass_kernels.slot_attention.tiles import dkv_tile, dq_tile, forward_tile, key_splits
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-NEVER = tl.constexpr(float("-inf"))
 VARYING = ["q_start", "length", "n_keys"]
-
-
-@triton.jit
-def _program(tiles):
-    """Split the first grid axis, the only one without a small limit; neighbours in it share keys."""
-    return tl.program_id(0) % tiles, tl.program_id(0) // tiles
-
-
-@triton.jit
-def _origin(ROW_START, row, CHUNK: tl.constexpr):
-    """First column of a chunk, reduced to [0, CHUNK): all divisions below are of non-negative numbers."""
-    if CHUNK > 0 and ROW_START is not None:
-        start = tl.load(ROW_START + row).to(tl.int32) % CHUNK
-        return (start + CHUNK) % CHUNK
-    else:
-        return 0
-
-
-@triton.jit
-def _first_key(i, origin, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """First key column that query column i sees (may be negative)."""
-    first = i * 0
-    if WINDOW > 0:
-        first = tl.maximum(first, i - (WINDOW - 1))
-    if CHUNK > 0:
-        first = tl.maximum(first, (i + CHUNK - origin) // CHUNK * CHUNK - CHUNK + origin)
-    return first
-
-
-@triton.jit
-def _last_query(j, last, origin, WINDOW: tl.constexpr, CHUNK: tl.constexpr):
-    """Last query column that sees key column j, at most `last`."""
-    if WINDOW > 0:
-        last = tl.minimum(last, j + (WINDOW - 1))
-    if CHUNK > 0:
-        last = tl.minimum(last, (j + CHUNK - origin) // CHUNK * CHUNK + origin - 1)
-    return last
-
-
-@triton.jit
-def _query_start(Q_OFFSET, q_start):
-    if Q_OFFSET is not None:
-        q_start += tl.load(Q_OFFSET).to(tl.int32)
-    return q_start
-
-
-@triton.jit
-def _load(base, index, stride, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr, UP: tl.constexpr):
-    """Load rows `index` of a matrix with `WIDTH` contiguous columns as [.., BLOCK]; masked rows read 0."""
-    d = tl.arange(0, BLOCK)
-    mask = mask[:, None]
-    if BLOCK != WIDTH:
-        mask = mask & (d < WIDTH)[None, :]
-    x = tl.load(base + index.to(tl.int64)[:, None] * stride + d[None, :], mask, 0.0)
-    if UP:
-        x = x.to(tl.float32)
-    return x
-
-
-@triton.jit
-def _store(base, index, stride, x, mask, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    d = tl.arange(0, BLOCK)
-    mask = mask[:, None]
-    if BLOCK != WIDTH:
-        mask = mask & (d < WIDTH)[None, :]
-    tl.store(base + index.to(tl.int64)[:, None] * stride + d[None, :], x.to(base.dtype.element_ty), mask)
-
-
-@triton.jit
-def _live_keys(VALID, keys, low, high):
-    """Keys of a block that some query of the tile may see; the others are not even loaded."""
-    live = (keys >= low) & (keys < high)
-    if VALID is not None:
-        live = live & (tl.load(VALID + keys, live, 0) != 0)
-    return live
-
-
-@triton.jit
-def _logits(dots, scale, SOFTCAP: tl.constexpr):
-    """Base-2 logits of raw dot products."""
-    if SOFTCAP > 0:
-        # tanh(x) = 1 - 2 / (e^2x + 1), with saturation instead of overflow
-        return SOFTCAP * LOG2E * (1 - 2 / (tl.exp2(dots * (2 * LOG2E * scale / SOFTCAP)) + 1))
-    else:
-        return dots * (scale * LOG2E)
-
-
-@triton.jit
-def _slope(logits, SOFTCAP: tl.constexpr):
-    """Derivative of the capped logit by the uncapped one, from the base-2 logit."""
-    squashed = logits * (1 / (SOFTCAP * LOG2E))
-    return 1 - squashed * squashed
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -129,8 +51,8 @@ def forward_kernel(
     q_start, scale, key_heads, length, n_keys,
     q_b, q_h, q_c, k_b, k_h, k_n, v_b, v_h, v_n, o_s, o_b, o_h, o_c, lse_s, valid_b,
     G: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
-    SOFTCAP: tl.constexpr, SPLITS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, UP: tl.constexpr,
+    SOFTCAP: tl.constexpr, SPLITS: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    UP: tl.constexpr,
 ):  # fmt: skip
     """Output and log-sum-exp of one query tile over one of SPLITS shares of its key blocks."""
     tile, pair = _program(tl.cdiv(length * G, BM))
@@ -140,7 +62,6 @@ def forward_kernel(
     origin = _origin(ROW_START, row, CHUNK)
     if VALID is not None:
         VALID += row * valid_b
-
     r = tile * BM + tl.arange(0, BM)
     c, head = r // G, key_head * G + r % G
     inside = c < length
@@ -148,11 +69,7 @@ def forward_kernel(
     first = _first_key(i, origin, WINDOW, CHUNK)
     low = tl.maximum(_first_key(q_start + tile * BM // G, origin, WINDOW, CHUNK), 0)
     high = tl.minimum(q_start + tl.minimum((tile * BM + BM - 1) // G, length - 1) + 1, n_keys)
-    begin, end = low // BN * BN, high
-    if SPLITS > 1:
-        share = tl.cdiv(tl.cdiv(high - begin, BN), SPLITS) * BN
-        begin += split * share
-        end = tl.minimum(high, begin + share)
+    begin, end = _share(low, high, split, SPLITS, BN)
 
     q = _load(Q + row * q_b, head * q_h + c.to(tl.int64) * q_c, 1, inside, D, BD, UP)
     top = tl.full((BM,), NEVER, tl.float32)
@@ -401,65 +318,6 @@ def plan_backward(
         Launch(dq_kernel, (cdiv(p.group * length, q_tile.m) * pairs,), shared | q_args, q_tile),
         Launch(dkv_kernel, (cdiv(p.k.shape[2], k_tile.n) * pairs,), shared | k_args, k_tile),
     ]
-
-
-# Blocks by the wider head dimension, chosen by compiling with triton 3.6 and 3.9: with 16-bit operands none
-# spills on sm_80, sm_90, sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards. Not
-# tuned for speed: that needs a GPU. Float32 operands are multiplied in full precision on the FMA units, so
-# their tiles are small (dq spills a little above 64).
-
-
-def forward_tile(problem: Problem) -> Tile:
-    """Blocks of the forward kernel."""
-    width, rows = _width(problem), _packed_rows(problem)
-    if problem.q.element_size() == 4:
-        return Tile(min(rows, 32 if width <= 128 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
-    if width <= 128:
-        m = min(rows, 128)
-        return Tile(m, 32 if width == 128 and m >= 64 else 64, warps=8 if m in (32, 128) else 4)
-    return Tile(min(rows, 64), 32, warps=8 if rows >= 64 else 4)
-
-
-def dq_tile(problem: Problem) -> Tile:
-    """Blocks of the dq kernel."""
-    width, rows = _width(problem), _packed_rows(problem)
-    if problem.q.element_size() == 4:
-        return Tile(min(rows, 32 if width <= 64 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
-    if width <= 128:
-        return Tile(min(rows, 64), 64 if width <= 64 else 32, warps=4)
-    return Tile(min(rows, 64), 16, warps=8 if rows >= 64 else 4)
-
-
-def dkv_tile(problem: Problem) -> Tile:
-    """Blocks of the dk/dv kernel."""
-    width, rows = _width(problem), _packed_rows(problem)
-    if problem.q.element_size() == 4:
-        return Tile(16, 16, warps=4, stages=1)
-    if width <= 128:
-        return Tile(min(rows, 32), 64, warps=4 if width <= 64 else 8)
-    return Tile(min(rows, 32), 32, warps=8, stages=1)
-
-
-def key_splits(problem: Problem, tile: Tile, programs: int) -> int:
-    """Return into how many shares to cut the keys, so that few queries over many keys fill the GPU.
-
-    Two programs per processor, each with at least four key blocks: a guess, not measured.
-    """
-    if problem.q.device.type != "cuda" or not torch.cuda.is_available():
-        return 1
-    processors = torch.cuda.get_device_properties(problem.q.device).multi_processor_count
-    reach = [problem.k.shape[2]] + [
-        w + problem.q.shape[2] for w in (problem.window, problem.chunk) if w is not None
-    ]
-    return max(1, min(cdiv(2 * processors, max(1, programs)), min(reach) // (4 * tile.n), 32))
-
-
-def _width(problem: Problem) -> int:
-    return max(power_of_two(problem.q.shape[-1]), power_of_two(problem.v.shape[-1]))
-
-
-def _packed_rows(problem: Problem) -> int:
-    return power_of_two(problem.group * problem.q.shape[2])
 
 
 def _common(problem: Problem) -> dict[str, object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
@@ -10,6 +11,9 @@ from torch import Tensor, fx, nn
 from depthpass.capture.model import Capture, Part, Site, Template
 from depthpass.errors import LoweringError
 from depthpass_lowering.visits.attention import sdpa_attention
+
+if TYPE_CHECKING:
+    from depthpass_lowering.executors.losses import Pool
 
 Runner = Callable[[fx.GraphModule], Callable]
 """Gives the callable to run a captured graph with: the graph itself, or its compiled segments."""
@@ -29,7 +33,8 @@ class GraphHost:
     """
 
     adapts, training, style = False, False, "sdpa"
-    losses = pool = None
+    losses: Mapping[str, Tensor] | None = None
+    pool: Pool | None = None
 
     def __init__(
         self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner | None, scheduled: bool = True

@@ -52,5 +52,5 @@ EAGER = Executor()
 
 def note(run: Run, region: LoweredRegion, level: str, reason: str | None = None, **more) -> None:
     """Keep how a region is run."""
-    blocks = tuple(o["index"] for o in region.visits)
+    blocks = tuple(o["index"] for o in region.calls)
     run.record.append(Lowered(blocks, run.context.count, region.chunk or run.context.count, level, reason, **more))

@@ -19,13 +19,14 @@ from depthpass_lowering.executors.dropout import RandomState, draws
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.executors.first_order import first_order
 from depthpass_lowering.executors.stand_ins import SunkHost, own_scopes
+from depthpass_lowering.executors.taped import TapedChunks, taped_graph
 from depthpass_lowering.fx_passes.region import ChunkGraph, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.host import Host
 from depthpass_lowering.products.packed import LEAST_USES
 from depthpass_lowering.products.sink import Sink
 from depthpass_lowering.state.buffers import Buffer, Use
-from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, spans
+from depthpass_lowering.state.slots import Slot, Span, push_delay, read_delay, read_group, spans
 from depthpass_lowering.visits.attention import Masks
 from depthpass_lowering.visits.running import RunningVisit
 
@@ -35,14 +36,12 @@ _SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDi
 
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     """The graph of one chunk of a region, made once for the blocks it runs on."""
-    source = region.scheduled
-    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.visits)
-    kinds = tuple(type(run.host.module(name)) for o in source.ops for name in own_scopes(o))
-    # The graph keeps program and templates, so that their ids stay theirs.
-    key = (id(run.program), templates, kinds, region.outputs)
-    kept = _GRAPHS.setdefault(source, {})
+    templates = tuple(id(run.host.bound(o["index"])[0]) for o in region.calls)
+    kinds = tuple(type(run.host.module(name)) for o in region.program_ops for name in own_scopes(o))
+    key = id(run.program), templates, kinds, region.outputs  # the graph keeps program and templates: their ids stay theirs
+    kept = _GRAPHS.setdefault(region.scheduled, {})
     if key not in kept:
-        kept[key] = chunk_graph(source, run.program, run.types, run.host, region.outputs)
+        kept[key] = chunk_graph(region, run.program, run.types, run.host)
     return kept[key]
 
 
@@ -55,7 +54,7 @@ def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
 
 def recomputes(host: Host, region: LoweredRegion) -> bool:
     """Whether the activations of a region are to be computed again in the backward pass."""
-    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.visits)
+    return torch.is_grad_enabled() and any(host.recomputes(o["index"]) for o in region.calls)
 
 
 class ChunkRunner(Protocol):
@@ -82,10 +81,11 @@ class Job:
         self.parameters = parameters
         self.graph = graph_of(run, region)
         self.recompute = recomputes(run.host, region)
-        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.visits)
+        self.draws = self.recompute and any(draws(run.host, o["index"]) for o in region.calls)
         uses = -(-run.context.count // region.size)
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
+        self.taped: TapedChunks | None = None
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -110,6 +110,9 @@ class Job:
     def release(self) -> None:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
+        if self.taped is not None:
+            self.taped.release()
+            self.taped = None
         self.forget_tokens()
         for line in self.region.lines:
             self.run.state.lines.pop(line.name, None)
@@ -147,13 +150,14 @@ class Loop:
     def over(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The streams that the region hands out, over all tokens."""
         job, graph, run, c = self.job, self.job.graph, self.run, self.run.context
-        cut = spans(c.start, c.count, c.valid, None, job.region.size)
+        cut = spans(c.start, c.count, c.valid, None, job.region.size, job.region.groups)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
         known = self._known(sizes)
         done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
-        chain = None
+        taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
+        chain = run.hidden.new_empty(0)
         for i, span in enumerate(cut):
             chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))
             lines = {d.name: self._differentiable(run.line(d.name, d.tokens)) for d in job.region.lines}
@@ -161,7 +165,14 @@ class Loop:
             if job.recompute:
                 *values, chain = Recomputed.apply(
                     chunk, tuple(lines), len(lines) + len(given), *lines.values(), *given,
-                    run.hidden.new_empty(0) if chain is None else chain, *self.host.leaves.values(),
+                    chain, *self.host.leaves.values(),
+                )
+            elif taped is not None:
+                self.lines, self.span = lines, span
+                delays = {name: self.delayed(name, None) for name in taped.made.delays}
+                count = len(graph.streams)
+                values, chain = taped.run(
+                    (self, *chunk.visits), given[:count], (*chunk.masks, *chunk.tables), given[count:], delays, chain
                 )
             else:
                 values = chunk.run(lines, given)
@@ -172,6 +183,20 @@ class Loop:
             for name, parts in done.items():
                 parts.append(results[name])
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
+
+    def _taped(self, known: Sequence[Tensor], streams: Sequence[Tensor]) -> TapedChunks | None:
+        """The loop's chunks on a graph with its backward pass; None where autograd has to see their ops."""
+        job, hidden = self.job, self.run.hidden
+        if job.recompute or job.executor.compiled or torch.is_autocast_enabled(hidden.device.type):
+            return None
+        if any(t.dtype != hidden.dtype for t in streams):
+            return None
+        grad = torch.is_grad_enabled()
+        made = taped_graph(job.graph, self.params, [grad and t.requires_grad for t in known], hidden.dtype, grad)
+        if made is None:
+            return None
+        like = hidden.new_empty(hidden.shape[0] * min(job.region.size, hidden.shape[1]), 1)
+        return TapedChunks(made, self.params, job.sink, like)
 
     @staticmethod
     def _differentiable(line: Tensor) -> Tensor:
@@ -220,7 +245,10 @@ class Loop:
         return self.span
 
     def delayed(self, name: str, source: Tensor | None) -> Tensor:
-        return read_delay(self.lines[name], source, self.run.program.defs[name]["tokens"], self.running)
+        o = self.run.program.defs[name]
+        if o["group"] is not None:
+            return read_group(self.lines[name], source, o["group"], self.running)
+        return read_delay(self.lines[name], source, o["tokens"], self.running)
 
     def call(self, name: str, streams: Sequence[Tensor]) -> Tensor:
         o = self.run.program.defs[name]
@@ -318,6 +346,12 @@ class _BufferedVisit(RunningVisit):
         near = None if own is None else self._use(own, number, window, True)(q, k, v, sinks)
         far = self._use(keys, number, site.window, False)(q, k, v, sinks)
         return far if near is None else self.mix(q, self.hidden, far, near)
+
+    def attend_taped(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
+        """As :meth:`attend` of a visit without a gate: the result, and what its backward pass needs."""
+        keys = self.op["keys"]
+        slot, write = (self.op["slot"], True) if keys is None else (keys, False)
+        return self._use(slot, number, self.sites[number].window, write).taped(q, k, v, sinks)
 
     def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
         site, masks = self.sites[number], self.masks

@@ -106,7 +106,7 @@ class _Measured(Swept):
         inner = sweeper.inner(before.fork())
         right = sweeper.inject(inner, {s: values[s] for s in sweeper.sources}, whole)
         c = sweeper.first(inner, whole)
-        chunks = -(-count // sweeper.region.size)
+        chunks = -(-count // sweeper.size)
         found: list[Sweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
         for hops in range(min(chunks, self.limit or chunks)):

@@ -6,6 +6,7 @@ regions see all m tokens at once, serial regions run in chunks.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ from depthpass_lowering.executors.ops import Ops
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State, spans
 from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.cut import block_facts
 from depthpass_lowering.visits.stacked import StackedVisit
 
 MOST = 64
@@ -95,7 +97,7 @@ class Run(Ops):
         step = self._step()
         chosen = {} if step is not None else {r: self.executor.level(self, r) for r in schedule.serial_regions}
         kind = call_kind(torch.is_grad_enabled(), c.keep, c.start, c.count)
-        asked = self.executor.name
+        asked, facts = self.executor.name, functools.partial(block_facts, self.host)
         captured = self.host.captured
         key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
         kept = schedule.lowered
@@ -104,7 +106,7 @@ class Run(Ops):
             while len(kept) >= MOST:
                 kept.pop(next(iter(kept)), None)
             # The capture is kept, so that its id stays its own.
-            found = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, self.host.sides_of), captured
+            found = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, facts), captured
         return found[0]
 
     def _region(self, region: LoweredRegion) -> None:
@@ -155,7 +157,7 @@ class Run(Ops):
         rows, tables = self.hidden, {}
         for item in region.items:
             if not isinstance(item, Stack):
-                self.one(item.op, self.env, span, masks, self.context.sides, self.context.keep)
+                self.one(item, self.env, span, masks, self.context.sides, self.context.keep)
                 continue
             if item.inputs != names:
                 given: list[Any] = [self.env[a] for a in item.inputs]

@@ -27,7 +27,7 @@ from depthpass_lowering.executors.first_order import first_order
 from depthpass_lowering.executors.stand_ins import LeafHost, tensors_of
 from depthpass_lowering.executors.sweeps import Solve, Solver, Sweeper
 from depthpass_lowering.executors.transforms import unschedulable
-from depthpass_lowering.state.slots import Slot
+from depthpass_lowering.state.slots import Slot, Span
 
 SWEEPS = "sweeps"
 
@@ -99,15 +99,18 @@ class Swept(Executor):
         policy, run, region = self.policy, sweeper.run, sweeper.region
         whole = sweeper.span(0, run.context.count)
         with torch.no_grad():
-            # The recording sweep is the last one.
-            budget = None if policy.exact else (policy.max_sweeps or 1) - 1
+            # The recording sweeps are the last ones.
+            recorded = policy.backward or 1
+            budget = None if policy.exact else (policy.max_sweeps or 1) - recorded
             solver = Solver(sweeper, policy, budget)
             self.solves.append(solver.made)
             inner = sweeper.inner(run.state.fork())
+            sources = None
             if budget == 0:
                 c = sweeper.first(inner, whole)
             elif solver.solve(inputs, run.state.fork()):
-                c = sweeper.inject(inner, {s: torch.cat(solver.pieces[s], 1) for s in sweeper.sources}, whole)
+                sources = {s: torch.cat(solver.pieces[s], 1) for s in sweeper.sources}
+                c = sweeper.inject(inner, sources, whole)
             else:
                 solver.made.sequential = solver.made.chunks
                 c = None
@@ -116,9 +119,10 @@ class Swept(Executor):
             torch.clear_autocast_cache()
         if c is None:
             return self.sequential(run, region)
-        solver.made.sweeps += 1
-        solver.made.rows += run.context.batch * run.context.count
+        solver.made.sweeps += recorded
+        solver.made.rows += recorded * run.context.batch * run.context.count
         job = _Job(sweeper, inputs, c, solver, _handed_on(run, region), policy)
+        job.constant = sources if policy.backward else None
         outs = _RegionFunction.apply(job, *job.outer)
         return job.take(run, outs)
 
@@ -128,7 +132,8 @@ def _handed_on(run: Run, region: LoweredRegion) -> tuple[int, ...]:
     own = {o.writes for o in region.ops if o.writes is not None}
     if run.context.keep:
         return tuple(sorted(own))
-    outside = {s for o in run.program.visits if o not in region.visits for s in reads_slots(o)}
+    here = {o.name for o in region.visits}
+    outside = {s for o in run.program.visits if o.name not in here for s in reads_slots(o)}
     return tuple(sorted(own & outside))
 
 
@@ -139,7 +144,7 @@ def unswept(run: Run, region: Region) -> str | None:
         return reason
     if routed := next((a for o in region.ops for a in (*o.args, o.name) if run.types[a].tokens), None):
         return f"%{routed} in a serial region holds routed tokens"
-    for o in region.visits:
+    for o in region.calls:
         if draws(run.host, o["index"]):
             return f"block {o['index']} has dropout switched on, so that no two sweeps are the same"
         if torch.is_grad_enabled() and (reason := run.host.refuses_schedule(o["index"])):
@@ -150,7 +155,13 @@ def unswept(run: Run, region: Region) -> str | None:
 
 
 class _Job:
-    """The recorded sweep of a region: which tensors from outside it reads, and what it hands out."""
+    """The recorded sweeps of a region: which tensors from outside they read, and what they hand out.
+
+    Attributes:
+        constant: what the delays of the first recorded sweep read, through which no gradient flows; None = its c is given.
+    """
+
+    constant: Mapping[str, Tensor] | None = None
 
     def __init__(self, sweeper: Sweeper, inputs: dict[str, Tensor], c: dict[str, Tensor], solver: Solver,
                  handed_on: Sequence[int], policy: FixedPoint):
@@ -165,21 +176,27 @@ class _Job:
         self.outer = list({id(t): t for t in found if t.requires_grad}.values())
 
     def sweep(self, leaves: dict[int, Tensor]):
-        """Run the sweep on detached stand-ins: (outputs, c, c anew)."""
+        """Run the recorded sweeps on detached stand-ins: (outputs, c of the first one, c anew)."""
 
         def leaf(t: Tensor) -> Tensor:
             return leaves.get(id(t), t)
 
         sweeper, run = self.sweeper, self.sweeper.run
-        state = self.state.fork()
-        state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
-        state.lines = {k: leaf(t) for k, t in state.lines.items()}
-        inner = sweeper.inner(state, LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides)))
-        whole = sweeper.span(0, run.context.count)
-        c = {n: x.detach().requires_grad_() for n, x in self.c.items()}
-        local = sweeper.sweep(inner, {n: leaf(x) for n, x in self.inputs.items()}, c, whole)
-        sources = {s: local[s] for s in sweeper.sources}
-        after = sweeper.inject(inner, sources, whole)
+        host, sides = LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides))
+        inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, sweeper.span(0, run.context.count)
+        first = after = {n: x.detach().requires_grad_() for n, x in self.c.items()}
+        for number in range(self.policy.backward or 1):
+            state = self.state.fork()
+            state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
+            state.lines = {k: leaf(t) for k, t in state.lines.items()}
+            inner = sweeper.inner(state, host, sides)
+            if number == 0:
+                before = first if self.constant is None else sweeper.inject(inner, self.constant, whole)
+            else:
+                before = after
+            local = sweeper.sweep(inner, inputs, before, self.reading(whole, number))
+            sources = {s: local[s] for s in sweeper.sources}
+            after = sweeper.inject(inner, sources, whole)
         # With the sources, not only with c: a delay line handed on has a gradient of its own.
         outs = [local[n] for n in sweeper.region.outputs]
         if run.context.keep:
@@ -190,9 +207,16 @@ class _Job:
         outs += [t for s in self.handed_on for side in _sides(state.slots[s]) for t in side]
         self.firsts = [state.slots[s].first for s in self.handed_on]
         if not self.policy.exact:
-            self.made.residuals.append(max(sweeper.changes(self.c, {n: x.detach() for n, x in after.items()}, whole)))
+            was = {n: x.detach() for n, x in before.items()}
+            self.made.residuals.append(max(sweeper.changes(was, {n: x.detach() for n, x in after.items()}, whole)))
             self.made.converged = self.made.residuals[-1] <= self.tol
-        return outs, list(c.values()), list(after.values())
+        return outs, list(first.values()), list(after.values())
+
+    def reading(self, whole: Span, number: int) -> Span:
+        """The span as a recorded sweep reads it: as the plain model where it is the first sweep of all."""
+        policy = self.policy
+        first = number == 0 and not policy.exact and (policy.backward or 1) == policy.max_sweeps
+        return self.sweeper.plain(whole) if first and policy.start == "plain" else whole
 
     def take(self, run: Run, outs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Put lines and slots where the run keeps them; the streams that the region hands out."""
@@ -217,7 +241,10 @@ class _RegionFunction(torch.autograd.Function):
             outs, c, after = job.sweep({id(t): leaf for t, leaf in zip(outer, leaves)})
         # The job knows the run, and the run will hold this node's outputs: keeping it would be a cycle.
         limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps or 1, job.made.chunks) - 1
+        if job.policy.backward is not None:  # what enters the recorded sweeps is a constant
+            limit = 0
         ctx.graph, ctx.limit, ctx.tol, ctx.made = (outs, c, after, leaves), limit, job.tol, job.made
+        ctx.cut = job.policy.backward
         ctx.set_materialize_grads(False)
         return tuple(o.detach() for o in outs)
 
@@ -232,7 +259,7 @@ class _RegionFunction(torch.autograd.Function):
         if not pairs:
             return (None,) * (1 + len(leaves))
         results, cotangents = [o for o, _ in pairs], [g for _, g in pairs]
-        lam, ctx.made.adjoint = _vjp(results, c, cotangents), 1
+        lam, ctx.made.adjoint = [] if ctx.cut else _vjp(results, c, cotangents), ctx.cut or 1
         for _ in range(ctx.limit):
             # All of it anew rather than the next term of the sum: models round inside their blocks (norms in float32), and
             # a chunk whose lam is settled then has the very bits that the token loop's backward pass has.
@@ -240,7 +267,7 @@ class _RegionFunction(torch.autograd.Function):
             ctx.made.adjoint += 1
             if all(float((x - y).norm()) <= ctx.tol * float(x.norm()) for x, y in zip(lam, last)):
                 break
-        recorded = [(x, a) for x, a in zip(after, lam) if x.requires_grad]
+        recorded = [] if ctx.cut else [(x, a) for x, a in zip(after, lam) if x.requires_grad]
         found = torch.autograd.grad(
             [*results, *(x for x, _ in recorded)], leaves, [*cotangents, *(a for _, a in recorded)], allow_unused=True
         )

@@ -39,6 +39,8 @@ class Graphed(Compiled):
     def refuse(self, run: Run, region: Region) -> str | None:
         if reason := super().refuse(run, region):
             return reason
+        if region.groups and run.context.valid is not None:
+            return "groups are counted from the first real token of each row, which a recording does not know"
         device = run.hidden.device.type
         return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
 

@@ -20,8 +20,9 @@ from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.losses import Pool, sums_of
 from depthpass_lowering.executors.noise import cut_off, noise
 from depthpass_lowering.host import Host
-from depthpass_lowering.state.slots import Span, State, push_delay, read_delay, spans
+from depthpass_lowering.state.slots import Span, State, push_delay, read_delay, read_group, spans
 from depthpass_lowering.visits.attention import Masks
+from depthpass_lowering.visits.parts import FfnVisit, beside
 from depthpass_lowering.visits.query_routed import QueryRoutedVisit
 from depthpass_lowering.visits.routed import RoutedVisit
 from depthpass_lowering.visits.routes import Route, choose
@@ -66,7 +67,7 @@ class Ops:
     ) -> dict[str, Any]:
         """Run a region op by op, chunk by chunk in a token loop; returns the wanted streams over all tokens."""
         c = self.context
-        cut = spans(c.start, c.count, c.valid, None, region.chunk)
+        cut = spans(c.start, c.count, c.valid, None, region.chunk, region.groups)
         sizes = [span.count for span in cut]
         pieces = self._split(inputs, sizes)
         sides = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(c.sides, c.side_axes)]
@@ -75,8 +76,8 @@ class Ops:
             local = {name: parts[i] for name, parts in pieces.items()}
             masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device, self.program.ahead)
             tables = [parts[i] for parts in sides]
-            for o in region.ops:
-                self.one(o.op, local, span, masks, tables, keep)
+            for o in region.program_ops:
+                self.one(o, local, span, masks, tables, keep)
             self.push(region, local, span)
             for name, parts in done.items():
                 parts.append(self._whole(name, local))
@@ -87,7 +88,7 @@ class Ops:
         if self._idle(o, local):
             return
         if o.kind == "delay":
-            local[o.name] = read_delay(self.line(o.name, o["tokens"]), local.get(o.args[0]), o["tokens"], span)
+            local[o.name] = self.delayed(o, local.get(o.args[0]), span)
         elif o.kind == "route":
             local[o.name] = self._route(o, local, span)
         elif o.kind == "loss":
@@ -101,6 +102,11 @@ class Ops:
             result = self.op(o, [local[x] for x in o.args], span, masks, tables, keep)
             if o.name:
                 local[o.name] = result
+
+    def delayed(self, o: Op, source: Tensor | None, span: Span) -> Tensor:
+        """A delay on a span; ``source`` at the span's own tokens where it is known already."""
+        line = self.line(o.name, OPS[o.kind].lag(o))
+        return read_delay(line, source, o["tokens"], span) if o["group"] is None else read_group(line, source, o["group"], span)
 
     def push(self, region: LoweredRegion, local: Mapping, span: Span) -> None:
         """Let every delay line forget what is too old and keep the span's tokens."""
@@ -181,6 +187,11 @@ class Ops:
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
             return self._block(o, args[0], span, masks, sides, keep, args[1] if o["memory"] else None)
+        if kind == "ffn":
+            x, read = args
+            return self.host.block(o["index"], FfnVisit(o, self.host, read), x, ())
+        if kind == "point":
+            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
         if kind == "add":
             return self._add(o, args, span)
         if kind == "norm":
@@ -264,8 +275,8 @@ class Ops:
     ) -> Tensor:
         """A visit that only the routed tokens ask; keys and values come from every token."""
         self._check_operands(o)
-        if route.everything:
-            return self._block(o, x, span, masks, sides, keep)
+        if route.everything:  # then keys and queries are of one stream
+            return self._block(replace(o, args=o.args[:1]), x, span, masks, sides, keep)
         keep = keep or writes_slot(o) in self.context.read
         if route.count == 0 and not keep:
             return x[:, :0]

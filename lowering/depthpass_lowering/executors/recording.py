@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import InputError, LoweringError
+from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, op
 from depthpass.lowered.build import lower
 from depthpass.lowered.program import LoweredRegion
@@ -228,7 +229,7 @@ class _Recording(Run):
         if not result.shape[1]:
             return  # a routed value of a token that is not routed
         self.runs.note(node, read | self.runs.sources(result))
-        if o.kind == "block":
+        if OPS[o.kind].depth(o)[1]:
             self.runs.found.visits[node] = o["index"]
         local[o.name] = self.runs.leaves[node] = result.detach().clone().requires_grad_()
 

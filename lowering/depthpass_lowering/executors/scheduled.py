@@ -94,7 +94,7 @@ class Scheduled(Executor):
             used = {i for o in region.visits for i in host.sides_of(o["index"])}
             if any(run.context.sides[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"
-        for o in region.visits:
+        for o in region.calls:
             if reason := host.refuses_schedule(o["index"]):
                 return reason
             if grad and any(s.dropout for s in host.sites_of(o["index"])):

@@ -73,12 +73,12 @@ class _LinearStandIn(nn.Module):
 def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
     """Every parameter the region's ops read, once each, by id."""
     found: dict[int, Tensor] = {}
-    for o in (lowered.op for lowered in region.ops):
-        if o.kind == "block":
+    for o in region.program_ops:
+        if o.kind in ("block", "ffn"):
             tensors = list(host.bound(o["index"])[1])
             for path in host.submodules_of(o["index"]):
                 tensors += host.stock_module(o["index"], path).parameters()
-            if o["gate"]:
+            if o.kind == "block" and o["gate"]:
                 tensors += host.module(o["gate"]).parameters()
         else:
             tensors = [t for name in own_scopes(o) for t in host.module(name).parameters()]
@@ -120,8 +120,8 @@ class LeafHost:
 def tensors_of(region: LoweredRegion, host: Host) -> list[Tensor]:
     """Every tensor with a gradient that the region's blocks and new modules read."""
     found: list[Tensor] = []
-    for o in (lowered.op for lowered in region.ops):
-        if o.kind == "block":
+    for o in region.program_ops:
+        if o.kind in ("block", "ffn"):
             found += host.bound(o["index"])[1]
             for path in host.submodules_of(o["index"]):
                 found += host.stock_module(o["index"], path).parameters()

@@ -19,9 +19,10 @@ from depthpass.analysis.dependence import back_delays
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion
+from depthpass.prompt import at_prompt
 from depthpass.schedule.fixed_point import FixedPoint
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.state.slots import Span, State, push_delay, read_delay
+from depthpass_lowering.state.slots import Span, State, push_delay, spans
 from depthpass_lowering.visits.attention import Masks
 
 RIDGE = {"cpu": 22.0}
@@ -31,6 +32,7 @@ RIDGE_ELSEWHERE = 184.0
 """The same for other devices: an H200 in bfloat16."""
 
 
+@at_prompt
 @dataclass
 class Solve:
     """How one serial region was run in one call.
@@ -86,8 +88,10 @@ class Sweeper:
 
     def __init__(self, run: Run, region: LoweredRegion):
         self.run, self.region, self.wanted = run, region, region.outputs
+        # Groups that begin in other columns in every row: a token is only sure not to read itself.
+        self.size = region.size if aligned(run, region) else 1
         self.sources = tuple(dict.fromkeys(line.source for line in region.lines))
-        self.ops = [o.op for o in region.ops]
+        self.ops = region.program_ops
         back = back_delays(run.program, frozenset(o.name for o in region.ops))
         self.injection: dict[str, Op] = {}
         for o in self.ops:
@@ -111,15 +115,12 @@ class Sweeper:
         # Keys are kept whole while it is open where the settled chunks end.
         return Run(replace(c, host=host or c.host, sides=c.sides if sides is None else sides, whole_slots=True), state)
 
-    def _read(self, inner: Run, o: Op, source: Tensor, span: Span) -> Tensor:
-        return read_delay(inner.line(o.name, o["tokens"]), source, o["tokens"], span)
-
     def inject(self, inner: Run, sources: Mapping[str, Tensor], span: Span) -> dict[str, Tensor]:
         """c of a span's tokens from the delay lines and the sources at the span's own tokens."""
         local: dict[str, Tensor] = {}
         for o in self.injection.values():
             if o.kind == "delay":
-                local[o.name] = self._read(inner, o, sources[o.args[0]], span)
+                local[o.name] = inner.delayed(o, sources[o.args[0]], span)
             else:
                 local[o.name] = inner.op(o, [local[a] for a in o.args], span, None, (), False)
         return {name: local[name] for name in self.frontier}
@@ -128,8 +129,14 @@ class Sweeper:
         """c of the first sweep: nothing, but what the first chunk reads from the delay lines."""
         zeros = self.zeros(span.count)
         made = self.inject(inner, zeros, span)
-        own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.region.size
+        own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.size
         return {name: torch.where(own, x, x.new_zeros(())) for name, x in made.items()}
+
+    def plain(self, span: Span) -> Span:
+        """A span behind whose first chunk nothing has passed a delay: its tokens count as the row's first ones."""
+        count, device = span.count, self.run.hidden.device
+        rank = torch.arange(span.start, span.start + count, device=device)[None] if span.rank is None else span.rank
+        return replace(span, rank=torch.where(torch.arange(count, device=device) < self.size, rank, 0))
 
     def zeros(self, count: int) -> dict[str, Tensor]:
         hidden = self.run.hidden
@@ -148,7 +155,7 @@ class Sweeper:
             if o.name in self.injection:
                 continue
             if o.kind == "delay":
-                local[o.name] = self._read(inner, o, local[o.args[0]], span)
+                local[o.name] = inner.delayed(o, local[o.args[0]], span)
             else:
                 local[o.name] = inner.op(o, [local[a] for a in o.args], span, masks, tables, True)
         return local
@@ -175,8 +182,15 @@ class Sweeper:
         squares = x.square().sum(-1)
         if span.valid is not None:
             squares = torch.where(span.valid, squares, squares.new_zeros(()))
-        short = -span.count % self.region.size
-        return torch.nn.functional.pad(squares, (0, short)).unflatten(1, (-1, self.region.size)).sum(-1).sqrt()
+        short = -span.count % self.size
+        return torch.nn.functional.pad(squares, (0, short)).unflatten(1, (-1, self.size)).sum(-1).sqrt()
+
+
+def aligned(run: Run, region: LoweredRegion) -> bool:
+    """Whether chunks that are counted from the call's first column reach across no group of a row."""
+    c = run.context
+    ends = [s.start for s in spans(c.start, c.count, c.valid, None, region.chunk, region.groups)]
+    return not region.groups or ends == list(range(c.start, c.start + c.count, region.size))
 
 
 class Solver:
@@ -188,10 +202,10 @@ class Solver:
 
     def __init__(self, sweeper: Sweeper, policy: FixedPoint, budget: int | None = None):
         self.sweeper, self.policy, run = sweeper, policy, sweeper.run
-        self.chunk, self.count = sweeper.region.size, run.context.count
+        self.chunk, self.count = sweeper.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
         self.made = Solve(
-            tuple(o["index"] for o in sweeper.region.visits), self.count, self.chunk, -(-self.count // self.chunk)
+            tuple(o["index"] for o in sweeper.region.calls), self.count, self.chunk, -(-self.count // self.chunk)
         )
         self.settled = 0
         # Of each chunk the sweeps that were over when it was first swept.
@@ -212,18 +226,21 @@ class Solver:
             at, end = self.settled, min(self.count, self.settled + width)
             span = sweeper.span(at, end - at)
             self.entered += [made.sweeps] * (-(-end // self.chunk) - len(self.entered))
-            inner = sweeper.inner(state.fork())
+            inner, reading = sweeper.inner(state.fork()), span
             if guess is None:
                 c = sweeper.first(inner, span)
+                reading = sweeper.plain(span) if policy.start == "plain" else span
             elif c is None:
                 known = next(iter(guess.values())).shape[1]
                 fresh = sweeper.zeros(end - at - known)
                 guess = {s: torch.cat((x, fresh[s].to(x.dtype)), 1) for s, x in guess.items()}
                 c = sweeper.inject(inner, guess, span)
-            local = sweeper.sweep(inner, inputs, c, span)
+            local = sweeper.sweep(inner, inputs, c, reading)
             sources = {s: local[s] for s in sweeper.sources}
             after = sweeper.inject(inner, sources, span)
             changes = sweeper.changes(c, after, span)
+            if reading is not span:  # nothing is not the same as zeros, whatever c has become
+                changes = [1.0] * len(changes)
             # The first chunk reads what is settled only: it is right, up to rounding of another product's shape.
             changes[0] = 0.0
             made.sweeps += 1

@@ -5,6 +5,7 @@ The run below is not executed token by token: it is traced once per capacity and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -21,10 +22,15 @@ from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.state.slots import Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
+from depthpass_lowering.visits.cut import block_facts
 from depthpass_lowering.visits.running import RunningVisit
 
 SMALLEST = 256
 """Columns of the smallest room. StaticCache double, so a decode of n tokens compiles about log2(n / SMALLEST) steps."""
+
+
+MOST_QUERIES = 8
+"""Queries of one key head up to which a decoded token's attention is written out."""
 
 
 def refusal(program: Program) -> str | None:
@@ -151,6 +157,10 @@ class StepVisit(RunningVisit):
         b, h, count, d = q.shape
         # Several queries where visits are stacked: all stand at the same column.
         seen = mask[0][:, :, :1]
+        if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and groups * count <= MOST_QUERIES:
+            return _attention(q.reshape(b, h // groups, groups * count, d), k, v, seen, site.scale).reshape(
+                b, h, count, v.shape[-1]
+            ).transpose(1, 2)
         out = F.scaled_dot_product_attention(
             q.reshape(b, h // groups, groups * count, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
         )
@@ -161,6 +171,15 @@ class StepVisit(RunningVisit):
 
     def commit(self) -> None:
         """StaticCache are written by the attention itself."""
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Attention of a few queries written out, for the compiler to make its own loops of: q ``[B, Hkv, C, D]``, k and v
+    ``[B, Hkv, N, D or Dv]``, seen ``[B or 1, 1, 1, N]``. On a CPU the library's kernel for long rows of queries costs as much
+    as several products of one row."""
+    logits = (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(-1) * scale
+    p = torch.softmax(logits.masked_fill(~seen, float("-inf")), -1)
+    return (p[..., None] * v.float()[:, :, None]).sum(-2).to(q.dtype)
 
 
 class StepRun(Run):
@@ -180,7 +199,7 @@ class StepRun(Run):
     def lowered(self) -> LoweredProgram:
         schedule = self.context.schedule
         step = self._step() or Step(1, tuple(o for region in schedule.regions for o in region.ops))
-        return lower(schedule, "token", "inductor", step=step, sides=self.host.sides_of)
+        return lower(schedule, "token", "inductor", step=step, facts=functools.partial(block_facts, self.host))
 
     def _at_once(self) -> tuple[Span, StepMasks]:
         return Span(0, 1, None, self.rank), StepMasks(self.at, self.columns, self.context.valid)

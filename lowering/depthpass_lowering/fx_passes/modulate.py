@@ -11,6 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import networkx as nx
 import torch
@@ -40,12 +41,14 @@ class Branch:
     """A residual branch.
 
     Attributes:
+        source: the stream that it starts from.
         read: what its linear maps read.
         readers: its nodes that use ``read``.
         result: what it adds.
         adder: the sum that takes ``result``.
     """
 
+    source: fx.Node
     read: fx.Node
     readers: tuple[fx.Node, ...]
     result: fx.Node
@@ -148,8 +151,8 @@ def _chain(node: object, hidden: fx.Node, data: set[fx.Node]) -> list[tuple[fx.N
     """The sums from the block's input to ``node`` with what each adds to the stream; None when it is no such sum."""
     while isinstance(node, fx.Node) and node.target in _CARRIERS:
         node = node.args[0]
-    if node is hidden:
-        return []
+    if node is hidden or not isinstance(node, fx.Node):
+        return [] if node is hidden else None
     for stream, summand in _summands(node, data):
         before = _chain(stream, hidden, data)
         if before is not None:
@@ -157,11 +160,11 @@ def _chain(node: object, hidden: fx.Node, data: set[fx.Node]) -> list[tuple[fx.N
     return None
 
 
-def _summands(node: object, data: set[fx.Node]) -> Sequence[tuple[fx.Node, fx.Node]]:
+def _summands(node: fx.Node, data: set[fx.Node]) -> Sequence[tuple[fx.Node, fx.Node]]:
     """Both orders of the two operands of a plain sum of streams."""
-    if not isinstance(node, fx.Node) or node.target not in _ADDS or node.kwargs or len(node.args) != 2:
+    if node.target not in _ADDS or node.kwargs or len(node.args) != 2:
         return ()
-    a, b = node.args
+    a, b = cast("tuple[fx.Node, fx.Node]", node.args)
     return ((a, b), (b, a)) if a in data and b in data else ()
 
 
@@ -208,7 +211,7 @@ def _branch(result: fx.Node, adder: fx.Node, streams: set[fx.Node], data: set[fx
     if not read:
         raise LoweringError(f"expected linear maps in the branch {_name(result)}, found none.")
     readers = tuple(n for n in region - streams if read[-1] in n.all_input_nodes)
-    return Branch(read[-1], readers, result, adder)
+    return Branch(source, read[-1], readers, result, adder)
 
 
 def _first_products(source: fx.Node, region: set[fx.Node]) -> list[fx.Node]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -53,7 +54,7 @@ def join_products_pass(graph: fx.Graph, parameters: set[fx.Node]) -> int:
         groups.setdefault(key, []).append((node, weight, bias))
     for (_, transposed), members in groups.items():
         first = members[0][0]
-        x = _match(first, parameters)[0]
+        x = _x_of(first)
         with graph.inserting_before(first):
             weights, biases = tuple(w for _, w, _ in members), tuple(b for _, _, b in members)
             made = graph.call_function(products, (transposed, weights, biases, x))
@@ -65,16 +66,20 @@ def join_products_pass(graph: fx.Graph, parameters: set[fx.Node]) -> int:
     return sum(len(m) for m in groups.values())
 
 
+def _x_of(node: fx.Node) -> Any:
+    """What a product multiplies with its weight."""
+    return node.args[1 if node.target is aten.addmm.default else 0]
+
+
 def _match(node: fx.Node, parameters: set[fx.Node]) -> tuple[fx.Node, fx.Node, fx.Node | None, bool] | None:
     """``(x, weight, bias, whether weight is [in, out])`` of a product with a parameter, or None."""
     if node.op != "call_function" or any(writes(u) for u in node.users):
         return None
-    found = None
+    found, args = None, cast("tuple[Any, ...]", node.args)
     if node.target is aten.linear.default and not node.kwargs:
-        bias = node.args[2] if len(node.args) > 2 else None
-        found = node.args[0], node.args[1], bias, False
+        found = args[0], args[1], args[2] if len(args) > 2 else None, False
     elif node.target is aten.addmm.default and not node.kwargs:
-        found = node.args[1], node.args[2], node.args[0], True
+        found = args[1], args[2], args[0], True
     if found is None or found[1] not in parameters or not (found[2] is None or found[2] in parameters):
         return None
     for p in (found[1], found[2]):

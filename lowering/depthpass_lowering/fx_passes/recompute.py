@@ -43,6 +43,8 @@ def recompute_pass(gm: fx.GraphModule) -> int:
         leaves = list(dict.fromkeys(a for n in inside for a in n.all_input_nodes if a not in inside))
         steps = fx.Graph()
         env = {a: steps.placeholder(a.name) for a in leaves}
+        for a, given in env.items():
+            given.meta = dict(a.meta)
         for n in inside:
             env[n] = steps.node_copy(n, env.__getitem__)
         steps.output(env[x])
@@ -82,5 +84,5 @@ def _between(node: fx.Node, x: fx.Node) -> list[fx.Node]:
 def _starts(n: fx.Node) -> bool:
     """Whether a node is the result of a product, or a view of one."""
     if n.target in (aten.view.default, aten.reshape.default):
-        return _starts(n.args[0])
-    return n.target is operator.getitem and n.args[0].target in (products, absorbed)
+        return _starts(n.all_input_nodes[0])
+    return n.target is operator.getitem and n.all_input_nodes[0].target in (products, absorbed)

@@ -12,7 +12,7 @@ import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,11 +24,12 @@ from depthpass.ir.definitions import Type
 from depthpass.ir.holders import Held
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
-from depthpass.schedule.regions import Region
+from depthpass.lowered.program import LoweredRegion
 from depthpass_lowering.fx_passes.distribute import Distributed, distribute_pass, token_axis
 from depthpass_lowering.fx_passes.effects import keeps
 from depthpass_lowering.fx_passes.products import join_products_pass, land
-from depthpass_lowering.visits.split import split_graph
+from depthpass_lowering.visits.cut import cut_for
+from depthpass_lowering.visits.parts import beside, graph_of
 
 # Calls in the graph, answered by the running loop.
 
@@ -69,7 +70,7 @@ class ChunkGraph:
     ``distributed.loop(loop, *visits, *streams, *masks, *sides, *params, *known)`` returns the ``results``.
 
     Attributes:
-        visits: block ops in order.
+        visits: block ops in order, and feed-forward networks that run by themselves.
         streams: values of earlier regions that it reads.
         absents: for each mask, how many of a row's first tokens it leaves out.
         sides: numbers of the side inputs.
@@ -99,48 +100,47 @@ class ChunkGraph:
         return 1 + len(self.visits)
 
 
-def chunk_graph(region: Region, program: Program, types: Mapping[str, Type], host: Any, wanted: Sequence[str]) -> ChunkGraph:
+def chunk_graph(region: LoweredRegion, program: Program, types: Mapping[str, Type], host: Any) -> ChunkGraph:
     """Build the graph of one chunk of a region.
 
     Args:
         types: of the program's values.
         host: a :class:`depthpass_lowering.host.Host`.
-        wanted: values that later regions read.
     """
-    return _Builder(region, program, types, host, wanted).build()
+    return _Builder(region, program, types, host).build()
 
 
 class _Builder:
-    def __init__(self, region: Region, program: Program, types: Mapping[str, Type], host: Any, wanted: Sequence[str]):
+    def __init__(self, region: LoweredRegion, program: Program, types: Mapping[str, Type], host: Any):
         self.region, self.program, self.types, self.host = region, program, types, host
         self.graph = fx.Graph()
         self.root: dict[str, object] = {}
-        here = {o.name for o in region.ops}
-        self.streams = tuple(dict.fromkeys(a for o in region.ops for a in o.args if a not in here))
-        sources = [o.args[0] for o in region.ops if o.kind == "delay"]
-        self.results = tuple(dict.fromkeys([*wanted, *(s for s in sources if s in here)]))
-        self.templates = {o.name: host.bound(o["index"])[0] for o in region.visits}
+        here = {o.name for o in region.program_ops}
+        self.streams = tuple(dict.fromkeys(a for o in region.program_ops for a in o.args if a not in here))
+        sources = [o.args[0] for o in region.program_ops if o.kind == "delay"]
+        self.results = tuple(dict.fromkeys([*region.outputs, *(s for s in sources if s in here)]))
+        self.templates = {o.name: host.bound(o["index"])[0] for o in region.calls}
         self.sides = tuple(sorted({s for o in region.visits for s in host.sides_of(o["index"])}))
         self.absents = tuple(sorted({
-            self.types[a].absent for o in region.ops if o.kind == "add" for a in o.args
+            self.types[a].absent for o in region.program_ops if o.kind == "add" for a in o.args
             if self.types[a].absent > self.types[o.name].absent
         }))
         self.params: dict[Parameter, fx.Node] = {}
         # Linear maps that one sum alone reads are taken together with it.
-        self.bridges = {o.name for o in region.ops if self._lands(o)}
+        self.bridges = {o.name for o in region.program_ops if self._lands(o)}
 
     def build(self) -> ChunkGraph:
         graph = self.graph
         self.loop = graph.placeholder("loop")
-        self.visits = {o.name: graph.placeholder(f"visit_{i}") for i, o in enumerate(self.region.visits)}
+        self.visits = {o.name: graph.placeholder(f"visit_{i}") for i, o in enumerate(self.region.calls)}
         self.env = {s: graph.placeholder(f"stream_{s}") for s in self.streams}
         self.masks = {n: graph.placeholder(f"mask_{n}") for n in self.absents}
         self.tables = {n: graph.placeholder(f"table_{n}") for n in self.sides}
-        for o in self.region.ops:
+        for o in self.region.program_ops:
             for parameter, name in self._parameters_of(o):
                 if parameter not in self.params:
                     self.params[parameter] = graph.placeholder(f"p{len(self.params)}_{re.sub(r'[^0-9A-Za-z]', '_', name)}")
-        for o in self.region.ops:
+        for o in self.region.program_ops:
             if o.name not in self.bridges:
                 self.env[o.name] = self._op(o)
         graph.output(tuple(self.env[r] for r in self.results))
@@ -156,7 +156,7 @@ class _Builder:
         loop.graph.lint()
         loop.recompile()
         return ChunkGraph(
-            self.region.visits, self.streams, self.absents, self.sides, tuple(self.params), self.results, distributed, count,
+            self.region.calls, self.streams, self.absents, self.sides, tuple(self.params), self.results, distributed, count,
             nodes, self.program, tuple(dict.fromkeys(self.templates.values())),
         )
 
@@ -166,10 +166,10 @@ class _Builder:
             return False
         total = users[0]
         rest = [a for a in total.args if not self._is_linear(a)]
-        return total in self.region.ops and o.name not in self.results and bool(rest) and total.args.count(o.name) == 1
+        return total in self.region.program_ops and o.name not in self.results and bool(rest) and total.args.count(o.name) == 1
 
     def _is_linear(self, name: str) -> bool:
-        return any(o.name == name and o.kind == "linear" for o in self.region.ops)
+        return any(o.name == name and o.kind == "linear" for o in self.region.program_ops)
 
     def _plain(self, o: Op) -> bool:
         """Whether an op's parameters are in a module that does nothing but the op, so that the graph may read them itself."""
@@ -180,21 +180,25 @@ class _Builder:
         return type(module) in (nn.Linear, Held) and not module._forward_hooks and not module._forward_pre_hooks
 
     def _parameters_of(self, o: Op) -> list[tuple[Parameter, str]]:
-        if o.kind == "block":
+        if o.kind in ("block", "ffn"):
             names = self.templates[o.name].params
             return [(Parameter(o["index"], i), f"{o['index']}_{name}") for i, name in enumerate(names)]
         if self._plain(o):
-            name = OPS[o.kind].scope(o)
+            name = cast(str, OPS[o.kind].scope(o))
             held = [leaf for leaf, p in self.host.module(name)._parameters.items() if p is not None]
             return [(Parameter(name, leaf), f"{name}_{leaf}") for leaf in held]
         return []
 
     def _op(self, o: Op) -> fx.Node:
-        graph, args = self.graph, [self.env.get(a) for a in o.args]
+        graph, args = self.graph, cast("list[Any]", [self.env.get(a) for a in o.args])
         if o.kind == "delay":
             return graph.call_function(delayed, (self.loop, o.name, args[0]))
         if o.kind == "block":
             return self._block(o, *args)
+        if o.kind == "ffn":
+            return self._ffn(o, *args)
+        if o.kind == "point":
+            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
         if o.kind == "add":
             return self._add(o)
         if o.kind == "linear" and self._plain(o):
@@ -204,8 +208,8 @@ class _Builder:
         definition = OPS[o.kind]
         if definition.scope(o) is not None and not self._plain(o):
             return graph.call_function(call, (self.loop, o.name, *args))
-        weights = {p.at: self.params[p] for p, _ in self._parameters_of(o)}
-        return graph.call_function(definition.meaning, tuple(args), {**definition.given(o), **weights})
+        weights = {str(p.at): self.params[p] for p, _ in self._parameters_of(o)}
+        return graph.call_function(definition.computed, tuple(args), {**definition.given(o), **weights})
 
     def _linear(self, o: Op) -> tuple[fx.Node, fx.Node | None]:
         return self.params[Parameter(o["name"], "weight")], self.params.get(Parameter(o["name"], "bias"))
@@ -229,7 +233,7 @@ class _Builder:
             mask = self.masks[absent] if absent > base else None
             cs = [self.env[b.args[0]] for b in ops]
             total = graph.call_function(land, (weights, biases, mask, total, *cs))
-        return total
+        return cast(fx.Node, total)
 
     def _block(self, o: Op, hidden: fx.Node, memory: fx.Node | None = None) -> fx.Node:
         template, visit = self.templates[o.name], self.visits[o.name]
@@ -242,11 +246,17 @@ class _Builder:
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
             memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
         rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
-        keys: Sequence[fx.Node] = ()
-        if memory is not None:
-            keys = self._inline(split_graph(template.graph, o["index"]).keys, (visit, memory, *rest))
-        y = self._inline(template.graph, (visit, hidden, *rest), keys)
+        cut = cut_for(o, graph_of(template, o))
+        made = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
+        y = self._inline(cut.rest, (visit, hidden, *rest), made)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
+
+    def _ffn(self, o: Op, *streams: fx.Node) -> fx.Node:
+        template = self.templates[o.name]
+        inputs = [*streams, *(self.params[Parameter(o["index"], i)] for i in range(len(template.params)))]
+        if o.name in self.program.stopped:
+            inputs = [self.graph.call_function(torch.detach, (t,)) for t in inputs]
+        return self._inline(graph_of(template, o), (self.visits[o.name], *inputs))
 
     def _inline(self, gm: fx.GraphModule, inputs: Sequence[Any], keys: Sequence[fx.Node] = ()) -> Any:
         """What a graph gives, its nodes copied into this one.

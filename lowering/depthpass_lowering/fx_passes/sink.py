@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
+from typing import cast
 
 from torch import Tensor, fx
 
@@ -27,7 +28,7 @@ def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
 
 def sink_bridges_pass(gm: fx.GraphModule, bridges: Container[fx.Node]) -> fx.GraphModule:
     """As :func:`sink_pass`, but only what bridges bring and take: products with their parameters, and landings."""
-    return _sunk(gm, lambda node: node.target is land or any(w in bridges for w in node.args[1]))
+    return _sunk(gm, lambda node: node.target is land or any(w in bridges for w in cast(Sequence, node.args[1])))
 
 
 def _sunk(gm: fx.GraphModule, which: Callable[[fx.Node], bool]) -> fx.GraphModule:

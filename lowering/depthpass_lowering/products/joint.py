@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.graph import CodeGen
 
 from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
@@ -144,10 +146,10 @@ class _Recorder(fx.Interpreter):
 
     def run_node(self, n: fx.Node):
         if n.target is products:
-            transposed, weights, biases, x = n.args
+            transposed, weights, biases, x = cast(Any, n.args)
             return self._multiply(weights, biases, False, transposed, [self.env[x]])
         if n.target is land:
-            weights, biases, mask, x, *cs = n.args
+            weights, biases, mask, x, *cs = cast(Any, n.args)
             (y,) = self._multiply(weights, biases, True, False, [self.env[c] for c in cs])
             return self.env[x] + (y if mask is None else torch.where(self.env[mask], y, 0))
         return super().run_node(n)
@@ -240,19 +242,23 @@ def trace(
     tangents = [torch.empty_like(results[i]) for i in differentiable]
     graph = make_fx(joint, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
     if any(writes(n) for n in graph.graph.nodes):
-        # Some formulas of gradients fill in place, which cannot be cut in two.
-        mutating = graph
-
-        def whole(primals, tangents):  # the partitioner goes by these names
-            return functionalize(mutating, remove="mutations_and_views")(primals, tangents)
-
-        graph = make_fx(whole, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
+        graph = _functional(graph, examples, tangents)
     _flatten(graph)
     forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(results) + len(made))
     return Joint(
         _inductor(forward), _inductor(backward), len(results), differentiable, wants, tuple(probe.products),
         tuple(t.stride() for t in tangents),
     )
+
+
+def _functional(mutating: fx.GraphModule, examples: Sequence[Tensor], tangents: Sequence[Tensor]) -> fx.GraphModule:
+    """The same graph without writes: some formulas of gradients fill in place, which cannot be cut in two."""
+    from torch._inductor.decomposition import select_decomp_table
+
+    def whole(primals, tangents):  # the partitioner goes by these names
+        return functionalize(mutating, remove="mutations_and_views")(primals, tangents)
+
+    return make_fx(whole, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
 
 
 def _forward_only(
@@ -274,10 +280,11 @@ def _is_sunk(product: Product, trains: Sequence[bool]) -> bool:
 
 def _flatten(gm: fx.GraphModule) -> None:
     """Give a traced graph a flat signature and a flat tuple of results, as the partitioner expects."""
-    gm.graph.set_codegen(fx.graph.CodeGen())
+    gm.graph.set_codegen(CodeGen())
     out = gm.graph.output_node()
-    if isinstance(out.args[0][0], (list, tuple)):
-        out.args = (tuple(x for side in out.args[0] for x in side),)
+    results: Any = out.args[0]
+    if isinstance(results[0], (list, tuple)):
+        out.args = (tuple(x for side in results for x in side),)
     gm.graph.eliminate_dead_code()
     gm.recompile()
 

@@ -8,12 +8,15 @@ product; on CUDA that is all that packing means. Packed copies live as long as t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
 
 SMALLEST = 1 << 15
 """Entries of a weight below which a packed product costs more in calls than it saves."""
@@ -82,7 +85,7 @@ class Weights:
         if all(b is None for b in self.biases):
             return None
         if self.joined:
-            return sum(b for b in self.biases if b is not None)
+            return functools.reduce(torch.add, [b for b in self.biases if b is not None])
         found = [w.new_zeros(size) if b is None else b for w, b, size in zip(self.weights, self.biases, self.sizes())]
         return found[0] if len(found) == 1 else torch.cat(found)
 
@@ -96,10 +99,10 @@ class Products:
 
     def __init__(self, uses: int = 0):
         self.uses = uses
-        self._packed: dict[tuple[int, ...], tuple[Weights, Tensor, Tensor | None]] = {}
+        self._packed: dict[tuple, tuple[Weights, Tensor, Tensor | None]] = {}
         self._packed_back: dict[tuple[int, ...], tuple[Weights, Tensor]] = {}
 
-    def forward(self, w: Weights, xs: Sequence[Tensor]) -> list[Tensor]:
+    def forward(self, w: Weights, xs: Tensors) -> list[Tensor]:
         """Results by weight, without gradient; of joined weights one, the sum.
 
         Args:
@@ -111,7 +114,7 @@ class Products:
             return [y] if w.joined or len(w.weights) == 1 else list(y.split(w.sizes(), -1))
         return plain(w, xs)
 
-    def backward(self, w: Weights, grads: Sequence[Tensor]) -> list[Tensor]:
+    def backward(self, w: Weights, grads: Tensors) -> list[Tensor]:
         """Gradients of the streams from those of the results, without gradient."""
         if self.packs(w, grads[0]):
             dx = packed_product(grads[0] if len(grads) == 1 else torch.cat(grads, -1), self.packed_back(w, grads[0]), None)
@@ -140,6 +143,22 @@ class Products:
             back = _pack(w.matrix().detach().t(), g) if blocked(g, w.weights[0]) else self.packed(w, g)[0].t()
             held = self._packed_back[w.key] = w, back
         return held[1]
+
+    def whole(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
+        """W and b, and whether W is in oneDNN's format: of several weights always one product."""
+        if self.packs(w, x) and blocked(x, w.weights[0]):
+            return *self.packed(w, x), True
+        key = ("whole", *w.key)
+        if key not in self._packed:
+            self._packed[key] = w, w.matrix().detach(), w.bias()
+        return *self._packed[key][1:], False
+
+    def whole_back(self, w: Weights, g: Tensor) -> tuple[Tensor, bool]:
+        """What the gradient of the whole result is multiplied with from the right: the transpose of W in oneDNN's format,
+        or W as it is."""
+        if self.packs(w, g) and blocked(g, w.weights[0]):
+            return self.packed_back(w, g), True
+        return self.whole(w, g)[0], False
 
     def packs(self, w: Weights, x: Tensor) -> bool:
         """Whether a product is taken from packed weights: those that oneDNN reads, and several that CUDA takes as one."""

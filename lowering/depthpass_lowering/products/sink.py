@@ -13,7 +13,7 @@ import torch
 from depthpass_kernels import bridge_in
 from torch import Tensor
 
-from depthpass_lowering.products.packed import Products, Weights, contraction, plain
+from depthpass_lowering.products.packed import Products, Tensors, Weights, contraction, plain
 
 FLUSH = {"cpu": 256, "cuda": 8192}
 """Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.
@@ -33,6 +33,7 @@ class Sink:
         self._sums: dict[tuple, Tensor] = {}
         self._bias_sums: dict[int, Tensor] = {}
         self._cast: dict[int, Tensor] = {}
+        self._others: dict[int, Tensor] = {}
 
     def add(self, w: Weights, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Keep the operands of one product's weight gradients.
@@ -59,6 +60,28 @@ class Sink:
         held.rows += held.x[-1].shape[0]
         if held.rows >= FLUSH.get(held.g[-1].device.type, FLUSH["cuda"]):
             self._flush(held)
+
+    def trains(self, w: Weights) -> _Operands | None:
+        """Where the operands of weights wait that are all trained; None: a part of them is frozen."""
+        if all(_trains(t, b) for t, b in zip(w.weights, w.biases)):
+            return self._waiting.setdefault(w.key, _Operands(w))
+        return None
+
+    def hold(self, held: _Operands, x: Tensor, g: Tensor) -> None:
+        """As :meth:`add`, of weights that are all trained and multiplied as one."""
+        held.x.append(x.reshape(-1, x.shape[-1]))
+        held.g.append(g.reshape(-1, g.shape[-1]))
+        held.rows += held.x[-1].shape[0]
+        if held.rows >= FLUSH.get(g.device.type, FLUSH["cuda"]):
+            self._flush(held)
+
+    def gather(self, parameter: Tensor, grad: Tensor) -> None:
+        """Add to the gradient of a parameter that is no weight of a product."""
+        known = self._others.get(id(parameter))
+        if known is None:
+            self._others[id(parameter)] = grad.clone()
+        else:
+            known.add_(grad)
 
     def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:
         """Weights in autocast's dtype, cast once per loop; None = as they are."""
@@ -88,6 +111,8 @@ class Sink:
             for b in w.biases:
                 if b is not None and id(b) in self._bias_sums:
                     found[id(b)] = self._bias_sums[id(b)]
+        for key, g in self._others.items():
+            found[key] = found[key] + g if key in found else g
         self.__init__(self.products.uses)
         return found
 
@@ -251,7 +276,7 @@ def _fuses(x: Tensor) -> bool:
     return x.is_cuda
 
 
-def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Sequence[Tensor]) -> Tensor:
+def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Tensors) -> Tensor:
     """``x + present * (sum_b c_b W_b^T + bias_b)``, without gradient."""
     if _fuses(x) and x.dtype == cs[0].dtype:
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from depthpass_kernels import slot_attention_backward, slot_attention_forward
+from depthpass_kernels.slot_attention import chunk
 from torch import Tensor
 
 
@@ -64,31 +65,94 @@ class Use:
     def __init__(self, buffer: Buffer, start: int, count: int, write: bool, options: dict[str, Any]):
         self.buffer, self.start, self.count, self.write, self.options = buffer, start, count, write, options
 
-    def __call__(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+    def __call__(self, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None) -> Tensor:
         """Attention of the span's queries, ``[B, H, C, D]`` -> ``[B, C, H, Dv]``.
 
-        Writes the span's own keys and values first when this is their slot.
+        Writes the span's own keys and values first when this is their slot; else they may be None.
         """
         device = q.device.type
         if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
             # As autocast does to the operands of SDPA; rotary tables have made float32 of some of them.
             dtype = torch.get_autocast_dtype(device)
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+            q, k, v = q.to(dtype), *(None if t is None else t.to(dtype) for t in (k, v))
         if not torch.is_grad_enabled():
-            if self.write:
+            if self.write and k is not None and v is not None:
                 self.buffer.write(k, v, self.start)
             return self.attend(q, sinks)[0].transpose(1, 2)
         token = self.buffer.token if self.buffer.token is not None else q.new_empty(0)
         out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
         return out.transpose(1, 2)
 
+    def taped(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, AttentionTape | ChunkTape]:
+        """As :meth:`__call__`, without autograd: the result, and what its backward pass needs."""
+        if self.write:
+            self.buffer.write(k, v, self.start)
+        if sinks is None and chunk.fits(q, self.start, self.options):
+            k, v = self.by_head(*self.buffer.held())
+            return chunk.forward(q, k, v, self.options["scale"]), ChunkTape(self, q)
+        out, lse = self.attend(q, sinks)
+        return out.transpose(1, 2), AttentionTape(self, q, sinks, out, lse)
+
+    def by_head(self, *sides: Tensor) -> list[Tensor]:
+        """Buffers up to the last query's column, ``[batch * kv_heads, n, dim]``."""
+        return [t.flatten(0, 1).narrow(1, 0, self.start + self.count) for t in sides]
+
+    def own(self, *sides: Tensor) -> list[Tensor]:
+        """The span's own columns of buffers."""
+        return [t.narrow(2, self.start, self.count) for t in sides]
+
     def attend(self, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """The attention and the log of its denominator."""
         return slot_attention_forward(q, *self.columns(*self.buffer.held()), sinks=sinks, **self.options)
 
-    def columns(self, *sides: Tensor) -> tuple[Tensor, ...]:
+    def columns(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Buffers up to the last query's column."""
-        return tuple(t[:, :, : self.start + self.count] for t in sides)
+        return keys[:, :, : self.start + self.count], values[:, :, : self.start + self.count]
+
+
+class AttentionTape:
+    """What the backward pass of an attention needs: called with the gradient of its result, returns those of q, k, v, sinks.
+
+    Gradients of keys and values are accumulated in the buffer; those of the own ones are complete once every later use has
+    added its part, so chunks go back last to first.
+    """
+
+    __slots__ = ("lse", "out", "q", "sinks", "use")
+
+    def __init__(self, use: Use, q: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor):
+        self.use, self.q, self.sinks, self.out, self.lse = use, q, sinks, out, lse
+
+    def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        use, buffer = self.use, self.use.buffer
+        dq, _, _, dsinks = slot_attention_backward(
+            grad.transpose(1, 2), self.q, *use.columns(*buffer.held()), self.out, self.lse,
+            into=use.columns(*buffer.gradients()), sinks=self.sinks, **use.options,
+        )
+        return (dq, *_own_gradients(use), dsinks)
+
+
+class ChunkTape:
+    """The same of a chunk whose queries see every key before them."""
+
+    __slots__ = ("q", "use")
+
+    def __init__(self, use: Use, q: Tensor):
+        self.use, self.q = use, q
+
+    def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+        use, buffer = self.use, self.use.buffer
+        k, v = use.by_head(*buffer.held())
+        dq, dk, dv = chunk.backward(grad, self.q, k, v, use.options["scale"])
+        for sums, part in zip(use.by_head(*buffer.gradients()), (dk, dv)):
+            sums.add_(part)
+        return (dq, *_own_gradients(use), None)
+
+
+def _own_gradients(use: Use) -> list[Tensor | None]:
+    """Complete gradients of the span's own keys and values, in their dtype."""
+    if not use.write:
+        return [None, None]
+    return [g.to(t.dtype) for g, t in zip(use.own(*use.buffer.gradients()), use.buffer.held())]
 
 
 class _InPlaceAttention(torch.autograd.Function):
@@ -104,7 +168,7 @@ class _InPlaceAttention(torch.autograd.Function):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
         out, lse = use.attend(q, sinks)
-        ctx.use, ctx.strides = use, (k.stride(), v.stride())
+        ctx.use, ctx.strides = use, (k.stride(), v.stride()) if use.write else ()
         ctx.save_for_backward(q, sinks, out, lse)
         return out, token.new_empty(0)
 
@@ -113,8 +177,9 @@ class _InPlaceAttention(torch.autograd.Function):
         q, sinks, out, lse = ctx.saved_tensors
         use: Use = ctx.use
         buffer = use.buffer
+        keys, values = use.columns(*buffer.held())
         dq, _, _, dsinks = slot_attention_backward(
-            grad, q, *use.columns(*buffer.held()), out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
+            grad, q, keys, values, out, lse, into=use.columns(*buffer.gradients()), sinks=sinks,
             **use.options,
         )
         own_k = own_v = None

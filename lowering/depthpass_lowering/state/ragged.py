@@ -49,7 +49,7 @@ class AppendPlan:
     """
 
     def __init__(self, before: Slot, columns: Tensor, real: Tensor | None, rows: Tensor | None):
-        batch = len(before.columns)
+        batch = len(before.listed_columns)
         active = torch.arange(batch, device=columns.device) if rows is None else rows
         counts = reality(before).sum(-1)
         added = columns.shape[1] if real is None else real.sum(-1)
@@ -61,10 +61,10 @@ class AppendPlan:
         )
         rank = entry if real is None else (real.long().cumsum(1) - 1)[row, entry]
         self.source, self.place = (row, entry), (active[row], counts[active[row]] + rank)
-        self.columns = before.columns.new_zeros(batch, self.high)
+        self.columns = before.listed_columns.new_zeros(batch, self.high)
         # A slot may be wider than its longest row: rows that were dropped or reordered leave their width behind.
-        held = min(before.columns.shape[1], self.high)
-        self.columns[:, :held] = before.columns[:, :held]
+        held = min(before.listed_columns.shape[1], self.high)
+        self.columns[:, :held] = before.listed_columns[:, :held]
         self.columns.index_put_(self.place, columns[self.source])
         self.valid = torch.arange(self.high, device=after.device)[None] < after[:, None]
         self.full = bool((after[active] == self.high).all())
@@ -103,14 +103,15 @@ def _room(slot: Slot, entries: int) -> RaggedRoom:
     """Memory with the slot's entries and place for at least so many per row."""
     if slot.ragged is not None and slot.ragged.open_to(slot, entries):
         return slot.ragged
-    size, held = entries + room_for(entries), min(slot.columns.shape[1], entries)
+    size, held = entries + room_for(entries), min(slot.listed_columns.shape[1], entries)
 
     def longer(t: Tensor) -> Tensor:
         made = t.new_empty((t.shape[0], size, *t.shape[2:]))
         made[:, :held] = t[:, :held]
         return made
 
-    return RaggedRoom(*(tuple(longer(t.transpose(1, 2)) for t in side) for side in (slot.keys, slot.values)))
+    keys, values = (tuple(longer(t.transpose(1, 2)) for t in side) for side in (slot.keys, slot.values))
+    return RaggedRoom(keys, values)
 
 
 def widened(new: Slot, rows: Tensor | None, batch: int) -> Slot:
@@ -125,14 +126,14 @@ def joined(before: Slot, new: Slot) -> Slot:
     return compacted(Slot(
         tuple(torch.cat(pair, 2) for pair in zip(before.keys, new.keys)),
         tuple(torch.cat(pair, 2) for pair in zip(before.values, new.values)),
-        torch.cat((before.columns, new.columns), 1), torch.cat((reality(before), reality(new)), 1),
+        torch.cat((before.listed_columns, new.listed_columns), 1), torch.cat((reality(before), reality(new)), 1),
     ))
 
 
 def compacted(slot: Slot) -> Slot:
     """A slot with the real entries of each row first, as many as the row with most has."""
-    high = int(slot.valid.sum(-1).max())
-    order = torch.argsort((~slot.valid).to(torch.uint8), dim=1, stable=True)[:, :high]
+    high = int(reality(slot).sum(-1).max())
+    order = torch.argsort((~reality(slot)).to(torch.uint8), dim=1, stable=True)[:, :high]
 
     def compact(t: Tensor) -> Tensor:
         if t.dim() == 2:
@@ -155,4 +156,4 @@ def listed(slot: Slot, valid: Tensor | None) -> Slot:
 
 def reality(slot: Slot) -> Tensor:
     """Which entries of a routed visit's slot are real, ``[batch, n]``."""
-    return torch.ones_like(slot.columns, dtype=torch.bool) if slot.valid is None else slot.valid
+    return torch.ones_like(slot.listed_columns, dtype=torch.bool) if slot.valid is None else slot.valid

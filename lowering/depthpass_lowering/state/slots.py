@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -58,6 +60,13 @@ class Slot:
     first: int = 0
     places: tuple[Place | None, ...] | None = None
     ragged: RaggedRoom | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def listed_columns(self) -> Tensor:
+        """``columns`` of a slot that lists them."""
+        if self.columns is None:
+            raise TypeError("a slot of tokens in order lists no columns")
+        return self.columns
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Slot:
         return Slot(
@@ -254,22 +263,40 @@ def _from(first: int, count: int) -> Tensor:
     return torch.arange(count)[None, :] >= first
 
 
-def spans(length: int, count: int, valid: Tensor | None, earlier: Tensor | None, chunk: int | None) -> list[Span]:
+def spans(
+    length: int, count: int, valid: Tensor | None, earlier: Tensor | None, chunk: int | None, groups: Sequence[int] = ()
+) -> list[Span]:
     """Cut ``count`` new tokens after ``length`` old ones into spans of at most ``chunk`` (None = one span).
 
     Args:
         valid: validity of all columns, old and new, ``[batch, length + count]``; None = no padding anywhere.
+        groups: sizes of groups of real tokens that no span may reach across, in any row.
     """
     step = count if chunk is None else chunk
+    starts = _starts(length, count, valid, step, groups) if groups else range(0, count, step)
     rank = None if valid is None else (valid.long().cumsum(-1) - valid.long())[:, length:]
     new = None if valid is None else valid[:, length:]
     return [
         Span(
-            length + a, min(step, count - a),
-            None if new is None else new[:, a : a + step], None if rank is None else rank[:, a : a + step],
+            length + a, end - a, None if new is None else new[:, a:end], None if rank is None else rank[:, a:end],
         )
-        for a in range(0, count, step)
+        for a, end in pairwise([*starts, count])
     ]
+
+
+def _starts(length: int, count: int, valid: Tensor | None, step: int, groups: Sequence[int]) -> list[int]:
+    """Where spans begin: wherever a group of some row does, and ``step`` tokens behind another at most."""
+    if valid is None:
+        begins = [any((length + a) % g == 0 for g in groups) for a in range(count)]
+    else:
+        rank = (valid.long().cumsum(-1) - valid.long())[:, length:]
+        first = functools.reduce(torch.logical_or, (rank % g == 0 for g in groups)) & valid[:, length:]
+        begins = first.any(0).tolist()
+    found = [0]
+    for a in range(1, count):
+        if begins[a] or a - found[-1] >= step:
+            found.append(a)
+    return found
 
 
 def read_delay(line: Tensor, source: Tensor | None, n: int, span: Span) -> Tensor:
@@ -288,6 +315,24 @@ def read_delay(line: Tensor, source: Tensor | None, n: int, span: Span) -> Tenso
     # Pads at the end of a row may count past a line read without its source; what they read is never used.
     index = index.clamp_max(combined.shape[1] - 1)
     return combined.gather(1, index[..., None].expand(-1, -1, combined.shape[2]))
+
+
+def read_group(line: Tensor, source: Tensor | None, size: int, span: Span) -> Tensor:
+    """Values of ``delay 1 group size`` for the tokens of a span: the source at the last token of the group before.
+
+    Args:
+        line, source: as of :func:`read_delay`; without its source a span lies within one group of each row.
+    """
+    past, device = line[:, line.shape[1] - size :], line.device
+    if span.valid is None:
+        before = torch.arange(span.count, device=device)[None]
+        combined = past if source is None else torch.cat((past, source), 1)
+    else:
+        before = span.valid.long().cumsum(-1) - span.valid.long()
+        combined = past if source is None else torch.cat((past, _compact(source, span.valid)), 1)
+    rank = span.start + before if span.rank is None else span.rank
+    index = (size - 1 + before - rank % size).clamp(0, combined.shape[1] - 1)
+    return combined.gather(1, index[..., None].expand(len(line), -1, combined.shape[2]))
 
 
 def push_delay(line: Tensor, source: Tensor, n: int, span: Span, record: bool) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from depthpass.ir.program import Op
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
+from depthpass_lowering.visits.cut import cut_for
 from depthpass_lowering.visits.routes import Route
 from depthpass_lowering.visits.running import RunningVisit
-from depthpass_lowering.visits.split import split_graph
 
 
 class QueryRoutedVisit(RunningVisit):
@@ -31,9 +32,15 @@ class QueryRoutedVisit(RunningVisit):
         super().__init__(op, host, state, span, masks, keep)
         self.route, self.axes = route, axes
         self.rows = route.rows
-        self.at = self._pick(route.index + span.start)
+        self.at: Tensor = self._pick(route.index + span.start)
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.asking = False
+
+    @overload
+    def _pick(self, t: Tensor) -> Tensor: ...
+
+    @overload
+    def _pick(self, t: None) -> None: ...
 
     def _pick(self, t: Tensor | None) -> Tensor | None:
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
@@ -41,13 +48,14 @@ class QueryRoutedVisit(RunningVisit):
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
         """``[batch, tokens, width]`` of every token -> ``[batch, k, width]`` of the asking ones."""
         runner = runner or (lambda graph: graph)
-        split = split_graph(self.graph(template), self.index)
+        cut = cut_for(self.op, self.graph(template))
+        assert cut.keys is not None, "a visit that routes its queries has keys of its own"
         if not self.keep:
             hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(sides, self.axes)]
         else:
             hidden_keys, sides_keys = hidden, sides
         self.asking = False
-        found = runner(split.keys)(self, hidden_keys, *sides_keys, *params)
+        found = runner(cut.keys)(self, hidden_keys, *sides_keys, *params)
         read = found[2 * len(self.sites) :]
         self.given = {i: (found[2 * i].contiguous(), found[2 * i + 1].contiguous()) for i in range(len(self.sites))}
         asks = self.route.gather(hidden)
@@ -55,9 +63,9 @@ class QueryRoutedVisit(RunningVisit):
             return asks
         tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(sides, self.axes)]
         route = self.route if self.keep or self.rows is None else self._active()
-        read = [route.table(t, axis) for t, axis in zip(read, split.axes)]
+        read = [route.table(t, axis) for t, axis in zip(read, cut.axes)]
         self.asking = True
-        y = runner(split.queries)(
+        y = runner(cut.rest)(
             self, self._pick(asks), *(self._side(t, axis) for t, axis in zip(tables, self.axes)), *params,
             *(self._pick(t) if self.keep else t for t in read)
         )
@@ -71,14 +79,14 @@ class QueryRoutedVisit(RunningVisit):
         """A table at the rows that ask; one without a batch has a single row for all."""
         return side if axis is None or side.shape[0] == 1 else self._pick(side)
 
-    def attend(self, number: int, q: Tensor, k: None, v: None, sinks: Tensor | None) -> Tensor:
-        site, (k, v) = self.sites[number], self.given[number]
+    def attend(self, number: int, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None) -> Tensor:
+        site, (keys, values) = self.sites[number], self.given[number]
         if self.keep:
-            k, v = (self._pick(t) for t in self.extend(number, k, v))
+            keys, values = (self._pick(t) for t in self.extend(number, keys, values))
         elif self.before is not None:
             held = (self.before.keys[number], self.before.values[number])
-            k, v = (torch.cat((self._pick(h), new), 2) for h, new in zip(held, (k, v)))
-        return self.attention(number, q, k, v, sinks, self._asking_mask(k.shape[2], site.window, site.chunk))
+            keys, values = (torch.cat((self._pick(h), new), 2) for h, new in zip(held, (keys, values)))
+        return self.attention(number, q, keys, values, sinks, self._asking_mask(keys.shape[2], site.window, site.chunk))
 
     def _asking_mask(self, keys: int, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = torch.arange(keys, device=self.at.device)[None], self.masks.valid

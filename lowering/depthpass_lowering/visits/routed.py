@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class RoutedVisit(RunningVisit):
         self.together = route.once("together", lambda: _together(route.rows))
         self.wide = (
             self.rows is not None and self.together is None and span.count == 1 and not torch.is_grad_enabled()
-            and op["gate"] is None and 3 * len(self.rows) >= self.batch
+            and op["gate"] is None and not op["update"] and 3 * len(self.rows) >= self.batch
         )
         self.at, self.real = route.once(
             ("at", span.start), lambda: (self.pick(route.index + span.start), self.pick(route.real))
@@ -51,6 +52,12 @@ class RoutedVisit(RunningVisit):
             if self.joins and self.before is not None:
                 self.before = self.before.map(self.pick)
 
+    @overload
+    def pick(self, t: Tensor) -> Tensor: ...
+
+    @overload
+    def pick(self, t: None) -> None: ...
+
     def pick(self, t: Tensor | None) -> Tensor | None:
         """What belongs to the rows that run; a view where they stand together."""
         if t is not None and self.together is not None:
@@ -61,26 +68,54 @@ class RoutedVisit(RunningVisit):
         """Entries of the rows that run as entries of all rows."""
         return t if self.rows is None else t.new_zeros((self.batch, *t.shape[1:])).index_copy(0, self.rows, t)
 
+    @overload
+    def _stored(self, t: Tensor) -> Tensor: ...
+
+    @overload
+    def _stored(self, t: None) -> None: ...
+
     def _stored(self, t: Tensor | None) -> Tensor | None:
         """What belongs to the rows that attention over stored keys runs for."""
         return t if self.wide else self.pick(t)
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.before is None:
+        before = self.before
+        if before is None:
             return super().extend(number, k, v)
         if self.joins:
-            k, v = torch.cat((self.before.keys[number], k), 2), torch.cat((self.before.values[number], v), 2)
+            k, v = torch.cat((before.keys[number], k), 2), torch.cat((before.values[number], v), 2)
             if self.state is not None:
                 self.made[number] = k, v, None
             return k, v
         if self.appending is None:
             # The blocks of a routed stack hold the same tokens, in columns and validity that are the same tensors.
-            key = ("plan", id(self.before.valid), id(self.before.columns))
-            plan = self.route.once(key, lambda: AppendPlan(self.before, self.at, self.real, self.rows))
-            self.appending = Appending(self.before, plan)
+            key = ("plan", id(before.valid), id(before.columns))
+            plan = self.route.once(key, lambda: AppendPlan(before, self.at, self.real, self.rows))
+            self.appending = Appending(before, plan)
         k, v = self.appending.write(number, k, v)
         self.made[number] = k, v, None
         return self._stored(k), self._stored(v)
+
+    def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
+        if not self.op["update"]:
+            return super().attend(number, q, k, v, sinks)
+        k, v = self.given[number] if self.given is not None else (k, v)
+        k, v = self.extend(number, k, v)
+        slot = self.shared_slot
+        mask = self._mask(self._updated_columns(), *self.limits(number))
+        return self.attention(
+            number, q, torch.cat((slot.keys[number], k), 2), torch.cat((slot.values[number], v), 2), sinks, mask
+        )
+
+    def _updated_columns(self) -> tuple[Tensor, Tensor]:
+        """Columns of the shared keys and then of the own ones, and which are real: of a token that has both, the own one."""
+        (theirs, real), (own, mine) = self._shared_columns(), self._own_columns()
+        theirs, mine = theirs.expand(len(own), -1), torch.ones_like(own, dtype=torch.bool) if mine is None else mine
+        end = self.span.start + self.span.count
+        replaced = torch.zeros(len(own), end + 1, dtype=torch.bool, device=own.device)
+        replaced.scatter_(1, torch.where(mine, own, end), True)
+        left = ~replaced.gather(1, theirs)
+        return torch.cat((theirs, own), 1), torch.cat((left if real is None else left & real, mine), 1)
 
     def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
         """One query per row asks as one head group of several queries: a mask then needs no copies of the keys."""
@@ -95,7 +130,7 @@ class RoutedVisit(RunningVisit):
         return out.transpose(1, 2).reshape(q.shape[0], 1, q.shape[1], v.shape[3])
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None]:
-        slot, valid = self.shared, self._stored(self.masks.valid)
+        slot, valid = self.shared_slot, self._stored(self.masks.valid)
         if slot.columns is None:
             # All columns in order: the whole state, this span included.
             return torch.arange(slot.keys[0].shape[2], device=self.at.device)[None], valid
@@ -110,9 +145,9 @@ class RoutedVisit(RunningVisit):
             return self._stored(plan.columns), None if plan.full else self._stored(plan.valid)
         if self.before is None:
             return self.at, self.real
-        return torch.cat((self.before.columns, self.at), 1), torch.cat((reality(self.before), self._all_real()), 1)
+        return torch.cat((self.before.listed_columns, self.at), 1), torch.cat((reality(self.before), self._all_real()), 1)
 
-    def _mask(self, where, window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
+    def _mask(self, where: tuple[Tensor, Tensor | None], window: int | None, chunk: int | None) -> tuple[Tensor | None, bool]:
         columns, valid = where
         end = self.span.start + self.span.count
         ahead = self.masks.ahead
@@ -137,7 +172,7 @@ class RoutedVisit(RunningVisit):
     def commit(self) -> None:
         state, made, appending = self.state, self.made, self.appending
         self.state, self.made = None, {}
-        if not self.keep or not made:
+        if state is None or not self.keep or not made:
             return
         if appending is not None:
             state.slots[self.op["slot"]] = appending.slot()

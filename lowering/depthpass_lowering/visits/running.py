@@ -10,11 +10,12 @@ from torch import Tensor, fx
 
 from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
-from depthpass.ir.program import Op
+from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Grown, Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
-from depthpass_lowering.visits.split import split_graph
+from depthpass_lowering.visits.cut import cut_for
+from depthpass_lowering.visits.parts import graph_of
 
 
 class RunningVisit:
@@ -36,7 +37,8 @@ class RunningVisit:
     given: Mapping[int, tuple[Tensor, Tensor]] | None = None
 
     def __init__(self, op: Op, host: Host, state: State, span: Span, masks: Masks, keep: bool):
-        self.op, self.host, self.state, self.span, self.masks, self.keep = op, host, state, span, masks, keep
+        self.op, self.host, self.span, self.masks, self.keep = op, host, span, masks, keep
+        self.state: State | None = state
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
         self.before = state.slots.get(op["slot"]) if self.writes else None
@@ -58,26 +60,36 @@ class RunningVisit:
     @property
     def writes(self) -> bool:
         """Whether the visit has keys of its own."""
-        return self.gated or not self.shares
+        return writes_slot(self.op) is not None
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
         """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
-        graph, runner = self.graph(template), runner or (lambda graph: graph)
-        if self.memory is not None:
-            found = runner(split_graph(graph, self.index).keys)(self, self.memory.to(hidden.device), *sides, *params)
+        runner = runner or (lambda graph: graph)
+        cut = cut_for(self.op, self.graph(template))
+        if cut.keys is not None:
+            source = hidden if self.memory is None else self.memory.to(hidden.device)
+            found = runner(cut.keys)(self, source, *sides, *params)
             self.given = {i: (found[2 * i], found[2 * i + 1]) for i in range(len(self.sites))}
-        return runner(graph)(self, hidden, *sides, *params)
+        return runner(cut.rest)(self, hidden, *sides, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if self.given is not None:
             k, v = self.given[number]
-        own = self.extend(number, k, v) if self.writes else None
-        if not self.shares:
-            return self.attention(number, q, *own, sinks, self._own_mask(own[0].shape[2], *self.limits(number)))
-        far = self.attention(
-            number, q, self.shared.keys[number], self.shared.values[number], sinks, self.shared_mask(number)
-        )
-        return self.mix(q, self.hidden, far, self.near(number, q, *own, sinks)) if self.gated else far
+        if not self.shares or self.op["update"]:  # where every token is routed, nothing is left of what others wrote
+            k, v = self.extend(number, k, v)
+            return self.attention(number, q, k, v, sinks, self._own_mask(k.shape[2], *self.limits(number)))
+        slot = self.shared_slot
+        far = self.attention(number, q, slot.keys[number], slot.values[number], sinks, self.shared_mask(number))
+        if not self.gated:
+            return far
+        k, v = self.extend(number, k, v)
+        return self.mix(q, self.hidden, far, self.near(number, q, k, v, sinks))
+
+    @property
+    def shared_slot(self) -> Slot:
+        """The slot whose keys it shares."""
+        assert self.shared is not None, "a visit that shares keys runs after the one that writes them"
+        return self.shared
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The visit's own keys and values, this span's last."""
@@ -124,7 +136,7 @@ class RunningVisit:
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None] | None:
         """Columns and validity of the shared keys; None = every column in order."""
-        slot = self.shared
+        slot = self.shared_slot
         return None if slot.columns is None else (slot.columns, validity(slot, self.masks.valid))
 
     def _own_columns(self) -> tuple[Tensor, Tensor | None] | None:
@@ -167,13 +179,14 @@ class RunningVisit:
 
     def graph(self, template: Template) -> fx.GraphModule:
         """The graph of a block's template that this visit runs."""
-        if self.op["modulate"] is None:
-            return template.graph
-        from depthpass_lowering.fx_passes.modulate import modulated
+        if self.op["modulate"] is not None:
+            from depthpass_lowering.fx_passes.modulate import modulated
 
-        return modulated(template, self.index)
+            return modulated(template, self.index)
+        return graph_of(template, self.op)
 
     def modulate(self, place: str, x: Tensor) -> Tensor:
+        assert self.factors is not None, "a modulated visit is given its factors"
         return x * self.factors[place].to(x)
 
     def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
@@ -206,7 +219,7 @@ class RunningVisit:
         """
         state, made = self.state, self.made
         self.state, self.made = None, {}
-        if not self.keep or not made:
+        if state is None or not self.keep or not made:
             return
         keys, values, places = zip(*(made[i] for i in range(len(made))))
         first = self.span.start + self.span.count - keys[0].shape[2]
@@ -225,4 +238,4 @@ def validity(slot: Slot, valid: Tensor | None) -> Tensor | None:
     """Which entries of a slot with columns are real."""
     if slot.valid is not None:
         return slot.valid
-    return None if valid is None else valid.gather(1, slot.columns)
+    return None if valid is None else valid.gather(1, slot.listed_columns)

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from depthpass.capture.model import Template
 from depthpass.schedule.stacking import Stack
+from depthpass_lowering.visits.cut import cut_for
 from depthpass_lowering.visits.running import RunningVisit
 
 
@@ -28,17 +29,21 @@ class StackedVisit:
         self.index = stack.index
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
-        return (self.graph(template) if runner is None else runner(self.graph(template)))(self, hidden, *sides, *params)
+        # Rows that have no keys of their own run along with those that have.
+        leader = next((visit for visit in self.members if visit.writes), self.members[0])
+        graph = cut_for(leader.op, self.graph(template)).rest
+        return (graph if runner is None else runner(graph))(self, hidden, *sides, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         members = self.members
-        qs, ks, vs = (t.chunk(len(members)) for t in (q, k, v))
-        own = [visit.extend(number, ks[i], vs[i]) if visit.writes else None for i, visit in enumerate(members)]
+        qs, ks, vs = (() if t is None else t.chunk(len(members)) for t in (q, k, v))
+        own = {i: visit.extend(number, ks[i], vs[i]) for i, visit in enumerate(members) if visit.writes}
         out: list[Tensor] = [q] * len(members)
         for slot, who in self.stack.readers:
             visit, writer = members[who[0]], self.stack.writers.get(slot)
             if writer is None:
-                keys, values, mask = visit.shared.keys[number], visit.shared.values[number], visit.shared_mask(number)
+                shared = visit.shared_slot
+                keys, values, mask = shared.keys[number], shared.values[number], visit.shared_mask(number)
             else:
                 keys, values = own[writer]
                 mask = visit.masks.get(*visit.limits(number))
@@ -46,7 +51,7 @@ class StackedVisit:
             for i, part in zip(who, parts):
                 out[i] = part
         for who in self.stack.gated:
-            near = _rows([members[i].near(number, qs[i], *own[i], sinks) for i in who])
+            near = _rows([members[i].near(number, qs[i], own[i][0], own[i][1], sinks) for i in who])
             queries, far = (_rows([x[i] for i in who]) for x in (qs, out))
             visit = members[who[0]]
             # Only some gates read the block's input.
@@ -76,12 +81,12 @@ class StackedVisit:
             visit.commit()
 
 
-def _rows(parts: Sequence[Tensor]) -> Tensor:
+def _rows(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _together(
-    visit: RunningVisit, number: int, queries: Sequence[Tensor], k: Tensor, v: Tensor, sinks: Tensor | None,
+    visit: RunningVisit, number: int, queries: list[Tensor], k: Tensor, v: Tensor, sinks: Tensor | None,
     mask: tuple[Tensor | None, bool],
 ) -> Sequence[Tensor]:
     """Attention of several members' queries ``[B, H, C, D]`` to the same keys: ``[B, C, H, Dv]`` per member."""

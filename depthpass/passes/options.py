@@ -1,0 +1,34 @@
+"""Options of a pass: which were given, how they are shown, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, Field, fields
+from typing import TYPE_CHECKING, Any
+
+from depthpass.errors import SpecError
+from depthpass.limits import shown
+
+if TYPE_CHECKING:
+    from depthpass.passes.base import Pass
+
+
+def options(p: Pass) -> dict[str, Any]:
+    """Options of a pass that have no default or differ from it, in field order."""
+    return {f.name: v for f in fields(p) if (v := getattr(p, f.name)) != default_of(f) or default_of(f) is MISSING}
+
+
+def default_of(f: Field[Any]) -> Any:
+    """Default of a dataclass field, or ``MISSING``."""
+    return f.default if f.default_factory is MISSING else f.default_factory()
+
+
+def short(value: object) -> str:
+    """A value in at most 30 characters."""
+    text = str(list(value)) if isinstance(value, tuple) else str(value)
+    return text if len(text) <= 30 else text[:27] + "..."
+
+
+def require(ok: bool, where: str, expected: str, got: object, remedy: str = "") -> None:
+    """Raise the one shape of spec error unless ``ok``."""
+    if not ok:
+        raise SpecError(f"{where}: expected {expected}, got {shown(got)}.{' ' + remedy if remedy else ''}")

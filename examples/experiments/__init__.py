@@ -1,0 +1,1 @@
+"""One experiment per file: its problem, its arms and what is measured."""

@@ -1,0 +1,74 @@
+"""Settings of an experiment: a YAML file with overlays ``quick`` and ``gpu``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+FOLDER = Path(__file__).resolve().parents[1] / "configs"
+OVERLAYS = ("quick", "gpu")
+
+
+class Settings(dict):
+    """A nested mapping whose keys are attributes too."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no setting {name!r}; there are {', '.join(self)}") from None
+
+
+def settings(name: str, overlay: str | None = None, changes: tuple[str, ...] = ()) -> Settings:
+    """Settings of ``configs/NAME.yaml``.
+
+    Args:
+        name: of the experiment.
+        overlay: ``quick`` or ``gpu``: what the file says under that key goes over the rest, key by key.
+        changes: more of the same as ``train.steps=100``, values in YAML.
+    """
+    found = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    laid = {o: found.pop(o, {}) for o in OVERLAYS}
+    if overlay is not None:
+        found = merge(found, laid[overlay])
+    for change in changes:
+        path, mark, value = change.partition("=")
+        if not mark:
+            raise ValueError(f"--set: expected key.key=value, got {change!r}")
+        assign(found, path.split("."), yaml.safe_load(value))
+    return _wrapped(found)
+
+
+def assign(into: dict, path: list[str], value: Any) -> None:
+    """Set one known key."""
+    *way, last = path
+    for key in way:
+        into = into[key] if isinstance(into.get(key), dict) else {}
+    if last not in into:
+        raise ValueError(f"--set: there is no {'.'.join(path)}; known here: {', '.join(into) or 'nothing'}")
+    into[last] = value
+
+
+def merge(under: Mapping, over: Mapping) -> Settings:
+    """``over`` laid over ``under`` key by key, as a new mapping."""
+    found = {k: v for k, v in under.items() if k not in over}
+    for key, value in over.items():
+        below = under.get(key)
+        found[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return _wrapped(found)
+
+
+def fingerprint(*parts: Any) -> str:
+    """Of plain data: runs of other settings are other runs."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def _wrapped(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Settings({k: _wrapped(v) for k, v in value.items()})
+    return value

@@ -1,0 +1,54 @@
+"""Visits of a part of a block: its attention without the feed-forward network, and the network by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from depthpass.capture.model import Template
+from depthpass.ir.program import Op
+from depthpass_lowering.host import Host
+
+
+def graph_of(template: Template, o: Op) -> fx.GraphModule:
+    """The graph that an op runs of a block's template: all of it, or one half."""
+    if o.kind == "block" and o["part"] == "whole":
+        return template.graph
+    from depthpass_lowering.fx_passes.halves import halves
+
+    found = halves(template, o["index"])
+    return found.attention if o.kind == "block" else found.ffn
+
+
+def beside(template: Template, index: int) -> bool:
+    """Whether the feed-forward branch of a block reads the block's input, as its attention does."""
+    from depthpass_lowering.fx_passes.halves import halves
+
+    return halves(template, index).beside
+
+
+class FfnVisit:
+    """Runs the feed-forward branch of a block, as a visit runs the block: through its module, so that hooks and sharding
+    see it.
+
+    Args:
+        read: what the branch reads, ``[batch, tokens, width]``.
+    """
+
+    def __init__(self, op: Op, host: Host, read: Tensor):
+        self.op, self.host, self.index, self.read = op, host, op["index"], read
+
+    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+        graph = graph_of(template, self.op)
+        return (runner or (lambda graph: graph))(graph)(self, hidden, self.read.to(hidden.device), *params)
+
+    def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
+        return tensors
+
+    def submodule(self, path: str, *args: Tensor) -> Tensor:
+        return self.host.submodule(self.index, path, *args)
+
+    def columns(self, device: torch.device) -> Tensor:
+        raise AssertionError("a feed-forward network does not know its column")

@@ -1,0 +1,95 @@
+"""Rows and labels of the experiments against the solvers of the task tests, which work from prompts."""
+
+import math
+import statistics
+
+import pytest
+import task_solvers as solve
+import torch
+
+from examples.harness.problems import IGNORED, Addition, Formula, Median, Parity, PHop, Text, Tokens, Words
+
+
+def drawn(problem, rows=6, length=12, seed=3):
+    ids, labels = problem.draw(rows, length, torch.Generator().manual_seed(seed))
+    assert ids.shape == labels.shape == (rows, length) and int(ids.max()) < problem.vocabulary
+    return ids.tolist(), labels.tolist()
+
+
+@pytest.mark.parametrize("last", [None, 1, 3])
+def test_parity(last):
+    for ids, labels in zip(*drawn(Parity(last))):
+        assert ids[0] == 2
+        for i, label in enumerate(labels):
+            bits = ids[1 : i + 1][-last:] if last else ids[1 : i + 1]
+            assert label == (int(solve.parity("".join(map(str, bits)) + " =")) if bits else 0)
+
+
+@pytest.mark.parametrize("last", [None, 2])
+@pytest.mark.parametrize("generators", [("102", "120"), ("10234", "12340")])
+def test_words(generators, last):
+    problem = Words(generators, last)
+    assert len(problem.elements) == math.factorial(len(generators[0]))
+    head = " ".join(f"{x}={g}" for x, g in zip("ab", generators))
+    for ids, labels in zip(*drawn(problem)):
+        for i, label in enumerate(labels):
+            word = ids[1 : i + 1][-last:] if last else ids[1 : i + 1]
+            want = solve._word(f"{head} : " + "".join("ab"[t] for t in word)) if word else "01234"[: len(generators[0])]
+            assert "".join(map(str, problem.elements[label])) == want
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_p_hop(hops):
+    asked = 0
+    for ids, labels in zip(*drawn(PHop(hops, 3), length=20)):
+        text = "".join("abc"[t] for t in ids)
+        for i, label in enumerate(labels):
+            try:
+                want = solve.p_hop(f"{hops} hops {text[: i + 1]}")
+            except ValueError:  # a hop does not exist
+                want = None
+            assert (None if label == IGNORED else "abc"[label]) == want
+            asked += want is not None
+    assert asked > 40
+
+
+@pytest.mark.parametrize("base", [2, 10])
+def test_addition(base):
+    for ids, labels in zip(*drawn(Addition(base))):
+        a, b = (sum(d * base**i for i, d in enumerate(digits)) for digits in zip(*(divmod(t, base) for t in ids)))
+        assert sum(d * base**i for i, d in enumerate(labels)) == (a + b) % base ** len(labels)
+
+
+@pytest.mark.parametrize("last", [None, 2])
+def test_formula(last):
+    for ids, labels in zip(*drawn(Formula(5, last))):
+        for i, label in enumerate(labels):
+            text = "0"
+            for token in ids[1 : i + 1][-last:] if last else ids[1 : i + 1]:
+                text = f"({text}{'+*'[token // 5]}{token % 5})"
+            assert label == eval(text) % 5
+
+
+def test_median():
+    for ids, labels in zip(*drawn(Median())):
+        end = ids.index(10)
+        assert end in (5, 7, 9, 11) and labels[end] == statistics.median(ids[:end])
+        assert [i for i, label in enumerate(labels) if label != IGNORED] == [end]
+
+
+def test_text_is_shifted_and_held_out():
+    ids, labels = drawn(Text(), length=40)
+    assert [row[1:] for row in ids] == [row[:-1] for row in labels]
+    held, seen = Text(held_out=True).characters, Text().characters
+    assert len(seen) > 5 * len(held) > 100_000
+    assert bytes(held[:200].tolist()) not in bytes(seen.tolist())
+
+
+def test_tokens_are_prompts_with_answers():
+    from depthpass import tasks
+
+    words = tasks.tokenizer("char")
+    for ids, labels in zip(*drawn(Tokens("modular_tree", (2, 4)), length=48)):
+        first = next(i for i, label in enumerate(labels) if label != IGNORED)
+        answer = [label for label in labels if label != IGNORED]
+        assert words.decode(answer) == solve.modular_tree(words.decode(ids[: first + 1]))

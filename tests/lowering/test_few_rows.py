@@ -1,0 +1,48 @@
+"""Products and attention of a decoded token, written out for the compiler, against torch's own in float32."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from depthpass_lowering.executors.token import _attention
+from depthpass_lowering.fx_passes.few_rows import few_rows_pass
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+@pytest.mark.parametrize(("rows", "dtype", "bias", "count"), [
+    (1, torch.bfloat16, False, 2), (2, torch.bfloat16, True, 2), (4, torch.float16, False, 2),
+    (5, torch.bfloat16, False, 0), (1, torch.float32, True, 0),
+])
+def test_products_of_a_few_rows_are_written_out(rows, dtype, bias, count):
+    torch.manual_seed(0)
+    x = torch.randn(rows, 1, 128, dtype=dtype)
+    weights = [torch.randn(192, 128, dtype=dtype), torch.randn(128, 192, dtype=dtype), torch.randn(8, 128, dtype=dtype)]
+    biases = [torch.randn(w.shape[0], dtype=dtype) if bias else None for w in weights]
+
+    def net(x):
+        h = F.linear(x, weights[0], biases[0])
+        return F.linear(torch.tanh(h), weights[1], biases[1]), F.linear(x, weights[2], biases[2])  # the last one is too small
+
+    with torch.no_grad():
+        graph = make_fx(net, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
+        assert few_rows_pass(graph) == count
+        found = graph(x)
+
+        def right(x, i):
+            return F.linear(x, weights[i].float(), None if biases[i] is None else biases[i].float())
+
+        h = torch.tanh(right(x.float(), 0).to(dtype))
+        wanted = right(h.float(), 1), right(x.float(), 2)
+    for got, want in zip(found, wanted):
+        assert got.dtype == dtype
+        torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=1e-1)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_of_a_few_queries_equals_sdpa(batch):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(batch, 2, 4, 8), torch.randn(batch, 2, 11, 8), torch.randn(batch, 2, 11, 6)
+    seen = torch.rand(batch, 1, 1, 11) < 0.6
+    seen[..., 5] = True
+    torch.testing.assert_close(
+        _attention(q, k, v, seen, 0.3), F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3), rtol=1e-5, atol=1e-6
+    )

@@ -1,0 +1,155 @@
+"""Chunks on a graph with its backward pass: every rule against autograd, and how many ops a step dispatches."""
+
+import operator
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from depthpass_lowering.adjoint.fused import fuse_pass, rms, rope
+from depthpass_lowering.adjoint.reverse import Reverse, Unsupported
+from depthpass_lowering.adjoint.rules import rule_of
+from depthpass_lowering.executors import taped
+from depthpass_lowering.products.sink import Sink
+from torch import fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import depthpass as dp
+
+aten = torch.ops.aten
+SHAPES = {"x": (2, 3, 4), "y": (2, 3, 4), "row": (4,), "column": (2, 3, 1)}
+CASES = {
+    "mul": lambda g, x, y, row, column: g(aten.mul.Tensor, x, y),
+    "mul, broadcast both ways": lambda g, x, y, row, column: g(aten.mul.Tensor, row, column),
+    "add and subtract": lambda g, x, y, row, column: g(aten.sub.Tensor, g(aten.add.Tensor, x, row), column),
+    "used three times": lambda g, x, y, row, column: g(aten.add.Tensor, g(aten.mul.Tensor, x, x), x),
+    "divided by a number": lambda g, x, y, row, column: g(aten.div.Tensor, x, 3.0),
+    "divided by a tensor (no rule)": lambda g, x, y, row, column: g(aten.div.Tensor, x, g(aten.exp.default, y)),
+    "neg": lambda g, x, y, row, column: g(aten.neg.default, x),
+    "silu": lambda g, x, y, row, column: g(aten.silu.default, x),
+    "gelu": lambda g, x, y, row, column: g(aten.gelu.default, x, approximate="tanh"),
+    "relu": lambda g, x, y, row, column: g(aten.relu.default, x),
+    "tanh of sigmoid": lambda g, x, y, row, column: g(aten.tanh.default, g(aten.sigmoid.default, x)),
+    "layer norm": lambda g, x, y, row, column: g(aten.layer_norm.default, x, [4], row, row, 1e-5),
+    "layer norm without a gain": lambda g, x, y, row, column: g(aten.layer_norm.default, x, [4]),
+    "rms": lambda g, x, y, row, column: g(rms, x, row, 1e-3),
+    "rms without a gain": lambda g, x, y, row, column: g(rms, x, None, 1e-3),
+    "rope": lambda g, x, y, row, column: g(rope, x, g(torch.detach, row), g(torch.detach, y), 2),
+    "views": lambda g, x, y, row, column: g(
+        aten.reshape.default, g(aten.transpose.int, g(aten.unsqueeze.default, x, 1), 2, 3), [2, 12]),
+    "slice": lambda g, x, y, row, column: g(aten.slice.Tensor, x, 2, 1, 3),
+    "cat": lambda g, x, y, row, column: g(aten.cat.default, [x, column, y], -1),
+    "split": lambda g, x, y, row, column: g(operator.getitem, g(aten.split.Tensor, x, 3, -1), 0),
+    "detached in one place": lambda g, x, y, row, column: g(aten.mul.Tensor, g(torch.detach, x), x),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rule_equals_autograd(case):
+    graph = fx.Graph()
+    inputs = [graph.placeholder(n) for n in SHAPES]
+    result = CASES[case](lambda target, *args, **kwargs: graph.call_function(target, args, kwargs), *inputs)
+    graph.output((result,))
+    gm = fx.GraphModule({}, graph)
+    generator = torch.Generator().manual_seed(0)
+    values = [torch.randn(s, generator=generator, dtype=torch.float64).requires_grad_() for s in SHAPES.values()]
+    (right,) = gm(*values)
+    weight = torch.randn(right.shape, generator=generator, dtype=torch.float64)
+    wanted = torch.autograd.grad(right, values, weight, allow_unused=True)
+
+    made = Reverse(gm, set(inputs), [], set(), rule_of).build(0)
+    with torch.no_grad():
+        (y,), saved = made.forward(*(v.detach() for v in values))
+        found = dict(zip(made.wants, made.backward(Sink(), saved, weight)))
+    torch.testing.assert_close(y, right.detach(), rtol=1e-13, atol=1e-13)
+    assert {i for i, g in enumerate(wanted) if g is not None} == set(found)
+    for i, g in found.items():
+        torch.testing.assert_close(g, wanted[i], rtol=1e-12, atol=1e-12)
+
+
+def test_a_written_argument_has_no_rule():
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(aten.relu_.default, (graph.call_function(aten.neg.default, (x,)),)),))
+    with pytest.raises(Unsupported, match="writes into its argument"):
+        Reverse(fx.GraphModule({}, graph), {x}, [], set(), rule_of).build(0)
+
+
+def test_only_a_rotation_is_taken_for_one():
+    """Halves in the other order, or of another tensor, are no rotary embedding."""
+    def fused(first: bool, other: bool):
+        graph = fx.Graph()
+        x, y, c, s = (graph.placeholder(f"stream_{n}") for n in "xycs")
+        for n in (x, y, c, s):
+            n.meta["val"] = torch.empty(1, 1, 3, 8)
+        call = graph.call_function
+        halves = call(aten.slice.Tensor, (y if other else x, 3, 0, 4)), call(aten.slice.Tensor, (x, 3, 4, 8))
+        minus = call(aten.neg.default, (halves[not first],))
+        turned = call(aten.cat.default, ([minus, halves[first]], -1))
+        straight, turned = call(aten.mul.Tensor, (x, c)), call(aten.mul.Tensor, (turned, s))
+        graph.output((call(aten.add.Tensor, (straight, turned)),))
+        gm = fx.GraphModule({}, graph)
+        for n in graph.nodes:
+            if n.op == "call_function":
+                n.meta["val"] = torch.empty(1, 1, 3, 4 if n in halves or n is minus else 8)
+        given = [torch.randn(1, 2, 3, 8) for _ in range(4)]
+        before = gm(*given)[0]
+        fuse_pass(gm, torch.float32)
+        gm.recompile()
+        torch.testing.assert_close(gm(*given)[0], before)
+        return any(n.target is rope for n in gm.graph.nodes)
+
+    assert fused(False, False)
+    assert not fused(True, False)
+    assert not fused(False, True)
+
+
+class _Ops(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        self.count[fn] += 1
+        return fn(*args, **(kwargs or {}))
+
+
+def dispatched(model, tokens: int) -> int:
+    ids = torch.randint(3, 90, (2, tokens), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    with _Ops() as ops:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    return sum(ops.count.values())
+
+
+def test_a_visit_of_a_chunk_dispatches_fewer_ops_than_a_block_of_the_stock_model():
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
+    stock = zoo.model("llama", layers=3, **sizes)
+    small = zoo.model("llama", layers=1, **sizes)
+    block = (dispatched(stock, 8) - dispatched(small, 8)) / 2
+    turbo = dp.transform(stock, dp.TurboConn(bridges=[(2, 1)], group=4, rank=8))
+    # Blocks 1 and 2 run chunk by chunk; what a chunk costs besides its visits is counted with them.
+    visit = (dispatched(turbo, 40) - dispatched(turbo, 24)) / 4 / 2
+    assert any(made is not None for kept in taped._TAPED.values() for made in kept.values())
+    assert visit < 0.9 * block, (visit, block)
+
+
+def test_weights_of_several_visits_follow_autograd():
+    stock = zoo.model("gpt2", layers=3, dtype=torch.float64)
+    found = []
+    for level in ("eager", "scheduled"):
+        turbo = dp.transform(stock, [dp.Loop(start=1, end=3, times=2), dp.TurboConn(bridges=[(2, 1)], group=4, rank=8)],
+                             lowering=level)
+        with torch.no_grad():
+            for i, p in enumerate(turbo.depth.parameters()):
+                p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i), dtype=p.dtype) * 0.3)
+        ids = torch.randint(3, 90, (2, 13), generator=torch.Generator().manual_seed(0))
+        turbo.zero_grad()
+        logits = turbo(input_ids=ids, use_cache=False).logits
+        F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
+        found.append((logits.detach(), {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-11, atol=1e-11)
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, g in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], g, rtol=1e-8, atol=1e-11, msg=name)
