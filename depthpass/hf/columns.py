@@ -31,8 +31,9 @@ def validity(
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(
-            f"attention_mask: expected a 2-D mask [batch, tokens] of 0 and 1, got {shape}. Dense and block masks are "
-            "not supported: depthpass makes masks from positions, validity and window."
+            f"attention_mask: expected a 2-D mask [batch, tokens] of 0 and 1, got {shape}. Dense and block masks are taken where "
+            "they say no more than rows and packed sequences do: causal inside each sequence, with the windows of the model's "
+            "layers, of booleans or of 0 and the least number of their dtype, and without a cache."
         )
     if tuple(mask.shape) != (batch, past + new):
         raise InputError(f"attention_mask: expected shape {(batch, past + new)} (cached and new tokens), "

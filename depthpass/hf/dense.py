@@ -1,7 +1,8 @@
-"""Masks that a stock outer class has made for its decoder: read back as what they were made from, or refused.
+"""Dense masks: read back as what they were made from, or refused.
 
 Multimodal models make the masks of their text decoder themselves, one for each kind of layer, because tokens of an image may
-see each other. A program makes its own from the rows' real tokens, so the given ones have to say nothing else.
+see each other; collators that pack sequences may hand in a block-diagonal one. A program makes its own from the rows' real
+tokens and the starts of sequences, so the given ones have to say nothing else.
 """
 
 from __future__ import annotations
@@ -43,15 +44,61 @@ def validity_of(masks: Mapping[str, Any], config: Any, batch: int, past: int, ne
     if valid is None:
         valid = torch.ones(batch, past + new, dtype=torch.bool, device=columns.device)
     for kind, mask in given.items():
+        # Padding sees nothing of its own, or everything (a softmax over nothing is no number).
+        odd = mask[:, :, past:].diagonal(dim1=1, dim2=2) & ~valid[:, past:] & ~mask.all(-1)
         wanted = (columns <= queries) & _near(kind, config, queries, columns)
         differs = (mask != (wanted & valid[:, None])) & valid[:, past:, None]
-        if bool(differs.any()):
+        if bool(differs.any()) or bool(odd.any()):
             raise InputError(
                 f"attention_mask: the mask that was made for {kind} layers is not causal over the row's real tokens (tokens of "
                 "an image that see each other, prefixes); a token that sees later ones has no place in a token "
                 "loop. Give text alone, or leave token_type_ids (mm_token_type_ids) out to let images be read causally."
             )
     return valid
+
+
+def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, Tensor] | None:
+    """The real tokens and the numbers of the sequences, from 1, that causal masks over sequences were made from.
+
+    Args:
+        mask: by kind of layer, or one that holds for every layer, as stock models take it.
+        config: of the decoder.
+
+    Returns:
+        Both ``[batch, new]``; None = the masks are something else.
+
+    Raises:
+        InputError: a mask by kind of layer of another shape, or with values that are neither "seen" nor "not seen".
+    """
+    masks = mask if isinstance(mask, Mapping) else dict.fromkeys(_kinds(config), mask)
+    if isinstance(mask, Tensor) and (mask.shape[1:] != (1, new, new) or len(mask) not in (1, batch) or not _is_choice(mask)):
+        return None
+    seen = {kind: _seen(kind, m, 0, new) for kind, m in masks.items()}
+    if not seen or any(m is None for m in seen.values()):
+        return None
+    found: dict[str, Tensor] = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
+    widest = torch.stack([*found.values()]).any(0)
+    real = widest.diagonal(dim1=1, dim2=2)
+    columns = torch.arange(new, device=real.device).expand_as(real)
+    last = torch.nn.functional.pad(torch.where(real, columns, -1).cummax(1).values, (1, -1), value=-1)
+    goes_on = (last >= 0) & widest.gather(2, last.clamp_min(0)[..., None])[..., 0]
+    number = (real & ~goes_on).cumsum(1)
+    place = real.cumsum(1) - 1
+    place = place - torch.where(real & ~goes_on, place, 0).cummax(1).values
+    inside = (number[:, :, None] == number[:, None]) & real[:, None] & (columns[:, None] <= columns[:, :, None])
+    for kind, m in found.items():
+        wanted = inside & _near(kind, config, place[:, :, None], place[:, None])
+        if bool(((m != wanted) & real[:, :, None]).any()):
+            return None
+    return real, number
+
+
+def _kinds(config: Any) -> set[str]:
+    """Kinds of the layers that one mask has to hold for."""
+    if kinds := getattr(config, "layer_types", None):
+        return set(kinds)
+    return {"sliding_attention" if getattr(config, "sliding_window", None) else
+            "chunked_attention" if getattr(config, "attention_chunk_size", None) else _FULL}
 
 
 def made_of_packed_rows(masks: Mapping[str, Any], config: Any, starts: Tensor) -> bool:
@@ -79,7 +126,17 @@ def _seen(kind: str, mask: Any, past: int, new: int) -> Tensor | None:
     if not isinstance(mask, Tensor) or mask.dim() != 4 or shape[1:] != (1, new, past + new):
         raise InputError(f"attention_mask: expected a mask [batch, 1, {new}, {past + new}] for {kind} layers, got {shape}. "
                          "Use attn_implementation='sdpa' or 'eager'.")
-    return (mask if mask.dtype == torch.bool else mask >= 0)[:, 0]
+    if mask.dtype == torch.bool:
+        return mask[:, 0]
+    if not _is_choice(mask):
+        raise InputError(f"attention_mask: expected a mask of booleans, or of 0 and the least number of its dtype, got values of "
+                         f"{mask.dtype} in between. Biases on scores are not supported.")
+    return mask[:, 0] == 0
+
+
+def _is_choice(mask: Tensor) -> bool:
+    """Whether a mask says "seen" or "not seen" and nothing else; half the least number of half precision hides a token."""
+    return mask.dtype == torch.bool or (mask.is_floating_point() and not bool(((mask != 0) & (mask > -3e4)).any()))
 
 
 def _near(kind: str, config: Any, queries: Tensor, columns: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from depthpass.errors import CacheError, InputError, did_you_mean
 from depthpass.hf.ahead import cached
 from depthpass.hf.cache import NAMES, DepthCache, take_cache
 from depthpass.hf.columns import packing_of, positions_of, told_positions, validity
-from depthpass.hf.dense import made_of_packed_rows, validity_of
+from depthpass.hf.dense import made_of_packed_rows, sequences_of, validity_of
 from depthpass.hf.packing import WORDS, Packing, Rows, find_packing
 from depthpass.hf.pads import IGNORED_LABEL, pad_op
 
@@ -73,6 +73,10 @@ class Call:
         return replace(self, tensors=tensors, valid=rows.valid, labels=labels, prompt=prompt, packing=None, ids=ids)
 
 
+def _dense(mask: object) -> bool:
+    return isinstance(mask, Mapping) or (isinstance(mask, Tensor) and mask.dim() == 4 and not mask.is_meta)
+
+
 def refuse_flags(given: dict[str, Any], config) -> None:
     for flag in _REFUSED_FLAGS:
         if given.pop(flag, getattr(config, flag, False)):
@@ -116,7 +120,12 @@ def normalise(
     past = cache.state.tokens if cache is not None else 0
     told = told_positions(given, batch, new, device)
     mask = given.get("attention_mask")
-    if isinstance(mask, Mapping):
+    if _dense(mask) and not past and (made := sequences_of(mask, config, batch, new)) is not None:
+        mask, numbers = made
+        given["attention_mask"] = mask
+        if bool((numbers.amax(1) > 1).any()):
+            given.setdefault("seq_idx", numbers)
+    elif isinstance(mask, Mapping):
         # Masks of packed rows are made where there is no 2-D mask.
         rows = None if past or told is None else find_packing({}, told, None, False, (batch, new), device)
         packed = rows is not None and made_of_packed_rows(mask, config, rows.starts)

@@ -245,7 +245,7 @@ IDS = torch.tensor([[5, 6, 7, 8, 9]])
     ({"input_ids": IDS, "attention_mask": torch.ones(1, 1, 5, 5)}, r"expected a 2-D mask .*Dense and block masks"),
     ({"input_ids": IDS, "attention_mask": {"full_attention": torch.ones(1, 1, 5, 5).bool()}}, "not causal over the row's"),
     ({"input_ids": IDS, "attention_mask": {"full_attention": torch.ones(1, 5)}}, r"expected a mask \[batch, 1, 5, 5\]"),
-    ({"input_ids": IDS, "attention_mask": {"linear": torch.ones(1, 1, 5, 5)}}, "got one for 'linear' layers"),
+    ({"input_ids": IDS, "attention_mask": {"linear": torch.ones(1, 1, 5, 5).bool()}}, "got one for 'linear' layers"),
     ({"input_ids": IDS, "position_ids": torch.arange(4)[None]}, r"position_ids: expected shape \(1, 5\).*\(1, 4\)"),
     ({"input_ids": IDS, "position_ids": torch.tensor([[0, 1, 2, 0, 1]]), "use_cache": True}, "rows of this call are packed"),
     ({"input_ids": IDS, "output_attentions": True}, "output_attentions: not available"),

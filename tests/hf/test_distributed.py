@@ -36,8 +36,8 @@ def found(tmp_path_factory):
     return {r["case"]: r for r in (json.loads(line) for line in lines if line.startswith('{"case"'))}
 
 
-CASES = ["turboconn root", "turboconn decoder", "turboconn parts", "turboconn accelerate, wrapped", "turboconn enabled",
-         "loop blocks", "loop accelerate, wrapped", "loop ddp, enabled"]
+CASES = ["turboconn root", "turboconn parts", "turboconn accelerate, wrapped", "loop ddp, enabled", "loop accelerate, wrapped",
+         "feedback decoder", "t2mlr and latents enabled", "relaxed blocks", "diffusion ddp, enabled"]
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -518,3 +518,43 @@ def test_fixed_point_sweeps():
     out = swept(**batch)
     torch.testing.assert_close(out.logits, wanted, rtol=1e-6, atol=1e-6)
     assert out.sweeps
+
+
+def _blocks(numbers, window=None, ahead=0):
+    """Which columns see which: causal inside each number, a window, or so many later ones."""
+    at = torch.arange(len(numbers))
+    seen = (numbers[:, None] == numbers) & (at <= at[:, None] + ahead) & (numbers > 0)
+    return seen if window is None else seen & (at[:, None] - at < window)
+
+
+@pytest.mark.parametrize("kind", ["bool", "added", "by layer"])
+def test_segments_by_a_dense_mask(kind):
+    """A block-diagonal mask over positions that go on: what the stock model makes of it, also with padding in front."""
+    model = made(PROGRAMS["loop"])
+    stock = dp.restore(model)
+    same = dp.transform(stock, dp.Identity())
+    ids = packed([[4, 1, 6]])["input_ids"].repeat(2, 1)
+    numbers = torch.tensor([[1] * 4 + [2] + [3] * 6, [0] * 2 + [5] * 3 + [6] * 6])
+    seen = torch.stack([_blocks(row) for row in numbers])[:, None]
+    mask = seen if kind != "added" else torch.zeros(seen.shape).double().masked_fill(~seen, torch.finfo(torch.float64).min)
+    real = numbers > 0
+    given = {"attention_mask": {"full_attention": mask} if kind == "by layer" else mask, "use_cache": False}
+    if kind != "by layer":
+        stock_seen = seen | torch.eye(11, dtype=torch.bool) if kind == "bool" else mask
+        want = stock(ids, attention_mask=stock_seen, position_ids=torch.arange(11)[None].expand(2, -1)).logits
+        torch.testing.assert_close(same(ids, **given).logits[real], want[real], rtol=1e-6, atol=1e-6)
+    out = model(ids, **given).logits
+    for found, row, part in zip(out, ids, numbers, strict=True):
+        for n in sorted(set(part.tolist()) - {0}):
+            assert_close([found[part == n]], [model(row[part == n][None], use_cache=False).logits[0]])
+
+
+def test_dense_masks_that_say_more_are_refused():
+    model = made(PROGRAMS["loop"], "mistral")
+    ids, numbers = torch.arange(5, 13)[None], torch.tensor([1] * 5 + [2] * 3)
+    windowed = _blocks(numbers, window=4)
+    torch.testing.assert_close(model(ids, attention_mask=windowed[None, None], use_cache=False).logits,
+                               model(ids, seq_idx=numbers[None], use_cache=False).logits)
+    for mask in (_blocks(numbers), _blocks(numbers, 4, ahead=1), windowed.double(), -windowed.double()):
+        with pytest.raises(InputError, match="expected a 2-D mask"):
+            model(ids, attention_mask=mask[None, None], use_cache=False)

@@ -24,11 +24,16 @@ dist.init_process_group("gloo")
 RANK, MESH = dist.get_rank(), init_device_mesh("cpu", (2,))
 IDS = zoo.batch([9] * 4, seed=5)["input_ids"]
 MINE = IDS[2 * RANK : 2 * RANK + 2]
-SPECS = {"turboconn": dp.TurboConn(bridges=[(2, 0), (2, 1)], group=3, rank=6), "loop": dp.Loop(1, 2, 3, lora_rank=2)}
+LOOP = dp.Loop(1, 2, 3, lora_rank=2)
+SPECS = {
+    "turboconn": dp.TurboConn(bridges=[(2, 0), (2, 1)], group=3, rank=6), "loop": LOOP, "feedback": dp.FeedbackTransformer(),
+    "t2mlr and latents": [dp.T2MLR(start=1, end=2), dp.Coconut(2, after=3)], "relaxed": dp.RelaxedRecursion(times=3, rank=2),
+    "diffusion": [LOOP, dp.MaskedDiffusion(steps=2, mask_token=4, block=3)],
+}
 SAVED = ("root", "accelerate, wrapped")
 CASES = {
-    "turboconn": ("root", "decoder", "parts", "accelerate, wrapped", "enabled"),
-    "loop": ("blocks", "accelerate, wrapped", "ddp, enabled"),
+    "turboconn": ("root", "parts", "accelerate, wrapped"), "loop": ("ddp, enabled", "accelerate, wrapped"),
+    "feedback": ("decoder",), "t2mlr and latents": ("enabled",), "relaxed": ("blocks",), "diffusion": ("ddp, enabled",),
 }
 
 
@@ -46,6 +51,13 @@ def say(case, **found):
 
 def whole(t):
     return t.full_tensor() if hasattr(t, "full_tensor") else t
+
+
+def loss(model, ids):
+    """Of the labels, or of the logits where tokens see later ones."""
+    if getattr(model, "module", model).depth_program.ahead is not None:
+        return model(input_ids=ids).logits.square().mean()
+    return model(input_ids=ids, labels=ids).loss
 
 
 def gradients(model, wanted):
@@ -115,15 +127,15 @@ UNITS = {
 
 for program, spec in SPECS.items():
     wanted = made(spec)
-    wanted(input_ids=IDS, labels=IDS).loss.backward()
+    loss(wanted, IDS).backward()
     for number, name in enumerate(CASES[program]):
         model, shard = made(spec), UNITS[name]
         if number % 2:
-            model(input_ids=MINE, labels=MINE)
+            loss(model, MINE)
         model = shard(model)
         for _ in range(2):
             model.zero_grad()
-            model(input_ids=MINE, labels=MINE).loss.backward()
+            loss(model, MINE).backward()
         more = {}
         if name in SAVED:
             more = gradients(model, wanted)
