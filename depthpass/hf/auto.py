@@ -10,7 +10,6 @@ import sys
 import types
 from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
-from types import ModuleType
 from typing import Any
 
 from depthpass.errors import SpecError
@@ -48,8 +47,8 @@ def _name_classes(architectures: Iterable[str]) -> None:
 
     from depthpass.hf.model import depth_class
 
-    held = (vars(m).get("transformers") for m in list(sys.modules.values()) if isinstance(m, ModuleType))
-    modules = [m for m in (transformers, *held) if isinstance(m, ModuleType) and m.__name__ == "transformers"]
+    held = (vars(m).get("transformers") for m in list(sys.modules.values()) if isinstance(m, types.ModuleType))
+    modules = [m for m in (transformers, *held) if isinstance(m, types.ModuleType) and m.__name__ == "transformers"]
     for name in architectures:
         stock = getattr(transformers, name.removeprefix(PREFIX), None)
         if name.startswith(PREFIX) and isinstance(stock, type):
