@@ -19,7 +19,7 @@ from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass.ir.structural_ops import asks
-from depthpass.lowered.ops import BlockFacts, of_one_stream
+from depthpass.lowered.ops import UNKNOWN, BlockFacts, of_one_stream
 from depthpass_lowering.host import Host
 
 
@@ -74,6 +74,8 @@ def uncut(graph: fx.GraphModule) -> str | None:
 
 def block_facts(host: Host, index: int) -> BlockFacts:
     """What lowering has to know of a block of a host."""
+    if host.captured is None:  # blocks that are functions, as those of constructions are
+        return UNKNOWN
     template, numbers = host.captured.blocks[index].template, host.sides_of(index)
     if template not in _FACTS:
         _FACTS[template] = _sides(template), uncut(template.graph)
