@@ -55,8 +55,8 @@ def module_of(
     if s.cache:
         pieces.insert(1, _guard(s))
     whole = s.name(s.modules[-1])
-    pieces.append("# Some tools look the architecture of a config up there, `transformers serve` among them.\n"
-                  f"transformers.{whole} = {whole}")
+    pieces.append(f"known_to_tools({whole})")
+    s.used.add("known_to_tools")
     body = "\n\n\n".join(_library(s) + pieces) + "\n"
     homes = dict.fromkeys([*(type(m).__module__ for m in s.modules), config.__module__,
                            *(c.__module__ for m in s.modules for c in type(m).__mro__ if "transformers" in c.__module__)])
@@ -69,8 +69,9 @@ def module_of(
 
 def _imports(s: Subject) -> list[str]:
     """Imports of what is not stock code."""
-    imports = ["import re", "import torch", "import transformers", "from torch import nn"]
-    if s.used:
+    imports = ["import re", "import sys", "import torch", "import transformers", "from torch import nn",
+               "from types import ModuleType"]
+    if len(s.used) > 1:
         imports += ["from typing import Any", "from torch import Tensor"]
     if "line_layer" in s.used:
         imports.append("from transformers.cache_utils import DynamicLayer, StaticLayer")

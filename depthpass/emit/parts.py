@@ -6,9 +6,12 @@ They use torch and transformers only, and the name ``CACHE`` of nothing: whoever
 from __future__ import annotations
 
 import math
+import sys
+from types import ModuleType
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
 from transformers.pytorch_utils import Conv1D
@@ -252,3 +255,14 @@ def near_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: Any, past
     if mask is None:
         return seen[None, None]
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def known_to_tools(cls: type) -> None:
+    """Put a class where tools look the architecture of a config up: `transformers serve` asks the module that it has imported.
+
+    There may be two of that name: transformers reads itself a second time for its processors.
+    """
+    held = (vars(m).get("transformers") for m in list(sys.modules.values()) if isinstance(m, ModuleType))
+    for module in (transformers, *held):
+        if isinstance(module, ModuleType) and module.__name__ == "transformers":
+            setattr(module, cls.__name__, cls)

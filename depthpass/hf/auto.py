@@ -39,15 +39,21 @@ class SavedConfig:
 
 
 def _name_classes(architectures: Iterable[str]) -> None:
-    """Put transformed classes where tools look for the architecture of a config they have read: ``transformers serve`` does."""
+    """Put transformed classes where tools look for the architecture of a config they have read: ``transformers serve`` does.
+
+    It asks the module that it has imported, of which there may be two: transformers reads itself again for its processors.
+    """
     import transformers
 
     from depthpass.hf.model import depth_class
 
+    held = (vars(m).get("transformers") for m in list(sys.modules.values()) if isinstance(m, types.ModuleType))
+    modules = [m for m in (transformers, *held) if isinstance(m, types.ModuleType) and m.__name__ == "transformers"]
     for name in architectures:
         stock = getattr(transformers, name.removeprefix(PREFIX), None)
-        if name.startswith(PREFIX) and isinstance(stock, type) and not hasattr(transformers, name):
-            setattr(transformers, name, depth_class(stock))
+        if name.startswith(PREFIX) and isinstance(stock, type):
+            for module in modules:
+                setattr(module, name, depth_class(stock))
 
 
 def _register(module: Any) -> None:

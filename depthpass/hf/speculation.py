@@ -18,7 +18,7 @@ from torch import Tensor
 
 from depthpass.errors import CacheError
 from depthpass.hf.cache import DepthCache
-from depthpass.hf.draft_gains import Gains
+from depthpass.hf.draft_gains import MOST, Gains
 from depthpass.hf.draft_report import DraftReport
 from depthpass.hf.draft_running import Runner, cropped
 from depthpass.hf.drafts import ENTRY, Draft, draft_of
@@ -75,7 +75,7 @@ class _Decoding(Tokens):
         self.next(self._prompt()[:, -1])
         pause = 0
         while bool(self.running.any()):
-            plain = pause > 0 or self.report.plain_seconds == 0.0 or (self.tokens == "auto" and self.gains.hopeless)
+            plain = pause > 0 or self._timing() or (self.tokens == "auto" and self.gains.hopeless)
             count = 0 if plain else self._count()
             started = time.perf_counter()
             before = self.ids.shape[1]
@@ -99,6 +99,12 @@ class _Decoding(Tokens):
         cache = DepthCache(self.run.model, record=True)
         cache.state = self.whole
         return cache
+
+    def _timing(self) -> bool:
+        """Whether a plain token is to be timed: the first one, and as that one is slow, in a long call the second one, too."""
+        seen = len(self.report.chosen)
+        return seen == 0 or (seen == 1 and self.tokens == "auto" and self.room is not None
+                             and self.room - self.ids.shape[1] > 2 * MOST)
 
     def _count(self) -> int:
         """How many tokens to draft; no more than can still be used."""

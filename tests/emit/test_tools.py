@@ -1,5 +1,8 @@
 """Tools that people serve with: pipeline, transformers serve's own loader, continuous batching."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import zoo
@@ -38,15 +41,31 @@ def test_a_pipeline_runs_a_folder(kind, served):
     assert out["generated_token_ids"] == want[0].tolist()
 
 
-@pytest.mark.parametrize("kind", ["saved", "emitted"])
-def test_the_loader_of_transformers_serve_takes_a_folder(kind, served):
-    manager = pytest.importorskip("transformers.cli.serving.model_manager").ModelManager(
-        device="cpu", trust_remote_code=kind == "emitted")
+_SERVER = """
+import sys
+# As in the command line: the loader is imported before a folder is read, and before the processors are.
+from transformers.cli.serving import model_manager
+import torch, transformers.processing_utils
+for kind in ("emitted", "saved"):
+    if kind == "saved":
+        import depthpass
+    manager = model_manager.ModelManager(device="cpu", trust_remote_code=kind == "emitted")
+    made = manager._load_model(f"{sys.argv[1]}/{kind}@main")
+    print(made(input_ids=torch.tensor([[5, 9, 23, 40]])).logits.argmax(-1).tolist())
+"""
+
+
+def test_the_loader_of_transformers_serve_takes_both_folders(served, tmp_path):
+    """In a process of its own: here the classes are known already."""
+    pytest.importorskip("transformers.cli.serving.model_manager")
     model, folder = served
-    made = manager._load_model(f"{folder / kind}@main")
-    ids = torch.tensor([[5, 9, 23, 40]])
+    environment = {"PYTHONPATH": ":".join(sys.path), "HF_MODULES_CACHE": str(tmp_path), "OMP_NUM_THREADS": "1", "PATH": ""}
+    ran = subprocess.run([sys.executable, "-c", _SERVER, str(folder)], capture_output=True, text=True, cwd=tmp_path,
+                         env=environment)
+    assert ran.returncode == 0, ran.stderr
     with torch.no_grad():
-        torch.testing.assert_close(made(input_ids=ids).logits, model(input_ids=ids).logits)
+        want = model(input_ids=torch.tensor([[5, 9, 23, 40]])).logits.argmax(-1)
+    assert ran.stdout.splitlines()[-2:] == [str(want.tolist())] * 2
 
 
 def test_continuous_batching_of_a_loop():

@@ -79,7 +79,10 @@ class Appending:
 
     def write(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new entries of one attention call; returns all entries of all rows, ``[batch, kv_heads, n, dim]``."""
+        first, high = self.plan.before.columns.shape[1], self.plan.high
         for target, source in ((self.room.keys[number], keys), (self.room.values[number], values)):
+            # Rows that append less are read up to here as well, and masked: it has to be finite.
+            target[:, first:high].zero_()
             target.index_put_(self.plan.place, source.transpose(1, 2)[self.plan.source])
         return self._held(self.room.keys[number]), self._held(self.room.values[number])
 
@@ -103,7 +106,7 @@ def _room(slot: Slot, entries: int) -> RaggedRoom:
     size, held = entries + room_for(entries), min(slot.listed_columns.shape[1], entries)
 
     def longer(t: Tensor) -> Tensor:
-        made = t.new_zeros((t.shape[0], size, *t.shape[2:]))
+        made = t.new_empty((t.shape[0], size, *t.shape[2:]))
         made[:, :held] = t[:, :held]
         return made
 
