@@ -27,7 +27,9 @@ GALLERY = {
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill the marks of the API page and of the gallery."""
     if page.file.src_uri == "api.md":
-        return markdown.replace("<!-- names -->", "\n\n".join(_names())).replace("<!-- passes -->", "\n\n".join(_passes()))
+        for mark, lines in (("names", _names), ("passes", _passes), ("recipes", _recipes), ("tasks", _tasks)):
+            markdown = markdown.replace(f"<!-- {mark} -->", "\n\n".join(lines()))
+        return markdown
     if page.file.src_uri == "gallery.md":
         style = "width:100%;height:640px;border:1px solid #8884"
         frames = [
@@ -66,6 +68,20 @@ def _names() -> list[str]:
             continue
         found.append(f"::: {value.__module__}.{value.__name__}")
     return found
+
+
+def _recipes() -> list[str]:
+    from depthpass import recipes
+
+    return [f"::: depthpass.recipes.{name}" for name, value in sorted(vars(recipes).items())
+            if not name.startswith("_") and getattr(value, "__module__", "") == "depthpass.recipes"]
+
+
+def _tasks() -> list[str]:
+    from depthpass import tasks
+
+    values = {getattr(tasks, name) for name in tasks.__all__ if callable(getattr(tasks, name))}
+    return sorted(f"::: {value.__module__}.{value.__name__}" for value in values)
 
 
 def _passes() -> list[str]:

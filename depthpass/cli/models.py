@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from depthpass.cli.inputs import read_text
-from depthpass.cli.output import Bar, check_outputs, show, write_text
+from depthpass.cli.output import check_outputs, show, write_text
 from depthpass.errors import InputError
 
 
@@ -51,12 +51,10 @@ def search(args: argparse.Namespace) -> int:
     from depthpass.hf.checkpoints import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
-    with Bar("scoring programs") as bar:
-        found = search(
-            load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method,
-            budget=args.budget, seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
-            on_trial=bar,
-        )
+    found = search(
+        load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method, budget=args.budget,
+        seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
+    )
     if args.out:
         found.save(args.out)
     if args.plot:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from depthpass.errors import InputError
+from depthpass.log import Bar, working
+
+__all__ = ["Bar", "check_outputs", "show", "working", "write_text"]
 
 
 def show(made: Any, form: str | None) -> None:
@@ -55,40 +56,3 @@ def check_outputs(*paths: str | None, folders: bool = False) -> None:
             reason = None if os.access(place.parent, os.W_OK) else "permission denied"
         if reason:
             raise InputError(f"{path!r} cannot be written: {reason}. Nothing was computed yet.")
-
-
-@contextmanager
-def working(what: str) -> Iterator[None]:
-    """Say on a terminal what is going on, as long as it goes on; nothing where standard error is no terminal."""
-    if not sys.stderr.isatty():
-        yield
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status(f"{what} ..."):
-        yield
-
-
-class Bar:
-    """A progress bar on a terminal's standard error; silent elsewhere. Use as a context, call it with (done, total)."""
-
-    def __init__(self, what: str) -> None:
-        self.what, self.bar = what, None
-
-    def __enter__(self) -> Bar:
-        if sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self.bar = Progress(console=Console(stderr=True), transient=True)
-            self.bar.start()
-            self.row = self.bar.add_task(self.what, total=None)
-        return self
-
-    def __call__(self, done: int, total: int | None = None) -> None:
-        if self.bar is not None:
-            self.bar.update(self.row, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self.bar is not None:
-            self.bar.stop()

@@ -91,7 +91,7 @@ def _check_cached(model: DepthModel, generation_config: Any, model_kwargs: dict[
                      None if given_ids is None or longest is None else longest - given_ids)
     if program.reads_calls:
         warnings.warn(
-            "generate: with kv='last' or 'mod:k' a decoded token reads other keys of earlier tokens than it does when "
+            "generate: with kv='last', 'mod:k' or 'anchor' a decoded token reads other keys of earlier tokens than it does when "
             "the whole row is scored in one call, so what is generated is not what was trained, and depends on how "
             "the tokens are split into calls. kv='own' and kv='first' have one meaning.", UserWarning, stacklevel=5,
         )

@@ -71,10 +71,10 @@ class LoweredRegion:
             raise TypeError("a parallel region has no chunks")
         return self.chunk
 
-    @property
+    @cached_property
     def groups(self) -> tuple[int, ...]:
-        """As of the schedule's region."""
-        return () if self.source is None else self.source.groups
+        """Sizes of the groups whose last tokens its delays read: chunks end where a group of some row does."""
+        return tuple(sorted({o.op["group"] for o in self.ops if o.line is not None and o.op["group"] is not None}))
 
     @property
     def scheduled(self) -> Region:

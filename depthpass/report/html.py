@@ -50,6 +50,7 @@ def _content(report: Report, classes: str) -> dict[str, Any]:
     return {
         "classes": classes, "heading": heading(report), "spec": spec_line(report), "size": size_line(report),
         "summary": summary_rows(report), "depth": report.number("depth").value, "picture": Markup(picture(report)),
+        "narrow": Markup(picture(report, narrow=True)),
         "charts": [(title, Markup(svg)) for title, svg in _charts(report)], "sections": sections, "path": path_lines(report),
         "complexity": None if report.complexity is None else [str(s) for s in report.complexity],
         "not_counted": report.not_counted, "program": str(report.program),

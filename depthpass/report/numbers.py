@@ -8,6 +8,11 @@ from fractions import Fraction
 
 from depthpass.prompt import at_prompt
 
+SINGULAR = {f"{word}s": word for word in (
+    "token", "block visit", "block call", "block", "step", "slot", "position", "parameter", "value", "round", "visit")}
+SINGULAR["runs through one block"] = "run through one block"
+"""Units of 1."""
+
 Value = int | float | Fraction | str
 BINARY = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
@@ -53,7 +58,10 @@ class Number:
     @property
     def short_unit(self) -> str:
         """The unit that :attr:`figure` counts in, e.g. ``MiB`` or ``G parameters``."""
-        return self.unit if self.out_of is not None else scaled(self.value, self.unit)[1]
+        if self.out_of is not None:
+            return self.unit
+        unit = scaled(self.value, self.unit)[1]
+        return SINGULAR.get(unit, unit) if self.value == 1 else unit
 
     @property
     def remark(self) -> str:

@@ -1,7 +1,11 @@
-"""The program over tokens as a picture: visits are columns, tokens are rows, delays lead down and back."""
+"""The program over tokens as a picture: visits are columns, tokens are rows, delays lead down and back.
+
+On a phone the same picture lies on its side, where as many visits as there are fit below one another.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,7 +19,7 @@ from depthpass.report.critical import segments
 if TYPE_CHECKING:
     from depthpass.report.model import Report
 
-MAX_ROWS = 20
+MAX_ROWS, PHONE_ROWS = 20, 9
 """Tokens drawn one by one at most; wider chunks get one row each."""
 
 CHUNKS = 3
@@ -128,24 +132,25 @@ class _Grid:
         real: real tokens of the row that is drawn; its pads follow.
         tokens: tokens drawn, ``hidden`` more pads are left out.
         step: tokens per line of the picture.
+        blocks, shares: where the numbers of blocks and the shares of routes stand.
     """
 
-    def __init__(self, report: Report) -> None:
-        self.columns = report.visits
-        chunk = report.chunk or 1
-        self.by_chunk = 2 * chunk > MAX_ROWS
+    def __init__(self, report: Report, narrow: bool = False) -> None:
+        self.columns, self.narrow = report.visits, narrow
+        chunk, most = report.chunk or 1, PHONE_ROWS if narrow else MAX_ROWS
+        self.by_chunk = 2 * chunk > most
+        pads = max(t.pads for t in report.types.values())
         if report.chunk is None:
-            self.step, self.rows = 1, min(report.seq_len, max(PLAIN_ROWS, _longest(report) + 1, 1), MAX_ROWS)
+            self.step, self.rows = 1, min(report.seq_len + pads, max(PLAIN_ROWS, _longest(report) + 1) + pads, most)
         else:
             self.step = chunk if self.by_chunk else 1
-            wanted = CHUNKS if self.by_chunk else min(CHUNKS * chunk, MAX_ROWS)
+            wanted = CHUNKS if self.by_chunk else min(CHUNKS * chunk, most)
             self.rows = min(wanted, -(-report.seq_len // self.step))
-        pads = max(t.pads for t in report.types.values())
         self.real = max(1, min(self.rows * self.step - pads, report.seq_len))
         self.rows = min(self.rows, -(-(self.real + pads) // self.step))
         self.tokens = min(self.rows * self.step, self.real + pads)
         self.hidden = self.real + pads - self.tokens
-        self.pitch = max(14.0, min(40.0, (WIDEST - LEFT - 60) / max(self.columns, 1)))
+        self.pitch = 18.0 if narrow else max(14.0, min(40.0, (WIDEST - LEFT - 60) / max(self.columns, 1)))
         self.cell = self.pitch - (8 if self.pitch > 24 else 4)
         # A delay from one column to the next (parallel loops) is a diagonal in a gap of its own.
         self.gaps = {e.target for e in delay_edges(report.program) if e.target == e.source + 1}
@@ -153,7 +158,11 @@ class _Grid:
         self.width = round(LEFT + self.pitch * self.columns + self.gap * len(self.gaps) + 70)
         self.row = CHUNK_ROW if self.by_chunk else ROW
         self.brackets = brackets([o["index"] for o in report.program.visits])
-        self.top = HEAD + LEVEL * max((b.level + 1 for b in self.brackets), default=0)
+        routed = any(report.types[o.name].tokens is not None for o in report.program.visits)
+        aside = 32 if narrow and routed else 0  # where a share stands beside a number, not below it
+        self.head = HEAD + aside
+        self.top = self.head + LEVEL * max((b.level + 1 for b in self.brackets), default=0)
+        self.shares, self.blocks = self.top - 12, self.top - (12 + (aside or 14) if routed else 14)
         self.height = self.top + self.row * self.rows + BOTTOM
 
     def x(self, column: int) -> float:
@@ -165,6 +174,8 @@ class _Grid:
         return self.top + self.row * (token // self.step) + self.row / 2
 
     def label(self, row: int) -> str:
+        if not self.by_chunk and self.narrow:
+            return f"{row}" if row < self.real else f"p{row - self.real + 1}"
         if not self.by_chunk:
             return f"token {row}" if row < self.real else f"pad {row - self.real + 1}"
         return f"{row * self.step}..{min((row + 1) * self.step, self.tokens) - 1}"
@@ -174,9 +185,35 @@ def _longest(report: Report) -> int:
     return sum(o["tokens"] for o in report.program.ops if o.kind == "delay")
 
 
-def picture(report: Report) -> str:
-    """An SVG element and its caption."""
-    grid = _Grid(report)
+def picture(report: Report, narrow: bool = False) -> str:
+    """An SVG element and its caption.
+
+    Args:
+        narrow: for a page as narrow as a phone's: visits are rows, few tokens are columns.
+    """
+    grid = _Grid(report, narrow)
+    text = "".join(_drawn(report, grid)) + f'<p class="dp-caption">{escape(_caption(report, grid))}</p>'
+    return _turned(text, grid) if narrow else text
+
+
+def _turned(text: str, grid: _Grid) -> str:
+    """The picture mirrored at its diagonal, with words that stay upright and an arrow of its own."""
+    def word(found: re.Match[str]) -> str:
+        kind, x, y, anchor = found[1], float(found[2]), float(found[3]), found[4]
+        x, y = (x, y - 4) if anchor == "end" else (x + 4, y)
+        anchor = "end" if anchor == "middle" and kind != "dp-word" else "middle"
+        return f'<text class="{kind}" transform="matrix(0 1 1 0 0 0)" x="{y:.1f}" y="{x:.1f}" text-anchor="{anchor}">'
+
+    text = re.sub(r'<text class="([^"]+)" x="([^"]+)" y="([^"]+)" text-anchor="(\w+)">', word, text)
+    text = text.replace("dp-arrow", "dp-arrow-narrow").replace("dp-arrow-narrowhead", "dp-arrowhead")
+    # Above the tokens' numbers and below the last visit nothing is drawn.
+    text = text.replace(f"0 0 {grid.width} {grid.height}", f"0 {LEFT - 50} {grid.height} {grid.width - LEFT}", 1)
+    text = text.replace(f"max-width:{grid.width}px", f"max-width:{grid.height}px", 1)
+    return text.replace("</defs>", '</defs><g transform="matrix(0 1 1 0 0 0)">', 1).replace("</svg>", "</g></svg>", 1)
+
+
+def _drawn(report: Report, grid: _Grid) -> list[str]:
+    """The SVG element."""
     serial = {o.name for r in report.schedule.serial_regions for o in r.visits}
     path = tuple(s for s in segments(report.depths[None].critical_path(grid.real)) if s.token < grid.tokens)
     shares = _shares(report)
@@ -200,8 +237,7 @@ def picture(report: Report) -> str:
             parts += _cell(grid, o, j, row, kind, shares.get(o.name))
     parts += _faint(report, grid)
     parts += _critical(report, grid, path)
-    parts.append("</svg>")
-    return "".join(parts) + f'<p class="dp-caption">{escape(_caption(report, grid))}</p>'
+    return [*parts, "</svg>"]
 
 
 def _shade(report: Report, grid: _Grid, serial: set[str]) -> list[str]:
@@ -249,18 +285,19 @@ def _cell(grid: _Grid, o: Op, column: int, row: int, kind: str, share: float | N
 
 def _headers(report: Report, grid: _Grid, shares: dict[str, float]) -> list[str]:
     """Block numbers, with the share of tokens below those that routes thin out."""
-    every = 1 if grid.pitch >= 20 else 4
-    y = grid.top - (26 if shares else 14)
-    parts = [f'<text class="dp-tick" x="{LEFT - 18}" y="{y}" text-anchor="end">block</text>']
-    if shares:
-        parts.append(f'<text class="dp-tick" x="{LEFT - 18}" y="{grid.top - 12}" text-anchor="end">tokens</text>')
+    every = 1 if grid.narrow or grid.pitch >= 20 else 4
+    y, parts = grid.blocks, []
+    if not grid.narrow:
+        parts.append(f'<text class="dp-tick" x="{LEFT - 18}" y="{y}" text-anchor="end">block</text>')
+    if shares and not grid.narrow:
+        parts.append(f'<text class="dp-tick" x="{LEFT - 18}" y="{grid.shares}" text-anchor="end">tokens</text>')
     said = None
     for j, o in enumerate(report.program.visits):
         if j % every == 0:
             parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{y}" text-anchor="middle">{o["index"]}</text>')
         share = shares.get(o.name)
         if share is not None and share != said:
-            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{grid.top - 12}" text-anchor="middle">{share:.0%}</text>')
+            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{grid.shares}" text-anchor="middle">{share:.0%}</text>')
         said = share
     return parts
 
@@ -270,11 +307,12 @@ def _bracket_lines(grid: _Grid) -> list[str]:
     parts = []
     for b in grid.brackets:
         x0, x1 = grid.x(b.first) - grid.cell / 2, grid.x(b.last) + grid.cell / 2
-        y = grid.top - HEAD + 6 - LEVEL * b.level
+        y = grid.top - grid.head + 6 - LEVEL * b.level
         period = (b.last - b.first + 1) // b.times
         ticks = "".join(f"M{grid.x(b.first + i * period) - grid.pitch / 2:.1f} {y}v5" for i in range(1, b.times))
         parts.append(f'<path class="dp-bracket" d="M{x0:.1f} {y + 6}v-6H{x1:.1f}v6{ticks}"/>')
-        parts.append(f'<text class="dp-word" x="{(x0 + x1) / 2:.1f}" y="{y - 4}" text-anchor="middle">x{b.times}</text>')
+        parts.append(f'<text class="dp-word dp-times" x="{(x0 + x1) / 2:.1f}" y="{y - 4}" text-anchor="middle">'
+                     f"x{b.times}</text>")
     return parts
 
 
@@ -320,7 +358,7 @@ def _curve(grid: _Grid, source: int, token: int, target: int, later: int) -> str
 
 def _caption(report: Report, grid: _Grid) -> str:
     rows = f"{grid.rows} chunks of {grid.step} tokens" if grid.by_chunk else f"{grid.tokens} tokens"
-    text = f"Columns are block visits, rows are {rows}. "
+    text = f"Rows are block visits, columns are {rows}. " if grid.narrow else f"Columns are block visits, rows are {rows}. "
     if grid.brackets:
         text += "Brackets: the same blocks so many times in a row. "
     if any(report.types[o.name].tokens is not None for o in report.program.visits):
@@ -336,7 +374,7 @@ def _caption(report: Report, grid: _Grid) -> str:
         text += (f"Thin lines: {f'the {len(edges)} delays' if len(edges) > 1 else 'the delay'} of {far} token{'s' * (far != '1')}"
                  f"{', drawn from the first token only' if drawn > SHOWN_EDGES else ''}. ")
     pads = grid.tokens + grid.hidden - grid.real
-    row = f"a row of {grid.real} tokens" + (f" and {pads} pads" if pads else "")
+    row = f"a row of {grid.real} token{'s' * (grid.real != 1)}" + (f" and {pads} pads" if pads else "")
     if grid.hidden:
         row += f" ({grid.hidden} of them not drawn)"
     return text + f"Thick: a longest path of {row}, {report.depth_at(grid.real)} block visits."

@@ -9,6 +9,7 @@ from typing import Any
 
 from depthpass.errors import InputError
 from depthpass.limits import shown
+from depthpass.log import Bar
 from depthpass.search.compare import difference, estimate
 from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
@@ -58,7 +59,8 @@ def search(
         held_out: share of the samples that is kept for comparison, or other samples.
         memo: bytes that shared prefixes may hold; True = 1 GiB, False = none. The numbers do not depend on it.
         batch: most rows of a call.
-        on_trial: called after every program that ran, with how many have and how many can at most, for a progress bar.
+        on_trial: called after every program that ran, with how many have and how many can at most; left out = a bar on a
+            terminal (``dp.progress(False)``: none).
 
     Raises:
         InputError: an argument cannot be honoured, a sample does not fit the model, or a score is NaN; all but the last
@@ -72,16 +74,16 @@ def search(
     how, where, judged = load_method(method), load_space(space), load_score(score)
     _check(budget, seed, per_sample, memo, batch)
     given, searched, rest = _samples(samples, held_out, seed)
-    with subject(model) as (live, inner):
+    with subject(model) as (live, inner), Bar("scoring programs") as bar:
         blocks = inner.depth_program.blocks
         where.check(blocks)
         how.check(where, blocks, BUDGET if budget is None and not how.complete else budget)
         _check_fit(inner, given, rest)
         budget = _budget(budget, how, where, blocks)
         most = (budget + 1) * (2 + len(searched) if per_sample else 3)
-        counted = None if on_trial is None else lambda done: on_trial(min(done, most), most)
+        told = bar if on_trial is None else on_trial
         room = (1 << 30) * memo if isinstance(memo, bool) else memo
-        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, counted)
+        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most))
         made = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
         return made.result(type(inner).__name__, per_sample)
 

@@ -86,6 +86,23 @@ def test_prefill_and_decoding_agree_with_the_eager_rung():
         assert caches[0].state.nbytes() == caches[1].state.nbytes()
 
 
+@pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("gemma3_text", "right")])
+def test_gradients_flow_through_a_cache_of_several_calls(name, side):
+    """Keys of earlier calls, delay lines, and streams that no later call reads."""
+    models, batch, found = pair(name), zoo.batch([9, 6], side), []
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    for model in models:
+        cache, parts = dp.DepthCache(model), []
+        for a, b in ((0, 4), (4, 5), (5, 9)):
+            parts.append(model(input_ids=ids[:, a:b], attention_mask=mask[:, :b], past_key_values=cache).logits)
+        assert {r.level for r in model.depth_lowered} == {"eager" if model is models[0] else "scheduled"}
+        logits = torch.cat([parts[0].detach(), *parts[1:]], 1)[mask.bool()]
+        model.zero_grad()
+        logits.square().sum().backward()
+        found.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    assert_same(*found, limit=1e-6 if name == "gemma3_text" else 1e-10)
+
+
 def test_what_cannot_be_scheduled_says_so():
     _, scheduled = pair("llama")
     batch = zoo.batch([7, 5])
@@ -93,8 +110,10 @@ def test_what_cannot_be_scheduled_says_so():
     with pytest.raises(LoweringError, match=r"block 2 has hooks.*lowering='auto'"):
         scheduled(**batch, use_cache=False)
     handle.remove()
-    with pytest.raises(LoweringError, match="a cache is kept"):
-        scheduled(**batch, use_cache=True)
+    latents = dp.transform(zoo.model("llama"), [SPEC, dp.Coconut(2)], lowering="scheduled").train()
+    latents.gradient_checkpointing_enable()
+    with pytest.raises(LoweringError, match=r"a cache is kept .* activations are computed again"):
+        latents(**batch, use_cache=False)
     with pytest.raises(SpecError, match="Did you mean 'scheduled'"):
         dp.transform(zoo.model("llama"), SPEC, lowering="schedule")
 

@@ -14,6 +14,9 @@ from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
 from depthpass.passes.pad import Pad
 from depthpass.passes.parallel_loop import ParallelLoop
 from depthpass.passes.recurrence import IntraLayerRecurrence, Repeat
+from depthpass.passes.recurrent_loop import RecurrentLoop
+from depthpass.passes.same_layer_state import SameLayerState
+from depthpass.passes.sum_norms import SumNorms
 from depthpass.passes.taps import Taps
 from depthpass.passes.turboconn import TurboConn
 from depthpass.schedule import schedule
@@ -36,6 +39,9 @@ SYSTEMS: dict[str, tuple[int, list[Pass]]] = {
     "mor delta": (3, [MixtureOfRecursions(start=1, recursions=2, combine="delta")]),
     "itt": (3, [InnerThinking(blocks=(1,), steps=3)]),
     "itt literal": (2, [InnerThinking(steps=2, mode="threshold", bypass="literal", alpha=0.5)]),
+    "same-layer states": (2, [SameLayerState(start=1, state="ffn")]),
+    "groups": (2, [RecurrentLoop(encoder=1, interval=4)]),
+    "norms of sums": (2, [Loop(1, 2, times=2), SumNorms()]),
     "pad and loop": (2, [Pad(3), Loop(times=2)]),
     "loop with bridges and taps": (2, [Loop(times=2), TurboConn(bridges=[(-1, 0)], rank=8), Taps([0, 3], head=True)]),
 }
@@ -62,7 +68,7 @@ def test_slots_are_the_writing_visits_in_order(system: str) -> None:
     assert all(v["slot"] == v["keys"] for v in program.visits if v not in writers)
 
 
-@pytest.mark.parametrize("system", [s for s in SYSTEMS if "bridges" not in s])
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if not {"bridges", "states", "groups"} & set(s.split(" "))])
 def test_only_bridges_make_a_token_loop(system: str) -> None:
     """A parallel loop delays forward only: all its loops run over all tokens, one after another."""
     program = built(*SYSTEMS[system])

@@ -68,6 +68,7 @@ def check(name, spec, side, **options):
     batch = rows(side)
     out = model(**batch)
     assert out.logits.shape == (*batch["input_ids"].shape, zoo.VOCABULARY)
+    assert spec != "bridge" or {r.level for r in model.depth_lowered} == {"scheduled"}
     out.loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(), stock.zero_grad(), alone.zero_grad()

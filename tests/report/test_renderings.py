@@ -57,6 +57,12 @@ class Page(HTMLParser):
         return [a for _, a in self.tags if name in (a.get("class") or "").split()]
 
 
+def wide(text: str) -> Page:
+    """A page without the picture for phones."""
+    assert text.count('<div class="dp-narrow">') == 1
+    return Page(re.sub(r'<div class="dp-narrow">.*?</div>', "", text))
+
+
 def numbers(report: Report) -> list[Number]:
     return [x for s in report.sections for x in s.numbers]
 
@@ -176,7 +182,7 @@ def test_html_is_one_file_that_needs_nothing_else() -> None:
 
 def test_html_picture_shows_region_and_critical_path() -> None:
     """12 tokens, 16 visits, the serial region over columns 1..14, the path of 12 tokens in the warm colour."""
-    page = Page(band().to_html())
+    page = wide(band().to_html())
     assert len(page.of_class("dp-cell")) == 12 * 16
     assert len(page.of_class("dp-hot")) == band().depth_at(12) == 44
     assert len(page.of_class("dp-region")) == 1
@@ -189,9 +195,26 @@ def test_html_picture_shows_region_and_critical_path() -> None:
     assert inside == [False] + [True] * 14 + [False]
 
 
+def test_phones_get_the_picture_on_its_side() -> None:
+    """9 tokens beside one another, 16 visits below one another, words upright, everything inside 390 pixels less the margins."""
+    page = Page(re.findall(r'<div class="dp-narrow">(.*?)</div>', band().to_html())[0])
+    assert len(page.of_class("dp-cell")) == 9 * 16 and len(page.of_class("dp-hot")) == band().depth_at(9) == 44
+    left, top, width, height = map(float, str(page.of_class("dp-picture")[0]["viewbox"]).split())
+    assert left == 0 and width <= 362
+    flip = "matrix(0 1 1 0 0 0)"
+    assert [a["transform"] for tag, a in page.tags if tag == "g"] == [flip]
+    words = [a for tag, a in page.tags if tag == "text"]
+    assert len(words) == 9 + 16 and all(a["transform"] == flip for a in words)
+    # Under both mirrors a word stands at its own x and y.
+    assert all(0 <= float(str(a["x"])) <= width and top <= float(str(a["y"])) <= top + height for a in words)
+    arrows = {v for _, a in page.tags for v in a.values() if v and "dp-arrow" in v}
+    assert arrows == {"dp-arrow-narrow", "url(#dp-arrow-narrow)", "dp-arrowhead"}
+    assert "Rows are block visits, columns are 9 tokens." in "".join(page.words)
+
+
 def test_wide_chunks_get_one_row_each() -> None:
     made = subject().report("{pass: turboconn, preset: llama-1b, group: 64}", seq_len=1000, cost=False)
-    page = Page(made.to_html())
+    page = wide(made.to_html())
     assert len(page.of_class("dp-cell")) == 3 * 16
     assert len(page.of_class("dp-hot")) == made.depth_at(192) == 16 + 2 * 14
 
@@ -201,7 +224,7 @@ def test_pads_are_rows_too(pads: int, rows: int) -> None:
     """Three chunks of 3 tokens, or as many rows as fit; nothing is drawn below the last one."""
     program = bridged(4, [(3, 0, 3 if pads == 3 else 10)], pads=pads)
     made = build_report(program, schedule(program), None, 40, 1)
-    page = Page(made.to_html())
+    page = wide(made.to_html())
     assert len(page.of_class("dp-cell")) == 4 * rows
     height = float(page.of_class("dp-picture")[0]["viewbox"].split()[3])
     drawn = [float(y) for a in page.of_class("dp-critical") for y in re.findall(r" ([\d.]+)(?:C|H|$)", a["d"])]
@@ -318,12 +341,12 @@ def test_brackets_over_repeats() -> None:
     assert found(0, 1, 2, 1, 2, 1, 2, 3) == {(1, 6, 3, 0)}
     assert found(0, 0, 0, 1, 1) == {(0, 2, 3, 0), (3, 4, 2, 0)}
     assert found(0, 1, 1, 0, 1, 1) == {(0, 5, 2, 1), (1, 2, 2, 0)}
-    page = Page(subject().report("{pass: repeat, start: 3, end: 5, times: 3}", seq_len=9, cost=False).to_html())
+    page = wide(subject().report("{pass: repeat, start: 3, end: 5, times: 3}", seq_len=9, cost=False).to_html())
     assert len(page.of_class("dp-bracket")) == 1 and "x3" in page.words
 
 
 def test_routed_visits_are_filled_by_their_share() -> None:
-    page = Page(subject().report("{pass: mixture_of_depths, capacity: 0.25, blocks: [4]}", seq_len=9, cost=False).to_html())
+    page = wide(subject().report("{pass: mixture_of_depths, capacity: 0.25, blocks: [4]}", seq_len=9, cost=False).to_html())
     hollow, cells = page.of_class("dp-part"), page.of_class("dp-cell")
     assert len(hollow) == 4 and "25%" in page.words
     narrow = [float(c["width"]) for c in cells if float(c["width"]) < 0.5 * float(hollow[0]["width"])]
@@ -333,7 +356,7 @@ def test_routed_visits_are_filled_by_their_share() -> None:
 def test_parallel_loops_show_their_diagonal() -> None:
     """From the end of loop 1 at token t to the start of loop 2 at t + 1, for every token, in a gap."""
     made = subject().report("{pass: parallel_loop, loops: 2}", seq_len=9, cost=False)
-    page = Page(made.to_html())
+    page = wide(made.to_html())
     lines = page.of_class("dp-delay")
     assert len(lines) == 3
     for a in lines:

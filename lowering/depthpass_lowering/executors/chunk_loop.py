@@ -17,7 +17,6 @@ from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.dropout import RandomState, draws
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.first_order import first_order
 from depthpass_lowering.executors.stand_ins import SunkHost, own_scopes
 from depthpass_lowering.executors.taped import TapedChunks, taped_graph
 from depthpass_lowering.fx_passes.region import ChunkGraph, chunk_graph
@@ -86,6 +85,7 @@ class Job:
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
         self.taped: TapedChunks | None = None
+        self.chain: Tensor | None = None  # of its last chunk, through which all chunks go back
 
     @property
     def wanted(self) -> tuple[str, ...]:
@@ -110,6 +110,7 @@ class Job:
     def release(self) -> None:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
+        self.chain = None
         if self.taped is not None:
             self.taped.release()
             self.taped = None
@@ -182,6 +183,7 @@ class Loop:
                 run.state.lines[d.name] = push_delay(lines[d.name], source, d.tokens, span, run.state.record)
             for name, parts in done.items():
                 parts.append(results[name])
+        job.chain = chain
         return {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
 
     def _taped(self, known: Sequence[Tensor], streams: Sequence[Tensor]) -> TapedChunks | None:
@@ -361,40 +363,3 @@ class _BufferedVisit(RunningVisit):
             "scale": site.scale, "window": window, "chunk": site.chunk, "softcap": site.softcap,
         }
         return Use(self.job.slot(slot, self.sites)[number], self.span.start, self.span.count, write, options)
-
-
-class RegionFunction(torch.autograd.Function):
-    """A whole serial region as one node of the outer graph, so that hooks on parameters fire once, with the total."""
-
-    @staticmethod
-    def forward(ctx, job: Job, count: int, *tensors: Tensor):
-        leaves = {key: t.detach().requires_grad_() for key, t in zip(job.parameters, tensors[:count])}
-        streams = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors[count:]]
-        with torch.enable_grad():
-            out = job.loop(dict(zip(job.names, streams)), leaves)
-        outs = [out[name] for name in job.wanted]
-        # The job knows the run and the run will hold this node's outputs: keeping it here would be a cycle that no
-        # collector sees. The backward pass needs the sink alone.
-        job.release()
-        ctx.sink, ctx.outs, ctx.leaves, ctx.streams = job.sink, outs, leaves, streams
-        return tuple(o.detach() for o in outs)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, *grads):
-        if ctx.outs is None:
-            raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
-                               "forward again, or use lowering='eager' with retain_graph=True.")
-        sink, leaves, streams = ctx.sink, ctx.leaves, ctx.streams
-        pairs = [(o, g) for o, g in zip(ctx.outs, grads) if o.requires_grad and g is not None]
-        sources = [*leaves.values(), *streams]
-        found = torch.autograd.grad(
-            [o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True
-        )
-        ctx.outs = ctx.streams = ctx.leaves = None
-        sunk = sink.finish()
-        weights = []
-        for leaf, g in zip(leaves.values(), found):
-            extra = sunk.get(id(leaf))
-            weights.append(g if extra is None else extra if g is None else g + extra)
-        return (None, None, *weights, *found[len(leaves) :])

@@ -18,10 +18,11 @@ from torch import Tensor
 
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
-from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes
+from depthpass_lowering.executors.chunk_loop import Job, recomputes
 from depthpass_lowering.executors.compiled import Compiled
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.region_function import RegionFunction
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.state.slots import State
 
@@ -41,6 +42,8 @@ class Graphed(Compiled):
             return reason
         if region.groups and run.context.valid is not None:
             return "groups are counted from the first real token of each row, which a recording does not know"
+        if torch.is_grad_enabled() and (run.context.keep or run.state.length):
+            return "a cache is kept while gradients are recorded"
         device = run.hidden.device.type
         return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
 

@@ -20,8 +20,10 @@ from depthpass.lowered.build import unschedulable_ops
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.base import Executor, note
-from depthpass_lowering.executors.chunk_loop import Job, RegionFunction, recomputes, sunk_graph
+from depthpass_lowering.executors.carried import carry, uncarried
+from depthpass_lowering.executors.chunk_loop import Job, recomputes, sunk_graph
 from depthpass_lowering.executors.eager import Run
+from depthpass_lowering.executors.region_function import RegionFunction
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.executors.transforms import unschedulable
 
@@ -74,6 +76,8 @@ class Scheduled(Executor):
             _warn_slow()
         parameters = region_parameters(region, run.host)
         job = Job(self, run, region, inputs, parameters)
+        if run.context.keep or run.state.length:
+            return carry(job, inputs)
         found = RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
         return dict(zip(region.outputs, found))
 
@@ -87,10 +91,8 @@ class Scheduled(Executor):
             return reason
         grad, host = torch.is_grad_enabled(), run.host
         if grad:
-            if run.context.keep:
-                return "a cache is kept while gradients are recorded"
-            if run.state.length:
-                return "gradients are recorded on top of a cache"
+            if (run.context.keep or run.state.length) and (reason := uncarried(run, region)):
+                return reason
             used = {i for o in region.visits for i in host.sides_of(o["index"])}
             if any(run.context.sides[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"

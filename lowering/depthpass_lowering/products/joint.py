@@ -18,6 +18,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.graph import CodeGen
 
+from depthpass.log import working
 from depthpass_lowering.fx_passes.effects import writes
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.products.packed import Weights, blocked, packed_product, plain
@@ -294,7 +295,7 @@ def _inductor(gm: fx.GraphModule) -> Callable:
     from torch._inductor.compile_fx import compile_fx_inner
 
     # A packed weight has no strides to check.
-    with config.patch(size_asserts=False):
+    with config.patch(size_asserts=False), working(f"compiling {len(gm.graph.nodes)} ops of a chunk"):
         return compile_fx_inner(gm, [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"])
 
 

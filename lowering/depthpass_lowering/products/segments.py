@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from depthpass.log import working
+
 Compiler = Callable[[fx.GraphModule], Callable]
 
 
@@ -22,6 +24,7 @@ def compile_segment(gm: fx.GraphModule, backend: str | Callable, options: Mappin
     """Compile a segment with a Dynamo backend, once for all numbers of rows and tokens above one."""
     dynamic = [_symbolic_dims(n.meta.get("val")) for n in gm.graph.nodes if n.op == "placeholder"]
     compiled = torch.compile(gm, backend=backend, options=None if options is None else dict(options))
+    first = iter([True])
 
     def run(*args: Tensor):
         args = tuple(_packed(a) if dims else a for a, dims in zip(args, dynamic))
@@ -30,6 +33,9 @@ def compile_segment(gm: fx.GraphModule, backend: str | Callable, options: Mappin
         with warnings.catch_warnings():
             # Dynamo looks at .grad of every input; those of a segment are results of others.
             warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf")
+            if next(first, False):
+                with working(f"compiling {len(gm.graph.nodes)} ops of a block"):
+                    return compiled(*args)
             return compiled(*args)
 
     return run

@@ -1,0 +1,130 @@
+"""Training of a hand-scheduled region that goes on from earlier calls or is gone on from: latents, and caches with gradients.
+
+Keys, values and delay lines come in and go out as tensors of the outer graph. A later call's gradients of the keys reach the
+accumulators of their buffers before the backward loop begins, and what is left there of earlier calls' columns leaves it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from depthpass.lowered.program import LoweredRegion
+from depthpass.schedule.regions import Region
+from depthpass_lowering.executors.first_order import first_order
+from depthpass_lowering.state.buffers import Buffer
+from depthpass_lowering.state.slots import Slot
+
+if TYPE_CHECKING:
+    from depthpass_lowering.executors.chunk_loop import Job
+    from depthpass_lowering.executors.eager import Run
+
+
+def uncarried(run: Run, region: Region) -> str | None:
+    """Why a region cannot train with what it carries from call to call, or None."""
+    if any(run.host.recomputes(o["index"]) for o in region.calls):
+        return "a cache is kept while gradients are recorded and activations are computed again"
+    if any(run.ring(o) is not None for o in region.visits):
+        return "a cache of windows is kept while gradients are recorded"
+    return None
+
+
+@dataclass
+class Carried:
+    """The state of a region before a call, as tensors.
+
+    Attributes:
+        lines: by name of their delay.
+        slots: keys and values by slot, of each attention call in turn.
+    """
+
+    lines: dict[str, Tensor]
+    slots: dict[int, list[Tensor]]
+
+    @classmethod
+    def of(cls, run: Run, region: LoweredRegion) -> Carried:
+        state, own = run.state, {o.writes for o in region.ops if o.writes is not None}
+        return cls(
+            {d.name: state.lines[d.name] for d in region.lines if d.name in state.lines},
+            {n: [t for pair in zip(s.keys, s.values) for t in pair] for n, s in state.slots.items() if n in own},
+        )
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.lines.values(), *(t for pair in self.slots.values() for t in pair)]
+
+
+def carry(job: Job, streams: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The streams that a region hands out; the run's state is that after the call."""
+    run, region = job.run, job.region
+    carried = Carried.of(run, region)
+    given = [*job.parameters.values(), *streams.values(), *carried.tensors]
+    found = iter(_CarryingFunction.apply(job, carried, len(streams), *given))
+    outs = {name: next(found) for name in job.wanted}
+    run.state.lines |= {d.name: next(found) for d in region.lines}
+    for number, buffers in job.buffers.items():
+        pairs = [(next(found), next(found)) for _ in buffers]
+        keys, values = zip(*pairs, strict=True)
+        run.state.slots[number] = Slot(keys, values, first=buffers[0].first)
+    job.buffers = {}
+    return outs
+
+
+class _CarryingFunction(torch.autograd.Function):
+    """As :class:`~depthpass_lowering.executors.region_function.RegionFunction`, with state as arguments and results."""
+
+    @staticmethod
+    def forward(ctx: Any, job: Job, carried: Carried, count: int, *tensors: Tensor):
+        split = len(job.parameters)
+        leaves = {key: t.detach().requires_grad_() for key, t in zip(job.parameters, tensors[:split])}
+        streams = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors[split : split + count]]
+        lines = {name: t.detach().requires_grad_() for name, t in carried.lines.items()}
+        state = job.run.state
+        state.lines |= lines
+        for number, pair in carried.slots.items():
+            flat = [t.detach() for t in pair]
+            state.slots[number] = Slot(tuple(flat[::2]), tuple(flat[1::2]), first=state.slots[number].first)
+        with torch.enable_grad():
+            out = job.loop(dict(zip(job.names, streams)), leaves)
+        outs = [*(out[name] for name in job.wanted), *(state.lines[d.name] for d in job.region.lines)]
+        buffers = [b for held in job.buffers.values() for b in held]
+        tokens = [t for t in (job.chain, *(b.token for b in buffers)) if t is not None]
+        job.release()
+        ctx.job = job.sink, outs, tokens, buffers, [*leaves.values(), *streams, *lines.values()]
+        ctx.leaves = len(leaves)
+        ctx.before = [(job.buffers[n][i // 2], i % 2) for n, pair in carried.slots.items() for i in range(len(pair))]
+        ctx.set_materialize_grads(False)
+        return (*(o.detach() for o in outs), *(t.detach() for b in buffers for t in b.held()))
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, *grads: Tensor | None):
+        if ctx.job is None:
+            raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
+                               "forward again, or use lowering='eager' with retain_graph=True.")
+        (sink, outs, tokens, buffers, sources), ctx.job = ctx.job, None
+        later = iter(grads[len(outs) :])
+        for buffer in buffers:
+            for sum_, g in zip(buffer.gradients(), (next(later), next(later))):
+                if g is not None:
+                    sum_.add_(g)
+        pairs = [(o, g) for o, g in zip(outs, grads) if o.requires_grad and g is not None]
+        # Through the last use of every buffer: keys may have gradients that no stream has.
+        pairs += [(token, torch.zeros_like(token)) for token in tokens if token.requires_grad]
+        found = torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True)
+        sunk = sink.finish()
+        weights = []
+        for leaf, g in zip(sources[: ctx.leaves], found):
+            extra = sunk.get(id(leaf))
+            weights.append(g if extra is None else extra if g is None else g + extra)
+        return (None, None, None, *weights, *found[ctx.leaves :], *(_earlier(b, side) for b, side in ctx.before))
+
+
+def _earlier(buffer: Buffer, side: int) -> Tensor:
+    """Gradient of the keys or the values that a buffer began with."""
+    assert buffer.before is not None
+    before = buffer.before[side]
+    return buffer.gradients()[side].narrow(2, buffer.first, before.shape[2]).to(before.dtype)
