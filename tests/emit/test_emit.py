@@ -47,7 +47,7 @@ CASES = {
     "cohere": dp.Loop(start=1, end=3, times=2, timestep="zero"),  # parallel branches
     "starcoder2": [dp.Loop(start=1, end=3, times=2, scales=True), dp.T2MLR(start=1, end=4, rescaled=True, residual=0.3)],
     "smollm3": dp.FeedbackTransformer(start=1),
-    "qwen2": dp.RecurrentLoop(encoder=1, gate="token"),
+    "qwen2": dp.RecurrentLoop(encoder=1, interval=3, gate="token"),
 }
 
 
