@@ -302,7 +302,7 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
             out.loss.backward()
             found.append((out.logits.detach()[mask.bool()],
                           {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-        ran = {r.rung for r in model.depth_lowered}
+        ran = {r.level for r in model.depth_lowered}
         if loops and lowering != "eager" and ran != {lowering}:
             raise AssertionError(f"asked for {lowering}, ran {model.depth_lowered}")
         return found

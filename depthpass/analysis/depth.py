@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Literal
 
 from depthpass.analysis.growth import Growth
 from depthpass.analysis.maxplus import Recurrence
-from depthpass.analysis.stages import Stages, Step
+from depthpass.analysis.stages import PathVisit, Stages
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
@@ -92,7 +92,7 @@ class Depth:
             raise SpecError(f"n: expected a number of tokens of at least 1, got {n!r}.")
         return int(self.growth.at(n - 1))
 
-    def critical_path(self, n: int, last: int | None = None) -> list[Step]:
+    def critical_path(self, n: int, last: int | None = None) -> list[PathVisit]:
         """The visits of one longest path for a row of n tokens, in order of execution.
 
         Args:

@@ -294,10 +294,10 @@ def _matrices(blocks: Sequence[nn.Module], projections: Sequence[str] | None) ->
 
 @contextmanager
 def _eval(model: nn.Module) -> Iterator[None]:
-    """Eval mode, and the sequential eager rung: others keep weight gradients out of autograd's sight."""
+    """Eval mode, and the sequential eager level: others keep weight gradients out of autograd's sight."""
     modes = {m: m.training for m in model.modules()}
     runtime = getattr(model, "_depth", None)
-    rung, policy = getattr(runtime, "lowering", None), getattr(runtime, "fixed_point", None)
+    level, policy = getattr(runtime, "lowering", None), getattr(runtime, "fixed_point", None)
     model.eval()
     if runtime is not None:
         runtime.lowering, runtime.fixed_point = "eager", None
@@ -307,7 +307,7 @@ def _eval(model: nn.Module) -> Iterator[None]:
         for module, training in modes.items():
             module.training = training
         if runtime is not None:
-            runtime.lowering, runtime.fixed_point = rung, policy
+            runtime.lowering, runtime.fixed_point = level, policy
 
 
 @contextmanager

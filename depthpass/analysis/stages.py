@@ -30,7 +30,7 @@ from depthpass.ir.verify import infer
 
 
 @dataclass(frozen=True)
-class Step:
+class PathVisit:
     """One visit on a critical path.
 
     Attributes:
@@ -235,7 +235,7 @@ class Stages:
                 self.solved(stage)
         return tuple(dict.fromkeys(r for _, found in self._solved.values() for r in found if set(r.nodes) <= needed))
 
-    def path(self, value: str, n: int) -> Iterator[Step]:
+    def path(self, value: str, n: int) -> Iterator[PathVisit]:
         """Visits of a longest path from its end, found by walking back through values that account for each other."""
         last = n - 1
         while True:
@@ -248,7 +248,7 @@ class Stages:
             while True:
                 op = self.program.defs[key if isinstance(key, str) else key[0]]
                 if OPS[op.kind].depth(op)[1]:
-                    yield Step(op.name, op["index"], i if isinstance(key, str) else i + key[1])
+                    yield PathVisit(op.name, op["index"], i if isinstance(key, str) else i + key[1])
                 if op.name == stage or not node.arcs:
                     break
                 need = found[key].at(i) - node.weight

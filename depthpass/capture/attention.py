@@ -109,8 +109,21 @@ def capture_mask(*_, mask_function: Callable, attention_mask=None, local_size: i
             "a mask is built without an attention_mask: expected a 2-D attention_mask [batch, tokens] in the captured call "
             "(all ones where nothing is padding)."
         )
+    if local_size is not None and local_size < 1:
+        # Models make masks of kinds that none of their layers has; a layer that reads this one is refused.
+        return torch.ops.depthpass.mask(attention_mask, NOTHING, NOTHING)
     window, chunk = recognise_mask(mask_function, local_size)
     return torch.ops.depthpass.mask(attention_mask, window or -1, chunk or -1)
+
+
+NOTHING = 0
+"""Window and chunk of a mask under which no token sees itself."""
+
+
+def sees_nothing(size: int) -> str:
+    """What is wrong with such a mask."""
+    return (f"has a window or chunk of {size} tokens, in which no token sees itself; expected at least 1 (set "
+            "config.sliding_window to None for full attention).")
 
 
 def capture_experts(module, hidden_states, top_k_index, top_k_weights, *args, **kwargs):
@@ -135,10 +148,7 @@ def recognise_mask(mask_function: Callable, local_size: int | None) -> tuple[int
     """
     name = _name(mask_function)
     if local_size is not None and local_size < 1:
-        raise UnsupportedModelError(
-            f"the mask predicate {name} has a window or chunk of {local_size} tokens, in which no token sees itself; "
-            "expected at least 1 (set config.sliding_window to None for full attention)."
-        )
+        raise UnsupportedModelError(f"the mask predicate {name} {sees_nothing(local_size)}")
     constants: set[int] = set()
     # Chunked predicates close over the number of pads of each row, a traced tensor: probe them as if there were none.
     predicate = _without_padding(mask_function, constants)

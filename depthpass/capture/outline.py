@@ -16,6 +16,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx.node import Argument
 
 from depthpass.capture import calls
+from depthpass.capture.attention import NOTHING, sees_nothing
 from depthpass.capture.legality import check_token_local
 from depthpass.capture.model import Block, Capture, Part, Site, Template
 from depthpass.capture.nodes import node_of
@@ -226,6 +227,8 @@ class _Outliner:
                 f"block {i}: expected attention over the tokens of the row, got queries {tuple(qs)} and keys {tuple(ks)}."
             )
         window, chunk = mask.args[1], mask.args[2]
+        if window == NOTHING:
+            raise UnsupportedModelError(f"block {i}: its attention mask {sees_nothing(NOTHING)}")
         return Site(
             module_path(node).removeprefix(f"{self.layers}.{i}").removeprefix("."), scale, softcap or None, dropout,
             window if window > 0 else None, chunk if chunk > 0 else None, sinks is not None,

@@ -39,7 +39,7 @@ class Repeats:
         # Names of tensors that stand in several places depend on which is first.
         self._alone = [self.blocks.count(b) == 1 and all(seen[id(t)] == 1 for t in _tensors(b)) for b in self.blocks]
         self._described = [_describe(b) for b in self.blocks]
-        self._traced: dict[int, _Call] = {}
+        self._traced: dict[int, _LayerCall] = {}
         self._reads: set[_Place] | None = None
 
     @contextmanager
@@ -81,7 +81,7 @@ class Repeats:
     def _forward(self, i: int, forward: Callable) -> Callable:
         @functools.wraps(forward)
         def traced(*args, **kwargs):
-            call = _Call(args, kwargs)
+            call = _LayerCall(args, kwargs)
             for r, earlier in self._traced.items():
                 if earlier.serves(call) and (differing := self._differing(r, i)) is not None and not differing & earlier.reads:
                     self.of[i] = r
@@ -121,7 +121,7 @@ def _tensors(model: nn.Module) -> Iterator[Tensor]:
             yield from (t for t in table.values() if t is not None)
 
 
-class _Call:
+class _LayerCall:
     """One call of a block: its arguments besides the hidden stream, what it read and what it returned."""
 
     def __init__(self, args: tuple, kwargs: Mapping[str, Any]):
@@ -130,7 +130,7 @@ class _Call:
         self.reads: set[_Place] = set()
         self._result: Callable[[Tensor], Any] | None = None
 
-    def serves(self, other: _Call) -> bool:
+    def serves(self, other: _LayerCall) -> bool:
         return _kind(self.hidden) == _kind(other.hidden) and _same(self.rest, other.rest)
 
     def returned(self, output: Any) -> bool:

@@ -253,7 +253,7 @@ def compiled_stock(stock: type) -> Callable:
 
 
 def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
-    """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled rung makes of them."""
+    """What runs the blocks outside of token loops, norm and head: their graphs, or what a compiled level makes of them."""
     if lowering not in ("inductor", "cudagraph"):
         return direct
     from depthpass_lowering.executors.compiled import compiled_whole

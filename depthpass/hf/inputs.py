@@ -119,18 +119,8 @@ def normalise(
     cache_name, cache = _cache(model, given, frame, batch)
     past = cache.state.tokens if cache is not None else 0
     told = told_positions(given, batch, new, device)
-    mask = given.get("attention_mask")
-    if _dense(mask) and not past and (made := sequences_of(mask, config, batch, new)) is not None:
-        mask, numbers = made
-        given["attention_mask"] = mask
-        if bool((numbers.amax(1) > 1).any()):
-            given.setdefault("seq_idx", numbers)
-    elif isinstance(mask, Mapping):
-        # Masks of packed rows are made where there is no 2-D mask.
-        rows = None if past or told is None else find_packing({}, told, None, False, (batch, new), device)
-        packed = rows is not None and made_of_packed_rows(mask, config, rows.starts)
-        mask = given["attention_mask"] = None if packed else validity_of(mask, config, batch, past, new)
-    valid = validity(mask, batch, past, new, device, cache)
+    _flatten_masks(given, told, config, past, (batch, new), device)
+    valid = validity(given.get("attention_mask"), batch, past, new, device, cache)
     packing = packing_of(given, told, valid, past, (batch, new), device)
     positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
     tensors = {source: tokens} | ({"position_ids": positions} if "position_ids" in names else {})
@@ -154,6 +144,22 @@ def normalise(
         tensors, valid, past, cache, cache_name, bool(use_cache), bool(return_dict), states, labels, length, packing,
         given.get("input_ids"),
     )
+
+
+def _flatten_masks(
+    given: dict[str, Any], told: Tensor | None, config: Any, past: int, shape: tuple[int, int], device: torch.device
+) -> None:
+    """Put a 2-D mask, and the sequences of packed rows, in the place of dense masks."""
+    mask = given.get("attention_mask")
+    if _dense(mask) and not past and (made := sequences_of(mask, config, *shape)) is not None:
+        given["attention_mask"], numbers = made
+        if bool((numbers.amax(1) > 1).any()):
+            given.setdefault("seq_idx", numbers)
+    elif isinstance(mask, Mapping):
+        # Masks of packed rows are made where there is no 2-D mask.
+        rows = None if past or told is None else find_packing({}, told, None, False, shape, device)
+        packed = rows is not None and made_of_packed_rows(mask, config, rows.starts)
+        given["attention_mask"] = None if packed else validity_of(mask, config, shape[0], past, shape[1])
 
 
 def _check_lengths(length: Tensor | None, packing: Packing | None) -> None:

@@ -1,7 +1,7 @@
 """Latent positions (Coconut): pads whose embedding is the final normed state of the token before them.
 
 A call is cut at its latents. Everything before them advances the state at once, each latent by itself, and what follows
-them at once again; a state is all that the pieces share, so every program and every rung runs as it does without latents.
+them at once again; a state is all that the pieces share, so every program and every level runs as it does without latents.
 """
 
 from __future__ import annotations

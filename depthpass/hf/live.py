@@ -83,7 +83,7 @@ class _Recorder(nn.Module):
         return self.__dict__["seen"](args, kwargs)
 
 
-class _Call(nn.Module):
+class _BlockForward(nn.Module):
     """A block's stock forward as a module of its own, so that its parameters can be replaced for one call."""
 
     def __init__(self, block: nn.Module):
@@ -202,7 +202,7 @@ class Live:
                 f"block.{n}": p for n, p, old in zip(self.captured.blocks[index].template.params, params, bound) if p is not old
             }
             if changed:
-                out = torch.func.functional_call(_Call(layer), changed, args, kwargs)
+                out = torch.func.functional_call(_BlockForward(layer), changed, args, kwargs)
             else:
                 out = _forward(layer)(layer, *args, **kwargs)
         finally:

@@ -190,7 +190,7 @@ class DepthModel(Shown, _Stock):
         check_outer(self, call_names(stock), arguments)
         name, _ = take_cache(dict(arguments))
         decoder = self._decoder()
-        # On the compiled rungs the loss is worth compiling, too: it is several passes over the vocabulary.
+        # On the compiled levels the loss is worth compiling, too: it is several passes over the vocabulary.
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
         forward = compiled_stock(stock) if compiled else stock.forward
         if (labels := without_crossing(self, call_names(stock), arguments)) is not None:

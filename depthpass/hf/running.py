@@ -31,7 +31,7 @@ from depthpass.lowered.record import Recorder
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
-    from depthpass_lowering.executors.fixed_point import Sweeping
+    from depthpass_lowering.executors.fixed_point import JacobiSchedule
     from depthpass_lowering.state import State
 
     from depthpass.hf.model import DepthModel
@@ -57,7 +57,7 @@ class DecoderCall:
     call: Call
     captured: Capture
     groups: Groups
-    sweeps: Sweeping | None
+    sweeps: JacobiSchedule | None
     losses: tuple[dict[str, Tensor], Any] | None = None
     lowered: Recorder = field(default_factory=Recorder)
     ran: list[tuple[Program, int, int]] = field(default_factory=list)

@@ -28,7 +28,7 @@ class Runtime:
         plans: what may run, and which plan does.
         layers: path of the list of blocks.
         decoder: path of the inner decoder, which runs the program; empty where the model has no head.
-        lowering: rung of the ladder that runs serial regions.
+        lowering: level that runs serial regions.
         fixed_point: how serial regions are swept; None = the sequential schedule.
         captures: one per call signature, made on first use.
         bindings: the live tensors that each part and block of a capture reads, by its id.

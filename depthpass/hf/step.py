@@ -35,7 +35,7 @@ def advance_token(
 ) -> Advanced | None:
     """Advance a state by one token with the compiled step, or return None: this call is none for it.
 
-    Only the rungs ``inductor`` and ``cudagraph`` compile, and only calls of one token behind a cache, without gradients.
+    Only the levels ``inductor`` and ``cudagraph`` compile, and only calls of one token behind a cache, without gradients.
 
     Returns:
         the decoder's flat outputs; streams by name; the new state.

@@ -179,26 +179,21 @@ class Interpretation:
             raise LoweringError(f"the interpreter cannot run %{o.name}: LoRA and modulation depend on the model.")
         block = self.blocks[o["index"]]
         if o["gate"] is None:
-            keys = self._keys(o["slot"] if o["keys"] is None else o["keys"], i, update=o["slot"] if o["update"] else None)
+            keys = self._updated(o, i) if o["update"] else self._keys(o["slot"] if o["keys"] is None else o["keys"], i)
             if o["past"] is not None:
                 start = max((e for e in self._call_ends if e <= i), default=0)
                 keys = self._keys(o["past"], start - 1) + self._keys(o["slot"], i, start)
             return block(x, i, keys) if o["part"] == "whole" else block.attention(x, i, keys)
         return block(x, i, self._keys(o["keys"], i), self._keys(o["slot"], i)[-o["window"] :], o["gate"])
 
-    def _keys(self, slot: int, i: int, first: int = 0, update: int | None = None) -> list[Any]:
-        """Keys in a slot from token ``first`` to token i: those of the tokens that its visit ran for.
+    def _keys(self, slot: int, i: int, first: int = 0) -> list[Any]:
+        """Keys in a slot from token ``first`` to token i: those of the tokens that its visit ran for."""
+        return [key for j in range(first, self._end(slot, i)) if (key := self._key(slot, j)) is not None]
 
-        Args:
-            update: a slot whose keys are taken where a token has some in it.
-        """
-        found = []
-        for j in range(first, self._end(slot, i)):
-            known = None if update is None else self._key(update, j)
-            known = self._key(slot, j) if known is None else known
-            if known is not None:
-                found.append(known)
-        return found
+    def _updated(self, o: Op, i: int) -> list[Any]:
+        """Keys of the slot that a visit shares up to token i, a token's own ones in their place where it has some."""
+        pairs = [(self._key(o["slot"], j), self._key(o["keys"], j)) for j in range(self._end(o["keys"], i))]
+        return [theirs if own is None else own for own, theirs in pairs if own is not None or theirs is not None]
 
     def _key(self, slot: int, j: int) -> Any:
         """What token j has in a slot; None = its visit did not run for the token."""

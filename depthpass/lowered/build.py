@@ -14,7 +14,7 @@ from depthpass.lowered.ops import UNKNOWN, BlockFacts, LoweredOp, expanded
 from depthpass.lowered.program import Line, LoweredProgram, LoweredRegion
 from depthpass.lowered.verify import verify_lowered
 from depthpass.schedule.regions import Region, Schedule
-from depthpass.schedule.stacking import Stack, Step
+from depthpass.schedule.stacking import Stack, StepOrder
 
 CALLS = {
     "train": "gradients are recorded",
@@ -49,7 +49,7 @@ def call_kind(grad: bool, keep: bool, past: int, tokens: int) -> str:
 
 
 def lower(
-    schedule: Schedule, call: str = "train", level: str = "auto", choose: Choose | None = None, step: Step | None = None,
+    schedule: Schedule, call: str = "train", level: str = "auto", choose: Choose | None = None, step: StepOrder | None = None,
     facts: Callable[[int], BlockFacts] | None = None,
 ) -> LoweredProgram:
     """The lowered program of a schedule.
@@ -131,7 +131,7 @@ def _region(
     )
 
 
-def _step_region(step: Step, lowered: Expand, level: str) -> LoweredRegion:
+def _step_region(step: StepOrder, lowered: Expand, level: str) -> LoweredRegion:
     ops: list[LoweredOp] = []
     for number, item in enumerate(step.items):
         if isinstance(item, Stack):

@@ -34,11 +34,6 @@ class Lowered:
     padded: int = 0
     recomputed: bool = False
 
-    @property
-    def rung(self) -> str:
-        """The level, by its name of before."""
-        return self.level
-
     def __str__(self) -> str:
         text = f"blocks {', '.join(map(str, self.blocks))}: {self.tokens} tokens in chunks of {self.chunk}, level {self.level!r}"
         text += f", {self.padded} columns of padding" if self.padded else ""

@@ -68,7 +68,7 @@ class RecurrentLoop(Pass):
         build, x = Builder(program), visits[0].args[0]
         for v in visits[: self.encoder]:
             x = build.visit(v, x)
-        source = build.emit("delay", x, tokens=1, **({} if self.interval == 1 else {"group": self.interval}))
+        source = build.emit("delay", x, tokens=1, group=None if self.interval == 1 else self.interval)
         x = build.emit("add", x, build.emit("scale", self._fed(build, x, source), by=self.alpha))
         for v in visits[self.encoder :]:
             x = build.visit(v, x)

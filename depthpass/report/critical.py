@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
-from depthpass.analysis.depth import Step
+from depthpass.analysis.depth import PathVisit
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Segment:
         return f"token {self.token}: {'block' if len(self.blocks) == 1 else 'blocks'} {_ranges(self.blocks)}"
 
 
-def segments(steps: Sequence[Step]) -> tuple[Segment, ...]:
+def segments(steps: Sequence[PathVisit]) -> tuple[Segment, ...]:
     """A path cut where it changes the token."""
     return tuple(
         Segment(token, tuple(s.visit for s in part), tuple(s.block for s in part))

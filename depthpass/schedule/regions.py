@@ -19,7 +19,7 @@ from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program
 from depthpass.ir.verify import infer
 from depthpass.prompt import at_prompt
-from depthpass.schedule.stacking import Step, steps
+from depthpass.schedule.stacking import StepOrder, steps
 
 
 @at_prompt
@@ -78,7 +78,7 @@ class Schedule:
 
     program: Program
     regions: tuple[Region, ...]
-    stacked: tuple[Step, ...] = ()
+    stacked: tuple[StepOrder, ...] = ()
 
     @property
     def serial_regions(self) -> tuple[Region, ...]:
@@ -94,7 +94,7 @@ class Schedule:
         """Smallest chunk of any serial region; None when nothing is serial."""
         return min((r.chunk for r in self.regions if r.chunk is not None), default=None)
 
-    def step(self, tokens: int) -> Step | None:
+    def step(self, tokens: int) -> StepOrder | None:
         """The order with stacked visits for a step of so many new tokens, or None: region by region."""
         return next((s for s in self.stacked if tokens <= s.tokens), None)
 

@@ -64,7 +64,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepOrder:
     """How a step of at most ``tokens`` new tokens runs.
 
     Attributes:
@@ -86,7 +86,7 @@ class Step:
         return sum(isinstance(item, Stack) or item.kind in ("block", "ffn") for item in self.items)
 
 
-def steps(program: Program) -> tuple[Step, ...]:
+def steps(program: Program) -> tuple[StepOrder, ...]:
     """The steps of a program in which something is stacked, smallest first; empty when there is nothing to stack.
 
     Args:
@@ -102,7 +102,7 @@ def steps(program: Program) -> tuple[Step, ...]:
     )
 
 
-def _names(step: Step) -> set[frozenset[str]]:
+def _names(step: StepOrder) -> set[frozenset[str]]:
     return {frozenset(stack.names) for stack in step.stacks}
 
 
@@ -130,7 +130,7 @@ class _Planner:
                     o["index"], *(o[key] for key in ("lora", "modulate", "clock", "step", "base", "part"))
                 )
 
-    def step(self) -> Step | None:
+    def step(self) -> StepOrder | None:
         """The order, or None when the step cannot run in one piece: some cycle has a delay below its tokens."""
         done: set[int] = set()
         items: list[Op | Stack] = []
@@ -147,7 +147,7 @@ class _Planner:
             best = min(sets, key=lambda s: (self._missed(s, done), min(s)))
             items.append(Stack(tuple(self.ops[i] for i in best)) if len(best) > 1 else self.ops[best[0]])
             done.update(best)
-        return Step(self.tokens, tuple(items))
+        return StepOrder(self.tokens, tuple(items))
 
     def _sets(self, ready: Sequence[int], done: set[int]) -> list[list[int]]:
         """The ready visits by block; readers of keys that are not there yet only together with their writer."""

@@ -28,8 +28,8 @@ def arms(c: Settings) -> list[Arm]:
     if c.arms.timestep:
         found.append(Arm(f"{looped}, timestep", [dp.Loop(times=times, timestep=True, **c.loop)], facts=facts))
     found.append(Arm(f"{blocks(k)} (equal parameters)", control=True))
-    if c.arms.longer:
-        found.append(Arm(f"{blocks(k)}, longer (equal training FLOPs)", twin=looped, by="training FLOPs", control=True))
+    for by in c.arms.longer:
+        found.append(Arm(f"{blocks(k)}, longer (equal {by})", twin=looped, by=by, control=True))
     if c.arms.deep:
         found.append(Arm(f"{blocks(k * times)} (equal FLOPs)", twin=looped, by="flops", control=True))
     return found

@@ -85,15 +85,10 @@ def judge(logits: Tensor, labels: Tensor) -> float:
     return ((logits.argmax(-1) == labels) & asked).sum().item() / max(1, asked.sum().item())
 
 
-def usual(output: Any, labels: Tensor) -> Tensor:
-    """Cross-entropy of all labels."""
-    return cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten())
-
-
 def train(
     model: nn.Module, problem: Problem, train: Settings, lr: float, seed: int, *, device: str = "cpu",
     flops: float | None = None, seconds: float | None = None, count: bool = True,
-    tick: Callable[[float, int], Any] | None = None, loss_of: Callable | None = None, callback: Any = None,
+    tick: Callable[[float, int], Any] | None = None,
 ) -> Outcome:
     """Train until ``train.steps``, or a budget in FLOPs or seconds, or until ``train.enough`` is reached.
 
@@ -107,15 +102,13 @@ def train(
         flops, seconds: budgets in the place of ``train.steps``, over which the learning rate still falls.
         count: keep the ledger of FLOPs.
         tick: called after each step with loss and length.
-        loss_of: ``(output, labels) -> loss`` in place of the cross-entropy of the labels.
-        callback: a Trainer callback of depthpass that counts and switches (``dp.ShiftSchedule``), in place of the ledger.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=train.get("decay", 0.01), betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: rate(s, train))
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
     rows, done, times, enough = Rows.of(train), Outcome(), [], 0
     state, control = TrainerState(max_steps=train.steps), TrainerControl()
-    ledger = callback or (dp.StopAtFlops(flops or 1e30) if count or flops else None)
+    ledger = dp.StopAtFlops(flops or 1e30) if count or flops else None
     if ledger is not None:
         ledger.on_train_begin(None, state, control, model=model)
     cast = nullcontext() if device == "cpu" else torch.autocast("cuda", torch.bfloat16)
@@ -126,7 +119,7 @@ def train(
         ids, labels = (t.to(device) for t in problem.draw(train.rows, rows.now, generator))
         with cast:
             output = model(input_ids=ids, use_cache=False)
-        loss = (loss_of or usual)(output, labels)
+        loss = cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), train.get("clip", 1.0))

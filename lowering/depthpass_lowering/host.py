@@ -11,6 +11,7 @@ from depthpass.capture.model import Capture, Site, Template
 
 if TYPE_CHECKING:
     from depthpass_lowering.executors.losses import Pool
+    from depthpass_lowering.visits.parts import FfnVisit
     from depthpass_lowering.visits.running import RunningVisit
     from depthpass_lowering.visits.stacked import StackedVisit
 
@@ -36,7 +37,9 @@ class Host(Protocol):
     losses: Mapping[str, Tensor] | None
     pool: Pool | None
 
-    def block(self, index: int, visit: RunningVisit | StackedVisit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor: ...
+    def block(
+        self, index: int, visit: RunningVisit | StackedVisit | FfnVisit, hidden: Tensor, sides: Sequence[Tensor]
+    ) -> Tensor: ...
 
     def sides_of(self, index: int) -> tuple[int, ...]: ...
 

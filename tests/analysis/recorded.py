@@ -58,11 +58,11 @@ class _Recorder(Interpretation):
                 self.asking.pop()
         return self._memo[name, i]
 
-    def _keys(self, slot: int, i: int, first: int = 0) -> list[Node]:
+    def _key(self, slot: int, j: int) -> Node | None:
         # A slot may hold more than a visit is handed: what counts is what its block gets.
         self.asking.append(None)
         try:
-            return [(self._writers[slot].args[0], j) for j in super()._keys(slot, i, first)]
+            return None if super()._key(slot, j) is None else (self._writers[slot].args[0], j)
         finally:
             self.asking.pop()
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 
 from depthpass.analysis.closed_form import n
-from depthpass.analysis.depth import Step, depth
+from depthpass.analysis.depth import PathVisit, depth
 from depthpass.errors import PassError, SpecError
 from depthpass.ir import Program, parse_program, plain, verify
 from depthpass.testing import programs
@@ -86,7 +86,7 @@ def test_programs_of_the_shared_strategy_equal_brute_force(program: Program) -> 
         assert depth(program, tap["name"]).at(5) == brute_depth(program, 5, tap["name"])
 
 
-def check_path(program: Program, path: list[Step], tokens: int) -> None:
+def check_path(program: Program, path: list[PathVisit], tokens: int) -> None:
     """Each visit of a critical path can be reached from the one before in the unrolled graph."""
     graph = unrolled(program, tokens)
     for a, b in pairwise(path):
@@ -113,13 +113,13 @@ def test_parts_of_a_depth(bridge: Program) -> None:
     assert set(recurrence.nodes) == {"3", "4", "5", "6"}
     assert set(found.certificate.cycle) <= {"3", "4", "5", "6"}
     assert found.critical_path(4) == [
-        Step("1", 0, 1), Step("2", 1, 1), Step("5", 2, 1), Step("5", 2, 3), Step("7", 3, 3)
+        PathVisit("1", 0, 1), PathVisit("2", 1, 1), PathVisit("5", 2, 1), PathVisit("5", 2, 3), PathVisit("7", 3, 3)
     ]
 
 
 def test_depth_of_a_tap(bridge: Program) -> None:
     assert str(depth(bridge, "middle")) == "3 + floor((n - 1)/2)"
-    assert depth(bridge, "middle").critical_path(1)[-1] == Step("5", 2, 0)
+    assert depth(bridge, "middle").critical_path(1)[-1] == PathVisit("5", 2, 0)
 
 
 def test_weights(bridge: Program) -> None:

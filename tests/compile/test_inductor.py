@@ -1,4 +1,4 @@
-"""The compiled rung against the eager one: float64 gradients, one compilation for all blocks and chunks, decoded tokens."""
+"""The compiled level against the eager one: float64 gradients, one compilation for all blocks and chunks, decoded tokens."""
 
 import copy
 
@@ -7,7 +7,7 @@ import torch
 import zoo
 from depthpass_lowering.executors.compiled import _COMPILED
 from depthpass_lowering.products.joint import Joint
-from rungs import assert_same, gradients, pair
+from levels import assert_same, gradients, pair
 
 import depthpass as dp
 from depthpass.errors import LoweringError
@@ -19,9 +19,9 @@ SPEC = dp.TurboConn(bridges=[(2, 0), (2, 1)], group=3, rank=5)
 
 @pytest.fixture(scope="module")
 def models():
-    """GPT-2 (no float32 norms inside, so that float64 agrees to the last digits) on both rungs, random bridges."""
+    """GPT-2 (no float32 norms inside, so that float64 agrees to the last digits) on both levels, random bridges."""
     stock = zoo.model("gpt2", 3, dtype=torch.float64)
-    eager, compiled = (dp.transform(stock, SPEC, lowering=rung) for rung in ("eager", "inductor"))
+    eager, compiled = (dp.transform(stock, SPEC, lowering=level) for level in ("eager", "inductor"))
     torch.manual_seed(5)
     values = {k: 0.3 * torch.randn(v.shape, dtype=v.dtype) for k, v in eager.depth.state_dict().items()}
     eager.depth.load_state_dict(values)
@@ -56,11 +56,11 @@ def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(mod
         assert len(compilations(compiled)) == 3
 
 
-def test_dropout_is_drawn_as_on_the_rung_below():
+def test_dropout_is_drawn_as_on_the_level_below():
     stock = zoo.model("gpt2", 3, dtype=torch.float64, resid_pdrop=0.3, attn_pdrop=0.0).train()
     found = []
-    for rung in ("scheduled", "inductor"):
-        turbo = dp.transform(stock, SPEC, lowering=rung).train()
+    for level in ("scheduled", "inductor"):
+        turbo = dp.transform(stock, SPEC, lowering=level).train()
         torch.manual_seed(1)
         with torch.no_grad():
             for p in turbo.depth.parameters():
@@ -75,7 +75,7 @@ def test_dropout_is_drawn_as_on_the_rung_below():
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "apertus"])
 def test_windows_sinks_and_formulas_that_fill_in_place(name):
     """Blocks with windows, sinks and an activation whose gradient is not functional; their norms compute in float32."""
-    eager, compiled = pair(name, rung="inductor")
+    eager, compiled = pair(name, level="inductor")
     batch = zoo.batch([10, 7])
     one, other = gradients(eager, batch), gradients(compiled, batch)
     torch.testing.assert_close(other[0], one[0], rtol=1e-5, atol=1e-6)
@@ -86,7 +86,7 @@ def test_windows_sinks_and_formulas_that_fill_in_place(name):
 def test_blocks_that_differ_by_their_bridges_share_their_compilations():
     """Seven blocks with another number of bridges each: bridges become calls between segments that are all alike."""
     bridges = [(7, d) for d in range(6)] + [(s, 0) for s in range(2, 7)] + [(6, 1), (5, 1), (6, 2)]
-    eager, compiled = pair("gpt2", dp.TurboConn(bridges=bridges, group=3, rank=4), layers=8, rung="inductor")
+    eager, compiled = pair("gpt2", dp.TurboConn(bridges=bridges, group=3, rank=4), layers=8, level="inductor")
     batch = zoo.batch([11, 8])
     assert_same(gradients(eager, batch), gradients(compiled, batch))
     (made,) = [made for graph, made in _COMPILED.items() if graph.program is compiled.depth_program]
@@ -96,7 +96,7 @@ def test_blocks_that_differ_by_their_bridges_share_their_compilations():
 def test_a_program_without_a_token_loop_is_compiled_too():
     stock = zoo.model("gpt2", 3, dtype=torch.float64)
     spec = {"pass": "layer_program", "layers": [0, 1, 2, 1, 2]}
-    eager, compiled = (dp.transform(stock, spec, lowering=rung) for rung in ("eager", "inductor"))
+    eager, compiled = (dp.transform(stock, spec, lowering=level) for level in ("eager", "inductor"))
     graphs = []
     for lengths in ([9, 6], [13, 13], [7, 5, 6]):
         batch = zoo.batch(lengths)
@@ -120,7 +120,7 @@ def test_weights_are_read_anew_at_every_call(models):
     assert torch.allclose(step(compiled, batch)[0], step(eager, batch)[0], atol=1e-12)
 
 
-def test_a_decoded_token_is_one_graph_and_equals_the_eager_rung(models):
+def test_a_decoded_token_is_one_graph_and_equals_the_eager_level(models):
     eager, compiled = models
     batch = zoo.batch([7, 4])
     found = []
@@ -167,10 +167,10 @@ def test_a_state_that_was_left_behind_does_not_write_into_rooms_that_went_on(mod
 
 
 @pytest.mark.parametrize("wide", [False, True])
-def test_autocast_follows_the_eager_rung(wide):
+def test_autocast_follows_the_eager_level(wide):
     """Wide enough, and the cast weights are packed."""
     sizes = {"hidden_size": 192, "intermediate_size": 256} if wide else {}
-    eager, compiled = pair("llama", dtype=torch.float32, rung="inductor", sizes=sizes)
+    eager, compiled = pair("llama", dtype=torch.float32, level="inductor", sizes=sizes)
     batch = zoo.batch([14, 8])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         one, other = gradients(eager, batch), gradients(compiled, batch)

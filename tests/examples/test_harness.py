@@ -10,7 +10,7 @@ import depthpass as dp
 from examples import run
 from examples.harness import experiment as harness
 from examples.harness import pages, tables
-from examples.harness.arms import Arm
+from examples.harness.arms import Arm, config, stock
 from examples.harness.experiment import Experiment, Runner
 from examples.harness.problems import Parity
 from examples.harness.settings import settings
@@ -123,6 +123,13 @@ def test_rows_grow_after_two_good_batches():
         rows.see(right)
         seen.append(rows.now)
     assert seen == [4, 4, 4, 7, 7, 8, 8]
+
+
+def test_a_run_of_so_many_seconds_ends_with_the_step_that_reaches_them():
+    c = settings("parity", None, SMALL)
+    model = stock(config(c.model, 3), 0)
+    assert train(model, Parity(), c.train, 1e-3, 0, seconds=1e-9, count=False).steps == 1
+    assert train(model, Parity(), c.train, 1e-3, 0, seconds=0.2, count=False).steps > c.train.steps
 
 
 def test_equal_bases_are_trained_before_once(monkeypatch):

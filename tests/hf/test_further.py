@@ -1,4 +1,4 @@
-"""Decoders outside the zoo whose code does something unusual: through the inner decoder, on every rung, with gradients."""
+"""Decoders outside the zoo whose code does something unusual: through the inner decoder, on every level, with gradients."""
 
 import pytest
 import torch
@@ -14,17 +14,19 @@ IDS = zoo.batch([9, 9], seed=5)["input_ids"]
 MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 DOTS = {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
         "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1}
+QWEN = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 24}
 
 
 def stock_of(name):
     torch.manual_seed(0)
     if name in FURTHER:
         return enliven(AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **FURTHER[name])).eval(), std=0.1)
-    return enliven(zoo.model(name, 3, **(MOE if name == "phimoe" else DOTS)), std=0.1)
+    return enliven(zoo.model(name, 3, **{"phimoe": MOE, "dots1": DOTS, "qwen2_moe": QWEN}[name]), std=0.1)
 
 
-# ctrl assigns its table of positions to itself, deepseek_v3 writes keys in two halves, phimoe and dots1 hold constants.
-@pytest.mark.parametrize("name", ["ctrl", "deepseek_v3", "phimoe", "dots1"])
+# ctrl assigns its table of positions to itself, deepseek_v3 writes keys in two halves, phimoe and dots1 hold constants, qwen2_moe
+# makes a mask of an empty window that no layer reads.
+@pytest.mark.parametrize("name", ["ctrl", "deepseek_v3", "phimoe", "dots1", "qwen2_moe"])
 def test_numbers_and_gradients(name):
     stock = stock_of(name)
     made = dp.transform(stock, dp.Identity())
@@ -43,7 +45,7 @@ def test_numbers_and_gradients(name):
 def test_the_scheduled_loop_without_gradients(name):
     stock = stock_of(name)
     spec = dp.TurboConn(bridges=[(2, 0)], group=2, rank=4)
-    eager, scheduled = (dp.transform(stock, spec, lowering=rung) for rung in ("eager", "scheduled"))
+    eager, scheduled = (dp.transform(stock, spec, lowering=level) for level in ("eager", "scheduled"))
     enliven(eager.depth, seed=1, least=1)
     scheduled.depth.load_state_dict(eager.depth.state_dict())
     with torch.no_grad():

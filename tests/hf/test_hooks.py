@@ -188,7 +188,7 @@ def test_what_cannot_be_run_as_a_module_is_said():
         compiled(input_ids=BATCH["input_ids"][:, 2:3], past_key_values=cache)
 
 
-def test_hooks_on_new_modules_run_on_every_rung():
+def test_hooks_on_new_modules_run_on_every_level():
     turbo, seen = turbo_of(stock_of("llama")), []
     want = logits(turbo)
     turbo.depth.turboconn.s2_d0.up.register_forward_hook(lambda module, args, out: seen.append(1) or out * 0)

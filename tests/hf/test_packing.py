@@ -74,9 +74,9 @@ def assert_same_gradients(found, wanted, limit=1e-8):
         assert (found[name] - g).abs().max() <= limit * g.abs().max() + 1e-11, name
 
 
-def made(passes, name="llama", rung="auto", layers=3, **overrides):
+def made(passes, name="llama", level="auto", layers=3, **overrides):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64, **overrides), std=0.2)
-    model = dp.transform(stock, passes, lowering=rung)
+    model = dp.transform(stock, passes, lowering=level)
     enliven(model.depth, seed=1, std=0.3, least=1)
     return model
 
@@ -98,21 +98,21 @@ def test_identity_is_the_stock_model_on_packed_rows(name):
     assert (mixed - wanted)[:, LENGTHS[0][0] :].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("rung", ["eager", "scheduled"])
+@pytest.mark.parametrize("level", ["eager", "scheduled"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "llama4_text", "gpt_oss"])
-def test_feedback_starts_anew_with_every_segment(name, rung):
-    model = made(spec(group=2), name, rung)
+def test_feedback_starts_anew_with_every_segment(name, level):
+    model = made(spec(group=2), name, level)
     batch = packed()
     found = pieces(model(**batch).logits)
     assert model.depth_ran == ((model.depth_program, len(ALL)),)
-    ran = {(r.rung, r.tokens) for r in model.depth_lowered}
+    ran = {(r.level, r.tokens) for r in model.depth_lowered}
     mine, wanted = gradients(model, found), alone(model, batch["input_ids"])
     # Norms, softmax and rotary tables that compute in float32 whatever they are given.
     limit = 1e-9 if name in ("llama", "gpt2") else 1e-5
     assert_close(found, wanted, limit)
     assert_same_gradients(mine, gradients(model, wanted), 10 * limit)
-    # Segments of more than half the padded width of a group run in it; the rung is that of any other call.
-    assert {r for r, _ in ran} <= {rung, "eager"} and max(n for _, n in ran) == max(ALL)
+    # Segments of more than half the padded width of a group run in it; the level is that of any other call.
+    assert {r for r, _ in ran} <= {level, "eager"} and max(n for _, n in ran) == max(ALL)
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
@@ -494,9 +494,9 @@ def test_trl_without_padding_is_trl_with_padding(tmp_path, monkeypatch):
 
 @pytest.mark.compile
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
-def test_the_inductor_rung():
+def test_the_inductor_level():
     """Chunks are compiled once per number of rows, so sequences run in groups of 1, 2, 4, ... rows."""
-    slow, fast = made(spec(group=2), rung="eager"), made(spec(group=2), rung="inductor")
+    slow, fast = made(spec(group=2), level="eager"), made(spec(group=2), level="inductor")
     batch = packed()
     assert_close(pieces(fast(**batch).logits), pieces(slow(**batch).logits), 1e-5)  # norms compute in float32
     assert {rows for _, rows, _ in fast._depth.ran} <= {1, 2, 4, 8} and sum(r for _, r, _ in fast._depth.ran) == len(ALL)

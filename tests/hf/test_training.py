@@ -34,7 +34,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
         layer._gradient_checkpointing_func = lambda *a, real=real, **k: (runs.append(1), real(*a, **k))[1]
     again, got = gradients(turbo)
     # The token loop of blocks 1 and 2 computes its chunks again by itself. GPT-2 has attention dropout, which the scheduled
-    # rung leaves to the eager one: there each block is checkpointed in each chunk of 3 of the 9 tokens.
+    # level leaves to the eager one: there each block is checkpointed in each chunk of 3 of the 9 tokens.
     assert len(runs) == (7 if name == "gpt2" else 1)
     assert torch.equal(again, loss)
     assert got.keys() == want.keys() and len(want) == len(list(turbo.parameters()))

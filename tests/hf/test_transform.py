@@ -224,7 +224,7 @@ def test_hooks_on_blocks_and_model_run_once():
     plain = logits(turbo)
     for block in turbo.model.layers:
         block.register_forward_hook(lambda module, args, out: seen.append(tuple(out.shape)))
-    # Hooks need module calls, which the eager rung makes; it multiplies in another order.
+    # Hooks need module calls, which the eager level makes; it multiplies in another order.
     with pytest.warns(UserWarning, match=r"block 1 were called 3 times .* chunks of 3\). What a hook sees is one visit of one"):
         torch.testing.assert_close(logits(turbo), plain)
     assert seen == [(2, 7, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 3, 32)] + 2 * [(2, 1, 32)]

@@ -120,7 +120,7 @@ def test_outputs_and_every_gradient(options, spelled):
     for name, g in wanted.items():
         torch.testing.assert_close(grads[name], g, rtol=1e-8, atol=1e-8 * float(g.abs().max()), msg=name)
     if options.get("lowering") == "scheduled":
-        assert [r.rung for r in model.depth_lowered] == ["scheduled"]
+        assert [r.level for r in model.depth_lowered] == ["scheduled"]
 
 
 def test_cached_decoding_is_the_whole_row(spelled):

@@ -1,4 +1,4 @@
-"""The fixed-point schedule against the sequential eager rung: float64, random bridges, outputs and every gradient."""
+"""The fixed-point schedule against the sequential eager level: float64, random bridges, outputs and every gradient."""
 
 import gc
 import json
@@ -8,7 +8,7 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering.executors import fixed_point as lowered
-from rungs import assert_same, gradients
+from levels import assert_same, gradients
 
 import depthpass as dp
 from depthpass import cli

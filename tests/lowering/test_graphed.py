@@ -1,4 +1,4 @@
-"""The CUDA-graph rung without CUDA: a stand-in for the recorder, which keeps its inputs in static memory as CUDA does."""
+"""The CUDA-graph level without CUDA: a stand-in for the recorder, which keeps its inputs in static memory as CUDA does."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def step(model, batch):
     return out.loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_without_cuda_the_rung_says_so():
+def test_without_cuda_the_level_says_so():
     turbo = dp.transform(zoo.model("llama", 4), SPEC, lowering="cudagraph")
     with pytest.raises(LoweringError, match=r"'cudagraph' cannot run this call: the model is on cpu"):
         turbo(input_ids=torch.tensor([[4, 5, 6]]), use_cache=False)
@@ -66,7 +66,7 @@ def test_replays_see_new_rows_and_new_weights(monkeypatch):
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", record)
     monkeypatch.setattr(graphed.Graphed, "refuse", lambda self, run, region: None)
     stock = zoo.model("gpt2", 4, dtype=torch.float64)  # no float32 norms inside, which compiled code rounds otherwise
-    eager, turbo = (dp.transform(stock, SPEC, lowering=rung) for rung in ("eager", "cudagraph"))
+    eager, turbo = (dp.transform(stock, SPEC, lowering=level) for level in ("eager", "cudagraph"))
     torch.manual_seed(2)
     values = {k: 0.3 * torch.randn(v.shape, dtype=v.dtype) for k, v in eager.depth.state_dict().items()}
     eager.depth.load_state_dict(values)
@@ -81,7 +81,7 @@ def test_replays_see_new_rows_and_new_weights(monkeypatch):
             assert (grads_g[name] - g).abs().max() <= 1e-10 * g.abs().max().clamp_min(1e-12), name
         assert len(recorded) == graphs
         (ran,) = turbo.depth_lowered
-        assert (ran.rung, ran.padded) == ("cudagraph", -max(lengths) % 3)
+        assert (ran.level, ran.padded) == ("cudagraph", -max(lengths) % 3)
         with torch.no_grad():
             for p in stock.parameters():
                 p.mul_(1.01)  # shared: both models

@@ -1,16 +1,19 @@
 """Packed products against plain ones, alone and inside a token loop."""
 
+import operator
 import weakref
 
 import pytest
 import torch
 import zoo
 from depthpass_lowering.executors import compiled
+from depthpass_lowering.fx_passes.products import products as products_node
 from depthpass_lowering.products import joint
 from depthpass_lowering.products import packed as products
 from depthpass_lowering.products import sink as sink_module
 from depthpass_lowering.products.packed import Products, Weights, contraction
 from depthpass_lowering.products.sink import Sink, sunk_landing, sunk_products
+from torch import fx
 
 import depthpass as dp
 
@@ -132,30 +135,30 @@ def test_a_landing_equals_its_parts(dtype, fused, monkeypatch):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
-@pytest.mark.parametrize(("arch", "rung"), [
+@pytest.mark.parametrize(("arch", "level"), [
     ("llama", "scheduled"), ("gpt2", "scheduled"), pytest.param("llama", "inductor", marks=pytest.mark.compile),
     pytest.param("gpt2", "inductor", marks=pytest.mark.compile),
 ])
-def test_a_token_loop_on_packed_weights_equals_float64(arch, rung):
-    """Large enough that weights are packed; every gradient against the eager rung in float64."""
-    check_token_loop(arch, rung)
+def test_a_token_loop_on_packed_weights_equals_float64(arch, level):
+    """Large enough that weights are packed; every gradient against the eager level in float64."""
+    check_token_loop(arch, level)
 
 
-@pytest.mark.parametrize("rung", ["scheduled", pytest.param("inductor", marks=pytest.mark.compile)])
-def test_a_token_loop_on_weights_side_by_side_equals_float64(rung, as_on_cuda, monkeypatch):
+@pytest.mark.parametrize("level", ["scheduled", pytest.param("inductor", marks=pytest.mark.compile)])
+def test_a_token_loop_on_weights_side_by_side_equals_float64(level, as_on_cuda, monkeypatch):
     """As on CUDA: joined weights in their own format, one weight-gradient product after the whole loop."""
     monkeypatch.setattr(compiled, "_SEGMENTS", weakref.WeakValueDictionary())
     monkeypatch.setitem(sink_module.FLUSH, "cpu", sink_module.FLUSH["cuda"])
-    check_token_loop("llama", rung)
+    check_token_loop("llama", level)
 
 
-def check_token_loop(arch, rung):
+def check_token_loop(arch, level):
     stock = zoo.model(arch, 3, **({"n_embd": 192, "n_inner": 256} if arch == "gpt2" else
                                   {"hidden_size": 192, "intermediate_size": 256}))
     spec = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=2, rank=192)
     batch = zoo.batch([13, 9])
     found = []
-    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, rung)):
+    for dtype, lowering in ((torch.float64, "eager"), (torch.float32, level)):
         turbo = dp.transform(stock.to(dtype), spec, lowering=lowering)
         torch.manual_seed(1)
         with torch.no_grad():
@@ -170,3 +173,23 @@ def check_token_loop(arch, rung):
     assert grads32.keys() == grads.keys()
     for name, g in grads.items():
         assert (grads32[name].double() - g).norm() <= 1e-4 * g.norm() + 1e-7, name
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_compiled_segment_does_not_copy_the_weights_that_it_reads_packed(trained, monkeypatch):
+    """What tells the shape of a packed weight once joined the weights in the traced graph, and the compiler kept that."""
+    given = []
+    monkeypatch.setattr(joint, "_inductor", lambda gm: given.append(gm) or gm)
+    graph = fx.Graph()
+    x, *halves = (graph.placeholder(n) for n in ("x", "gate", "up"))
+    both = graph.call_function(products_node, (False, tuple(halves), (None, None), x))
+    graph.output(tuple(graph.call_function(operator.getitem, (both, i)) for i in range(2)))
+    inputs = [torch.randn(2, 4, 128), torch.randn(200, 128), torch.randn(200, 128)]
+    joint.trace(fx.GraphModule({}, graph), inputs, [trained] * 3, Sink(8), None)
+    read = [n.target for gm in given for n in gm.graph.nodes if n.op == "call_function"]
+    assert torch.ops.depthpass_lowering.packed_linear.default in read
+    # Gradients of the two halves stand side by side, weights do not.
+    cats = [n for gm in given for n in gm.graph.nodes if n.target is torch.ops.aten.cat.default]
+    assert all(tuple(n.meta["val"].shape) == (2, 4, 400) for n in cats)
+    assert trained or not cats
+    assert all(n.users or n.op in ("placeholder", "output") for gm in given for n in gm.graph.nodes)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import zoo
-from rungs import assert_same, gradients, pair
+from levels import assert_same, gradients, pair
 
 import depthpass as dp
 
@@ -11,7 +11,7 @@ SPEC = [dp.TurboConn(bridges=[(3, 1), (2, 0)], group=3, rank=5), dp.TurboConn(br
 
 
 def checkpointed(name: str, **options):
-    """The same model with and without checkpoints, on the eager and the scheduled rung."""
+    """The same model with and without checkpoints, on the eager and the scheduled level."""
     eager, scheduled = pair(name, SPEC, layers=6, **options)
     scheduled.train().gradient_checkpointing_enable()
     return eager.train(), scheduled
@@ -19,7 +19,7 @@ def checkpointed(name: str, **options):
 
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "mixtral", "gpt_oss"])
-def test_gradients_equal_the_eager_rung(name, side):
+def test_gradients_equal_the_eager_level(name, side):
     eager, scheduled = checkpointed(name)
     batch = zoo.batch([11, 7, 10], side)
     assert_same(gradients(eager, batch, steps=2), gradients(scheduled, batch, steps=2))

@@ -1,4 +1,4 @@
-"""The hand-scheduled rung against the eager rung: float64, random bridges, outputs and every gradient."""
+"""The hand-scheduled level against the eager level: float64, random bridges, outputs and every gradient."""
 
 import gc
 import weakref
@@ -8,7 +8,7 @@ import torch
 import zoo
 from depthpass_lowering.executors.chunk_loop import _GRAPHS
 from depthpass_lowering.state.buffers import Buffer
-from rungs import SPEC, assert_same, gradients, pair
+from levels import SPEC, assert_same, gradients, pair
 
 import depthpass as dp
 from depthpass.errors import LoweringError, SpecError
@@ -17,7 +17,7 @@ from depthpass.errors import LoweringError, SpecError
 # Norm weights that the stock model multiplies in float32 are left out of the 1e-10: see docs/status.md.
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gpt_oss", "qwen3"])
-def test_gradients_equal_the_eager_rung(name, side):
+def test_gradients_equal_the_eager_level(name, side):
     eager, scheduled = pair(name)
     batch = zoo.batch([11, 7, 10], side)
     assert_same(gradients(eager, batch), gradients(scheduled, batch))
@@ -58,7 +58,7 @@ def test_hooks_on_parameters_fire_once_with_the_total():
     torch.testing.assert_close(seen[0], found["model.layers.2.mlp.up_proj.weight"])
 
 
-def test_autocast_follows_the_eager_rung():
+def test_autocast_follows_the_eager_level():
     eager, scheduled = pair("llama", dtype=torch.float32)
     batch = zoo.batch([11, 8])
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -70,7 +70,7 @@ def test_autocast_follows_the_eager_rung():
         assert (g - other[1][name]).norm() <= 0.05 * g.norm() + 1e-6, name
 
 
-def test_prefill_and_decoding_agree_with_the_eager_rung():
+def test_prefill_and_decoding_agree_with_the_eager_level():
     eager, scheduled = pair("gpt_oss")
     batch = zoo.batch([9, 6])
     with torch.no_grad():
@@ -129,18 +129,18 @@ def test_auto_falls_back_where_scheduling_is_not_legal():
     assert_same(gradients(eager, batch), gradients(auto, batch))
     assert len(calls) == 4  # once per chunk: the block ran as a module
     (ran,) = auto.depth_lowered
-    assert (ran.rung, ran.blocks, ran.chunk, ran.tokens) == ("eager", (1, 2, 3), 3, 11)
+    assert (ran.level, ran.blocks, ran.chunk, ran.tokens) == ("eager", (1, 2, 3), 3, 11)
     assert "block 2 has hooks" in ran.reason and "block 2 has hooks" in str(ran)
 
 
 def test_what_ran_is_on_the_model():
     eager, scheduled = pair("llama", [SPEC, dp.TurboConn(bridges=[(5, 4)], group=2, scope="far")], layers=6)
     batch = zoo.batch([11, 8])
-    for model, rung in ((eager, "eager"), (scheduled, "scheduled")):
+    for model, level in ((eager, "eager"), (scheduled, "scheduled")):
         assert model.depth_lowered == ()
         model(**batch, use_cache=False)
-        assert [(r.rung, r.blocks, r.chunk, r.reason) for r in model.depth_lowered] == [
-            (rung, (1, 2, 3), 3, None), (rung, (5,), 2, None),
+        assert [(r.level, r.blocks, r.chunk, r.reason) for r in model.depth_lowered] == [
+            (level, (1, 2, 3), 3, None), (level, (5,), 2, None),
         ]
     scheduled.train().gradient_checkpointing_enable()
     scheduled(**batch, use_cache=False)
@@ -182,7 +182,7 @@ def test_a_step_leaves_nothing_behind(backward):
 
 def test_graphs_live_as_long_as_their_own_model():
     """An equal region of another model must not own them: they went when that model did, and were built and compiled again."""
-    first, second = (pair("llama", rung="scheduled")[1] for _ in range(2))
+    first, second = (pair("llama", level="scheduled")[1] for _ in range(2))
     for model in (first, second):
         model(**zoo.batch([7, 5]), use_cache=False).logits.sum().backward()
     (mine,) = _GRAPHS[second.depth_schedule.serial_regions[0]].values()

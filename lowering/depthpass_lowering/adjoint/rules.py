@@ -19,6 +19,7 @@ from depthpass_lowering.fx_passes.recompute import absorbed
 from depthpass_lowering.fx_passes.region import call, delayed, enter, present
 
 aten = torch.ops.aten
+_NN: Any = getattr(torch._C, "_nn")  # noqa: B009  (torch's stubs do not know it)
 __all__ = ["rule_of"]
 
 
@@ -79,9 +80,9 @@ def _pointwise(forward: Callable, backward: Callable[[Tape, fx.Node, fx.Node, fx
 
 RULES |= {
     aten.neg.default: _pointwise(torch.neg, lambda t, g, _x, _y, _n: t.back(torch.neg, g)),
-    aten.silu.default: _pointwise(torch._C._nn.silu, lambda t, g, x, y, n: t.back(aten.silu_backward.default, g, x)),
+    aten.silu.default: _pointwise(_NN.silu, lambda t, g, x, y, n: t.back(aten.silu_backward.default, g, x)),
     aten.gelu.default: _pointwise(
-        torch._C._nn.gelu, lambda t, g, x, y, n: t.back(aten.gelu_backward.default, g, x, **n.kwargs)
+        _NN.gelu, lambda t, g, x, y, n: t.back(aten.gelu_backward.default, g, x, **n.kwargs)
     ),
     aten.relu.default: _pointwise(torch.relu, lambda t, g, x, y, n: t.back(aten.threshold_backward.default, g, y, 0)),
     aten.tanh.default: _pointwise(torch.tanh, lambda t, g, x, y, n: t.back(aten.tanh_backward.default, g, y)),
@@ -155,7 +156,8 @@ def _signed(t: Tape, sin: fx.Node, half: int) -> tuple[fx.Node, fx.Node]:
     if key not in t.tables:
         both = t.emit(_signs, sin, half)
         t.tables[key] = t.emit(operator.getitem, both, 0), t.emit(operator.getitem, both, 1)
-    return t.tables[key]
+    signed, transposed = t.tables[key]
+    return signed, transposed
 
 
 def _signs(sin: Tensor, half: int) -> tuple[Tensor, Tensor]:
@@ -302,8 +304,10 @@ def _multiply(
 
     def step() -> None:
         grads = [t.gradients[parts[i]].node if i in parts and parts[i] in t.gradients else None for i in range(len(weights))]
-        if any(g is not None for g in grads):
-            finish(grads[0] if len(grads) == 1 else t.back_method("whole", site, grads), site, trained)
+        if len(grads) > 1 and any(g is not None for g in grads):
+            finish(t.back_method("whole", site, grads), site, trained)
+        elif grads[0] is not None:
+            finish(grads[0], site, trained)
 
     t.steps.append(step)
 

@@ -66,7 +66,7 @@ def compiled_graph(graph: ChunkGraph) -> CompiledChunk:
 def compiled_whole(gm: fx.GraphModule) -> Segmented:
     """A captured graph that runs over all tokens at once, its segments compiled for any number of rows and tokens."""
     if gm not in _WHOLE:
-        # Dropout draws what it draws on the other rungs.
+        # Dropout draws what it draws on the other levels.
         options = {"fallback_random": True}
         _WHOLE[gm] = Segmented(gm, functools.partial(compile_segment, backend="inductor", options=options))
     return _WHOLE[gm]

@@ -16,13 +16,13 @@ from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.base import Executor
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.fixed_point import SWEEPS, Sweeping, Swept, unswept
-from depthpass_lowering.executors.sweeps import Solver, Sweeper
+from depthpass_lowering.executors.fixed_point import SWEEPS, JacobiExecutor, JacobiSchedule, unswept
+from depthpass_lowering.executors.sweeps import JacobiSweep, Solver
 from depthpass_lowering.state.slots import State
 
 
 @dataclass(frozen=True)
-class Sweep:
+class MeasuredSweep:
     """One sweep of a region over whole rows.
 
     Attributes:
@@ -52,14 +52,14 @@ class Measured:
     tokens: int
     chunk: int
     chunks: int
-    sweeps: tuple[Sweep, ...]
+    sweeps: tuple[MeasuredSweep, ...]
 
 
 def start(policy: FixedPoint | Measure | None) -> Any:
     """What runs the sweeps of one call and keeps their record, or measures them; None = the sequential schedule."""
     if policy is None:
         return None
-    return Sweeping(policy) if isinstance(policy, FixedPoint) else Measuring(policy)
+    return JacobiSchedule(policy) if isinstance(policy, FixedPoint) else Measuring(policy)
 
 
 class Measuring:
@@ -74,7 +74,7 @@ class Measuring:
         return _Measured(self.policy, self.solves, inner, self.limit)
 
 
-class _Measured(Swept):
+class _Measured(JacobiExecutor):
     def __init__(self, policy: FixedPoint, solves: list, inner: Executor, limit: int | None):
         super().__init__(policy, solves, inner)
         self.limit = limit
@@ -90,31 +90,31 @@ class _Measured(Swept):
         if region.level != SWEEPS:
             return self.inner.region(run, region)
         inputs = run.streams(region)
-        sweeper = Sweeper(run, region)
-        exact = Solver(sweeper, self.policy)
+        jacobi = JacobiSweep(run, region)
+        exact = Solver(jacobi, self.policy)
         before = run.state.fork()
         exact.solve(inputs, run.state)
         values = {n: torch.cat(parts, 1) for n, parts in exact.pieces.items()}
-        found = self._sweeps(sweeper, inputs, before, values)
+        found = self._sweeps(jacobi, inputs, before, values)
         made = exact.made
         self.solves.append(Measured(made.blocks, made.tokens, made.chunk, made.chunks, found))
         return {n: values[n] for n in region.outputs}
 
-    def _sweeps(self, sweeper: Sweeper, inputs: dict[str, Tensor], before: State, values: dict[str, Tensor]):
-        count = sweeper.run.context.count
-        whole = sweeper.span(0, count)
-        inner = sweeper.inner(before.fork())
-        right = sweeper.inject(inner, {s: values[s] for s in sweeper.sources}, whole)
-        c = sweeper.first(inner, whole)
-        chunks = -(-count // sweeper.size)
-        found: list[Sweep] = []
+    def _sweeps(self, jacobi: JacobiSweep, inputs: dict[str, Tensor], before: State, values: dict[str, Tensor]):
+        count = jacobi.run.context.count
+        whole = jacobi.span(0, count)
+        inner = jacobi.inner(before.fork())
+        right = jacobi.inject(inner, {s: values[s] for s in jacobi.sources}, whole)
+        c = jacobi.first(inner, whole)
+        chunks = -(-count // jacobi.size)
+        found: list[MeasuredSweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
         for hops in range(min(chunks, self.limit or chunks)):
-            local = sweeper.sweep(sweeper.inner(before.fork()), inputs, c, whole)
-            after = sweeper.inject(inner, {s: local[s] for s in sweeper.sources}, whole)
-            results = {n: local[n] for n in sweeper.wanted} or {s: local[s] for s in sweeper.sources}
-            found.append(Sweep(
-                hops, *(_distance(sweeper.run.context, x, y) for x, y in ((c, after), (c, right), (results, values)))
+            local = jacobi.sweep(jacobi.inner(before.fork()), inputs, c, whole)
+            after = jacobi.inject(inner, {s: local[s] for s in jacobi.sources}, whole)
+            results = {n: local[n] for n in jacobi.wanted} or {s: local[s] for s in jacobi.sources}
+            found.append(MeasuredSweep(
+                hops, *(_distance(jacobi.run.context, x, y) for x, y in ((c, after), (c, right), (results, values)))
             ))
             if found[-1].error <= floor:
                 break

@@ -1,4 +1,4 @@
-"""L0: run a schedule op by op, region by region. Obviously right, and the oracle of every faster rung.
+"""L0: run a schedule op by op, region by region. Obviously right, and the oracle of every faster level.
 
 One primitive: advance a state by m new tokens. Training and prefill are m = all tokens, decoding is m = 1. Parallel
 regions see all m tokens at once, serial regions run in chunks.
@@ -20,7 +20,7 @@ from depthpass.lowered.build import call_kind, lower
 from depthpass.lowered.program import LoweredProgram, LoweredRegion
 from depthpass.lowered.record import Lowered, Recorder
 from depthpass.schedule.regions import Schedule
-from depthpass.schedule.stacking import Stack, Step
+from depthpass.schedule.stacking import Stack, StepOrder
 from depthpass_lowering.executors.base import EAGER, Executor
 from depthpass_lowering.executors.context import CallContext, Losses, RunResult
 from depthpass_lowering.executors.ops import Ops
@@ -45,7 +45,7 @@ def run(
     keep: bool,
     types: Mapping[str, Type] | None = None,
     lowering: str | Executor = "eager",
-    sweeping=None,
+    jacobi=None,
     record: Recorder | None = None,
 ) -> RunResult:
     """Advance a state by the tokens of ``hidden``.
@@ -56,12 +56,12 @@ def run(
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
         lowering: a level of :data:`depthpass_lowering.executors.levels.LEVELS`, or an executor.
-        sweeping: runs serial regions by sweeps (``fixed_point.py``), and keeps their record.
+        jacobi: runs serial regions by sweeps (``fixed_point.py``), and keeps their record.
         record: gets what ran.
     """
     from depthpass_lowering.executors.levels import executor
 
-    chosen = executor(lowering) if sweeping is None else sweeping.on(executor(lowering))
+    chosen = executor(lowering) if jacobi is None else jacobi.on(executor(lowering))
     context = CallContext(
         schedule, host, hidden, tuple(sides), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
     )
@@ -129,7 +129,7 @@ class Run(Ops):
         self.pool.move()
         return Losses(*self.pool.values()) if self.pool.sums else None
 
-    def _step(self) -> Step | None:
+    def _step(self) -> StepOrder | None:
         """The order with stacked visits for this call, or None: region by region."""
         if torch.is_grad_enabled() or not self.context.keep:
             return None

@@ -24,15 +24,15 @@ from depthpass_lowering.executors.base import Executor
 from depthpass_lowering.executors.dropout import draws
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.executors.first_order import first_order
-from depthpass_lowering.executors.stand_ins import LeafHost, tensors_of
-from depthpass_lowering.executors.sweeps import Solve, Solver, Sweeper
+from depthpass_lowering.executors.stand_ins import LeafHost, region_parameters
+from depthpass_lowering.executors.sweeps import JacobiSweep, Solve, Solver
 from depthpass_lowering.executors.transforms import unschedulable
 from depthpass_lowering.state.slots import Slot, Span
 
 SWEEPS = "sweeps"
 
 
-class Sweeping:
+class JacobiSchedule:
     """The fixed-point schedule of one call: the policy, and what came of it, region by region."""
 
     def __init__(self, policy: FixedPoint):
@@ -41,10 +41,10 @@ class Sweeping:
 
     def on(self, inner: Executor) -> Executor:
         """What sweeps serial regions and leaves everything else to another executor."""
-        return Swept(self.policy, self.solves, inner)
+        return JacobiExecutor(self.policy, self.solves, inner)
 
 
-class Swept(Executor):
+class JacobiExecutor(Executor):
     """Serial regions by sweeps; what cannot be swept is an error.
 
     Args:
@@ -69,10 +69,10 @@ class Swept(Executor):
         if region.level != SWEEPS:
             return self.inner.region(run, region)
         inputs = run.streams(region)
-        sweeper = Sweeper(run, region)
+        jacobi = JacobiSweep(run, region)
         if torch.is_grad_enabled():
-            return self._trained(sweeper, inputs)
-        solver = Solver(sweeper, self.policy)
+            return self._trained(jacobi, inputs)
+        solver = Solver(jacobi, self.policy)
         self.solves.append(solver.made)
         done = solver.solve(inputs, run.state)
         pieces = {n: solver.pieces[n] for n in region.outputs}
@@ -94,23 +94,23 @@ class Swept(Executor):
         rest.env = {n: x.narrow(1, settled, left) for n, x in inputs.items()}
         return self.sequential(rest, region)
 
-    def _trained(self, sweeper: Sweeper, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _trained(self, jacobi: JacobiSweep, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Solve without a graph, then one sweep with one."""
-        policy, run, region = self.policy, sweeper.run, sweeper.region
-        whole = sweeper.span(0, run.context.count)
+        policy, run, region = self.policy, jacobi.run, jacobi.region
+        whole = jacobi.span(0, run.context.count)
         with torch.no_grad():
             # The recording sweeps are the last ones.
             recorded = policy.backward or 1
             budget = None if policy.exact else (policy.max_sweeps or 1) - recorded
-            solver = Solver(sweeper, policy, budget)
+            solver = Solver(jacobi, policy, budget)
             self.solves.append(solver.made)
-            inner = sweeper.inner(run.state.fork())
+            inner = jacobi.inner(run.state.fork())
             sources = None
             if budget == 0:
-                c = sweeper.first(inner, whole)
+                c = jacobi.first(inner, whole)
             elif solver.solve(inputs, run.state.fork()):
-                sources = {s: torch.cat(solver.pieces[s], 1) for s in sweeper.sources}
-                c = sweeper.inject(inner, sources, whole)
+                sources = {s: torch.cat(solver.pieces[s], 1) for s in jacobi.sources}
+                c = jacobi.inject(inner, sources, whole)
             else:
                 solver.made.sequential = solver.made.chunks
                 c = None
@@ -121,7 +121,7 @@ class Swept(Executor):
             return self.sequential(run, region)
         solver.made.sweeps += recorded
         solver.made.rows += recorded * run.context.batch * run.context.count
-        job = _Job(sweeper, inputs, c, solver, _handed_on(run, region), policy)
+        job = _Job(jacobi, inputs, c, solver, _handed_on(run, region), policy)
         job.constant = sources if policy.backward else None
         outs = _RegionFunction.apply(job, *job.outer)
         return job.take(run, outs)
@@ -163,16 +163,16 @@ class _Job:
 
     constant: Mapping[str, Tensor] | None = None
 
-    def __init__(self, sweeper: Sweeper, inputs: dict[str, Tensor], c: dict[str, Tensor], solver: Solver,
+    def __init__(self, jacobi: JacobiSweep, inputs: dict[str, Tensor], c: dict[str, Tensor], solver: Solver,
                  handed_on: Sequence[int], policy: FixedPoint):
-        self.sweeper, self.inputs, self.c, self.handed_on, self.policy = sweeper, inputs, c, handed_on, policy
+        self.jacobi, self.inputs, self.c, self.handed_on, self.policy = jacobi, inputs, c, handed_on, policy
         self.tol, self.made = solver.tol(c), solver.made
-        run = sweeper.run
+        run = jacobi.run
         self.state = run.state
-        slots = {s for o in sweeper.region.visits for s in (*reads_slots(o), writes_slot(o))}
-        found = [*inputs.values(), *tensors_of(sweeper.region, run.host), *run.context.sides]
+        slots = {s for o in jacobi.region.visits for s in (*reads_slots(o), writes_slot(o))}
+        found = [*inputs.values(), *region_parameters(jacobi.region, run.host).values(), *run.context.sides]
         found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
-        found += [run.state.lines[d.name] for d in sweeper.region.lines if d.name in run.state.lines]
+        found += [run.state.lines[d.name] for d in jacobi.region.lines if d.name in run.state.lines]
         self.outer = list({id(t): t for t in found if t.requires_grad}.values())
 
     def sweep(self, leaves: dict[int, Tensor]):
@@ -181,34 +181,34 @@ class _Job:
         def leaf(t: Tensor) -> Tensor:
             return leaves.get(id(t), t)
 
-        sweeper, run = self.sweeper, self.sweeper.run
+        jacobi, run = self.jacobi, self.jacobi.run
         host, sides = LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides))
-        inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, sweeper.span(0, run.context.count)
+        inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, jacobi.span(0, run.context.count)
         first = after = {n: x.detach().requires_grad_() for n, x in self.c.items()}
         for number in range(self.policy.backward or 1):
             state = self.state.fork()
             state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
             state.lines = {k: leaf(t) for k, t in state.lines.items()}
-            inner = sweeper.inner(state, host, sides)
+            inner = jacobi.inner(state, host, sides)
             if number == 0:
-                before = first if self.constant is None else sweeper.inject(inner, self.constant, whole)
+                before = first if self.constant is None else jacobi.inject(inner, self.constant, whole)
             else:
                 before = after
-            local = sweeper.sweep(inner, inputs, before, self.reading(whole, number))
-            sources = {s: local[s] for s in sweeper.sources}
-            after = sweeper.inject(inner, sources, whole)
+            local = jacobi.sweep(inner, inputs, before, self.reading(whole, number))
+            sources = {s: local[s] for s in jacobi.sources}
+            after = jacobi.inject(inner, sources, whole)
         # With the sources, not only with c: a delay line handed on has a gradient of its own.
-        outs = [local[n] for n in sweeper.region.outputs]
+        outs = [local[n] for n in jacobi.region.outputs]
         if run.context.keep:
-            outs += sweeper.push(inner, sources, whole).values()
-        for o in sweeper.region.visits:
+            outs += jacobi.push(inner, sources, whole).values()
+        for o in jacobi.region.visits:
             if (ring := run.ring(o)) is not None:
                 state.slots[o["slot"]] = state.slots[o["slot"]].last(ring)
         outs += [t for s in self.handed_on for side in _sides(state.slots[s]) for t in side]
         self.firsts = [state.slots[s].first for s in self.handed_on]
         if not self.policy.exact:
             was = {n: x.detach() for n, x in before.items()}
-            self.made.residuals.append(max(sweeper.changes(was, {n: x.detach() for n, x in after.items()}, whole)))
+            self.made.residuals.append(max(jacobi.changes(was, {n: x.detach() for n, x in after.items()}, whole)))
             self.made.converged = self.made.residuals[-1] <= self.tol
         return outs, list(first.values()), list(after.values())
 
@@ -216,11 +216,11 @@ class _Job:
         """The span as a recorded sweep reads it: as the plain model where it is the first sweep of all."""
         policy = self.policy
         first = number == 0 and not policy.exact and (policy.backward or 1) == policy.max_sweeps
-        return self.sweeper.plain(whole) if first and policy.start == "plain" else whole
+        return self.jacobi.plain(whole) if first and policy.start == "plain" else whole
 
     def take(self, run: Run, outs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Put lines and slots where the run keeps them; the streams that the region hands out."""
-        rest, region = iter(outs), self.sweeper.region
+        rest, region = iter(outs), self.jacobi.region
         found = {n: next(rest) for n in region.outputs}
         if run.context.keep:
             run.state.lines |= {d.name: next(rest) for d in region.lines}

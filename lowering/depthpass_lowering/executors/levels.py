@@ -1,4 +1,4 @@
-"""The ladder: rungs by name. Each computes what the rung below computes; none replaces another silently."""
+"""Lowering levels by name. Each computes what the one below computes; none replaces another silently."""
 
 from __future__ import annotations
 

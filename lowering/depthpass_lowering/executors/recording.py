@@ -1,6 +1,6 @@
 """Depth as it happens: a record of which values of which tokens every op of a running model read, and its longest path.
 
-The eager rung runs a real model one token at a time. The result of every op at every token is cut out of autograd and made
+The eager level runs a real model one token at a time. The result of every op at every token is cut out of autograd and made
 a leaf, so the gradient of the next result with respect to all leaves says which of them it was computed from: nothing here
 knows what a delay, a window, a slot, a pad or a trim means. What has no gradient, a choice, is recorded by what it was
 handed. Routes are told whom to take, in several runs (all tokens, and for each route nobody), and what was read in any of
@@ -26,7 +26,7 @@ from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, Program, op
 from depthpass.lowered.build import lower
 from depthpass.lowered.program import LoweredRegion
-from depthpass.schedule.stacking import Step
+from depthpass.schedule.stacking import StepOrder
 from depthpass_lowering.executors.base import Executor
 from depthpass_lowering.executors.context import CallContext, RunResult
 from depthpass_lowering.executors.eager import Run
@@ -197,7 +197,7 @@ class _Recording(Run):
     def run(self) -> RunResult:
         self._recall()
         c, parts = self.context, {}
-        lowered = lower(c.schedule, "train", step=Step(1, self.program.ops))
+        lowered = lower(c.schedule, "train", step=StepOrder(1, self.program.ops))
         sides = [[s] * c.count if axis is None else s.split(1, axis) for s, axis in zip(c.sides, c.side_axes)]
         for i, span in enumerate(spans(c.start, c.count, c.valid, None, 1)):
             self._token(lowered.regions[0], span, [cut[i] for cut in sides])

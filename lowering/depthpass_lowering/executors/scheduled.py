@@ -2,7 +2,7 @@
 
 Forward: keys and values go into static buffers in place. Backward: a reverse loop computes activation gradients only;
 key and value gradients are accumulated in place, and every weight gradient is one product after the loop. The result
-equals the eager rung up to the order of summation.
+equals the eager level up to the order of summation.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
@@ -15,21 +15,21 @@ from depthpass_lowering.host import Host
 from depthpass_lowering.products.sink import Sink, sunk_linear
 
 
-class SunkHost:
-    """A host whose parameters are stand-ins and whose products sink their weight gradients."""
+class LeafHost:
+    """Runs blocks and new modules on stand-ins for their parameters; everything else as the host does.
 
-    def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
-        self.host, self.sink, self.leaves = host, sink, leaves
+    Args:
+        leaf: the stand-in for a tensor; the tensor itself where it has none.
+        sink: where products leave their weight gradients; None = to autograd.
+    """
+
+    def __init__(self, host, leaf: Callable[[Tensor], Tensor], sink: Sink | None = None):
+        self.host, self.leaf, self.sink = host, leaf, sink
         self.modules: dict[str, nn.Module] = {}
 
-    def leaf(self, parameter: Tensor) -> Tensor:
-        return self.leaves.get(id(parameter), parameter)
-
-    def parameter(self, p: Parameter) -> Tensor:
-        """The stand-in for a parameter of a chunk's graph."""
-        if isinstance(p.owner, int):
-            return self.leaf(self.host.bound(p.owner)[1][p.at])
-        return self.leaf(getattr(self.host.module(p.owner), str(p.at)))
+    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+        template, params = self.host.bound(index)
+        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -44,6 +44,20 @@ class SunkHost:
 
     def __getattr__(self, name: str):
         return getattr(self.host, name)
+
+
+class SunkHost(LeafHost):
+    """A host whose parameters are stand-ins and whose products sink their weight gradients."""
+
+    def __init__(self, host, sink: Sink, leaves: dict[int, Tensor]):
+        super().__init__(host, lambda t: leaves.get(id(t), t), sink)
+        self.leaves = leaves
+
+    def parameter(self, p: Parameter) -> Tensor:
+        """The stand-in for a parameter of a chunk's graph."""
+        if isinstance(p.owner, int):
+            return self.leaf(self.host.bound(p.owner)[1][p.at])
+        return self.leaf(getattr(self.host.module(p.owner), str(p.at)))
 
 
 def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
@@ -71,17 +85,16 @@ class _LinearStandIn(nn.Module):
 
 
 def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
-    """Every parameter the region's ops read, once each, by id."""
+    """Every tensor with a gradient that the region's blocks and new modules read, once each, by id."""
     found: dict[int, Tensor] = {}
     for o in region.program_ops:
+        tensors: list[Tensor] = []
         if o.kind in ("block", "ffn"):
-            tensors = list(host.bound(o["index"])[1])
+            tensors += host.bound(o["index"])[1]
             for path in host.submodules_of(o["index"]):
                 tensors += host.stock_module(o["index"], path).parameters()
-            if o.kind == "block" and o["gate"]:
-                tensors += host.module(o["gate"]).parameters()
-        else:
-            tensors = [t for name in own_scopes(o) for t in host.module(name).parameters()]
+        for name in OPS[o.kind].scopes(o):
+            tensors += host.module(name).parameters()
         found |= {id(t): t for t in tensors if t.requires_grad}
     return found
 
@@ -89,42 +102,3 @@ def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
 def own_scopes(o: Op) -> tuple[str, ...]:
     """The module of a token-local op's own parameters, if it has one."""
     return OPS[o.kind].scopes(o) if OPS[o.kind].meaning is not None else ()
-
-
-class LeafHost:
-    """Runs blocks and new modules on stand-ins for their parameters; everything else as the host does."""
-
-    def __init__(self, host, leaf):
-        self.host, self.leaf = host, leaf
-        self.modules: dict[str, nn.Module] = {}
-
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        template, params = self.host.bound(index)
-        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
-
-    def module(self, name: str) -> nn.Module:
-        if name not in self.modules:
-            self.modules[name] = stand_in(self.host.module(name), self.leaf)
-        return self.modules[name]
-
-    def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
-        key = f"{index}/{path}"
-        if key not in self.modules:
-            self.modules[key] = stand_in(self.host.stock_module(index, path), self.leaf)
-        return self.modules[key](*args)
-
-    def __getattr__(self, name: str):
-        return getattr(self.host, name)
-
-
-def tensors_of(region: LoweredRegion, host: Host) -> list[Tensor]:
-    """Every tensor with a gradient that the region's blocks and new modules read."""
-    found: list[Tensor] = []
-    for o in region.program_ops:
-        if o.kind in ("block", "ffn"):
-            found += host.bound(o["index"])[1]
-            for path in host.submodules_of(o["index"]):
-                found += host.stock_module(o["index"], path).parameters()
-        for name in OPS[o.kind].scopes(o):
-            found += host.module(name).parameters()
-    return [t for t in found if t.requires_grad]

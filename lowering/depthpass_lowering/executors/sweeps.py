@@ -77,7 +77,7 @@ class Solve:
         return text
 
 
-class Sweeper:
+class JacobiSweep:
     """The sweeps of one region in one call of a run.
 
     Attributes:
@@ -200,51 +200,51 @@ class Solver:
         budget: sweeps at most; None = the policy's own.
     """
 
-    def __init__(self, sweeper: Sweeper, policy: FixedPoint, budget: int | None = None):
-        self.sweeper, self.policy, run = sweeper, policy, sweeper.run
-        self.chunk, self.count = sweeper.size, run.context.count
+    def __init__(self, jacobi: JacobiSweep, policy: FixedPoint, budget: int | None = None):
+        self.jacobi, self.policy, run = jacobi, policy, jacobi.run
+        self.chunk, self.count = jacobi.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
         self.made = Solve(
-            tuple(o["index"] for o in sweeper.region.calls), self.count, self.chunk, -(-self.count // self.chunk)
+            tuple(o["index"] for o in jacobi.region.calls), self.count, self.chunk, -(-self.count // self.chunk)
         )
         self.settled = 0
         # Of each chunk the sweeps that were over when it was first swept.
         self.entered: list[int] = []
         self.ratios: list[float] = []
-        self.pieces: dict[str, list[Tensor]] = {n: [] for n in dict.fromkeys((*sweeper.wanted, *sweeper.sources))}
+        self.pieces: dict[str, list[Tensor]] = {n: [] for n in dict.fromkeys((*jacobi.wanted, *jacobi.sources))}
 
     def solve(self, inputs: Mapping[str, Tensor], state: State) -> bool:
         """Settle tokens by sweeps, moving the state along; False = the rest belongs into the token loop.
 
         Afterwards ``settled`` says how many columns are done and ``pieces`` holds their values.
         """
-        sweeper, made, policy = self.sweeper, self.made, self.policy
+        jacobi, made, policy = self.jacobi, self.made, self.policy
         width = self.count if policy.window is None else policy.window * self.chunk
         c = guess = None
         previous: list[float] = []
         while self.settled < self.count:
             at, end = self.settled, min(self.count, self.settled + width)
-            span = sweeper.span(at, end - at)
+            span = jacobi.span(at, end - at)
             self.entered += [made.sweeps] * (-(-end // self.chunk) - len(self.entered))
-            inner, reading = sweeper.inner(state.fork()), span
+            inner, reading = jacobi.inner(state.fork()), span
             if guess is None:
-                c = sweeper.first(inner, span)
-                reading = sweeper.plain(span) if policy.start == "plain" else span
+                c = jacobi.first(inner, span)
+                reading = jacobi.plain(span) if policy.start == "plain" else span
             elif c is None:
                 known = next(iter(guess.values())).shape[1]
-                fresh = sweeper.zeros(end - at - known)
+                fresh = jacobi.zeros(end - at - known)
                 guess = {s: torch.cat((x, fresh[s].to(x.dtype)), 1) for s, x in guess.items()}
-                c = sweeper.inject(inner, guess, span)
-            local = sweeper.sweep(inner, inputs, c, reading)
-            sources = {s: local[s] for s in sweeper.sources}
-            after = sweeper.inject(inner, sources, span)
-            changes = sweeper.changes(c, after, span)
+                c = jacobi.inject(inner, guess, span)
+            local = jacobi.sweep(inner, inputs, c, reading)
+            sources = {s: local[s] for s in jacobi.sources}
+            after = jacobi.inject(inner, sources, span)
+            changes = jacobi.changes(c, after, span)
             if reading is not span:  # nothing is not the same as zeros, whatever c has become
                 changes = [1.0] * len(changes)
             # The first chunk reads what is settled only: it is right, up to rounding of another product's shape.
             changes[0] = 0.0
             made.sweeps += 1
-            made.rows += self.sweeper.run.hidden.shape[0] * (end - at)
+            made.rows += self.jacobi.run.hidden.shape[0] * (end - at)
             good = self._settles(changes, after)
             made.residuals.append(max(changes))
             columns = min(end - at, good * self.chunk)
@@ -280,16 +280,16 @@ class Solver:
 
     def _settle(self, inner: Run, state: State, local: Mapping[str, Tensor], span: Span, columns: int) -> None:
         """Take over the first columns of a sweep."""
-        sweeper = self.sweeper
-        done = sweeper.span(self.settled, columns)
-        state.lines |= sweeper.push(inner, {s: local[s][:, :columns] for s in sweeper.sources}, done)
+        jacobi = self.jacobi
+        done = jacobi.span(self.settled, columns)
+        state.lines |= jacobi.push(inner, {s: local[s][:, :columns] for s in jacobi.sources}, done)
         end = done.start + done.count
-        for o in sweeper.region.visits:
+        for o in jacobi.region.visits:
             if (number := writes_slot(o)) is not None:
                 slot = inner.state.slots[number]
                 if columns < span.count:
                     slot = slot.map(functools.partial(_until, count=end - slot.first))
-                ring = sweeper.run.ring(o)
+                ring = jacobi.run.ring(o)
                 state.slots[number] = slot if ring is None else slot.last(ring)
         for name, parts in self.pieces.items():
             parts.append(local[name][:, :columns])
@@ -321,7 +321,7 @@ class Solver:
 
     def _steps(self, chunks: float) -> float:
         """Cost of a sweep over some chunks in steps of the token loop, by the roofline."""
-        run = self.sweeper.run
+        run = self.jacobi.run
         ridge = self.policy.ridge or RIDGE.get(run.hidden.device.type, RIDGE_ELSEWHERE)
         rows = run.hidden.shape[0] * self.chunk
         return max(rows * chunks, ridge) / max(rows, ridge)

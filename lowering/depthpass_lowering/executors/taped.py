@@ -128,7 +128,7 @@ class TapedChunks:
             chain: of the chunk before: makes later chunks go back first.
         """
         moving = [*streams, *known, *(delays[name] for name in self.made.delays)]
-        call = _Call(self, opaque, tables, len(streams))
+        call = _ChunkInputs(self, opaque, tables, len(streams))
         if torch.is_grad_enabled() and self.backward is not None:
             *results, chain = _TapedChunk.apply(call, chain, *moving)
             return results, chain
@@ -141,7 +141,7 @@ class TapedChunks:
 
 
 @dataclass(frozen=True)
-class _Call:
+class _ChunkInputs:
     """What a chunk is run on besides its streams."""
 
     chunks: TapedChunks
@@ -158,7 +158,7 @@ class _TapedChunk(torch.autograd.Function):
     """One chunk as one node of the loop's graph."""
 
     @staticmethod
-    def forward(ctx, call: _Call, chain: Tensor, *moving: Tensor):
+    def forward(ctx, call: _ChunkInputs, chain: Tensor, *moving: Tensor):
         chunks = call.chunks
         results, ctx.saved = chunks.forward(*call.inputs(moving), *chunks.sites)
         ctx.chunks, ctx.count = chunks, len(moving)

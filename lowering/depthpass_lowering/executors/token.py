@@ -17,7 +17,7 @@ from depthpass.ir.ops import unfit
 from depthpass.ir.program import Op, Program
 from depthpass.lowered.build import lower
 from depthpass.lowered.program import LoweredProgram
-from depthpass.schedule.stacking import Step
+from depthpass.schedule.stacking import StepOrder
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
 from depthpass_lowering.state.slots import Slot, Span, State
@@ -198,7 +198,7 @@ class StepRun(Run):
 
     def lowered(self) -> LoweredProgram:
         schedule = self.context.schedule
-        step = self._step() or Step(1, tuple(o for region in schedule.regions for o in region.ops))
+        step = self._step() or StepOrder(1, tuple(o for region in schedule.regions for o in region.ops))
         return lower(schedule, "token", "inductor", step=step, facts=functools.partial(block_facts, self.host))
 
     def _at_once(self) -> tuple[Span, StepMasks]:

@@ -9,14 +9,14 @@ from torch.autograd import forward_ad
 from depthpass.errors import LoweringError
 
 
-def check_compilable(rung: str) -> None:
+def check_compilable(level: str) -> None:
     """Refuse compiled graphs inside a function transform, before anything runs.
 
     Raises:
         LoweringError: naming the transform and what to use.
     """
     if reason := differentiated():
-        raise LoweringError(f"lowering {rung!r} cannot run this call: {reason}. Use lowering='auto' or 'eager'.")
+        raise LoweringError(f"lowering {level!r} cannot run this call: {reason}. Use lowering='auto' or 'eager'.")
 
 
 def unschedulable(hidden: Tensor) -> str | None:

@@ -72,7 +72,7 @@ class Product:
         biases = [b for b in w.biases if b is not None]
         dtype = self.dtype or w.weights[0].dtype
         if self.packed:
-            rows, columns = w.matrix().shape
+            rows, columns = w.shape()
             like = w.weights[0].new_empty((), dtype=dtype)
             found = [like.new_empty(rows, columns)]
             if self.trained:
@@ -272,7 +272,11 @@ def _forward_only(
         return _Recorder(gm, sink, dtype, False, primals[own:]).run(*primals[:own])
 
     with torch.no_grad():
-        return _inductor(make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples))
+        graph = make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
+    # The inner compiler runs what is dead as well.
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return _inductor(graph)
 
 
 def _is_sunk(product: Product, trains: Sequence[bool]) -> bool:

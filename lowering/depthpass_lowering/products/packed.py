@@ -74,6 +74,11 @@ class Weights:
         """Columns of W by weight if joined, else rows."""
         return [w.shape[1 if self.joined or self.transposed else 0] for w in self.weights]
 
+    def shape(self) -> tuple[int, int]:
+        """Of W."""
+        rows, columns = reversed(self.weights[0].shape) if self.transposed else self.weights[0].shape
+        return (rows, sum(self.sizes())) if self.joined else (sum(self.sizes()), columns)
+
     def matrix(self) -> Tensor:
         """W, ``[out, in]``."""
         if self.transposed:

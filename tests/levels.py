@@ -1,4 +1,4 @@
-"""One model on two rungs: pairs with the same random bridges, their outputs and every gradient."""
+"""One model on two levels: pairs with the same random bridges, their outputs and every gradient."""
 
 import torch
 import zoo
@@ -8,10 +8,10 @@ import depthpass as dp
 SPEC = dp.TurboConn(bridges=[(3, 1), (2, 0), (3, 2)], group=3, rank=5)
 
 
-def pair(name: str, spec=SPEC, dtype=torch.float64, layers: int = 4, rung: str = "scheduled", sizes=None, **options):
-    """The same model on the eager rung and another, with the same random non-zero bridges."""
+def pair(name: str, spec=SPEC, dtype=torch.float64, layers: int = 4, level: str = "scheduled", sizes=None, **options):
+    """The same model on the eager level and another, with the same random non-zero bridges."""
     stock = zoo.model(name, layers=layers, dtype=dtype, **(sizes or {}))
-    eager, scheduled = (dp.transform(stock, spec, lowering=r, **options) for r in ("eager", rung))
+    eager, scheduled = (dp.transform(stock, spec, lowering=r, **options) for r in ("eager", level))
     generator = torch.Generator().manual_seed(3)
     values = {
         k: torch.randn(v.shape, generator=generator, dtype=dtype).mul_(0.3) for k, v in eager.depth.state_dict().items()
