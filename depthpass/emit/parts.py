@@ -202,6 +202,13 @@ def earlier(line: Tensor, tokens: int, past: Any, count: int) -> Tensor:
     return line.index_select(1, columns.clamp(min=0))
 
 
+def group_before(line: Tensor, age: Tensor, group: int, past: Any, count: int) -> Tensor:
+    """A stream at the last token of the group before each new token's; groups are counted from a row's first real token."""
+    columns = torch.arange(count, device=line.device) + past - age % group - 1
+    at = columns.clamp(min=0).expand(len(line), -1)
+    return line.gather(1, at[..., None].expand(-1, -1, line.shape[2]))
+
+
 def kept_tokens(x: Tensor, keep: Any) -> Tensor:
     """The tokens of a stream that ``logits_to_keep`` asks for."""
     return x[:, -keep:] if isinstance(keep, int) else x[:, keep]

@@ -43,8 +43,6 @@ def check_expressible(program: Program) -> None:
                 why = "its keys depend on how tokens are split into calls"
             elif len(o.args) == 2 and not o["memory"]:
                 why = "some of the tokens only ask"
-        if o.kind == "delay" and o["group"] is not None:
-            why = "tokens of a group read the last one of the group before"
         if why:
             raise SpecError(f"emit: expected a program that a plain forward can express, got {o.note or 'one'} with {o.kind}: "
                             f"{why}. Loops, layer programs, bridges, ParallelLoop, feedback, taps, shared keys, timesteps, "
@@ -209,7 +207,12 @@ class _Writer:
             line = f"kept({self.cache}, {number}, {like}, {self.types[source].width})"
         else:
             line = f"line{number}"
-        return f"earlier({line}, {o['tokens']}, past, {_v(self.program.ops[0].name)}.shape[1])"
+        count = f"{_v(self.program.ops[0].name)}.shape[1]"
+        if o["group"] is not None:
+            self.body.ages = True
+            self.body.parts |= {"group_before", "ages"}
+            return f"group_before({line}, age, {o['group']}, past, {count})"
+        return f"earlier({line}, {o['tokens']}, past, {count})"
 
     def _visit(self, o: Op, args: Sequence[str]) -> str:
         place, more = self.places[o.name], []
