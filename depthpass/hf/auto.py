@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import types
 from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
@@ -83,26 +82,9 @@ class _AfterImport(MetaPathFinder, Loader):
         _register(module)
 
 
-class _BeingImported(types.ModuleType):
-    """Registers when somebody first takes something from transformers' Auto configs, their import done."""
-
-    def __getattribute__(self, name):
-        if "CONFIG_MAPPING" in types.ModuleType.__getattribute__(self, "__dict__"):
-            types.ModuleType.__setattr__(self, "__class__", types.ModuleType)
-            _register(self)
-        return types.ModuleType.__getattribute__(self, name)
-
-
 def announce() -> None:
-    """Make saved models known to the Auto classes of this process, now or when they are imported.
-
-    Runs when depthpass is imported, and where it is installed when torch is: torch calls what packages name under the entry
-    point ``torch.backends`` (not with TORCH_DEVICE_BACKEND_AUTOLOAD=0).
-    """
-    module = sys.modules.get(_MODULE)
-    if module is not None and hasattr(module, "CONFIG_MAPPING"):
+    """Make saved models known to the Auto classes of this process, now or when they are imported."""
+    if (module := sys.modules.get(_MODULE)) is not None and hasattr(module, "CONFIG_MAPPING"):
         _register(module)
-    elif module is not None:
-        module.__class__ = _BeingImported  # it imports torch, which calls this
     elif not any(isinstance(f, _AfterImport) for f in sys.meta_path):
         sys.meta_path.insert(0, _AfterImport())

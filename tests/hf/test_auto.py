@@ -6,7 +6,6 @@ import os
 import pickle
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -42,14 +41,13 @@ def loop():
     return dp.transform(stock_of("llama"), dp.Loop(start=1, end=3, times=3))
 
 
-def fresh(code: str, *arguments, installed: Path | None = None) -> subprocess.CompletedProcess:
-    """Python code in a process of its own; ``installed``: a folder that says, as an installation does, what there is."""
+def fresh(code: str, *arguments) -> subprocess.CompletedProcess:
+    """Python code in a process of its own."""
     root = Path(__file__).parents[2]
-    places = [str(root), str(root / "lowering"), str(root / "kernels"), *([str(installed)] if installed else [])]
+    places = [str(root), str(root / "lowering"), str(root / "kernels")]
     return subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=300,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1",
-             "TORCH_DEVICE_BACKEND_AUTOLOAD": "1" if installed else "0"},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(places), "HF_HUB_OFFLINE": "1"},
     )
 
 
@@ -154,27 +152,6 @@ def test_without_depthpass_the_auto_classes_say_what_to_do(loop, tmp_path):
     tiny_tokenizer().save_pretrained(tmp_path)
     done = fresh(WITHOUT, tmp_path)
     assert done.stdout.split() == ["refused"] * 4, done.stdout + done.stderr
-
-
-INSTALLED = """
-import sys
-from transformers import AutoConfig, AutoModelForCausalLM
-config = AutoConfig.from_pretrained(sys.argv[1])
-loaded = [AutoModelForCausalLM.from_pretrained(sys.argv[1], **more) for more in ({}, {"trust_remote_code": True})]
-print(config.model_type, *(type(m).__mro__[1].__name__ for m in loaded), len(loaded[0].depth_program.visits))
-"""
-
-
-def test_installed_is_enough(loop, tmp_path):
-    loop.save_pretrained(tmp_path / "model")
-    points = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]["entry-points"]
-    facts = tmp_path / "site" / "depthpass_as_installed-1.dist-info"
-    facts.mkdir(parents=True)
-    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: depthpass-as-installed\nVersion: 1\n")
-    (facts / "entry_points.txt").write_text(
-        "".join(f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in points.items()))
-    done = fresh(INSTALLED, tmp_path / "model", installed=facts.parent)
-    assert done.stdout.split()[-4:] == ["llama", "DepthModel", "DepthModel", str(len(loop.depth_program.visits))], done.stderr
 
 
 LOUD = """
