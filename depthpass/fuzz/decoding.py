@@ -71,8 +71,8 @@ class Decoding(Subject):
                 raise Mismatch(f"generated {out.sequences.tolist()}, without a cache {again.sequences.tolist()}")
             self.same("logits without a cache", logits, torch.stack(again.logits, 1))
 
-    def _prompts(self) -> tuple[dict[str, Tensor], int]:
-        given = {k: v for k, v in self.batch(self.rows, True).items() if k != "position_ids"}
+    def _prompts(self) -> tuple[dict[str, Any], int]:
+        given: dict[str, Any] = {k: v for k, v in self.batch(self.rows, True).items() if k != "position_ids"}
         return given, given["input_ids"].shape[1]
 
     def drafted(self, check: Case) -> None:

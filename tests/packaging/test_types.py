@@ -175,7 +175,7 @@ def test_literals_of_options_are_what_transform_takes():
 
     assert transform.Lowering.__args__ == LEVELS and transform.ScheduleName.__args__ == SCHEDULES
     takes = inspect.signature(transform.transform).parameters
-    assert {f.name for f in fields(dp.FixedPoint)} - {"ridge"} < set(takes)
+    assert {f.name for f in fields(dp.FixedPoint)} - {"ridge", "start", "backward"} < set(takes)
 
 
 @pytest.mark.parametrize("package", ["depthpass", "lowering/depthpass_lowering", "kernels/depthpass_kernels"])

@@ -108,13 +108,21 @@ class Tape:
         floats = value.is_floating_point() if isinstance(value, Tensor) else value is None or isinstance(value, list | tuple)
         return floats and node.target is not torch.ops.aten.sym_size.int and any(n in self.active for n in node.all_input_nodes)
 
-    def on_back(self, node: fx.Node, back: Callable[[fx.Node], None]) -> None:
-        """Register a node's backward pass, which gets the gradient of its result."""
+    def on_back(
+        self, node: fx.Node, back: Callable[[fx.Node], None], unread: Callable[[], None] | None = None
+    ) -> None:
+        """Register a node's backward pass, which gets the gradient of its result.
+
+        Args:
+            unread: the backward pass where nothing reads the result: of a node that does more than give it.
+        """
         self.active.add(node)
 
         def step() -> None:
             if node in self.gradients:
                 back(self.gradients[node].node)
+            elif unread is not None:
+                unread()
 
         self.steps.append(step)
 

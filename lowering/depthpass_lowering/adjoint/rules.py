@@ -219,12 +219,23 @@ def _attend(t: Tape, n: Any) -> None:
             if x in t.active and (writes_keys or i in (0, 3)):
                 t.add(x, t.behind.call_function(operator.getitem, (found, i)), i == 0)
 
-    t.on_back(n, back)
+    def unread() -> None:
+        # Others may read the keys of a visit whose result nobody does.
+        found = t.back(keys_back, tape)
+        for i, x in enumerate((k, v)):
+            t.add(x, t.behind.call_function(operator.getitem, (found, i)), False)
+
+    t.on_back(n, back, unread if writes_keys else None)
 
 
 def attend_taped(visit: Any, site: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
     """The attention of a visit, and what its backward pass needs."""
     return visit.attend_taped(site, q, k, v, sinks)
+
+
+def keys_back(tape: Any) -> Sequence[Tensor | None]:
+    """Gradients of k and v from what others have read of them."""
+    return tape.own()
 
 
 def attend_back(tape: Any, grad: Tensor) -> Sequence[Tensor | None]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from depthpass.capture.model import Site
 from depthpass.ir.ops import OPS
@@ -157,7 +157,10 @@ class Loop:
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
         known = self._known(sizes)
         done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
-        taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
+        # A row that is one chunk runs on the very ops of the stock model, and gives its numbers.
+        taped = job.taped = None
+        if len(cut) > 1:
+            taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
         chain = run.hidden.new_empty(0)
         for i, span in enumerate(cut):
             chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))
@@ -193,6 +196,8 @@ class Loop:
             return None
         if any(t.dtype != hidden.dtype for t in streams):
             return None
+        if any(type(p) not in (Tensor, nn.Parameter) for p in self.params):
+            return None  # quantised or sharded: what such a weight can do is its own affair
         grad = torch.is_grad_enabled()
         made = taped_graph(job.graph, self.params, [grad and t.requires_grad for t in known], hidden.dtype, grad)
         if made is None:

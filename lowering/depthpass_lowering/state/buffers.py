@@ -128,7 +128,11 @@ class AttentionTape:
             grad.transpose(1, 2), self.q, *use.columns(*buffer.held()), self.out, self.lse,
             into=use.columns(*buffer.gradients()), sinks=self.sinks, **use.options,
         )
-        return (dq, *_own_gradients(use), dsinks)
+        return (dq, *self.own(), dsinks)
+
+    def own(self) -> list[Tensor | None]:
+        """Gradients of the span's own keys and values, once every use has gone back."""
+        return _own_gradients(self.use)
 
 
 class ChunkTape:
@@ -145,7 +149,11 @@ class ChunkTape:
         dq, dk, dv = chunk.backward(grad, self.q, k, v, use.options["scale"])
         for sums, part in zip(use.by_head(*buffer.gradients()), (dk, dv)):
             sums.add_(part)
-        return (dq, *_own_gradients(use), None)
+        return (dq, *self.own(), None)
+
+    def own(self) -> list[Tensor | None]:
+        """As of :class:`AttentionTape`."""
+        return _own_gradients(self.use)
 
 
 def _own_gradients(use: Use) -> list[Tensor | None]:
