@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import types
 from collections.abc import Iterable
 from importlib.abc import Loader, MetaPathFinder
 from typing import Any
@@ -46,7 +47,7 @@ def _name_classes(architectures: Iterable[str]) -> None:
 
     from depthpass.hf.model import depth_class
 
-    held = (vars(m).get("transformers") for m in list(sys.modules.values()) if isinstance(m, types.ModuleType))
+    held: list[Any] = [vars(m).get("transformers") for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)]
     modules = [m for m in (transformers, *held) if isinstance(m, types.ModuleType) and m.__name__ == "transformers"]
     for name in architectures:
         stock = getattr(transformers, name.removeprefix(PREFIX), None)

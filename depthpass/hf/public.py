@@ -65,12 +65,12 @@ def huginn_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
     kv, prelude, core, coda = config.get("num_key_value_heads") or heads, *(
         config[f"n_layers_in_{part}"] for part in ("prelude", "recurrent_block", "coda"))
     dim, vocabulary, biased = width // heads, len(tensors.get("transformer.wte.weight", ())), bool(config.get("qk_bias"))
-    stock = LlamaForCausalLM(LlamaConfig(
+    stock: Any = LlamaForCausalLM(LlamaConfig(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=prelude + core + coda,
         num_attention_heads=heads, num_key_value_heads=kv, head_dim=dim, max_position_embeddings=config["block_size"],
         rms_norm_eps=config["norm_eps"], attention_bias=biased, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": float(config["rope_base"])},
-        **{n: config.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        **_special(config),
     ))
     scale = config["init_values"]["embed_scale"]
     words = get("transformer.wte.weight", vocabulary, width)
@@ -136,12 +136,13 @@ def ouro_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **optio
     kv, dim = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
     vocabulary = len(tensors.get("model.embed_tokens.weight", ()))
     theta = (config.get("rope_parameters") or config)["rope_theta"]
-    stock = Glm4ForCausalLM(Glm4Config(
+    rotary: dict[str, Any] = {"partial_rotary_factor": 1.0}
+    stock: Any = Glm4ForCausalLM(Glm4Config(
         vocab_size=vocabulary, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
         num_key_value_heads=kv, head_dim=dim, max_position_embeddings=config["max_position_embeddings"],
-        rms_norm_eps=config["rms_norm_eps"], attention_bias=False, tie_word_embeddings=False, partial_rotary_factor=1.0,
+        rms_norm_eps=config["rms_norm_eps"], attention_bias=False, tie_word_embeddings=False,
         rope_parameters={"rope_type": "default", "rope_theta": float(theta), "partial_rotary_factor": 1.0},
-        **{n: config.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")},
+        **_special(config), **rotary,
     ))
     words = get("model.embed_tokens.weight", vocabulary, width)
     found = {
@@ -180,6 +181,11 @@ def pairs_of_halves(rows: Tensor, dim: int) -> Tensor:
     """The other way round."""
     heads = rows.unflatten(0, (-1, 2, dim // 2))
     return heads.transpose(1, 2).flatten(0, 2)
+
+
+def _special(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens with a meaning of their own, as far as a config names them."""
+    return {n: config.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
 def _filled(stock: Any, spec: list[Pass], found: dict[str, Tensor]) -> Any:

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from depthpass_kernels.operands import accumulation_dtype
 
+_softmax_backward = torch.ops.aten._softmax_backward_data.default
+
 
 def fits(q: Tensor, start: int, options: dict) -> bool:
     """Whether queries from column `start` on are such a chunk; options as of `slot_attention`."""
@@ -35,7 +37,7 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tup
     batch, heads, count, width = q.shape
     rows, g = _rows(q, len(k)), _rows(grad.transpose(1, 2), len(k))
     p = _probabilities(rows, k, count, scale)
-    logits = torch._softmax_backward_data(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(scale)
+    logits = _softmax_backward(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(scale)
     dq = torch.bmm(logits, k).view(batch, heads, count, width)
     return dq, torch.bmm(logits.mT, rows), torch.bmm(p.mT, g)
 

@@ -157,10 +157,7 @@ class Loop:
         tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
         known = self._known(sizes)
         done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
-        # A row that is one chunk runs on the very ops of the stock model, and gives its numbers.
-        taped = job.taped = None
-        if len(cut) > 1:
-            taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
+        taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
         chain = run.hidden.new_empty(0)
         for i, span in enumerate(cut):
             chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))

@@ -79,7 +79,7 @@ class Appending:
 
     def write(self, number: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new entries of one attention call; returns all entries of all rows, ``[batch, kv_heads, n, dim]``."""
-        first, high = self.plan.before.columns.shape[1], self.plan.high
+        first, high = self.plan.before.listed_columns.shape[1], self.plan.high
         for target, source in ((self.room.keys[number], keys), (self.room.values[number], values)):
             # Rows that append less are read up to here as well, and masked: it has to be finite.
             target[:, first:high].zero_()
