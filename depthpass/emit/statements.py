@@ -99,6 +99,7 @@ class _Writer:
                         if o["slot"] in shared or o["keys"] is not None or o["memory"]}
         delayed = dict.fromkeys(a for o in program if o.kind == "delay" for a in o.args)
         self.lines_at = {name: len(program.visits) + i for i, name in enumerate(delayed)}
+        self.embed = program.entry
 
     def write(self) -> Body:
         body = self.body
@@ -151,8 +152,8 @@ class _Writer:
                 return "hidden_states"
             case "zeros":
                 width = o["width"] or self.program.width
-                return f"torch.zeros_like({_v(self.program.ops[0].name)}[..., :{width}])" if width <= self.program.width else (
-                    f"{_v(self.program.ops[0].name)}.new_zeros(*{_v(self.program.ops[0].name)}.shape[:-1], {width})")
+                return f"torch.zeros_like({_v(self.embed)}[..., :{width}])" if width <= self.program.width else (
+                    f"{_v(self.embed)}.new_zeros(*{_v(self.embed)}.shape[:-1], {width})")
             case "block":
                 return self._visit(o, args)
             case "delay":
@@ -203,11 +204,11 @@ class _Writer:
         number = self.lines_at[source]
         if self._later(o):
             self.body.parts.add("kept")
-            like = _v(self.program.ops[0].name)
+            like = _v(self.embed)
             line = f"kept({self.cache}, {number}, {like}, {self.types[source].width})"
         else:
             line = f"line{number}"
-        count = f"{_v(self.program.ops[0].name)}.shape[1]"
+        count = f"{_v(self.embed)}.shape[1]"
         if o["group"] is not None:
             self.body.ages = True
             self.body.parts |= {"group_before", "ages"}

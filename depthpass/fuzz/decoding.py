@@ -146,7 +146,7 @@ class Decoding(Subject):
             todo = [i for i in range(max(start, len(prompt)), end)]
             rounds = min(spec["steps"], len(todo))
             for left in range(rounds, 0, -1):
-                logits = self.want(torch.tensor(row[:end]), begin)["logits"]
+                logits = self.want(torch.tensor(row[:end]), begin, len(prompt))["logits"]
                 if spec.get("shift"):
                     logits = torch.cat((logits[:1], logits[:-1]))
                 logits = logits.index_fill(1, torch.tensor([MASK]), float("-inf"))

@@ -287,7 +287,8 @@ def _distance(rule: str, now: Tensor, before: Tensor) -> Tensor:
     if rule == "state":
         return ((now - before).norm() / now.norm())[None]
     if rule == "cosine":
-        return (1 - now @ before / (now.norm() * before.norm()))[None]
+        # A loop may start from zeros, which point nowhere.
+        return (1 - now @ before / (now.norm() * before.norm()).clamp_min(1e-16))[None]
     if rule == "argmax":
         return (now.argmax() != before.argmax()).double()[None]
     p, q = torch.softmax(now, 0), torch.softmax(before, 0)

@@ -15,7 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from depthpass.capture.attention import signature_names
 from depthpass.errors import CacheError, InputError
 from depthpass.hf.cache_layers import SlotLayer, moved
-from depthpass.hf.residual import check_bits, packed_state
+from depthpass.hf.residual import ResidualSlots, check_bits, packed_state
 from depthpass.prompt import in_notebooks
 
 if TYPE_CHECKING:
@@ -130,6 +130,8 @@ class DepthCache(Cache):
 
     def keep(self, program: Program, state: State) -> None:
         """Take the state that a call of ``program`` has left."""
+        if isinstance(state.slots, ResidualSlots):
+            state.slots.settle()
         self.program, self.state = program, state
 
     # What transformers asks of a cache.

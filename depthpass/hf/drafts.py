@@ -148,7 +148,7 @@ def split(whole: Program, shallow: Program, chunk: int | None = None, stack: boo
         kind = model.types[entry]
         if kind == Type(whole.width):
             rest = _rest(whole, left, entry, model.types)
-            if entry != whole.ops[0].name:
+            if entry != whole.entry:
                 tap = Op("tap", "", (theirs[entry],), (("name", ENTRY),))
                 shallow = replace(shallow, ops=(*shallow.ops[:-1], tap, shallow.ops[-1]))
     return Draft(model, Part.of(shallow), rest, slots, lines)

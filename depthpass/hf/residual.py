@@ -124,25 +124,41 @@ class ResidualSlot:
 class ResidualSlots(dict):
     """Slots of a state: what is stored in one of a later iteration is packed against the first iteration's.
 
+    A call that runs in chunks or passes stores a slot several times and reads it in between, whole: :meth:`settle` packs it once
+    the call is over.
+
     Attributes:
         bases: slots that are packed, with the slots they are packed against.
         errors: by slot, the squared error and the squared sum of what was packed.
+        packed: what a running call has stored over, as it was packed.
     """
 
     def __init__(self, slots: Mapping[int, Any], bases: Mapping[int, int], bits: int, errors: dict[int, Tensor]):
         super().__init__()
         self.bases, self.bits, self.errors = bases, bits, errors
-        # Whole slots first: others are packed against them.
-        for number in sorted(slots, key=lambda n: n in bases):
+        self.packed: dict[int, ResidualSlot] = {}
+        for number in slots:
             self[number] = dict.__getitem__(slots, number) if isinstance(slots, dict) else slots[number]
+        self.settle()
 
     def __setitem__(self, number: int, slot: Any) -> None:
-        if number in self.bases and not isinstance(slot, ResidualSlot) and slot.columns is None and not slot.first:
-            slot = self._packed(number, slot)
-        super().__setitem__(number, replace(slot, base=None) if isinstance(slot, ResidualSlot) else slot)
+        if isinstance(slot, ResidualSlot):
+            self.packed.pop(number, None)
+            slot = replace(slot, base=None)
+        elif isinstance(old := super().get(number), ResidualSlot):
+            self.packed[number] = old
+        super().__setitem__(number, slot)
+
+    def settle(self) -> None:
+        """Pack what was stored whole."""
+        for number in self.bases:
+            slot = super().get(number)
+            if slot is not None and not isinstance(slot, ResidualSlot) and slot.columns is None and not slot.first:
+                super().__setitem__(number, self._packed(number, slot))
+        self.packed.clear()
 
     def _packed(self, number: int, slot: Any) -> ResidualSlot:
-        base, old = super().__getitem__(self.bases[number]), cast(Any, super().get(number))
+        base, old = super().__getitem__(self.bases[number]), cast(Any, self.packed.get(number))
         start = old.length if isinstance(old, ResidualSlot) and old.length <= slot.keys[0].shape[2] else 0
         parts = []
         for i, (k, v) in enumerate(zip(slot.keys, slot.values)):
@@ -177,6 +193,7 @@ class ResidualSlots(dict):
         """The same slots, to be advanced by themselves."""
         made = ResidualSlots({}, self.bases, self.bits, self.errors)
         dict.update(made, self)
+        made.packed = dict(self.packed)
         return made
 
 

@@ -95,7 +95,7 @@ def cut(programs: Sequence[Program], counts: tuple[int, ...]) -> Ladder:
     """
     taken: set[str] = set()  # values of the present program that the ones before it have computed
     pieces: list[Program] = []
-    entry = programs[0].ops[0].name
+    entry = programs[0].entry
     ending: list[Op] | None = None
     for program, after in zip(programs, (*programs[1:], None)):
         body = [o for o in program if o.kind not in _ASIDE and o.name not in taken]

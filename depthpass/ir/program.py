@@ -131,6 +131,11 @@ class Program:
         return any(o["gate"] is not None and o["gate_input"] == "query" for o in self.visits)
 
     @property
+    def entry(self) -> str:
+        """The embedded tokens: what the program starts from."""
+        return next(o.name for o in self.ops if o.kind == "embed")
+
+    @property
     def output(self) -> str:
         return self.ops[-1].args[0]
 

@@ -93,6 +93,26 @@ def test_what_was_found(what):
     assert found["result"] == "ok" and len(found["done"]) == 2, found
 
 
+@pytest.mark.parametrize(("spec", "checks"), [
+    # Keys of one call are whole until it is over, also where it runs in chunks or passes.
+    ([{"pass": "relaxed_recursion", "rank": 3, "init": "average", "times": 2},
+      {"pass": "turboconn", "bridges": [[2, 1], [3, 1]], "group": 4, "rank": 3}],
+     [{"do": "residual", "sizes": [2, 2], "bits": 4}]),
+    ([{"pass": "repeat", "start": 1, "end": 3, "times": 3}, {"pass": "coconut", "latents": 1}],
+     [{"do": "residual", "sizes": [2, 1], "bits": 4}]),
+    # The embedding is not a program's first op where blocks have retired.
+    ([{"pass": "relaxed_recursion", "rank": 3, "init": "first", "times": 3, "start": 1},
+      {"pass": "turboconn", "bridges": [[2, 0], [3, 0]], "group": 4, "rank": 3}], [{"do": "emit"}]),
+    # Pads stand behind the prompt, not behind the masks.
+    ([{"pass": "masked_diffusion", "steps": 2, "mask_token": 4, "unmask": "margin", "block": 2},
+      {"pass": "pad", "tokens": 1, "token": 5}],
+     [{"do": "denoise", "new": 3}]),
+], ids=["residuals of chunks", "residuals of passes", "retired blocks", "pads before masks"])
+def test_what_ten_thousand_cases_found(spec, checks):
+    found = run_case(BASE | {"spec": spec, "lengths": [6], "checks": checks})
+    assert found["result"] == "ok" and found["done"] == [c["do"] for c in checks], found
+
+
 def test_a_loop_feeds_back_what_it_ends_in():
     from depthpass.ir import plain
     from depthpass.passes import Context, apply_spec
