@@ -151,6 +151,11 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
     if body.ages:
         code.append("tokens = input_ids if input_ids is not None else inputs_embeds")
         code.append("age = ages(attention_mask, past, tokens.shape[1], tokens.device)")
+    if s.program.reads_positions and not s.has_table and "position_ids" in f.arguments:
+        # Stock code numbers columns; what reads absolute positions counts a row's real tokens.
+        code += ["if position_ids is None and attention_mask is not None and attention_mask.dim() == 2:",
+                 "    tokens = input_ids if input_ids is not None else inputs_embeds",
+                 "    position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]"]
     return code + f.before
 
 

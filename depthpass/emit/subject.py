@@ -11,6 +11,7 @@ from torch import nn
 
 from depthpass.emit.statements import Body
 from depthpass.errors import UnsupportedModelError
+from depthpass.hf.table import position_table
 from depthpass.ir.program import Program
 
 PREFIX = "Depth"
@@ -64,6 +65,11 @@ class Subject:
     def blocks(self) -> list[int]:
         """Block of every visit."""
         return [o["index"] for o in self.program.visits]
+
+    @property
+    def has_table(self) -> bool:
+        """Whether positions are learned: such a model numbers tokens as its stock code does."""
+        return position_table(self.modules[0]) is not None
 
     @property
     def stateful(self) -> bool:

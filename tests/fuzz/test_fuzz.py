@@ -103,13 +103,15 @@ def test_what_was_found(what):
     # The embedding is not a program's first op where blocks have retired.
     ([{"pass": "relaxed_recursion", "rank": 3, "init": "first", "times": 3, "start": 1},
       {"pass": "turboconn", "bridges": [[2, 0], [3, 0]], "group": 4, "rank": 3}], [{"do": "emit"}]),
+    # Absolute positions count real tokens, in emitted code as well.
+    ([{"pass": "parallel_loop", "loops": 2, "kv": "gated", "window": 2}], [{"do": "emit"}]),
     # Pads stand behind the prompt, not behind the masks.
     ([{"pass": "masked_diffusion", "steps": 2, "mask_token": 4, "unmask": "margin", "block": 2},
       {"pass": "pad", "tokens": 1, "token": 5}],
      [{"do": "denoise", "new": 3}]),
-], ids=["residuals of chunks", "residuals of passes", "retired blocks", "pads before masks"])
+], ids=["residuals of chunks", "residuals of passes", "retired blocks", "positions", "pads before masks"])
 def test_what_ten_thousand_cases_found(spec, checks):
-    found = run_case(BASE | {"spec": spec, "lengths": [6], "checks": checks})
+    found = run_case(BASE | {"spec": spec, "lengths": [6, 8], "side": "left", "positions": False, "mask": True, "checks": checks})
     assert found["result"] == "ok" and found["done"] == [c["do"] for c in checks], found
 
 
