@@ -208,6 +208,8 @@ class Meaning:
         if x is None:
             return None
         shared = self.keys(o["keys"], 0, self.horizon(i)) if o["keys"] is not None else None
+        if shared is not None and self.bits is not None:
+            shared = [self.kept(self.writers[o["keys"]], key) if key[2] < self.begin(i) else key for key in shared]
         own = self.own(o, i) if o["slot"] in self.writers and self.writers[o["slot"]] is o else []
         end = self.horizon(i)
 
@@ -232,11 +234,15 @@ class Meaning:
         end = self.horizon(i)
         if end > i + 1:
             return self.keys(o["slot"], 0, end)
-        begin = max((e for e in self.ends if e <= i), default=0)
+        begin = self.begin(i)
         if o["past"] is not None:
             return self.keys(o["past"], 0, begin) + self.keys(o["slot"], begin, i)
         found = self.keys(o["slot"], 0, i)
         return found if self.bits is None else [self.kept(o, key) if key[2] < begin else key for key in found]
+
+    def begin(self, i: int) -> int:
+        """The column at which the call with column i begins."""
+        return max((e for e in self.ends if e <= i), default=0)
 
     def horizon(self, i: int) -> int:
         """One past the last column that a token sees."""
@@ -247,7 +253,7 @@ class Meaning:
     def kept(self, o: Op, key: Key) -> Key:
         """What a cache of few bits makes of a key."""
         first = next(v for v in self.program.visits if v["index"] == o["index"] and v["slot"] in self.writers)
-        if first is o:
+        if first is o or o["gate"] is not None:  # windows beside a gate are kept whole
             return key
         k, v, j = key
         (base_k, base_v, _), = self.keys(first["slot"], j, j + 1)
