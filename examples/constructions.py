@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from depthpass_lowering.executors.eager import run
+from depthpass_lowering.executors.losses import Pool
 from depthpass_lowering.state import State
 from torch import Tensor, nn
 
@@ -37,12 +38,12 @@ class HandMade:
     ``[batch, tokens, heads, dim]`` and ``update(x, read)``; its ``causal`` says whether tokens see later ones.
     """
 
-    captured = losses = pool = None
+    captured = None
     adapts = training = False
     style = "sdpa"
 
     def __init__(self, blocks: Sequence, modules: dict[str, nn.Module] | None = None):
-        self.blocks, self.modules, self.ratios = list(blocks), modules or {}, {}
+        self.blocks, self.modules, self.ratios, self.pool = list(blocks), modules or {}, {}, Pool()
 
     def sides_of(self, index: int) -> tuple[int, ...]:
         return ()

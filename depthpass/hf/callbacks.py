@@ -12,7 +12,7 @@ from depthpass.analysis.cost.program import Trainable
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.context import inner_model
 from depthpass.hf.ledger import Counter, Ledger
-from depthpass.hf.switch import _transformed, loops_of, set_loops
+from depthpass.hf.switch import loops_of, set_loops, transformed
 from depthpass.passes.draws import draw
 
 
@@ -46,7 +46,7 @@ class FlopsLedger(TrainerCallback, ExportableState):
 
     def subject(self, model: Any) -> Any:
         """The model whose calls are counted, out of any wrapper."""
-        return _transformed(model, type(self).__name__)
+        return transformed(model, type(self).__name__)
 
     def begin(self, model: Any, resumed: bool) -> None:
         """Called before the first step; ``resumed`` after a checkpoint has given :meth:`progress` back."""

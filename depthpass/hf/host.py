@@ -19,6 +19,7 @@ from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
 from depthpass.capture.screen import block_list
 from depthpass.errors import LoweringError, UnsupportedModelError
+from depthpass.hf.context import in_force
 from depthpass.hf.doors import DISABLED
 from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.live import Live
@@ -97,12 +98,15 @@ class StockHost:
         runner: gives the callable to run a captured graph with.
         live: what runs as modules in this call; None = nothing.
         counts: calls of each block with hooks.
+        pool: where the runs of one call add up their losses; None = of its own.
         prefix: what this call shares with others that begin with the same visits (a search); None = nothing.
     """
 
     adapts = True
 
-    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor]):
+    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor], pool: Pool | None = None):
+        from depthpass_lowering.executors.losses import Pool
+
         self.model, self.captured = model, captured
         self.decoder = model.get_submodule(model._depth.decoder)
         self.layers = block_list(model, model._depth.layers)
@@ -115,9 +119,7 @@ class StockHost:
         self.counts: Counter[int] = Counter()
         self.ratios: Mapping[str, float] = model._depth.ratios
         self.prefix = running(model)
-        self.losses: Mapping[str, Tensor] | None = None
-        self.pool: Pool | None = None
-        self.extra_loss: Tensor | float = 0.0
+        self.pool = Pool() if pool is None else pool
         self.runner = _runner(model._depth.lowering)
         self.dispatched = model._depth.watches[-1].dispatched
         if self.dispatched:
@@ -264,13 +266,5 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
 
 
 def depth_module(model: Any) -> Any:
-    """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter."""
-    found = model.depth
-    if not hasattr(found, "modules_to_save"):
-        return found
-    active = [a for a in found.active_adapters if a in found.modules_to_save]
-    if len(active) > 1:
-        raise UnsupportedModelError(
-            f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
-        )
-    return found.original_module if found.disable_adapters or not active else found.modules_to_save[active[0]]
+    """The new parameters that run."""
+    return in_force(model.depth)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from depthpass.hf.context import inner_model
+
 if TYPE_CHECKING:
     from depthpass_lowering.state.slots import Grown
     from depthpass_lowering.visits.running import RunningVisit
@@ -65,8 +67,7 @@ class PrefixMemo:
             keep: whether the call fills a cache.
             shared: how many of the first visits depend on the visits before them alone; None = all.
         """
-        inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-        token = _running.set(Prefix(self, inner, (rows, keep), layers, keep, shared))
+        token = _running.set(Prefix(self, inner_model(model), (rows, keep), layers, keep, shared))
         try:
             yield
         finally:

@@ -139,12 +139,12 @@ class _Compiled:
         return host.part(c.capture.head, inputs, packing.join(parts))
 
     def _host(self, parameters: Mapping[str, Tensor]) -> GraphHost:
-        from depthpass.hf.attach import depth_of
+        from depthpass.hf.context import in_force
         from depthpass_lowering.backend.graph_host import GraphHost
 
         # Token loops: by hand, with their chunks compiled, or op by op where another compiler runs the blocks.
         return GraphHost(
-            self.captured.capture, parameters, depth_of(self.depth), None if self.inner == "eager" else self._runner,
+            self.captured.capture, parameters, in_force(self.depth), None if self.inner == "eager" else self._runner,
             scheduled=self.inner in ("eager", "inductor"),
         )
 

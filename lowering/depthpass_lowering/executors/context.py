@@ -87,19 +87,6 @@ class CallContext:
         return None if self.valid is None else self.valid[:, :end]
 
 
-@dataclass(frozen=True)
-class Losses:
-    """Training losses of a call.
-
-    Attributes:
-        by_name: values before their coefficients.
-        total: their sum with coefficients.
-    """
-
-    by_name: Mapping[str, Tensor]
-    total: Tensor | float
-
-
 @dataclass(frozen=True, eq=False)
 class RunResult:
     """What a run returns.
@@ -107,14 +94,12 @@ class RunResult:
     Attributes:
         streams: of ``output`` and of every tap, by name.
         state: the new state; the one that the run was given is unchanged.
-        losses: None where none were asked for, or where several runs share a pool.
         record: how each serial region was run.
         lowered: the program that ran.
     """
 
     streams: dict[str, Tensor]
     state: State
-    losses: Losses | None
     record: Sequence[Lowered]
     lowered: LoweredProgram
 

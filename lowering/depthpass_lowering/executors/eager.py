@@ -22,7 +22,7 @@ from depthpass.lowered.record import Lowered, Recorder
 from depthpass.schedule.regions import Schedule
 from depthpass.schedule.stacking import Stack, StepOrder
 from depthpass_lowering.executors.base import EAGER, Executor
-from depthpass_lowering.executors.context import CallContext, Losses, RunResult
+from depthpass_lowering.executors.context import CallContext, RunResult
 from depthpass_lowering.executors.ops import Ops
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State, spans
@@ -86,10 +86,9 @@ class Run(Ops):
             self._region(region)
         for o in self.context.passing:
             self.state.slots.pop(o["slot"], None)
-        losses = self._losses() if self.host.pool is None else None
         self.state.length += self.context.count
         self.state.valid = self.context.valid
-        return RunResult(self.out, self.state, losses, tuple(self.record), lowered)
+        return RunResult(self.out, self.state, tuple(self.record), lowered)
 
     def lowered(self) -> LoweredProgram:
         """The lowered program of this call, made once for all calls that are alike."""
@@ -123,11 +122,6 @@ class Run(Ops):
     def streams(self, region: LoweredRegion) -> dict[str, Any]:
         """What a region reads of earlier ones: streams, and routes beside them."""
         return {a: self.env[a] for a in region.inputs}
-
-    def _losses(self) -> Losses | None:
-        """Move the balanced routers and add up what the call's losses are made of."""
-        self.pool.move()
-        return Losses(*self.pool.values()) if self.pool.sums else None
 
     def _step(self) -> StepOrder | None:
         """The order with stacked visits for this call, or None: region by region."""

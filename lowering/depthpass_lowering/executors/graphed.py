@@ -22,7 +22,7 @@ from depthpass_lowering.executors.chunk_loop import Job, recomputes
 from depthpass_lowering.executors.compiled import Compiled
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.region_function import RegionFunction
+from depthpass_lowering.executors.region_function import Carried, RegionFunction, carries
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.state.slots import State
 
@@ -42,7 +42,7 @@ class Graphed(Compiled):
             return reason
         if region.groups and run.context.valid is not None:
             return "groups are counted from the first real token of each row, which a recording does not know"
-        if torch.is_grad_enabled() and (run.context.keep or run.state.length):
+        if torch.is_grad_enabled() and carries(run):
             return "a cache is kept while gradients are recorded"
         device = run.hidden.device.type
         return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
@@ -106,7 +106,7 @@ def _record(
         inner = replace(context, sides=tuple(tables), valid=None if context.valid is None else flat[-1])
         run = Run(inner, replace(state, slots={}, lines={}), executor)
         job = Job(executor, run, region, streams, dict(zip(ids, weights)))
-        return RegionFunction.apply(job, len(weights), *weights, *streams.values())
+        return RegionFunction.apply(job, Carried.of(run, region), *weights, *streams.values())
 
     samples = tuple(
         t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)

@@ -17,7 +17,7 @@ from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.structural_ops import asks
 from depthpass.lowered.program import LoweredRegion
 from depthpass_lowering.executors.context import CallContext
-from depthpass_lowering.executors.losses import Pool, sums_of
+from depthpass_lowering.executors.losses import sums_of
 from depthpass_lowering.executors.noise import cut_off, noise
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State, push_delay, read_delay, read_group, spans
@@ -43,8 +43,6 @@ class Ops:
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
-        # Groups of rows with programs of their own share a pool; whoever made it closes it.
-        self.pool: Pool = context.host.pool or Pool()
 
     @property
     def host(self) -> Host:
@@ -191,7 +189,7 @@ class Ops:
             x, read = args
             return self.host.block(o["index"], FfnVisit(o, self.host, read), x, ())
         if kind == "point":
-            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
+            return args[0 if beside(self.host.bound(o["index"])[0], o) else 1]
         if kind == "add":
             return self._add(o, args, span)
         if kind == "norm":
@@ -326,18 +324,18 @@ class Ops:
             balance: Any = self.host.module(o["bias"])
             score = score.detach() + balance.bias
             if o["rate"] and self.host.training and torch.is_grad_enabled():
-                self.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
+                self.host.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
         return choose(o, score, outer, span.valid, span.start, self.host.ratios.get(o["label"]))
 
     def _loss(self, o: Op, local: dict, span: Span) -> None:
-        if self.host.losses is None:  # a host that does not train asks for none
+        if not self.host.pool.asked:
             return
         route = local[o.args[1]] if len(o.args) == 2 else None
         nest = self.program.defs[o.args[1]].args[1:] if route is not None else ()
         among = local[nest[0]].chosen if nest else span.valid
         sums = sums_of(o["rule"], local[o.args[0]], None if route is None else route.chosen, among)
         place = [p for p in self.program.losses if p["name"] == o["name"]].index(o)
-        self.pool.loss((o["name"], place), o, sums)
+        self.host.pool.loss((o["name"], place), o, sums)
 
     def _logits(self, o: Op, normed: Tensor) -> Tensor:
         found = self.host.logits(normed)

@@ -207,7 +207,7 @@ class _Recording(Run):
             self.state.slots.pop(o["slot"], None)
         self.state.length += c.count
         self.state.valid = c.valid
-        return RunResult({name: torch.cat(found, 1) for name, found in parts.items()}, self.state, None, (), lowered)
+        return RunResult({name: torch.cat(found, 1) for name, found in parts.items()}, self.state, (), lowered)
 
     def _token(self, region: LoweredRegion, span: Span, tables: list[Tensor]) -> None:
         masks, local = Masks(span.start, 1, self.context.valid_until(span.start + 1), self.hidden.device), _Leaves()

@@ -198,7 +198,7 @@ class _Builder:
         if o.kind == "ffn":
             return self._ffn(o, *args)
         if o.kind == "point":
-            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
+            return args[0 if beside(self.host.bound(o["index"])[0], o) else 1]
         if o.kind == "add":
             return self._add(o)
         if o.kind == "linear" and self._plain(o):

@@ -7,7 +7,6 @@ graph: nothing else reads what is between them.
 from __future__ import annotations
 
 import operator
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,9 @@ from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass.ir.structural_ops import asks
 from depthpass.lowered.ops import UNKNOWN, BlockFacts, of_one_stream
+from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.host import Host
+from depthpass_lowering.memo import Once
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,10 +41,6 @@ class Cut:
     axes: tuple[int, ...] = ()
 
 
-_CUT: weakref.WeakKeyDictionary[fx.GraphModule, dict[bool, Cut]] = weakref.WeakKeyDictionary()
-_FACTS: weakref.WeakKeyDictionary[Template, tuple[dict[str, tuple[int, ...]], str | None]] = weakref.WeakKeyDictionary()
-
-
 def cut_for(visit: Op, graph: fx.GraphModule) -> Cut:
     """What a visit runs of its block's graph.
 
@@ -59,12 +56,11 @@ def cut_for(visit: Op, graph: fx.GraphModule) -> Cut:
         raise LoweringError(f"block {visit['index']}: {reason}, so they cannot be computed without the queries of every token. "
                             "Use keys='routed', or leave this block out.")
     # Some tokens' queries read what the keys of all tokens were made from; those of another stream have their own.
-    made, shared = _CUT.setdefault(graph, {}), asks(visit)
-    if shared not in made:
-        made[shared] = _cut(graph, shared)
-    return made[shared] if writes else Cut(None, made[shared].rest)
+    both = _cut(graph, asks(visit))
+    return both if writes else Cut(None, both.rest)
 
 
+@Once
 def uncut(graph: fx.GraphModule) -> str | None:
     """Why a block's graph can only run as a whole, or None."""
     attends = [n for n in graph.graph.nodes if n.target is calls.attend]
@@ -77,12 +73,12 @@ def block_facts(host: Host, index: int) -> BlockFacts:
     if host.captured is None:  # blocks that are functions, as those of constructions are
         return UNKNOWN
     template, numbers = host.captured.blocks[index].template, host.sides_of(index)
-    if template not in _FACTS:
-        _FACTS[template] = _sides(template), uncut(template.graph)
-    sides, reason = _FACTS[template]
-    return BlockFacts({part: tuple(numbers[i] for i in places) for part, places in sides.items()}, reason)
+    return BlockFacts(
+        {part: tuple(numbers[i] for i in places) for part, places in _sides(template).items()}, uncut(template.graph)
+    )
 
 
+@Once
 def _sides(template: Template) -> dict[str, tuple[int, ...]]:
     """Places of the side inputs that each part of a block reads."""
     nodes = list(template.graph.graph.nodes)
@@ -96,6 +92,7 @@ def _sides(template: Template) -> dict[str, tuple[int, ...]]:
     return {part: tuple(i for i, t in enumerate(tables) if t in needed) for part, needed in parts.items()}
 
 
+@Once
 def _cut(root: fx.GraphModule, shared: bool) -> Cut:
     nodes = list(root.graph.nodes)
     attends = sorted((n for n in nodes if n.target is calls.attend), key=lambda n: n.args[1])
@@ -124,16 +121,8 @@ def _cut(root: fx.GraphModule, shared: bool) -> Cut:
 
 def _needed(ends: list[Any], stop: set[fx.Node] | None = None, drop: dict[fx.Node, Any] | None = None) -> set[fx.Node]:
     """What values are computed from, up to ``stop``; of a node in ``drop`` some arguments are left out."""
-    found: set[fx.Node] = set()
-    todo = list(ends)
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            if not stop or n not in stop:
-                left_out = (drop or {}).get(n, ())
-                todo += [a for a in n.all_input_nodes if a not in left_out]
-    return found
+    return reached(ends, lambda n: () if stop and n in stop else [
+        a for a in n.all_input_nodes if a not in (drop or {}).get(n, ())])
 
 
 def _border(nodes: list[fx.Node], first: set[fx.Node]) -> list[fx.Node]:

@@ -179,10 +179,6 @@ class RunningVisit:
 
     def graph(self, template: Template) -> fx.GraphModule:
         """The graph of a block's template that this visit runs."""
-        if self.op["modulate"] is not None:
-            from depthpass_lowering.fx_passes.modulate import modulated
-
-            return modulated(template, self.index)
         return graph_of(template, self.op)
 
     def modulate(self, place: str, x: Tensor) -> Tensor:
