@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ class FlopsLedger(TrainerCallback, ExportableState):
     # What differs between schedules.
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of the constructor, as plain data."""
-        return {"trainable": self.trainable}
+        """Arguments of the constructor, as plain data; each is kept under its name."""
+        return {n: getattr(self, n) for n in list(inspect.signature(type(self).__init__).parameters)[1:]}
 
     def progress(self) -> dict[str, Any]:
         """What a schedule remembers besides the ledger, as plain data."""
@@ -126,9 +127,6 @@ class StopAtFlops(FlopsLedger):
         self.budget = budget
         self.stopped: int | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        return {"budget": self.budget, "trainable": self.trainable}
-
     def progress(self) -> dict[str, Any]:
         return {"stopped": self.stopped}
 
@@ -186,10 +184,6 @@ class ShiftSchedule(FlopsLedger):
         self.switched: int | None = None
         self.history: list[list[float]] = []
         self._norm: float | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        return {"loops": self.loops, "d1": self.d1, "d2": self.d2, "patience": self.patience, "every": self.every,
-                "scope": self.scope, "trainable": self.trainable}
 
     def progress(self) -> dict[str, Any]:
         return {"bad": self.bad, "switched": self.switched, "history": self.history}
@@ -275,10 +269,6 @@ class RecurrenceCurriculum(FlopsLedger):
         self.mean, self.start, self.ramp, self.sigma, self.most = mean, start, ramp, sigma, most
         self.eval_times, self.seed, self.scope = eval_times, seed, scope
         self.drawn: list[int] = []
-
-    def arguments(self) -> dict[str, Any]:
-        names = ("mean", "start", "ramp", "sigma", "most", "eval_times", "seed", "scope", "trainable")
-        return {k: getattr(self, k) for k in names}
 
     def progress(self) -> dict[str, Any]:
         return {"drawn": self.drawn}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,13 +36,8 @@ class QueryRoutedVisit(RunningVisit):
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.asking = False
 
-    @overload
-    def _pick(self, t: Tensor) -> Tensor: ...
-
-    @overload
-    def _pick(self, t: None) -> None: ...
-
-    def _pick(self, t: Tensor | None) -> Tensor | None:
+    def _pick(self, t: Tensor | None) -> Any:
+        """What belongs to the rows that ask."""
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
 
     def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:

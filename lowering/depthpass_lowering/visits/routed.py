@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +52,7 @@ class RoutedVisit(RunningVisit):
             if self.joins and self.before is not None:
                 self.before = self.before.map(self.pick)
 
-    @overload
-    def pick(self, t: Tensor) -> Tensor: ...
-
-    @overload
-    def pick(self, t: None) -> None: ...
-
-    def pick(self, t: Tensor | None) -> Tensor | None:
+    def pick(self, t: Tensor | None) -> Any:
         """What belongs to the rows that run; a view where they stand together."""
         if t is not None and self.together is not None:
             return t.narrow(0, *self.together)
@@ -68,13 +62,7 @@ class RoutedVisit(RunningVisit):
         """Entries of the rows that run as entries of all rows."""
         return t if self.rows is None else t.new_zeros((self.batch, *t.shape[1:])).index_copy(0, self.rows, t)
 
-    @overload
-    def _stored(self, t: Tensor) -> Tensor: ...
-
-    @overload
-    def _stored(self, t: None) -> None: ...
-
-    def _stored(self, t: Tensor | None) -> Tensor | None:
+    def _stored(self, t: Tensor | None) -> Any:
         """What belongs to the rows that attention over stored keys runs for."""
         return t if self.wide else self.pick(t)
 
