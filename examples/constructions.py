@@ -45,13 +45,13 @@ class HandMade:
     def __init__(self, blocks: Sequence, modules: dict[str, nn.Module] | None = None):
         self.blocks, self.modules, self.ratios, self.pool = list(blocks), modules or {}, {}, Pool()
 
-    def sides_of(self, index: int) -> tuple[int, ...]:
+    def side_inputs_of(self, index: int) -> tuple[int, ...]:
         return ()
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
         return (Site("attention", 1.0, None, 0.0, None, None, False, 1, 1, 1, 1),)
 
-    def block(self, index: int, visit, hidden: Tensor, sides) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs) -> Tensor:
         block = self.blocks[index]
         return block.update(hidden, visit.attend(0, *block.project(hidden), None))
 

@@ -164,8 +164,8 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
     # What runs has the program's pads in it; the caller sees what it gave.
     inner, layout = insert(model, plan.program, call)
     if len(now.groups) > 1:
-        hidden, sides = embedded(model, host, inner)
-        streams = _by_rows(now, host, hidden, sides, inner.valid)
+        hidden, side_inputs = embedded(model, host, inner)
+        streams = _by_rows(now, host, hidden, side_inputs, inner.valid)
     else:
         hidden, streams, state = _run(now, plan, host, inner, layout, state, call.use_cache)
     if call.hidden_states:
@@ -192,9 +192,9 @@ def _run(
     from depthpass_lowering.executors.eager import run
 
     def piece(part: Call, state: State, keep: bool) -> tuple[Tensor, Streams, State]:
-        hidden, sides = embedded(now.model, host, part)
+        hidden, side_inputs = embedded(now.model, host, part)
         ran = run(
-            plan.schedule, host, hidden, sides, now.captured.side_axes, state, part.valid, keep, plan.types,
+            plan.schedule, host, hidden, side_inputs, now.captured.side_axes, state, part.valid, keep, plan.types,
             now.model._depth.lowering, now.sweeps, now.lowered,
         )
         return hidden, ran.streams, ran.state
@@ -218,11 +218,11 @@ def embedded(model: DepthModel, host: StockHost, call: Call) -> tuple[Tensor, li
             layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
             host.live = Live(host.decoder, layers, captured, host.hooked, call.tensors, call.past, call.cache)
             # The embedding has run as a module; its weights may be nowhere now.
-            hidden, sides = host.live.hidden, host.part(captured.tables, call.tensors, visit=visit)
+            hidden, side_inputs = host.live.hidden, host.part(captured.tables, call.tensors, visit=visit)
         else:
-            hidden, *sides = host.part(captured.prologue, call.tensors, visit=visit)
-    host.extras = sides
-    return hidden, sides
+            hidden, *side_inputs = host.part(captured.prologue, call.tensors, visit=visit)
+    host.extras = side_inputs
+    return hidden, side_inputs
 
 
 def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], Streams]:
@@ -268,7 +268,7 @@ def _sequences(now: DecoderCall, plan: Plan, host: StockHost, rows: Rows) -> Str
     return streams if layout is None else {name: layout.trim(x) for name, x in streams.items()}
 
 
-def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None) -> Streams:
+def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, side_inputs: list[Tensor], valid: Tensor | None) -> Streams:
     """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
     from depthpass_lowering.executors.eager import run
     from depthpass_lowering.state import State
@@ -279,7 +279,7 @@ def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, sides: list[Ten
     for plan, rows in groups:
         group = now.host()
         group.live, group.counts = whole.live and whole.live.of_rows(rows), whole.counts
-        mine = [s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s for s, axis in zip(sides, axes)]
+        mine = [s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s for s, axis in zip(side_inputs, axes)]
         group.extras = mine
         ran = run(
             plan.schedule, group, hidden.index_select(0, rows), mine, axes, State(),

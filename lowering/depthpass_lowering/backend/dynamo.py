@@ -161,10 +161,10 @@ class _Compiled:
         from depthpass_lowering.state.slots import State
 
         c = self.captured.capture
-        hidden, *sides = host.part(c.prologue, inputs, visit=self._columns(inputs))
-        host.extras = sides
+        hidden, *side_inputs = host.part(c.prologue, inputs, visit=self._columns(inputs))
+        host.extras = side_inputs
         result = run(
-            self.plan.schedule, host, hidden, sides, c.side_axes, State(), valid, keep=False, types=self.plan.types,
+            self.plan.schedule, host, hidden, side_inputs, c.side_axes, State(), valid, keep=False, types=self.plan.types,
             lowering=AUTO_INDUCTOR if self.inner == "inductor" else "auto",
         )
         return result.streams["output"]

@@ -46,9 +46,9 @@ class GraphHost:
         extras = [self.extras[e] for e in part.extras]
         return self.runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return visit.run(template, hidden, sides, params, self.runner)
+        return visit.run(template, hidden, side_inputs, params, self.runner)
 
     def bound(self, index: int) -> tuple[Template, list[Tensor]]:
         block = self.captured.blocks[index]
@@ -64,8 +64,8 @@ class GraphHost:
     def recomputes(self, index: int) -> bool:
         return False
 
-    def sides_of(self, index: int) -> tuple[int, ...]:
-        return self.captured.blocks[index].sides
+    def side_inputs_of(self, index: int) -> tuple[int, ...]:
+        return self.captured.blocks[index].side_inputs
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
         return self.captured.blocks[index].template.sites

@@ -154,7 +154,7 @@ class Loop:
         cut = spans(c.start, c.count, c.valid, None, job.region.size, job.region.groups)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
-        tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
+        tables = [self._pieces(c.side_inputs[i], c.side_axes[i], sizes) for i in graph.side_inputs]
         known = self._known(sizes)
         done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
         taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
@@ -212,7 +212,7 @@ class Loop:
         distributed = self.job.graph.distributed
         if distributed.before is None:
             return []
-        values = distributed.before(*(self.run.context.sides[i] for i in self.job.graph.sides), *self.params)
+        values = distributed.before(*(self.run.context.side_inputs[i] for i in self.job.graph.side_inputs), *self.params)
         return [self._pieces(t, axis, sizes) for t, axis in zip(values, distributed.axes, strict=True)]
 
     @staticmethod

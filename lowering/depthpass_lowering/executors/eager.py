@@ -38,7 +38,7 @@ def run(
     schedule: Schedule,
     host: Host,
     hidden: Tensor,
-    sides: Sequence[Tensor],
+    side_inputs: Sequence[Tensor],
     side_axes: Sequence[int | None],
     state: State,
     valid: Tensor | None,
@@ -52,7 +52,7 @@ def run(
 
     Args:
         hidden: the embedded new tokens, ``[batch, m, width]``.
-        sides: the prologue's per-token tables for the new tokens.
+        side_inputs: the prologue's per-token tables for the new tokens.
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
         lowering: a level of :data:`depthpass_lowering.executors.levels.LEVELS`, or an executor.
@@ -63,7 +63,7 @@ def run(
 
     chosen = executor(lowering) if jacobi is None else jacobi.on(executor(lowering))
     context = CallContext(
-        schedule, host, hidden, tuple(sides), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
+        schedule, host, hidden, tuple(side_inputs), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
     )
     result = chosen.start(context, state.fork()).run()
     if record is not None:
@@ -140,7 +140,7 @@ class Run(Ops):
     def _rows_stack(self, stack: Stack) -> bool:
         """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
         c = self.context
-        tables = ((c.sides[s], c.side_axes[s]) for s in self.host.sides_of(stack.index))
+        tables = ((c.side_inputs[s], c.side_axes[s]) for s in self.host.side_inputs_of(stack.index))
         return c.batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != c.batch for t, axis in tables)
 
     def _run_step(self, region: LoweredRegion) -> None:
@@ -151,7 +151,7 @@ class Run(Ops):
         rows, tables = self.hidden, {}
         for item in region.items:
             if not isinstance(item, Stack):
-                self.one(item, self.env, span, masks, self.context.sides, self.context.keep)
+                self.one(item, self.env, span, masks, self.context.side_inputs, self.context.keep)
                 continue
             if item.inputs != names:
                 given: list[Any] = [self.env[a] for a in item.inputs]
@@ -172,14 +172,14 @@ class Run(Ops):
         count = len(stack.visits)
         visits = [self._visit(o, span, masks, self.context.keep or writes_slot(o) in self.context.read) for o in stack.visits]
         stacked = StackedVisit(stack, visits, hidden)
-        sides = [self._stacked_side(s, count, tables) for s in self.host.sides_of(stack.index)]
-        y = self.host.block(stack.index, stacked, hidden, sides)
+        side_inputs = [self._stacked_side(s, count, tables) for s in self.host.side_inputs_of(stack.index)]
+        y = self.host.block(stack.index, stacked, hidden, side_inputs)
         stacked.commit()
         return y
 
     def _stacked_side(self, number: int, count: int, made: dict) -> Tensor:
         """A table for the rows of a stack; one without a batch dimension, or with one row for all, serves as it is."""
         if (number, count) not in made:
-            t, whole = self.context.sides[number], self.context.side_axes[number] in (0, None)
+            t, whole = self.context.side_inputs[number], self.context.side_axes[number] in (0, None)
             made[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
         return made[number, count]

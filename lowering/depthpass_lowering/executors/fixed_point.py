@@ -170,7 +170,7 @@ class _Job:
         run = jacobi.run
         self.state = run.state
         slots = {s for o in jacobi.region.visits for s in (*reads_slots(o), writes_slot(o))}
-        found = [*inputs.values(), *region_parameters(jacobi.region, run.host).values(), *run.context.sides]
+        found = [*inputs.values(), *region_parameters(jacobi.region, run.host).values(), *run.context.side_inputs]
         found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
         found += [run.state.lines[d.name] for d in jacobi.region.lines if d.name in run.state.lines]
         self.outer = list({id(t): t for t in found if t.requires_grad}.values())
@@ -182,14 +182,14 @@ class _Job:
             return leaves.get(id(t), t)
 
         jacobi, run = self.jacobi, self.jacobi.run
-        host, sides = LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides))
+        host, side_inputs = LeafHost(run.host, leaf), tuple(map(leaf, run.context.side_inputs))
         inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, jacobi.span(0, run.context.count)
         first = after = {n: x.detach().requires_grad_() for n, x in self.c.items()}
         for number in range(self.policy.backward or 1):
             state = self.state.fork()
             state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
             state.lines = {k: leaf(t) for k, t in state.lines.items()}
-            inner = jacobi.inner(state, host, sides)
+            inner = jacobi.inner(state, host, side_inputs)
             if number == 0:
                 before = first if self.constant is None else jacobi.inject(inner, self.constant, whole)
             else:

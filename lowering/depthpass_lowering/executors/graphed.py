@@ -60,7 +60,7 @@ class Graphed(Compiled):
         context = padded(run.context, self.padding(run, region))
         parameters = region_parameters(region, run.host)
         streams = {n: _longer(t, 1, context.padded) for n, t in inputs.items()}
-        given = [*streams.values(), *context.sides, *parameters.values()]
+        given = [*streams.values(), *context.side_inputs, *parameters.values()]
         if context.valid is not None:
             given.append(context.valid)
         key = (
@@ -85,7 +85,7 @@ def padded(context: CallContext, columns: int) -> CallContext:
     c = context
     return replace(
         c, hidden=_longer(c.hidden, 1, columns), valid=None if c.valid is None else _longer(c.valid, 1, columns), padded=columns,
-        sides=tuple(s if axis is None else _longer(s, axis, columns) for s, axis in zip(c.sides, c.side_axes)),
+        side_inputs=tuple(s if axis is None else _longer(s, axis, columns) for s, axis in zip(c.side_inputs, c.side_axes)),
     )
 
 
@@ -97,19 +97,19 @@ def _longer(t: Tensor, axis: int, columns: int) -> Tensor:
 def _record(
     context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], given: list[Tensor]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Record a region's training pass: ``(*streams, *sides, *weights[, valid])`` -> what it hands out."""
-    sides, executor = len(context.sides), Compiled()
+    """Record a region's training pass: ``(*streams, *side_inputs, *weights[, valid])`` -> what it hands out."""
+    side_inputs, executor = len(context.side_inputs), Compiled()
 
     def region_of(*flat: Tensor) -> tuple[Tensor, ...]:
         streams, rest = dict(zip(names, flat)), flat[len(names) :]
-        tables, weights = rest[:sides], rest[sides : sides + len(ids)]
-        inner = replace(context, sides=tuple(tables), valid=None if context.valid is None else flat[-1])
+        tables, weights = rest[:side_inputs], rest[side_inputs : side_inputs + len(ids)]
+        inner = replace(context, side_inputs=tuple(tables), valid=None if context.valid is None else flat[-1])
         run = Run(inner, replace(state, slots={}, lines={}), executor)
         job = Job(executor, run, region, streams, dict(zip(ids, weights)))
         return RegionFunction.apply(job, Carried.of(run, region), *weights, *streams.values())
 
     samples = tuple(
-        t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
+        t if i >= len(names) + side_inputs and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
         for i, t in enumerate(given)
     )
     recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)

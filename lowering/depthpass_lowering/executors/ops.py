@@ -68,12 +68,12 @@ class Ops:
         cut = spans(c.start, c.count, c.valid, None, region.chunk, region.groups)
         sizes = [span.count for span in cut]
         pieces = self._split(inputs, sizes)
-        sides = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(c.sides, c.side_axes)]
+        side_inputs = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(c.side_inputs, c.side_axes)]
         done: dict[str, list] = {name: [] for name in wanted}
         for i, span in enumerate(cut):
             local = {name: parts[i] for name, parts in pieces.items()}
             masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device, self.program.ahead)
-            tables = [parts[i] for parts in sides]
+            tables = [parts[i] for parts in side_inputs]
             for o in region.program_ops:
                 self.one(o, local, span, masks, tables, keep)
             self.push(region, local, span)
@@ -175,7 +175,7 @@ class Ops:
             self.state.lines[name] = line
         return line
 
-    def op(self, o: Op, args: list[Any], span: Span, masks: Any, sides: Sequence[Tensor], keep: bool) -> Any:
+    def op(self, o: Op, args: list[Any], span: Span, masks: Any, side_inputs: Sequence[Tensor], keep: bool) -> Any:
         definition, kind = OPS[o.kind], o.kind
         if definition.meaning is not None:
             name = definition.scope(o)
@@ -184,7 +184,7 @@ class Ops:
             whole = span.count == self.context.count
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
-            return self._block(o, args[0], span, masks, sides, keep, args[1] if o["memory"] else None)
+            return self._block(o, args[0], span, masks, side_inputs, keep, args[1] if o["memory"] else None)
         if kind == "ffn":
             x, read = args
             return self.host.block(o["index"], FfnVisit(o, self.host, read), x, ())
@@ -213,7 +213,7 @@ class Ops:
         return None
 
     def _block(
-        self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool, memory: Tensor | None = None
+        self, o: Op, x: Tensor, span: Span, masks: Masks, side_inputs, keep: bool, memory: Tensor | None = None
     ) -> Tensor:
         self._check_operands(o)
         if o["past"] is not None and o.name not in self.context.looped:
@@ -222,7 +222,7 @@ class Ops:
         visit.hidden, visit.memory = x, memory
         # Truncated backpropagation: what no gradient reaches is run without recording it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and o.name not in self.program.stopped):
-            y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
+            y = self.host.block(o["index"], visit, x, [side_inputs[s] for s in self.host.side_inputs_of(o["index"])])
         visit.commit()
         return y
 
@@ -238,14 +238,14 @@ class Ops:
         return None if whole else o["window"]
 
     def _routed_block(
-        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
+        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool
     ) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
         self._check_operands(o)
         if route.everything and self._gapless(o, span):
-            return self._block(o, x, span, masks, sides, keep)
+            return self._block(o, x, span, masks, side_inputs, keep)
         used, axes, route = self._tables(o, route)
-        tables = [sides[s] if axis is None else route.table(sides[s], axis) for s, axis in zip(used, axes)]
+        tables = [side_inputs[s] if axis is None else route.table(side_inputs[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.context.read, route)
         visit.factors = self._factors(o)
         if route.rows is None:
@@ -269,25 +269,25 @@ class Ops:
         return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
 
     def _query_routed_block(
-        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
+        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool
     ) -> Tensor:
         """A visit that only the routed tokens ask; keys and values come from every token."""
         self._check_operands(o)
         if route.everything:  # then keys and queries are of one stream
-            return self._block(replace(o, args=o.args[:1]), x, span, masks, sides, keep)
+            return self._block(replace(o, args=o.args[:1]), x, span, masks, side_inputs, keep)
         keep = keep or writes_slot(o) in self.context.read
         if route.count == 0 and not keep:
             return x[:, :0]
         used, axes, route = self._tables(o, route)
         visit = QueryRoutedVisit(o, self.host, self.state, span, masks, keep, route, axes)
         visit.factors = self._factors(o)
-        y = self.host.block(o["index"], visit, x, [sides[s] for s in used])
+        y = self.host.block(o["index"], visit, x, [side_inputs[s] for s in used])
         visit.commit()
         return y
 
     def _tables(self, o: Op, route: Route) -> tuple[tuple[int, ...], list[int | None], Route]:
         """The tables that a block on routed tokens reads, their token axes, and the route on the rows that may run."""
-        used = self.host.sides_of(o["index"])
+        used = self.host.side_inputs_of(o["index"])
         axes = [self.context.side_axes[s] for s in used]
         if 0 in axes:
             raise LoweringError(f"block {o['index']} reads a per-token table without a batch dimension, so its tokens "

@@ -198,9 +198,9 @@ class _Recording(Run):
         self._recall()
         c, parts = self.context, {}
         lowered = lower(c.schedule, "train", step=StepOrder(1, self.program.ops))
-        sides = [[s] * c.count if axis is None else s.split(1, axis) for s, axis in zip(c.sides, c.side_axes)]
+        side_inputs = [[s] * c.count if axis is None else s.split(1, axis) for s, axis in zip(c.side_inputs, c.side_axes)]
         for i, span in enumerate(spans(c.start, c.count, c.valid, None, 1)):
-            self._token(lowered.regions[0], span, [cut[i] for cut in sides])
+            self._token(lowered.regions[0], span, [cut[i] for cut in side_inputs])
             for name, x in self.out.items():
                 parts.setdefault(name, []).append(x)
         for o in c.passing:

@@ -87,8 +87,8 @@ class Scheduled(Executor):
         if grad:
             if carries(run) and (reason := uncarried(run, region)):
                 return reason
-            used = {i for o in region.visits for i in host.sides_of(o["index"])}
-            if any(run.context.sides[i].requires_grad for i in used):
+            used = {i for o in region.visits for i in host.side_inputs_of(o["index"])}
+            if any(run.context.side_inputs[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"
         for o in region.calls:
             if reason := host.refuses_schedule(o["index"]):

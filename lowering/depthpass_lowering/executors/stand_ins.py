@@ -27,9 +27,9 @@ class LeafHost:
         self.host, self.leaf, self.sink = host, leaf, sink
         self.modules: dict[str, nn.Module] = {}
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         template, params = self.host.bound(index)
-        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
+        return visit.run(template, hidden, side_inputs, visit.adapt(template.params, [self.leaf(p) for p in params]))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:

@@ -109,11 +109,12 @@ class JacobiSweep:
         rank = (c.valid.long().cumsum(-1) - c.valid.long())[:, c.start :]
         return Span(c.start + start, count, c.valid[:, c.start :][:, start:end], rank[:, start:end])
 
-    def inner(self, state: State, host=None, sides=None) -> Run:
+    def inner(self, state: State, host=None, side_inputs=None) -> Run:
         """The run on a state of its own; its host and side inputs may be stand-ins."""
         c = self.run.context
         # Keys are kept whole while it is open where the settled chunks end.
-        return Run(replace(c, host=host or c.host, sides=c.sides if sides is None else sides, whole_slots=True), state)
+        tables = c.side_inputs if side_inputs is None else side_inputs
+        return Run(replace(c, host=host or c.host, side_inputs=tables, whole_slots=True), state)
 
     def inject(self, inner: Run, sources: Mapping[str, Tensor], span: Span) -> dict[str, Tensor]:
         """c of a span's tokens from the delay lines and the sources at the span's own tokens."""
@@ -150,7 +151,7 @@ class JacobiSweep:
         start = span.start - context.start
         local = {name: x.narrow(1, start, span.count) for name, x in inputs.items()} | dict(c)
         masks = Masks(span.start, span.count, context.valid_until(span.start + span.count), self.run.hidden.device)
-        tables = [s if axis is None else s.narrow(axis, start, span.count) for s, axis in zip(context.sides, context.side_axes)]
+        tables = context.narrowed(start, span.count)["side_inputs"]
         for o in self.ops:
             if o.name in self.injection:
                 continue

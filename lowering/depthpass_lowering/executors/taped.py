@@ -75,7 +75,7 @@ def _taped(
     fuse_pass(gm, dtype)
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     first, count = graph.opaque, len(graph.streams)
-    at = first + count + len(graph.absents) + len(graph.sides)
+    at = first + count + len(graph.absents) + len(graph.side_inputs)
     inputs, streams = nodes[at : at + len(graph.params)], list(range(first, first + count))
     rest = list(range(at + len(inputs), len(nodes)))
     moving = (*streams, *rest)

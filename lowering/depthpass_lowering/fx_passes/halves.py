@@ -17,7 +17,7 @@ from depthpass_lowering.memo import Once
 @dataclass(frozen=True, eq=False)
 class Halves:
     """Attributes:
-        attention: ``(visit, hidden, *sides, *params)`` -> the block's input plus what its attention adds.
+        attention: ``(visit, hidden, *side_inputs, *params)`` -> the block's input plus what its attention adds.
         ffn: ``(visit, hidden, read, *params)`` -> ``hidden`` plus what the feed-forward branch makes of ``read``.
         beside: whether that branch reads the block's input.
     """

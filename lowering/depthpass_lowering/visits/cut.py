@@ -29,10 +29,10 @@ class Cut:
     """What a visit runs of its block's graph.
 
     Attributes:
-        keys: ``(visit, hidden, *sides, *params)`` -> keys and values of each attention call, then what the rest reads besides;
-            None = the rest computes them as well, or there are none.
-        rest: ``(visit, hidden, *sides, *params, *read)`` -> the block's result. Behind ``keys`` its attention calls pass None for
-            keys and values: the visit knows them.
+        keys: ``(visit, hidden, *side_inputs, *params)`` -> keys and values of each attention call, then what the rest reads
+            besides; None = the rest computes them as well, or there are none.
+        rest: ``(visit, hidden, *side_inputs, *params, *read)`` -> the block's result. Behind ``keys`` its attention calls pass
+            None for keys and values: the visit knows them.
         axes: token axis of each value that the rest reads of the first.
     """
 
@@ -72,7 +72,7 @@ def block_facts(host: Host, index: int) -> BlockFacts:
     """What lowering has to know of a block of a host."""
     if host.captured is None:  # blocks that are functions, as those of constructions are
         return UNKNOWN
-    template, numbers = host.captured.blocks[index].template, host.sides_of(index)
+    template, numbers = host.captured.blocks[index].template, host.side_inputs_of(index)
     return BlockFacts(
         {part: tuple(numbers[i] for i in places) for part, places in _sides(template).items()}, uncut(template.graph)
     )
@@ -83,7 +83,7 @@ def _sides(template: Template) -> dict[str, tuple[int, ...]]:
     """Places of the side inputs that each part of a block reads."""
     nodes = list(template.graph.graph.nodes)
     attends = [n for n in nodes if n.target is calls.attend]
-    tables = [n for n in nodes if n.op == "placeholder"][2 : 2 + template.sides]
+    tables = [n for n in nodes if n.op == "placeholder"][2 : 2 + template.side_inputs]
     parts = {
         "keys": _needed([a for n in attends for a in n.args[3:5]]),
         "attend": _needed([a for n in attends for a in n.all_input_nodes if a not in n.args[3:5]], stop=set(attends)),

@@ -57,7 +57,7 @@ class FfnVisit:
     def __init__(self, op: Op, host: Host, read: Tensor):
         self.op, self.host, self.index, self.read = op, host, op["index"], read
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         graph = graph_of(template, self.op)
         return (runner or (lambda graph: graph))(graph)(self, hidden, self.read.to(hidden.device), *params)
 

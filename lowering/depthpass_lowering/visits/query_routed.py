@@ -40,15 +40,15 @@ class QueryRoutedVisit(RunningVisit):
         """What belongs to the rows that ask."""
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         """``[batch, tokens, width]`` of every token -> ``[batch, k, width]`` of the asking ones."""
         runner = runner or (lambda graph: graph)
         cut = cut_for(self.op, self.graph(template))
         assert cut.keys is not None, "a visit that routes its queries has keys of its own"
         if not self.keep:
-            hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(sides, self.axes)]
+            hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(side_inputs, self.axes)]
         else:
-            hidden_keys, sides_keys = hidden, sides
+            hidden_keys, sides_keys = hidden, side_inputs
         self.asking = False
         found = runner(cut.keys)(self, hidden_keys, *sides_keys, *params)
         read = found[2 * len(self.sites) :]
@@ -56,7 +56,7 @@ class QueryRoutedVisit(RunningVisit):
         asks = self.route.gather(hidden)
         if self.route.count == 0:
             return asks
-        tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(sides, self.axes)]
+        tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(side_inputs, self.axes)]
         route = self.route if self.keep or self.rows is None else self._active()
         read = [route.table(t, axis) for t, axis in zip(read, cut.axes)]
         self.asking = True

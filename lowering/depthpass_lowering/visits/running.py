@@ -62,15 +62,15 @@ class RunningVisit:
         """Whether the visit has keys of its own."""
         return writes_slot(self.op) is not None
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
         runner = runner or (lambda graph: graph)
         cut = cut_for(self.op, self.graph(template))
         if cut.keys is not None:
             source = hidden if self.memory is None else self.memory.to(hidden.device)
-            found = runner(cut.keys)(self, source, *sides, *params)
+            found = runner(cut.keys)(self, source, *side_inputs, *params)
             self.given = {i: (found[2 * i], found[2 * i + 1]) for i in range(len(self.sites))}
-        return runner(cut.rest)(self, hidden, *sides, *params)
+        return runner(cut.rest)(self, hidden, *side_inputs, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if self.given is not None:
