@@ -28,15 +28,15 @@ class Visited:
 
     Attributes:
         stream: ``[batch, tokens, width]``.
-        made: keys and values by attention call; None = no cache was asked for.
+        extended: keys and values by attention call; None = no cache was asked for.
     """
 
     stream: Tensor
-    made: dict[int, Grown] | None
+    extended: dict[int, Grown] | None
 
     @property
     def nbytes(self) -> int:
-        kept = (self.made or {}).values()
+        kept = (self.extended or {}).values()
         return self.stream.nbytes + sum(k.nbytes + v.nbytes for k, v, _ in kept)
 
 
@@ -124,10 +124,10 @@ class Prefix:
         if found is None:
             memo.ran += 1
             stream = run()
-            memo.put(self._key(self.place), Visited(stream, dict(visit.made) if self.keep else None))
+            memo.put(self._key(self.place), Visited(stream, dict(visit.extended) if self.keep else None))
             return stream
         if self.keep:
-            visit.made = dict(found.made or {})
+            visit.extended = dict(found.extended or {})
         return found.stream
 
 

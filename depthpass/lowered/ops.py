@@ -106,25 +106,25 @@ def items_of(ops: Sequence[LoweredOp]) -> tuple[Op | Stack, ...]:
     block, so that hooks and wrappers around a stock module see it once. Which of the block's graphs run in it is decided by
     :func:`of_one_stream`.
     """
-    found: list[Op | Stack] = []
+    items: list[Op | Stack] = []
     parts: dict[str, list[LoweredOp]] = {}
     rows: dict[int, list[Op]] = {}
     for o in ops:
         if o.visit is None:
-            found.append(o.op)
+            items.append(o.op)
             continue
         parts.setdefault(o.visit, []).append(o)
         if o.name != o.visit:  # its last part has its name
             continue
         visit = joined(parts[o.visit])
         if o.row is None:
-            found.append(visit)
+            items.append(visit)
             continue
         members = rows.setdefault(o.row, [])
         members.append(visit)
         if len(members) == sum(p.row == o.row and p.name == p.visit for p in ops):
-            found.append(Stack(tuple(members)))
-    return tuple(found)
+            items.append(Stack(tuple(members)))
+    return tuple(items)
 
 
 def joined(parts: Sequence[LoweredOp]) -> Op:

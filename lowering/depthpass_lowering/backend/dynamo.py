@@ -188,17 +188,17 @@ class _Compiled:
             InputError: an input runs over the tokens in a way that cannot be cut into sequences.
         """
         c, (batch, count) = self.captured, packing.starts.shape
-        found = {}
+        cut = {}
         for name in dict.fromkeys((*c.capture.prologue.inputs, c.tokens[0])):
             x = inputs[name]
             if x.dim() > 1 and x.shape[1] == count and x.shape[0] in (1, batch):
-                found[name] = rows.take(x.expand(batch, *x.shape[1:]))
+                cut[name] = rows.take(x.expand(batch, *x.shape[1:]))
             elif count in x.shape:
                 raise InputError(f"{c.labels[name]}: expected shape {(batch, count)} in a call with packed rows ("
                                  f"{c.labels[c.positions]} restarts), got {tuple(x.shape)}. Put one sequence in each row.")
             else:
-                found[name] = x
-        return found
+                cut[name] = x
+        return cut
 
     def _runner(self, gm: fx.GraphModule) -> Callable:
         if gm not in self.runners:

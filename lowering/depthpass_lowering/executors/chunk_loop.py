@@ -332,7 +332,6 @@ class _BufferedVisit(RunningVisit):
         self.op, self.host, self.job, self.span, self.masks = op, host, job, span, masks
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
-        self.made = {}
         self.hidden = None
 
     def enter(self, hidden: Tensor) -> Tensor:

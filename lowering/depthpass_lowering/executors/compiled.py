@@ -72,10 +72,10 @@ def compiled_whole(gm: fx.GraphModule) -> Segmented:
 def shared_segment(gm: fx.GraphModule) -> Segment:
     """The segment of a graph; one for all graphs of the same structure."""
     key = structure(gm)
-    found = _SEGMENTS.get(key)
-    if found is None:
-        found = _SEGMENTS[key] = Segment(gm)
-    return found
+    segment = _SEGMENTS.get(key)
+    if segment is None:
+        segment = _SEGMENTS[key] = Segment(gm)
+    return segment
 
 
 def structure(gm: fx.GraphModule) -> tuple:

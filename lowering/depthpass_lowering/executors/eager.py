@@ -100,13 +100,13 @@ class Run(Ops):
         captured = self.host.captured
         key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
         kept = schedule.lowered
-        found = kept.get(key)
-        if found is None:
+        entry = kept.get(key)
+        if entry is None:
             while len(kept) >= MOST:
                 kept.pop(next(iter(kept)), None)
             # The capture is kept, so that its id stays its own.
-            found = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, facts), captured
-        return found[0]
+            entry = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, facts), captured
+        return entry[0]
 
     def _region(self, region: LoweredRegion) -> None:
         if region.kind == "step":
@@ -177,9 +177,9 @@ class Run(Ops):
         stacked.commit()
         return y
 
-    def _stacked_side(self, number: int, count: int, made: dict) -> Tensor:
+    def _stacked_side(self, number: int, count: int, tables: dict) -> Tensor:
         """A table for the rows of a stack; one without a batch dimension, or with one row for all, serves as it is."""
-        if (number, count) not in made:
+        if (number, count) not in tables:
             t, whole = self.context.side_inputs[number], self.context.side_axes[number] in (0, None)
-            made[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
-        return made[number, count]
+            tables[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
+        return tables[number, count]

@@ -48,13 +48,13 @@ class Pool:
         """Losses by name before their coefficients, and the sum of all with them; None = not computed."""
         if not self.asked:
             return None
-        found: dict[str, Tensor] = {}
+        losses: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         for (name, _), (o, sums) in self.sums.items():
             value = value_of(o["rule"], sums)
-            found[name] = found.get(name, 0) + value
+            losses[name] = losses.get(name, 0) + value
             total = total + o["coefficient"] * value
-        return found, total
+        return losses, total
 
 
 def sums_of(rule: str, score: Tensor, taken: Tensor | None, among: Tensor | None) -> Tensor:

@@ -158,14 +158,14 @@ class Ops:
 
     def _joined(self, done: dict[str, list[Tensor]]) -> dict[str, Any]:
         """Values over all new tokens from their spans' parts."""
-        found = {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
-        routes = {name: Route.of(x) for name, x in found.items() if self.types[name].is_route}
-        for name, x in found.items():
+        values = {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
+        routes = {name: Route.of(x) for name, x in values.items() if self.types[name].is_route}
+        for name, x in values.items():
             route = self.types[name].tokens
             if route is not None:
                 known: Any = routes.get(route) or self.env[route]
-                found[name] = known.gather(x)
-        return found | routes
+                values[name] = known.gather(x)
+        return values | routes
 
     def line(self, name: str, tokens: int) -> Tensor:
         """A delay line; zeros before the first token."""
@@ -306,8 +306,8 @@ class Ops:
             return None
         if o.name not in self.factors:
             make = self.host.module(o["modulate"])
-            made = make() if o["clock"] is None else make(self.host.module(o["clock"])(o["step"]))
-            gate_a, gate_m, scale_a, scale_m = made.unbind(0)
+            factors = make() if o["clock"] is None else make(self.host.module(o["clock"])(o["step"]))
+            gate_a, gate_m, scale_a, scale_m = factors.unbind(0)
             self.factors[o.name] = {
                 "gate_attention": o["base"] + gate_a, "gate_mlp": o["base"] + gate_m,
                 "read_attention": 1.0 + scale_a, "read_mlp": 1.0 + scale_m,
@@ -338,11 +338,11 @@ class Ops:
         self.host.pool.loss((o["name"], place), o, sums)
 
     def _logits(self, o: Op, normed: Tensor) -> Tensor:
-        found = self.host.logits(normed)
-        if found.shape[-1] != o["width"]:
+        logits = self.host.logits(normed)
+        if logits.shape[-1] != o["width"]:
             raise LoweringError(f"%{o.name} = logits: expected a vocabulary of {o['width']}, got logits of "
-                                f"{found.shape[-1]}. Transform the model again after its vocabulary was resized.")
-        return found
+                                f"{logits.shape[-1]}. Transform the model again after its vocabulary was resized.")
+        return logits
 
     def _noise(self, o: Op, span: Span) -> Tensor:
         width = o["width"] or self.program.width
@@ -358,7 +358,7 @@ class Ops:
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:
         """Sum; a summand that is absent where the result is present adds nothing there."""
-        base, found = self.types[o.name].absent, []
+        base, summands = self.types[o.name].absent, []
         order = sorted(range(len(args)), key=lambda i: self.types[o.args[i]].absent > base)
         for i in order:
             x, absent = args[i], self.types[o.args[i]].absent
@@ -367,5 +367,5 @@ class Ops:
                 if present is not True:
                     mask = present if isinstance(present, Tensor) else torch.zeros(1, span.count, dtype=torch.bool)
                     x = torch.where(mask.to(x.device)[..., None], x, x.new_zeros(()))
-            found.append(x)
-        return functools.reduce(torch.add, found)
+            summands.append(x)
+        return functools.reduce(torch.add, summands)

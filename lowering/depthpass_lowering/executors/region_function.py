@@ -123,15 +123,15 @@ class RegionFunction(torch.autograd.Function):
                     sum_.add_(g)
         pairs = [(o, g) for o, g in zip(outs, grads) if o.requires_grad and g is not None]
         pairs += [(token, torch.zeros_like(token)) for token in tokens]
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [o for o, _ in pairs], [*leaves.values(), *sources], [g for _, g in pairs], allow_unused=True
         )
         sunk = sink.finish()
         weights = []
-        for leaf, g in zip(leaves.values(), found):
+        for leaf, g in zip(leaves.values(), gradients):
             extra = sunk.get(id(leaf))
             weights.append(g if extra is None else extra if g is None else g + extra)
-        return (None, None, *weights, *found[len(leaves) :], *(_earlier(b, side) for b, side in ctx.before))
+        return (None, None, *weights, *gradients[len(leaves) :], *(_earlier(b, side) for b, side in ctx.before))
 
 
 def _earlier(buffer: Buffer, side: int) -> Tensor:

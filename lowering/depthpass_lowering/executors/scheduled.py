@@ -60,9 +60,9 @@ class Scheduled(Executor):
         note(run, region, region.level, region.reason, recomputed=recomputes(run.host, region), padded=self.padding(run, region))
         if not torch.is_grad_enabled():
             job = Job(self, run, region, inputs, {})
-            found = job.loop(inputs)
+            streams = job.loop(inputs)
             job.store()
-            return found
+            return streams
         return self.trained(run, region, inputs)
 
     def padding(self, run: Run, region: LoweredRegion) -> int:

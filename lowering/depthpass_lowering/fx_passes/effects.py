@@ -22,11 +22,11 @@ def keeps(node: fx.Node) -> bool:
 
 def reached(ends: Iterable[fx.Node], before: Callable[[fx.Node], Iterable[fx.Node]]) -> set[fx.Node]:
     """The ends, what comes before them, and so on."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     todo = list(ends)
     while todo:
         n = todo.pop()
-        if n not in found:
-            found.add(n)
+        if n not in nodes:
+            nodes.add(n)
             todo += before(n)
-    return found
+    return nodes

@@ -56,8 +56,8 @@ def _ffn(gm: fx.GraphModule, mlp: Branch, params: int) -> fx.GraphModule:
     given = [n for n in nodes if n.op == "placeholder"]
     visit, hidden = graph.placeholder("visit"), graph.placeholder("hidden")
     read = graph.placeholder("read")
-    for made in (hidden, read):
-        made.meta = dict(given[1].meta)
+    for stream in (hidden, read):
+        stream.meta = dict(given[1].meta)
     env = {given[0]: visit, given[1]: hidden}
     env |= {n: graph.node_copy(n) for n in given[len(given) - params :]} | {mlp.source: read}
     inside = reached([mlp.result], lambda n: () if n is mlp.source else n.all_input_nodes)
@@ -79,12 +79,12 @@ def _shaped(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
     sizes = [graph.call_function(torch.ops.aten.sym_size.int, (like, d)) for d in (0, 1)]
     for d, size in enumerate(sizes):
         size.meta = {"val": like.meta["val"].shape[d]}
-    made = graph.call_function(torch.ops.aten.reshape.default, (x, [*sizes, x.meta["val"].shape[-1]]))
-    made.meta = dict(like.meta)
-    return made
+    shaped = graph.call_function(torch.ops.aten.reshape.default, (x, [*sizes, x.meta["val"].shape[-1]]))
+    shaped.meta = dict(like.meta)
+    return shaped
 
 
 def _made(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    made = fx.GraphModule(gm, graph)
-    made.graph.lint()
-    return made
+    module = fx.GraphModule(gm, graph)
+    module.graph.lint()
+    return module

@@ -85,9 +85,9 @@ def modulate_pass(gm: fx.GraphModule) -> fx.GraphModule:
             scaled.meta = dict(value.meta)
             for user in users:
                 user.replace_input_with(value, scaled)
-    made = fx.GraphModule(gm, graph)
-    made.graph.lint()
-    return made
+    module = fx.GraphModule(gm, graph)
+    module.graph.lint()
+    return module
 
 
 def branches(graph: fx.Graph) -> tuple[Branch, Branch]:
@@ -104,12 +104,12 @@ def branches(graph: fx.Graph) -> tuple[Branch, Branch]:
         raise LoweringError("expected its result to be its input plus residual branches, got "
                             f"{_name(end)} (a norm after the sum, or no residual stream).")
     streams = {hidden, *(total for total, _ in chain)}
-    found: list[tuple[fx.Node, fx.Node]] = []
+    summands: list[tuple[fx.Node, fx.Node]] = []
     for total, summand in chain:
         parts = _parts(summand, streams, data)
-        found += [(part, total if part is summand else summand) for part in parts]
-    attention = [pair for pair in found if _attends(pair[0], streams, data)]
-    rest = [pair for pair in found if pair not in attention]
+        summands += [(part, total if part is summand else summand) for part in parts]
+    attention = [pair for pair in summands if _attends(pair[0], streams, data)]
+    rest = [pair for pair in summands if pair not in attention]
     if len(attention) != 1 or len(rest) != 1:
         raise LoweringError(
             f"expected one residual branch with attention and one without, got {len(attention)} and {len(rest)}."
@@ -122,12 +122,12 @@ def branches(graph: fx.Graph) -> tuple[Branch, Branch]:
 
 def _data(graph: fx.Graph, hidden: fx.Node) -> set[fx.Node]:
     """Values that are computed from the hidden stream, sizes left out."""
-    found = {hidden}
+    data = {hidden}
     for node in graph.nodes:
         sized = node.target is aten.sym_size.int
-        if node.op == "call_function" and not sized and any(a in found for a in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op == "call_function" and not sized and any(a in data for a in node.all_input_nodes):
+            data.add(node)
+    return data
 
 
 def _chain(node: object, hidden: fx.Node, data: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]] | None:
@@ -190,13 +190,13 @@ def _branch(result: fx.Node, adder: fx.Node, streams: set[fx.Node], data: set[fx
 
 def _first_products(source: fx.Node, region: set[fx.Node]) -> list[fx.Node]:
     """Products of the region that no other product comes before."""
-    found, seen, open_ = [], set(), [source]
+    first, seen, open_ = [], set(), [source]
     while open_:
         for user in open_.pop().users:
             if user in region and user not in seen:
                 seen.add(user)
-                (found if user.target in _PRODUCTS else open_).append(user)
-    return found
+                (first if user.target in _PRODUCTS else open_).append(user)
+    return first
 
 
 def _dominators(node: fx.Node, source: fx.Node, immediate: dict[fx.Node, fx.Node]) -> list[fx.Node]:

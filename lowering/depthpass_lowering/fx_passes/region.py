@@ -247,8 +247,8 @@ class _Builder:
             memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
         rest = [*(self.tables[s] for s in self.host.side_inputs_of(o["index"])), *params]
         cut = cut_for(o, graph_of(template, o))
-        made = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
-        y = self._inline(cut.rest, (visit, hidden, *rest), made)
+        keys = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
+        y = self._inline(cut.rest, (visit, hidden, *rest), keys)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
 
     def _ffn(self, o: Op, *streams: fx.Node) -> fx.Node:
@@ -294,6 +294,6 @@ class _Builder:
         for known, held in self.root.items():
             if held is value:
                 return known
-        made = f"held_{len(self.root)}"
-        self.root[made] = value
-        return made
+        fresh = f"held_{len(self.root)}"
+        self.root[fresh] = value
+        return fresh

@@ -96,15 +96,15 @@ def _sides(template: Template) -> dict[str, tuple[int, ...]]:
 def _cut(root: fx.GraphModule, shared: bool) -> Cut:
     nodes = list(root.graph.nodes)
     attends = sorted((n for n in nodes if n.target is calls.attend), key=lambda n: n.args[1])
-    made = [a for n in attends for a in n.args[3:5]]
+    keys_values = [a for n in attends for a in n.args[3:5]]
     keys, rest = fx.Graph(), fx.Graph()
-    first = _needed(made)
+    first = _needed(keys_values)
     read = _border(nodes, first) if shared else []
     env: dict[fx.Node, Any] = {}
     for n in nodes:
         if n.op == "placeholder" or n in first or n in read:
             env[n] = keys.node_copy(n, env.__getitem__)
-    keys.output(tuple(env[a] for a in (*made, *read)))
+    keys.output(tuple(env[a] for a in (*keys_values, *read)))
     second = _needed(list(nodes[-1].all_input_nodes), set(read), {n: n.args[3:5] for n in attends})
     env = {n: rest.node_copy(n) for n in nodes if n.op == "placeholder"}
     for n in read:
@@ -135,13 +135,13 @@ def _border(nodes: list[fx.Node], first: set[fx.Node]) -> list[fx.Node]:
     inside = set(first)
     # Parts of a tuple belong where the tuple is made.
     inside |= {n for n in nodes if n.target is operator.getitem and n.args[0] in inside}
-    found = []
+    border = []
     for n in nodes:
         if n in inside and n in from_hidden and n.op != "placeholder" and isinstance(n.meta["val"], Tensor):
             read = any(u not in inside and (u.target is not calls.attend or u.args[2] is n) for u in n.users)
             if read and _axis(nodes, n) is not None:
-                found.append(n)
-    return found
+                border.append(n)
+    return border
 
 
 def _axis(nodes: list[fx.Node], n: fx.Node) -> int | None:
@@ -149,8 +149,8 @@ def _axis(nodes: list[fx.Node], n: fx.Node) -> int | None:
     hidden = next(h for h in nodes if h.op == "placeholder" and h.name == "hidden").meta["val"]
     batch, tokens = hidden.shape[:2]
     shape = n.meta["val"].shape
-    found = [d for d, s in enumerate(shape) if d and _same(s, tokens)]
-    return found[0] if len(found) == 1 and _same(shape[0], batch) else None
+    axes = [d for d, s in enumerate(shape) if d and _same(s, tokens)]
+    return axes[0] if len(axes) == 1 and _same(shape[0], batch) else None
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -29,8 +29,8 @@ def graph_of(template: Template, o: Op) -> fx.GraphModule:
                                 "modulated visits.") from None
     if o.kind == "block" and o["part"] == "whole":
         return template.graph
-    found = _halves_of(template, o)
-    return found.attention if o.kind == "block" else found.ffn
+    both = _halves_of(template, o)
+    return both.attention if o.kind == "block" else both.ffn
 
 
 def beside(template: Template, o: Op) -> bool:

@@ -50,9 +50,9 @@ class QueryRoutedVisit(RunningVisit):
         else:
             hidden_keys, sides_keys = hidden, side_inputs
         self.asking = False
-        found = runner(cut.keys)(self, hidden_keys, *sides_keys, *params)
-        read = found[2 * len(self.sites) :]
-        self.given = {i: (found[2 * i].contiguous(), found[2 * i + 1].contiguous()) for i in range(len(self.sites))}
+        values = runner(cut.keys)(self, hidden_keys, *sides_keys, *params)
+        read = values[2 * len(self.sites) :]
+        self.given = {i: (values[2 * i].contiguous(), values[2 * i + 1].contiguous()) for i in range(len(self.sites))}
         asks = self.route.gather(hidden)
         if self.route.count == 0:
             return asks
@@ -102,7 +102,7 @@ class QueryRoutedVisit(RunningVisit):
         )
 
     def commit(self) -> None:
-        if self.keep and not self.made:  # nobody asked, but later tokens will see this span
+        if self.keep and not self.extended:  # nobody asked, but later tokens will see this span
             for number, (k, v) in self.given.items():
                 self.extend(number, k, v)
         self.given = {}
