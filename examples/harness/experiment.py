@@ -132,8 +132,11 @@ class Runner:
         done = train(model, problem, plan, lr, seed, device=device, tick=tick, **budget)
         if hasattr(tick, "close"):
             tick.close()
+        measures = experiment.measure(model, c, arm)
+        if c.get("targets"):
+            measures["flops_to"] = {str(loss): done.flops_to(loss) for loss in c.targets}
         return {
-            "measures": experiment.measure(model, c, arm), "steps": done.steps, "seconds": round(done.seconds, 2),
+            "measures": measures, "steps": done.steps, "seconds": round(done.seconds, 2),
             "flops": done.flops, "step_ms": done.step_ms, "length": done.length, "curve": done.curve,
             "costs": costs(model, plan.length), **conditions(device),
         }

@@ -44,6 +44,13 @@ def curves(axes: Any, summary: Summary, column: int, *, against: int = 0) -> Non
                       linestyle="--" if arm.control else "-", linewidth=0.9, alpha=0.75)
 
 
+def legend(axes: Any, summary: Summary) -> None:
+    """Names of the arms in the colours of :func:`curves`."""
+    for i, arm in enumerate(summary.arms):
+        axes.plot([], [], color=COLOURS[i % len(COLOURS)], linestyle="--" if arm.control else "-", label=arm.name)
+    axes.legend(fontsize=7, frameon=False)
+
+
 def save(summary: Summary, experiment: Experiment, path: Path) -> None:
     import matplotlib
 

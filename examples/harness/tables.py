@@ -28,7 +28,8 @@ def results(summary: Summary, experiment: Experiment) -> list[list[str]]:
         for column in columns.values():
             path, form = (column, experiment.form) if isinstance(column, str) else column
             held = [v for r in runs if (v := _get(r, path)) is not None]
-            cells.append(written(held, form) if held else "-")
+            some = "" if len(held) in (0, len(runs)) else f", {len(held)} of {len(runs)} seeds"
+            cells.append(written(held, form) + some if held else "-")
         tried = ", ".join(f"{lr:g}" for lr in sorted(summary.sweep[arm.name]))
         found.append([arm.name, f"{runs[0]['lr']:g} ({tried})", *cells])
     return found
