@@ -59,7 +59,8 @@ def draw(figure, summary) -> None:
     left, right = figure.subplots(1, 2)
     plots.curves(left, summary, 2, against=1)
     plots.legend(left, summary)
-    left.set(xlabel="training FLOPs", ylabel="loss of the batch", yscale="log", title=f"{c.hops}-hop induction, {c.times} iterations")
+    left.set(xlabel="training FLOPs", ylabel="loss of the batch", yscale="log",
+             title=f"{c.hops}-hop induction, {c.times} iterations")
     plots.band(right, summary, {a.name: {t: f"times.{t}.accuracy" for t in c.test_times} for a in summary.arms})
     right.axvline(c.times, color="gray", linestyle=":", linewidth=1)
     right.set(xlabel="iterations at test time (dotted: trained)", ylabel="accuracy", title="more and fewer loops than trained")

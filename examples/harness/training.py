@@ -42,7 +42,7 @@ class Outcome:
 
     def flops_to(self, loss: float) -> float | None:
         """FLOPs after which a batch of the curve was first at a loss or below; None = never."""
-        return next((flops for _, flops, l, _, _ in self.curve if l <= loss), None)
+        return next((flops for _, flops, at, _, _ in self.curve if at <= loss), None)
 
 
 @dataclass
