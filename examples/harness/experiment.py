@@ -185,7 +185,8 @@ class Runner:
         runs = [r for r in self.store.records() if r["arm"] == other.name and r["seed"] == seed
                 and r["settings"] == self.fingerprint(other)]
         if not runs:
-            raise RuntimeError(f"{arm.name}: expected finished runs of {other.name!r}, seed {seed}. Run that arm first.")
+            raise ValueError(f"{arm.name}: expected finished runs of {other.name!r}, seed {seed}, whose {arm.by} it takes. Run "
+                             f"that arm first, or both with --arms.")
         best = max(runs, key=lambda r: r["measures"]["score"])
         return {"seconds": best["seconds"]} if arm.by == "seconds" else {"flops": best["flops"]}
 
