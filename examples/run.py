@@ -43,6 +43,16 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"examples.experiments.{name}").EXPERIMENT
 
 
+def kept(name: str) -> str:
+    """What the kept result took, if there is one."""
+    file = ROOT / "docs" / "results" / f"{name}.json"
+    if not file.exists():
+        return ""
+    held = json.loads(file.read_text(encoding="utf-8"))
+    date = max(r["date"] for r in held["runs"])
+    return f" [kept: {date}" + (f", {held['minutes']:.0f} CPU minutes]" if "minutes" in held else "]")
+
+
 class Bars:
     """A progress bar for each run, gone when it is done."""
 
@@ -126,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.name == "list":
         for name in names():
-            print(f"{name:<14}{load(name).title}")
+            print(f"{name:<17}{load(name).title}{kept(name)}")
         return 0
     word = args.name if args.name in ("show", "publish") else None
     wanted = args.more if word else [args.name, *args.more]
