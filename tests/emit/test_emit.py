@@ -135,8 +135,8 @@ def test_weights_are_stored_once_and_again(tmp_path):
     assert torch.equal(again(**BATCH).logits, made(**BATCH).logits)
 
 
-@pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], dp.FeedbackTransformer(start=2), CASES["olmo"], CASES["glm4"]],
-                         ids=["turboconn", "plt", "feedback", "mor", "exit"])
+@pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], dp.FeedbackTransformer(start=2), CASES["olmo"],
+                                  CASES["glm4"]], ids=["turboconn", "plt", "feedback", "mor", "exit"])
 @pytest.mark.filterwarnings("ignore:emit. the losses that train routers")
 def test_caches_of_transformers(spec, tmp_path):
     model = transformed("llama", spec)
