@@ -15,7 +15,7 @@ from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call
-from depthpass.log import working
+from depthpass.log import fallback, working
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
@@ -44,7 +44,10 @@ def advance_token(
         LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
     """
     runtime = model._depth
-    if runtime.lowering not in ("inductor", "cudagraph") or not _is_step(call, state):
+    if runtime.lowering not in ("inductor", "cudagraph") or not _is_token(call, state):
+        return None
+    if reason := _exempt(call):
+        fallback(f"lowering={runtime.lowering!r} decodes a token uncompiled, because {reason}", asked=True)
         return None
     if reason := refusal_of(model, plan, captured, state):
         raise LoweringError(
@@ -105,17 +108,20 @@ def _recorder(device: torch.device) -> type[GraphedStep]:
     return graphed_token.GraphedStep
 
 
-def _is_step(call: Call, state: State) -> bool:
+def _is_token(call: Call, state: State) -> bool:
     """Whether a call is one token of every row behind a cache, without gradients."""
     tokens = next(iter(call.tensors.values()))
-    if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1:
-        return False
+    return not (torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1)
+
+
+def _exempt(call: Call) -> str | None:
+    """What of a token's call is no step's, or None."""
     if call.cache is not None and call.cache.residual_bits is not None:
-        return False
-    if not set(call.tensors) <= {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}:
-        return False
+        return "the cache keeps residuals of few bits"
+    if more := sorted(set(call.tensors) - {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}):
+        return f"the call has {', '.join(more)}"
     # A token that is padding in some row leaves that row's delay lines as they are.
-    return call.valid is None or bool(call.valid[:, -1].all())
+    return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in the place of the token"
 
 
 def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthpass.log import fallback
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.chunk_loop import Job, recomputes
@@ -51,7 +52,9 @@ class Graphed(Compiled):
         level, reason = super().level(run, region)
         if level != self.name or torch.is_grad_enabled():
             return level, reason
-        return "inductor", "passes without gradients are not recorded"
+        reason = "passes without gradients are not recorded"
+        fallback(f"a pass under lowering='cudagraph' runs compiled chunks one by one (level 'inductor'): {reason}", asked=False)
+        return "inductor", reason
 
     def padding(self, run: Run, region: LoweredRegion) -> int:
         return bucket(run.context.count, region.size) - run.context.count if region.level == self.name else 0

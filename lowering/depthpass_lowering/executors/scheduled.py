@@ -16,6 +16,7 @@ from torch import Tensor
 
 from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
+from depthpass.log import fallback
 from depthpass.lowered.build import unschedulable_ops
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
@@ -48,7 +49,10 @@ class Scheduled(Executor):
             raise LoweringError(
                 f"lowering {self.name!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
             )
-        if reason is None and run.context.count <= region.size and not (self.compiled and torch.is_grad_enabled()):
+        if reason is not None:
+            blocks = ", ".join(str(o["index"]) for o in region.calls)
+            fallback(f"the token loop of blocks {blocks} runs op by op (level 'eager'), because {reason}", asked=self.compiled)
+        elif run.context.count <= region.size and not (self.compiled and torch.is_grad_enabled()):
             # Nothing recurs: the stock graphs as they are, to their bits; without gradients the eager level writes in place, too.
             reason = "one chunk" if torch.is_grad_enabled() else "one chunk without gradients"
         return (self.name, None) if reason is None else ("eager", reason)

@@ -18,6 +18,7 @@ from torch import Tensor
 from depthpass.analysis.dependence import back_delays
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
+from depthpass.log import fallback
 from depthpass.lowered.program import LoweredRegion
 from depthpass.prompt import at_prompt
 from depthpass.schedule.fixed_point import FixedPoint
@@ -258,6 +259,8 @@ class Solver:
                 self.ratios.append(now / before)
             if self.settled < self.count and (reason := self._gives_up(now)):
                 record.reason, record.sequential = reason, -(-(self.count - self.settled) // self.chunk)
+                fallback(f"schedule 'fixed_point' went on in the token loop: {reason}; outputs.sweeps tells of every call",
+                         asked=True)
                 break
             previous = changes[good:]
         record.rate = geometric_mean(self.ratios)
