@@ -176,8 +176,8 @@ def live_tensors(model: DepthModel, plan: Plan, captured: Capture) -> list[Tenso
 class _StepHost(StockHost):
     """Runs a step that is being traced: parameters are the trace's inputs, columns a tensor."""
 
-    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
-        super().__init__(model, captured, sides)
+    def __init__(self, model: DepthModel, captured: Capture, leaves: dict[int, Tensor], at: Tensor):
+        super().__init__(model, captured, ())
         self.leaves, self.at, self.training, self.runner = leaves, at, False, direct
         self.stand_ins: dict[str, nn.Module] = {}
 
@@ -187,9 +187,9 @@ class _StepHost(StockHost):
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         return [self.leaf(t) for t in super().tensors(owner, module)]
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return visit.run(template, hidden, sides, visit.adapt(template.params, params))
+        return visit.run(template, hidden, side_inputs, visit.adapt(template.params, params))
 
     def module(self, name: str) -> nn.Module:
         return self._stand_in(f"/{name}", super().module(name))
@@ -234,11 +234,11 @@ def compile_step(
         state_lines = {n: next(left) for n in lines}
         held = rooms.like([next(left) for _ in rooms.tensors()])
         leaves = {id(w): t for w, t in zip(weights, left, strict=True)}
-        host = _StepHost(model, captured, (), leaves, at)
-        hidden, *sides = host.part(captured.prologue, tensors, visit=host)
-        host.extras = sides
+        host = _StepHost(model, captured, leaves, at)
+        hidden, *side_inputs = host.part(captured.prologue, tensors, visit=host)
+        host.extras = side_inputs
         context = CallContext(
-            plan.schedule, host, hidden, tuple(sides), tuple(captured.side_axes), valid, True, plan.types
+            plan.schedule, host, hidden, tuple(side_inputs), tuple(captured.side_axes), valid, True, plan.types
         )
         ran = StepRun(context, held, state_lines, at, rank).run()
         out, state = ran.streams, ran.state
