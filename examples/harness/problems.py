@@ -129,21 +129,27 @@ def hop_labels(ids: Tensor, hops: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Addition:
-    """Two numbers, least digits first; token i is a pair of digits, label i the digit of the sum."""
+    """A start token, then two numbers, least digits first: a token is a pair of digits, its label the digit of the sum.
+
+    Without the start token a model that attends to equal tokens alone cannot tell 1 + 1 from 11 + 11 in base 2.
+    """
 
     base: int = 2
 
     @property
     def vocabulary(self) -> int:
-        return self.base**2
+        return self.base**2 + 1
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
         pairs = torch.randint(self.base, (rows, length, 2), generator=generator)
+        pairs[:, 0] = 0
         labels, carry = torch.empty(rows, length, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
         for i in range(length):
             total = pairs[:, i].sum(-1) + carry
             labels[:, i], carry = total % self.base, total // self.base
-        return pairs[..., 0] * self.base + pairs[..., 1], labels
+        ids = pairs[..., 0] * self.base + pairs[..., 1]
+        ids[:, 0] = self.base**2
+        return ids, labels
 
 
 @dataclass(frozen=True)
