@@ -7,6 +7,7 @@ stands one that was trained as a loop, its visits as blocks: blocks that have le
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -38,7 +39,9 @@ def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     device, problem = c.get("device", "cpu"), PHop(c.hops, c.alphabet)
     made: dict[str, Any] = {"score": measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)["accuracy"]}
     # A search begins with every block once, in order: of a loop its visits as blocks.
-    base = model if arm.spec is None else dp.materialize(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="materialize")  # that they hold copies of the weights
+        base = model if arm.spec is None else dp.materialize(model)
     for method, space in c.methods:
         found = dp.search(base, samples(problem, c.samples, c.train.length, 11), method=method, space=space,
                           score="greedy_match", budget=c.budget)

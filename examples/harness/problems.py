@@ -156,8 +156,8 @@ class Addition:
 class Formula:
     """A chain of sums and products modulo ``modulus``, worked out left to right: a start token, then operators with a digit each.
 
-    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path. Digits begin at 1, as there: a factor of 0
-    would make what came before it forgotten.
+    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path. Digits begin at 1, as there: a factor
+    of 0 would make what came before it forgotten.
 
     Args:
         last: the value after the last so many tokens alone.
