@@ -66,7 +66,8 @@ def decode_ms(model: Any, device: str, tokens: int = 48) -> float:
         return clock(device) - begun
 
     spent(4)
-    return 1e3 * min(spent(tokens) - spent(1) for _ in range(3)) / (tokens - 1)
+    first, all_ = (min(spent(n) for _ in range(3)) for n in (1, tokens))
+    return 1e3 * (all_ - first) / (tokens - 1)
 
 
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:

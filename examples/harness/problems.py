@@ -150,7 +150,8 @@ class Addition:
 class Formula:
     """A chain of sums and products modulo ``modulus``, worked out left to right: a start token, then operators with a digit each.
 
-    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path.
+    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path. Digits begin at 1, as there: a factor of 0
+    would make what came before it forgotten.
 
     Args:
         last: the value after the last so many tokens alone.
@@ -164,7 +165,7 @@ class Formula:
         return 2 * self.modulus + 1
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        digits = torch.randint(self.modulus, (rows, length), generator=generator)
+        digits = torch.randint(1, self.modulus, (rows, length), generator=generator)
         times = torch.randint(2, (rows, length), generator=generator)
         ids = times * self.modulus + digits
         ids[:, 0] = 2 * self.modulus
