@@ -85,9 +85,15 @@ def brackets(blocks: Sequence[int], first: int = 0) -> tuple[Bracket, ...]:
             *brackets(blocks[start + length :], first + start + length))
 
 
+def columns(program: Program) -> dict[str, int]:
+    """The column of each visit by its value; a network that runs apart from its attention stands in its block's column."""
+    found = {o.name: i for i, o in enumerate(program.visits)}
+    return found | {o.name: _source(program, o.args[0], found) for o in program if o.kind == "ffn"}
+
+
 def delay_edges(program: Program) -> tuple[Edge, ...]:
     """Where each delay reads and where its value first arrives, in columns of visits."""
-    column = {o.name: i for i, o in enumerate(program.visits)}
+    column = columns(program)
     found = []
     for o in program.ops:
         if o.kind == "delay":
@@ -112,7 +118,7 @@ def _source(program: Program, value: str, column: dict[str, int]) -> int:
 
 def _target(program: Program, delay: Op, column: dict[str, int]) -> int:
     """First visit that a delayed value reaches within its own token."""
-    todo, seen, first = [delay.name], set(), len(column)
+    todo, seen, first = [delay.name], set(), len(program.visits)
     while todo:
         for user in program.users(todo.pop()):
             if not user.name or user.name in seen:
@@ -214,10 +220,11 @@ def _turned(text: str, grid: _Grid) -> str:
 
 def _drawn(report: Report, grid: _Grid) -> list[str]:
     """The SVG element."""
-    serial = {o.name for r in report.schedule.serial_regions for o in r.visits}
+    column = columns(report.program)
+    serial = {column[o.name] for r in report.schedule.serial_regions for o in r.calls}
     path = tuple(s for s in segments(report.depths[None].critical_path(grid.real)) if s.token < grid.tokens)
     shares = _shares(report)
-    on_path = {(v, s.token // grid.step) for s in path for v in s.visits}
+    on_path = {(column[v], s.token // grid.step) for s in path for v in s.visits}
     parts = [
         f'<svg class="dp-picture" viewBox="0 0 {grid.width} {grid.height}" '
         f'style="max-width:{grid.width}px" role="img" '
@@ -233,17 +240,16 @@ def _drawn(report: Report, grid: _Grid) -> list[str]:
         parts.append(f'<text class="dp-tick" x="{LEFT - 34}" y="{y + 4}" text-anchor="end">{grid.label(row)}</text>')
         parts.append(f'<circle class="dp-embed" cx="{LEFT - 18}" cy="{y}" r="4"/>')
         for j, o in enumerate(report.program.visits):
-            kind = "dp-hot" if (o.name, row) in on_path else "dp-serial" if o.name in serial else "dp-parallel"
+            kind = "dp-hot" if (j, row) in on_path else "dp-serial" if j in serial else "dp-parallel"
             parts += _cell(grid, o, j, row, kind, shares.get(o.name))
     parts += _faint(report, grid)
     parts += _critical(report, grid, path)
     return [*parts, "</svg>"]
 
 
-def _shade(report: Report, grid: _Grid, serial: set[str]) -> list[str]:
-    columns = [j for j, o in enumerate(report.program.visits) if o.name in serial]
+def _shade(report: Report, grid: _Grid, serial: set[int]) -> list[str]:
     parts = []
-    for run in _runs(columns):
+    for run in _runs(sorted(serial)):
         x0, x1 = grid.x(run[0]) - grid.pitch / 2, grid.x(run[-1]) + grid.pitch / 2
         parts.append(f'<rect class="dp-region" x="{x0:.1f}" y="{grid.top - 6}" width="{x1 - x0:.1f}" '
                      f'height="{grid.row * grid.rows + 12}" rx="6"/>')
@@ -333,7 +339,7 @@ def _faint(report: Report, grid: _Grid) -> list[str]:
 
 
 def _critical(report: Report, grid: _Grid, path: tuple) -> list[str]:
-    column = {o.name: j for j, o in enumerate(report.program.visits)}
+    column = columns(report.program)
     parts, before = [], None
     for s in path:
         first, last = column[s.visits[0]], column[s.visits[-1]]
