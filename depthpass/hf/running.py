@@ -138,7 +138,9 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
         parts, streams = _advance_packed(now, call.packing)
         return parts, streams, state
     with shapes_only(call.tensors["attention_mask"]):
-        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, call, state, now.lowered)
+        # A token behind pads stands behind them in the state, too.
+        behind = insert(now.model, plan.program, call)[0] if state.pads is not None else call
+        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, behind, state, now.lowered)
         advanced = step or _advance(now, state)
     rows, columns = call.tensors["attention_mask"].shape
     now.ran += [(p.program, rows if some is None else len(some), columns) for p, some in now.groups]

@@ -141,7 +141,7 @@ def test_outputs_gradients_and_caches(spec, name, level):
 
 @pytest.mark.parametrize("apart", [STATE, dp.SumNorms()], ids=["states", "norms of sums"])
 def test_what_reads_a_block_reads_its_result_where_its_network_runs_apart(apart):
-    """Taps, hidden states and bridges, behind the pass as in front of it; the picture has the networks in their blocks' columns."""
+    """Taps, hidden states and bridges, behind the pass as in front of it; the picture has the networks in their columns."""
     stock = enliven(zoo.model("mistral", 3, dtype=torch.float64), std=0.2)
     batch, taps = zoo.batch([6]), dp.Taps(at=[0, 1])
     before, behind = (_alive(stock, s, {}) for s in ([taps, apart], [apart, taps]))
