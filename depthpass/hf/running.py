@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from depthpass.capture import Capture
@@ -167,8 +167,8 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
     warn_parts(model, host.counts)
     if layout is not None:
         streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
-    elif state.pads is not None:
-        state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
+    else:
+        state.pads = state.longer_pads(hidden.shape[1])
     if host.losses is not None:
         now.losses = host.losses, host.extra_loss
     return list(host.part(now.captured.head, call.tensors, streams["output"])), streams, state

@@ -89,8 +89,7 @@ def advance_token(
     streams = {name: next(made) for name in step.streams}
     new_lines = dict(zip(lines, made, strict=True))
     slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
-    pads = None if state.pads is None else nn.functional.pad(state.pads, (0, 1))
-    return parts, streams, State(length + 1, call.valid, slots, new_lines, pads=pads)
+    return parts, streams, State(length + 1, call.valid, slots, new_lines, pads=state.longer_pads(1))
 
 
 def _recorder(device: torch.device) -> type[GraphedStep]:
