@@ -58,7 +58,9 @@ def draw(figure, summary) -> None:
     left.legend(fontsize=7, frameon=False)
 
 
-EXPERIMENT = Experiment(
-    "state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback", arms, lambda c, arm: problem(c),
-    measured, draw, columns, before=lambda c, arm: problem(c, c.before),
-)
+def depth_against(title: str) -> Experiment:
+    """The experiment on the task of its settings."""
+    return Experiment(title, arms, lambda c, arm: problem(c), measured, draw, columns, before=lambda c, arm: problem(c, c.before))
+
+
+EXPERIMENT = depth_against("state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback")

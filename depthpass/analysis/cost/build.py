@@ -236,8 +236,8 @@ class _Builder:
         around = self.around if self.trainable == "all" else self.around[1:]
         kept += at_tokens(_sum(p.count.memory.saved_bytes * times for p, times in around), self.total)
         # What the prologue hands out besides the hidden stream (rotary tables) is kept once for all visits.
-        sides = self.model.embed.count.memory.result_bytes - B * n * self.model.width * self.model.itemsize
-        kept += at_tokens(sides, self.total)
+        side_inputs = self.model.embed.count.memory.result_bytes - B * n * self.model.width * self.model.itemsize
+        kept += at_tokens(side_inputs, self.total)
         return sp.expand(kept + self.new.saved_elements * self.model.itemsize)
 
     def _peak_bytes(self, regions: tuple[RegionCost, ...]) -> sp.Expr:

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass.log import fallback
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 SMALLEST = 1 << 15
@@ -202,10 +204,12 @@ def joins(x: Tensor, weight: Tensor) -> bool:
 
 def blocked(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply these operands from a packed weight."""
-    return (
-        x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and x.numel() > 0
-    )
+    if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
+        return False
+    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        return True
+    fallback("products on the CPU do not pack their weights: this torch has no oneDNN, or it is switched off", asked=False)
+    return False
 
 
 def contraction(a: Tensor, b: Tensor) -> Tensor:
