@@ -60,8 +60,7 @@ def advance_token(
     length = state.length
     rooms = StaticCache.of(state, capacity(length + 1))
     valid = None if call.valid is None else nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
-    batch = next(iter(call.tensors.values())).shape[0]
-    names = sorted(call.tensors)
+    names, batch = sorted(call.tensors), next(iter(call.tensors.values())).shape[0]
     # The compiled code expects the strides it was made for.
     lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
     key = (
