@@ -9,8 +9,6 @@ from torch import nn
 
 from depthpass.ir.program import Op, Program
 from depthpass.lowered.ops import of_one_stream
-from depthpass_lowering.fx_passes.halves import halves
-from depthpass_lowering.fx_passes.modulate import modulated
 from depthpass_lowering.visits.cut import cut_for
 from depthpass_lowering.visits.parts import graph_of
 from depthpass_lowering.visits.running import updates
@@ -23,7 +21,7 @@ def asks_of_blocks(program: Program) -> tuple[Op, ...]:
     """The ops that need more of a block than to run as a whole."""
     return tuple(
         o for o in program
-        if o.kind in ("ffn", "point")
+        if o.kind == "ffn"
         or (o.kind == "block" and (o["part"] != "whole" or o["modulate"] or o["lora"] or not of_one_stream(o)))
     )
 
@@ -40,10 +38,9 @@ def check_visits(ops: Sequence[Op], blocks: Sequence[Block], module: Callable[[s
     """
     for o in ops:
         template = blocks[o["index"]].template
-        if o.kind != "block":
-            halves(template, o["index"])
+        graph = graph_of(template, o)
+        if o.kind == "ffn":
             continue
-        graph = modulated(template, o["index"]) if o["modulate"] else graph_of(template, o)
         cut_for(o, graph)
         if o["lora"]:
             updates(o, module(o["lora"]), template.params)
