@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from depthpass.capture import Capture
@@ -147,7 +147,9 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
         parts, streams = _advance_packed(now, call.packing)
         return parts, streams, state
     with shapes_only(call.tensors["attention_mask"]):
-        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, call, state, now.lowered)
+        # A token behind pads stands behind them in the state, too.
+        behind = insert(now.model, plan.program, call)[0] if state.pads is not None else call
+        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, behind, state, now.lowered)
         advanced = step or _advance(now, state)
     rows, columns = call.tensors["attention_mask"].shape
     now.ran += [(p.program, rows if some is None else len(some), columns) for p, some in now.groups]
@@ -173,8 +175,8 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
     warn_parts(model, host.counts)
     if layout is not None:
         streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
-    elif state.pads is not None:
-        state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
+    else:
+        state.pads = state.longer_pads(hidden.shape[1])
     return list(host.part(now.captured.head, call.tensors, streams["output"])), streams, state
 
 

@@ -59,11 +59,8 @@ def advance_token(
 
     length = state.length
     rooms = StaticCache.of(state, capacity(length + 1))
-    valid = None
-    if call.valid is not None:
-        valid = nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
-    batch = next(iter(call.tensors.values())).shape[0]
-    names = sorted(call.tensors)
+    valid = None if call.valid is None else nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
+    names, batch = sorted(call.tensors), next(iter(call.tensors.values())).shape[0]
     # The compiled code expects the strides it was made for.
     lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
     key = (
@@ -92,7 +89,7 @@ def advance_token(
     streams = {name: next(made) for name in step.streams}
     new_lines = dict(zip(lines, made, strict=True))
     slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
-    return parts, streams, State(length + 1, call.valid, slots, new_lines)
+    return parts, streams, State(length + 1, call.valid, slots, new_lines, pads=state.longer_pads(1))
 
 
 def _recorder(device: torch.device) -> type[GraphedStep]:
