@@ -101,8 +101,8 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
         SpecError: as :func:`set_loops`.
     """
     passes = transformed(model, "loops_of")._depth.plans.current.passes
-    found = passes[loop_of(passes, scope)]
-    return getattr(found, str(found.loop_field))
+    loop = passes[loop_of(passes, scope)]
+    return getattr(loop, str(loop.loop_field))
 
 
 def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:

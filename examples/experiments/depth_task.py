@@ -21,7 +21,7 @@ def problem(c: Settings, last: int | None = None) -> Problem:
 
 def arms(c: Settings) -> list[Arm]:
     k = c.model.blocks
-    found = [Arm(f"stock, {n} blocks", model={"blocks": n}, control=True) for n in c.arms.stock]
+    found = [Arm(f"stock, {n} block{'s' * (n > 1)}", model={"blocks": n}, control=True) for n in c.arms.stock]
     made = {
         f"loop, {k} blocks x {c.times}": dp.Loop(times=c.times),
         "TurboConn g=1": dp.TurboConn(bridges=[(k - 1, 0)], group=1, rank=c.rank),
