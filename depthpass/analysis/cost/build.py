@@ -200,7 +200,7 @@ class _Builder:
         read = _sum(self._elements(v, B * v.tokens.total if chunk is None else B * v.tokens.share * chunk)
                     for v in inside)
         read += sum(self.new.elements.get(o.name, 0) for o in region.ops)
-        return RegionCost(index, region.serial, len(inside), chunk, steps, sp.expand(flops),
+        return RegionCost(index, region.serial, len(region.counted), chunk, steps, sp.expand(flops),
                           sp.expand(read * self.model.itemsize))
 
     def _elements(self, v: VisitCost, rows: sp.Expr) -> sp.Expr:

@@ -352,9 +352,13 @@ class _BufferedVisit(RunningVisit):
 
     def attend_taped(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
         """As :meth:`attend` of a visit without a gate: the result, and what its backward pass needs."""
+        return self.use(number).taped(q, k, v, sinks)
+
+    def use(self, number: int) -> Use:
+        """The attention of a visit without a gate."""
         keys = self.op["keys"]
         slot, write = (self.op["slot"], True) if keys is None else (keys, False)
-        return self._use(slot, number, self.sites[number].window, write).taped(q, k, v, sinks)
+        return self._use(slot, number, self.sites[number].window, write)
 
     def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
         site, masks = self.sites[number], self.masks

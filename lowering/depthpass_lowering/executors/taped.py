@@ -13,7 +13,8 @@ from torch import Tensor, fx
 
 from depthpass.capture.direct import direct
 from depthpass.ir.program import writes_slot
-from depthpass_lowering.adjoint.fused import fuse_pass
+from depthpass_lowering.adjoint.fused import fold_gains_pass, fuse_pass
+from depthpass_lowering.adjoint.projected import join_attention_pass, projected
 from depthpass_lowering.adjoint.reverse import Adjoint, Reverse, Unsupported
 from depthpass_lowering.adjoint.rules import rule_of
 from depthpass_lowering.adjoint.sites import sites_of
@@ -84,8 +85,10 @@ def _taped(
         flows = [*known, *[True] * len(delays)]
         active |= {nodes[i] for i in streams} | {nodes[i] for i, flow in zip(rest, flows, strict=True) if flow}
         active |= {p for p, t in zip(inputs, trained) if t}
+    fold_gains_pass(gm.graph, active, inputs, dtype)
+    join_attention_pass(gm.graph, {n for n, o in zip(nodes[1:], graph.visits) if o["keys"] is None})
     writers = {n for n, o in zip(nodes[1:], graph.visits) if writes_slot(o) is not None}
-    count = sum(n.target in (products, absorbed, land) for n in gm.graph.nodes)
+    count = sum(n.target in (products, absorbed, land, projected) for n in gm.graph.nodes)
     return TapedGraph(Reverse(gm, active, inputs, writers, rule_of).build(count), delays, moving)
 
 

@@ -20,8 +20,11 @@ from depthpass_lowering.products.packed import Weights, plain
 aten = torch.ops.aten
 
 
-def products(transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor) -> Sequence[Tensor]:
-    """Products of one stream with parameters: ``x W^T + b`` of each."""
+def products(
+    transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor, gain: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Products of one stream with parameters: ``x W^T + b`` of each; with a gain, of ``gain * x``."""
+    x = x if gain is None else gain * x
     return plain(Weights(tuple(weights), tuple(biases), transposed=transposed), (x,))
 
 

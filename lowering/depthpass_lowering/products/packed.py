@@ -60,17 +60,19 @@ class Weights:
         biases: one for each weight, None = without.
         joined: the weights read one stream each and their results are summed (W is their columns side by side);
             otherwise all read the same stream (W is their rows below one another).
+        gain: ``[in]``, factors of the stream that are taken into W; not of joined weights.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     joined: bool = False
     transposed: bool = False
+    gain: Tensor | None = None
 
     @property
     def key(self) -> tuple[int, ...]:
         """Identifies the weights while they live; of joined ones the order matters as well."""
-        return (self.joined, *(id(w) for w in self.weights))
+        return (self.joined, id(self.gain), *(id(w) for w in self.weights))
 
     def sizes(self) -> list[int]:
         """Columns of W by weight if joined, else rows."""
@@ -84,8 +86,10 @@ class Weights:
     def matrix(self) -> Tensor:
         """W, ``[out, in]``."""
         if self.transposed:
-            return self.weights[0].t()
-        return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
+            found = self.weights[0].t()
+        else:
+            found = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
+        return found if self.gain is None else found * self.gain
 
     def bias(self) -> Tensor | None:
         """b, ``[out]``; None = without."""
