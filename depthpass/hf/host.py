@@ -21,7 +21,7 @@ from depthpass.capture.screen import block_list
 from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.doors import DISABLED
 from depthpass.hf.head import apply_head, logits_of
-from depthpass.hf.live import Live
+from depthpass.hf.live import Live, with_tables
 from depthpass.hf.placement import (
     home,
     keep_streams_home,
@@ -110,7 +110,8 @@ class StockHost:
         self.style = attention_style(model)
         self.training = model.training
         self.depth: nn.Module | None = None
-        self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
+        self.found = model._depth.watches[-1].found
+        self.hooked = with_tables(model._depth.watches[-1].live, self.decoder, captured, len(self.layers))
         self.live: Live | None = None
         self.counts: Counter[int] = Counter()
         self.ratios: Mapping[str, float] = model._depth.ratios

@@ -219,6 +219,12 @@ def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
         patch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 3 * forward(self, x))
         agrees(made)
         assert not torch.allclose(call(made).logits, first)
+    for name in ("silu", "linear", "scaled_dot_product_attention"):  # as libraries of kernels replace them
+        function = getattr(nn.functional, name)
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.functional, name, lambda *a, function=function, **b: 2 * function(*a, **b))
+            agrees(made)
+            assert not torch.allclose(call(made).logits, first)
     assert torch.equal(call(made).logits, first)
 
 
