@@ -55,7 +55,7 @@ def _flags(s: Subject, body: Body) -> list[str]:
     lines = ["    supports_gradient_checkpointing = False"] if body.chunk is not None else []
     if s.stateful:
         lines.append("    _supports_attention_backend = False")
-    if any(o["gate"] for o in s.program.visits):
+    if body.routed or any(o["gate"] for o in s.program.visits):
         lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
     return lines
 
@@ -145,7 +145,7 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
     if body.past:
         s.used.add("seen_before")
         code.append(f"past = seen_before({f.cache})")
-    if any(o["gate"] for o in s.program.visits):
+    if body.routed or any(o["gate"] for o in s.program.visits):
         s.used.add("check_rooms")
         code.append(f"check_rooms({f.cache})")
     if body.ages:

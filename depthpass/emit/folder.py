@@ -24,7 +24,7 @@ from depthpass.errors import InputError, SpecError, UnsupportedModelError
 from depthpass.hf.files import replacing
 from depthpass.hf.host import depth_module
 from depthpass.hf.materialize import rewrite_lists, same_kinds, stack_of
-from depthpass.hf.switch import _transformed
+from depthpass.hf.switch import transformed
 from depthpass.hf.transform import restore
 from depthpass.ir.program import Program
 
@@ -55,11 +55,11 @@ def emit(
 
     Raises:
         InputError: the folder is not empty, or the name is no Python name; nothing is written.
-        SpecError: the model is not transformed, or its program has something that no plain forward can express (routing,
-            random states, exits by distance, ...): the message names the pass.
+        SpecError: the model is not transformed, or its program has something that no plain forward can express (top-k
+            routing, pads, exits by logits, ...): the message names the pass.
         UnsupportedModelError: the architecture's code cannot be cut open for this program.
     """
-    inner = _transformed(model, "emit")
+    inner = transformed(model, "emit")
     target = Path(directory)
     if name is None or not name:
         name = f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"
@@ -72,6 +72,9 @@ def emit(
     program = inner.depth_program
     if copies:
         _warn_size(program, stock, inner._depth.layers)
+    if written.lost:
+        warnings.warn(f"emit: the losses that train routers ({', '.join(written.lost)}) are not written; the emitted model has "
+                      "its stock loss alone. Train with depthpass, or add them yourself.", UserWarning, stacklevel=2)
     with replacing(target) as folder:
         file = folder / f"modeling_{name}.py"
         file.write_text(written.text)
@@ -102,6 +105,9 @@ def written_of(inner: Any, name: str, copies: bool) -> tuple[Any, Any, Module]:
         raise UnsupportedModelError("emit: expected a model without PEFT layers, got adapters. Call merge_and_unload() first.")
     if inner._depth.plan.varies:
         raise SpecError("emit: expected fixed loop counts, got some that vary. Call dp.set_loops(model, T) first.")
+    if inner._depth.ratios:
+        raise SpecError(f"emit: expected routes that take what the program says, got shares of this run's own "
+                        f"({dict(inner._depth.ratios)}). Call dp.set_ratios(model, None) first.")
     program, layers, decoder = inner.depth_program, inner._depth.layers, inner._depth.decoder
     check_expressible(program)
     stock = restore(inner)

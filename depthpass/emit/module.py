@@ -26,6 +26,7 @@ class Module:
         text: its source.
         config, outer, base: names of its classes: of the config, of the whole model and of what AutoModel makes.
         stateful: whether layers need more of earlier tokens than each its own keys.
+        lost: names of the program's own training losses, which the code does not have.
     """
 
     text: str
@@ -33,6 +34,7 @@ class Module:
     outer: str
     base: str
     stateful: bool
+    lost: tuple[str, ...] = ()
 
 
 def module_of(
@@ -64,7 +66,8 @@ def module_of(
     given = {a.asname or a.name for line in imports for n in ast.parse(line).body for a in n.names}  # type: ignore[attr-defined]
     more = imports_for(body, (*homes, "transformers.modeling_outputs", "transformers"), given)
     text = _docstring(s) + "\n\n" + "\n".join(_sorted(imports + more, body)) + "\n\n\n" + body
-    return Module(text, s.config, whole, s.name(s.modules[min(_base(s), len(s.modules) - 1)]), s.stateful)
+    return Module(text, s.config, whole, s.name(s.modules[min(_base(s), len(s.modules) - 1)]), s.stateful,
+                  () if s.body is None else s.body.lost)
 
 
 def _imports(s: Subject) -> list[str]:
@@ -75,7 +78,7 @@ def _imports(s: Subject) -> list[str]:
         imports += ["from typing import Any", "from torch import Tensor"]
     if "line_layer" in s.used:
         imports.append("from transformers.cache_utils import DynamicLayer, StaticLayer")
-    if "TimeEncoder" in s.used:
+    if s.used & {"TimeEncoder", "noise"}:
         imports.append("import math")
     if "LowRankConv1D" in s.used:
         imports.append("from transformers.pytorch_utils import Conv1D")

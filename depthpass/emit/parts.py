@@ -123,6 +123,14 @@ class Factors(nn.Module):
         return self.weight
 
 
+class Balance(nn.Module):
+    """What a router adds to its scores ``[width]``; no gradient trains it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(width), requires_grad=False)
+
+
 def scaled(made: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a visit multiplies with: what its attention reads, what that adds, what its MLP reads, what that adds."""
     add_attention, add_mlp, read_attention, read_mlp = made.unbind(0)
@@ -148,9 +156,9 @@ def seen_before(cache: Any) -> Any:
 
 
 def check_rooms(cache: Any) -> None:
-    """Refuse static caches of sliding windows: their columns move, and a gate's window is counted in columns."""
+    """Refuse static caches of sliding windows: their columns move, and a gate's window and a route's tokens are columns."""
     if cache is not None and any(layer.is_sliding and layer.is_compileable for layer in cache.layers):
-        raise NotImplementedError("gated visits of layers with sliding windows need a dynamic cache.")
+        raise NotImplementedError("gated and routed visits of layers with sliding windows need a dynamic cache.")
 
 
 def check_backend(kwargs: dict[str, Any]) -> None:
@@ -225,9 +233,42 @@ def leave(states: list[Tensor], gates: list[Tensor], limit: float) -> Tensor:
     return chosen
 
 
+def moved(now: Tensor, before: Tensor, rule: str) -> Tensor:
+    """How far a stream has moved, ``[..., 1]``."""
+    if rule == "cosine":
+        return 1 - nn.functional.cosine_similarity(now, before, dim=-1)[..., None]
+    return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+
+
+@torch.compiler.disable
+def drawn(number: int, age: Tensor, width: int) -> Tensor:
+    """Normal numbers that a token of a row keeps, whatever call it comes in: ``[*age.shape, width]``, 16 tokens to a seed."""
+    places = age.clamp(min=0).cpu()
+    first, last = (int(p) // 16 for p in places.aminmax())
+    seeds = (torch.Generator().manual_seed((number << 32) + block) for block in range(first, last + 1))
+    return torch.cat([torch.randn(16, width, generator=seed) for seed in seeds])[places - first * 16]
+
+
+def noise(age: Tensor, number: int, like: Tensor, width: int, std: float, cut: Any, training: bool) -> Tensor:
+    """Random states of a program's noise ``number``: new ones in training, those of a token's place in its row otherwise.
+
+    Args:
+        cut: where the distribution is cut off on both sides; None = nowhere.
+    """
+    shape = (*like.shape[:-1], width)
+    if training:
+        x = like.new_empty(shape).normal_()
+    else:
+        x = drawn(number, age, width).double().expand(shape)
+    if cut is not None:
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = (torch.erfinv(torch.erf(wide / 2**0.5) * math.erf(cut / 2**0.5)) * 2**0.5).clamp(-cut, cut)
+    return std * x.to(like)
+
+
 def attend(attention, module, query, key, value, mask, *, slots=None, reads=None, gate=None, window=None, hidden=None,
-           past=0, **kwargs):
-    """Attention of a visit whose keys others read, or that reads another visit's.
+           past=0, taken_by=None, update=False, **kwargs):
+    """Attention of a visit whose keys others read, that reads another visit's, or that sees the keys of some tokens only.
 
     Args:
         slots: keys and values of this call's visits, by ``layer_idx``.
@@ -235,33 +276,61 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
         gate: mixes them with its own last ``window`` keys: g Attn(other's) + (1 - g) Attn(own last).
         hidden: the block's input, for the gate.
         past: columns before this call.
+        taken_by: which tokens have keys here, ``[batch, columns, 1]``; None = all.
+        update: those of them that have keys of their own take the place of the other visit's.
     """
     if slots is None:
         raise RuntimeError(f"layer {module.layer_idx} was called by itself: what it reads is another layer's.")
-    if reads is None or gate is not None:
+    if reads is None or gate is not None or update:
         slots[module.layer_idx] = key, value
-    if reads is None:
+    if update:
+        own = taken(taken_by, key)[:, None, :, None]
+        key, value = (torch.where(own, x, other) for x, other in zip((key, value), slots[reads], strict=True))
+    elif reads is not None and gate is None:
+        key, value = slots[reads]
+    if gate is None:
+        if taken_by is not None and not update:
+            mask = some_keys(mask, query, key, taken_by, past)
         return attention(module, query, key, value, mask, **kwargs)
     far = attention(module, query, *slots[reads], mask, **kwargs)
-    if gate is None:
-        return far
     near, _ = attention(module, query, key, value, near_mask(mask, query, key, window, past), **kwargs)
     g = torch.sigmoid(gate(query, hidden))[..., None]
     return g * far[0] + (1 - g) * near, None
 
 
-def near_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: Any, past: Any) -> Tensor:
-    """A causal mask, cut down to each query's last ``window`` keys."""
-    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
-        raise NotImplementedError("gated visits need attn_implementation='sdpa' or 'eager'.")
+def places(query: Tensor, key: Tensor, past: Any) -> tuple[Tensor, Tensor]:
+    """Columns of the keys ``[columns]`` and of the queries ``[tokens, 1]``, counted from the first key that is there."""
     count, columns = query.shape[2], torch.arange(key.shape[2], device=key.device)
     # A static cache has room behind the last key; any other ends with it, and may have dropped the first ones.
     first = past if isinstance(past, Tensor) or key.shape[2] > past + count else key.shape[2] - count
-    rows = (torch.arange(count, device=key.device) + first)[:, None]
-    seen = (columns <= rows) & (columns > rows - window)
+    return columns, (torch.arange(count, device=key.device) + first)[:, None]
+
+
+def narrowed(mask: Tensor | None, seen: Tensor) -> Tensor:
+    """A causal mask (None = all earlier keys) without the keys that are not ``seen``, ``[batch or 1, 1, tokens, columns]``."""
+    if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+        raise NotImplementedError("gated and routed visits need attn_implementation='sdpa' or 'eager'.")
     if mask is None:
-        return seen[None, None]
+        return seen
     return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)
+
+
+def near_mask(mask: Tensor | None, query: Tensor, key: Tensor, window: Any, past: Any) -> Tensor:
+    """A causal mask, cut down to each query's last ``window`` keys."""
+    columns, rows = places(query, key, past)
+    return narrowed(mask, ((columns <= rows) & (columns > rows - window))[None, None])
+
+
+def taken(taken_by: Tensor, key: Tensor) -> Tensor:
+    """Which of the keys' tokens were chosen, ``[batch, columns]``; a cache of a window has dropped the first keys."""
+    return taken_by[:, -key.shape[2] :, 0] != 0
+
+
+def some_keys(mask: Tensor | None, query: Tensor, key: Tensor, taken_by: Tensor, past: Any) -> Tensor:
+    """A causal mask with the chosen tokens' keys alone. What is not chosen, and dropped later, sees itself: not nothing."""
+    columns, rows = places(query, key, past)
+    chosen = taken(taken_by, key)[:, None, None]
+    return narrowed(mask, (columns <= rows) & (chosen | (columns == rows)))
 
 
 def known_to_tools(cls: type) -> None:

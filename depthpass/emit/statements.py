@@ -11,17 +11,11 @@ from depthpass.ir.structural_ops import TIME_WIDTH
 from depthpass.ir.verify import infer
 
 _WHY = {
-    "route": "it chooses tokens as it runs",
-    "gather": "it runs some of the tokens only",
-    "scatter": "it runs some of the tokens only",
-    "noise": "it starts from random numbers",
     "pad": "it inserts tokens into every row",
     "trim": "it inserts tokens into every row",
-    "loss": "it trains with a loss of its own",
     "ffn": "its blocks run in two parts",
     "point": "its blocks run in two parts",
     "logits": "it decides by the logits of unfinished states",
-    "distance": "it decides by how far a state has moved",
     "ahead": "its attention sees later tokens",
     "denoise": "it runs several times to fill tokens in",
 }
@@ -35,19 +29,18 @@ def check_expressible(program: Program) -> None:
     Raises:
         SpecError: naming the pass and what it does.
     """
-    # What a program with routes does besides follows from them.
-    for o in sorted(program, key=lambda o: o.kind != "route"):
+    for o in program:
         why = _WHY.get(o.kind)
-        if o.kind == "block":
-            if o["past"] is not None:
-                why = "its keys depend on how tokens are split into calls"
-            elif len(o.args) == 2 and not o["memory"]:
-                why = "some of the tokens only ask"
+        if o.kind == "block" and o["past"] is not None:
+            why = "its keys depend on how tokens are split into calls"
+        if o.kind == "route" and o["rule"] == "topk":
+            why = ("it chooses among all tokens of a row, later ones too, so no token can be decoded. Route by thresholds "
+                   "(mode='threshold', dp.calibrate) or by token choice")
         if why:
             raise SpecError(f"emit: expected a program that a plain forward can express, got {o.note or 'one'} with {o.kind}: "
                             f"{why}. Loops, layer programs, bridges, ParallelLoop, feedback, taps, shared keys, timesteps, "
-                            "scales and LoRA can be emitted; serve this one with depthpass, or fix its choice first "
-                            "(dp.set_loops, dp.switch).")
+                            "scales, LoRA, routes by thresholds and exits can be emitted; serve this one with depthpass, or fix "
+                            "its choice first (dp.set_loops, dp.switch).")
     last = program.ops[-1].args[0]
     if program.defs[last].kind != "norm":
         raise SpecError(f"emit: expected a program whose output is the final norm's, got {program.defs[last].kind}.")
@@ -66,6 +59,8 @@ class Body:
         taps: taps by name: whether they are logits.
         ages: whether they need the tokens' ages.
         past: whether they need to know what a cache holds.
+        routed: whether visits see the keys of some tokens only.
+        lost: losses of the program's own, which emitted code does not have.
     """
 
     lines: list[str] = field(default_factory=list)
@@ -76,6 +71,8 @@ class Body:
     taps: dict[str, bool] = field(default_factory=dict)
     ages: bool = False
     past: bool = False
+    routed: bool = False
+    lost: tuple[str, ...] = ()
 
 
 def body_of(program: Program, norm: str, cache: str) -> Body:
@@ -95,10 +92,13 @@ class _Writer:
         self.places = {o.name: p for p, o in enumerate(program.visits)}
         self.slots = {writes_slot(o): p for p, o in enumerate(program.visits) if writes_slot(o) is not None}
         shared = {o["keys"] for o in program.visits if o["keys"] is not None}
+        # The route whose tokens alone have keys in a slot.
+        self.holds = {writes_slot(o): self.types[o.args[0]].tokens for o in program.visits if writes_slot(o) is not None}
         self.sharing = {p for p, o in enumerate(program.visits)
-                        if o["slot"] in shared or o["keys"] is not None or o["memory"]}
-        delayed = dict.fromkeys(a for o in program if o.kind == "delay" for a in o.args)
-        self.lines_at = {name: len(program.visits) + i for i, name in enumerate(delayed)}
+                        if o["slot"] in shared or o["keys"] is not None or o["memory"] or self.types[o.args[0]].tokens}
+        delayed = [a for o in program if o.kind == "delay" for a in o.args]
+        kept = dict.fromkeys((*delayed, *(route for route in self.holds.values() if route)))
+        self.lines_at = {name: len(program.visits) + i for i, name in enumerate(kept)}
         self.embed = program.entry
 
     def write(self) -> Body:
@@ -111,15 +111,17 @@ class _Writer:
         early = [o["tokens"] for o in self.program if o.kind == "delay" and self._later(o)]
         body.chunk = min(early) if early else None
         if self.lines_at:
-            body.parts |= {"line_layer", "earlier"}
+            body.parts.add("line_layer")
+        if self.program.losses:
+            self.body.lost = tuple(dict.fromkeys(o["name"] for o in self.program.losses))
         last = self.program.defs[self.program.output]
         # The stock code after the loop applies the final norm; a tap of its result wants it here as well.
         skipped = None if any(last.name in o.args for o in self.program.ops[:-1]) else last
         for o in self.program:
-            if o is not skipped and o.kind not in ("output", "average", "retire"):
+            if o is not skipped and o.kind not in ("output", "average", "retire", "loss"):
                 self._one(o)
         self._say(f"hidden_states = {_v(last.args[0])}")
-        if any(o["gate"] for o in self.program.visits) or self.lines_at:
+        if any(o["gate"] for o in self.program.visits) or self.lines_at or body.ages:
             body.past = True
         return body
 
@@ -136,12 +138,12 @@ class _Writer:
         self._say(f"{_v(o.name)} = {self._value(o)}", o.note)
         if o.name in self.lines_at and o.kind != "tap":
             self.body.parts.add("keep")
-            self._say(f"line{self.lines_at[o.name]} = keep({self.cache}, {self.lines_at[o.name]}, {_v(o.name)})")
+            # Which tokens were chosen is kept as a stream, too.
+            line = f"{_v(o.name)}[..., None].to({_v(self.embed)})" if o.kind == "route" else _v(o.name)
+            self._say(f"line{self.lines_at[o.name]} = keep({self.cache}, {self.lines_at[o.name]}, {line})")
 
     def _tap(self, o: Op) -> None:
         self.body.taps[o["name"]] = bool(o["head"])
-        if self.types[o.args[0]].is_route:
-            raise SpecError(f"emit: expected taps of streams, got tap {o['name']!r} of a route.")
         self._say("if taps is not None:")
         self._say(f"    taps.setdefault({o['name']!r}, []).append({_v(o.args[0])})")
 
@@ -184,11 +186,43 @@ class _Writer:
                 return f"{self.norm}({args[0]})"
             case "detach":
                 return f"{args[0]}.detach()"
+            case "route":
+                return self._route(o, args)
+            case "gather":
+                return args[0]
+            case "scatter":
+                base, new, route = args
+                put = f"{base} + {new}" if o["mode"] == "add" else new
+                return f"torch.where({route}[..., None], {put}, {base})"
+            case "distance":
+                self.body.parts.add("moved")
+                return f"moved({args[0]}, {args[1]}, {o['rule']!r})"
+            case "noise":
+                self.body.ages = True
+                self.body.parts |= {"ages", "noise", "drawn"}
+                number = [p.name for p in self.program if p.kind == "noise"].index(o.name)
+                width = o["width"] or self.program.width
+                return f"noise(age, {number}, {_v(self.embed)}, {width}, {o['std']!r}, {o['cut']!r}, self.training)"
             case "select":
                 self.body.parts.add("leave")
                 half = len(args) // 2
                 return f"leave([{', '.join(args[:half])}], [{', '.join(args[half:])}], {o['cdf']!r})"
         raise SpecError(f"emit: expected ops that a plain forward can express, got {o.kind} of {o.note or 'its own'}.")
+
+    def _route(self, o: Op, args: Sequence[str]) -> str:
+        """Which tokens are chosen, ``[batch, tokens]``. Streams of chosen tokens are those of all tokens, of which the others
+        are dropped again: one text for every number of tokens."""
+        score = f"{args[0]}.detach()" + (f" + self.depth.{o['bias']}.bias" if o["bias"] else "")
+        match o["rule"]:
+            case "threshold":
+                chosen = f"({score})[..., 0] >= {o['threshold']!r}"
+            case "above":
+                chosen = f"({score})[..., 0] > {o['threshold']!r}"
+            case _:
+                chosen = f"({score}).argmax(-1) + 1 >= {o['depth']}"
+        self.body.ages = True
+        self.body.parts.add("ages")
+        return f"({chosen}) & {args[1] if len(args) == 2 else '(age >= 0)'}"
 
     def _there(self, o: Op, name: str) -> str:
         """A summand, with nothing where it does not exist and others do."""
@@ -213,6 +247,7 @@ class _Writer:
             self.body.ages = True
             self.body.parts |= {"group_before", "ages"}
             return f"group_before({line}, age, {o['group']}, past, {count})"
+        self.body.parts.add("earlier")
         return f"earlier({line}, {o['tokens']}, past, {count})"
 
     def _visit(self, o: Op, args: Sequence[str]) -> str:
@@ -223,12 +258,15 @@ class _Writer:
             more = ["None", *more, f"reads={place}"]
         elif o["keys"] is not None:
             more.append(f"reads={self.slots[o['keys']]}")
-            if o["gate"] is None:
+            if o["update"]:
+                more.append("update=True")
+            elif o["gate"] is None:
                 # It has no keys of its own to keep.
                 more.insert(0, "None")
             else:
                 self.body.past = True
                 more += [f"gate=self.depth.{o['gate']}", f"window={o['window']}", f"hidden={args[0]}", "past=past"]
+        more += self._some_keys(o)
         if o["modulate"]:
             self.body.parts.add("scaled")
             time = f"self.depth.{o['clock']}({o['step']})" if o["clock"] else ""
@@ -238,6 +276,28 @@ class _Writer:
             first = [m for m in more if m != "None" and not m.startswith("reads=")]
             self._say(f"visit({', '.join([str(place), args[1], *first])})")
         return f"visit({', '.join([str(place), args[0], *more])})"
+
+
+    def _some_keys(self, o: Op) -> list[str]:
+        """Arguments of a visit that sees the keys of some tokens only.
+
+        Raises:
+            SpecError: it would mix the keys of two sets of tokens.
+        """
+        own = self.holds[o["slot"]] if writes_slot(o) is not None else None
+        far = None if o["keys"] is None else self.holds[o["keys"]]
+        if far is not None and (o["gate"] or o["update"]):
+            raise SpecError(f"emit: expected gated and updated keys beside those of all tokens, got {o.note or 'a visit'} beside "
+                            "keys of routed tokens.")
+        if own is not None and o["gate"]:
+            raise SpecError(f"emit: expected a gate on visits of all tokens, got {o.note or 'one'} on routed tokens.")
+        route = own if o["keys"] is None or o["update"] else far
+        if route is None:
+            return []
+        self.body.past = self.body.routed = True
+        self.body.parts |= {"some_keys", "narrowed", "taken"}
+        past = [] if o["gate"] else ["past=past"]
+        return [f"taken_by=line{self.lines_at[route]}", *past]
 
 
 def _v(name: str) -> str:
@@ -261,6 +321,8 @@ def new_modules(program: Program, sizes: dict[str, Sequence[int]]) -> dict[str, 
         elif o.kind == "linear":
             wide = sum(types[a].width for a in o.args)
             found[o["name"]] = f"nn.Linear({wide}, {o['out']}{'' if o['bias'] else ', bias=False'})", set()
+        elif o.kind == "route" and o["bias"]:
+            found[o["bias"]] = f"Balance({types[o.args[0]].width})", {"Balance"}
         elif o.kind in ("weigh", "rms") and o["name"]:
             found[o["name"]] = f"Weigh({types[o.args[0]].width})", {"Weigh"}
     return found

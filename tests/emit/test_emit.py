@@ -48,6 +48,14 @@ CASES = {
     "starcoder2": [dp.Loop(start=1, end=3, times=2, scales=True), dp.T2MLR(start=1, end=4, rescaled=True, residual=0.3)],
     "smollm3": dp.FeedbackTransformer(start=1),
     "qwen2": dp.RecurrentLoop(encoder=1, interval=3, gate="token"),
+    "glm": dp.MixtureOfRecursions(recursions=2, mode="threshold", taps=True),
+    "olmo": dp.MixtureOfRecursions(recursions=2, mode="threshold", kv="updated", taps=True),
+    "phi3": dp.MixtureOfRecursions(recursions=2, router="token", balancing="loss_free", taps=True),
+    "ernie4_5": [dp.MixtureOfDepths(mode="threshold", taps=True), dp.TurboConn(bridges=((2, 0),), group=3, rank=5)],
+    "exaone4": dp.InnerThinking(steps=2, mode="threshold", taps=True),
+    "glm4": dp.Loop(start=1, end=3, times=3, exit=0.5),
+    "gemma": dp.Loop.huginn(1, 3),
+    "granite": dp.Loop(start=1, end=3, times=3, exit=0.8, criterion="state", kv="latest"),
 }
 
 
@@ -84,6 +92,7 @@ def close(a, b):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.filterwarnings("ignore:emit. the losses that train routers")
 def test_equals_the_transformed_model(name, tmp_path):
     model = transformed(name, CASES[name])
     dp.emit(model, tmp_path / "out")
@@ -106,6 +115,8 @@ def test_equals_the_transformed_model(name, tmp_path):
     assert seen > 10
     for tap, stream in getattr(mine, "taps", {}).items():
         close(theirs.taps[tap][REAL], stream[REAL])
+        if stream.dtype == torch.bool:
+            assert 0 < stream[REAL].sum() < REAL.sum(), "a route that takes some of the tokens"
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     assert torch.equal(made.generate(**BATCH, **settings), model.generate(**BATCH, **settings))
 
@@ -124,8 +135,9 @@ def test_weights_are_stored_once_and_again(tmp_path):
     assert torch.equal(again(**BATCH).logits, made(**BATCH).logits)
 
 
-@pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], dp.FeedbackTransformer(start=2)],
-                         ids=["turboconn", "plt", "feedback"])
+@pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], dp.FeedbackTransformer(start=2), CASES["olmo"],
+                                  CASES["glm4"]], ids=["turboconn", "plt", "feedback", "mor", "exit"])
+@pytest.mark.filterwarnings("ignore:emit. the losses that train routers")
 def test_caches_of_transformers(spec, tmp_path):
     model = transformed("llama", spec)
     dp.emit(model, tmp_path / "out")
@@ -216,21 +228,30 @@ def test_the_model_in_force_and_the_bare_model(tmp_path):
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        (dp.MixtureOfRecursions(recursions=2), "mixture_of_recursions.* with route"),
-        (dp.Loop.huginn(1, 3), "loop.* with noise"),
-        (dp.Loop(start=1, end=3, times=2, exit=0.5), "loop.* with route"),
+        (dp.MixtureOfRecursions(recursions=2), "mixture_of_recursions.* with route.*mode='threshold'"),
+        (dp.Loop(start=1, end=3, times=2, exit=0.5, criterion="kl"), "loop.* with logits"),
         (dp.Bidirectional(), "sees later tokens"),
         (dp.Loop(start=1, end=3, times=2, kv="last"), "split into calls"),
         (dp.Loop(start=1, end=3, times=(1, 3)), "dp.set_loops"),
         (dp.Pad(tokens=2), "pad"),
     ],
-    ids=["mor", "noise", "exit", "ahead", "past", "varies", "pad"],
+    ids=["topk", "logits", "ahead", "past", "varies", "pad"],
 )
 def test_what_no_plain_forward_can_express(spec, words, tmp_path):
     model = transformed("llama", spec, torch.float32)
     with pytest.raises(dp.SpecError, match=words):
         dp.emit(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_routes_say_what_is_left_out(tmp_path):
+    model = transformed("llama", dp.MixtureOfRecursions(recursions=2, mode="threshold", z=0.1), torch.float32)
+    with pytest.warns(UserWarning, match=r"losses that train routers \(.*z"):
+        dp.emit(model, tmp_path / "out")
+    dp.set_ratios(model, {"mor.r2": 0.0})
+    with pytest.raises(dp.SpecError, match="set_ratios"):
+        dp.emit(model, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_bad_folders_names_and_models(tmp_path):
