@@ -16,6 +16,7 @@ from depthpass.hf.cache import NAMES, DepthCache
 from depthpass.hf.columns import shapes_only
 from depthpass.hf.doors import DepthDecoder, Frame, Left, call_names
 from depthpass.hf.growth import without_cache
+from depthpass.hf.head_input import HeadInput
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call, normalise, warn_frozen
@@ -51,6 +52,7 @@ class DecoderCall:
         losses: training losses by name, and their sum with coefficients; None = not computed.
         lowered: how each serial region was run.
         ran: the programs that ran, with their rows and columns.
+        compiled: whether it was one compiled token.
     """
 
     model: DepthModel
@@ -61,6 +63,7 @@ class DecoderCall:
     losses: tuple[dict[str, Tensor], Any] | None = None
     lowered: Recorder = field(default_factory=Recorder)
     ran: list[tuple[Program, int, int]] = field(default_factory=list)
+    compiled: bool = False
 
     def host(self) -> StockHost:
         return StockHost(self.model, self.captured, ())
@@ -120,6 +123,8 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     left = Left(now.captured, streams, plan.heads, now.losses, now.sweeps and tuple(now.sweeps.solves))
     if frame is not None:
         frame.left = left
+        if now.compiled:
+            output["last_hidden_state"] = output.last_hidden_state.as_subclass(HeadInput)
     else:
         decorate(model, output, left)
         if decoder is not model:
@@ -139,6 +144,7 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
         return parts, streams, state
     with shapes_only(call.tensors["attention_mask"]):
         step = None if call.hidden_states else advance_token(now.model, plan, now.captured, call, state, now.lowered)
+        now.compiled = step is not None
         advanced = step or _advance(now, state)
     rows, columns = call.tensors["attention_mask"].shape
     now.ran += [(p.program, rows if some is None else len(some), columns) for p, some in now.groups]
