@@ -1,6 +1,7 @@
 """What takes long is said: one logger, ``depthpass``, and a line or a bar on the terminal while it runs.
 
 ``logging.getLogger("depthpass").setLevel("INFO")`` shows every capture and compilation with its time; ``DEBUG`` every pass.
+What runs otherwise than asked is a warning, said once (:func:`fallback`); without a configuration Python prints warnings alone.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from typing import Any
 
 logger = logging.getLogger("depthpass")
-logger.addHandler(logging.NullHandler())
+_said: set[str] = set()
 
 _shown = True
 _busy = False
@@ -32,6 +33,19 @@ def progress(on: bool = True) -> bool:
 
 def _is_shown() -> bool:
     return _shown and not _busy and sys.stderr.isatty()
+
+
+def fallback(message: str, asked: bool) -> None:
+    """Say, once per process and message, that something slower or other than the best runs.
+
+    Args:
+        message: what runs in the place of what, and why.
+        asked: whether somebody has asked for what does not run: a warning; else it was ours to choose: level INFO.
+    """
+    if message in _said or not logger.isEnabledFor(level := logging.WARNING if asked else logging.INFO):
+        return
+    _said.add(message)
+    logger.log(level, "%s", message)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 
 import torch
 from depthpass_lowering.executors.eager import run
+from depthpass_lowering.executors.losses import Pool
 from depthpass_lowering.state import State
 from torch import Tensor, nn
 
@@ -37,20 +38,20 @@ class HandMade:
     ``[batch, tokens, heads, dim]`` and ``update(x, read)``; its ``causal`` says whether tokens see later ones.
     """
 
-    captured = losses = pool = None
+    captured = None
     adapts = training = False
     style = "sdpa"
 
     def __init__(self, blocks: Sequence, modules: dict[str, nn.Module] | None = None):
-        self.blocks, self.modules, self.ratios = list(blocks), modules or {}, {}
+        self.blocks, self.modules, self.ratios, self.pool = list(blocks), modules or {}, {}, Pool()
 
-    def sides_of(self, index: int) -> tuple[int, ...]:
+    def side_inputs_of(self, index: int) -> tuple[int, ...]:
         return ()
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
         return (Site("attention", 1.0, None, 0.0, None, None, False, 1, 1, 1, 1),)
 
-    def block(self, index: int, visit, hidden: Tensor, sides) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs) -> Tensor:
         block = self.blocks[index]
         return block.update(hidden, visit.attend(0, *block.project(hidden), None))
 

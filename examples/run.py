@@ -27,6 +27,8 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: E402
 
+import depthpass as dp  # noqa: E402
+from depthpass.errors import did_you_mean  # noqa: E402
 from examples.harness import pages, plots, tables  # noqa: E402
 from examples.harness.experiment import Experiment, Runner, Summary, folder  # noqa: E402
 from examples.harness.settings import settings  # noqa: E402
@@ -39,6 +41,16 @@ def names() -> list[str]:
 
 def load(name: str) -> Experiment:
     return importlib.import_module(f"examples.experiments.{name}").EXPERIMENT
+
+
+def kept(name: str) -> str:
+    """What the kept result took, if there is one."""
+    file = ROOT / "docs" / "results" / f"{name}.json"
+    if not file.exists():
+        return ""
+    held = json.loads(file.read_text(encoding="utf-8"))
+    date = max(r["date"] for r in held["runs"])
+    return f" [kept: {date}" + (f", {held['minutes']:.0f} CPU minutes]" if "minutes" in held else "]")
 
 
 class Bars:
@@ -57,11 +69,24 @@ class Bars:
         return tick
 
 
+def writable(stem: Path) -> None:
+    """Before any run is made, and not after the first of them."""
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        with stem.with_suffix(".jsonl").open("a"):
+            pass
+    except OSError as error:
+        raise ValueError(f"--out: expected a folder that can be written, got {stem.parent} ({error.strerror}). Give another "
+                         "one with --out.") from error
+
+
 def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Path("runs"), arms: list[str] | None = None,
         changes: tuple[str, ...] = (), missing: bool = True, console: Console | None = None) -> Summary:
     """Make what is missing of an experiment, or leave it out, and write its files."""
     experiment, console = load(name), console or Console(width=150)
     stem, chosen = folder(out, name, overlay), settings(name, overlay, changes)
+    if missing:
+        writable(stem)
     if chosen.get("device", "cpu") != "cpu" and missing and not torch.cuda.is_available():
         raise ValueError(f"{name}: expected a CUDA device, found none. Leave --gpu out to run on the CPU.")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
@@ -111,13 +136,14 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.name == "list":
         for name in names():
-            print(f"{name:<14}{load(name).title}")
+            print(f"{name:<17}{load(name).title}{kept(name)}")
         return 0
     word = args.name if args.name in ("show", "publish") else None
     wanted = args.more if word else [args.name, *args.more]
     if unknown := [n for n in wanted if n not in names()] or (not wanted and ["nothing"]):
         more = "" if word else "list, show, publish or "
-        parser.error(f"expected {more}one of {', '.join(names())}; got {unknown[0]}")
+        near = did_you_mean(unknown[0], names() if word else [*names(), "list", "show", "publish"])
+        parser.error(f"expected {more}one of {', '.join(names())}; got {unknown[0]}.{near}")
     if args.seeds < 1:
         parser.error("--seeds must be at least 1")
     try:
@@ -127,8 +153,11 @@ def main(argv: list[str] | None = None) -> int:
             else:
                 run(name, seeds=args.seeds, overlay=args.overlay, out=args.out, arms=args.arms, changes=tuple(args.set),
                     missing=word is None)
-    except ValueError as error:
+    except (ValueError, dp.DepthpassError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; finished runs stand in {args.out}, and the same command goes on from there", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -94,11 +94,11 @@ def logit_lens(
         InputError: ``iterations`` of a program without a loop, or ``top`` below 1.
         SpecError: the model is not transformed.
     """
-    from depthpass.hf.switch import _transformed, using
+    from depthpass.hf.switch import transformed, using
     from depthpass.passes.loop import Loop
     from depthpass.passes.taps import Taps
 
-    inner = _transformed(model, "logit_lens")
+    inner = transformed(model, "logit_lens")
     passes = list(inner._depth.plans.current.passes)
     if at not in ("iterations", "visits") or top < 1:
         raise InputError(f"logit_lens: expected at='iterations' or 'visits' and top of at least 1, got {at!r} and {top!r}.")

@@ -58,13 +58,13 @@ def recognise(mask: fx.Node, batch: sympy.Expr, tokens: sympy.Symbol, where: str
     leaf = _leaf(nodes, mask, where)
     probe = _Probe(mask, nodes, leaf, batch, tokens, where)
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
-        found = probe.match(as_validity=leaf is not None)
-        if found is not None:
-            return DenseMask(*found, valid=leaf)
+        kind = probe.match(as_validity=leaf is not None)
+        if kind is not None:
+            return DenseMask(*kind, valid=leaf)
         if leaf is not None and not leaf.meta["val"].is_floating_point():
-            found = probe.match(as_validity=False)
-            if found is not None:
-                return DenseMask(*found, positions=leaf)
+            kind = probe.match(as_validity=False)
+            if kind is not None:
+                return DenseMask(*kind, positions=leaf)
     raise UnsupportedModelError(f"{where}: the attention mask {mask.name!r} is of no known kind. {_ADVICE}")
 
 
@@ -182,17 +182,17 @@ class _Probe:
             # Positions may be one row for all.
             start[self.leaf] = given[: 1 if self.leaf.meta["val"].shape[0] == 1 else None].clone()
         try:
-            made = evaluate(self.mask, start, self.sizes, self.stand_in)
+            mask = evaluate(self.mask, start, self.sizes, self.stand_in)
         except Exception as error:
             raise UnsupportedModelError(
                 f"{self.where}: the attention mask {self.mask.name!r} cannot be evaluated on sample paddings "
                 f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}). {_ADVICE}"
             ) from error
-        if made.dtype == torch.bool:
-            seen = made
+        if mask.dtype == torch.bool:
+            seen = mask
         else:
-            seen = made == 0
-            if not bool((seen | (made <= torch.finfo(made.dtype).min / 4)).all()):
+            seen = mask == 0
+            if not bool((seen | (mask <= torch.finfo(mask.dtype).min / 4)).all()):
                 return None  # a bias, not a mask
         shape = (self.rows, seen.shape[1] if seen.dim() == 4 else 1, self.count, self.count)
         return seen.expand(shape) if seen.dim() <= 4 else None
@@ -237,22 +237,22 @@ def _computes(node: fx.Node) -> bool:
 
 
 def _attribute(node: fx.Node) -> Tensor:
-    found: Any = node.graph.owning_module
+    value: Any = node.graph.owning_module
     for part in str(node.target).split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def _ancestors(root: fx.Node, stop: set[fx.Node] | None = None) -> list[fx.Node]:
     """The nodes a node needs, itself included, in graph order; nothing before ``stop``."""
-    found: set[fx.Node] = set()
+    nodes: set[fx.Node] = set()
     stack = [root]
     while stack:
         node = stack.pop()
-        if node in found:
+        if node in nodes:
             continue
-        found.add(node)
+        nodes.add(node)
         # Sizes are worked out from their symbols.
         if not (stop and node in stop) and not isinstance(node.meta.get("val"), torch.SymInt):
             stack += node.all_input_nodes
-    return [n for n in root.graph.nodes if n in found]
+    return [n for n in root.graph.nodes if n in nodes]

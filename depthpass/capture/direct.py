@@ -34,10 +34,10 @@ _DIRECT: weakref.WeakKeyDictionary[fx.GraphModule, Callable] = weakref.WeakKeyDi
 
 def direct(graph: fx.GraphModule) -> Callable:
     """The function that a captured graph computes, made once per graph; takes what the graph takes."""
-    found = _DIRECT.get(graph)
-    if found is None:
-        found = _DIRECT[graph] = _rewritten(graph).forward
-    return found
+    code = _DIRECT.get(graph)
+    if code is None:
+        code = _DIRECT[graph] = _rewritten(graph).forward
+    return code
 
 
 def _rewritten(module: fx.GraphModule) -> fx.GraphModule:
@@ -53,11 +53,11 @@ def _rewritten(module: fx.GraphModule) -> fx.GraphModule:
             graph.erase_node(node)
         elif not node.kwargs:
             node.target = FUNCTIONS.get(node.target, node.target)
-    made = fx.GraphModule(module, graph)
+    rewritten = fx.GraphModule(module, graph)
     for name, child in module.named_children():
-        if isinstance(child, fx.GraphModule) and hasattr(made, name):
-            setattr(made, name, _rewritten(child))
-    return made
+        if isinstance(child, fx.GraphModule) and hasattr(rewritten, name):
+            setattr(rewritten, name, _rewritten(child))
+    return rewritten
 
 
 def _is_whole(node: fx.Node) -> bool:

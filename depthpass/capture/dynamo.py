@@ -209,22 +209,22 @@ def _take_attention(
             raise UnsupportedModelError(f"{where}: {node.name} has more keys than queries: {CACHE}")
         if mask is not None and mask not in known:
             known[mask] = recognise(mask, batch, tokens, where)
-        found = known[mask]
-        used.append(found)
+        kind = known[mask]
+        used.append(kind)
         if not grouped:
             sizes = {tokens: 3} | ({} if batch.is_Integer else {batch: 2})
             k, v = (_unrepeated(x, q.meta["val"].shape[1], sizes) for x in (k, v))
         scale = float(scale) if scale is not None else q.meta["val"].shape[-1] ** -0.5
         with graph.inserting_before(node):
-            made = graph.call_function(
-                torch.ops.depthpass.mask.default, (anchor, found.window or -1, found.chunk or -1)
+            call = graph.call_function(
+                torch.ops.depthpass.mask.default, (anchor, kind.window or -1, kind.chunk or -1)
             )
             # [batch, tokens, heads, dim], as the stock layers hand it on; the op gives the two middle ones swapped.
-            args = (q, k, v, made, None, scale, 0.0, float(dropout))
+            args = (q, k, v, call, None, scale, 0.0, float(dropout))
             site = graph.call_function(torch.ops.depthpass.attend.default, args)
             back = graph.call_function(torch.ops.aten.transpose.int, (site, 1, 2))
         value = node.meta["val"]
-        made.meta["val"] = value.new_empty(anchor.meta["val"].shape, dtype=torch.bool)
+        call.meta["val"] = value.new_empty(anchor.meta["val"].shape, dtype=torch.bool)
         site.meta = {**node.meta, "val": value.transpose(1, 2).contiguous()}
         back.meta = {**node.meta, "val": value}
         node.replace_all_uses_with(back)
@@ -259,10 +259,10 @@ def _unrepeated(repeated: fx.Node, heads: int, sizes: dict[Any, int]) -> fx.Node
 
 def _one(masks: list[DenseMask], field: str) -> fx.Node | None:
     """The argument that all masks agree on."""
-    found = {getattr(m, field) for m in masks}
-    if len(found) > 1:
-        names = sorted("none" if n is None else str(n.meta.get("argument", n.name)) for n in found)
+    values = {getattr(m, field) for m in masks}
+    if len(values) > 1:
+        names = sorted("none" if n is None else str(n.meta.get("argument", n.name)) for n in values)
         raise UnsupportedModelError(
             f"blocks take padding from different arguments ({', '.join(names)}); expected the same attention_mask in all."
         )
-    return found.pop()
+    return values.pop()

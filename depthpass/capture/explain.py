@@ -50,9 +50,9 @@ def explain(model: nn.Module, error: BaseException, counting: list[str]) -> Unsu
         )
     last = chain[-1]
     line = str(last).strip().splitlines()[0] if str(last).strip() else "no message"
-    found = locate(model, frames)
+    place = locate(model, frames)
     return UnsupportedModelError(
-        f"{name}: {found or 'the model'} cannot be traced with torch.export ({type(last).__name__}: {line}).{_advice(chain)}"
+        f"{name}: {place or 'the model'} cannot be traced with torch.export ({type(last).__name__}: {line}).{_advice(chain)}"
     )
 
 
@@ -65,7 +65,7 @@ def _advice(chain: list[BaseException]) -> str:
 @contextmanager
 def watch_sizes(model: nn.Module) -> Iterator[list[str]]:
     """Collect the modules whose code, while it is traced, compares the number of tokens with another number."""
-    found: list[str] = []
+    fixed: list[str] = []
     started: dict[nn.Module, int] = {}
 
     def guards() -> list:
@@ -80,7 +80,7 @@ def watch_sizes(model: nn.Module) -> Iterator[list[str]]:
             new = guards()[started.get(module, 0) :]
             # Comparisons of two symbols (the lengths of two inputs) and with 0 and 1 hold for every call.
             if any(abs(n) > 1 for guard in new for n in guard.expr.atoms(sympy.Integer)):
-                found.append(f"{path or 'the model'} ({type(module).__name__})")
+                fixed.append(f"{path or 'the model'} ({type(module).__name__})")
 
         return after
 
@@ -88,7 +88,7 @@ def watch_sizes(model: nn.Module) -> Iterator[list[str]]:
         m.register_forward_pre_hook(before), m.register_forward_hook(hook(path))
     )]
     try:
-        yield found
+        yield fixed
     finally:
         for handle in handles:
             handle.remove()

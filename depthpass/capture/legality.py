@@ -90,11 +90,11 @@ class _Check:
             if a not in known and _is_tensor(a.meta.get("val")):
                 known[a] = self._outside(a)
         try:
-            found = self._call(node, known, nested)
+            result = self._call(node, known, nested)
         except AxisError as error:
             raise UnsupportedModelError(self._message(node, str(error))) from None
-        if found is not None:
-            known[node] = found
+        if result is not None:
+            known[node] = result
 
     def _size(self, node: fx.Node, known: dict[fx.Node, Result]) -> None:
         """Sizes may be computed freely; numbers read out of tensors over tokens may not."""

@@ -41,17 +41,17 @@ class Site:
 class Template:
     """The graph of a block, shared by all blocks with equal graphs.
 
-    ``graph(visit, hidden, *sides, *params)`` returns the hidden stream. ``visit`` answers the calls of
+    ``graph(visit, hidden, *side_inputs, *params)`` returns the hidden stream. ``visit`` answers the calls of
     :mod:`depthpass.capture.calls`; hidden is ``[batch, tokens, width]``.
 
     Attributes:
-        sides: number of side inputs (rotary tables, ...).
+        side_inputs: number of side inputs (rotary tables, ...).
         params: names relative to the block, in the order of the graph's inputs.
         sites: attention calls in the order of their index.
     """
 
     graph: fx.GraphModule
-    sides: int
+    side_inputs: int
     params: tuple[str, ...]
     sites: tuple[Site, ...]
 
@@ -61,12 +61,12 @@ class Block:
     """A physical block: a template, and what it is bound to.
 
     Attributes:
-        sides: index of each side input among the prologue's outputs.
+        side_inputs: index of each side input among the prologue's outputs.
         constants: values of parameters that are no module attributes (lifted constants), by name.
     """
 
     template: Template
-    sides: tuple[int, ...]
+    side_inputs: tuple[int, ...]
     constants: dict[str, torch.Tensor] = field(default_factory=dict)
 
 

@@ -103,7 +103,7 @@ class _Outliner:
         nodes = [n for n in self.sections.nodes(section, roots) if n is not enter]
         check_token_local(nodes, self.batch, self.tokens, b.where)
         outside = self.sections.outside(section, nodes, roots, enter)
-        sides = self._bind_sides(b, outside)
+        side_inputs = self._bind_sides(b, outside)
         params, constants = self._bind_params(b, outside, f"{self.layers}.{i}.")
         self._inline_sizes(outside, b)
         sites: list[Site] = []
@@ -116,12 +116,12 @@ class _Outliner:
             else:
                 b.copy(n)
         gm = b.finish(b.env[roots[0]])
-        index = tuple(self._side(s) for s in sides)
+        index = tuple(self._side(s) for s in side_inputs)
         metas = tuple((str(a.meta["val"].dtype), tuple(a.meta["val"].shape)) for a in outside
                       if a.op == "placeholder" and isinstance(a.meta.get("val"), torch.Tensor) and not self._is_input(a))
         # get_attr submodules are told apart by name, so blocks that use them never share a template by accident.
-        key = (gm.code, len(sides), tuple(params), tuple(sites), metas, b.attributes())
-        template = shared.setdefault(key, Template(gm, len(sides), tuple(params), tuple(sites)))
+        key = (gm.code, len(side_inputs), tuple(params), tuple(sites), metas, b.attributes())
+        template = shared.setdefault(key, Template(gm, len(side_inputs), tuple(params), tuple(sites)))
         return Block(template, index, constants)
 
     def _bind_sides(self, b: Subgraph, outside: Sequence[fx.Node]) -> list[fx.Node]:
@@ -130,7 +130,7 @@ class _Outliner:
         Raises:
             UnsupportedModelError: it reads something of another block.
         """
-        sides: list[fx.Node] = []
+        side_inputs: list[fx.Node] = []
         for a in outside:
             if is_size(a) or a.target is MASK or a.op == "get_attr" or (a.op == "placeholder" and not self._is_input(a)):
                 continue
@@ -139,9 +139,9 @@ class _Outliner:
                     f"{b.where} reads {a.name!r} of {kind} {self.sections.of[a][1]}; only the hidden stream may "
                     "flow from block to block."
                 )
-            b.env[a] = b.placeholder(f"side{len(sides)}")
-            sides.append(a)
-        return sides
+            b.env[a] = b.placeholder(f"side{len(side_inputs)}")
+            side_inputs.append(a)
+        return side_inputs
 
     def _bind_params(
         self, b: Subgraph, outside: Sequence[fx.Node], prefix: str | None

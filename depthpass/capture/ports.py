@@ -126,17 +126,17 @@ def _first_entry(members: list[set[fx.Node]], width: int) -> fx.Node:
     """The hidden stream that enters block 0: the one value of its shape that block 0 alone reads."""
     outside = {a for n in members[0] for a in n.all_input_nodes if a not in members[0]}
     later = {a for m in members[1:] for n in m for a in n.all_input_nodes}
-    found = [
+    entries = [
         a for a in outside - later
         if isinstance(v := a.meta.get("val"), torch.Tensor) and v.dim() == 3 and v.shape[2] == width
         and v.is_floating_point() and not a.meta.get("parameter")
     ]
-    if len(found) != 1:
+    if len(entries) != 1:
         raise UnsupportedModelError(
             f"expected one value of shape [batch, tokens, {width}] that only block 0 reads, the hidden stream; got "
-            f"{', '.join(sorted(a.name for a in found)) or 'none'}."
+            f"{', '.join(sorted(a.name for a in entries)) or 'none'}."
         )
-    return found[0]
+    return entries[0]
 
 
 def _refuse_cache(graph: fx.Graph, members: list[set[fx.Node]], stream: set[fx.Node]) -> None:
@@ -176,11 +176,11 @@ def _belongs(node: fx.Node, owner: str) -> bool:
 
 
 def _descendants(graph: fx.Graph, source: fx.Node) -> set[fx.Node]:
-    found = {source}
+    nodes = {source}
     for node in graph.nodes:
-        if not found.isdisjoint(node.all_input_nodes) and not _is_size(node):
-            found.add(node)
-    return found
+        if not nodes.isdisjoint(node.all_input_nodes) and not _is_size(node):
+            nodes.add(node)
+    return nodes
 
 
 def _is_size(node: fx.Node) -> bool:

@@ -125,8 +125,8 @@ def argument_names(placeholders: Sequence[fx.Node]) -> list[str]:
     """What the caller calls each argument: the last name of Dynamo's source, ``L['kwargs']['labels']`` -> ``labels``."""
     names: list[str] = []
     for node in placeholders:
-        found = re.findall(r"\w+", source_name(node))
-        name = found[-1] if found and not found[-1].isdigit() else node.name
+        words = re.findall(r"\w+", source_name(node))
+        name = words[-1] if words and not words[-1].isdigit() else node.name
         names.append(name if name not in names else node.name)
     return names
 

@@ -41,8 +41,8 @@ def find_layers(model: nn.Module) -> str:
     text = config.get_text_config(decoder=True)
     count = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    found = [n for n, m in lists.items() if len(m) == count]
-    outer = [n for n in found if not any(n.startswith(o + ".") for o in found)]
+    fitting = [n for n, m in lists.items() if len(m) == count]
+    outer = [n for n in fitting if not any(n.startswith(o + ".") for o in fitting)]
     if len(outer) != 1:
         have = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
         raise UnsupportedModelError(
@@ -112,16 +112,16 @@ def screen(model: nn.Module, static: Mapping[str, object]) -> None:
 
 def _mixers(model: nn.Module, layers: str) -> list[str]:
     """Modules of the blocks that are neither attention nor token-local by name: the first of each class."""
-    found: dict[str, str] = {}
+    mixers: dict[str, str] = {}
     for i, block in enumerate(block_list(model, layers)):
         for child, module in block.named_children():
             kind = type(module).__name__
             if not _LOCAL.search(kind) and not any(dispatches(type(m)) for m in module.modules()):
-                found.setdefault(kind, f"{layers}.{i}.{child} ({kind})")
-    return list(found.values())
+                mixers.setdefault(kind, f"{layers}.{i}.{child} ({kind})")
+    return list(mixers.values())
 
 
 def _rope_types(module: nn.Module) -> list[str]:
     value = getattr(module, "rope_type", None)
-    found = list(value.values()) if isinstance(value, dict) else [value]
-    return ["dynamic" if "dynamic" in kind else kind for kind in found if isinstance(kind, str)]
+    settings = list(value.values()) if isinstance(value, dict) else [value]
+    return ["dynamic" if "dynamic" in kind else kind for kind in settings if isinstance(kind, str)]

@@ -72,7 +72,7 @@ class _Copier:
     """Working state of one copy."""
 
     def __init__(self) -> None:
-        self.made: dict[int, Any] = {}
+        self.twins: dict[int, Any] = {}
         self.kept: list[Any] = []  # what is in `made`: an id must not be given to another object meanwhile
         self.leave: tuple[nn.Module | None, tuple[str, ...]] = (None, ())
         self.room: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -80,13 +80,13 @@ class _Copier:
         self.device: torch.device | None = None
 
     def keep(self, old: Any, new: Any) -> Any:
-        self.made[id(old)] = new
+        self.twins[id(old)] = new
         self.kept.append(old)
         return new
 
     def module(self, old: nn.Module) -> Any:
-        if id(old) in self.made:
-            return self.made[id(old)]
+        if id(old) in self.twins:
+            return self.twins[id(old)]
         if isinstance(old, torch.jit.ScriptModule):
             return self.keep(old, copy.deepcopy(old))
         if (inner := old._modules.get("_checkpoint_wrapped_module")) is not None:
@@ -113,15 +113,15 @@ class _Copier:
         # A functional call puts plain tensors in the place of parameters, which a trace refuses.
         if old is None or (isinstance(old, nn.Parameter) and self.fits(old)):
             return old
-        if id(old) not in self.made:
+        if id(old) not in self.twins:
             self.keep(old, nn.Parameter(self.stand_in(old), old.is_floating_point() or old.is_complex()))
-        return self.made[id(old)]
+        return self.twins[id(old)]
 
     def tensor(self, old: Tensor) -> Tensor:
         if self.fits(old):
             return old
-        if id(old) in self.made:
-            return self.made[id(old)]
+        if id(old) in self.twins:
+            return self.twins[id(old)]
         # The values of a table may be asked for.
         return self.keep(old, old.to(self.device) if is_plain(old) and not old.is_meta else self.stand_in(old))
 
@@ -137,8 +137,8 @@ class _Copier:
 
     def value(self, old: Any) -> Any:
         """What an attribute of the old tree is in the new one."""
-        if id(old) in self.made:
-            return self.made[id(old)]
+        if id(old) in self.twins:
+            return self.twins[id(old)]
         if old is None or isinstance(old, str | int | float | torch.dtype | torch.device | type):
             return old
         if isinstance(old, Tensor):
@@ -166,8 +166,8 @@ class _Copier:
 
     def function(self, old: Any) -> Any:
         """A function, with what it closes over taken from the new tree; the old one itself where that is nothing."""
-        if id(old) in self.made:
-            return self.made[id(old)]
+        if id(old) in self.twins:
+            return self.twins[id(old)]
         if isinstance(old, types.MethodType):
             owner, function = self.value(old.__self__), self.value(old.__func__)
             same = owner is old.__self__ and function is old.__func__
@@ -202,7 +202,7 @@ class _Copier:
         return new
 
     def reaches(self, value: Any) -> bool:
-        return isinstance(value, nn.Module) or (is_config(value) and id(value) in self.made)
+        return isinstance(value, nn.Module) or (is_config(value) and id(value) in self.twins)
 
 
 def _unhook(old: nn.Module, table: dict[str, Any]) -> None:

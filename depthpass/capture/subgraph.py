@@ -58,18 +58,18 @@ class Subgraph:
             return self._sizes[expr]
         if expr.is_Integer:
             return int(expr)
-        made: Argument = None
+        expression: Argument = None
         if expr in (self.batch, self.tokens):
-            made = self.graph.call_function(torch.ops.aten.sym_size.int, (self.hidden, 0 if expr == self.batch else 1))
+            expression = self.graph.call_function(torch.ops.aten.sym_size.int, (self.hidden, 0 if expr == self.batch else 1))
         elif expr.is_Mul or expr.is_Add:
             fn = operator.mul if expr.is_Mul else operator.add
             for term in expr.args:
                 value = self.size(cast(sympy.Expr, term), node)
-                made = value if made is None else self.graph.call_function(fn, (made, value))
+                expression = value if expression is None else self.graph.call_function(fn, (expression, value))
         else:
             raise UnsupportedModelError(f"{self.where}: size {node.name!r} = {expr} is not understood.")
-        self._sizes[expr] = made
-        return made
+        self._sizes[expr] = expression
+        return expression
 
     def call(self, fn: Callable, args: tuple[Argument, ...], like: fx.Node) -> fx.Node:
         """Call a function in the place of a node."""
@@ -112,10 +112,10 @@ class Subgraph:
         step = n.args[2] if len(n.args) > 2 else 1
         if start != 0 or step != 1:
             raise UnsupportedModelError(f"{self.where}: token indices {n.name!r} start at {start} with step {step}.")
-        made = self.call(calls.columns, (self.visit, val.device), n)
+        columns = self.call(calls.columns, (self.visit, val.device), n)
         if val.dtype != torch.int64:
-            made = self.call(torch.ops.aten.to.dtype, (made, val.dtype), n)
-        return made
+            columns = self.call(torch.ops.aten.to.dtype, (columns, val.dtype), n)
+        return columns
 
     def attributes(self) -> tuple[str, ...]:
         return tuple(str(n.target) for n in self.graph.nodes if n.op == "get_attr")

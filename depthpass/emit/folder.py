@@ -24,7 +24,7 @@ from depthpass.errors import InputError, SpecError, UnsupportedModelError
 from depthpass.hf.files import replacing
 from depthpass.hf.host import depth_module
 from depthpass.hf.materialize import rewrite_lists, same_kinds, stack_of
-from depthpass.hf.switch import _transformed
+from depthpass.hf.switch import transformed
 from depthpass.hf.transform import restore
 from depthpass.ir.program import Program
 
@@ -59,7 +59,7 @@ def emit(
             routing, pads, exits by logits, ...): the message names the pass.
         UnsupportedModelError: the architecture's code cannot be cut open for this program.
     """
-    inner = _transformed(model, "emit")
+    inner = transformed(model, "emit")
     target = Path(directory)
     if name is None or not name:
         name = f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"

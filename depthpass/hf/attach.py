@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from depthpass.errors import SpecError
-from depthpass.hf.context import inner_model
+from depthpass.hf.context import in_force, inner_model
 from depthpass.hf.model import DepthModel
 from depthpass.hf.parameters import build
 from depthpass.hf.prepare import prepare
@@ -98,16 +98,7 @@ def check_fixed(passes: Sequence[Pass]) -> None:
 
 def attached_spec(model: nn.Module) -> dict | None:
     """The spec whose parameters are attached to a model, as plain data; None without any."""
-    return getattr(depth_of(getattr(model, PREFIX, None)), "spec", None)
-
-
-def depth_of(module: Any) -> Any:
-    """The new parameters in force: PEFT wraps them in ``modules_to_save`` and trains a copy."""
-    saved = getattr(module, "modules_to_save", None)
-    if saved is None:
-        return module
-    active = [a for a in getattr(module, "active_adapters", ()) if a in saved]
-    return saved[active[0]] if active else module.original_module
+    return getattr(in_force(getattr(model, PREFIX, None)), "spec", None)
 
 
 def owners(parameters: Collection[nn.Parameter]) -> list[nn.Module]:

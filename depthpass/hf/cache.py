@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerationMixin
 from depthpass.capture.attention import signature_names
 from depthpass.errors import CacheError, InputError
 from depthpass.hf.cache_layers import SlotLayer, moved
+from depthpass.hf.context import inner_model
 from depthpass.hf.residual import ResidualSlots, check_bits, packed_state
 from depthpass.prompt import in_notebooks
 
@@ -68,8 +69,7 @@ class DepthCache(Cache):
 
         # Inside a PEFT wrapper it is still the transformed model that runs, and asks whose cache this is; so it is for its
         # decoder.
-        wrapped = getattr(model, "get_base_model", None)
-        model = wrapped() if callable(wrapped) else model
+        model = inner_model(model)
         model = getattr(model, "depth_model", model)
         if not hasattr(model, "depth_program"):
             raise CacheError(

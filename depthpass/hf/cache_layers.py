@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from depthpass.hf.cache import DepthCache
 
 
+def _side(name: str) -> Any:
+    """One side of a slot as an attribute that may be assigned."""
+    return property(lambda self: self._one(name), lambda self, value: self._assign(name, value))
+
+
 class SlotLayer:
     """The keys and values that one visit has kept: a view, so that what is assigned to it stands in the cache.
 
@@ -59,21 +64,7 @@ class SlotLayer:
         slots[self.number] = replace(slots[self.number].map(lambda t: t), **{name: (value,)})
         self._cache.state = replace(state, slots=slots)
 
-    @property
-    def keys(self) -> Tensor | None:
-        return self._one("keys")
-
-    @keys.setter
-    def keys(self, value: Tensor) -> None:
-        self._assign("keys", value)
-
-    @property
-    def values(self) -> Tensor | None:
-        return self._one("values")
-
-    @values.setter
-    def values(self, value: Tensor) -> None:
-        self._assign("values", value)
+    keys, values = _side("keys"), _side("values")
 
     @property
     def is_initialized(self) -> bool:

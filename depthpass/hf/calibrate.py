@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError, SpecError
-from depthpass.hf.switch import _transformed, switch, using
+from depthpass.hf.switch import switch, transformed, using
 from depthpass.ir.program import Op, Program
 from depthpass.passes.base import Pass
 from depthpass.passes.mixture_of_depths import MixtureOfDepths
@@ -74,7 +74,7 @@ def calibrate(
         SpecError: the model is not transformed, or its spec does not have one such pass.
         InputError: no batch, batches without ids, or shares that do not fit; nothing has been changed.
     """
-    inner = _transformed(model, "calibrate")
+    inner = transformed(model, "calibrate")
     passes = list(inner._depth.plans.current.passes)
     at = _routed(passes)
     given = _batches(batches)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from depthpass.analysis.cost.program import Trainable
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.context import inner_model
 from depthpass.hf.ledger import Counter, Ledger
-from depthpass.hf.switch import _transformed, loops_of, set_loops
+from depthpass.hf.switch import loops_of, set_loops, transformed
 from depthpass.passes.draws import draw
 
 
@@ -37,8 +38,8 @@ class FlopsLedger(TrainerCallback, ExportableState):
     # What differs between schedules.
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of the constructor, as plain data."""
-        return {"trainable": self.trainable}
+        """Arguments of the constructor, as plain data; each is kept under its name."""
+        return {n: getattr(self, n) for n in list(inspect.signature(type(self).__init__).parameters)[1:]}
 
     def progress(self) -> dict[str, Any]:
         """What a schedule remembers besides the ledger, as plain data."""
@@ -46,7 +47,7 @@ class FlopsLedger(TrainerCallback, ExportableState):
 
     def subject(self, model: Any) -> Any:
         """The model whose calls are counted, out of any wrapper."""
-        return _transformed(model, type(self).__name__)
+        return transformed(model, type(self).__name__)
 
     def begin(self, model: Any, resumed: bool) -> None:
         """Called before the first step; ``resumed`` after a checkpoint has given :meth:`progress` back."""
@@ -126,9 +127,6 @@ class StopAtFlops(FlopsLedger):
         self.budget = budget
         self.stopped: int | None = None
 
-    def arguments(self) -> dict[str, Any]:
-        return {"budget": self.budget, "trainable": self.trainable}
-
     def progress(self) -> dict[str, Any]:
         return {"stopped": self.stopped}
 
@@ -186,10 +184,6 @@ class ShiftSchedule(FlopsLedger):
         self.switched: int | None = None
         self.history: list[list[float]] = []
         self._norm: float | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        return {"loops": self.loops, "d1": self.d1, "d2": self.d2, "patience": self.patience, "every": self.every,
-                "scope": self.scope, "trainable": self.trainable}
 
     def progress(self) -> dict[str, Any]:
         return {"bad": self.bad, "switched": self.switched, "history": self.history}
@@ -275,10 +269,6 @@ class RecurrenceCurriculum(FlopsLedger):
         self.mean, self.start, self.ramp, self.sigma, self.most = mean, start, ramp, sigma, most
         self.eval_times, self.seed, self.scope = eval_times, seed, scope
         self.drawn: list[int] = []
-
-    def arguments(self) -> dict[str, Any]:
-        names = ("mean", "start", "ramp", "sigma", "most", "eval_times", "seed", "scope", "trainable")
-        return {k: getattr(self, k) for k in names}
 
     def progress(self) -> dict[str, Any]:
         return {"drawn": self.drawn}

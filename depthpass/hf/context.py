@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from depthpass.capture.screen import block_list, find_layers, text_config
+from depthpass.errors import UnsupportedModelError
 from depthpass.passes.base import Context
 
 
@@ -29,3 +30,19 @@ def inner_model(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     base = getattr(model, "get_base_model", None)
     return base() if callable(base) else model
+
+
+def in_force(new: Any) -> Any:
+    """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter.
+
+    Raises:
+        UnsupportedModelError: several adapters are active.
+    """
+    if not hasattr(new, "modules_to_save"):
+        return new
+    active = [a for a in new.active_adapters if a in new.modules_to_save]
+    if len(active) > 1:
+        raise UnsupportedModelError(
+            f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
+        )
+    return new.original_module if new.disable_adapters or not active else new.modules_to_save[active[0]]

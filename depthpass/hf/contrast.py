@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor
 
 from depthpass.errors import InputError, SpecError
-from depthpass.hf.switch import _transformed
+from depthpass.hf.switch import transformed
 
 
 class LoopContrast(LogitsProcessor):
@@ -48,7 +48,7 @@ class LoopContrast(LogitsProcessor):
     def __init__(
         self, model: Any, loop: int = 1, *, strength: float = 1.0, plausible: float = 0.1, scope: str = "loop",
     ):
-        inner = _transformed(model, "LoopContrast")
+        inner = transformed(model, "LoopContrast")
         taps = [o["name"] for o in inner.depth_program.taps if o["head"]]
         names = [name for name in taps if re.fullmatch(rf"{re.escape(scope)}\.t\d+", name)]
         if len(names) < 2:

@@ -91,12 +91,6 @@ def inside(frame: Frame | None) -> Iterator[Frame | None]:
         _frame.reset(before)
 
 
-def answering(decoder: nn.Module) -> bool:
-    """Whether a call of this decoder, here and now, only hands a stream to the stock head."""
-    frame = _frame.get()
-    return frame is not None and frame.decoder is decoder and frame.answer is not None
-
-
 class Door:
     """Leads from a decoder to the model it belongs to, without making the model a submodule of its own part."""
 
@@ -130,7 +124,7 @@ class DepthDecoder(_Stock):
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)
-        return (_rebuild, (type(self)._stock_class,), *made[2:])
+        return (rebuilt, (decoder_class, type(self)._stock_class), *made[2:])
 
     def _answer(self, arguments: dict[str, object]):
         frame = _frame.get()
@@ -192,9 +186,20 @@ def _say_compiled(model: Any) -> None:
         )
 
 
-def _rebuild(stock_class: type) -> nn.Module:
-    cls = decoder_class(stock_class)
+def rebuilt(class_of: Callable[[type], type], stock: type) -> Any:
+    """An empty object of the class that ``class_of`` makes of a stock one, for pickle to fill."""
+    cls = class_of(stock)
     return cls.__new__(cls)
+
+
+def mixed(mixin: type, stock: Any, forward: Callable, **body: Any) -> Any:
+    """A class of a mixin in front of a stock class, whose name, text and signature it keeps."""
+    body |= {
+        "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
+        "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
+    }
+    body["forward"].__signature__ = inspect.signature(stock.forward)
+    return type(stock.__name__, (mixin, stock), body)
 
 
 @functools.cache
@@ -208,12 +213,7 @@ def decoder_class(stock: Any) -> Any:
             arguments["prompt_length"] = prompt_length
         return self._answer(arguments)
 
-    body = {
-        "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
-        "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
-    }
-    body["forward"].__signature__ = inspect.signature(stock.forward)
-    return type(stock.__name__, (DepthDecoder, stock), body)
+    return mixed(DepthDecoder, stock, forward)
 
 
 def decoder_path(model: nn.Module, layers: str) -> str:

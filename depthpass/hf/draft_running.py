@@ -53,10 +53,10 @@ class Runner:
         call = normalise(model, self.decoder, self.names, given, None)
         captured = self.captured = model._captured(call, self.names)
         host = StockHost(model, captured, ())
-        hidden, sides = embedded(model, host, call)
+        hidden, side_inputs = embedded(model, host, call)
         rung = model._depth.lowering
-        ran = run(part.schedule, host, hidden if entry is None else entry, sides, captured.side_axes, state, call.valid, True,
-                  part.types, "auto" if rung in ("inductor", "cudagraph") else rung)
+        ran = run(part.schedule, host, hidden if entry is None else entry, side_inputs, captured.side_axes, state, call.valid,
+                  True, part.types, "auto" if rung in ("inductor", "cudagraph") else rung)
         return ran.streams, ran.state
 
     def logits(self, streams: dict[str, Tensor], last: int) -> Tensor:

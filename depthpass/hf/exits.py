@@ -11,7 +11,7 @@ from torch import nn
 from depthpass.errors import SpecError
 from depthpass.hf.host import depth_module
 from depthpass.hf.loops import loop_of
-from depthpass.hf.switch import _SAME, Model, _adopt, _plan, _transformed
+from depthpass.hf.switch import _SAME, Model, _adopt, _plan, transformed
 from depthpass.passes.base import Pass
 
 
@@ -33,7 +33,7 @@ def set_exit(
     Raises:
         SpecError: the model is not transformed, its loop has no exit, or the values do not fit; nothing has been changed.
     """
-    inner = _transformed(model, "set_exit")
+    inner = transformed(model, "set_exit")
     plans = inner._depth.plans
     passes = list(plans.current.passes)
     at = _gated(passes, scope, "set_exit")
@@ -51,7 +51,7 @@ def only_gates(model: nn.Module, *, scope: str | int | None = None) -> list[nn.P
     Raises:
         SpecError: the model is not transformed, or its loop has no learned gate.
     """
-    inner = _transformed(model, "only_gates")
+    inner = transformed(model, "only_gates")
     passes = inner._depth.plans.current.passes
     held: Any = passes[_gated(passes, scope, "only_gates")]
     if held.criterion != "cdf":

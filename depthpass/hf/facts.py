@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
 from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
+from depthpass.hf.context import inner_model
 from depthpass.hf.marks import PREFIX as MARKED
 from depthpass.hf.marks import unmarked
 from depthpass.prompt import at_prompt
@@ -110,9 +111,7 @@ def stock_model(source: ModelLike) -> nn.Module:
         UnsupportedModelError: the architecture is unknown or cannot be built.
     """
     if isinstance(source, nn.Module):
-        # A PEFT wrapper holds the transformers model.
-        base = getattr(source, "get_base_model", None)
-        return cast(nn.Module, base()) if callable(base) else source
+        return inner_model(source)
     from transformers import AutoModelForCausalLM, PreTrainedConfig
 
     config = source if isinstance(source, PreTrainedConfig) else _config(source)

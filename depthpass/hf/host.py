@@ -19,6 +19,7 @@ from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
 from depthpass.capture.screen import block_list
 from depthpass.errors import LoweringError, UnsupportedModelError
+from depthpass.hf.context import in_force
 from depthpass.hf.doors import DISABLED
 from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.live import Live
@@ -39,10 +40,10 @@ if TYPE_CHECKING:
 class BlockCall:
     """What a block is called with besides the hidden stream: see :func:`block_forward`."""
 
-    __slots__ = ("block", "host", "sides", "visit")
+    __slots__ = ("block", "host", "side_inputs", "visit")
 
-    def __init__(self, block: Block, visit, sides: Sequence[Tensor], host: StockHost):
-        self.block, self.visit, self.sides, self.host = block, visit, sides, host
+    def __init__(self, block: Block, visit, side_inputs: Sequence[Tensor], host: StockHost):
+        self.block, self.visit, self.side_inputs, self.host = block, visit, side_inputs, host
 
     @torch.compiler.disable(reason=DISABLED)
     def run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class BlockCall:
 
     def to(self, device, *args, **kwargs) -> BlockCall:
         """The same call on another device, as accelerate moves what a module is called with."""
-        return BlockCall(self.block, self.visit, [s.to(device, *args, **kwargs) for s in self.sides], self.host)
+        return BlockCall(self.block, self.visit, [s.to(device, *args, **kwargs) for s in self.side_inputs], self.host)
 
     def _run(self, layer: nn.Module, hidden: Tensor) -> Tensor:
         host, visit = self.host, self.visit
@@ -66,13 +67,13 @@ class BlockCall:
         if visit.index in host.hooked.inside:
             assert host.live is not None, "hooks inside a block run live"
             return host.live.block(layer, visit, params, bound, hidden)
-        return visit.run(self.block.template, hidden, self.sides, params, host.runner)
+        return visit.run(self.block.template, hidden, self.side_inputs, params, host.runner)
 
 
 # FSDP2 casts what a unit is called with to the unit's dtype.
 pytree.register_pytree_node(
-    BlockCall, lambda call: (list(call.sides), (call.block, call.visit, call.host)),
-    lambda sides, rest: BlockCall(rest[0], rest[1], list(sides), rest[2]),
+    BlockCall, lambda call: (list(call.side_inputs), (call.block, call.visit, call.host)),
+    lambda side_inputs, rest: BlockCall(rest[0], rest[1], list(side_inputs), rest[2]),
 )
 
 
@@ -97,16 +98,19 @@ class StockHost:
         runner: gives the callable to run a captured graph with.
         live: what runs as modules in this call; None = nothing.
         counts: calls of each block with hooks.
+        pool: where the runs of one call add up their losses; None = of its own.
         prefix: what this call shares with others that begin with the same visits (a search); None = nothing.
     """
 
     adapts = True
 
-    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor]):
+    def __init__(self, model: DepthModel, captured: Capture, side_inputs: Sequence[Tensor], pool: Pool | None = None):
+        from depthpass_lowering.executors.losses import Pool
+
         self.model, self.captured = model, captured
         self.decoder = model.get_submodule(model._depth.decoder)
         self.layers = block_list(model, model._depth.layers)
-        self.extras = sides
+        self.extras = side_inputs
         self.style = attention_style(model)
         self.training = model.training
         self.depth: nn.Module | None = None
@@ -115,9 +119,7 @@ class StockHost:
         self.counts: Counter[int] = Counter()
         self.ratios: Mapping[str, float] = model._depth.ratios
         self.prefix = running(model)
-        self.losses: Mapping[str, Tensor] | None = None
-        self.pool: Pool | None = None
-        self.extra_loss: Tensor | float = 0.0
+        self.pool = Pool() if pool is None else pool
         self.runner = _runner(model._depth.lowering)
         self.dispatched = model._depth.watches[-1].dispatched
         if self.dispatched:
@@ -154,14 +156,14 @@ class StockHost:
             params = [p.to(self.home) for p in self.tensors(part, self.decoder)]
             return runner(part.graph)(visit, *(x.to(self.home) for x in given), *params)
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
-        call = BlockCall(self.captured.blocks[index], visit, sides, self)
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
+        call = BlockCall(self.captured.blocks[index], visit, side_inputs, self)
         if self.prefix is None:
             return self.layers[index](hidden, call)
         return self.prefix.visit(visit, hidden, lambda: self.layers[index](hidden, call))
 
-    def sides_of(self, index: int) -> tuple[int, ...]:
-        return self.captured.blocks[index].sides
+    def side_inputs_of(self, index: int) -> tuple[int, ...]:
+        return self.captured.blocks[index].side_inputs
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
         return self.captured.blocks[index].template.sites
@@ -268,13 +270,5 @@ def _runner(lowering: str) -> Callable[[fx.GraphModule], Callable]:
 
 
 def depth_module(model: Any) -> Any:
-    """The new parameters that run: PEFT wraps ``modules_to_save``, and trains a copy for each adapter."""
-    found = model.depth
-    if not hasattr(found, "modules_to_save"):
-        return found
-    active = [a for a in found.active_adapters if a in found.modules_to_save]
-    if len(active) > 1:
-        raise UnsupportedModelError(
-            f"the adapters {', '.join(active)} are active together and each has its own copy of depth. Activate one of them."
-        )
-    return found.original_module if found.disable_adapters or not active else found.modules_to_save[active[0]]
+    """The new parameters that run."""
+    return in_force(model.depth)

@@ -55,10 +55,6 @@ class LatentCurriculum(FlopsLedger):
         self.per_step, self.stages, self.every, self.bot, self.eot, self.pad = per_step, stages, every, bot, eot, pad
         self.reset_optimizer, self.scope, self.stage = reset_optimizer, scope, 0
 
-    def arguments(self) -> dict[str, Any]:
-        names = ("per_step", "stages", "every", "bot", "eot", "pad", "reset_optimizer", "scope", "trainable")
-        return {k: getattr(self, k) for k in names}
-
     def progress(self) -> dict[str, Any]:
         return {"stage": self.stage}
 

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from depthpass.analysis.cost.model import _signature
 from depthpass.capture.export import find_layers
 from depthpass.errors import SpecError, UnsupportedModelError
-from depthpass.hf.switch import _transformed
+from depthpass.hf.switch import transformed
 from depthpass.hf.transform import restore
 from depthpass.ir.program import Program
 
@@ -39,7 +39,7 @@ def materialize(model: nn.Module) -> PreTrainedModel:
             message names what stands in the way.
         UnsupportedModelError: adapters, or a block whose kind its config can only put at certain depths.
     """
-    inner = _transformed(model, "materialize")
+    inner = transformed(model, "materialize")
     if any(hasattr(m, "merged_adapters") for m in inner.modules()):
         raise UnsupportedModelError("materialize: expected a model without PEFT layers, got adapters. Call merge_and_unload() "
                                     "first.")

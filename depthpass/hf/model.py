@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import os
 import threading
 from collections import Counter
@@ -21,7 +20,7 @@ from depthpass.hf import ahead
 from depthpass.hf.cache import STOCK_NAME, DepthCache, take_cache
 from depthpass.hf.captured import remember
 from depthpass.hf.checkpointing import not_reentrant
-from depthpass.hf.doors import DECODER, DepthDecoder, Frame, bind, call_names, inside, replaced, untraced
+from depthpass.hf.doors import DECODER, DepthDecoder, Frame, bind, call_names, inside, mixed, rebuilt, replaced
 from depthpass.hf.files import replacing
 from depthpass.hf.generation import PROMPT, check_decoding, check_generation, check_implementation
 from depthpass.hf.head_input import bare
@@ -337,12 +336,7 @@ class DepthModel(Shown, _Stock):
 
     def __reduce_ex__(self, protocol):
         made = super().__reduce_ex__(protocol)
-        return (_rebuild, (type(self)._stock_class,), *made[2:])
-
-
-def _rebuild(stock_class: type) -> DepthModel:
-    cls = depth_class(stock_class)
-    return cls.__new__(cls)
+        return (rebuilt, (depth_class, type(self)._stock_class), *made[2:])
 
 
 @functools.cache
@@ -353,13 +347,7 @@ def depth_class(stock: Any) -> Any:
     def forward(self, *args, prompt_length=None, **kwargs):
         return self._call_stock(args, kwargs, prompt_length)
 
-    # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
-    body = {
-        "config_class": None if stock.config_class is None else marked_class(stock.config_class),
-        "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
-        "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
-    }
-    body["forward"].__signature__ = inspect.signature(stock.forward)
+    body: dict[str, Any] = {"config_class": None if stock.config_class is None else marked_class(stock.config_class)}
     if hasattr(stock, "generate"):
 
         @functools.wraps(stock.generate)
@@ -384,4 +372,5 @@ def depth_class(stock: Any) -> Any:
             return stock.generate(self, *args, **kwargs, **({} if cache is None else {STOCK_NAME: cache}))
 
         body["generate"] = generate
-    return type(stock.__name__, (DepthModel, stock), body)
+    # Dynamo must not trace into captures and caches: a user's torch.compile runs the program as it is.
+    return mixed(DepthModel, stock, forward, **body)

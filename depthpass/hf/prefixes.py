@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from depthpass.hf.context import inner_model
+
 if TYPE_CHECKING:
     from depthpass_lowering.state.slots import Grown
     from depthpass_lowering.visits.running import RunningVisit
@@ -26,15 +28,15 @@ class Visited:
 
     Attributes:
         stream: ``[batch, tokens, width]``.
-        made: keys and values by attention call; None = no cache was asked for.
+        extended: keys and values by attention call; None = no cache was asked for.
     """
 
     stream: Tensor
-    made: dict[int, Grown] | None
+    extended: dict[int, Grown] | None
 
     @property
     def nbytes(self) -> int:
-        kept = (self.made or {}).values()
+        kept = (self.extended or {}).values()
         return self.stream.nbytes + sum(k.nbytes + v.nbytes for k, v, _ in kept)
 
 
@@ -65,8 +67,7 @@ class PrefixMemo:
             keep: whether the call fills a cache.
             shared: how many of the first visits depend on the visits before them alone; None = all.
         """
-        inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
-        token = _running.set(Prefix(self, inner, (rows, keep), layers, keep, shared))
+        token = _running.set(Prefix(self, inner_model(model), (rows, keep), layers, keep, shared))
         try:
             yield
         finally:
@@ -123,10 +124,10 @@ class Prefix:
         if found is None:
             memo.ran += 1
             stream = run()
-            memo.put(self._key(self.place), Visited(stream, dict(visit.made) if self.keep else None))
+            memo.put(self._key(self.place), Visited(stream, dict(visit.extended) if self.keep else None))
             return stream
         if self.keep:
-            visit.made = dict(found.made or {})
+            visit.extended = dict(found.extended or {})
         return found.stream
 
 

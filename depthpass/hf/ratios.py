@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from depthpass.errors import InputError, SpecError
-from depthpass.hf.model import DepthModel
+from depthpass.hf.switch import transformed
 from depthpass.ir.shares import Ratios, checked_ratios
 
 
@@ -26,24 +26,8 @@ def set_ratios(model: nn.Module, ratios: Ratios | None) -> None:
         SpecError: not a transformed model, a program without such routes.
         InputError: an unknown label, a share out of range, or one above that of the route it chooses from.
     """
-    runtime = transformed(model)._depth
+    runtime = transformed(model, "set_ratios")._depth
     runtime.ratios = {} if ratios is None else checked_ratios(runtime.program, ratios)
-
-
-def transformed(model: nn.Module) -> DepthModel:
-    """The transformed model inside wrappers.
-
-    Raises:
-        SpecError: there is none.
-    """
-    inner = model
-    while not isinstance(inner, DepthModel):
-        base = getattr(inner, "get_base_model", None)
-        found = base() if callable(base) else getattr(inner, "module", None)
-        if not isinstance(found, nn.Module) or found is inner:
-            raise SpecError(f"expected a transformed model, got {type(model).__name__}. Call dp.transform(model, spec) first.")
-        inner = found
-    return inner
 
 
 def capacity_warmup(model: nn.Module, progress: float) -> None:
@@ -58,7 +42,7 @@ def capacity_warmup(model: nn.Module, progress: float) -> None:
     """
     if not 0 <= progress <= 1:
         raise InputError(f"progress: expected a number between 0 and 1, got {progress!r}.")
-    program = transformed(model).depth_program
+    program = transformed(model, "capacity_warmup").depth_program
     own = {o["label"]: o["capacity"] for o in program if o.kind == "route" and o["rule"] == "topk" and o["label"]}
     if not own:
         raise SpecError("capacity_warmup: expected a program with top-k routes, got one without. Use mode='topk'.")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.errors import InputError
-from depthpass.hf.ratios import transformed
+from depthpass.hf.switch import transformed
 from depthpass.ir.verify import infer
 from depthpass.prompt import at_prompt
 
@@ -43,7 +43,7 @@ def routing_of(model: nn.Module, outputs: Any, attention_mask: Tensor | None = N
     Raises:
         InputError: outputs without the taps, or a mask of another shape.
     """
-    program = transformed(model).depth_program
+    program = transformed(model, "routing_of").depth_program
     routes = {t.args[0]: t["name"] for t in program.taps if program.defs[t.args[0]].kind == "route"}
     found = getattr(outputs, "taps", {})
     missing = [o.name for o in program if o.kind == "route" and routes.get(o.name) not in found]

@@ -228,17 +228,17 @@ class _Rows(Tokens):
         call = normalise(model, self.decoder, self.names, given, None)
         captured = model._captured(call, self.names)
         whole = StockHost(model, captured, ())
-        x, sides = embedded(model, whole, call)
+        x, side_inputs = embedded(model, whole, call)
         rung = model._depth.lowering
         rung = "auto" if rung in ("inductor", "cudagraph") else rung
         parts = (ladder.first, *ladder.steps, ladder.last)
         for place, (part, count) in enumerate(zip(parts, (len(ids), *self.takes, len(ids)))):
-            host, mine, valid = whole, sides, call.valid
+            host, mine, valid = whole, side_inputs, call.valid
             if count < len(ids):
                 rows = torch.arange(count, device=ids.device)
                 host = StockHost(model, captured, ())
                 host.live, host.counts = whole.live and whole.live.of_rows(rows), whole.counts
-                mine = [s[:count] if axis and s.shape[0] == len(ids) else s for s, axis in zip(sides, captured.side_axes)]
+                mine = [s[:count] if axis and s.shape[0] == len(ids) else s for s, axis in zip(side_inputs, captured.side_axes)]
                 host.extras = mine
                 valid = None if valid is None else valid[:count]
             ran = run(part.schedule, host, x[:count], mine, captured.side_axes, self.states[place], valid, True, part.types, rung)

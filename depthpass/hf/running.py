@@ -33,6 +33,7 @@ from depthpass.plan import Plan
 
 if TYPE_CHECKING:
     from depthpass_lowering.executors.fixed_point import JacobiSchedule
+    from depthpass_lowering.executors.losses import Pool
     from depthpass_lowering.state import State
 
     from depthpass.hf.model import DepthModel
@@ -49,7 +50,7 @@ class DecoderCall:
     Attributes:
         groups: one plan for all rows, or no cache.
         sweeps: the fixed-point schedule of this call, or None.
-        losses: training losses by name, and their sum with coefficients; None = not computed.
+        pool: training losses of its runs.
         lowered: how each serial region was run.
         ran: the programs that ran, with their rows and columns.
         compiled: whether it was one compiled token.
@@ -60,13 +61,19 @@ class DecoderCall:
     captured: Capture
     groups: Groups
     sweeps: JacobiSchedule | None
-    losses: tuple[dict[str, Tensor], Any] | None = None
+    pool: Pool
     lowered: Recorder = field(default_factory=Recorder)
     ran: list[tuple[Program, int, int]] = field(default_factory=list)
     compiled: bool = False
 
     def host(self) -> StockHost:
-        return StockHost(self.model, self.captured, ())
+        return StockHost(self.model, self.captured, (), self.pool)
+
+    @property
+    def trains(self) -> bool:
+        """Whether losses of its programs are asked for."""
+        asked = self.model.training or self.call.labels is not None
+        return asked and any(plan.program.losses for plan, _ in self.groups)
 
 
 class _Prologue:
@@ -91,6 +98,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
         the decoder's stock outputs.
     """
     from depthpass_lowering.executors.contraction import start
+    from depthpass_lowering.executors.losses import Pool
     from depthpass_lowering.state import State
 
     runtime = model._depth
@@ -107,9 +115,10 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
         call = without_cache(call, arguments, [p.program for p, _ in groups])
     if call.hidden_states:
         groups = [(with_states(model, groups), None)]
-    now = DecoderCall(model, call, model._captured(call, names), groups, start(runtime.fixed_point))
+    now = DecoderCall(model, call, model._captured(call, names), groups, start(runtime.fixed_point), Pool())
     state = call.cache.opened(plan.meaning) if call.cache is not None else State()
     parts, streams, state = _dispatch(now, plan, state)
+    now.pool.move()
     runtime.lowered, runtime.ran = now.lowered.done(), tuple(now.ran)
     output: Any = pytree.tree_unflatten(parts, now.captured.out_spec)
     if call.hidden_states:
@@ -120,7 +129,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
         for name in NAMES:
             if name in getattr(output, "__dataclass_fields__", {}):
                 output[name] = cache
-    left = Left(now.captured, streams, plan.heads, now.losses, now.sweeps and tuple(now.sweeps.solves))
+    left = Left(now.captured, streams, plan.heads, now.pool.values(), now.sweeps and tuple(now.sweeps.solves))
     if frame is not None:
         frame.left = left
         if now.compiled:
@@ -154,16 +163,15 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
 def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, State]:
     """Advance a state by the tokens of a call; returns as :func:`_dispatch`."""
     model, call, plan = now.model, now.call, now.groups[0][0]
-    host = now.host()
+    host, now.pool.asked = now.host(), now.trains
     gather_new(depth_module(model))
     if host.dispatched:
         check_devices(host.layers, plan.program)
     # What runs has the program's pads in it; the caller sees what it gave.
     inner, layout = insert(model, plan.program, call)
-    host.losses = {} if plan.program.losses and (model.training or call.labels is not None) else None
     if len(now.groups) > 1:
-        hidden, sides = embedded(model, host, inner)
-        streams = _by_rows(now, host, hidden, sides, inner.valid)
+        hidden, side_inputs = embedded(model, host, inner)
+        streams = _by_rows(now, host, hidden, side_inputs, inner.valid)
     else:
         hidden, streams, state = _run(now, plan, host, inner, layout, state, call.use_cache)
     if call.hidden_states:
@@ -173,8 +181,6 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
         streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
     elif state.pads is not None:
         state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
-    if host.losses is not None:
-        now.losses = host.losses, host.extra_loss
     return list(host.part(now.captured.head, call.tensors, streams["output"])), streams, state
 
 
@@ -190,27 +196,18 @@ def _run(
         the embedded tokens; all streams by name; the new state.
     """
     from depthpass_lowering.executors.eager import run
-    from depthpass_lowering.executors.losses import Pool
 
     def piece(part: Call, state: State, keep: bool) -> tuple[Tensor, Streams, State]:
-        hidden, sides = embedded(now.model, host, part)
+        hidden, side_inputs = embedded(now.model, host, part)
         ran = run(
-            plan.schedule, host, hidden, sides, now.captured.side_axes, state, part.valid, keep, plan.types,
+            plan.schedule, host, hidden, side_inputs, now.captured.side_axes, state, part.valid, keep, plan.types,
             now.model._depth.lowering, now.sweeps, now.lowered,
         )
-        if ran.losses is not None:
-            host.losses, host.extra_loss = dict(ran.losses.by_name), ran.losses.total
         return hidden, ran.streams, ran.state
 
     if layout is None or not feeds(plan.program):
         return piece(call, state, keep)
-    given = host.pool
-    pool = host.pool = Pool() if given is None else given
     advanced = advance(call, layout, state, keep, piece)
-    if given is None:
-        pool.move()
-        if pool.sums:
-            host.losses, host.extra_loss = pool.values()
     if now.captured.head.extras:
         embedded(now.model, host, call)
     return advanced
@@ -227,11 +224,11 @@ def embedded(model: DepthModel, host: StockHost, call: Call) -> tuple[Tensor, li
             layers = runtime.layers[len(runtime.decoder) + 1 if runtime.decoder else 0 :]
             host.live = Live(host.decoder, layers, captured, host.hooked, call.tensors, call.past, call.cache)
             # The embedding has run as a module; its weights may be nowhere now.
-            hidden, sides = host.live.hidden, host.part(captured.tables, call.tensors, visit=visit)
+            hidden, side_inputs = host.live.hidden, host.part(captured.tables, call.tensors, visit=visit)
         else:
-            hidden, *sides = host.part(captured.prologue, call.tensors, visit=visit)
-    host.extras = sides
-    return hidden, sides
+            hidden, *side_inputs = host.part(captured.prologue, call.tensors, visit=visit)
+    host.extras = side_inputs
+    return hidden, side_inputs
 
 
 def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], Streams]:
@@ -240,16 +237,12 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
     Returns:
         the decoder's flat outputs; all streams by name.
     """
-    from depthpass_lowering.executors.losses import Pool
-
     model, call, captured = now.model, now.call, now.captured
-    whole, pool = now.host(), Pool()
+    whole, now.pool.asked = now.host(), now.trains
     gather_new(depth_module(model))
     if whole.dispatched:
         for plan, _ in now.groups:
             check_devices(whole.layers, plan.program)
-    asked = any(plan.program.losses for plan, _ in now.groups) and (model.training or call.labels is not None)
-    whole.losses = {} if asked else None
     # Modules with hooks (FSDP's among them) are called as often for packed rows as for others.
     together = bool(whole.hooked.live) or any(
         whole.refuses_schedule(i) is not None for i in {o["index"] for plan, _ in now.groups for o in plan.program.visits}
@@ -260,15 +253,10 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
         compiled = model._depth.lowering in ("inductor", "cudagraph") and bool(plan.schedule.serial_regions)
         for rows in packing.rows(segments, together, powers=compiled):
             host = now.host()
-            host.counts, host.losses, host.pool = whole.counts, whole.losses, pool
+            host.counts = whole.counts
             parts.append((rows, _sequences(now, plan, host, rows)))
             now.ran.append((plan.program, rows.source.shape[0], rows.source.shape[1]))
-    pool.move()
-    if pool.sums:
-        whole.losses, whole.extra_loss = pool.values()
     warn_parts(model, whole.counts)
-    if whole.losses is not None:
-        now.losses = whole.losses, whole.extra_loss
     streams = {name: packing.join([(rows, one[name]) for rows, one in parts]) for name in parts[0][1]}
     if captured.head.extras:
         embedded(model, whole, call)
@@ -286,28 +274,24 @@ def _sequences(now: DecoderCall, plan: Plan, host: StockHost, rows: Rows) -> Str
     return streams if layout is None else {name: layout.trim(x) for name, x in streams.items()}
 
 
-def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, sides: list[Tensor], valid: Tensor | None) -> Streams:
+def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, side_inputs: list[Tensor], valid: Tensor | None) -> Streams:
     """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
     from depthpass_lowering.executors.eager import run
-    from depthpass_lowering.executors.losses import Pool
     from depthpass_lowering.state import State
 
     parts: list[Streams] = []
-    pool, axes = Pool(), now.captured.side_axes
+    axes = now.captured.side_axes
     groups = [(plan, rows) for plan, rows in now.groups if rows is not None]
     for plan, rows in groups:
         group = now.host()
         group.live, group.counts = whole.live and whole.live.of_rows(rows), whole.counts
-        mine = [s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s for s, axis in zip(sides, axes)]
-        group.extras, group.losses, group.pool = mine, whole.losses, pool
+        mine = [s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s for s, axis in zip(side_inputs, axes)]
+        group.extras = mine
         ran = run(
             plan.schedule, group, hidden.index_select(0, rows), mine, axes, State(),
             None if valid is None else valid.index_select(0, rows), False, plan.types, now.model._depth.lowering, now.sweeps,
             now.lowered,
         )
         parts.append(ran.streams)
-    pool.move()
-    if pool.sums:
-        whole.losses, whole.extra_loss = pool.values()
     back = torch.argsort(torch.cat([rows for _, rows in groups]))
     return {name: torch.cat([p[name] for p in parts]).index_select(0, back) for name in parts[0]}

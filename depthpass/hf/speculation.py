@@ -24,6 +24,7 @@ from depthpass.hf.draft_running import Runner, cropped
 from depthpass.hf.drafts import ENTRY, Draft, draft_of
 from depthpass.hf.own_decoding import check_combined, named, with_stop_strings
 from depthpass.hf.tokens import Tokens, real_tokens
+from depthpass.log import fallback
 
 if TYPE_CHECKING:
     from depthpass_lowering.state import State
@@ -63,6 +64,9 @@ class _Decoding(Tokens):
         self.draft, self.run, self.tokens, self.report = draft, Runner(model), tokens, report
         self.room = config.max_length
         self.gains = Gains(draft)
+        if tokens == "auto" and self.gains.hopeless:
+            fallback(f"draft_tokens='auto' drafts nothing: a draft costs {draft.draft.cost} visits of {draft.model.cost}, which "
+                     "would not pay if every token were kept", asked=True)
 
     def decode(self, ids: Tensor, mask: Tensor | None) -> Any:
         """What ``generate`` returns for ``[batch, prompt]``."""
@@ -89,6 +93,9 @@ class _Decoding(Tokens):
                 self.report.seconds += time.perf_counter() - started
                 self.report._drafted_tokens += self.ids.shape[1] - before
                 pause = self.gains.pause() if self.tokens == "auto" else 0
+                if pause > 0:
+                    fallback("draft_tokens='auto' decodes plainly for a while, because too few drafted tokens are kept; "
+                             "model.depth_drafted tells how many", asked=False)
             self.report.chosen.append(count)
         self.report.tokens = self.ids.shape[1] - ids.shape[1]
         self.report.plain_visits = (self.report.tokens - 1) * self.draft.model.cost

@@ -16,7 +16,7 @@ from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call
-from depthpass.log import working
+from depthpass.log import fallback, working
 from depthpass.plan import Plan
 
 if TYPE_CHECKING:
@@ -45,7 +45,10 @@ def advance_token(
         LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
     """
     runtime = model._depth
-    if runtime.lowering not in ("inductor", "cudagraph") or not _is_step(call, state):
+    if runtime.lowering not in ("inductor", "cudagraph") or not _is_token(call, state):
+        return None
+    if reason := _exempt(call):
+        fallback(f"lowering={runtime.lowering!r} decodes a token uncompiled, because {reason}", asked=True)
         return None
     if reason := refusal_of(model, plan, captured, state):
         raise LoweringError(
@@ -106,17 +109,20 @@ def _recorder(device: torch.device) -> type[GraphedStep]:
     return graphed_token.GraphedStep
 
 
-def _is_step(call: Call, state: State) -> bool:
+def _is_token(call: Call, state: State) -> bool:
     """Whether a call is one token of every row behind a cache, without gradients."""
     tokens = next(iter(call.tensors.values()))
-    if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1:
-        return False
+    return not (torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1)
+
+
+def _exempt(call: Call) -> str | None:
+    """What of a token's call is no step's, or None."""
     if call.cache is not None and call.cache.residual_bits is not None:
-        return False
-    if not set(call.tensors) <= {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}:
-        return False
+        return "the cache keeps residuals of few bits"
+    if more := sorted(set(call.tensors) - {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}):
+        return f"the call has {', '.join(more)}"
     # A token that is padding in some row leaves that row's delay lines as they are.
-    return call.valid is None or bool(call.valid[:, -1].all())
+    return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in the place of the token"
 
 
 def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:
@@ -214,8 +220,8 @@ def _reads(model: DepthModel, plan: Plan, captured: Capture) -> list[Callable[[]
 class _StepHost(StockHost):
     """Runs a step that is being traced: parameters are the trace's inputs, columns a tensor."""
 
-    def __init__(self, model: DepthModel, captured: Capture, sides: Sequence[Tensor], leaves: dict[int, Tensor], at: Tensor):
-        super().__init__(model, captured, sides)
+    def __init__(self, model: DepthModel, captured: Capture, leaves: dict[int, Tensor], at: Tensor):
+        super().__init__(model, captured, ())
         self.leaves, self.at, self.training, self.runner = leaves, at, False, direct
         self.stand_ins: dict[str, nn.Module] = {}
 
@@ -225,9 +231,9 @@ class _StepHost(StockHost):
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         return [self.leaf(t) for t in super().tensors(owner, module)]
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return visit.run(template, hidden, sides, visit.adapt(template.params, params))
+        return visit.run(template, hidden, side_inputs, visit.adapt(template.params, params))
 
     def module(self, name: str) -> nn.Module:
         return self._stand_in(f"/{name}", super().module(name))
@@ -272,11 +278,11 @@ def compile_step(
         state_lines = {n: next(left) for n in lines}
         held = rooms.like([next(left) for _ in rooms.tensors()])
         leaves = {id(w): t for w, t in zip(weights, left, strict=True)}
-        host = _StepHost(model, captured, (), leaves, at)
-        hidden, *sides = host.part(captured.prologue, tensors, visit=host)
-        host.extras = sides
+        host = _StepHost(model, captured, leaves, at)
+        hidden, *side_inputs = host.part(captured.prologue, tensors, visit=host)
+        host.extras = side_inputs
         context = CallContext(
-            plan.schedule, host, hidden, tuple(sides), tuple(captured.side_axes), valid, True, plan.types
+            plan.schedule, host, hidden, tuple(side_inputs), tuple(captured.side_axes), valid, True, plan.types
         )
         ran = StepRun(context, held, state_lines, at, rank).run()
         out, state = ran.streams, ran.state

@@ -8,7 +8,7 @@ from torch import nn
 
 from depthpass.hf.host import depth_module
 from depthpass.hf.parameters import counted
-from depthpass.hf.switch import _transformed
+from depthpass.hf.switch import transformed
 
 
 def summary(model: nn.Module) -> str:
@@ -23,7 +23,7 @@ def summary(model: nn.Module) -> str:
     Raises:
         SpecError: the model is not transformed.
     """
-    inner: Any = _transformed(model, "summary")
+    inner: Any = transformed(model, "summary")
     sizes = {id(p): (p.numel(), p.requires_grad) for p in model.parameters()}
     whole, trained = sum(n for n, _ in sizes.values()), sum(n for n, trains in sizes.values() if trains)
     program = inner.depth_program

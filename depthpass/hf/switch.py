@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from depthpass.errors import SpecError
+from depthpass.hf.context import inner_model
 from depthpass.hf.host import depth_module
 from depthpass.hf.loops import loop_of
 from depthpass.hf.model import DepthModel
@@ -45,7 +46,7 @@ def switch(model: Model, spec: SpecLike, *, chunk: int | None = _SAME) -> Model:
         SpecError: the model is not transformed, or the spec needs new parameters that it does not have; nothing changed.
         PassError, LoweringError: the spec cannot be applied, or not be run; nothing changed.
     """
-    inner = _transformed(model, "switch")
+    inner = transformed(model, "switch")
     plans = inner._depth.plans
     _adopt(inner, plans, _plan(inner, plans, spec, chunk))
     return model
@@ -62,7 +63,7 @@ def using(model: nn.Module, spec: SpecLike, *, chunk: int | None = _SAME) -> Abs
 
     Arguments and errors are those of :func:`switch`; nothing is changed when they are raised.
     """
-    inner = _transformed(model, "using")
+    inner = transformed(model, "using")
     plans = inner._depth.plans
     return Using(plans, _plan(inner, plans, spec, chunk))
 
@@ -84,7 +85,7 @@ def set_loops(model: Model, times: int | Sequence[int] | str, *, scope: str | in
         SpecError: the model is not transformed, its spec has no loop or several, the count is not possible, or its
             per-visit parameters (a LoRA for each iteration) do not exist; nothing has been changed.
     """
-    inner = _transformed(model, "set_loops")
+    inner = transformed(model, "set_loops")
     plans = inner._depth.plans
     passes = list(plans.current.passes)
     at = loop_of(passes, scope)
@@ -99,7 +100,7 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
     Raises:
         SpecError: as :func:`set_loops`.
     """
-    passes = _transformed(model, "loops_of")._depth.plans.current.passes
+    passes = transformed(model, "loops_of")._depth.plans.current.passes
     found = passes[loop_of(passes, scope)]
     return getattr(found, str(found.loop_field))
 
@@ -127,10 +128,16 @@ def _adopt(inner: Any, plans: Plans, wanted: Plan) -> None:
     parameters.text = str(wanted.program)
 
 
-def _transformed(model: Any, who: str) -> Any:
-    base = getattr(model, "get_base_model", None)
-    inner = base() if callable(base) else model
-    if not isinstance(inner, DepthModel):
-        raise SpecError(f"{who}: expected a transformed model, got a stock {type(inner).__name__}. Call "
-                        "dp.transform(model, spec) first.")
-    return inner
+def transformed(model: Any, who: str) -> Any:
+    """The transformed model inside PEFT's and distributed wrappers.
+
+    Raises:
+        SpecError: there is none; ``who`` asks.
+    """
+    inner = inner_model(model)
+    if isinstance(inner, DepthModel):
+        return inner
+    if isinstance(held := getattr(inner, "module", None), nn.Module):
+        return transformed(held, who)
+    raise SpecError(f"{who}: expected a transformed model, got a stock {type(inner).__name__}. Call dp.transform(model, spec) "
+                    "first.")

@@ -13,6 +13,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from depthpass.errors import InputError
 from depthpass.hf.cache import NAMES, STOCK_NAME
+from depthpass.log import fallback
 
 _OURS = (*NAMES, "attention_mask", "position_ids", "cache_position", "use_cache", "logits_to_keep", "return_dict")
 """Arguments of the model that :func:`real_tokens` has looked at, or that say nothing about the tokens."""
@@ -121,5 +122,7 @@ def _apart(processor: Any) -> Any:
     held = vars(processor).values() if hasattr(processor, "__dict__") else ()
     try:
         return copy.deepcopy(processor, {id(x): x for x in held if isinstance(x, nn.Module)})
-    except Exception:
+    except Exception as error:
+        fallback(f"drafts do without the logits processor {type(processor).__name__}, which cannot be copied "
+                 f"({type(error).__name__}): what is generated is the same, fewer drafted tokens are kept", asked=False)
         return None

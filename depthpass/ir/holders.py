@@ -18,10 +18,10 @@ class Held(nn.Module):
         super().__init__()
         self.meaning, self.names = meaning, tuple(parameters)
         for name, p in parameters.items():
-            made = like.new_empty(p.shape)
-            if not made.is_meta:
-                made.fill_(p.fill) if p.fill is not None else made.normal_(0.0, p.init) if p.init else made.zero_()
-            self.register_parameter(name, nn.Parameter(made))
+            start = like.new_empty(p.shape)
+            if not start.is_meta:
+                start.fill_(p.fill) if p.fill is not None else start.normal_(0.0, p.init) if p.init else start.zero_()
+            self.register_parameter(name, nn.Parameter(start))
 
     def forward(self, *streams: Tensor, **constants: Any) -> Tensor:
         return self.meaning(*streams, **constants, **{name: getattr(self, name) for name in self.names})

@@ -228,10 +228,10 @@ class Interpretation:
 
     def losses(self) -> dict[str, Tensor]:
         """Training losses by name, before their coefficients."""
-        found: dict[str, Tensor] = {}
+        sums: dict[str, Tensor] = {}
         for o in self.program.losses:
-            found[o["name"]] = found.get(o["name"], self.embed.new_zeros(())) + self._loss(o)
-        return found
+            sums[o["name"]] = sums.get(o["name"], self.embed.new_zeros(())) + self._loss(o)
+        return sums
 
     def _loss(self, o: Op) -> Tensor:
         score = {i: self.value(o.args[0], i) for i in range(self.tokens)}

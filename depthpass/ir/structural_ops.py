@@ -253,8 +253,8 @@ def waits(o: Op) -> str | None:
         return "latents"
     if o.kind != "block":
         return None
-    found = {"a gated window": o["gate"], "keys of earlier calls": o["past"], "a memory": o["memory"] or None}
-    return next((what for what, value in found.items() if value is not None), None)
+    operands = {"a gated window": o["gate"], "keys of earlier calls": o["past"], "a memory": o["memory"] or None}
+    return next((what for what, value in operands.items() if value is not None), None)
 
 
 def _retire_check(program: Program, o: Op) -> None:

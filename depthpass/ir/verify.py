@@ -262,14 +262,14 @@ def parameters(program: Program, types: dict[str, Type] | None = None) -> dict[s
         VerifyError: two ops share a name but not a shape.
     """
     types = types or infer(program)
-    found: dict[str, Param] = {}
+    declared: dict[str, Param] = {}
 
     def add(o: Op, param: Param) -> None:
-        if found.setdefault(param.name, param) != param:
+        if declared.setdefault(param.name, param) != param:
             raise VerifyError(f"{where(o)}: parameter {param.name!r} is declared twice with different shapes or "
-                              f"inits: {found[param.name]} and {param}.")
+                              f"inits: {declared[param.name]} and {param}.")
 
     for o in program.ops:
         for param in OPS[o.kind].parameters(o, [types[a].width for a in o.args], program.width):
             add(o, param)
-    return found
+    return declared

@@ -146,10 +146,10 @@ def _step_region(step: StepOrder, lowered: Expand, level: str) -> LoweredRegion:
 
 def _with_last(regions: Sequence[LoweredRegion]) -> tuple[LoweredRegion, ...]:
     """The regions with what each of them lets go of."""
-    found: list[LoweredRegion] = []
+    backwards: list[LoweredRegion] = []
     later: set[Any] = set()
     for region in reversed(regions):
         known = dict.fromkeys((*region.inputs, *region.outputs))
-        found.append(replace(region, last=tuple(n for n in known if n not in later)))
+        backwards.append(replace(region, last=tuple(n for n in known if n not in later)))
         later |= set(region.inputs)
-    return tuple(reversed(found))
+    return tuple(reversed(backwards))

@@ -24,16 +24,16 @@ class BlockFacts:
     """What lowering has to know of a captured block.
 
     Attributes:
-        sides: side inputs that each part reads, by the part's kind.
+        side_inputs: side inputs that each part reads, by the part's kind.
         uncut: why it can only run as a whole, or None.
     """
 
-    sides: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    side_inputs: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     uncut: str | None = None
 
     @property
-    def all_sides(self) -> tuple[int, ...]:
-        return tuple(sorted({s for part in self.sides.values() for s in part}))
+    def all_side_inputs(self) -> tuple[int, ...]:
+        return tuple(sorted({s for part in self.side_inputs.values() for s in part}))
 
 
 UNKNOWN = BlockFacts()
@@ -50,7 +50,7 @@ class LoweredOp:
         writes: the slot it puts the keys and values of its tokens into.
         past: the slot whose entries of earlier calls it starts from.
         line: the delay line it reads.
-        sides: side inputs of its block; empty where no capture was given.
+        side_inputs: side inputs of its block; empty where no capture was given.
         row: visits of one number are rows of one call; None = a call of its own.
         uncut: of a ``block``: why it is not three ops.
     """
@@ -60,7 +60,7 @@ class LoweredOp:
     writes: int | None = None
     past: int | None = None
     line: str | None = None
-    sides: tuple[int, ...] = ()
+    side_inputs: tuple[int, ...] = ()
     row: int | None = None
     uncut: str | None = None
 
@@ -83,20 +83,20 @@ def expanded(o: Op, facts: BlockFacts = UNKNOWN, row: int | None = None) -> tupl
     if o.kind != "block":
         return (LoweredOp(o, line=o.name if OPS[o.kind].forward_refs else None),)
     if facts.uncut is not None:
-        return (LoweredOp(o, reads_slots(o), writes_slot(o), o["past"], None, facts.all_sides, row, facts.uncut),)
+        return (LoweredOp(o, reads_slots(o), writes_slot(o), o["past"], None, facts.all_side_inputs, row, facts.uncut),)
     operands = {key: o[key] for key in OPERANDS} | {"index": o["index"]}
     route = o.args[1:] if asks(o) else ()
     attended = f"{o.name}{ATTENTION_OF}"
     attend = op("attend", o.args[0], *route, name=attended, note=o.note, **operands, **{key: o[key] for key in GATE})
     finish = op("finish", o.args[0], attended, *route, name=o.name, note=o.note, **operands)
     rest = (
-        LoweredOp(attend, reads_slots(o), sides=facts.sides.get("attend", ()), row=row),
-        LoweredOp(finish, sides=facts.sides.get("finish", ()), row=row),
+        LoweredOp(attend, reads_slots(o), side_inputs=facts.side_inputs.get("attend", ()), row=row),
+        LoweredOp(finish, side_inputs=facts.side_inputs.get("finish", ()), row=row),
     )
     if writes_slot(o) is None:
         return rest
     keys = op("keys", keys_from(o), name=f"{o.name}{KEYS_OF}", note=o.note, **operands)
-    return LoweredOp(keys, (), writes_slot(o), o["past"], None, facts.sides.get("keys", ()), row), *rest
+    return LoweredOp(keys, (), writes_slot(o), o["past"], None, facts.side_inputs.get("keys", ()), row), *rest
 
 
 def items_of(ops: Sequence[LoweredOp]) -> tuple[Op | Stack, ...]:
@@ -106,25 +106,25 @@ def items_of(ops: Sequence[LoweredOp]) -> tuple[Op | Stack, ...]:
     block, so that hooks and wrappers around a stock module see it once. Which of the block's graphs run in it is decided by
     :func:`of_one_stream`.
     """
-    found: list[Op | Stack] = []
+    items: list[Op | Stack] = []
     parts: dict[str, list[LoweredOp]] = {}
     rows: dict[int, list[Op]] = {}
     for o in ops:
         if o.visit is None:
-            found.append(o.op)
+            items.append(o.op)
             continue
         parts.setdefault(o.visit, []).append(o)
         if o.name != o.visit:  # its last part has its name
             continue
         visit = joined(parts[o.visit])
         if o.row is None:
-            found.append(visit)
+            items.append(visit)
             continue
         members = rows.setdefault(o.row, [])
         members.append(visit)
         if len(members) == sum(p.row == o.row and p.name == p.visit for p in ops):
-            found.append(Stack(tuple(members)))
-    return tuple(found)
+            items.append(Stack(tuple(members)))
+    return tuple(items)
 
 
 def joined(parts: Sequence[LoweredOp]) -> Op:

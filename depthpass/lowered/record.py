@@ -52,9 +52,9 @@ class LoweredCall(tuple[Lowered, ...]):
     programs: tuple[LoweredProgram, ...]
 
     def __new__(cls, regions: Iterable[Lowered] = (), programs: Iterable[LoweredProgram] = ()) -> LoweredCall:
-        made = super().__new__(cls, regions)
-        made.programs = tuple(dict.fromkeys(programs))
-        return made
+        call = super().__new__(cls, regions)
+        call.programs = tuple(dict.fromkeys(programs))
+        return call
 
     def __str__(self) -> str:
         return "\n".join(map(str, (*self.programs, *(f"# {region}" for region in self))))

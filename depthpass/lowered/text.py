@@ -14,7 +14,7 @@ from depthpass.lowered.program import Kind, Line, LoweredProgram, LoweredRegion
 _HEADER = re.compile(r"lowered\s+(\S+)\s+call=(\w+)\s+level=([\w-]+)\s+blocks=(\d+)\s+width=(\d+)$")
 _REGION = re.compile(r"region (\d+) (parallel|chunks of (\d+)|step of at most (\d+)) level ([\w-]+)(?: because (.*))?$")
 _LINE = re.compile(r"line %([\w.]+) \(%([\w.]+)\) tokens (\d+)$")
-_WORDS = "row|reads|writes|past|line|sides|uncut"
+_WORDS = "row|reads|writes|past|line|side inputs|uncut"
 _ACCESS = re.compile(rf"\s{{2}}({_WORDS}) (.*?)(?=\s{{2}}(?:{_WORDS}) |$)")
 
 
@@ -41,7 +41,7 @@ def _format_op(o: LoweredOp) -> str:
     access = [
         ("row", "" if o.row is None else str(o.row)), ("reads", ", ".join(f"slot {s}" for s in o.reads)),
         ("past", "" if o.past is None else f"slot {o.past}"), ("line", f"%{o.line}" if o.line else ""),
-        ("sides", ", ".join(map(str, o.sides))), ("writes", "" if o.writes is None else f"slot {o.writes}"),
+        ("side inputs", ", ".join(map(str, o.side_inputs))), ("writes", "" if o.writes is None else f"slot {o.writes}"),
         ("uncut", o.uncut or ""),
     ]
     text = f"  {format_op(o.op)}" + "".join(f"  {word} {what}" for word, what in access if what)
@@ -95,7 +95,7 @@ def _parse_op(number: int, body: str, note: str) -> LoweredOp:
         return LoweredOp(
             op, slots("reads"), next(iter(slots("writes")), None), next(iter(slots("past")), None),
             access["line"].removeprefix("%") if "line" in access else None,
-            tuple(int(s) for s in access["sides"].split(", ")) if "sides" in access else (),
+            tuple(int(s) for s in access["side inputs"].split(", ")) if "side inputs" in access else (),
             int(access["row"]) if "row" in access else None, access.get("uncut"),
         )
     except ValueError:

@@ -23,7 +23,7 @@ def state_section(report: Report) -> Section:
     found = [Number("cache_slots", "cache slots", len(p.slots), "slots", "one per visit that keeps keys and values",
                     stock=p.blocks)]
     if report.kv_bytes is not None:
-        note = f"keys and values of {report.batch} rows"
+        note = f"keys and values of {report.batch} row{'s' * (report.batch != 1)}"
         if report.cost is not None:
             note += ", as far as windows and chunks still see them"
         found.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=stock_kv_bytes(report)))
@@ -32,7 +32,7 @@ def state_section(report: Report) -> Section:
                         f"delayed streams: {len(report.delay_lines)}"))
     if report.facts is not None:
         found.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",
-                            f"{report.batch} rows, independent of n"))
+                            f"{report.batch} row{'s' * (report.batch != 1)}, independent of n"))
     return Section(f"State after n = {n} tokens", tuple(found))
 
 
@@ -65,7 +65,7 @@ def cost_sections(report: Report) -> list[Section]:
     parts = [replace(r, name=f"FLOPs forward, {r.name}") for r in cost.flop_rows(n, batch)]
     rows = [*parts, *(r for r in cost.rows(n, batch) if r.name not in SHOWN_ABOVE)]
     table = [Section(
-        f"Cost at n = {n}, {batch} rows",
+        f"Cost at n = {n}, {batch} row{'s' * (batch != 1)}",
         tuple(Number(_key(r.name), r.name, r.value, _plural(r.unit), r.note, r.stock) for r in rows),
     )]
     if report.ceilings is not None:

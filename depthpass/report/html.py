@@ -6,6 +6,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import InputError
+from depthpass.log import fallback
 from depthpass.report.chart import Series, line_chart
 from depthpass.report.numbers import short, times
 from depthpass.report.picture import picture
@@ -61,7 +62,8 @@ def _charts(report: Report) -> list[tuple[str, str]]:
     """Charts with their titles; none where what draws them is not installed."""
     try:
         found = [("Depth against the length of a row", _depth_chart(report))]
-    except InputError:
+    except InputError as error:
+        fallback(f"a page has no charts: {error}", asked=True)
         return []
     return found + (_group_charts(report) if report.serial_blocks else [])
 

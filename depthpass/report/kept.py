@@ -21,7 +21,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from depthpass.log import logger
+from depthpass.log import fallback, logger
 from depthpass.passes.base import Context
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def read(key: str) -> Kept | None:
         if not isinstance(found, Kept):
             raise ValueError(f"it holds a {type(found).__name__}")
     except Exception as error:  # a file that cannot be used must never be in the way of a report
-        logger.info("%s is not used: %s: %s", file, type(error).__name__, error)
+        fallback(f"{file} is not used, so the config is counted anew: {type(error).__name__}: {error}", asked=False)
         return None
     logger.debug("counts of the stock model are from %s", file)
     return found
@@ -126,7 +126,7 @@ def write(key: str, kept: Kept) -> None:
         for old in sorted(place.glob("*.json"), key=lambda p: p.stat().st_mtime)[:-MOST]:
             old.unlink(missing_ok=True)
     except (OSError, TypeError) as error:
-        logger.info("nothing is kept in %s: %s", place, error)
+        fallback(f"nothing is kept in {place}, so the next command counts anew: {error}", asked=bool(os.environ.get(VARIABLE)))
 
 
 def _is_ours(file: Path) -> bool:

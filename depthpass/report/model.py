@@ -103,8 +103,8 @@ class Report:
 
     @property
     def serial_blocks(self) -> int:
-        """Visits that lie on a delay cycle and run chunk by chunk."""
-        return sum(len(r.visits) for r in self.lowered if r.serial)
+        """Visits that lie on a delay cycle and run chunk by chunk; of a split one its feed-forward network decides."""
+        return self.schedule.serial_visits
 
     @property
     def chunk(self) -> int | None:
@@ -135,14 +135,14 @@ class Report:
         """Calls of each block over the whole row."""
         found: dict[int, int] = {}
         for r in self.schedule.regions:
-            for o in r.visits:
+            for o in r.counted:
                 found[o["index"]] = found.get(o["index"], 0) + self._steps(r)
         return found
 
     @property
     def serial_block_calls(self) -> int:
         """Block calls one after another for the whole row, every chunk of a serial region counted."""
-        return sum(len(r.visits) * self._steps(r) for r in self.schedule.regions)
+        return sum(len(r.counted) * self._steps(r) for r in self.schedule.regions)
 
     @cached_property
     def types(self) -> dict[str, Type]:

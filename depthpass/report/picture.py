@@ -87,12 +87,18 @@ def brackets(blocks: Sequence[int], first: int = 0) -> tuple[Bracket, ...]:
 
 def delay_edges(program: Program) -> tuple[Edge, ...]:
     """Where each delay reads and where its value first arrives, in columns of visits."""
-    column = {o.name: i for i, o in enumerate(program.visits)}
+    column = _columns(program)
     found = []
     for o in program.ops:
         if o.kind == "delay":
             found.append(Edge(_source(program, o.args[0], column), _target(program, o, column), o["tokens"]))
     return tuple(dict.fromkeys(found))
+
+
+def _columns(program: Program) -> dict[str, int]:
+    """Columns of visits by the names of their values; a feed-forward network that runs by itself stands in its block's."""
+    column = {o.name: i for i, o in enumerate(program.visits)}
+    return column | {o.name: column[o.args[0]] for o in program.ops if o.kind == "ffn"}
 
 
 def _source(program: Program, value: str, column: dict[str, int]) -> int:
@@ -112,7 +118,7 @@ def _source(program: Program, value: str, column: dict[str, int]) -> int:
 
 def _target(program: Program, delay: Op, column: dict[str, int]) -> int:
     """First visit that a delayed value reaches within its own token."""
-    todo, seen, first = [delay.name], set(), len(column)
+    todo, seen, first = [delay.name], set(), len(program.visits)
     while todo:
         for user in program.users(todo.pop()):
             if not user.name or user.name in seen:
@@ -129,7 +135,8 @@ class _Grid:
     """Places of columns and rows.
 
     Attributes:
-        real: real tokens of the row that is drawn; its pads follow.
+        real: real tokens of the row that is drawn; its pads or latents follow.
+        after: which of the two.
         tokens: tokens drawn, ``hidden`` more pads are left out.
         step: tokens per line of the picture.
         blocks, shares: where the numbers of blocks and the shares of routes stand.
@@ -137,6 +144,7 @@ class _Grid:
 
     def __init__(self, report: Report, narrow: bool = False) -> None:
         self.columns, self.narrow = report.visits, narrow
+        self.after = "latent" if report.program.latents else "pad"
         chunk, most = report.chunk or 1, PHONE_ROWS if narrow else MAX_ROWS
         self.by_chunk = 2 * chunk > most
         pads = max(t.pads for t in report.types.values())
@@ -175,9 +183,9 @@ class _Grid:
 
     def label(self, row: int) -> str:
         if not self.by_chunk and self.narrow:
-            return f"{row}" if row < self.real else f"p{row - self.real + 1}"
+            return f"{row}" if row < self.real else f"{self.after[0]}{row - self.real + 1}"
         if not self.by_chunk:
-            return f"token {row}" if row < self.real else f"pad {row - self.real + 1}"
+            return f"token {row}" if row < self.real else f"{self.after} {row - self.real + 1}"
         return f"{row * self.step}..{min((row + 1) * self.step, self.tokens) - 1}"
 
 
@@ -214,10 +222,11 @@ def _turned(text: str, grid: _Grid) -> str:
 
 def _drawn(report: Report, grid: _Grid) -> list[str]:
     """The SVG element."""
-    serial = {o.name for r in report.schedule.serial_regions for o in r.visits}
+    column = _columns(report.program)
+    serial = {report.program.visits[column[o.name]].name for r in report.schedule.serial_regions for o in r.counted}
     path = tuple(s for s in segments(report.depths[None].critical_path(grid.real)) if s.token < grid.tokens)
     shares = _shares(report)
-    on_path = {(v, s.token // grid.step) for s in path for v in s.visits}
+    on_path = {(column[v], s.token // grid.step) for s in path for v in s.visits}
     parts = [
         f'<svg class="dp-picture" viewBox="0 0 {grid.width} {grid.height}" '
         f'style="max-width:{grid.width}px" role="img" '
@@ -233,10 +242,10 @@ def _drawn(report: Report, grid: _Grid) -> list[str]:
         parts.append(f'<text class="dp-tick" x="{LEFT - 34}" y="{y + 4}" text-anchor="end">{grid.label(row)}</text>')
         parts.append(f'<circle class="dp-embed" cx="{LEFT - 18}" cy="{y}" r="4"/>')
         for j, o in enumerate(report.program.visits):
-            kind = "dp-hot" if (o.name, row) in on_path else "dp-serial" if o.name in serial else "dp-parallel"
+            kind = "dp-hot" if (j, row) in on_path else "dp-serial" if o.name in serial else "dp-parallel"
             parts += _cell(grid, o, j, row, kind, shares.get(o.name))
     parts += _faint(report, grid)
-    parts += _critical(report, grid, path)
+    parts += _critical(column, grid, path)
     return [*parts, "</svg>"]
 
 
@@ -325,15 +334,15 @@ def _faint(report: Report, grid: _Grid) -> list[str]:
         for e in edges for t in starts if t + e.tokens < grid.tokens
     ]
     if len(edges) <= 4:
-        for e in edges:
+        # Delays of equally many tokens share a number, which stands at the first of them.
+        for e in {e.tokens: e for e in reversed(edges)}.values():
             x = (grid.x(e.source) + grid.x(e.target)) / 2
             parts.append(f'<text class="dp-word" x="{x:.1f}" y="{(grid.y(0) + grid.y(e.tokens)) / 2 + 4:.1f}" '
                          f'text-anchor="middle">{e.tokens}</text>')
     return parts
 
 
-def _critical(report: Report, grid: _Grid, path: tuple) -> list[str]:
-    column = {o.name: j for j, o in enumerate(report.program.visits)}
+def _critical(column: dict[str, int], grid: _Grid, path: tuple) -> list[str]:
     parts, before = [], None
     for s in path:
         first, last = column[s.visits[0]], column[s.visits[-1]]
@@ -364,8 +373,9 @@ def _caption(report: Report, grid: _Grid) -> str:
     if any(report.types[o.name].tokens is not None for o in report.program.visits):
         text += "Partly filled: only that share of the tokens takes the visit. "
     if report.serial_blocks:
-        text += (f"Shaded: the serial region, {report.serial_blocks} of {report.visits} visits, run in chunks of "
-                 f"{report.chunk} tokens. ")
+        alone = any(o.kind == "ffn" for r in report.schedule.serial_regions for o in r.ops)
+        text += (f"Shaded: the serial region, {'feed-forward networks of ' * alone}{report.serial_blocks} of {report.visits} "
+                 f"visits, run in chunks of {report.chunk} token{'s' * (report.chunk != 1)}. ")
     edges = delay_edges(report.program)
     if edges:
         spans = sorted({e.tokens for e in edges})
@@ -374,7 +384,9 @@ def _caption(report: Report, grid: _Grid) -> str:
         text += (f"Thin lines: {f'the {len(edges)} delays' if len(edges) > 1 else 'the delay'} of {far} token{'s' * (far != '1')}"
                  f"{', drawn from the first token only' if drawn > SHOWN_EDGES else ''}. ")
     pads = grid.tokens + grid.hidden - grid.real
-    row = f"a row of {grid.real} token{'s' * (grid.real != 1)}" + (f" and {pads} pads" if pads else "")
+    row = f"a row of {grid.real} token{'s' * (grid.real != 1)}"
+    if pads:
+        row += f" and {pads} {grid.after}{'s' * (pads != 1)}"
     if grid.hidden:
         row += f" ({grid.hidden} of them not drawn)"
     return text + f"Thick: a longest path of {row}, {report.depth_at(grid.real)} block visits."

@@ -68,12 +68,14 @@ def schedule_section(report: Report) -> Section:
     if (policy := report.fixed_point) is not None and report.serial_blocks:
         note = policy.approximate or "sweeps over all tokens at once, same numbers; recursions and calls are the token loop's"
         swept = (Number("fixed_point", "serial regions run as", str(policy), "", note),)
+    split = any(o.kind == "ffn" for r in report.schedule.serial_regions for o in r.ops)
     alone = (Number("latents", "latents", p.latents, "positions", "each runs by itself, fed with the output of the one before; "
                     "n tokens stand before them"),) if p.latents else ()
     return Section("Schedule", (
         *alone,
         Number("serial_blocks", "serial blocks", report.serial_blocks, "block visits",
-               "on a delay cycle; all others run over the whole row at once", out_of=report.visits),
+               f"{'with their feed-forward networks ' * split}on a delay cycle; all others run over the whole row at once",
+               out_of=report.visits),
         Number("chunk", "chunk", chunk if chunk is not None else "the whole row", "tokens" if chunk is not None else "",
                "tokens that a serial region runs together"),
         Number("recursions", "recursions", report.recursions, "runs through one block", recursion_note(report), stock=1),
@@ -115,13 +117,16 @@ def _stacks(report: Report) -> list[Number]:
 def recursion_note(report: Report) -> str:
     """Where the number comes from: visits of a token, steps of the token loop, or both."""
     block = report.most_run_block
-    visits = [(o, r.serial) for r in report.schedule.regions for o in r.visits if o["index"] == block]
+    visits = [(o, r.serial) for r in report.schedule.regions for o in r.counted if o["index"] == block]
     looped = sum(serial for _, serial in visits)
+    latents = report.program.latents
     parts = []
     if looped:
         parts.append((f"{looped} visits x " if looped > 1 else "") + _loop_note(report))
     if len(visits) - looped and len(visits) > 1:
         parts.append(f"{len(visits) - looped} visits of a token")
+    if latents and not looped:
+        parts = [f"{len(visits)} visits x (1 + {latents} latents)" if len(visits) > 1 else f"the row, then {latents} latents"]
     rules = () if report.lengths is None else report.lengths.rules
     return "; ".join([" + ".join(parts) or "no block runs twice", *(f"{name}: {rule}" for name, rule in rules)])
 

@@ -146,7 +146,9 @@ def _lead(report: Report) -> list[str]:
 
 def _pace(path: tuple[Segment, ...]) -> str:
     gaps = sorted({b.token - a.token for a, b in pairwise(path)})
-    return f"every {gaps[0]} tokens" if len(gaps) == 1 else "at irregular distances" if gaps else "one token"
+    if len(gaps) != 1:
+        return "at irregular distances" if gaps else "one token"
+    return f"every {gaps[0]} tokens" if gaps[0] > 1 else "at every token"
 
 
 def to_markdown(report: Report) -> str:

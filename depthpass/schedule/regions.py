@@ -61,6 +61,11 @@ class Region:
         return tuple(sorted({o["group"] for o in self.ops if o.kind == "delay" and o["group"] is not None}))
 
     @property
+    def counted(self) -> tuple[Op, ...]:
+        """What a path counts as visits of blocks: whole ones, and of those that are split the feed-forward networks."""
+        return tuple(o for o in self.ops if OPS[o.kind].depth(o)[1])
+
+    @property
     def calls(self) -> tuple[Op, ...]:
         """Its visits, and the feed-forward networks that it runs by themselves."""
         return tuple(o for o in self.ops if o.kind in ("block", "ffn"))

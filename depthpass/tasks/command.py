@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import InputError
-from depthpass.tasks.dags import TaskDAG
+
+if TYPE_CHECKING:
+    from depthpass.tasks.dags import TaskDAG
 
 
 def arguments(p: argparse.ArgumentParser) -> None:

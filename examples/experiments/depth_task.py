@@ -21,7 +21,7 @@ def problem(c: Settings, last: int | None = None) -> Problem:
 
 def arms(c: Settings) -> list[Arm]:
     k = c.model.blocks
-    found = [Arm(f"stock, {n} blocks", model={"blocks": n}, control=True) for n in c.arms.stock]
+    found = [Arm(f"stock, {n} block{'s' * (n > 1)}", model={"blocks": n}, control=True) for n in c.arms.stock]
     made = {
         f"loop, {k} blocks x {c.times}": dp.Loop(times=c.times),
         "TurboConn g=1": dp.TurboConn(bridges=[(k - 1, 0)], group=1, rank=c.rank),
@@ -58,7 +58,9 @@ def draw(figure, summary) -> None:
     left.legend(fontsize=7, frameon=False)
 
 
-EXPERIMENT = Experiment(
-    "state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback", arms, lambda c, arm: problem(c),
-    measured, draw, columns, before=lambda c, arm: problem(c, c.before),
-)
+def depth_against(title: str) -> Experiment:
+    """The experiment on the task of its settings."""
+    return Experiment(title, arms, lambda c, arm: problem(c), measured, draw, columns, before=lambda c, arm: problem(c, c.before))
+
+
+EXPERIMENT = depth_against("state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback")

@@ -57,10 +57,8 @@ def draw(figure, summary) -> None:
     c = summary.settings
     left, right = figure.subplots(1, 2)
     plots.curves(left, summary, 3)
-    for i, arm in enumerate(summary.arms):
-        left.plot([], [], color=plots.COLOURS[i], linestyle="--" if arm.control else "-", label=arm.name)
+    plots.legend(left, summary)
     left.set(xlabel="training step", ylabel="accuracy of the batch", title=f"{c.hops}-hop induction")
-    left.legend(fontsize=7, frameon=False)
     looped = [a.name for a in summary.arms if a.spec is not None]
     plots.band(right, summary, {name: {t: f"times.{t}.accuracy" for t in c.test_times} for name in looped})
     right.axvline(c.arms.times, color="gray", linestyle=":", linewidth=1)

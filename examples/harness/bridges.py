@@ -78,12 +78,14 @@ def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
 def draw(figure, summary) -> None:
     c = summary.settings
     left, right = figure.subplots(1, 2)
-    plots.band(left, summary, {a.name: {n: f"at.{n}.accuracy" for n in c.lengths} for a in summary.arms})
+    parts = c.arms.get("picture")
+    shown = [a for a in summary.arms if not parts or a.name in parts]
+    plots.band(left, summary, {a.name: {n: f"at.{n}.accuracy" for n in c.lengths} for a in shown}, single=True)
     plots.lengths(left, c.lengths, c.train.length)
-    left.set(ylabel="accuracy over all tokens", title=f"trained to {c.train.length} tokens", ylim=(None, 1.02))
-    plots.curves(right, summary, 4)
+    left.set(ylabel="accuracy over all tokens", title=f"trained to {c.train.length} tokens, thin: seeds", ylim=(0.2, 1.02))
+    plots.curves(right, summary, 4, arms=shown)
     right.set(xlabel="training step", ylabel="length of the rows", title="rows grow when two batches are right")
-    left.legend(fontsize=7, frameon=False)
+    left.legend(fontsize=7, frameon=False, loc="lower left", ncols=2)
 
 
 def tracking(title: str, state: State) -> Experiment:

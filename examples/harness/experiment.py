@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 
-from examples.harness.arms import Arm, config_of, stock, transformed
+from examples.harness.arms import Arm, config, config_of, stock, transformed
 from examples.harness.costs import costs, step_flops
 from examples.harness.problems import Problem
 from examples.harness.settings import Settings, fingerprint, merge
@@ -52,6 +54,7 @@ class Summary:
         settings, arms: of the experiment.
         runs: by arm, one for each seed.
         sweep: by arm: learning rate -> score of the seed that chose.
+        minutes: of CPU time for all runs of these arms, the sweep's others counted; of older runs the training alone.
     """
 
     name: str
@@ -60,6 +63,7 @@ class Summary:
     arms: list[Arm]
     runs: dict[str, list[dict[str, Any]]]
     sweep: dict[str, dict[float, float]]
+    minutes: float = 0.0
 
 
 class Runner:
@@ -91,6 +95,7 @@ class Runner:
         """Make what is missing and sum up; or, without ``missing``, sum up what there is."""
         runs: dict[str, list[dict[str, Any]]] = {}
         sweep: dict[str, dict[float, float]] = {}
+        spent = 0.0
         for arm in self.wanted():
             rates = merge(self.settings.train, arm.train).lr
             tried = {lr: r for lr in rates if (r := self.one(arm, 0, lr, missing)) is not None}
@@ -100,7 +105,10 @@ class Runner:
             sweep[arm.name] = {lr: r["measures"]["score"] for lr, r in tried.items()}
             more = [self.one(arm, seed, best, missing) for seed in range(1, self.seeds)]
             runs[arm.name] = [tried[best], *(r for r in more if r is not None)]
-        return Summary(self.name, self.experiment.title, self.settings, [a for a in self.wanted() if a.name in runs], runs, sweep)
+            made = [*tried.values(), *runs[arm.name][1:]]
+            spent += sum(r.get("cpu", r["seconds"]) for r in made)
+        found = [a for a in self.wanted() if a.name in runs]
+        return Summary(self.name, self.experiment.title, self.settings, found, runs, sweep, spent / 60)
 
     def one(self, arm: Arm, seed: int, lr: float, missing: bool = True) -> dict[str, Any] | None:
         """A finished run, from the store or, if it is ``missing`` there, made now."""
@@ -120,7 +128,7 @@ class Runner:
         return fingerprint(held, *both)
 
     def make(self, arm: Arm, seed: int, lr: float) -> dict[str, Any]:
-        c, experiment = self.settings, self.experiment
+        c, experiment, begun = self.settings, self.experiment, time.process_time()
         device = c.get("device", "cpu")
         problem, plan = experiment.problem(c, arm), merge(c.train, arm.train)
         base = self.base(arm, seed, problem.vocabulary, device)
@@ -132,10 +140,13 @@ class Runner:
         done = train(model, problem, plan, lr, seed, device=device, tick=tick, **budget)
         if hasattr(tick, "close"):
             tick.close()
+        measures = experiment.measure(model, c, arm)
+        if c.get("targets"):
+            measures["flops_to"] = {str(loss): done.flops_to(loss) for loss in c.targets}
         return {
-            "measures": experiment.measure(model, c, arm), "steps": done.steps, "seconds": round(done.seconds, 2),
+            "measures": measures, "steps": done.steps, "seconds": round(done.seconds, 2),
             "flops": done.flops, "step_ms": done.step_ms, "length": done.length, "curve": done.curve,
-            "costs": costs(model, plan.length), **conditions(device),
+            "costs": costs(model, plan.length), "cpu": round(time.process_time() - begun, 2), **conditions(device),
         }
 
     def base(self, arm: Arm, seed: int, vocabulary: int, device: str) -> Any:
@@ -146,12 +157,25 @@ class Runner:
         problem = self.experiment.before(self.settings, arm) if plan and self.experiment.before else None
         if problem is None:
             return model
+        if "model" in plan:  # other attention than later, with the same weights
+            made = config(merge(merge(self.settings.model, arm.model), plan.model | _size(made)), vocabulary)
         key = fingerprint(made.to_dict(), seed, repr(problem), plan)
         if key not in self.pretrained:
-            train(model, problem, plan, plan.lr, seed, device=device, count=False)
-            self.pretrained[key] = {k: v.clone() for k, v in model.state_dict().items()}
+            self.pretrained[key] = self.pretrain(key, stock(made, seed).to(device), problem, plan, seed, device)
         model.load_state_dict(self.pretrained[key])
         return model
+
+    def pretrain(self, key: str, model: Any, problem: Problem, plan: Settings, seed: int, device: str) -> dict[str, torch.Tensor]:
+        """Weights after ``pretrain``; those of other attention (language models) are kept beside the runs."""
+        file = self.store.path.parent / "bases" / f"{self.name}-{key}.safetensors" if "model" in plan else None
+        if file is not None and file.exists():
+            return load_file(file, device=device)
+        done = train(model, problem, plan, plan.lr, seed, device=device, count=False)
+        if file is not None:
+            file.parent.mkdir(exist_ok=True, parents=True)
+            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, file)
+            self.say(f"pre-trained on {problem}, seed {seed}: loss {done.curve[-1][2]:.3f} after {done.steps} steps, {file}")
+        return {k: v.clone() for k, v in model.state_dict().items()}
 
     def budget(self, arm: Arm, seed: int) -> dict[str, float]:
         """What the other arm took with this seed."""
@@ -161,17 +185,24 @@ class Runner:
         runs = [r for r in self.store.records() if r["arm"] == other.name and r["seed"] == seed
                 and r["settings"] == self.fingerprint(other)]
         if not runs:
-            raise RuntimeError(f"{arm.name}: expected finished runs of {other.name!r}, seed {seed}. Run that arm first.")
+            raise ValueError(f"{arm.name}: expected finished runs of {other.name!r}, seed {seed}, whose {arm.by} it takes. Run "
+                             f"that arm first, or both with --arms.")
         best = max(runs, key=lambda r: r["measures"]["score"])
         return {"seconds": best["seconds"]} if arm.by == "seconds" else {"flops": best["flops"]}
 
 
+def _size(made: Any) -> dict[str, int]:
+    """Of a twin: its blocks and its feed-forward width."""
+    return {"blocks": made.num_hidden_layers, "feedforward": made.intermediate_size}
+
+
 def value(record: Mapping[str, Any], path: str) -> float:
-    """``a.b`` of a run's measures."""
+    """``a.b`` of a run's measures; a key with a dot in it may stand last."""
     found: Any = record["measures"]
-    for key in path.split("."):
+    while path not in found and "." in path:
+        key, _, path = path.partition(".")
         found = found[key]
-    return found
+    return found[path]
 
 
 def folder(out: Path, name: str, overlay: str | None) -> Path:

@@ -150,7 +150,8 @@ class Addition:
 class Formula:
     """A chain of sums and products modulo ``modulus``, worked out left to right: a start token, then operators with a digit each.
 
-    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path.
+    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path. Digits begin at 1, as there: a factor of 0
+    would make what came before it forgotten.
 
     Args:
         last: the value after the last so many tokens alone.
@@ -164,7 +165,7 @@ class Formula:
         return 2 * self.modulus + 1
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        digits = torch.randint(self.modulus, (rows, length), generator=generator)
+        digits = torch.randint(1, self.modulus, (rows, length), generator=generator)
         times = torch.randint(2, (rows, length), generator=generator)
         ids = times * self.modulus + digits
         ids[:, 0] = 2 * self.modulus
@@ -179,25 +180,76 @@ class Formula:
 
 
 @dataclass(frozen=True)
-class Median:
-    """An odd number of digits, then ``=``; the label of that one is their median. Shorter rows end in pads, which are 0.
+class Trees:
+    """TurboConn's random signed trees (``modular_tree`` of :mod:`depthpass.tasks`), as many nodes as fit into a row.
+
+    Tokens are characters without blanks: ``-(1+(3*-3))=`` behind start tokens that fill the row. The ``=`` has the label of the
+    whole tree's value; with ``inner`` every closing bracket has that of what it closes, before its sign.
 
     Args:
-        counts: how many digits; one of them for each row.
+        modulus: of the values.
+        inner: label brackets too.
     """
 
-    counts: tuple[int, ...] = (5, 7, 9, 11)
-    vocabulary: int = 11
+    modulus: int = 3
+    inner: bool = True
+    characters: str = "^123456789+*-()="
+
+    @property
+    def vocabulary(self) -> int:
+        return len(self.characters)
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        ids = torch.randint(10, (rows, length), generator=generator)
-        counts = torch.tensor([n for n in self.counts if n < length])[torch.randint(
-            sum(n < length for n in self.counts), (rows,), generator=generator)]
-        labels = torch.full_like(ids, IGNORED)
-        for row, count in enumerate(counts.tolist()):
-            labels[row, count] = ids[row, :count].median()
-            ids[row, count], ids[row, count + 1 :] = 10, 0
+        from depthpass import tasks
+
+        task = tasks.get("modular_tree", modulus=self.modulus)
+        rng = random.Random(int(torch.randint(1 << 40, (), generator=generator)))
+        ids = torch.zeros(rows, length, dtype=torch.long)
+        labels, row = torch.full_like(ids, IGNORED), 0
+        while row < rows:
+            # A node takes three to four characters.
+            prompt = task.instance(rng.randint(1, max(1, length // 3)), seed=rng.randrange(1 << 40)).prompt
+            text = prompt.partition(" mod ")[0].replace(" ", "") + "="
+            if not length // 2 <= len(text) <= length:
+                continue
+            values = bracket_values(text, self.modulus) if self.inner else {}
+            values[len(text) - 1] = value_of(text[:-1]) % self.modulus
+            first = length - len(text)
+            ids[row, first:] = torch.tensor([self.characters.index(x) for x in text])
+            for i, found in values.items():
+                labels[row, first + i] = found
+            row += 1
         return ids, labels
+
+
+def bracket_values(text: str, modulus: int) -> dict[int, int]:
+    """Place of every closing bracket -> value of what it closes."""
+    found, opened = {}, []
+    for i, x in enumerate(text):
+        if x == "(":
+            opened.append(i)
+        elif x == ")":
+            found[i] = value_of(text[opened.pop() : i + 1]) % modulus
+    return found
+
+
+def value_of(text: str) -> int:
+    """Of a formula of digits, signs, ``+``, ``*`` and brackets, which bracket whatever an operator joins."""
+
+    def read(i: int) -> tuple[int, int]:
+        sign = 1
+        if text[i] == "-":
+            sign, i = -1, i + 1
+        if text[i] != "(":
+            return sign * int(text[i]), i + 1
+        total, i = read(i + 1)
+        while text[i] != ")":
+            operator = text[i]
+            other, i = read(i + 1)
+            total = total + other if operator == "+" else total * other
+        return sign * total, i + 1
+
+    return read(0)[0]
 
 
 @dataclass(frozen=True)
@@ -232,45 +284,3 @@ def _characters(held_out: bool) -> Tensor:
         chosen = itertools.compress(names, ((i % 10 == 0) == held_out for i in range(len(names))))
         _READ[held_out] = torch.tensor(list("\n".join(topics[n] for n in chosen).encode("ascii", "replace")))
     return _READ[held_out]
-
-
-@dataclass(frozen=True)
-class Tokens:
-    """A task of :mod:`depthpass.tasks` as rows of tokens: prompt, ``=`` and answer, the label on what follows the ``=``.
-
-    Args:
-        task: its name.
-        sizes: smallest and largest size; length is cut to ``length`` tokens by drawing again.
-        options: of the task.
-    """
-
-    task: str
-    sizes: tuple[int, int]
-    options: tuple[tuple[str, object], ...] = ()
-
-    @property
-    def vocabulary(self) -> int:
-        from depthpass import tasks
-
-        return len(tasks.tokenizer("char"))
-
-    def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
-        from depthpass import tasks
-
-        words, task = tasks.tokenizer("char"), tasks.get(self.task, **dict(self.options))
-        seed = int(torch.randint(1 << 40, (), generator=generator))
-        rng = random.Random(seed)
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        labels = torch.full_like(ids, IGNORED)
-        row = 0
-        while row < rows:
-            item = task.instance(rng.randint(*self.sizes), seed=rng.randrange(1 << 40))
-            prompt = words(item.prompt, add_special_tokens=False)["input_ids"]
-            answer = words(item.answer, add_special_tokens=False)["input_ids"]
-            if len(prompt) + len(answer) - 1 > length:
-                continue
-            whole = prompt + answer[:-1]
-            ids[row, : len(whole)] = torch.tensor(whole)
-            labels[row, len(prompt) - 1 : len(whole)] = torch.tensor(answer)
-            row += 1
-        return ids, labels

@@ -28,7 +28,8 @@ def results(summary: Summary, experiment: Experiment) -> list[list[str]]:
         for column in columns.values():
             path, form = (column, experiment.form) if isinstance(column, str) else column
             held = [v for r in runs if (v := _get(r, path)) is not None]
-            cells.append(written(held, form) if held else "-")
+            some = "" if len(held) in (0, len(runs)) else f", {len(held)} of {len(runs)} seeds"
+            cells.append(written(held, form) + some if held else "-")
         tried = ", ".join(f"{lr:g}" for lr in sorted(summary.sweep[arm.name]))
         found.append([arm.name, f"{runs[0]['lr']:g} ({tried})", *cells])
     return found
@@ -88,7 +89,7 @@ def page(summary: Summary, experiment: Experiment, command: str) -> str:
     count = f"{seeds[0]} to {seeds[-1]}" if len(seeds) > 1 else str(seeds[0])
     versions = sorted({f"torch {r['torch']}, transformers {r['transformers']}" for r in runs})
     about = (f"`{command}` · {', '.join(dates)} · {'; '.join(machines)} · {'; '.join(versions)} · "
-             f"seeds: {count} · mean (lowest to highest)")
+             f"seeds: {count} · {summary.minutes:.1f} CPU minutes · mean (lowest to highest)")
     return "\n\n".join([about, markdown(results(summary, experiment)), "What the arms cost, for one row of "
                         f"{summary.settings.train.length} tokens (twins included):", markdown(cost_table(summary))])
 
@@ -98,6 +99,7 @@ def plain(summary: Summary, command: str) -> dict[str, Any]:
     sweep = {arm: {f"{lr:g}": score for lr, score in tried.items()} for arm, tried in summary.sweep.items()}
     return {
         "experiment": summary.name, "title": summary.title, "command": command, "settings": summary.settings,
+        "minutes": summary.minutes,
         "arms": [a.plain() for a in summary.arms], "sweep": sweep,
         "runs": [r for rs in summary.runs.values() for r in rs],
     }

@@ -40,6 +40,10 @@ class Outcome:
     curve: list[tuple[int, float, float, float, int]] = field(default_factory=list)
     step_ms: float | None = None
 
+    def flops_to(self, loss: float) -> float | None:
+        """FLOPs after which a batch of the curve was first at a loss or below; None = never."""
+        return next((flops for _, flops, at, _, _ in self.curve if at <= loss), None)
+
 
 @dataclass
 class Rows:
@@ -85,6 +89,15 @@ def judge(logits: Tensor, labels: Tensor) -> float:
     return ((logits.argmax(-1) == labels) & asked).sum().item() / max(1, asked.sum().item())
 
 
+def _ledger(train: Settings, flops: float | None, count: bool) -> Any:
+    """The callback that counts FLOPs, and with SHIFT also sets the loops; None = nothing is counted."""
+    if train.get("shift"):
+        if flops is not None:
+            raise ValueError("train.shift: expected a number of steps, got a budget in FLOPs beside it. Leave one of them out.")
+        return dp.ShiftSchedule(**train.shift)
+    return dp.StopAtFlops(flops or 1e30) if count or flops else None
+
+
 def train(
     model: nn.Module, problem: Problem, train: Settings, lr: float, seed: int, *, device: str = "cpu",
     flops: float | None = None, seconds: float | None = None, count: bool = True,
@@ -96,7 +109,7 @@ def train(
         model: transformed or stock.
         problem: rows and labels.
         train: ``rows, length, steps, warmup`` and, optionally, ``grow`` (start, step, at, patience), ``enough`` (at, batches),
-            ``decay``, ``clip``, ``floor``.
+            ``shift`` (fields of :class:`depthpass.ShiftSchedule`), ``decay``, ``clip``, ``floor``.
         lr: highest learning rate.
         seed: of the data.
         flops, seconds: budgets in the place of ``train.steps``, over which the learning rate still falls.
@@ -108,7 +121,7 @@ def train(
     generator = torch.Generator().manual_seed(1_000_003 * (seed + 1))
     rows, done, times, enough = Rows.of(train), Outcome(), [], 0
     state, control = TrainerState(max_steps=train.steps), TrainerControl()
-    ledger = dp.StopAtFlops(flops or 1e30) if count or flops else None
+    ledger = _ledger(train, flops, count)
     if ledger is not None:
         ledger.on_train_begin(None, state, control, model=model)
     cast = nullcontext() if device == "cpu" else torch.autocast("cuda", torch.bfloat16)
@@ -122,13 +135,19 @@ def train(
         loss = cross_entropy(output.logits.flatten(0, 1).float(), labels.flatten())
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), train.get("clip", 1.0))
+        norm = nn.utils.clip_grad_norm_(model.parameters(), train.get("clip", 1.0))
         optimizer.step()
         if done.steps + 1 < train.steps:
             schedule.step()
         done.steps = state.global_step = done.steps + 1
         if ledger is not None:
             ledger.on_step_end(None, state, control, model=model)
+        if control.should_evaluate:  # as a Trainer does it
+            control.should_evaluate = control.should_log = False
+            held = measure(model, problem, train.length, train.rows, device=device, seed=9)["loss"]
+            ledger.on_log(None, state, control, logs={"grad_norm": float(norm)})
+            ledger.on_evaluate(None, state, control, metrics={"eval_loss": held}, model=model)
+            model.train()
         right = judge(output.logits.detach(), labels)
         if rows.now == rows.longest:
             times.append(clock(device) - start)

@@ -15,6 +15,7 @@ it.
 
 import functools
 import importlib.util
+import logging
 
 import torch
 from torch import Tensor
@@ -104,6 +105,12 @@ def _gpu_obstacle(device: torch.device) -> str | None:
     return None
 
 
+@functools.cache
+def _say_reference(op: str, reason: str) -> None:
+    """Once per reason: a GPU runs what is not its fastest."""
+    logging.getLogger("depthpass").info("%s runs as plain torch ops on the GPU, because %s", op, reason)
+
+
 def resolve(
     op: str,
     implementation: str,
@@ -128,6 +135,7 @@ def resolve(
             return measured.fastest(op, what, torch.cuda.get_device_capability(tensor.device), *size)
         return "triton"
     if implementation == "auto":
+        _say_reference(op, reason)
         return "naive"
     raise KernelUnavailableError(
         f"{op}: implementation='triton' cannot run: {reason}. Use 'naive' or 'auto'."

@@ -25,8 +25,7 @@ class Host(Protocol):
         training: whether the model trains: noise is drawn, balanced routers move.
         style: whose attention it runs: ``sdpa``, or a stock attention function.
         ratios: shares of tokens by route label that replace those of the program.
-        losses: None = no training losses are asked for.
-        pool: where several runs of one call add up their losses; None = each for itself.
+        pool: where the runs of one call add up their losses.
     """
 
     captured: Capture
@@ -34,14 +33,13 @@ class Host(Protocol):
     training: bool
     style: str
     ratios: Mapping[str, float]
-    losses: Mapping[str, Tensor] | None
-    pool: Pool | None
+    pool: Pool
 
     def block(
-        self, index: int, visit: RunningVisit | StackedVisit | FfnVisit, hidden: Tensor, sides: Sequence[Tensor]
+        self, index: int, visit: RunningVisit | StackedVisit | FfnVisit, hidden: Tensor, side_inputs: Sequence[Tensor]
     ) -> Tensor: ...
 
-    def sides_of(self, index: int) -> tuple[int, ...]: ...
+    def side_inputs_of(self, index: int) -> tuple[int, ...]: ...
 
     def sites_of(self, index: int) -> tuple[Site, ...]: ...
 

@@ -16,13 +16,13 @@ def _misplaced_pads(program: Program) -> list[str]:
     pads = [o for o in program if o.kind == "pad"]
     if not pads:
         return []
-    found = [f"%{o.name} = pad of another stream than embed" for o in pads if program.defs[o.args[0]].kind != "embed"]
-    found += [f"%{o.name} = a second pad" for o in pads if (o["tokens"], o["token"]) != (pads[0]["tokens"], pads[0]["token"])]
-    found += [
+    misplaced = [f"%{o.name} = pad of another stream than embed" for o in pads if program.defs[o.args[0]].kind != "embed"]
+    misplaced += [f"%{o.name} = a second pad" for o in pads if (o["tokens"], o["token"]) != (pads[0]["tokens"], pads[0]["token"])]
+    misplaced += [
         f"{'%' + u.name + ' = ' if u.name else ''}{u.kind} of {o.kind}" for o in program if o.kind in ("embed", "trim")
         for u in program.users(o.name) if u.kind not in {"embed": ("pad",), "trim": ("tap", "output")}[o.kind]
     ]
-    return found
+    return misplaced
 
 
 def check_program(program: Program) -> None:
@@ -31,8 +31,8 @@ def check_program(program: Program) -> None:
     Raises:
         LoweringError: naming the ops.
     """
-    if found := unsupported_ops(program):
+    if unsupported := unsupported_ops(program):
         raise LoweringError(
-            f"this program can be reported but not run on a model yet: {'; '.join(found[:3])}"
-            f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Leave out what adds it."
+            f"this program can be reported but not run on a model yet: {'; '.join(unsupported[:3])}"
+            f"{f' and {len(unsupported) - 3} more' if len(unsupported) > 3 else ''}. Leave out what adds it."
         )

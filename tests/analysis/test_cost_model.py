@@ -203,6 +203,7 @@ def test_count_reads_an_exported_graph_directly():
     program = torch.export.export(
         model, (), {"input_ids": ids, "position_ids": ids, "use_cache": False},
         dynamic_shapes={"input_ids": sizes, "position_ids": sizes, "use_cache": None}, strict=False,
+        prefer_deferred_runtime_asserts_over_guards=True,  # torch 2.11 has guards on strides of shared keys that hold for all n
     )
     found = count(program.graph_module, part="head")
     whole = sum(p.count.total_flops("dense") for p in tiny(layers=1).parts)

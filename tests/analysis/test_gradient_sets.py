@@ -1,8 +1,6 @@
 """Gradients of sets of responses, against singular values of plain backward passes, response by response."""
 
-import importlib.util
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -79,13 +77,3 @@ def test_bad_input():
         found.relative_difference("fast", "slo")
     with pytest.raises(dp.InputError, match="part: expected one of all"):
         found.mad("middle")
-
-
-def test_the_example_runs(capsys):
-    file = Path(__file__).parents[2] / "examples" / "layer_gradients.py"
-    spec = importlib.util.spec_from_file_location("layer_gradients_example", file)
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    example.main(["--steps", "2", "--responses", "2"])
-    out = capsys.readouterr().out
-    assert "|RD| of trace against answer" in out and "wrong answer" in out

@@ -102,7 +102,8 @@ def test_a_model_in_one_line():
 
 
 def test_captures_are_logged_and_shown_on_a_terminal_alone(monkeypatch, caplog, capsys):
-    assert logging.getLogger("depthpass").handlers  # no message of logging's last resort without a configuration
+    # Of a process that configures nothing Python's last resort prints warnings, and nothing below them.
+    assert not logging.getLogger("depthpass").handlers and logging.lastResort.level == logging.WARNING
     turbo = dp.transform(zoo.model("llama", 2), dp.Identity())
     with caplog.at_level("INFO", logger="depthpass"), torch.no_grad():
         turbo(input_ids=torch.tensor([[3, 4, 5]]))

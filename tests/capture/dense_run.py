@@ -93,23 +93,23 @@ def run(built: nn.Module, found: Capture, batch: dict[str, Tensor]):
     """The outputs of a captured model, in the stock output class."""
     valid = batch["attention_mask"]
     outside = DenseVisit(None, (), valid)
-    hidden, *sides = run_part(built, found.prologue, batch, (), outside)
+    hidden, *side_inputs = run_part(built, found.prologue, batch, (), outside)
     for layer, block in zip(built.get_submodule(found.layers), found.blocks):
-        hidden = run_block(built, layer, block, hidden, sides, valid)
-    hidden = run_part(built, found.norm, batch, sides, outside, hidden)
-    flat = run_part(built, found.head, batch, sides, outside, hidden)
+        hidden = run_block(built, layer, block, hidden, side_inputs, valid)
+    hidden = run_part(built, found.norm, batch, side_inputs, outside, hidden)
+    flat = run_part(built, found.head, batch, side_inputs, outside, hidden)
     return pytree.tree_unflatten(list(flat), found.out_spec)
 
 
-def run_part(built: nn.Module, part: Part, batch: dict[str, Tensor], sides, visit: DenseVisit, *streams: Tensor):
-    extras = [sides[i] for i in part.extras]
+def run_part(built: nn.Module, part: Part, batch: dict[str, Tensor], side_inputs, visit: DenseVisit, *streams: Tensor):
+    extras = [side_inputs[i] for i in part.extras]
     params = [part.constants[p] if p in part.constants else attribute(built, p) for p in part.params]
     return part.graph(visit, *streams, *extras, *(batch[i] for i in part.inputs), *params)
 
 
-def run_block(built: nn.Module, layer: nn.Module, block: Block, hidden: Tensor, sides, valid: Tensor) -> Tensor:
+def run_block(built: nn.Module, layer: nn.Module, block: Block, hidden: Tensor, side_inputs, valid: Tensor) -> Tensor:
     visit = DenseVisit(layer, block.template.sites, valid)
-    return block.template.graph(visit, hidden, *(sides[s] for s in block.sides), *params_of(built, layer, block))
+    return block.template.graph(visit, hidden, *(side_inputs[s] for s in block.side_inputs), *params_of(built, layer, block))
 
 
 def params_of(built: nn.Module, layer: nn.Module, block: Block) -> list[Tensor]:

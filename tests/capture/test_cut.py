@@ -40,17 +40,17 @@ def test_keys_and_the_rest_are_the_block(name):
     assert cut_for(OWN, template.graph).rest is template.graph and cut_for(SHARED, template.graph).rest is cut.rest
     assert cut_for(OWN, template.graph).keys is cut_for(SHARED, template.graph).keys is None and not cut.axes
     valid = batch["attention_mask"]
-    x, *sides = dense.run_part(built, found.prologue, batch, (), dense.DenseVisit(None, (), valid))
+    x, *side_inputs = dense.run_part(built, found.prologue, batch, (), dense.DenseVisit(None, (), valid))
     visit = Given(layer, template.sites, valid)
     with torch.no_grad():
-        whole = dense.run_block(built, layer, block, x, sides, valid)
-        given = [sides[s] for s in block.sides], dense.params_of(built, layer, block)
+        whole = dense.run_block(built, layer, block, x, side_inputs, valid)
+        given = [side_inputs[s] for s in block.side_inputs], dense.params_of(built, layer, block)
         for source in (x, x.flip(1)):
             visit.keys = cut.keys(visit, source, *given[0], *given[1])
             got = cut.rest(visit, x, *given[0], *given[1])
             assert torch.equal(got, whole) == (source is x)
-    facts = block_facts(SimpleNamespace(captured=found, sides_of=lambda i: found.blocks[i].sides), 0)
-    assert facts.uncut is None and facts.all_sides == tuple(sorted(block.sides)) and not facts.sides["finish"]
+    facts = block_facts(SimpleNamespace(captured=found, side_inputs_of=lambda i: found.blocks[i].side_inputs), 0)
+    assert facts.uncut is None and facts.all_side_inputs == tuple(sorted(block.side_inputs)) and not facts.side_inputs["finish"]
 
 
 def test_keys_behind_an_attention_call_of_their_own_block_stay_in_it():
@@ -64,7 +64,7 @@ def test_keys_behind_an_attention_call_of_their_own_block_stay_in_it():
     with pytest.raises(LoweringError, match="block 0: its keys depend on an earlier attention call"):
         cut_for(MEMORY, gm)
     template = Template(gm, 0, (), ())
-    host = SimpleNamespace(captured=SimpleNamespace(blocks=[Block(template, ())] * 2), sides_of=lambda i: ())
+    host = SimpleNamespace(captured=SimpleNamespace(blocks=[Block(template, ())] * 2), side_inputs_of=lambda i: ())
     text = str(lower(schedule(plain("M", 2, 8)), facts=lambda i: block_facts(host, i)))
     assert f"%1 = block 0 (%0) slot 0  reads slot 0  writes slot 0  uncut {reason}" in text
     assert str(parse_lowered(text)) == text

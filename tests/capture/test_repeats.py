@@ -19,7 +19,7 @@ def blocks(model):
     order = made.templates
     assert len({id(b) for b in made.blocks}) == len(made.blocks)  # bindings to parameters go by block
     return [
-        (order.index(b.template), b.sides, sorted(b.constants), b.template.graph.code, b.template.params, b.template.sites)
+        (order.index(b.template), b.side_inputs, sorted(b.constants), b.template.graph.code, b.template.params, b.template.sites)
         for b in made.blocks
     ]
 

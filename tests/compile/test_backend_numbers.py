@@ -7,7 +7,7 @@ import pytest
 import torch
 import zoo
 from depthpass_lowering.backend.dynamo import depthpass_backend
-from depthpass_lowering.executors.compiled import _COMPILED
+from depthpass_lowering.executors.compiled import compiled_graph
 from transformers.modeling_outputs import CausalLMOutput
 
 import depthpass as dp
@@ -171,11 +171,11 @@ def test_inner_compilers_equal_eager(inner):
     model, turbo = pair("llama", dtype=torch.float32)
     compiled = torch.compile(model, backend=depthpass_backend, options={"inner": inner})
     gc.collect()
-    before = set(_COMPILED)
+    before = set(compiled_graph.kept)
     for lengths in ([8, 6], [12, 12, 12]):
         assert_equal(model, turbo, compiled, inputs(lengths), rtol=3e-6)
     # Inductor compiles the chunks of the token loop, others the blocks.
-    assert bool(set(_COMPILED) - before) == (inner == "inductor")
+    assert bool(set(compiled_graph.kept) - before) == (inner == "inductor")
 
 
 def test_scoring_without_attached_parameters_warns_and_equals_stock():

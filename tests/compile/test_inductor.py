@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import zoo
-from depthpass_lowering.executors.compiled import _COMPILED
+from depthpass_lowering.executors.compiled import CompiledChunk, compiled_graph
 from depthpass_lowering.products.joint import Joint
 from levels import assert_same, gradients, pair
 
@@ -37,9 +37,14 @@ def step(model, batch):
     return out.logits[real].detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def compiled_of(model) -> list[CompiledChunk]:
+    """The compiled chunks of a model's regions."""
+    return [c for graph, held in compiled_graph.kept.items() if graph.program is model.depth_program for c in held.values()]
+
+
 def compilations(model) -> list[Joint]:
     """All compiled segments of a model's regions."""
-    segments = {s for graph, made in _COMPILED.items() if graph.program is model.depth_program for s in made.segments}
+    segments = {s for made in compiled_of(model) for s in made.segments}
     return [joint for segment in segments for joint in segment.made.values()]
 
 
@@ -89,7 +94,7 @@ def test_blocks_that_differ_by_their_bridges_share_their_compilations():
     eager, compiled = pair("gpt2", dp.TurboConn(bridges=bridges, group=3, rank=4), layers=8, level="inductor")
     batch = zoo.batch([11, 8])
     assert_same(gradients(eager, batch), gradients(compiled, batch))
-    (made,) = [made for graph, made in _COMPILED.items() if graph.program is compiled.depth_program]
+    (made,) = compiled_of(compiled)
     assert made.apart and len(compilations(compiled)) == 3  # before, between and behind the attention calls
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -129,6 +130,11 @@ def test_the_matrix_names_the_lower_bounds() -> None:
     assert made.returncode == 0 and "python 9.9: not installed" in made.stdout
     if "3.11: not installed" not in made.stdout:
         assert "torch==2.11.* transformers==5.17.*" in made.stdout
+    made = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--environment", sys.prefix, "--environment", "nowhere", "--", "x"],
+                          cwd=ROOT, capture_output=True, text=True)
+    said = f"{sys.prefix}/bin/python -m pytest -q x\npython {platform.python_version()}, torch "
+    assert made.returncode == 1 and said in made.stdout
+    assert "nowhere: no Python with torch and transformers" in made.stdout and "-m venv" not in made.stdout
 
 
 def test_scripts_are_short_and_name_the_real_model() -> None:

@@ -101,7 +101,7 @@ def test_tables_and_files(made, tmp_path):
 
 def test_a_budget_needs_its_arm(made, tmp_path):
     runner = Runner("trial", TRIAL, made[1], Store(tmp_path / "none.jsonl"), 1, only=["compute"], say=lambda text: None)
-    with pytest.raises(RuntimeError, match=r"'bridge', seed 0. Run that arm first"):
+    with pytest.raises(ValueError, match=r"'bridge', seed 0, whose training FLOPs it takes. Run that"):
         runner.run()
 
 
@@ -152,10 +152,13 @@ def test_equal_bases_are_trained_before_once(monkeypatch):
 def test_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main(["list"]) == 0 and "parity" in capsys.readouterr().out
+    (tmp_path / "file").touch()
     for bad in (["no_such"], ["parity", "--seeds", "0"], ["publish"], ["parity", "--set", "train.row=1"],
                 ["parity", "--arms", "none"], ["parity", "--gpu"],
+                ["pairity"], ["parity", "--out", str(tmp_path / "file" / "x")],
                 ["publish", "parity", "--out", str(tmp_path)], ["show", "parity", "--out", str(tmp_path)]):
         with pytest.raises(SystemExit):
             run.main(bad)
     said = capsys.readouterr().err
+    assert "Did you mean" in said and "expected a folder that can be written" in said
     assert "train.row" in said and "expected a CUDA device" in said and "Run it first" in said

@@ -1,13 +1,12 @@
 """Rows and labels of the experiments against the solvers of the task tests, which work from prompts."""
 
 import math
-import statistics
 
 import pytest
 import task_solvers as solve
 import torch
 
-from examples.harness.problems import IGNORED, Addition, Formula, Median, Parity, PHop, Text, Tokens, Words
+from examples.harness.problems import IGNORED, Addition, Formula, Parity, PHop, Text, Trees, Words
 
 
 def drawn(problem, rows=6, length=12, seed=3):
@@ -70,11 +69,21 @@ def test_formula(last):
             assert label == eval(text) % 5
 
 
-def test_median():
-    for ids, labels in zip(*drawn(Median())):
-        end = ids.index(10)
-        assert end in (5, 7, 9, 11) and labels[end] == statistics.median(ids[:end])
-        assert [i for i, label in enumerate(labels) if label != IGNORED] == [end]
+@pytest.mark.parametrize("inner", [False, True])
+def test_trees(inner):
+    problem, asked = Trees(5, inner), 0
+    for ids, labels in zip(*drawn(problem, rows=16, length=24)):
+        text = "".join(problem.characters[t] for t in ids)
+        assert text[-1] == "=" and "=" not in text[:-1]
+        for i, label in enumerate(labels):
+            if text[i] == "=" or (inner and text[i] == ")"):
+                start = max(j for j in range(i) if text[j : i + 1].count("(") == text[j : i + 1].count(")") and text[j] == "(") \
+                    if text[i] == ")" else 0
+                assert label == eval(text[start : i + 1].strip("^=")) % 5
+                asked += 1
+            else:
+                assert label == IGNORED
+    assert asked >= (32 if inner else 16)
 
 
 def test_text_is_shifted_and_held_out():
@@ -83,13 +92,3 @@ def test_text_is_shifted_and_held_out():
     held, seen = Text(held_out=True).characters, Text().characters
     assert len(seen) > 5 * len(held) > 100_000
     assert bytes(held[:200].tolist()) not in bytes(seen.tolist())
-
-
-def test_tokens_are_prompts_with_answers():
-    from depthpass import tasks
-
-    words = tasks.tokenizer("char")
-    for ids, labels in zip(*drawn(Tokens("modular_tree", (2, 4)), length=48)):
-        first = next(i for i, label in enumerate(labels) if label != IGNORED)
-        answer = [label for label in labels if label != IGNORED]
-        assert words.decode(answer) == solve.modular_tree(words.decode(ids[: first + 1]))

@@ -36,7 +36,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(name):
     # The token loop of blocks 1 and 2 computes its chunks again by itself. GPT-2 has attention dropout, which the scheduled
     # level leaves to the eager one: there each block is checkpointed in each chunk of 3 of the 9 tokens.
     assert len(runs) == (7 if name == "gpt2" else 1)
-    torch.testing.assert_close(again, loss, rtol=1e-6, atol=0)  # one graph per chunk, or autograd per op: other products
+    assert torch.equal(again, loss)
     assert got.keys() == want.keys() and len(want) == len(list(turbo.parameters()))
     for n, g in want.items():
         torch.testing.assert_close(got[n], g, rtol=1e-5, atol=1e-6)

@@ -7,10 +7,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from depthpass_lowering.adjoint.fused import fuse_pass, rms, rope
+from depthpass_lowering.adjoint.fused import fold_gains_pass, fuse_pass, rms, rope
 from depthpass_lowering.adjoint.reverse import Reverse, Unsupported
 from depthpass_lowering.adjoint.rules import rule_of
+from depthpass_lowering.adjoint.sites import sites_of
 from depthpass_lowering.executors import taped
+from depthpass_lowering.fx_passes.products import products
 from depthpass_lowering.products.sink import Sink
 from torch import fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -68,6 +70,49 @@ def test_a_rule_equals_autograd(case):
         torch.testing.assert_close(g, wanted[i], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("frozen", [(), ("gain",), ("q",), ("gain", "q", "k")])
+def test_gains_of_norms_are_taken_into_the_weights_behind_them(frozen):
+    """Two products behind one norm in float64: outputs and every gradient against autograd, over two chunks."""
+    names = ("x", "gain", "q", "k", "bias", "up")
+    graph = fx.Graph()
+    x, gain, q, k, bias, up = (graph.placeholder(n) for n in names)
+    normed = graph.call_function(rms, (x, gain, 1e-3))
+    sides = graph.call_function(products, (False, (q, k), (bias, None), normed))
+    both = [graph.call_function(operator.getitem, (sides, i)) for i in range(2)]
+    wide = graph.call_function(products, (False, (up,), (None,), normed))
+    graph.output((*both, graph.call_function(operator.getitem, (wide, 0))))
+    gm = fx.GraphModule({}, graph)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    chunks = [drawn(2, 3, 8), drawn(2, 2, 8)]
+    params = dict(zip(names[1:], (drawn(8), drawn(5, 8), drawn(7, 8), drawn(5), drawn(6, 8))))
+    for n, p in params.items():
+        p.requires_grad_(n not in frozen)
+    leaves = [c.requires_grad_() for c in chunks]
+    right = [gm(c, *params.values()) for c in leaves]
+    weights = [[drawn(*y.shape) for y in ys] for ys in right]
+    trained = [p for p in params.values() if p.requires_grad]
+    wanted = torch.autograd.grad([y for ys in right for y in ys], leaves + trained, [w for ws in weights for w in ws])
+
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    active = {inputs[0]} | {n for n, p in zip(inputs[1:], params.values()) if p.requires_grad}
+    folded = fold_gains_pass(graph, active, inputs[1:], torch.float64)
+    assert folded == (frozen != ("q",))  # there a part of one product is frozen
+    made, sink = Reverse(gm, active, inputs[1:], set(), rule_of).build(2), Sink(2)
+    with torch.no_grad():
+        sites = sites_of(made.sites, list(params.values()), sink, chunks[0])
+        for c, ys, ws, dx in zip(chunks, right, weights, wanted):
+            found, saved = made.forward(c.detach(), *params.values(), *sites)
+            torch.testing.assert_close(found, tuple(y.detach() for y in ys), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(made.backward(sink, saved, *ws)[0], dx, rtol=1e-12, atol=1e-12)
+    sunk = sink.finish()
+    for p, g in zip(trained, wanted[2:]):
+        torch.testing.assert_close(sunk[id(p)], g, rtol=1e-12, atol=1e-12)
+
+
 def test_a_written_argument_has_no_rule():
     graph = fx.Graph()
     x = graph.placeholder("x")
@@ -123,7 +168,7 @@ def dispatched(model, tokens: int) -> int:
     return sum(ops.count.values())
 
 
-def test_a_visit_of_a_chunk_dispatches_fewer_ops_than_a_block_of_the_stock_model():
+def test_a_visit_of_a_chunk_dispatches_less_than_half_the_ops_of_a_block_of_the_stock_model():
     sizes = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
     stock = zoo.model("llama", layers=3, **sizes)
     small = zoo.model("llama", layers=1, **sizes)
@@ -132,7 +177,7 @@ def test_a_visit_of_a_chunk_dispatches_fewer_ops_than_a_block_of_the_stock_model
     # Blocks 1 and 2 run chunk by chunk; what a chunk costs besides its visits is counted with them.
     visit = (dispatched(turbo, 40) - dispatched(turbo, 24)) / 4 / 2
     assert any(made is not None for kept in taped._TAPED.values() for made in kept.values())
-    assert visit < 0.9 * block, (visit, block)
+    assert visit < 0.4 * block, (visit, block)
 
 
 def test_weights_of_several_visits_follow_autograd():

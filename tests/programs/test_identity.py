@@ -54,12 +54,11 @@ def test_the_stock_numbers_bit_for_bit_in_float32(case, name, stocks):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_fresh_bridges_add_nothing_but_their_chunks_round(name, stocks):
-    """One chunk for the row: the stock numbers. Several chunks: products of smaller matrices, rounded otherwise; with gradients
-    products of joined ones."""
+    """One chunk for the row: the stock numbers. Several chunks: products of smaller matrices, rounded otherwise."""
     stock, batch = stocks[name], zoo.batch(LENGTHS, "left")
     whole = dp.transform(stock, dp.TurboConn(group=11, **TURBO)).eval()
-    (mine, trained), (theirs, _) = logits(whole, batch), logits(stock, batch)
-    assert torch.equal(mine, theirs) and (trained - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+    for mine, theirs in zip(logits(whole, batch), logits(stock, batch), strict=True):
+        assert torch.equal(mine, theirs)
     chunked = dp.transform(stock, dp.TurboConn(group=2, **TURBO)).eval()
     for mine, theirs in zip(logits(chunked, batch), logits(stock, batch), strict=True):
         assert (mine - theirs).abs().max() <= 1e-5 * theirs.abs().max()

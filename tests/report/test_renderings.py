@@ -102,13 +102,15 @@ def test_the_summary_is_six_numbers_with_ratios() -> None:
         ("{pass: skip, start: 3}", "skip(start=3)", 1),
         ("[{pass: repeat, start: 3, end: 5, times: 3}, {pass: turboconn, bridges: [[9, 1]], group: 2}]",
          "repeat(start=3, end=5, times=3), turboconn(bridges=[(9, 1)], group=2)", 3 * 5),
+        ("{pass: coconut, latents: 3}", "coconut(latents=3)", 4),
+        ("{pass: same_layer_state}", "same_layer_state()", 10),
     ],
 )
 def test_recursions_are_those_of_the_spec(spec: str, passes: str, runs: int) -> None:
     made = subject().report(spec, seq_len=10, cost=False)
     assert passes in str(made) and made.recursions == runs
-    assert made.number("recursions").note == {1: "no block runs twice", 15: "3 visits x ceil(n / chunk)"}.get(
-        runs, f"{runs} visits of a token")
+    notes = {1: "no block runs twice", 15: "3 visits x ceil(n / chunk)", 4: "the row, then 3 latents", 10: "ceil(n / chunk)"}
+    assert made.number("recursions").note == notes.get(runs, f"{runs} visits of a token")
 
 
 def test_text_says_what_matters() -> None:
@@ -239,6 +241,20 @@ def test_where_delays_are_drawn() -> None:
     assert {(e.source, e.target, e.tokens) for e in edges} == {(4, 0, 1)}
     edges = delay_edges(parallel_loops(2, 3))
     assert {(e.source, e.target) for e in edges} == {(1, 2), (3, 4)}
+
+
+def test_networks_on_their_own_stand_in_the_columns_of_their_blocks() -> None:
+    """Same-layer states: from every network to itself one token on; the longest path waits in one block and then goes up."""
+    made = subject().report("{pass: same_layer_state, start: 3, end: 5}", seq_len=9)
+    page, edges = wide(made.to_html()), delay_edges(made.program)
+    assert {(e.source, e.target, e.tokens) for e in edges} == {(3, 3, 1), (4, 4, 1)}
+    rows = len(page.of_class("dp-cell")) // 16
+    assert len(page.of_class("dp-hot")) == made.depth_at(rows) == 16 + rows - 1
+    assert len(page.of_class("dp-region")) == 1 and len(page.of_class("dp-word")) == 1  # one number for both delays
+    assert "feed-forward networks of 2 of 16 visits, run in chunks of 1 token." in "".join(page.words)
+    assert (made.serial_blocks, made.serial_block_calls) == (2, 14 + 2 * 9)
+    assert made.cost is not None and made.cost.at("serial block calls", 9, 1) == made.serial_block_calls
+    assert "latent 2" in wide(subject().report("{pass: coconut, latents: 2}", seq_len=9, cost=False).to_html()).words
 
 
 def test_dot_has_every_op_and_marks_delays_and_path() -> None:

@@ -200,7 +200,7 @@ class _Builder:
         read = _sum(self._elements(v, B * v.tokens.total if chunk is None else B * v.tokens.share * chunk)
                     for v in inside)
         read += sum(self.new.elements.get(o.name, 0) for o in region.ops)
-        return RegionCost(index, region.serial, len(inside), chunk, steps, sp.expand(flops),
+        return RegionCost(index, region.serial, len(region.counted), chunk, steps, sp.expand(flops),
                           sp.expand(read * self.model.itemsize))
 
     def _elements(self, v: VisitCost, rows: sp.Expr) -> sp.Expr:
@@ -236,8 +236,8 @@ class _Builder:
         around = self.around if self.trainable == "all" else self.around[1:]
         kept += at_tokens(_sum(p.count.memory.saved_bytes * times for p, times in around), self.total)
         # What the prologue hands out besides the hidden stream (rotary tables) is kept once for all visits.
-        sides = self.model.embed.count.memory.result_bytes - B * n * self.model.width * self.model.itemsize
-        kept += at_tokens(sides, self.total)
+        side_inputs = self.model.embed.count.memory.result_bytes - B * n * self.model.width * self.model.itemsize
+        kept += at_tokens(side_inputs, self.total)
         return sp.expand(kept + self.new.saved_elements * self.model.itemsize)
 
     def _peak_bytes(self, regions: tuple[RegionCost, ...]) -> sp.Expr:

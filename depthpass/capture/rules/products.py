@@ -67,7 +67,7 @@ def einsum(call: OpCall) -> Axes:
             raise AxisError(f"takes a diagonal ({equation!r})")
         for name, dim in zip(names, axes):
             letters.setdefault(name, []).append((dim,))
-    dims = {name: broadcast(*found)[0] for name, found in letters.items()}
+    dims = {name: broadcast(*sizes)[0] for name, sizes in letters.items()}
     for name, dim in dims.items():
         if name not in out:
             refuse_stream(dim, "sums over")

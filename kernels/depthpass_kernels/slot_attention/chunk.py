@@ -1,7 +1,7 @@
 """Slot attention of a chunk whose queries see every key up to their own, in as few torch ops as it takes.
 
-What a token loop on a CPU runs most: no padding, no window that has passed a key, no cap and no sinks. Probabilities are
-computed again in the backward pass, so nothing but the operands is kept.
+What a token loop on a CPU runs most: no padding, no window that has passed a key, no cap and no sinks. Of long rows nothing
+but the operands is kept, and probabilities are computed again in the backward pass.
 """
 
 import functools
@@ -13,38 +13,40 @@ from depthpass_kernels.operands import accumulation_dtype
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
+KEPT = 4
+"""Probabilities are kept of up to this many times as many keys as a head has features: no more than a few streams."""
 
-def fits(q: Tensor, start: int, options: dict) -> bool:
-    """Whether queries from column `start` on are such a chunk; options as of `slot_attention`."""
+
+def fits(x: Tensor, count: int, start: int, options: dict) -> bool:
+    """Whether `count` queries from column `start` on are such a chunk; x of their dtype, options as of `slot_attention`."""
     window = options["window"]
     return (
-        q.device.type == "cpu" and q.dtype == accumulation_dtype(q.dtype) and options["valid"] is None
+        x.device.type == "cpu" and x.dtype == accumulation_dtype(x.dtype) and options["valid"] is None
         and options["chunk"] is None and options["softcap"] is None
-        and (window is None or start + q.shape[2] <= window)
+        and (window is None or start + count <= window)
     )
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Return [B, C, Hq, Dv] from queries [B, Hq, C, D] and keys and values [B * Hkv, N, D or Dv] up to the last query's."""
-    batch, heads, count, _ = q.shape
-    rows = _rows(q, len(k))
-    out = torch.bmm(_probabilities(rows, k, count, scale), v)
-    return out.view(batch, heads, count, v.shape[-1]).transpose(1, 2)
+def rows_of(q: Tensor, keys: int) -> Tensor:
+    """[B, Hq, C, D] -> [B * Hkv, group * C, D]: the queries of a key head below one another; `keys` = B * Hkv."""
+    return q.reshape(keys, -1, q.shape[-1])
 
 
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq [B, Hq, C, D] and dk, dv laid out as k and v, from the gradient [B, C, Hq, Dv] of the result."""
-    batch, heads, count, width = q.shape
-    rows, g = _rows(q, len(k)), _rows(grad.transpose(1, 2), len(k))
+def forward(rows: Tensor, k: Tensor, v: Tensor, count: int, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Return [B * Hkv, group * C, Dv] and the probabilities if they are worth keeping, from the rows of `rows_of` and keys and
+    values [B * Hkv, N, D or Dv] up to the last query's."""
     p = _probabilities(rows, k, count, scale)
+    return torch.bmm(p, v), p if k.shape[1] <= KEPT * k.shape[2] else None
+
+
+def backward(
+    g: Tensor, rows: Tensor, k: Tensor, v: Tensor, p: Tensor | None, count: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk and dv laid out as rows, k and v, from the gradient g of the result."""
+    if p is None:
+        p = _probabilities(rows, k, count, scale)
     logits = _softmax_backward(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(scale)
-    dq = torch.bmm(logits, k).view(batch, heads, count, width)
-    return dq, torch.bmm(logits.mT, rows), torch.bmm(p.mT, g)
-
-
-def _rows(x: Tensor, heads: int) -> Tensor:
-    """[B, Hq, C, D] -> [B * Hkv, group * C, D]: the queries of a key head below one another."""
-    return x.reshape(heads, -1, x.shape[-1])
+    return torch.bmm(logits, k), torch.bmm(logits.mT, rows), torch.bmm(p.mT, g)
 
 
 def _probabilities(rows: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
@@ -52,6 +54,7 @@ def _probabilities(rows: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
     return torch.softmax(logits, -1)
 
 
+@functools.lru_cache(32)  # every visit of a chunk asks for the same one
 def _mask(group: int, count: int, keys: int, dtype: torch.dtype) -> Tensor:
     """What hides later keys of the own chunk, [group * count, keys], a view of a longer one."""
     longest = 256

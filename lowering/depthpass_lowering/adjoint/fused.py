@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from depthpass_lowering.adjoint.reverse import layout
-from depthpass_lowering.fx_passes.products import land
+from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.fx_passes.region import delayed, present
 
 aten = torch.ops.aten
@@ -55,6 +56,41 @@ def fuse_pass(gm: fx.GraphModule, dtype: torch.dtype) -> None:
             _rotation(gm.graph, node)
     gm.graph.eliminate_dead_code(lambda n: n.op in ("placeholder", "output") or (n.op == "call_function" and not _droppable(n)))
     gm.graph.lint()
+
+
+def fold_gains_pass(graph: fx.Graph, active: set[fx.Node], params: Sequence[fx.Node], dtype: torch.dtype) -> int:
+    """Take the gain of a norm into the weights of the products that read it: ``(s * gain) W^T = s (W * gain)^T``.
+
+    The gain's gradient is then a column sum over the weights' gradients, taken once behind the loop. Where a part of the
+    weights is frozen it would need gradients that nobody asks for, and the norm stays as it is; likewise in half precision,
+    where the product of gain and weight would be rounded.
+
+    Numerics: reassociated.
+
+    Args:
+        active: inputs that have a gradient; params: inputs that are parameters.
+
+    Returns:
+        how many gains were taken in.
+    """
+    count = 0
+    if dtype not in (torch.float32, torch.float64):
+        return count
+    for node in graph.nodes:
+        if node.target is not rms or node.args[1] not in params:
+            continue
+        x, gain, eps = node.args
+        users = list(node.users)
+        if not all(u.target is products and u.args[3] is node and len(u.args) == 4 for u in users):
+            continue
+        trained = [{w in active for w in u.args[1]} for u in users]
+        if any(len(t) != 1 for t in trained) or (gain in active and any(t != {True} for t in trained)):
+            continue
+        node.args = (x, None, eps)
+        for u in users:
+            u.args = (*u.args, gain)
+        count += 1
+    return count
 
 
 _PARTS = frozenset({

@@ -23,12 +23,13 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class SiteSpec:
-    """A product of the graph: places of its weights and biases among the graph's parameters."""
+    """A product of the graph: places of its weights, biases and gain among the graph's parameters."""
 
     weights: tuple[int, ...]
     biases: tuple[int | None, ...]
     joined: bool
     transposed: bool
+    gain: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,6 +164,19 @@ class Tape:
         else:
             self.gradients[node] = Gradient(self.behind.call_function(torch.add, (known.node, gradient)), True)
 
+    def add_product(self, node: fx.Node, a: fx.Node, b: fx.Node) -> None:
+        """Add ``a * b`` to the gradient of a node of the source graph; a is memory of its own, of the node's shape."""
+        if node not in self.active:
+            return
+        known = self.gradients.get(node)
+        if known is None:
+            made = self.back_method("mul_", a, b)
+        elif known.fresh:
+            made = self.back_method("addcmul_", known.node, a, b)
+        else:
+            made = self.back(torch.addcmul, known.node, a, b)
+        self.gradients[node] = Gradient(made, True)
+
     def fitted(self, node: fx.Node, like: fx.Node, gradient: fx.Node, fresh: bool) -> None:
         """As :meth:`add`, of a gradient with the shape of ``like``, to which ``node`` was broadcast or promoted."""
         if node not in self.active:
@@ -209,18 +223,19 @@ class Reverse(Tape):
             self.read[value] = self.behind.call_function(operator.getitem, (self.memory, at))
         return self.read[value]
 
-    def site(self, weights, biases, joined: bool, transposed: bool) -> tuple[fx.Node, SiteSpec]:
+    def site(self, weights, biases, joined: bool, transposed: bool, gain=None) -> tuple[fx.Node, SiteSpec]:
         """The input of the forward graph that multiplies with these parameters."""
         place = {p: i for i, p in enumerate(self.params)}
         spec = SiteSpec(
-            tuple(place[w] for w in weights), tuple(None if b is None else place[b] for b in biases), joined, transposed
+            tuple(place[w] for w in weights), tuple(None if b is None else place[b] for b in biases), joined, transposed,
+            None if gain is None else place[gain],
         )
         self.sites.append(spec)
         return self.slots.pop(0), spec
 
     def trains(self, spec: SiteSpec) -> bool:
-        """Whether any weight or bias of a product has a gradient."""
-        return any(self.params[i] in self.active for i in (*spec.weights, *spec.biases) if i is not None)
+        """Whether any parameter of a product has a gradient."""
+        return any(self.params[i] in self.active for i in (*spec.weights, *spec.biases, spec.gain) if i is not None)
 
     def _handed_out(self, result: fx.Node) -> fx.Node:
         """A result; one that is kept as well as another object: the outer graph hangs on it, and would keep itself alive."""

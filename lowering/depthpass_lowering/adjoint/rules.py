@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from depthpass.capture import calls
-from depthpass_lowering.adjoint import views  # noqa: F401  (registers its rules)
+from depthpass_lowering.adjoint import projected, views  # noqa: F401  (they register their rules)
 from depthpass_lowering.adjoint.fused import rms, rope
 from depthpass_lowering.adjoint.registry import RULES, other, rule, rule_of, tensors
 from depthpass_lowering.adjoint.reverse import Reverse, Rule, Tape, Unsupported
@@ -93,8 +94,7 @@ RULES |= {
 @rule(rms)
 def _rms(t: Tape, n: Any) -> None:
     x, weight, eps = n.args
-    square = t.emit(torch.mul, x, x)
-    r = t.method("rsqrt_", t.method("add_", t.emit(_mean, square), eps))
+    r = t.emit(_inverse_rms, x, eps)
     scaled = t.emit(torch.mul, x, r)
     t.env[n] = scaled if weight is None else t.emit(torch.mul, weight, scaled)
     if not t.differentiates(n):
@@ -103,36 +103,35 @@ def _rms(t: Tape, n: Any) -> None:
     def back(g: fx.Node) -> None:
         # With s = x r, dr/dx = -r^3 x / width: dx = r (g w - s mean(g w s)).
         part = t.back(torch.mul, g, scaled)
-        if weight is not None:
-            _gain(t, weight, part)
+        if weight in t.active:
+            t.add(weight, t.back(_over_rows, part), True)
         if x in t.active:
-            mean = t.back(_minus_mean, part, weight)
-            inner = t.back(torch.addcmul, g, scaled, mean) if weight is None else t.back_method(
-                "addcmul_", t.back(torch.mul, g, weight), scaled, mean
-            )
-            t.add(x, t.back_method("mul_", inner, r), True)
+            inner = t.back(_without_mean, g if weight is None else t.back(torch.mul, g, weight), scaled, part, weight)
+            t.add_product(x, inner, r)
 
     t.on_back(n, back)
 
 
-def _gain(t: Tape, weight: fx.Node, part: fx.Node) -> None:
-    if weight in t.active:
-        t.add(weight, t.back(_over_rows, part), True)
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """``1 / sqrt(mean(x^2) + eps)`` over the last axis, which stays."""
+    norm = torch.linalg.vector_norm(x, 2, -1, True)
+    return torch.addcmul(_constant(eps, norm.dtype, norm.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-def _mean(x: Tensor) -> Tensor:
-    return x.mean(-1, True)
+@functools.lru_cache(64)
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _over_rows(x: Tensor) -> Tensor:
     return x.sum(tuple(range(x.dim() - 1)))
 
 
-def _minus_mean(x: Tensor, weight: Tensor | None) -> Tensor:
-    """``-mean(x * weight)`` over the last axis, which stays."""
-    if weight is None:
-        return x.mean(-1, True).neg_()
-    return torch.matmul(x, weight).mul_(-1 / x.shape[-1]).unsqueeze_(-1)
+def _without_mean(g: Tensor, scaled: Tensor, part: Tensor, weight: Tensor | None) -> Tensor:
+    """``g - scaled * mean(part * weight)`` over the last axis."""
+    total = part.sum(-1, True) if weight is None else torch.matmul(part, weight).unsqueeze_(-1)
+    return torch.addcmul(g, scaled, total, value=-1 / g.shape[-1])
 
 
 @rule(rope)
@@ -245,7 +244,7 @@ def attend_back(tape: Any, grad: Tensor) -> Sequence[Tensor | None]:
 
 @rule(products)
 def _products(t: Tape, n: Any) -> None:
-    transposed, weights, biases, x = n.args
+    transposed, weights, biases, x, *gain = n.args
 
     def finish(g: fx.Node, site: fx.Node, trained: bool) -> None:
         if trained:
@@ -253,7 +252,7 @@ def _products(t: Tape, n: Any) -> None:
         if x in t.active:
             t.add(x, t.back_method("back", site, g), True)
 
-    _multiply(t, n, transposed, weights, biases, t.value(x), x in t.active, finish)
+    _multiply(t, n, transposed, weights, biases, t.value(x), x in t.active, finish, *gain)
 
 
 @rule(absorbed)
@@ -292,7 +291,7 @@ def _absorbed(t: Tape, n: Any) -> None:
 
 def _multiply(
     t: Tape, n: fx.Node, transposed: bool, weights, biases, x: Any, wanted: bool,
-    finish: Callable[[fx.Node, fx.Node, bool], None],
+    finish: Callable[[fx.Node, fx.Node, bool], None], gain: fx.Node | None = None,
 ) -> None:
     """A product of one stream with several weights; its parts are the ``getitem`` nodes that read it.
 
@@ -302,7 +301,7 @@ def _multiply(
     """
     if not isinstance(t, Reverse):
         raise Unsupported("a product that is computed again")
-    site, spec = t.site(weights, biases, False, transposed)
+    site, spec = t.site(weights, biases, False, transposed, gain)
     y = t.method("forward", site, x)
     parts = {u.args[1]: u for u in n.users}
     split = y if len(weights) == 1 else t.method("parts", site, y)

@@ -28,6 +28,7 @@ class Site:
     def __init__(self, sink: Sink, w: Weights, like: Tensor):
         self.sink, self.w, self.like = sink, w, like
         self.sizes = w.sizes()
+        self.heads: list[int] | None = None
         self.trained = sink.trains(w)
         self.matrix: Tensor | None = None
         self.bias: Tensor | None = None
@@ -41,6 +42,12 @@ class Site:
         if self.packed:
             return _packed(x, self.matrix, self.bias, "none", [], "")
         return F.linear(x, self.matrix, self.bias)
+
+    def head_sizes(self, dim: int) -> Sequence[int]:
+        """Heads of each weight's result."""
+        if self.heads is None:
+            self.heads = [size // dim for size in self.sizes]
+        return self.heads
 
     def parts(self, y: Tensor) -> Sequence[Tensor]:
         """The result of each weight."""
@@ -94,7 +101,7 @@ def sites_of(specs: Sequence[SiteSpec], params: Sequence[Tensor], sink: Sink, li
     for spec in specs:
         weights = Weights(
             tuple(params[i] for i in spec.weights), tuple(None if i is None else params[i] for i in spec.biases),
-            spec.joined, spec.transposed,
+            spec.joined, spec.transposed, None if spec.gain is None else params[spec.gain],
         )
         made.append(Site(sink, weights, like))
     return made

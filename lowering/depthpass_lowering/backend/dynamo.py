@@ -139,12 +139,12 @@ class _Compiled:
         return host.part(c.capture.head, inputs, packing.join(parts))
 
     def _host(self, parameters: Mapping[str, Tensor]) -> GraphHost:
-        from depthpass.hf.attach import depth_of
+        from depthpass.hf.context import in_force
         from depthpass_lowering.backend.graph_host import GraphHost
 
         # Token loops: by hand, with their chunks compiled, or op by op where another compiler runs the blocks.
         return GraphHost(
-            self.captured.capture, parameters, depth_of(self.depth), None if self.inner == "eager" else self._runner,
+            self.captured.capture, parameters, in_force(self.depth), None if self.inner == "eager" else self._runner,
             scheduled=self.inner in ("eager", "inductor"),
         )
 
@@ -161,10 +161,10 @@ class _Compiled:
         from depthpass_lowering.state.slots import State
 
         c = self.captured.capture
-        hidden, *sides = host.part(c.prologue, inputs, visit=self._columns(inputs))
-        host.extras = sides
+        hidden, *side_inputs = host.part(c.prologue, inputs, visit=self._columns(inputs))
+        host.extras = side_inputs
         result = run(
-            self.plan.schedule, host, hidden, sides, c.side_axes, State(), valid, keep=False, types=self.plan.types,
+            self.plan.schedule, host, hidden, side_inputs, c.side_axes, State(), valid, keep=False, types=self.plan.types,
             lowering=AUTO_INDUCTOR if self.inner == "inductor" else "auto",
         )
         return result.streams["output"]
@@ -188,17 +188,17 @@ class _Compiled:
             InputError: an input runs over the tokens in a way that cannot be cut into sequences.
         """
         c, (batch, count) = self.captured, packing.starts.shape
-        found = {}
+        cut = {}
         for name in dict.fromkeys((*c.capture.prologue.inputs, c.tokens[0])):
             x = inputs[name]
             if x.dim() > 1 and x.shape[1] == count and x.shape[0] in (1, batch):
-                found[name] = rows.take(x.expand(batch, *x.shape[1:]))
+                cut[name] = rows.take(x.expand(batch, *x.shape[1:]))
             elif count in x.shape:
                 raise InputError(f"{c.labels[name]}: expected shape {(batch, count)} in a call with packed rows ("
                                  f"{c.labels[c.positions]} restarts), got {tuple(x.shape)}. Put one sequence in each row.")
             else:
-                found[name] = x
-        return found
+                cut[name] = x
+        return cut
 
     def _runner(self, gm: fx.GraphModule) -> Callable:
         if gm not in self.runners:

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, fx, nn
 
 from depthpass.capture.model import Capture, Part, Site, Template
 from depthpass.errors import LoweringError
+from depthpass_lowering.executors.losses import Pool
 from depthpass_lowering.visits.attention import sdpa_attention
-
-if TYPE_CHECKING:
-    from depthpass_lowering.executors.losses import Pool
 
 Runner = Callable[[fx.GraphModule], Callable]
 """Gives the callable to run a captured graph with: the graph itself, or its compiled segments."""
@@ -33,8 +30,6 @@ class GraphHost:
     """
 
     adapts, training, style = False, False, "sdpa"
-    losses: Mapping[str, Tensor] | None = None
-    pool: Pool | None = None
 
     def __init__(
         self, captured: Capture, values: Mapping[str, Tensor], depth: nn.Module, runner: Runner | None, scheduled: bool = True
@@ -43,6 +38,7 @@ class GraphHost:
         self.scheduled, self.runner = scheduled, runner or (lambda graph: graph)
         self.extras: Sequence[Tensor] = ()
         self.ratios: Mapping[str, float] = {}
+        self.pool = Pool()
 
     def part(self, part: Part, inputs: Mapping[str, Tensor], *streams: Tensor, visit=None):
         """Run the prologue, norm or head."""
@@ -50,9 +46,9 @@ class GraphHost:
         extras = [self.extras[e] for e in part.extras]
         return self.runner(part.graph)(visit, *streams, *extras, *(inputs[i] for i in part.inputs), *params)
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         template, params = self.bound(index)
-        return visit.run(template, hidden, sides, params, self.runner)
+        return visit.run(template, hidden, side_inputs, params, self.runner)
 
     def bound(self, index: int) -> tuple[Template, list[Tensor]]:
         block = self.captured.blocks[index]
@@ -68,8 +64,8 @@ class GraphHost:
     def recomputes(self, index: int) -> bool:
         return False
 
-    def sides_of(self, index: int) -> tuple[int, ...]:
-        return self.captured.blocks[index].sides
+    def side_inputs_of(self, index: int) -> tuple[int, ...]:
+        return self.captured.blocks[index].side_inputs
 
     def sites_of(self, index: int) -> tuple[Site, ...]:
         return self.captured.blocks[index].template.sites

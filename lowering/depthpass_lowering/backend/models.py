@@ -41,14 +41,14 @@ def model_of(gm: fx.GraphModule, arguments: Sequence[object]) -> tuple[nn.Module
 
     held = [a for a in arguments if isinstance(a, nn.Parameter)]
     attached = owners(held)
-    found = _models_in_scope(gm, held) or attached
-    if len(found) != 1:
-        names = ", ".join(type(m).__name__ for m in found) or "none"
+    models = _models_in_scope(gm, held) or attached
+    if len(models) != 1:
+        names = ", ".join(type(m).__name__ for m in models) or "none"
         raise UnsupportedModelError(
             f"expected one transformers decoder that holds the parameters of this graph, got {names}. Call dp.attach(model, "
             "spec) on the model, and compile one model at a time."
         )
-    model = found[0]
+    model = models[0]
     return model, next((a for a in attached if any(m is model for m in a.modules())), model)
 
 
@@ -119,13 +119,13 @@ def scoring_parameters(model: nn.Module, key: str, program: Program, arguments: 
             "optimizer could train them. Call dp.attach(model, spec) before making the optimizer and compiling; for scoring "
             "call the compiled model under torch.no_grad()."
         )
-    made = _SCORING.setdefault(model, {})
-    if key not in made:
-        made[key] = build(program, next(model.parameters()), model).requires_grad_(False)
+    kept = _SCORING.setdefault(model, {})
+    if key not in kept:
+        kept[key] = build(program, next(model.parameters()), model).requires_grad_(False)
         if names:
             warnings.warn(
                 f"the {len(names)} new parameters of the spec exist only inside the compiled function, at their initial "
                 "values; call dp.attach(model, spec) to hold, train and save them on the model.",
                 UserWarning, stacklevel=2,
             )
-    return made[key]
+    return kept[key]

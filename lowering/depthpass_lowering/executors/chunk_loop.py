@@ -22,6 +22,7 @@ from depthpass_lowering.executors.taped import TapedChunks, taped_graph
 from depthpass_lowering.fx_passes.region import ChunkGraph, chunk_graph
 from depthpass_lowering.fx_passes.sink import sink_pass
 from depthpass_lowering.host import Host
+from depthpass_lowering.memo import Once
 from depthpass_lowering.products.packed import LEAST_USES
 from depthpass_lowering.products.sink import Sink
 from depthpass_lowering.state.buffers import Buffer, Use
@@ -30,7 +31,6 @@ from depthpass_lowering.visits.attention import Masks
 from depthpass_lowering.visits.running import RunningVisit
 
 _GRAPHS: weakref.WeakKeyDictionary[Region, dict[tuple, ChunkGraph]] = weakref.WeakKeyDictionary()
-_SUNK: weakref.WeakKeyDictionary[ChunkGraph, fx.GraphModule] = weakref.WeakKeyDictionary()
 
 
 def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
@@ -44,11 +44,10 @@ def graph_of(run: Run, region: LoweredRegion) -> ChunkGraph:
     return kept[key]
 
 
+@Once
 def sunk_graph(graph: ChunkGraph) -> fx.GraphModule:
-    """A chunk's graph with sunk weight gradients, made once."""
-    if graph not in _SUNK:
-        _SUNK[graph] = sink_pass(graph.distributed.loop)
-    return _SUNK[graph]
+    """A chunk's graph with sunk weight gradients."""
+    return sink_pass(graph.distributed.loop)
 
 
 def recomputes(host: Host, region: LoweredRegion) -> bool:
@@ -111,12 +110,13 @@ class Job:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
         self.chain = None
-        if self.taped is not None:
-            self.taped.release()
-            self.taped = None
         self.forget_tokens()
         for line in self.region.lines:
             self.run.state.lines.pop(line.name, None)
+        if self.taped is not None:
+            self.taped.release()
+            self.taped = None
+            del self.run  # chunks that run again keep their visits, these the job, and the run holds what the region hands out
 
     def forget_tokens(self) -> None:
         """Begin a new chain of uses of every buffer."""
@@ -154,7 +154,7 @@ class Loop:
         cut = spans(c.start, c.count, c.valid, None, job.region.size, job.region.groups)
         sizes = [span.count for span in cut]
         streams = [inputs[name].split(sizes, 1) for name in graph.streams]
-        tables = [self._pieces(c.sides[i], c.side_axes[i], sizes) for i in graph.sides]
+        tables = [self._pieces(c.side_inputs[i], c.side_axes[i], sizes) for i in graph.side_inputs]
         known = self._known(sizes)
         done: dict[str, list[Tensor]] = {name: [] for name in job.wanted}
         taped = job.taped = self._taped([parts[0] for parts in known], [parts[0] for parts in streams])
@@ -163,7 +163,7 @@ class Loop:
             chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))
             lines = {d.name: self._differentiable(run.line(d.name, d.tokens)) for d in job.region.lines}
             given = [*(parts[i] for parts in streams), *(parts[i] for parts in known)]
-            if job.recompute:
+            if taped is None and job.recompute:
                 *values, chain = Recomputed.apply(
                     chunk, tuple(lines), len(lines) + len(given), *lines.values(), *given,
                     chain, *self.host.leaves.values(),
@@ -173,7 +173,7 @@ class Loop:
                 delays = {name: self.delayed(name, None) for name in taped.made.delays}
                 count = len(graph.streams)
                 values, chain = taped.run(
-                    (self, *chunk.visits), given[:count], (*chunk.masks, *chunk.tables), given[count:], delays, chain
+                    (None, *chunk.visits), given[:count], (*chunk.masks, *chunk.tables), given[count:], delays, chain
                 )
             else:
                 values = chunk.run(lines, given)
@@ -189,7 +189,7 @@ class Loop:
     def _taped(self, known: Sequence[Tensor], streams: Sequence[Tensor]) -> TapedChunks | None:
         """The loop's chunks on a graph with its backward pass; None where autograd has to see their ops."""
         job, hidden = self.job, self.run.hidden
-        if job.recompute or job.executor.compiled or torch.is_autocast_enabled(hidden.device.type):
+        if job.executor.compiled or torch.is_autocast_enabled(hidden.device.type):
             return None
         if any(t.dtype != hidden.dtype for t in streams):
             return None
@@ -200,7 +200,7 @@ class Loop:
         if made is None:
             return None
         like = hidden.new_empty(hidden.shape[0] * min(job.region.size, hidden.shape[1]), 1)
-        return TapedChunks(made, self.params, job.sink, like)
+        return TapedChunks(made, self.params, job.sink, like, job.recompute, job.draws)
 
     @staticmethod
     def _differentiable(line: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class Loop:
         distributed = self.job.graph.distributed
         if distributed.before is None:
             return []
-        values = distributed.before(*(self.run.context.sides[i] for i in self.job.graph.sides), *self.params)
+        values = distributed.before(*(self.run.context.side_inputs[i] for i in self.job.graph.side_inputs), *self.params)
         return [self._pieces(t, axis, sizes) for t, axis in zip(values, distributed.axes, strict=True)]
 
     @staticmethod
@@ -332,7 +332,6 @@ class _BufferedVisit(RunningVisit):
         self.op, self.host, self.job, self.span, self.masks = op, host, job, span, masks
         self.index = op["index"]
         self.sites = host.sites_of(self.index)
-        self.made = {}
         self.hidden = None
 
     def enter(self, hidden: Tensor) -> Tensor:
@@ -353,9 +352,13 @@ class _BufferedVisit(RunningVisit):
 
     def attend_taped(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
         """As :meth:`attend` of a visit without a gate: the result, and what its backward pass needs."""
+        return self.use(number).taped(q, k, v, sinks)
+
+    def use(self, number: int) -> Use:
+        """The attention of a visit without a gate."""
         keys = self.op["keys"]
         slot, write = (self.op["slot"], True) if keys is None else (keys, False)
-        return self._use(slot, number, self.sites[number].window, write).taped(q, k, v, sinks)
+        return self._use(slot, number, self.sites[number].window, write)
 
     def _use(self, slot: int, number: int, window: int | None, write: bool) -> Use:
         site, masks = self.sites[number], self.masks

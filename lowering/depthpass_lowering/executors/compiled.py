@@ -17,6 +17,7 @@ from depthpass_lowering.executors.chunk_loop import Job
 from depthpass_lowering.executors.scheduled import Scheduled
 from depthpass_lowering.fx_passes.region import ChunkGraph
 from depthpass_lowering.fx_passes.sink import sink_bridges_pass
+from depthpass_lowering.memo import Once
 from depthpass_lowering.products.joint import Segment
 from depthpass_lowering.products.segments import Segmented, compile_segment
 from depthpass_lowering.products.sink import Sink
@@ -25,8 +26,6 @@ MOST_SEGMENTS = 5
 """Different segments of one chunk above which bridges are taken out of them: blocks that differ by their bridges alone would
 each be compiled for themselves."""
 
-_COMPILED: weakref.WeakKeyDictionary[ChunkGraph, CompiledChunk] = weakref.WeakKeyDictionary()
-_WHOLE: weakref.WeakKeyDictionary[fx.GraphModule, Segmented] = weakref.WeakKeyDictionary()
 _SEGMENTS: weakref.WeakValueDictionary[tuple, Segment] = weakref.WeakValueDictionary()
 
 
@@ -49,36 +48,34 @@ class CompiledChunk:
         return self.segmented(*((sink,) if self.apart else ()), *args, lead=(sink,))
 
 
+@Once
 def compiled_graph(graph: ChunkGraph) -> CompiledChunk:
     """What runs a chunk's graph."""
-    if graph not in _COMPILED:
-        loop = graph.distributed.loop
-        made = CompiledChunk(Segmented(loop, shared_segment, graph.opaque), False)
-        if len(made.segments) > MOST_SEGMENTS:
-            nodes = [n for n in loop.graph.nodes if n.op == "placeholder"]
-            params = nodes[len(nodes) - len(graph.params) - len(graph.distributed.axes) :]
-            bridges = {n for n, p in zip(params, graph.params) if isinstance(p.owner, str)}
-            made = CompiledChunk(Segmented(sink_bridges_pass(loop, bridges), shared_segment, graph.opaque + 1), True)
-        _COMPILED[graph] = made
-    return _COMPILED[graph]
+    loop = graph.distributed.loop
+    whole = CompiledChunk(Segmented(loop, shared_segment, graph.opaque), False)
+    if len(whole.segments) <= MOST_SEGMENTS:
+        return whole
+    nodes = [n for n in loop.graph.nodes if n.op == "placeholder"]
+    params = nodes[len(nodes) - len(graph.params) - len(graph.distributed.axes) :]
+    bridges = {n for n, p in zip(params, graph.params) if isinstance(p.owner, str)}
+    return CompiledChunk(Segmented(sink_bridges_pass(loop, bridges), shared_segment, graph.opaque + 1), True)
 
 
+@Once
 def compiled_whole(gm: fx.GraphModule) -> Segmented:
     """A captured graph that runs over all tokens at once, its segments compiled for any number of rows and tokens."""
-    if gm not in _WHOLE:
-        # Dropout draws what it draws on the other levels.
-        options = {"fallback_random": True}
-        _WHOLE[gm] = Segmented(gm, functools.partial(compile_segment, backend="inductor", options=options))
-    return _WHOLE[gm]
+    # Dropout draws what it draws on the other levels.
+    options = {"fallback_random": True}
+    return Segmented(gm, functools.partial(compile_segment, backend="inductor", options=options))
 
 
 def shared_segment(gm: fx.GraphModule) -> Segment:
     """The segment of a graph; one for all graphs of the same structure."""
     key = structure(gm)
-    found = _SEGMENTS.get(key)
-    if found is None:
-        found = _SEGMENTS[key] = Segment(gm)
-    return found
+    segment = _SEGMENTS.get(key)
+    if segment is None:
+        segment = _SEGMENTS[key] = Segment(gm)
+    return segment
 
 
 def structure(gm: fx.GraphModule) -> tuple:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class CallContext:
         schedule: of the program.
         host: the modules it runs on.
         hidden: the embedded new tokens, ``[batch, m, width]``.
-        sides: the prologue's per-token tables for the new tokens.
+        side_inputs: the prologue's per-token tables for the new tokens.
         side_axes: their token axes; None = none.
         valid: validity of all columns, old and new, ``[batch, start + m]``; None = no padding anywhere.
         keep: whether the state is needed afterwards (a cache, not just a forward pass).
@@ -38,7 +39,7 @@ class CallContext:
     schedule: Schedule
     host: Host
     hidden: Tensor
-    sides: tuple[Tensor, ...]
+    side_inputs: tuple[Tensor, ...]
     side_axes: tuple[int | None, ...]
     valid: Tensor | None
     keep: bool
@@ -75,29 +76,18 @@ class CallContext:
         """Visits in token loops, where there are any that do not keep their keys."""
         return frozenset(o.name for r in self.schedule.serial_regions for o in r.visits) if self.passing else frozenset()
 
-    def narrowed(self, at: int, count: int) -> dict[str, object]:
+    def narrowed(self, at: int, count: int) -> dict[str, Any]:
         """Fields of the context of some of the new columns: tokens and tables."""
         return {
             "hidden": self.hidden.narrow(1, at, count), "start": self.start + at,
-            "sides": tuple(s if axis is None else s.narrow(axis, at, count) for s, axis in zip(self.sides, self.side_axes)),
+            "side_inputs": tuple(
+                s if axis is None else s.narrow(axis, at, count) for s, axis in zip(self.side_inputs, self.side_axes)
+            ),
         }
 
     def valid_until(self, end: int) -> Tensor | None:
         """Validity of the columns before ``end``."""
         return None if self.valid is None else self.valid[:, :end]
-
-
-@dataclass(frozen=True)
-class Losses:
-    """Training losses of a call.
-
-    Attributes:
-        by_name: values before their coefficients.
-        total: their sum with coefficients.
-    """
-
-    by_name: Mapping[str, Tensor]
-    total: Tensor | float
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,14 +97,12 @@ class RunResult:
     Attributes:
         streams: of ``output`` and of every tap, by name.
         state: the new state; the one that the run was given is unchanged.
-        losses: None where none were asked for, or where several runs share a pool.
         record: how each serial region was run.
         lowered: the program that ran.
     """
 
     streams: dict[str, Tensor]
     state: State
-    losses: Losses | None
     record: Sequence[Lowered]
     lowered: LoweredProgram
 

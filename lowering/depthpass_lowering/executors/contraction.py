@@ -95,9 +95,9 @@ class _Measured(JacobiExecutor):
         before = run.state.fork()
         exact.solve(inputs, run.state)
         values = {n: torch.cat(parts, 1) for n, parts in exact.pieces.items()}
-        found = self._sweeps(jacobi, inputs, before, values)
-        made = exact.made
-        self.solves.append(Measured(made.blocks, made.tokens, made.chunk, made.chunks, found))
+        sweeps = self._sweeps(jacobi, inputs, before, values)
+        record = exact.record
+        self.solves.append(Measured(record.blocks, record.tokens, record.chunk, record.chunks, sweeps))
         return {n: values[n] for n in region.outputs}
 
     def _sweeps(self, jacobi: JacobiSweep, inputs: dict[str, Tensor], before: State, values: dict[str, Tensor]):
@@ -107,19 +107,19 @@ class _Measured(JacobiExecutor):
         right = jacobi.inject(inner, {s: values[s] for s in jacobi.sources}, whole)
         c = jacobi.first(inner, whole)
         chunks = -(-count // jacobi.size)
-        found: list[MeasuredSweep] = []
+        sweeps: list[MeasuredSweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
         for hops in range(min(chunks, self.limit or chunks)):
             local = jacobi.sweep(jacobi.inner(before.fork()), inputs, c, whole)
             after = jacobi.inject(inner, {s: local[s] for s in jacobi.sources}, whole)
             results = {n: local[n] for n in jacobi.wanted} or {s: local[s] for s in jacobi.sources}
-            found.append(MeasuredSweep(
+            sweeps.append(MeasuredSweep(
                 hops, *(_distance(jacobi.run.context, x, y) for x, y in ((c, after), (c, right), (results, values)))
             ))
-            if found[-1].error <= floor:
+            if sweeps[-1].error <= floor:
                 break
             c = after
-        return tuple(found)
+        return tuple(sweeps)
 
 
 def _distance(context: CallContext, x: dict[str, Tensor], y: dict[str, Tensor]) -> float:

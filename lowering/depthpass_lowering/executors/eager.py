@@ -22,7 +22,7 @@ from depthpass.lowered.record import Lowered, Recorder
 from depthpass.schedule.regions import Schedule
 from depthpass.schedule.stacking import Stack, StepOrder
 from depthpass_lowering.executors.base import EAGER, Executor
-from depthpass_lowering.executors.context import CallContext, Losses, RunResult
+from depthpass_lowering.executors.context import CallContext, RunResult
 from depthpass_lowering.executors.ops import Ops
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State, spans
@@ -38,7 +38,7 @@ def run(
     schedule: Schedule,
     host: Host,
     hidden: Tensor,
-    sides: Sequence[Tensor],
+    side_inputs: Sequence[Tensor],
     side_axes: Sequence[int | None],
     state: State,
     valid: Tensor | None,
@@ -52,7 +52,7 @@ def run(
 
     Args:
         hidden: the embedded new tokens, ``[batch, m, width]``.
-        sides: the prologue's per-token tables for the new tokens.
+        side_inputs: the prologue's per-token tables for the new tokens.
         valid: validity of all columns, old and new, ``[batch, state.length + m]``; None = no padding anywhere.
         keep: whether the returned state is needed (a cache, not just a forward pass).
         lowering: a level of :data:`depthpass_lowering.executors.levels.LEVELS`, or an executor.
@@ -63,7 +63,7 @@ def run(
 
     chosen = executor(lowering) if jacobi is None else jacobi.on(executor(lowering))
     context = CallContext(
-        schedule, host, hidden, tuple(sides), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
+        schedule, host, hidden, tuple(side_inputs), tuple(side_axes), valid, keep, types or infer(schedule.program), state.length
     )
     result = chosen.start(context, state.fork()).run()
     if record is not None:
@@ -86,10 +86,9 @@ class Run(Ops):
             self._region(region)
         for o in self.context.passing:
             self.state.slots.pop(o["slot"], None)
-        losses = self._losses() if self.host.pool is None else None
         self.state.length += self.context.count
         self.state.valid = self.context.valid
-        return RunResult(self.out, self.state, losses, tuple(self.record), lowered)
+        return RunResult(self.out, self.state, tuple(self.record), lowered)
 
     def lowered(self) -> LoweredProgram:
         """The lowered program of this call, made once for all calls that are alike."""
@@ -101,13 +100,13 @@ class Run(Ops):
         captured = self.host.captured
         key = (kind, asked, None if step is None else step.tokens, tuple(chosen.values()), id(captured))
         kept = schedule.lowered
-        found = kept.get(key)
-        if found is None:
+        entry = kept.get(key)
+        if entry is None:
             while len(kept) >= MOST:
                 kept.pop(next(iter(kept)), None)
             # The capture is kept, so that its id stays its own.
-            found = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, facts), captured
-        return found[0]
+            entry = kept[key] = lower(schedule, kind, asked, chosen.__getitem__, step, facts), captured
+        return entry[0]
 
     def _region(self, region: LoweredRegion) -> None:
         if region.kind == "step":
@@ -123,11 +122,6 @@ class Run(Ops):
     def streams(self, region: LoweredRegion) -> dict[str, Any]:
         """What a region reads of earlier ones: streams, and routes beside them."""
         return {a: self.env[a] for a in region.inputs}
-
-    def _losses(self) -> Losses | None:
-        """Move the balanced routers and add up what the call's losses are made of."""
-        self.pool.move()
-        return Losses(*self.pool.values()) if self.pool.sums else None
 
     def _step(self) -> StepOrder | None:
         """The order with stacked visits for this call, or None: region by region."""
@@ -146,7 +140,7 @@ class Run(Ops):
     def _rows_stack(self, stack: Stack) -> bool:
         """Whether the tables of a block have a batch dimension to stack on, or none that matters."""
         c = self.context
-        tables = ((c.sides[s], c.side_axes[s]) for s in self.host.sides_of(stack.index))
+        tables = ((c.side_inputs[s], c.side_axes[s]) for s in self.host.side_inputs_of(stack.index))
         return c.batch == 1 or all(axis is not None or t.dim() == 0 or t.shape[0] != c.batch for t, axis in tables)
 
     def _run_step(self, region: LoweredRegion) -> None:
@@ -157,7 +151,7 @@ class Run(Ops):
         rows, tables = self.hidden, {}
         for item in region.items:
             if not isinstance(item, Stack):
-                self.one(item, self.env, span, masks, self.context.sides, self.context.keep)
+                self.one(item, self.env, span, masks, self.context.side_inputs, self.context.keep)
                 continue
             if item.inputs != names:
                 given: list[Any] = [self.env[a] for a in item.inputs]
@@ -178,14 +172,14 @@ class Run(Ops):
         count = len(stack.visits)
         visits = [self._visit(o, span, masks, self.context.keep or writes_slot(o) in self.context.read) for o in stack.visits]
         stacked = StackedVisit(stack, visits, hidden)
-        sides = [self._stacked_side(s, count, tables) for s in self.host.sides_of(stack.index)]
-        y = self.host.block(stack.index, stacked, hidden, sides)
+        side_inputs = [self._stacked_side(s, count, tables) for s in self.host.side_inputs_of(stack.index)]
+        y = self.host.block(stack.index, stacked, hidden, side_inputs)
         stacked.commit()
         return y
 
-    def _stacked_side(self, number: int, count: int, made: dict) -> Tensor:
+    def _stacked_side(self, number: int, count: int, tables: dict) -> Tensor:
         """A table for the rows of a stack; one without a batch dimension, or with one row for all, serves as it is."""
-        if (number, count) not in made:
-            t, whole = self.context.sides[number], self.context.side_axes[number] in (0, None)
-            made[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
-        return made[number, count]
+        if (number, count) not in tables:
+            t, whole = self.context.side_inputs[number], self.context.side_axes[number] in (0, None)
+            tables[number, count] = t if whole or t.shape[0] == 1 else torch.cat([t] * count)
+        return tables[number, count]

@@ -73,7 +73,7 @@ class JacobiExecutor(Executor):
         if torch.is_grad_enabled():
             return self._trained(jacobi, inputs)
         solver = Solver(jacobi, self.policy)
-        self.solves.append(solver.made)
+        self.solves.append(solver.record)
         done = solver.solve(inputs, run.state)
         pieces = {n: solver.pieces[n] for n in region.outputs}
         if not done:
@@ -103,7 +103,7 @@ class JacobiExecutor(Executor):
             recorded = policy.backward or 1
             budget = None if policy.exact else (policy.max_sweeps or 1) - recorded
             solver = Solver(jacobi, policy, budget)
-            self.solves.append(solver.made)
+            self.solves.append(solver.record)
             inner = jacobi.inner(run.state.fork())
             sources = None
             if budget == 0:
@@ -112,15 +112,15 @@ class JacobiExecutor(Executor):
                 sources = {s: torch.cat(solver.pieces[s], 1) for s in jacobi.sources}
                 c = jacobi.inject(inner, sources, whole)
             else:
-                solver.made.sequential = solver.made.chunks
+                solver.record.sequential = solver.record.chunks
                 c = None
         if torch.is_autocast_enabled(run.hidden.device.type):
             # What was cast without a graph must not be used with one.
             torch.clear_autocast_cache()
         if c is None:
             return self.sequential(run, region)
-        solver.made.sweeps += recorded
-        solver.made.rows += recorded * run.context.batch * run.context.count
+        solver.record.sweeps += recorded
+        solver.record.rows += recorded * run.context.batch * run.context.count
         job = _Job(jacobi, inputs, c, solver, _handed_on(run, region), policy)
         job.constant = sources if policy.backward else None
         outs = _RegionFunction.apply(job, *job.outer)
@@ -166,14 +166,14 @@ class _Job:
     def __init__(self, jacobi: JacobiSweep, inputs: dict[str, Tensor], c: dict[str, Tensor], solver: Solver,
                  handed_on: Sequence[int], policy: FixedPoint):
         self.jacobi, self.inputs, self.c, self.handed_on, self.policy = jacobi, inputs, c, handed_on, policy
-        self.tol, self.made = solver.tol(c), solver.made
+        self.tol, self.record = solver.tol(c), solver.record
         run = jacobi.run
         self.state = run.state
         slots = {s for o in jacobi.region.visits for s in (*reads_slots(o), writes_slot(o))}
-        found = [*inputs.values(), *region_parameters(jacobi.region, run.host).values(), *run.context.sides]
-        found += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
-        found += [run.state.lines[d.name] for d in jacobi.region.lines if d.name in run.state.lines]
-        self.outer = list({id(t): t for t in found if t.requires_grad}.values())
+        read = [*inputs.values(), *region_parameters(jacobi.region, run.host).values(), *run.context.side_inputs]
+        read += [t for s in slots if s in run.state.slots for side in _sides(run.state.slots[s]) for t in side]
+        read += [run.state.lines[d.name] for d in jacobi.region.lines if d.name in run.state.lines]
+        self.outer = list({id(t): t for t in read if t.requires_grad}.values())
 
     def sweep(self, leaves: dict[int, Tensor]):
         """Run the recorded sweeps on detached stand-ins: (outputs, c of the first one, c anew)."""
@@ -182,14 +182,14 @@ class _Job:
             return leaves.get(id(t), t)
 
         jacobi, run = self.jacobi, self.jacobi.run
-        host, sides = LeafHost(run.host, leaf), tuple(map(leaf, run.context.sides))
+        host, side_inputs = LeafHost(run.host, leaf), tuple(map(leaf, run.context.side_inputs))
         inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, jacobi.span(0, run.context.count)
         first = after = {n: x.detach().requires_grad_() for n, x in self.c.items()}
         for number in range(self.policy.backward or 1):
             state = self.state.fork()
             state.slots = {k: s.map(leaf) for k, s in state.slots.items()}
             state.lines = {k: leaf(t) for k, t in state.lines.items()}
-            inner = jacobi.inner(state, host, sides)
+            inner = jacobi.inner(state, host, side_inputs)
             if number == 0:
                 before = first if self.constant is None else jacobi.inject(inner, self.constant, whole)
             else:
@@ -208,8 +208,8 @@ class _Job:
         self.firsts = [state.slots[s].first for s in self.handed_on]
         if not self.policy.exact:
             was = {n: x.detach() for n, x in before.items()}
-            self.made.residuals.append(max(jacobi.changes(was, {n: x.detach() for n, x in after.items()}, whole)))
-            self.made.converged = self.made.residuals[-1] <= self.tol
+            self.record.residuals.append(max(jacobi.changes(was, {n: x.detach() for n, x in after.items()}, whole)))
+            self.record.converged = self.record.residuals[-1] <= self.tol
         return outs, list(first.values()), list(after.values())
 
     def reading(self, whole: Span, number: int) -> Span:
@@ -221,14 +221,14 @@ class _Job:
     def take(self, run: Run, outs: Sequence[Tensor]) -> dict[str, Tensor]:
         """Put lines and slots where the run keeps them; the streams that the region hands out."""
         rest, region = iter(outs), self.jacobi.region
-        found = {n: next(rest) for n in region.outputs}
+        streams = {n: next(rest) for n in region.outputs}
         if run.context.keep:
             run.state.lines |= {d.name: next(rest) for d in region.lines}
         for number, first in zip(self.handed_on, self.firsts):
             sites = next(run.host.sites_of(o["index"]) for o in region.visits if writes_slot(o) == number)
             keys = tuple(next(rest) for _ in sites)
             run.state.slots[number] = Slot(keys, tuple(next(rest) for _ in sites), first=first)
-        return found
+        return streams
 
 
 class _RegionFunction(torch.autograd.Function):
@@ -240,10 +240,10 @@ class _RegionFunction(torch.autograd.Function):
         with torch.enable_grad():
             outs, c, after = job.sweep({id(t): leaf for t, leaf in zip(outer, leaves)})
         # The job knows the run, and the run will hold this node's outputs: keeping it would be a cycle.
-        limit = job.made.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps or 1, job.made.chunks) - 1
+        limit = job.record.chunks - 1 if job.policy.exact else min(job.policy.max_sweeps or 1, job.record.chunks) - 1
         if job.policy.backward is not None:  # what enters the recorded sweeps is a constant
             limit = 0
-        ctx.graph, ctx.limit, ctx.tol, ctx.made = (outs, c, after, leaves), limit, job.tol, job.made
+        ctx.graph, ctx.limit, ctx.tol, ctx.record = (outs, c, after, leaves), limit, job.tol, job.record
         ctx.cut = job.policy.backward
         ctx.set_materialize_grads(False)
         return tuple(o.detach() for o in outs)
@@ -259,25 +259,25 @@ class _RegionFunction(torch.autograd.Function):
         if not pairs:
             return (None,) * (1 + len(leaves))
         results, cotangents = [o for o, _ in pairs], [g for _, g in pairs]
-        lam, ctx.made.adjoint = [] if ctx.cut else _vjp(results, c, cotangents), ctx.cut or 1
+        lam, ctx.record.adjoint = [] if ctx.cut else _vjp(results, c, cotangents), ctx.cut or 1
         for _ in range(ctx.limit):
             # All of it anew rather than the next term of the sum: models round inside their blocks (norms in float32), and
             # a chunk whose lam is settled then has the very bits that the token loop's backward pass has.
             last, lam = lam, _vjp([*results, *after], c, [*cotangents, *lam])
-            ctx.made.adjoint += 1
+            ctx.record.adjoint += 1
             if all(float((x - y).norm()) <= ctx.tol * float(x.norm()) for x, y in zip(lam, last)):
                 break
         recorded = [] if ctx.cut else [(x, a) for x, a in zip(after, lam) if x.requires_grad]
-        found = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             [*results, *(x for x, _ in recorded)], leaves, [*cotangents, *(a for _, a in recorded)], allow_unused=True
         )
-        return None, *found
+        return None, *gradients
 
 
 def _vjp(outs: list[Tensor], inputs: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
     pairs = [(o, g) for o, g in zip(outs, grads) if o.requires_grad]
-    found = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], retain_graph=True, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found)]
+    products = torch.autograd.grad([o for o, _ in pairs], inputs, [g for _, g in pairs], retain_graph=True, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(inputs, products)]
 
 
 def _sides(slot: Slot) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthpass.log import fallback
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.chunk_loop import Job, recomputes
 from depthpass_lowering.executors.compiled import Compiled
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.region_function import RegionFunction
+from depthpass_lowering.executors.region_function import Carried, RegionFunction, carries
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.state.slots import State
 
@@ -42,7 +43,7 @@ class Graphed(Compiled):
             return reason
         if region.groups and run.context.valid is not None:
             return "groups are counted from the first real token of each row, which a recording does not know"
-        if torch.is_grad_enabled() and (run.context.keep or run.state.length):
+        if torch.is_grad_enabled() and carries(run):
             return "a cache is kept while gradients are recorded"
         device = run.hidden.device.type
         return None if device == "cuda" else f"the model is on {device}, and CUDA graphs need a CUDA device"
@@ -51,7 +52,9 @@ class Graphed(Compiled):
         level, reason = super().level(run, region)
         if level != self.name or torch.is_grad_enabled():
             return level, reason
-        return "inductor", "passes without gradients are not recorded"
+        reason = "passes without gradients are not recorded"
+        fallback(f"a pass under lowering='cudagraph' runs compiled chunks one by one (level 'inductor'): {reason}", asked=False)
+        return "inductor", reason
 
     def padding(self, run: Run, region: LoweredRegion) -> int:
         return bucket(run.context.count, region.size) - run.context.count if region.level == self.name else 0
@@ -60,7 +63,7 @@ class Graphed(Compiled):
         context = padded(run.context, self.padding(run, region))
         parameters = region_parameters(region, run.host)
         streams = {n: _longer(t, 1, context.padded) for n, t in inputs.items()}
-        given = [*streams.values(), *context.sides, *parameters.values()]
+        given = [*streams.values(), *context.side_inputs, *parameters.values()]
         if context.valid is not None:
             given.append(context.valid)
         key = (
@@ -85,7 +88,7 @@ def padded(context: CallContext, columns: int) -> CallContext:
     c = context
     return replace(
         c, hidden=_longer(c.hidden, 1, columns), valid=None if c.valid is None else _longer(c.valid, 1, columns), padded=columns,
-        sides=tuple(s if axis is None else _longer(s, axis, columns) for s, axis in zip(c.sides, c.side_axes)),
+        side_inputs=tuple(s if axis is None else _longer(s, axis, columns) for s, axis in zip(c.side_inputs, c.side_axes)),
     )
 
 
@@ -97,19 +100,19 @@ def _longer(t: Tensor, axis: int, columns: int) -> Tensor:
 def _record(
     context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], given: list[Tensor]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Record a region's training pass: ``(*streams, *sides, *weights[, valid])`` -> what it hands out."""
-    sides, executor = len(context.sides), Compiled()
+    """Record a region's training pass: ``(*streams, *side_inputs, *weights[, valid])`` -> what it hands out."""
+    side_inputs, executor = len(context.side_inputs), Compiled()
 
     def region_of(*flat: Tensor) -> tuple[Tensor, ...]:
         streams, rest = dict(zip(names, flat)), flat[len(names) :]
-        tables, weights = rest[:sides], rest[sides : sides + len(ids)]
-        inner = replace(context, sides=tuple(tables), valid=None if context.valid is None else flat[-1])
+        tables, weights = rest[:side_inputs], rest[side_inputs : side_inputs + len(ids)]
+        inner = replace(context, side_inputs=tuple(tables), valid=None if context.valid is None else flat[-1])
         run = Run(inner, replace(state, slots={}, lines={}), executor)
         job = Job(executor, run, region, streams, dict(zip(ids, weights)))
-        return RegionFunction.apply(job, len(weights), *weights, *streams.values())
+        return RegionFunction.apply(job, Carried.of(run, region), *weights, *streams.values())
 
     samples = tuple(
-        t if i >= len(names) + sides and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
+        t if i >= len(names) + side_inputs and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
         for i, t in enumerate(given)
     )
     recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)

@@ -21,10 +21,12 @@ class Pool:
     """What the runs of one call hand in.
 
     Attributes:
+        asked: whether losses are computed; the balance of routers that train is kept in any case.
         sums: per loss op, by its name and its place among the losses of that name: the op and its sums.
         loads: per balanced router, by its parameter's name: the module, its rate and how many tokens chose each place.
     """
 
+    asked: bool = False
     sums: dict[tuple[str, int], tuple[Op, Tensor]] = field(default_factory=dict)
     loads: dict[str, tuple[Any, float, Tensor]] = field(default_factory=dict)
 
@@ -42,15 +44,17 @@ class Pool:
             balance.move(load, rate)
         self.loads = {}
 
-    def values(self) -> tuple[dict[str, Tensor], Tensor | float]:
-        """Losses by name, and the sum of all with their coefficients."""
-        found: dict[str, Tensor] = {}
+    def values(self) -> tuple[dict[str, Tensor], Tensor | float] | None:
+        """Losses by name before their coefficients, and the sum of all with them; None = not computed."""
+        if not self.asked:
+            return None
+        losses: dict[str, Tensor] = {}
         total: Tensor | float = 0.0
         for (name, _), (o, sums) in self.sums.items():
             value = value_of(o["rule"], sums)
-            found[name] = found.get(name, 0) + value
+            losses[name] = losses.get(name, 0) + value
             total = total + o["coefficient"] * value
-        return found, total
+        return losses, total
 
 
 def sums_of(rule: str, score: Tensor, taken: Tensor | None, among: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from depthpass.ir.program import Op, Program, writes_slot
 from depthpass.ir.structural_ops import asks
 from depthpass.lowered.program import LoweredRegion
 from depthpass_lowering.executors.context import CallContext
-from depthpass_lowering.executors.losses import Pool, sums_of
+from depthpass_lowering.executors.losses import sums_of
 from depthpass_lowering.executors.noise import cut_off, noise
 from depthpass_lowering.host import Host
 from depthpass_lowering.state.slots import Span, State, push_delay, read_delay, read_group, spans
@@ -43,8 +43,6 @@ class Ops:
         self.out: dict[str, Tensor] = {}
         self.factors: dict[str, dict[str, Tensor]] = {}
         self.nothing: dict[int, Tensor] = {}
-        # Groups of rows with programs of their own share a pool; whoever made it closes it.
-        self.pool: Pool = context.host.pool or Pool()
 
     @property
     def host(self) -> Host:
@@ -70,12 +68,12 @@ class Ops:
         cut = spans(c.start, c.count, c.valid, None, region.chunk, region.groups)
         sizes = [span.count for span in cut]
         pieces = self._split(inputs, sizes)
-        sides = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(c.sides, c.side_axes)]
+        side_inputs = [[s] * len(cut) if axis is None else s.split(sizes, axis) for s, axis in zip(c.side_inputs, c.side_axes)]
         done: dict[str, list] = {name: [] for name in wanted}
         for i, span in enumerate(cut):
             local = {name: parts[i] for name, parts in pieces.items()}
             masks = Masks(span.start, span.count, c.valid_until(span.start + span.count), self.hidden.device, self.program.ahead)
-            tables = [parts[i] for parts in sides]
+            tables = [parts[i] for parts in side_inputs]
             for o in region.program_ops:
                 self.one(o, local, span, masks, tables, keep)
             self.push(region, local, span)
@@ -160,14 +158,14 @@ class Ops:
 
     def _joined(self, done: dict[str, list[Tensor]]) -> dict[str, Any]:
         """Values over all new tokens from their spans' parts."""
-        found = {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
-        routes = {name: Route.of(x) for name, x in found.items() if self.types[name].is_route}
-        for name, x in found.items():
+        values = {name: parts[0] if len(parts) == 1 else torch.cat(parts, 1) for name, parts in done.items()}
+        routes = {name: Route.of(x) for name, x in values.items() if self.types[name].is_route}
+        for name, x in values.items():
             route = self.types[name].tokens
             if route is not None:
                 known: Any = routes.get(route) or self.env[route]
-                found[name] = known.gather(x)
-        return found | routes
+                values[name] = known.gather(x)
+        return values | routes
 
     def line(self, name: str, tokens: int) -> Tensor:
         """A delay line; zeros before the first token."""
@@ -177,7 +175,7 @@ class Ops:
             self.state.lines[name] = line
         return line
 
-    def op(self, o: Op, args: list[Any], span: Span, masks: Any, sides: Sequence[Tensor], keep: bool) -> Any:
+    def op(self, o: Op, args: list[Any], span: Span, masks: Any, side_inputs: Sequence[Tensor], keep: bool) -> Any:
         definition, kind = OPS[o.kind], o.kind
         if definition.meaning is not None:
             name = definition.scope(o)
@@ -186,12 +184,12 @@ class Ops:
             whole = span.count == self.context.count
             return self.hidden if whole else self.hidden.narrow(1, span.start - self.context.start, span.count)
         if kind == "block":
-            return self._block(o, args[0], span, masks, sides, keep, args[1] if o["memory"] else None)
+            return self._block(o, args[0], span, masks, side_inputs, keep, args[1] if o["memory"] else None)
         if kind == "ffn":
             x, read = args
             return self.host.block(o["index"], FfnVisit(o, self.host, read), x, ())
         if kind == "point":
-            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
+            return args[0 if beside(self.host.bound(o["index"])[0], o) else 1]
         if kind == "add":
             return self._add(o, args, span)
         if kind == "norm":
@@ -215,7 +213,7 @@ class Ops:
         return None
 
     def _block(
-        self, o: Op, x: Tensor, span: Span, masks: Masks, sides, keep: bool, memory: Tensor | None = None
+        self, o: Op, x: Tensor, span: Span, masks: Masks, side_inputs, keep: bool, memory: Tensor | None = None
     ) -> Tensor:
         self._check_operands(o)
         if o["past"] is not None and o.name not in self.context.looped:
@@ -224,7 +222,7 @@ class Ops:
         visit.hidden, visit.memory = x, memory
         # Truncated backpropagation: what no gradient reaches is run without recording it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and o.name not in self.program.stopped):
-            y = self.host.block(o["index"], visit, x, [sides[s] for s in self.host.sides_of(o["index"])])
+            y = self.host.block(o["index"], visit, x, [side_inputs[s] for s in self.host.side_inputs_of(o["index"])])
         visit.commit()
         return y
 
@@ -240,14 +238,14 @@ class Ops:
         return None if whole else o["window"]
 
     def _routed_block(
-        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
+        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool
     ) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
         self._check_operands(o)
         if route.everything and self._gapless(o, span):
-            return self._block(o, x, span, masks, sides, keep)
+            return self._block(o, x, span, masks, side_inputs, keep)
         used, axes, route = self._tables(o, route)
-        tables = [sides[s] if axis is None else route.table(sides[s], axis) for s, axis in zip(used, axes)]
+        tables = [side_inputs[s] if axis is None else route.table(side_inputs[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.context.read, route)
         visit.factors = self._factors(o)
         if route.rows is None:
@@ -271,25 +269,25 @@ class Ops:
         return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
 
     def _query_routed_block(
-        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, sides, keep: bool
+        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool
     ) -> Tensor:
         """A visit that only the routed tokens ask; keys and values come from every token."""
         self._check_operands(o)
         if route.everything:  # then keys and queries are of one stream
-            return self._block(replace(o, args=o.args[:1]), x, span, masks, sides, keep)
+            return self._block(replace(o, args=o.args[:1]), x, span, masks, side_inputs, keep)
         keep = keep or writes_slot(o) in self.context.read
         if route.count == 0 and not keep:
             return x[:, :0]
         used, axes, route = self._tables(o, route)
         visit = QueryRoutedVisit(o, self.host, self.state, span, masks, keep, route, axes)
         visit.factors = self._factors(o)
-        y = self.host.block(o["index"], visit, x, [sides[s] for s in used])
+        y = self.host.block(o["index"], visit, x, [side_inputs[s] for s in used])
         visit.commit()
         return y
 
     def _tables(self, o: Op, route: Route) -> tuple[tuple[int, ...], list[int | None], Route]:
         """The tables that a block on routed tokens reads, their token axes, and the route on the rows that may run."""
-        used = self.host.sides_of(o["index"])
+        used = self.host.side_inputs_of(o["index"])
         axes = [self.context.side_axes[s] for s in used]
         if 0 in axes:
             raise LoweringError(f"block {o['index']} reads a per-token table without a batch dimension, so its tokens "
@@ -308,8 +306,8 @@ class Ops:
             return None
         if o.name not in self.factors:
             make = self.host.module(o["modulate"])
-            made = make() if o["clock"] is None else make(self.host.module(o["clock"])(o["step"]))
-            gate_a, gate_m, scale_a, scale_m = made.unbind(0)
+            factors = make() if o["clock"] is None else make(self.host.module(o["clock"])(o["step"]))
+            gate_a, gate_m, scale_a, scale_m = factors.unbind(0)
             self.factors[o.name] = {
                 "gate_attention": o["base"] + gate_a, "gate_mlp": o["base"] + gate_m,
                 "read_attention": 1.0 + scale_a, "read_mlp": 1.0 + scale_m,
@@ -326,25 +324,25 @@ class Ops:
             balance: Any = self.host.module(o["bias"])
             score = score.detach() + balance.bias
             if o["rate"] and self.host.training and torch.is_grad_enabled():
-                self.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
+                self.host.pool.load(o["bias"], balance, o["rate"], balance.load(score, span.valid))
         return choose(o, score, outer, span.valid, span.start, self.host.ratios.get(o["label"]))
 
     def _loss(self, o: Op, local: dict, span: Span) -> None:
-        if self.host.losses is None:  # a host that does not train asks for none
+        if not self.host.pool.asked:
             return
         route = local[o.args[1]] if len(o.args) == 2 else None
         nest = self.program.defs[o.args[1]].args[1:] if route is not None else ()
         among = local[nest[0]].chosen if nest else span.valid
         sums = sums_of(o["rule"], local[o.args[0]], None if route is None else route.chosen, among)
         place = [p for p in self.program.losses if p["name"] == o["name"]].index(o)
-        self.pool.loss((o["name"], place), o, sums)
+        self.host.pool.loss((o["name"], place), o, sums)
 
     def _logits(self, o: Op, normed: Tensor) -> Tensor:
-        found = self.host.logits(normed)
-        if found.shape[-1] != o["width"]:
+        logits = self.host.logits(normed)
+        if logits.shape[-1] != o["width"]:
             raise LoweringError(f"%{o.name} = logits: expected a vocabulary of {o['width']}, got logits of "
-                                f"{found.shape[-1]}. Transform the model again after its vocabulary was resized.")
-        return found
+                                f"{logits.shape[-1]}. Transform the model again after its vocabulary was resized.")
+        return logits
 
     def _noise(self, o: Op, span: Span) -> Tensor:
         width = o["width"] or self.program.width
@@ -360,7 +358,7 @@ class Ops:
 
     def _add(self, o: Op, args: list[Tensor], span: Span) -> Tensor:
         """Sum; a summand that is absent where the result is present adds nothing there."""
-        base, found = self.types[o.name].absent, []
+        base, summands = self.types[o.name].absent, []
         order = sorted(range(len(args)), key=lambda i: self.types[o.args[i]].absent > base)
         for i in order:
             x, absent = args[i], self.types[o.args[i]].absent
@@ -369,5 +367,5 @@ class Ops:
                 if present is not True:
                     mask = present if isinstance(present, Tensor) else torch.zeros(1, span.count, dtype=torch.bool)
                     x = torch.where(mask.to(x.device)[..., None], x, x.new_zeros(()))
-            found.append(x)
-        return functools.reduce(torch.add, found)
+            summands.append(x)
+        return functools.reduce(torch.add, summands)

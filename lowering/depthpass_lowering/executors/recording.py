@@ -101,11 +101,11 @@ def record(model: Any, ids: Tensor, calls: Sequence[int] | None = None) -> Recor
     if sum(sizes) != len(ids) or min(sizes) < 1:
         raise InputError(f"calls: expected sizes of at least 1 that add up to {len(ids)} tokens, got {sizes}.")
     program = model.depth_program
-    found = Record(program)
+    depth = Record(program)
     routes = [o.name for o in program if o.kind == "route"]
     for nobody in (None, *routes):
-        _Runs(found, nobody).run(model, ids, sizes)
-    return found
+        _Runs(depth, nobody).run(model, ids, sizes)
+    return depth
 
 
 class _Leaves(UserDict):
@@ -127,8 +127,8 @@ class _Runs:
         nobody: the route that takes no token; all others take every token they may.
     """
 
-    def __init__(self, found: Record, nobody: str | None) -> None:
-        self.found, self.nobody = found, nobody
+    def __init__(self, record: Record, nobody: str | None) -> None:
+        self.record, self.nobody = record, nobody
         self.leaves: dict[Node, Tensor] = {}
         self.waits: list[tuple[Node, str]] = []
 
@@ -153,16 +153,16 @@ class _Runs:
             runtime.lowering, runtime.fixed_point = before
         columns = {i for _, i in self.leaves}
         for node, score in self.waits:
-            self.note(node, ((score, i) for i in columns if (score, i) in self.found.reads))
+            self.note(node, ((score, i) for i in columns if (score, i) in self.record.reads))
 
     def _handed(self, name: str, x: Tensor, start: int) -> None:
         if x.is_floating_point():
-            self.found.outputs.add(name)
+            self.record.outputs.add(name)
             for j in range(x.shape[1]):
                 self.note((f">{name}", start + j), self.sources(x[:, j]))
 
     def note(self, node: Node, read: Iterable[Node]) -> None:
-        self.found.reads.setdefault(node, set()).update(read)
+        self.record.reads.setdefault(node, set()).update(read)
 
     def sources(self, x: Tensor) -> set[Node]:
         """The leaves that a tensor was computed from."""
@@ -198,16 +198,16 @@ class _Recording(Run):
         self._recall()
         c, parts = self.context, {}
         lowered = lower(c.schedule, "train", step=StepOrder(1, self.program.ops))
-        sides = [[s] * c.count if axis is None else s.split(1, axis) for s, axis in zip(c.sides, c.side_axes)]
+        side_inputs = [[s] * c.count if axis is None else s.split(1, axis) for s, axis in zip(c.side_inputs, c.side_axes)]
         for i, span in enumerate(spans(c.start, c.count, c.valid, None, 1)):
-            self._token(lowered.regions[0], span, [cut[i] for cut in sides])
+            self._token(lowered.regions[0], span, [cut[i] for cut in side_inputs])
             for name, x in self.out.items():
                 parts.setdefault(name, []).append(x)
         for o in c.passing:
             self.state.slots.pop(o["slot"], None)
         self.state.length += c.count
         self.state.valid = c.valid
-        return RunResult({name: torch.cat(found, 1) for name, found in parts.items()}, self.state, None, (), lowered)
+        return RunResult({name: torch.cat(pieces, 1) for name, pieces in parts.items()}, self.state, (), lowered)
 
     def _token(self, region: LoweredRegion, span: Span, tables: list[Tensor]) -> None:
         masks, local = Masks(span.start, 1, self.context.valid_until(span.start + 1), self.hidden.device), _Leaves()
@@ -230,7 +230,7 @@ class _Recording(Run):
             return  # a routed value of a token that is not routed
         self.runs.note(node, read | self.runs.sources(result))
         if OPS[o.kind].depth(o)[1]:
-            self.runs.found.visits[node] = o["index"]
+            self.runs.record.visits[node] = o["index"]
         local[o.name] = self.runs.leaves[node] = result.detach().clone().requires_grad_()
 
     def _route(self, o: Op, local: Any, span: Span) -> Route:

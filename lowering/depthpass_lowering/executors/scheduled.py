@@ -16,14 +16,14 @@ from torch import Tensor
 
 from depthpass.capture.direct import direct
 from depthpass.errors import LoweringError
+from depthpass.log import fallback
 from depthpass.lowered.build import unschedulable_ops
 from depthpass.lowered.program import LoweredRegion
 from depthpass.schedule.regions import Region
 from depthpass_lowering.executors.base import Executor, note
-from depthpass_lowering.executors.carried import carry, uncarried
 from depthpass_lowering.executors.chunk_loop import Job, recomputes, sunk_graph
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.region_function import RegionFunction
+from depthpass_lowering.executors.region_function import as_one_node, carries, uncarried
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.executors.transforms import unschedulable
 
@@ -49,9 +49,12 @@ class Scheduled(Executor):
             raise LoweringError(
                 f"lowering {self.name!r} cannot run this call: {reason}. Use lowering='auto' to fall back to 'eager'."
             )
-        if reason is None and run.context.count <= region.size and not torch.is_grad_enabled():
-            # Nothing to go back over, and the eager level writes keys in place as well.
-            reason = "one chunk without gradients"
+        if reason is not None:
+            blocks = ", ".join(str(o["index"]) for o in region.calls)
+            fallback(f"the token loop of blocks {blocks} runs op by op (level 'eager'), because {reason}", asked=self.compiled)
+        elif run.context.count <= region.size and not (self.compiled and torch.is_grad_enabled()):
+            # Nothing recurs: the stock graphs as they are, to their bits; without gradients the eager level writes in place, too.
+            reason = "one chunk" if torch.is_grad_enabled() else "one chunk without gradients"
         return (self.name, None) if reason is None else ("eager", reason)
 
     def region(self, run: Run, region: LoweredRegion) -> dict[str, Tensor]:
@@ -61,9 +64,9 @@ class Scheduled(Executor):
         note(run, region, region.level, region.reason, recomputed=recomputes(run.host, region), padded=self.padding(run, region))
         if not torch.is_grad_enabled():
             job = Job(self, run, region, inputs, {})
-            found = job.loop(inputs)
+            streams = job.loop(inputs)
             job.store()
-            return found
+            return streams
         return self.trained(run, region, inputs)
 
     def padding(self, run: Run, region: LoweredRegion) -> int:
@@ -74,12 +77,7 @@ class Scheduled(Executor):
         """The streams that a region hands out, as one node of the outer graph."""
         if run.hidden.is_cuda and not self.strict:
             _warn_slow()
-        parameters = region_parameters(region, run.host)
-        job = Job(self, run, region, inputs, parameters)
-        if run.context.keep or run.state.length:
-            return carry(job, inputs)
-        found = RegionFunction.apply(job, len(parameters), *parameters.values(), *inputs.values())
-        return dict(zip(region.outputs, found))
+        return as_one_node(Job(self, run, region, inputs, region_parameters(region, run.host)), inputs)
 
     def chunk_runner(self, job: Job, tokens: int) -> Callable[..., Sequence[Tensor]]:
         """What runs the graph of a chunk of so many tokens."""
@@ -91,10 +89,10 @@ class Scheduled(Executor):
             return reason
         grad, host = torch.is_grad_enabled(), run.host
         if grad:
-            if (run.context.keep or run.state.length) and (reason := uncarried(run, region)):
+            if carries(run) and (reason := uncarried(run, region)):
                 return reason
-            used = {i for o in region.visits for i in host.sides_of(o["index"])}
-            if any(run.context.sides[i].requires_grad for i in used):
+            used = {i for o in region.visits for i in host.side_inputs_of(o["index"])}
+            if any(run.context.side_inputs[i].requires_grad for i in used):
                 return "a side input of the blocks is trained"
         for o in region.calls:
             if reason := host.refuses_schedule(o["index"]):

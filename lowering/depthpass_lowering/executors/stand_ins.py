@@ -27,9 +27,9 @@ class LeafHost:
         self.host, self.leaf, self.sink = host, leaf, sink
         self.modules: dict[str, nn.Module] = {}
 
-    def block(self, index: int, visit, hidden: Tensor, sides: Sequence[Tensor]) -> Tensor:
+    def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         template, params = self.host.bound(index)
-        return visit.run(template, hidden, sides, visit.adapt(template.params, [self.leaf(p) for p in params]))
+        return visit.run(template, hidden, side_inputs, visit.adapt(template.params, [self.leaf(p) for p in params]))
 
     def module(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -64,11 +64,11 @@ def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
     """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
     if sink is not None and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
-    made = copy.copy(module)
-    made.__dict__ = dict(module.__dict__)
-    made._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
-    made._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
-    return made
+    twin = copy.copy(module)
+    twin.__dict__ = dict(module.__dict__)
+    twin._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
+    twin._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
+    return twin
 
 
 class _LinearStandIn(nn.Module):
@@ -86,7 +86,7 @@ class _LinearStandIn(nn.Module):
 
 def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
     """Every tensor with a gradient that the region's blocks and new modules read, once each, by id."""
-    found: dict[int, Tensor] = {}
+    parameters: dict[int, Tensor] = {}
     for o in region.program_ops:
         tensors: list[Tensor] = []
         if o.kind in ("block", "ffn"):
@@ -95,8 +95,8 @@ def region_parameters(region: LoweredRegion, host: Host) -> dict[int, Tensor]:
                 tensors += host.stock_module(o["index"], path).parameters()
         for name in OPS[o.kind].scopes(o):
             tensors += host.module(name).parameters()
-        found |= {id(t): t for t in tensors if t.requires_grad}
-    return found
+        parameters |= {id(t): t for t in tensors if t.requires_grad}
+    return parameters
 
 
 def own_scopes(o: Op) -> tuple[str, ...]:

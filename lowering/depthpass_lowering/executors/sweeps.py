@@ -18,6 +18,7 @@ from torch import Tensor
 from depthpass.analysis.dependence import back_delays
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
+from depthpass.log import fallback
 from depthpass.lowered.program import LoweredRegion
 from depthpass.prompt import at_prompt
 from depthpass.schedule.fixed_point import FixedPoint
@@ -109,11 +110,12 @@ class JacobiSweep:
         rank = (c.valid.long().cumsum(-1) - c.valid.long())[:, c.start :]
         return Span(c.start + start, count, c.valid[:, c.start :][:, start:end], rank[:, start:end])
 
-    def inner(self, state: State, host=None, sides=None) -> Run:
+    def inner(self, state: State, host=None, side_inputs=None) -> Run:
         """The run on a state of its own; its host and side inputs may be stand-ins."""
         c = self.run.context
         # Keys are kept whole while it is open where the settled chunks end.
-        return Run(replace(c, host=host or c.host, sides=c.sides if sides is None else sides, whole_slots=True), state)
+        tables = c.side_inputs if side_inputs is None else side_inputs
+        return Run(replace(c, host=host or c.host, side_inputs=tables, whole_slots=True), state)
 
     def inject(self, inner: Run, sources: Mapping[str, Tensor], span: Span) -> dict[str, Tensor]:
         """c of a span's tokens from the delay lines and the sources at the span's own tokens."""
@@ -128,9 +130,9 @@ class JacobiSweep:
     def first(self, inner: Run, span: Span) -> dict[str, Tensor]:
         """c of the first sweep: nothing, but what the first chunk reads from the delay lines."""
         zeros = self.zeros(span.count)
-        made = self.inject(inner, zeros, span)
+        injected = self.inject(inner, zeros, span)
         own = torch.arange(span.count, device=self.run.hidden.device)[:, None] < self.size
-        return {name: torch.where(own, x, x.new_zeros(())) for name, x in made.items()}
+        return {name: torch.where(own, x, x.new_zeros(())) for name, x in injected.items()}
 
     def plain(self, span: Span) -> Span:
         """A span behind whose first chunk nothing has passed a delay: its tokens count as the row's first ones."""
@@ -150,7 +152,7 @@ class JacobiSweep:
         start = span.start - context.start
         local = {name: x.narrow(1, start, span.count) for name, x in inputs.items()} | dict(c)
         masks = Masks(span.start, span.count, context.valid_until(span.start + span.count), self.run.hidden.device)
-        tables = [s if axis is None else s.narrow(axis, start, span.count) for s, axis in zip(context.sides, context.side_axes)]
+        tables = context.narrowed(start, span.count)["side_inputs"]
         for o in self.ops:
             if o.name in self.injection:
                 continue
@@ -169,13 +171,13 @@ class JacobiSweep:
 
     def changes(self, c: Mapping[str, Tensor], after: Mapping[str, Tensor], span: Span) -> list[float]:
         """Of each chunk the largest relative change of c over lines and rows."""
-        found: list[Tensor] = []
+        ratios: list[Tensor] = []
         for name, x in after.items():
             dtype = torch.promote_types(x.dtype, torch.float32)
             moved, size = (self._norms(t.to(dtype), span) for t in (x.to(dtype) - c[name], x))
             ratio = torch.where(moved == 0, moved, moved / size).nan_to_num(math.inf).amax(0)
-            found.append(ratio)
-        return functools.reduce(torch.maximum, found).tolist()
+            ratios.append(ratio)
+        return functools.reduce(torch.maximum, ratios).tolist()
 
     def _norms(self, x: Tensor, span: Span) -> Tensor:
         """Norms over the real tokens of each chunk, ``[batch, tokens, width]`` -> ``[batch, chunks]``."""
@@ -204,7 +206,7 @@ class Solver:
         self.jacobi, self.policy, run = jacobi, policy, jacobi.run
         self.chunk, self.count = jacobi.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
-        self.made = Solve(
+        self.record = Solve(
             tuple(o["index"] for o in jacobi.region.calls), self.count, self.chunk, -(-self.count // self.chunk)
         )
         self.settled = 0
@@ -218,14 +220,14 @@ class Solver:
 
         Afterwards ``settled`` says how many columns are done and ``pieces`` holds their values.
         """
-        jacobi, made, policy = self.jacobi, self.made, self.policy
+        jacobi, record, policy = self.jacobi, self.record, self.policy
         width = self.count if policy.window is None else policy.window * self.chunk
         c = guess = None
         previous: list[float] = []
         while self.settled < self.count:
             at, end = self.settled, min(self.count, self.settled + width)
             span = jacobi.span(at, end - at)
-            self.entered += [made.sweeps] * (-(-end // self.chunk) - len(self.entered))
+            self.entered += [record.sweeps] * (-(-end // self.chunk) - len(self.entered))
             inner, reading = jacobi.inner(state.fork()), span
             if guess is None:
                 c = jacobi.first(inner, span)
@@ -243,10 +245,10 @@ class Solver:
                 changes = [1.0] * len(changes)
             # The first chunk reads what is settled only: it is right, up to rounding of another product's shape.
             changes[0] = 0.0
-            made.sweeps += 1
-            made.rows += self.jacobi.run.hidden.shape[0] * (end - at)
+            record.sweeps += 1
+            record.rows += self.jacobi.run.hidden.shape[0] * (end - at)
             good = self._settles(changes, after)
-            made.residuals.append(max(changes))
+            record.residuals.append(max(changes))
             columns = min(end - at, good * self.chunk)
             self._settle(inner, state, local, span, columns)
             guess = {s: x[:, columns:] for s, x in sources.items()}
@@ -256,10 +258,12 @@ class Solver:
             if before:
                 self.ratios.append(now / before)
             if self.settled < self.count and (reason := self._gives_up(now)):
-                made.reason, made.sequential = reason, -(-(self.count - self.settled) // self.chunk)
+                record.reason, record.sequential = reason, -(-(self.count - self.settled) // self.chunk)
+                fallback(f"schedule 'fixed_point' went on in the token loop: {reason}; outputs.sweeps tells of every call",
+                         asked=True)
                 break
             previous = changes[good:]
-        made.rate = geometric_mean(self.ratios)
+        record.rate = geometric_mean(self.ratios)
         return self.settled >= self.count
 
     def tol(self, c: Mapping[str, Tensor]) -> float:
@@ -269,8 +273,8 @@ class Solver:
 
     def _settles(self, changes: list[float], c: Mapping[str, Tensor]) -> int:
         """How many chunks of a sweep are done."""
-        if not self.policy.exact and self.budget is not None and self.made.sweeps >= self.budget:
-            self.made.converged = all(x <= self.tol(c) for x in changes)
+        if not self.policy.exact and self.budget is not None and self.record.sweeps >= self.budget:
+            self.record.converged = all(x <= self.tol(c) for x in changes)
             return len(changes)
         tol, good = self.tol(c), 1
         self.floor = tol
@@ -297,13 +301,13 @@ class Solver:
 
     def _gives_up(self, change: float) -> str | None:
         """Why the token loop should run what is left, or None; ``change`` is that of the chunks swept twice or more."""
-        made, policy = self.made, self.policy
+        record, policy = self.record, self.policy
         first = self.settled // self.chunk
         if not policy.exact:
             return None
         if self.budget is not None:
-            if first < len(self.entered) and made.sweeps - self.entered[first] >= self.budget:
-                return f"max_sweeps={self.budget} are over and c still changed by {made.residuals[-1]:.3g}"
+            if first < len(self.entered) and record.sweeps - self.entered[first] >= self.budget:
+                return f"max_sweeps={self.budget} are over and c still changed by {record.residuals[-1]:.3g}"
             return None
         if not self.ratios or not change:
             return None

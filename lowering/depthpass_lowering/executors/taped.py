@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,10 +13,12 @@ from torch import Tensor, fx
 
 from depthpass.capture.direct import direct
 from depthpass.ir.program import writes_slot
-from depthpass_lowering.adjoint.fused import fuse_pass
+from depthpass_lowering.adjoint.fused import fold_gains_pass, fuse_pass
+from depthpass_lowering.adjoint.projected import join_attention_pass, projected
 from depthpass_lowering.adjoint.reverse import Adjoint, Reverse, Unsupported
 from depthpass_lowering.adjoint.rules import rule_of
 from depthpass_lowering.adjoint.sites import sites_of
+from depthpass_lowering.executors.dropout import RandomState
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.fx_passes.recompute import absorbed, recompute_pass
 from depthpass_lowering.fx_passes.region import ChunkGraph, delayed
@@ -73,7 +76,7 @@ def _taped(
     fuse_pass(gm, dtype)
     nodes = [n for n in gm.graph.nodes if n.op == "placeholder"]
     first, count = graph.opaque, len(graph.streams)
-    at = first + count + len(graph.absents) + len(graph.sides)
+    at = first + count + len(graph.absents) + len(graph.side_inputs)
     inputs, streams = nodes[at : at + len(graph.params)], list(range(first, first + count))
     rest = list(range(at + len(inputs), len(nodes)))
     moving = (*streams, *rest)
@@ -82,8 +85,10 @@ def _taped(
         flows = [*known, *[True] * len(delays)]
         active |= {nodes[i] for i in streams} | {nodes[i] for i, flow in zip(rest, flows, strict=True) if flow}
         active |= {p for p, t in zip(inputs, trained) if t}
+    fold_gains_pass(gm.graph, active, inputs, dtype)
+    join_attention_pass(gm.graph, {n for n, o in zip(nodes[1:], graph.visits) if o["keys"] is None})
     writers = {n for n, o in zip(nodes[1:], graph.visits) if writes_slot(o) is not None}
-    count = sum(n.target in (products, absorbed, land) for n in gm.graph.nodes)
+    count = sum(n.target in (products, absorbed, land, projected) for n in gm.graph.nodes)
     return TapedGraph(Reverse(gm, active, inputs, writers, rule_of).build(count), delays, moving)
 
 
@@ -108,10 +113,14 @@ class TapedChunks:
     Args:
         params: the chunk graph's parameters.
         like: a tensor of the dtype and device of the streams, with as many rows as a chunk.
+        recompute: whether a chunk keeps its inputs only and runs again in the backward pass (gradient checkpointing).
+        draws: whether it then has to draw random numbers again.
     """
 
-    def __init__(self, made: TapedGraph, params: Sequence[Tensor], sink: Sink, like: Tensor):
-        self.made, self.params, self.sink = made, list(params), sink
+    def __init__(
+        self, made: TapedGraph, params: Sequence[Tensor], sink: Sink, like: Tensor, recompute: bool = False, draws: bool = False
+    ):
+        self.made, self.params, self.sink, self.recompute, self.draws = made, list(params), sink, recompute, draws
         self.sites = sites_of(made.code.sites, params, sink, like)
         self.forward = direct(made.code.forward)
         self.backward = None if made.code.backward is None else direct(made.code.backward)
@@ -123,7 +132,7 @@ class TapedChunks:
         """Results of one chunk.
 
         Args:
-            opaque: the loop and the running visits.
+            opaque: in the place of the loop, which no such graph asks, None; the running visits.
             tables: masks and side inputs.
             chain: of the chunk before: makes later chunks go back first.
         """
@@ -160,14 +169,20 @@ class _TapedChunk(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: _ChunkInputs, chain: Tensor, *moving: Tensor):
         chunks = call.chunks
+        ctx.chunks, ctx.random = chunks, RandomState.now(moving) if chunks.draws else None
         results, ctx.saved = chunks.forward(*call.inputs(moving), *chunks.sites)
-        ctx.chunks, ctx.count = chunks, len(moving)
+        if chunks.recompute:
+            ctx.saved, ctx.call = None, call
+            ctx.save_for_backward(*moving)
         return (*results, chain.new_empty(0))
 
     @staticmethod
     def backward(ctx, *grads):
-        made, saved = ctx.chunks.made, ctx.saved
+        chunks, made, saved = ctx.chunks, ctx.chunks.made, ctx.saved
         ctx.saved = None
-        found = ctx.chunks.backward(ctx.chunks.sink, saved, *grads[:-1])
+        if chunks.recompute:
+            with contextlib.nullcontext() if ctx.random is None else ctx.random.again():
+                _, saved = chunks.forward(*ctx.call.inputs(ctx.saved_tensors), *chunks.sites)
+        found = chunks.backward(chunks.sink, saved, *grads[:-1])
         given = dict(zip(made.code.wants, found))
         return (None, grads[-1], *(given.get(i) for i in made.moving))

@@ -79,9 +79,9 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
     for n in gm.graph.nodes:
         if n.op != "placeholder" and n not in movable:
             inside[n] = loop.node_copy(n, inside.__getitem__)
-    made = fx.GraphModule(gm, loop)
-    made.graph.lint()
-    return Distributed(fx.GraphModule(gm, before), tuple(n.meta["axis"] for n in read), made, len(movable))
+    module = fx.GraphModule(gm, loop)
+    module.graph.lint()
+    return Distributed(fx.GraphModule(gm, before), tuple(n.meta["axis"] for n in read), module, len(movable))
 
 
 def _leaves(n: fx.Node, same: dict[fx.Node, fx.Node], movable: set[fx.Node]) -> bool:
@@ -112,11 +112,11 @@ def token_axis(value: object, tokens: object) -> int | str | None:
     if not isinstance(value, Tensor) or not isinstance(tokens, torch.SymInt):
         return UNKNOWN
     symbol = tokens.node.expr
-    found = []
+    axes = []
     for d, size in enumerate(value.shape):
         expr = size.node.expr if isinstance(size, torch.SymInt) else None
         if expr == symbol:
-            found.append(d)
+            axes.append(d)
         elif expr is not None and symbol in expr.free_symbols:
             return UNKNOWN
-    return None if not found else found[0] if len(found) == 1 else UNKNOWN
+    return None if not axes else axes[0] if len(axes) == 1 else UNKNOWN

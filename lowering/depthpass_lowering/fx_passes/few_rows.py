@@ -30,10 +30,10 @@ def few_rows_pass(gm: fx.GraphModule) -> int:
     """
     count = 0
     for node in list(gm.graph.nodes):
-        found = _match(node)
-        if found is None:
+        operands = _match(node)
+        if operands is None:
             continue
-        bias, x, weight = found
+        bias, x, weight = operands
         rows, dtype = x.meta["val"].shape[0], x.meta["val"].dtype
         with gm.graph.inserting_before(node):
             call = gm.graph.call_function
@@ -48,9 +48,9 @@ def few_rows_pass(gm: fx.GraphModule) -> int:
             y = call(aten.stack.default, (sums,))
             if bias is not None:
                 y = call(aten.add.Tensor, (y, bias))
-            made = call(aten._to_copy.default, (y,), {"dtype": dtype})
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
+            result = call(aten._to_copy.default, (y,), {"dtype": dtype})
+        result.meta = dict(node.meta)
+        node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
         count += 1
     if count:

@@ -8,7 +8,6 @@ linear maps: the norm's output in a pre-norm block, the stream itself in a block
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -20,6 +19,8 @@ from torch import fx
 from depthpass.capture import calls
 from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
+from depthpass_lowering.fx_passes.effects import reached
+from depthpass_lowering.memo import Once
 
 aten = torch.ops.aten
 
@@ -32,8 +33,6 @@ _CARRIERS = (
     aten.to.dtype, aten.view.default, aten.reshape.default, aten.contiguous.default, aten.clone.default, aten.alias.default,
 )
 """Ops that hand a stream on unchanged. (A cast that changes nothing is no copy, so the sum may read its result.)"""
-
-_MADE: weakref.WeakKeyDictionary[Template, fx.GraphModule] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -55,24 +54,10 @@ class Branch:
     adder: fx.Node
 
 
-def modulated(template: Template, index: int) -> fx.GraphModule:
-    """The template's graph with its branches modulated by the visit, made once per template.
-
-    Args:
-        index: of a block with this template, for the message.
-
-    Raises:
-        LoweringError: the block is not a chain of residual branches.
-    """
-    if template not in _MADE:
-        try:
-            _MADE[template] = modulate_pass(template.graph)
-        except LoweringError as error:
-            raise LoweringError(
-                f"block {index} cannot be modulated (timestep, scales): {error} Leave this block out of the modulated "
-                "visits."
-            ) from None
-    return _MADE[template]
+@Once
+def modulated(template: Template) -> fx.GraphModule:
+    """The template's graph with its branches modulated by the visit; raises as :func:`modulate_pass`."""
+    return modulate_pass(template.graph)
 
 
 def modulate_pass(gm: fx.GraphModule) -> fx.GraphModule:
@@ -90,8 +75,6 @@ def modulate_pass(gm: fx.GraphModule) -> fx.GraphModule:
     if not isinstance(result, fx.Node):
         raise LoweringError("expected a graph with one result.")
     graph.output(result)
-    for node, copy in copies.items():
-        copy.meta = dict(node.meta)
     visit = next(n for n in graph.nodes if n.op == "placeholder")
     for name, branch in zip(("attention", "mlp"), branches(graph)):
         for place, value, users in (
@@ -102,9 +85,9 @@ def modulate_pass(gm: fx.GraphModule) -> fx.GraphModule:
             scaled.meta = dict(value.meta)
             for user in users:
                 user.replace_input_with(value, scaled)
-    made = fx.GraphModule(gm, graph)
-    made.graph.lint()
-    return made
+    module = fx.GraphModule(gm, graph)
+    module.graph.lint()
+    return module
 
 
 def branches(graph: fx.Graph) -> tuple[Branch, Branch]:
@@ -121,12 +104,12 @@ def branches(graph: fx.Graph) -> tuple[Branch, Branch]:
         raise LoweringError("expected its result to be its input plus residual branches, got "
                             f"{_name(end)} (a norm after the sum, or no residual stream).")
     streams = {hidden, *(total for total, _ in chain)}
-    found: list[tuple[fx.Node, fx.Node]] = []
+    summands: list[tuple[fx.Node, fx.Node]] = []
     for total, summand in chain:
         parts = _parts(summand, streams, data)
-        found += [(part, total if part is summand else summand) for part in parts]
-    attention = [pair for pair in found if _attends(pair[0], streams, data)]
-    rest = [pair for pair in found if pair not in attention]
+        summands += [(part, total if part is summand else summand) for part in parts]
+    attention = [pair for pair in summands if _attends(pair[0], streams, data)]
+    rest = [pair for pair in summands if pair not in attention]
     if len(attention) != 1 or len(rest) != 1:
         raise LoweringError(
             f"expected one residual branch with attention and one without, got {len(attention)} and {len(rest)}."
@@ -139,12 +122,12 @@ def branches(graph: fx.Graph) -> tuple[Branch, Branch]:
 
 def _data(graph: fx.Graph, hidden: fx.Node) -> set[fx.Node]:
     """Values that are computed from the hidden stream, sizes left out."""
-    found = {hidden}
+    data = {hidden}
     for node in graph.nodes:
         sized = node.target is aten.sym_size.int
-        if node.op == "call_function" and not sized and any(a in found for a in node.all_input_nodes):
-            found.add(node)
-    return found
+        if node.op == "call_function" and not sized and any(a in data for a in node.all_input_nodes):
+            data.add(node)
+    return data
 
 
 def _chain(node: object, hidden: fx.Node, data: set[fx.Node]) -> list[tuple[fx.Node, fx.Node]] | None:
@@ -178,16 +161,7 @@ def _parts(summand: fx.Node, streams: set[fx.Node], data: set[fx.Node]) -> tuple
 
 def _region(result: fx.Node, streams: set[fx.Node], data: set[fx.Node]) -> set[fx.Node]:
     """The values a branch's result is computed from, back to the streams (included)."""
-    found: set[fx.Node] = set()
-    open_ = [result]
-    while open_:
-        node = open_.pop()
-        if node in found:
-            continue
-        found.add(node)
-        if node not in streams:
-            open_ += [a for a in node.all_input_nodes if a in data]
-    return found
+    return reached([result], lambda n: () if n in streams else [a for a in n.all_input_nodes if a in data])
 
 
 def _attends(result: fx.Node, streams: set[fx.Node], data: set[fx.Node]) -> bool:
@@ -216,13 +190,13 @@ def _branch(result: fx.Node, adder: fx.Node, streams: set[fx.Node], data: set[fx
 
 def _first_products(source: fx.Node, region: set[fx.Node]) -> list[fx.Node]:
     """Products of the region that no other product comes before."""
-    found, seen, open_ = [], set(), [source]
+    first, seen, open_ = [], set(), [source]
     while open_:
         for user in open_.pop().users:
             if user in region and user not in seen:
                 seen.add(user)
-                (found if user.target in _PRODUCTS else open_).append(user)
-    return found
+                (first if user.target in _PRODUCTS else open_).append(user)
+    return first
 
 
 def _dominators(node: fx.Node, source: fx.Node, immediate: dict[fx.Node, fx.Node]) -> list[fx.Node]:

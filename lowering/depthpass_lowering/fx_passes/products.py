@@ -20,8 +20,11 @@ from depthpass_lowering.products.packed import Weights, plain
 aten = torch.ops.aten
 
 
-def products(transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor) -> Sequence[Tensor]:
-    """Products of one stream with parameters: ``x W^T + b`` of each."""
+def products(
+    transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None], x: Tensor, gain: Tensor | None = None
+) -> Sequence[Tensor]:
+    """Products of one stream with parameters: ``x W^T + b`` of each; with a gain, of ``gain * x``."""
+    x = x if gain is None else gain * x
     return plain(Weights(tuple(weights), tuple(biases), transposed=transposed), (x,))
 
 
@@ -57,8 +60,8 @@ def join_products_pass(graph: fx.Graph, parameters: set[fx.Node]) -> int:
         x = _x_of(first)
         with graph.inserting_before(first):
             weights, biases = tuple(w for _, w, _ in members), tuple(b for _, _, b in members)
-            made = graph.call_function(products, (transposed, weights, biases, x))
-            parts = [graph.call_function(operator.getitem, (made, i)) for i in range(len(members))]
+            joined = graph.call_function(products, (transposed, weights, biases, x))
+            parts = [graph.call_function(operator.getitem, (joined, i)) for i in range(len(members))]
         for (node, _, _), part in zip(members, parts):
             part.meta = dict(node.meta)
             node.replace_all_uses_with(part)
@@ -75,17 +78,17 @@ def _match(node: fx.Node, parameters: set[fx.Node]) -> tuple[fx.Node, fx.Node, f
     """``(x, weight, bias, whether weight is [in, out])`` of a product with a parameter, or None."""
     if node.op != "call_function" or any(writes(u) for u in node.users):
         return None
-    found, args = None, cast("tuple[Any, ...]", node.args)
+    operands, args = None, cast("tuple[Any, ...]", node.args)
     if node.target is aten.linear.default and not node.kwargs:
-        found = args[0], args[1], args[2] if len(args) > 2 else None, False
+        operands = args[0], args[1], args[2] if len(args) > 2 else None, False
     elif node.target is aten.addmm.default and not node.kwargs:
-        found = args[1], args[2], args[0], True
-    if found is None or found[1] not in parameters or not (found[2] is None or found[2] in parameters):
+        operands = args[1], args[2], args[0], True
+    if operands is None or operands[1] not in parameters or not (operands[2] is None or operands[2] in parameters):
         return None
-    for p in (found[1], found[2]):
+    for p in (operands[1], operands[2]):
         if p is not None and not all(_multiplies(u, p) for u in p.users):
             return None
-    return found
+    return operands
 
 
 def _multiplies(user: fx.Node, parameter: fx.Node) -> bool:

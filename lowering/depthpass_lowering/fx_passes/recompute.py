@@ -52,8 +52,8 @@ def recompute_pass(gm: fx.GraphModule) -> int:
         setattr(gm, name, fx.GraphModule(gm, steps))
         with gm.graph.inserting_before(node):
             given = gm.graph.get_attr(name)
-            made = gm.graph.call_function(absorbed, (transposed, weights, biases, given, *leaves))
-        node.replace_all_uses_with(made)
+            product = gm.graph.call_function(absorbed, (transposed, weights, biases, given, *leaves))
+        node.replace_all_uses_with(product)
         gm.graph.erase_node(node)
         for n in reversed(inside):
             gm.graph.erase_node(n)
@@ -69,16 +69,16 @@ def absorbed(transposed, weights, biases, steps, *leaves):
 
 def _between(node: fx.Node, x: fx.Node) -> list[fx.Node]:
     """The pointwise nodes behind ``x`` that nothing else reads, in order, if they all start from products."""
-    inside, wanted, found = {node}, {x}, []
+    inside, wanted, nodes = {node}, {x}, []
     for n in reversed(list(node.graph.nodes)):
         if n not in wanted or _starts(n):
             continue
         if n.op != "call_function" or n.target not in POINTWISE or not all(u in inside for u in n.users):
             return []
         inside.add(n)
-        found.append(n)
+        nodes.append(n)
         wanted.update(n.all_input_nodes)
-    return found[::-1]
+    return nodes[::-1]
 
 
 def _starts(n: fx.Node) -> bool:

@@ -67,13 +67,13 @@ class Parameter:
 class ChunkGraph:
     """One chunk of a region as a graph.
 
-    ``distributed.loop(loop, *visits, *streams, *masks, *sides, *params, *known)`` returns the ``results``.
+    ``distributed.loop(loop, *visits, *streams, *masks, *side_inputs, *params, *known)`` returns the ``results``.
 
     Attributes:
         visits: block ops in order, and feed-forward networks that run by themselves.
         streams: values of earlier regions that it reads.
         absents: for each mask, how many of a row's first tokens it leaves out.
-        sides: numbers of the side inputs.
+        side_inputs: numbers of the side inputs.
         params: in the order of the graph's inputs.
         results: values it returns: what later regions want, and what delays read.
         distributed: what runs in every chunk, and what runs once before them.
@@ -85,7 +85,7 @@ class ChunkGraph:
     visits: tuple[Op, ...]
     streams: tuple[str, ...]
     absents: tuple[int, ...]
-    sides: tuple[int, ...]
+    side_inputs: tuple[int, ...]
     params: tuple[Parameter, ...]
     results: tuple[str, ...]
     distributed: Distributed
@@ -120,7 +120,7 @@ class _Builder:
         sources = [o.args[0] for o in region.program_ops if o.kind == "delay"]
         self.results = tuple(dict.fromkeys([*region.outputs, *(s for s in sources if s in here)]))
         self.templates = {o.name: host.bound(o["index"])[0] for o in region.calls}
-        self.sides = tuple(sorted({s for o in region.visits for s in host.sides_of(o["index"])}))
+        self.side_inputs = tuple(sorted({s for o in region.visits for s in host.side_inputs_of(o["index"])}))
         self.absents = tuple(sorted({
             self.types[a].absent for o in region.program_ops if o.kind == "add" for a in o.args
             if self.types[a].absent > self.types[o.name].absent
@@ -135,7 +135,7 @@ class _Builder:
         self.visits = {o.name: graph.placeholder(f"visit_{i}") for i, o in enumerate(self.region.calls)}
         self.env = {s: graph.placeholder(f"stream_{s}") for s in self.streams}
         self.masks = {n: graph.placeholder(f"mask_{n}") for n in self.absents}
-        self.tables = {n: graph.placeholder(f"table_{n}") for n in self.sides}
+        self.tables = {n: graph.placeholder(f"table_{n}") for n in self.side_inputs}
         for o in self.region.program_ops:
             for parameter, name in self._parameters_of(o):
                 if parameter not in self.params:
@@ -156,7 +156,7 @@ class _Builder:
         loop.graph.lint()
         loop.recompile()
         return ChunkGraph(
-            self.region.calls, self.streams, self.absents, self.sides, tuple(self.params), self.results, distributed, count,
+            self.region.calls, self.streams, self.absents, self.side_inputs, tuple(self.params), self.results, distributed, count,
             nodes, self.program, tuple(dict.fromkeys(self.templates.values())),
         )
 
@@ -198,7 +198,7 @@ class _Builder:
         if o.kind == "ffn":
             return self._ffn(o, *args)
         if o.kind == "point":
-            return args[0 if beside(self.host.bound(o["index"])[0], o["index"]) else 1]
+            return args[0 if beside(self.host.bound(o["index"])[0], o) else 1]
         if o.kind == "add":
             return self._add(o)
         if o.kind == "linear" and self._plain(o):
@@ -245,10 +245,10 @@ class _Builder:
             # Truncated backpropagation: no gradient reaches this visit or leaves it.
             hidden, *params = (self.graph.call_function(torch.detach, (t,)) for t in (hidden, *params))
             memory = None if memory is None else self.graph.call_function(torch.detach, (memory,))
-        rest = [*(self.tables[s] for s in self.host.sides_of(o["index"])), *params]
+        rest = [*(self.tables[s] for s in self.host.side_inputs_of(o["index"])), *params]
         cut = cut_for(o, graph_of(template, o))
-        made = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
-        y = self._inline(cut.rest, (visit, hidden, *rest), made)
+        keys = () if cut.keys is None else self._inline(cut.keys, (visit, hidden if memory is None else memory, *rest))
+        y = self._inline(cut.rest, (visit, hidden, *rest), keys)
         return self.graph.call_function(torch.detach, (y,)) if stopped else y
 
     def _ffn(self, o: Op, *streams: fx.Node) -> fx.Node:
@@ -294,6 +294,6 @@ class _Builder:
         for known, held in self.root.items():
             if held is value:
                 return known
-        made = f"held_{len(self.root)}"
-        self.root[made] = value
-        return made
+        fresh = f"held_{len(self.root)}"
+        self.root[fresh] = value
+        return fresh

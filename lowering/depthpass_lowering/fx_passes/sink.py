@@ -40,9 +40,9 @@ def _sunk(gm: fx.GraphModule, which: Callable[[fx.Node], bool]) -> fx.GraphModul
         env[node] = copied = graph.node_copy(node, env.__getitem__)
         if node.target in sunk and which(node):
             copied.target, copied.args = sunk[node.target], (sink, *copied.args)
-    made = fx.GraphModule(gm, graph)
-    made.graph.lint()
-    return made
+    module = fx.GraphModule(gm, graph)
+    module.graph.lint()
+    return module
 
 
 def _weights(transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Weights:

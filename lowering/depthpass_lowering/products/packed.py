@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass.log import fallback
+
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
 SMALLEST = 1 << 15
@@ -58,17 +60,19 @@ class Weights:
         biases: one for each weight, None = without.
         joined: the weights read one stream each and their results are summed (W is their columns side by side);
             otherwise all read the same stream (W is their rows below one another).
+        gain: ``[in]``, factors of the stream that are taken into W; not of joined weights.
     """
 
     weights: tuple[Tensor, ...]
     biases: tuple[Tensor | None, ...]
     joined: bool = False
     transposed: bool = False
+    gain: Tensor | None = None
 
     @property
     def key(self) -> tuple[int, ...]:
         """Identifies the weights while they live; of joined ones the order matters as well."""
-        return (self.joined, *(id(w) for w in self.weights))
+        return (self.joined, id(self.gain), *(id(w) for w in self.weights))
 
     def sizes(self) -> list[int]:
         """Columns of W by weight if joined, else rows."""
@@ -82,8 +86,10 @@ class Weights:
     def matrix(self) -> Tensor:
         """W, ``[out, in]``."""
         if self.transposed:
-            return self.weights[0].t()
-        return self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
+            found = self.weights[0].t()
+        else:
+            found = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
+        return found if self.gain is None else found * self.gain
 
     def bias(self) -> Tensor | None:
         """b, ``[out]``; None = without."""
@@ -202,10 +208,12 @@ def joins(x: Tensor, weight: Tensor) -> bool:
 
 def blocked(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN can multiply these operands from a packed weight."""
-    return (
-        x.device.type == "cpu" and x.dtype == weight.dtype and x.dtype in (torch.float32, torch.bfloat16)
-        and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled and x.numel() > 0
-    )
+    if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
+        return False
+    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
+        return True
+    fallback("products on the CPU do not pack their weights: this torch has no oneDNN, or it is switched off", asked=False)
+    return False
 
 
 def contraction(a: Tensor, b: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from depthpass.log import working
+from depthpass_lowering.fx_passes.effects import reached
 
 Compiler = Callable[[fx.GraphModule], Callable]
 
@@ -114,13 +115,7 @@ class Segmented:
 
     def _needed(self, outs: list[fx.Node], own: set[fx.Node]) -> list[fx.Node]:
         """What a segment runs, in order: its own nodes, and the sizes and constants they read."""
-        found: set[fx.Node] = set()
-        stack = list(outs)
-        while stack:
-            n = stack.pop()
-            if n not in found and (n in own or n in self.again):
-                found.add(n)
-                stack += n.all_input_nodes
+        found = reached(outs, lambda n: [a for a in n.all_input_nodes if a in own or a in self.again])
         return [n for n in self.nodes if n in found]
 
     def __call__(self, *args, lead: tuple = ()):

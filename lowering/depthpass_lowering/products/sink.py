@@ -63,15 +63,15 @@ class Sink:
 
     def trains(self, w: Weights) -> _Operands | None:
         """Where the operands of weights wait that are all trained; None: a part of them is frozen."""
-        if all(_trains(t, b) for t, b in zip(w.weights, w.biases)):
+        if w.gain is not None or all(_trains(t, b) for t, b in zip(w.weights, w.biases)):
             return self._waiting.setdefault(w.key, _Operands(w))
         return None
 
     def hold(self, held: _Operands, x: Tensor, g: Tensor) -> None:
         """As :meth:`add`, of weights that are all trained and multiplied as one."""
-        held.x.append(x.reshape(-1, x.shape[-1]))
-        held.g.append(g.reshape(-1, g.shape[-1]))
-        held.rows += held.x[-1].shape[0]
+        held.x.append(x)
+        held.g.append(g)
+        held.rows += g.shape[:-1].numel()
         if held.rows >= FLUSH.get(g.device.type, FLUSH["cuda"]):
             self._flush(held)
 
@@ -106,6 +106,8 @@ class Sink:
             if key in self._sums:
                 parts = self._sums[key].split(w.sizes(), 1 if w.joined or w.transposed else 0)
                 for t, part in zip(w.weights, parts):
+                    if w.gain is not None:
+                        part = _through_gain(found, w, t, part)
                     if t.requires_grad:
                         _gather(found, t, part.contiguous())
             for b in w.biases:
@@ -164,8 +166,22 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return whole.reshape(-1, whole.shape[-1])
 
 
+def _through_gain(found: dict[int, Tensor], w: Weights, weight: Tensor, part: Tensor) -> Tensor:
+    """The gradient of a weight from that of the weight with its gain taken in, and the gain's own."""
+    gain = w.gain
+    assert gain is not None
+    if gain.requires_grad:
+        _gather(found, gain, (part * weight.detach()).sum(1 if w.transposed else 0))
+    return part * (gain.detach()[:, None] if w.transposed else gain.detach())
+
+
 def _rows(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    """Operands of several chunks below one another, ``[rows, width]``."""
+    alike = all(p.shape[1:] == parts[0].shape[1:] for p in parts)
+    if not alike:
+        parts = [p.reshape(-1, p.shape[-1]) for p in parts]
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return whole.reshape(-1, whole.shape[-1])
 
 
 class _SunkProduct(torch.autograd.Function):

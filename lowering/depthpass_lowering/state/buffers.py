@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,19 +24,45 @@ class Buffer:
         self.v: Tensor | None = None
         self.gk: Tensor | None = None
         self.gv: Tensor | None = None
+        # Keys and values of one width lie in one tensor [2, batch, kv_heads, columns, dim], and so do their gradients.
+        self.both: Tensor | None = None
+        self.sums: Tensor | None = None
         # Orders the backward passes of all uses of this buffer: later columns first.
         self.token: Tensor | None = None
 
     def write(self, k: Tensor, v: Tensor, start: int) -> None:
         """Write the keys and values of the columns from ``start`` on."""
         if self.k is None or self.v is None:
-            self.k = k.new_empty(k.shape[0], k.shape[1], self.columns, k.shape[3])
-            self.v = v.new_empty(v.shape[0], v.shape[1], self.columns, v.shape[3])
-            if self.before is not None:
-                past = slice(self.first, self.first + self.before[0].shape[2])
-                self.k[:, :, past], self.v[:, :, past] = self.before
-        self.k[:, :, start : start + k.shape[2]] = k
-        self.v[:, :, start : start + v.shape[2]] = v
+            self._make(k, k.shape[3], v.shape[3])
+        to_k, to_v = self.held()
+        to_k[:, :, start : start + k.shape[2]] = k
+        to_v[:, :, start : start + v.shape[2]] = v
+
+    def write_both(self, kv: Tensor, start: int) -> None:
+        """As :meth:`write` of keys and values that lie side by side, ``[batch, tokens, 2, kv_heads, dim]``."""
+        if self.both is None:
+            self._make(kv[:, :, 0].transpose(1, 2), kv.shape[4], kv.shape[4])
+        assert self.both is not None
+        self.both.narrow(3, start, kv.shape[1]).copy_(kv.permute(2, 0, 3, 1, 4))
+
+    def _make(self, k: Tensor, keys: int, values: int) -> None:
+        batch, heads = k.shape[:2]
+        if keys == values:
+            self.both = k.new_empty(2, batch, heads, self.columns, keys)
+            self.k, self.v = self.both[0], self.both[1]
+        else:
+            self.k, self.v = (k.new_empty(batch, heads, self.columns, width) for width in (keys, values))
+        if self.before is not None:
+            past = slice(self.first, self.first + self.before[0].shape[2])
+            self.k[:, :, past], self.v[:, :, past] = self.before
+
+    def by_head(self, columns: int) -> Sequence[Tensor]:
+        """Keys and values of the first columns, ``[batch * kv_heads, columns, dim]``."""
+        return _by_head(self.both, self.held(), columns)
+
+    def gradients_by_head(self, columns: int) -> Sequence[Tensor]:
+        """The accumulators beside :meth:`by_head`."""
+        return _by_head(self.sums, self.gradients(), columns)
 
     def held(self) -> tuple[Tensor, Tensor]:
         """Keys and values, once something is written."""
@@ -48,8 +75,18 @@ class Buffer:
         if self.gk is None or self.gv is None:
             k, v = self.held()
             dtype = torch.promote_types(k.dtype, torch.float32)
-            self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+            if self.both is not None:
+                self.sums = torch.zeros_like(self.both, dtype=dtype)
+                self.gk, self.gv = self.sums[0], self.sums[1]
+            else:
+                self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         return self.gk, self.gv
+
+
+def _by_head(both: Tensor | None, sides: Sequence[Tensor], columns: int) -> Sequence[Tensor]:
+    if both is not None:
+        return both.flatten(1, 2).narrow(2, 0, columns).unbind()
+    return [t.flatten(0, 1).narrow(1, 0, columns) for t in sides]
 
 
 class Use:
@@ -87,15 +124,22 @@ class Use:
         """As :meth:`__call__`, without autograd: the result, and what its backward pass needs."""
         if self.write:
             self.buffer.write(k, v, self.start)
-        if sinks is None and chunk.fits(q, self.start, self.options):
-            k, v = self.by_head(*self.buffer.held())
-            return chunk.forward(q, k, v, self.options["scale"]), ChunkTape(self, q)
+        if sinks is None and self.plain(q):
+            return self.chunk(q)
         out, lse = self.attend(q, sinks)
         return out.transpose(1, 2), AttentionTape(self, q, sinks, out, lse)
 
-    def by_head(self, *sides: Tensor) -> list[Tensor]:
-        """Buffers up to the last query's column, ``[batch * kv_heads, n, dim]``."""
-        return [t.flatten(0, 1).narrow(1, 0, self.start + self.count) for t in sides]
+    def plain(self, x: Tensor) -> bool:
+        """Whether :meth:`chunk` can be taken; x of the queries' dtype."""
+        return chunk.fits(x, self.count, self.start, self.options)
+
+    def chunk(self, q: Tensor) -> tuple[Tensor, ChunkTape]:
+        """As :meth:`taped` of a chunk whose queries see every key before them, its own keys written."""
+        batch, heads, count, _ = q.shape
+        k, v = self.buffer.by_head(self.start + count)
+        rows = chunk.rows_of(q, len(k))
+        out, p = chunk.forward(rows, k, v, count, self.options["scale"])
+        return out.view(batch, heads, count, -1).transpose(1, 2), ChunkTape(self, rows, k, v, p)
 
     def own(self, *sides: Tensor) -> list[Tensor]:
         """The span's own columns of buffers."""
@@ -138,18 +182,19 @@ class AttentionTape:
 class ChunkTape:
     """The same of a chunk whose queries see every key before them."""
 
-    __slots__ = ("q", "use")
+    __slots__ = ("k", "p", "rows", "use", "v")
 
-    def __init__(self, use: Use, q: Tensor):
-        self.use, self.q = use, q
+    def __init__(self, use: Use, rows: Tensor, k: Tensor, v: Tensor, p: Tensor | None):
+        self.use, self.rows, self.k, self.v, self.p = use, rows, k, v, p
 
     def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        use, buffer = self.use, self.use.buffer
-        k, v = use.by_head(*buffer.held())
-        dq, dk, dv = chunk.backward(grad, self.q, k, v, use.options["scale"])
-        for sums, part in zip(use.by_head(*buffer.gradients()), (dk, dv)):
-            sums.add_(part)
-        return (dq, *self.own(), None)
+        use, heads, k = self.use, grad.shape[2], self.k
+        g = chunk.rows_of(grad.transpose(1, 2), len(k))
+        dq, dk, dv = chunk.backward(g, self.rows, k, self.v, self.p, use.count, use.options["scale"])
+        sum_k, sum_v = use.buffer.gradients_by_head(k.shape[1])
+        sum_k.add_(dk)
+        sum_v.add_(dv)
+        return (dq.view(-1, heads, use.count, k.shape[2]), *self.own(), None)
 
     def own(self) -> list[Tensor | None]:
         """As of :class:`AttentionTape`."""

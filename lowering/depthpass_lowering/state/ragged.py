@@ -89,11 +89,11 @@ class Appending:
     def slot(self) -> Slot:
         """The slot with the new entries, once all attention calls have written theirs."""
         room, plan = self.room, self.plan
-        made = Slot(
+        slot = Slot(
             tuple(map(self._held, room.keys)), tuple(map(self._held, room.values)), plan.columns, plan.valid, ragged=room
         )
-        room.newest = made
-        return made
+        room.newest = slot
+        return slot
 
     def _held(self, t: Tensor) -> Tensor:
         return t[:, : self.plan.high].transpose(1, 2)
@@ -106,9 +106,9 @@ def _room(slot: Slot, entries: int) -> RaggedRoom:
     size, held = entries + room_for(entries), min(slot.listed_columns.shape[1], entries)
 
     def longer(t: Tensor) -> Tensor:
-        made = t.new_empty((t.shape[0], size, *t.shape[2:]))
-        made[:, :held] = t[:, :held]
-        return made
+        memory = t.new_empty((t.shape[0], size, *t.shape[2:]))
+        memory[:, :held] = t[:, :held]
+        return memory
 
     keys, values = (tuple(longer(t.transpose(1, 2)) for t in side) for side in (slot.keys, slot.values))
     return RaggedRoom(keys, values)

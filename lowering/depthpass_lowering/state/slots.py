@@ -224,8 +224,8 @@ def crop(state: State, length: int) -> State:
         # Lines hold real tokens only, newest last: shift each row right by the real tokens it loses.
         lost = valid[:, length:].long().sum(-1, keepdim=True)
         index = torch.arange(line.shape[1], device=line.device)[None, :] - lost
-        found = line.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, line.shape[2]))
-        lines[name] = torch.where((index >= 0)[..., None], found, found.new_zeros(()))
+        kept = line.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, line.shape[2]))
+        lines[name] = torch.where((index >= 0)[..., None], kept, kept.new_zeros(()))
     slots = {}
     for number, slot in state.slots.items():
         if slot.columns is not None or slot.first:
@@ -292,11 +292,11 @@ def _starts(length: int, count: int, valid: Tensor | None, step: int, groups: Se
         rank = (valid.long().cumsum(-1) - valid.long())[:, length:]
         first = functools.reduce(torch.logical_or, (rank % g == 0 for g in groups)) & valid[:, length:]
         begins = first.any(0).tolist()
-    found = [0]
+    starts = [0]
     for a in range(1, count):
-        if begins[a] or a - found[-1] >= step:
-            found.append(a)
-    return found
+        if begins[a] or a - starts[-1] >= step:
+            starts.append(a)
+    return starts
 
 
 def read_delay(line: Tensor, source: Tensor | None, n: int, span: Span) -> Tensor:
@@ -348,8 +348,8 @@ def push_delay(line: Tensor, source: Tensor, n: int, span: Span, record: bool) -
     if record:
         pads = span.count - shift
         index = torch.arange(keep, device=line.device)[None, :] - pads
-        found = combined.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, combined.shape[2]))
-        return torch.where((index >= 0)[..., None], found, found.new_zeros(()))
+        kept = combined.gather(1, index.clamp_min(0)[..., None].expand(-1, -1, combined.shape[2]))
+        return torch.where((index >= 0)[..., None], kept, kept.new_zeros(()))
     return combined.gather(1, index[..., None].expand(-1, -1, combined.shape[2]))
 
 

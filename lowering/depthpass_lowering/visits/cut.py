@@ -7,7 +7,6 @@ graph: nothing else reads what is between them.
 from __future__ import annotations
 
 import operator
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,9 @@ from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass.ir.structural_ops import asks
 from depthpass.lowered.ops import UNKNOWN, BlockFacts, of_one_stream
+from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.host import Host
+from depthpass_lowering.memo import Once
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,20 +29,16 @@ class Cut:
     """What a visit runs of its block's graph.
 
     Attributes:
-        keys: ``(visit, hidden, *sides, *params)`` -> keys and values of each attention call, then what the rest reads besides;
-            None = the rest computes them as well, or there are none.
-        rest: ``(visit, hidden, *sides, *params, *read)`` -> the block's result. Behind ``keys`` its attention calls pass None for
-            keys and values: the visit knows them.
+        keys: ``(visit, hidden, *side_inputs, *params)`` -> keys and values of each attention call, then what the rest reads
+            besides; None = the rest computes them as well, or there are none.
+        rest: ``(visit, hidden, *side_inputs, *params, *read)`` -> the block's result. Behind ``keys`` its attention calls pass
+            None for keys and values: the visit knows them.
         axes: token axis of each value that the rest reads of the first.
     """
 
     keys: fx.GraphModule | None
     rest: fx.GraphModule
     axes: tuple[int, ...] = ()
-
-
-_CUT: weakref.WeakKeyDictionary[fx.GraphModule, dict[bool, Cut]] = weakref.WeakKeyDictionary()
-_FACTS: weakref.WeakKeyDictionary[Template, tuple[dict[str, tuple[int, ...]], str | None]] = weakref.WeakKeyDictionary()
 
 
 def cut_for(visit: Op, graph: fx.GraphModule) -> Cut:
@@ -59,12 +56,11 @@ def cut_for(visit: Op, graph: fx.GraphModule) -> Cut:
         raise LoweringError(f"block {visit['index']}: {reason}, so they cannot be computed without the queries of every token. "
                             "Use keys='routed', or leave this block out.")
     # Some tokens' queries read what the keys of all tokens were made from; those of another stream have their own.
-    made, shared = _CUT.setdefault(graph, {}), asks(visit)
-    if shared not in made:
-        made[shared] = _cut(graph, shared)
-    return made[shared] if writes else Cut(None, made[shared].rest)
+    both = _cut(graph, asks(visit))
+    return both if writes else Cut(None, both.rest)
 
 
+@Once
 def uncut(graph: fx.GraphModule) -> str | None:
     """Why a block's graph can only run as a whole, or None."""
     attends = [n for n in graph.graph.nodes if n.target is calls.attend]
@@ -76,18 +72,18 @@ def block_facts(host: Host, index: int) -> BlockFacts:
     """What lowering has to know of a block of a host."""
     if host.captured is None:  # blocks that are functions, as those of constructions are
         return UNKNOWN
-    template, numbers = host.captured.blocks[index].template, host.sides_of(index)
-    if template not in _FACTS:
-        _FACTS[template] = _sides(template), uncut(template.graph)
-    sides, reason = _FACTS[template]
-    return BlockFacts({part: tuple(numbers[i] for i in places) for part, places in sides.items()}, reason)
+    template, numbers = host.captured.blocks[index].template, host.side_inputs_of(index)
+    return BlockFacts(
+        {part: tuple(numbers[i] for i in places) for part, places in _sides(template).items()}, uncut(template.graph)
+    )
 
 
+@Once
 def _sides(template: Template) -> dict[str, tuple[int, ...]]:
     """Places of the side inputs that each part of a block reads."""
     nodes = list(template.graph.graph.nodes)
     attends = [n for n in nodes if n.target is calls.attend]
-    tables = [n for n in nodes if n.op == "placeholder"][2 : 2 + template.sides]
+    tables = [n for n in nodes if n.op == "placeholder"][2 : 2 + template.side_inputs]
     parts = {
         "keys": _needed([a for n in attends for a in n.args[3:5]]),
         "attend": _needed([a for n in attends for a in n.all_input_nodes if a not in n.args[3:5]], stop=set(attends)),
@@ -96,18 +92,19 @@ def _sides(template: Template) -> dict[str, tuple[int, ...]]:
     return {part: tuple(i for i, t in enumerate(tables) if t in needed) for part, needed in parts.items()}
 
 
+@Once
 def _cut(root: fx.GraphModule, shared: bool) -> Cut:
     nodes = list(root.graph.nodes)
     attends = sorted((n for n in nodes if n.target is calls.attend), key=lambda n: n.args[1])
-    made = [a for n in attends for a in n.args[3:5]]
+    keys_values = [a for n in attends for a in n.args[3:5]]
     keys, rest = fx.Graph(), fx.Graph()
-    first = _needed(made)
+    first = _needed(keys_values)
     read = _border(nodes, first) if shared else []
     env: dict[fx.Node, Any] = {}
     for n in nodes:
         if n.op == "placeholder" or n in first or n in read:
             env[n] = keys.node_copy(n, env.__getitem__)
-    keys.output(tuple(env[a] for a in (*made, *read)))
+    keys.output(tuple(env[a] for a in (*keys_values, *read)))
     second = _needed(list(nodes[-1].all_input_nodes), set(read), {n: n.args[3:5] for n in attends})
     env = {n: rest.node_copy(n) for n in nodes if n.op == "placeholder"}
     for n in read:
@@ -124,16 +121,8 @@ def _cut(root: fx.GraphModule, shared: bool) -> Cut:
 
 def _needed(ends: list[Any], stop: set[fx.Node] | None = None, drop: dict[fx.Node, Any] | None = None) -> set[fx.Node]:
     """What values are computed from, up to ``stop``; of a node in ``drop`` some arguments are left out."""
-    found: set[fx.Node] = set()
-    todo = list(ends)
-    while todo:
-        n = todo.pop()
-        if n not in found:
-            found.add(n)
-            if not stop or n not in stop:
-                left_out = (drop or {}).get(n, ())
-                todo += [a for a in n.all_input_nodes if a not in left_out]
-    return found
+    return reached(ends, lambda n: () if stop and n in stop else [
+        a for a in n.all_input_nodes if a not in (drop or {}).get(n, ())])
 
 
 def _border(nodes: list[fx.Node], first: set[fx.Node]) -> list[fx.Node]:
@@ -146,13 +135,13 @@ def _border(nodes: list[fx.Node], first: set[fx.Node]) -> list[fx.Node]:
     inside = set(first)
     # Parts of a tuple belong where the tuple is made.
     inside |= {n for n in nodes if n.target is operator.getitem and n.args[0] in inside}
-    found = []
+    border = []
     for n in nodes:
         if n in inside and n in from_hidden and n.op != "placeholder" and isinstance(n.meta["val"], Tensor):
             read = any(u not in inside and (u.target is not calls.attend or u.args[2] is n) for u in n.users)
             if read and _axis(nodes, n) is not None:
-                found.append(n)
-    return found
+                border.append(n)
+    return border
 
 
 def _axis(nodes: list[fx.Node], n: fx.Node) -> int | None:
@@ -160,8 +149,8 @@ def _axis(nodes: list[fx.Node], n: fx.Node) -> int | None:
     hidden = next(h for h in nodes if h.op == "placeholder" and h.name == "hidden").meta["val"]
     batch, tokens = hidden.shape[:2]
     shape = n.meta["val"].shape
-    found = [d for d, s in enumerate(shape) if d and _same(s, tokens)]
-    return found[0] if len(found) == 1 and _same(shape[0], batch) else None
+    axes = [d for d, s in enumerate(shape) if d and _same(s, tokens)]
+    return axes[0] if len(axes) == 1 and _same(shape[0], batch) else None
 
 
 def _same(a: Any, b: Any) -> bool:

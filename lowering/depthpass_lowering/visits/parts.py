@@ -8,25 +8,42 @@ import torch
 from torch import Tensor, fx
 
 from depthpass.capture.model import Template
+from depthpass.errors import LoweringError
 from depthpass.ir.program import Op
+from depthpass_lowering.fx_passes.halves import Halves, halves
+from depthpass_lowering.fx_passes.modulate import modulated
 from depthpass_lowering.host import Host
 
 
 def graph_of(template: Template, o: Op) -> fx.GraphModule:
-    """The graph that an op runs of a block's template: all of it, or one half."""
+    """The graph that an op runs of a block's template: all of it, with its branches modulated, or one half.
+
+    Raises:
+        LoweringError: the block is not made of residual branches as that needs.
+    """
+    if o.kind == "block" and o["modulate"] is not None:
+        try:
+            return modulated(template)
+        except LoweringError as error:
+            raise LoweringError(f"block {o['index']} cannot be modulated (timestep, scales): {error} Leave this block out of the "
+                                "modulated visits.") from None
     if o.kind == "block" and o["part"] == "whole":
         return template.graph
-    from depthpass_lowering.fx_passes.halves import halves
-
-    found = halves(template, o["index"])
-    return found.attention if o.kind == "block" else found.ffn
+    both = _halves_of(template, o)
+    return both.attention if o.kind == "block" else both.ffn
 
 
-def beside(template: Template, index: int) -> bool:
-    """Whether the feed-forward branch of a block reads the block's input, as its attention does."""
-    from depthpass_lowering.fx_passes.halves import halves
+def beside(template: Template, o: Op) -> bool:
+    """Whether the feed-forward branch of an op's block reads the block's input, as its attention does."""
+    return _halves_of(template, o).beside
 
-    return halves(template, index).beside
+
+def _halves_of(template: Template, o: Op) -> Halves:
+    try:
+        return halves(template)
+    except LoweringError as error:
+        raise LoweringError(f"block {o['index']} cannot be cut between its attention and its feed-forward network: {error} Leave "
+                            "this block out.") from None
 
 
 class FfnVisit:
@@ -40,7 +57,7 @@ class FfnVisit:
     def __init__(self, op: Op, host: Host, read: Tensor):
         self.op, self.host, self.index, self.read = op, host, op["index"], read
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         graph = graph_of(template, self.op)
         return (runner or (lambda graph: graph))(graph)(self, hidden, self.read.to(hidden.device), *params)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,32 +36,27 @@ class QueryRoutedVisit(RunningVisit):
         self.given: dict[int, tuple[Tensor, Tensor]] = {}
         self.asking = False
 
-    @overload
-    def _pick(self, t: Tensor) -> Tensor: ...
-
-    @overload
-    def _pick(self, t: None) -> None: ...
-
-    def _pick(self, t: Tensor | None) -> Tensor | None:
+    def _pick(self, t: Tensor | None) -> Any:
+        """What belongs to the rows that ask."""
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         """``[batch, tokens, width]`` of every token -> ``[batch, k, width]`` of the asking ones."""
         runner = runner or (lambda graph: graph)
         cut = cut_for(self.op, self.graph(template))
         assert cut.keys is not None, "a visit that routes its queries has keys of its own"
         if not self.keep:
-            hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(sides, self.axes)]
+            hidden_keys, sides_keys = self._pick(hidden), [self._side(s, axis) for s, axis in zip(side_inputs, self.axes)]
         else:
-            hidden_keys, sides_keys = hidden, sides
+            hidden_keys, sides_keys = hidden, side_inputs
         self.asking = False
-        found = runner(cut.keys)(self, hidden_keys, *sides_keys, *params)
-        read = found[2 * len(self.sites) :]
-        self.given = {i: (found[2 * i].contiguous(), found[2 * i + 1].contiguous()) for i in range(len(self.sites))}
+        values = runner(cut.keys)(self, hidden_keys, *sides_keys, *params)
+        read = values[2 * len(self.sites) :]
+        self.given = {i: (values[2 * i].contiguous(), values[2 * i + 1].contiguous()) for i in range(len(self.sites))}
         asks = self.route.gather(hidden)
         if self.route.count == 0:
             return asks
-        tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(sides, self.axes)]
+        tables = [s if axis is None else self.route.table(s, axis) for s, axis in zip(side_inputs, self.axes)]
         route = self.route if self.keep or self.rows is None else self._active()
         read = [route.table(t, axis) for t, axis in zip(read, cut.axes)]
         self.asking = True
@@ -107,7 +102,7 @@ class QueryRoutedVisit(RunningVisit):
         )
 
     def commit(self) -> None:
-        if self.keep and not self.made:  # nobody asked, but later tokens will see this span
+        if self.keep and not self.extended:  # nobody asked, but later tokens will see this span
             for number, (k, v) in self.given.items():
                 self.extend(number, k, v)
         self.given = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +52,7 @@ class RoutedVisit(RunningVisit):
             if self.joins and self.before is not None:
                 self.before = self.before.map(self.pick)
 
-    @overload
-    def pick(self, t: Tensor) -> Tensor: ...
-
-    @overload
-    def pick(self, t: None) -> None: ...
-
-    def pick(self, t: Tensor | None) -> Tensor | None:
+    def pick(self, t: Tensor | None) -> Any:
         """What belongs to the rows that run; a view where they stand together."""
         if t is not None and self.together is not None:
             return t.narrow(0, *self.together)
@@ -68,13 +62,7 @@ class RoutedVisit(RunningVisit):
         """Entries of the rows that run as entries of all rows."""
         return t if self.rows is None else t.new_zeros((self.batch, *t.shape[1:])).index_copy(0, self.rows, t)
 
-    @overload
-    def _stored(self, t: Tensor) -> Tensor: ...
-
-    @overload
-    def _stored(self, t: None) -> None: ...
-
-    def _stored(self, t: Tensor | None) -> Tensor | None:
+    def _stored(self, t: Tensor | None) -> Any:
         """What belongs to the rows that attention over stored keys runs for."""
         return t if self.wide else self.pick(t)
 
@@ -85,7 +73,7 @@ class RoutedVisit(RunningVisit):
         if self.joins:
             k, v = torch.cat((before.keys[number], k), 2), torch.cat((before.values[number], v), 2)
             if self.state is not None:
-                self.made[number] = k, v, None
+                self.extended[number] = k, v, None
             return k, v
         if self.appending is None:
             # The blocks of a routed stack hold the same tokens, in columns and validity that are the same tensors.
@@ -93,7 +81,7 @@ class RoutedVisit(RunningVisit):
             plan = self.route.once(key, lambda: AppendPlan(before, self.at, self.real, self.rows))
             self.appending = Appending(before, plan)
         k, v = self.appending.write(number, k, v)
-        self.made[number] = k, v, None
+        self.extended[number] = k, v, None
         return self._stored(k), self._stored(v)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
@@ -170,16 +158,16 @@ class RoutedVisit(RunningVisit):
         )
 
     def commit(self) -> None:
-        state, made, appending = self.state, self.made, self.appending
-        self.state, self.made = None, {}
-        if state is None or not self.keep or not made:
+        state, extended, appending = self.state, self.extended, self.appending
+        self.state, self.extended = None, {}
+        if state is None or not self.keep or not extended:
             return
         if appending is not None:
             state.slots[self.op["slot"]] = appending.slot()
             return
         count, order = self.at.shape[1], range(len(self.sites))
         new = widened(Slot(
-            tuple(made[i][0][:, :, -count:] for i in order), tuple(made[i][1][:, :, -count:] for i in order),
+            tuple(extended[i][0][:, :, -count:] for i in order), tuple(extended[i][1][:, :, -count:] for i in order),
         ), self.rows, self.batch)
         columns, valid = self.route.once(
             ("stored", self.span.start), lambda: (self._for_all(self.at), self._for_all(self._all_real()))

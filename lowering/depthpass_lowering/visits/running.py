@@ -45,7 +45,7 @@ class RunningVisit:
         # The writer of the shared keys may run in the same call (:class:`StackedVisit`): then they are not there yet.
         shared = state.slots.get(op["keys"]) if self.shares else None
         self.shared = None if shared is None else _until(shared, span.start + span.count)
-        self.made: dict[int, Grown] = {}
+        self.extended: dict[int, Grown] = {}
         self.hidden: Tensor | None = None
 
     @property
@@ -62,15 +62,15 @@ class RunningVisit:
         """Whether the visit has keys of its own."""
         return writes_slot(self.op) is not None
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         """Run the block's graph; ``runner`` gives the callable to run a graph with (None = the graph itself)."""
         runner = runner or (lambda graph: graph)
         cut = cut_for(self.op, self.graph(template))
         if cut.keys is not None:
             source = hidden if self.memory is None else self.memory.to(hidden.device)
-            found = runner(cut.keys)(self, source, *sides, *params)
-            self.given = {i: (found[2 * i], found[2 * i + 1]) for i in range(len(self.sites))}
-        return runner(cut.rest)(self, hidden, *sides, *params)
+            values = runner(cut.keys)(self, source, *side_inputs, *params)
+            self.given = {i: (values[2 * i], values[2 * i + 1]) for i in range(len(self.sites))}
+        return runner(cut.rest)(self, hidden, *side_inputs, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if self.given is not None:
@@ -101,7 +101,7 @@ class RunningVisit:
             # As a stock cache stores them; the strides decide the last bits of a matrix product.
             k, v = k.contiguous(), v.contiguous()
         if self.state is not None:
-            self.made[number] = k, v, place
+            self.extended[number] = k, v, place
         return k, v
 
     def near(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
@@ -179,10 +179,6 @@ class RunningVisit:
 
     def graph(self, template: Template) -> fx.GraphModule:
         """The graph of a block's template that this visit runs."""
-        if self.op["modulate"] is not None:
-            from depthpass_lowering.fx_passes.modulate import modulated
-
-            return modulated(template, self.index)
         return graph_of(template, self.op)
 
     def modulate(self, place: str, x: Tensor) -> Tensor:
@@ -217,11 +213,11 @@ class RunningVisit:
         Afterwards the visit forgets the state: an activation checkpoint keeps the visit, and through it would keep its own
         graph alive for ever.
         """
-        state, made = self.state, self.made
-        self.state, self.made = None, {}
-        if state is None or not self.keep or not made:
+        state, extended = self.state, self.extended
+        self.state, self.extended = None, {}
+        if state is None or not self.keep or not extended:
             return
-        keys, values, places = zip(*(made[i] for i in range(len(made))))
+        keys, values, places = zip(*(extended[i] for i in range(len(extended))))
         first = self.span.start + self.span.count - keys[0].shape[2]
         slot = Slot(keys, values, None, None, first, places)
         state.slots[self.op["slot"]] = slot if self.ring is None else slot.last(self.ring)

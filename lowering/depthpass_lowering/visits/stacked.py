@@ -28,11 +28,11 @@ class StackedVisit:
         self.stack, self.members, self.hidden = stack, members, hidden
         self.index = stack.index
 
-    def run(self, template: Template, hidden: Tensor, sides: Sequence[Tensor], params, runner=None) -> Tensor:
+    def run(self, template: Template, hidden: Tensor, side_inputs: Sequence[Tensor], params, runner=None) -> Tensor:
         # Rows that have no keys of their own run along with those that have.
         leader = next((visit for visit in self.members if visit.writes), self.members[0])
         graph = cut_for(leader.op, self.graph(template)).rest
-        return (graph if runner is None else runner(graph))(self, hidden, *sides, *params)
+        return (graph if runner is None else runner(graph))(self, hidden, *side_inputs, *params)
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         members = self.members
