@@ -136,8 +136,8 @@ class Factored:
 
     def _refusal(self, reason: str) -> str:
         return (
-            f"block {self.index} has hooks on modules inside it, and a visit with scales of its own, which a module can only have "
-            f"where modules of it begin and end: {reason}. Register the hooks on the block or on the model, or remove them."
+            f"block {self.index} has hooks on modules inside it, and a visit with scales of its own, which a module can only "
+            f"have where modules of it begin and end: {reason}. Register the hooks on the block or on the model, or remove them."
         )
 
     def _put(self, module: nn.Module, edge: Edge, visit: Any) -> None:

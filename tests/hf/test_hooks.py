@@ -198,7 +198,7 @@ def test_adapters_and_hooks_on_them():
 def test_what_cannot_be_run_as_a_module_is_said():
     turbo = dp.transform(stock_of("llama"), dp.SameLayerState())
     handle = turbo.model.layers[1].mlp.register_forward_hook(lambda *a: None)
-    with pytest.raises(dp.UnsupportedModelError, match=r"block 1 has hooks on modules inside it, and a visit with one part of it"):
+    with pytest.raises(dp.UnsupportedModelError, match=r"block 1 has hooks on modules inside it, and a visit with one part"):
         logits(turbo)
     handle.remove()
     logits(turbo)
