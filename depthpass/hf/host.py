@@ -129,6 +129,10 @@ class StockHost:
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
+        return [read() for read in self.readers(owner, module)]
+
+    def readers(self, owner: Block | Part, module: nn.Module) -> list[Callable[[], Tensor]]:
+        """What reads the live tensors of a block or part."""
         bindings = self.model._depth.bindings
         found = bindings.get(id(owner))
         if found is None:
@@ -138,7 +142,7 @@ class StockHost:
                 Binding(self.decoder, p[1:]) if p.startswith("/") else Binding(module, p)
                 for p in names
             ]
-        return [read() for read in found]
+        return found
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
         extras = [self.extras[e] for e in part.extras]
