@@ -197,6 +197,17 @@ def _groups(module: nn.Module) -> list[Any]:
     return many if many is not None else [] if one is None else [one]
 
 
+def is_flattened(module: nn.Module) -> bool:
+    """Whether FSDP1 (``FullyShardedDataParallel``) has flattened parameters of a module into one; FSDP2 keeps them apart."""
+    if "_fsdp_wrapped_module" in module._modules or module.__dict__.get("_fsdp_use_orig_params") is False:
+        return True
+    # While the wrapper around them runs, parameters are plain views of the flat one; FSDP2's stay parameters.
+    return "_is_fsdp_managed_module" in module.__dict__ and any(
+        p is not None and (not isinstance(p, nn.Parameter) or getattr(p, "_fsdp_flattened", False))
+        for p in module._parameters.values()
+    )
+
+
 def sharded_dtypes(modules: Iterable[nn.Module]) -> dict[int, torch.dtype]:
     """The dtypes in which FSDP2's mixed precision hands out sharded parameters, by the ids of the shards."""
     return {

@@ -17,7 +17,7 @@ from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.code import class_items, globals_read, mentions, own_bases
 from depthpass.hf.hooks import find_hooks, hook_tables
-from depthpass.hf.placement import is_dispatched, is_reentrant, sharded_dtypes, unwrapped
+from depthpass.hf.placement import is_dispatched, is_flattened, is_reentrant, sharded_dtypes, unwrapped
 
 KEPT = 4
 """Watches that a model remembers: training and evaluation take turns."""
@@ -246,7 +246,7 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
                 watches.append(known)
             return known
     check_hooks()
-    check_checkpoints(model)
+    check_wrappers(model)
     made = Watch(model, decoder, layers)
     watches[:] = [*watches[1 - KEPT :], made]
     return made
@@ -268,13 +268,19 @@ def check_hooks() -> None:
             )
 
 
-def check_checkpoints(model: nn.Module) -> None:
-    """Refuse reentrant wrappers for activation checkpoints.
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse wrappers that keep values from the program: reentrant ones for activation checkpoints, and FSDP1.
 
     Raises:
         UnsupportedModelError: naming the module.
     """
     for name, module in model.named_modules():
+        if is_flattened(module):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__}: FullyShardedDataParallel (FSDP1) flattens parameters into one and hands out "
+                "views of it that end with a module's call; a program reads them between calls as well. Use "
+                "torch.distributed.fsdp.fully_shard, in accelerate fsdp_version: 2 (docs/distributed.md)."
+            )
         if is_reentrant(module):
             raise UnsupportedModelError(
                 f"{name}: checkpoint_impl=CheckpointImpl.REENTRANT would lose the gradient through keys, values and delays, "

@@ -68,6 +68,11 @@ def test_mixed_precision_is_the_stock_models(found, warm):
     assert one["dtype"] == "torch.bfloat16" and one["logits"] and one["gradients"]
 
 
+def test_flattened_parameters_are_refused_by_name(found):
+    for flat in ("one", "parameters", "blocks"):
+        assert "FSDP1" in found[f"flat {flat}"]["error"] and "fully_shard" in found[f"flat {flat}"]["error"]
+
+
 @pytest.mark.parametrize("words", [w for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for w in block.splitlines()])
 def test_lines_of_the_docs(tmp_path, words):
     for text in re.findall(r"```python\n(.*?)```", PAGE, re.S):

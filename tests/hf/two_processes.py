@@ -13,7 +13,9 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from turbos import enliven
 
 import depthpass as dp
@@ -190,5 +192,15 @@ for warm in (False, True):
     out.loss.backward()
     equal = all(torch.equal(p.grad.full_tensor(), q.grad.full_tensor()) for p, q in zip(model.parameters(), stock.parameters()))
     say(f"bfloat16 {warm}", dtype=str(out.logits.dtype), logits=torch.equal(out.logits, expected.logits), gradients=equal)
+
+for flat in ("one", "parameters", "blocks"):
+    model, policy = made(spec), ModuleWrapPolicy({LlamaDecoderLayer}) if flat == "blocks" else None
+    loss(model, MINE)
+    wrapped = FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), use_orig_params=flat != "one", auto_wrap_policy=policy)
+    try:
+        wrapped(input_ids=MINE, labels=MINE)
+    except dp.UnsupportedModelError as error:
+        say(f"flat {flat}", error=str(error))
 
 dist.destroy_process_group()
