@@ -1,8 +1,8 @@
 """One decoded token at batch 1 against the time in which the memory it has to read can be copied.
 
 The baseline copies half of the bytes that the stock model reads for a token (weights once, keys and values of the context), so
-that as many bytes move; a row's floor is what it reads over that. bfloat16 on a CPU by default. Numbers: the stock model on the
-whole row, the naive grouped loop for TurboConn, loops by hand, token by token.
+that as many bytes move; a row's floor is what it reads over that. Beside it stands what reading them alone takes. bfloat16 on a
+CPU by default. Numbers: the stock model on the whole row, the naive grouped loop for TurboConn, loops by hand, token by token.
 """
 
 from __future__ import annotations
@@ -19,6 +19,18 @@ from suite.turboconn import LEVELS, pairs_of
 from workloads import TOKENS, OurTokens, StockTokens, build, enliven, tokens
 
 import depthpass as dp
+
+
+class Read:
+    """Reads so many bytes so many times and writes nothing, each time others: sums of float32."""
+
+    def __init__(self, size: int, steps: int):
+        whole = max(size, 1 << 26)
+        self.parts, self.steps = torch.zeros(whole // size * size // 4).split(size // 4), steps
+
+    def __call__(self) -> None:
+        for step in range(self.steps):
+            self.parts[step % len(self.parts)].sum()
 
 
 class Copy:
@@ -54,7 +66,7 @@ def keys(model: torch.nn.Module, tokens_held: int, slots: int) -> int:
 
 def measurements(s: Namespace) -> Iterator[Measurement]:
     dtype = getattr(torch, s.dtype)
-    stock = build(s.width, s.blocks).eval().to(dtype)
+    stock = build(s.width, s.blocks, vocabulary=s.vocabulary).eval().to(dtype)
     ids = tokens(1, s.context)
     whole = torch.cat((ids, ids[:, -1:]), 1)
     steps = 2 if s.tiny else TOKENS
@@ -93,7 +105,7 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
         "PLT-2": (s.blocks, keys(stock, held, s.blocks) + keys(stock, min(held, s.window), s.blocks)),
     }
     base = weights(stock, s.blocks) + keys(stock, held, s.blocks)
-    found = {"copy": Variant(lambda: Copy(base // 2, steps))}
+    found = {"copy": Variant(lambda: Copy(base // 2, steps)), "read alone": Variant(lambda: Read(base, steps))}
     if s.compiled:
         found["stock, torch.compile"] = Variant(lambda: StockTokens(stock, ids, True, steps), plain, floor=1.0)
     for label, model in models.items():
@@ -112,6 +124,7 @@ BENCHMARK = Benchmark(
     (
         Setting("width", 1024, 64),
         Setting("blocks", 8, 4),
+        Setting("vocabulary", 1024, None, "rows of the head"),
         Setting("context", 128, 6, "tokens in the cache"),
         Setting("group", 4, 2),
         Setting("bridges", ("6-0", "6-2"), ("2-0",), "source-destination of each bridge"),

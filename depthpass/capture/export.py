@@ -27,10 +27,14 @@ _SIZES = {"batch": 3, "tokens": 7}
 def sharing_copy(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
     """Deep copy of a module tree that keeps the very same Parameters and buffers.
 
+    Attributes that are results of computations (weights that pruning or weight norm make anew in front of each forward) cannot
+    be copied, and are kept, too.
+
     Args:
         shared: further objects that the copy keeps.
     """
-    memo = {id(t): t for t in (*module.parameters(), *module.buffers(), *shared)}
+    made = (x for m in module.modules() for x in m.__dict__.values() if isinstance(x, torch.Tensor) and x.grad_fn is not None)
+    memo = {id(t): t for t in (*module.parameters(), *module.buffers(), *made, *shared)}
     return copy.deepcopy(module, memo)
 
 

@@ -99,13 +99,13 @@ def calibrate(
             all_in = 0.0 if isinstance(open_, MixtureOfRecursions) else _LOWEST
             thresholds[i] = all_in if wanted[i] == 1 else _cut(
                 _scores(model, plan, i, open_.scope, given), round(wanted[i] * tokens))
-        found, _ = _shares(model, planned(tuple(thresholds)), open_.scope, given)
+        now, _ = _shares(model, planned(tuple(thresholds)), open_.scope, given)
     finally:
         for part, training in modes.items():
             part.training = training
     passes[at] = replace(passes[at], **{**_threshold_mode(passes[at]), "threshold": tuple(thresholds)})
     switch(model, passes)
-    return Calibration(tuple(passes), tuple(o["label"] for o in routes), tuple(thresholds), wanted, before, found, tokens)
+    return Calibration(tuple(passes), tuple(o["label"] for o in routes), tuple(thresholds), wanted, before, now, tokens)
 
 
 def _routed(passes: Sequence[Pass]) -> int:
@@ -144,29 +144,29 @@ def _wanted(
                              f"{', '.join(dict.fromkeys(labels))}.")
         # A recursion that top-k does not route takes everyone.
         told: dict[str, Any] = {**capacities, **(shares or {})}
-        found = [float(told.get(n, 1.0)) for n in labels]
+        wanted = [float(told.get(n, 1.0)) for n in labels]
     else:
-        found = [float(s) for s in shares]
-        if len(found) != len(labels):
+        wanted = [float(s) for s in shares]
+        if len(wanted) != len(labels):
             raise InputError(f"shares: expected {len(labels)} shares, one for each route ({', '.join(labels)}), got "
-                             f"{len(found)}.")
-    if any(not 0 <= s <= 1 for s in found):
-        raise InputError(f"shares: expected shares in [0, 1], got {found}.")
-    return tuple(found)
+                             f"{len(wanted)}.")
+    if any(not 0 <= s <= 1 for s in wanted):
+        raise InputError(f"shares: expected shares in [0, 1], got {wanted}.")
+    return tuple(wanted)
 
 
 def _batches(batches: Iterable[Batch] | Batch) -> list[dict[str, Tensor]]:
     listed: list[Any] = [batches] if isinstance(batches, Mapping | Tensor) else list(batches)
-    made = []
+    calls = []
     for i, batch in enumerate(listed):
         call = {"input_ids": batch} if isinstance(batch, Tensor) else {
             n: batch[n] for n in ("input_ids", "attention_mask") if n in batch and batch[n] is not None}
         if not isinstance(call.get("input_ids"), Tensor):
             raise InputError(f"batches[{i}]: expected input_ids or a mapping with them, got {type(batch).__name__}.")
-        made.append(call)
-    if not made:
+        calls.append(call)
+    if not calls:
         raise InputError("batches: expected at least one batch, got none.")
-    return made
+    return calls
 
 
 def _run(model: nn.Module, plan: Plan, calls: Iterable[dict[str, Tensor]]):
@@ -187,16 +187,16 @@ def _routes(plan: Plan, scope: str) -> list[Op]:
 def _scores(model: nn.Module, plan: Plan, place: int, scope: str, calls: Iterable[dict[str, Tensor]]) -> Tensor:
     """What a route compares with its threshold, of the tokens that it chooses from, ``[tokens]``."""
     route = _routes(plan, scope)[place]
-    made = plan.program.defs[_untrimmed(plan.program, route.args[0])]
-    found = []
+    scored = plan.program.defs[_untrimmed(plan.program, route.args[0])]
+    scores = []
     for taps, valid in _run(model, plan, calls):
         tapped = {_untrimmed(plan.program, value): x for value, x in taps.items()}
-        score = torch.sigmoid(tapped[made.args[0]]) if made.kind == "act" else tapped[made.name]
+        score = torch.sigmoid(tapped[scored.args[0]]) if scored.kind == "act" else tapped[scored.name]
         among = valid.to(score.device)
         if len(route.args) == 2:
             among = among & tapped[route.args[1]]
-        found.append(score[..., 0][among])
-    return torch.cat(found)
+        scores.append(score[..., 0][among])
+    return torch.cat(scores)
 
 
 def _untrimmed(program: Program, value: str) -> str:

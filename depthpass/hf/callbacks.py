@@ -67,11 +67,11 @@ class FlopsLedger(TrainerCallback, ExportableState):
         return self.state()["attributes"]["held"]
 
     @held.setter
-    def held(self, found: dict[str, Any]) -> None:
-        self.ledger = Ledger.load(found["ledger"])
-        self._loops = found["loops"]
+    def held(self, saved: dict[str, Any]) -> None:
+        self.ledger = Ledger.load(saved["ledger"])
+        self._loops = saved["loops"]
         for key in self.progress():
-            setattr(self, key, found[key])
+            setattr(self, key, saved[key])
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         inner = self.subject(model)
@@ -278,8 +278,8 @@ class RecurrenceCurriculum(FlopsLedger):
     @property
     def fixed(self) -> int:
         """The count of evaluation."""
-        found = self.eval_times or round(self.mean) + 1
-        return found if self.eval_times or self.most is None else min(found, self.most)
+        count = self.eval_times or round(self.mean) + 1
+        return count if self.eval_times or self.most is None else min(count, self.most)
 
     def mean_at(self, step: int, steps: int) -> float:
         """m at a step of a run of so many steps."""

@@ -13,9 +13,9 @@ KEPT = 32
 """Captures that a model remembers: call signatures times states of the model, the newest ones."""
 
 
-def remember(runtime: Runtime, key: tuple, made: Capture) -> None:
+def remember(runtime: Runtime, key: tuple, capture: Capture) -> None:
     """Keep a capture, and forget the oldest one with everything that was made for it when there are too many."""
-    runtime.captures[key] = made
+    runtime.captures[key] = capture
     while len(runtime.captures) > KEPT:
         forget(runtime, runtime.captures.pop(next(iter(runtime.captures))))
 

@@ -38,13 +38,29 @@ def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...
         if function.__code__ in seen or home not in sys.modules or home.startswith(_BASES):
             continue
         seen.add(function.__code__)
-        table, names = found.setdefault(id(function.__globals__), (function.__globals__, set()))
-        for name in _names(function.__code__):
-            if name in table:
-                names.add(name)
-                value = table[name]
-                todo += [f for f in _functions(value) if f.__module__ == function.__module__]
+        for _, value in _looked_up(function, found):
+            todo += [f for f in _functions(value) if f.__module__ == function.__module__]
+    for function in _functions(cls.forward):  # of torch's own classes: F.linear may have been replaced, too
+        for _ in _looked_up(function, found):
+            pass
     return tuple((table, tuple(sorted(names))) for table, names in found.values() if names)
+
+
+def _looked_up(
+    function: types.FunctionType, found: dict[int, tuple[dict[str, Any], set[str]]]
+) -> Iterator[tuple[str, Any]]:
+    """The globals of a function that its code names, and those of the modules among them (``nn.functional.silu``)."""
+    mentioned, todo, seen = _names(function.__code__), [function.__globals__], set()
+    while todo:
+        table = todo.pop()
+        seen.add(id(table))
+        names = found.setdefault(id(table), (table, set()))[1]
+        for name in mentioned & table.keys():
+            names.add(name)
+            value = table[name]
+            if isinstance(value, types.ModuleType) and id(vars(value)) not in seen:
+                todo.append(vars(value))
+            yield name, value
 
 
 @functools.cache

@@ -127,10 +127,10 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
             InputError: the encoder gives another shape.
         """
         with torch.no_grad():
-            found = self.encoder(ids, attention_mask)
-        if tuple(found.shape) != (*ids.shape, self.settings.latent):
-            raise InputError(f"encoder: expected states {(*ids.shape, self.settings.latent)}, got {tuple(found.shape)}.")
-        return layer_norm(found, found.shape[-1:], eps=1e-6)
+            states = self.encoder(ids, attention_mask)
+        if tuple(states.shape) != (*ids.shape, self.settings.latent):
+            raise InputError(f"encoder: expected states {(*ids.shape, self.settings.latent)}, got {tuple(states.shape)}.")
+        return layer_norm(states, states.shape[-1:], eps=1e-6)
 
     def loss(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, labels: Tensor | None = None,
              time: Tensor | None = None, masked: Tensor | None = None, noise: Tensor | None = None, eps: float = 1e-3,
@@ -158,11 +158,11 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         state = alpha * clean + sigma * noise
         if self.settings.drop:
             state = state * (torch.rand(len(input_ids), **rows) >= self.settings.drop)[:, None, None]
-        logits, found = self(input_ids.masked_fill(masked, self.given.mask_token), state, time, attention_mask)
+        logits, restored = self(input_ids.masked_fill(masked, self.given.mask_token), state, time, attention_mask)
         weight = (1 / time).clamp(*self.settings.clip) if self.settings.clip else 1 / time
         each = cross_entropy(logits[masked], input_ids[masked], reduction="none")
         tokens = (each * weight[:, None].expand_as(masked)[masked].to(each)).sum()
-        error = (found - clean.to(found)).square().mean(-1) * weight_of(time, self.settings.weight)[:, None].to(found)
+        error = (restored - clean.to(restored)).square().mean(-1) * weight_of(time, self.settings.weight)[:, None].to(restored)
         return (self.settings.disc_weight * tokens + self.settings.cont_weight * error[may].sum()) / may.sum()
 
     def step(self, ids: Tensor, state: Tensor, now: float, then: float, *, attention_mask: Tensor | None = None,
@@ -252,10 +252,10 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
             raise InputError(f"from_pretrained: expected a folder of CoevolutionaryDiffusion.save_pretrained, got {folder}.")
         options = json.loads(file.read_text())
         options["clip"] = None if options["clip"] is None else tuple(options["clip"])
-        made = cls(from_pretrained(folder), encoder, **options)
-        made.load_state_dict({**load_file(Path(folder) / f"{FILE}.safetensors"),
-                              **{k: v for k, v in made.state_dict().items() if k.startswith("model.")}})
-        return made
+        model = cls(from_pretrained(folder), encoder, **options)
+        model.load_state_dict({**load_file(Path(folder) / f"{FILE}.safetensors"),
+                              **{k: v for k, v in model.state_dict().items() if k.startswith("model.")}})
+        return model
 
 
 def _transformed(model: Any, steps: int, mask_token: int, latent: int) -> Any:

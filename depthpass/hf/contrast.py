@@ -70,8 +70,8 @@ class LoopContrast(LogitsProcessor):
 
     def _keep(self, module: Any, args: Any, output: Any) -> None:
         taps = getattr(output, "taps", None) or {}
-        found = [taps.get(name) for name in (self.last, self.earlier)]
-        last, earlier = (None if x is None else x[:, -1].detach() for x in found)
+        tapped = [taps.get(name) for name in (self.last, self.earlier)]
+        last, earlier = (None if x is None else x[:, -1].detach() for x in tapped)
         self._held = None if last is None or earlier is None else (last, earlier)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

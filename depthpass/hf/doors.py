@@ -188,7 +188,7 @@ def _say_compiled(model: Any) -> None:
 
 def rebuilt(class_of: Callable[[type], type], stock: type) -> Any:
     """An empty object of the class that ``class_of`` makes of a stock one, for pickle to fill."""
-    cls = class_of(stock)
+    cls: Any = class_of(stock)
     return cls.__new__(cls)
 
 

@@ -59,10 +59,10 @@ def only_gates(model: nn.Module, *, scope: str | int | None = None) -> list[nn.P
     gate = depth_module(inner).get_submodule(f"{held.scope}.exit")
     for p in model.parameters():
         p.requires_grad_(False)
-    found = list(gate.parameters())
-    for p in found:
+    own = list(gate.parameters())
+    for p in own:
         p.requires_grad_(True)
-    return found
+    return own
 
 
 def _gated(passes: Sequence[Pass], scope: str | int | None, who: str) -> int:

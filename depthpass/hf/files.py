@@ -40,7 +40,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     target = Path(directory)
     if target.is_file():
         raise InputError(f"save_directory: expected a folder, got the file {str(directory)!r}.")
-    made = _missing(target)
+    new_folders = _missing(target)
     stage: Path | None = None
     try:
         target.mkdir(parents=True, exist_ok=True)
@@ -55,7 +55,7 @@ def replacing(directory: str | os.PathLike) -> Iterator[Path]:
     except BaseException:
         if stage is not None and _planless(stage):  # with a plan it still holds old files
             _insist(lambda: _remove(stage))
-        for folder in made:
+        for folder in new_folders:
             _insist(lambda folder=folder: folder.rmdir() if folder.is_dir() and not any(folder.iterdir()) else None)
         raise
     finally:
@@ -74,26 +74,26 @@ def recover(target: Path) -> bool:
     Raises:
         OSError: the folder cannot be written.
     """
-    found = False
+    undone = False
     for stage in interrupted(target):
         plan = stage / _PLAN
         if _there(plan):
-            found = True
+            undone = True
             _undo(stage, target, **json.loads(plan.read_text()))
         _remove(stage)
-    return found
+    return undone
 
 
 def interrupted(target: Path) -> list[Path]:
     """Stages of saves into a folder that have been killed; not those that are still being written, here or elsewhere."""
     if not target.is_dir():
         return []
-    found = []
+    stages = []
     for name in sorted(os.listdir(target)):
         stage, match = target / name, _STAGE.fullmatch(name)
         if match and stage.is_dir() and not (_alive(int(match[2]), str(stage)) if match[1] == _host() else _fresh(stage)):
-            found.append(stage)
-    return found
+            stages.append(stage)
+    return stages
 
 
 def _fresh(stage: Path) -> bool:
@@ -180,12 +180,12 @@ def _there(path: Path) -> bool:
 
 def _files(folder: Path, inside: str = "") -> list[str]:
     """Files of a folder and its folders, relative to it; pathlib leaves out what it cannot list."""
-    found = []
+    names = []
     with os.scandir(folder / inside) as entries:
         for entry in sorted(entries, key=lambda e: e.name):
             name = os.path.join(inside, entry.name)
-            found += _files(folder, name) if entry.is_dir(follow_symlinks=False) else [name]
-    return found
+            names += _files(folder, name) if entry.is_dir(follow_symlinks=False) else [name]
+    return names
 
 
 def _remove(folder: Path) -> None:
@@ -204,9 +204,9 @@ def _insist(action: Callable[[], None], times: int = 3) -> None:
 
 
 def _planless(stage: Path) -> bool:
-    found: list[bool] = []
-    _insist(lambda: found.append(not _there(stage / _PLAN)))
-    return found == [True]
+    answers: list[bool] = []
+    _insist(lambda: answers.append(not _there(stage / _PLAN)))
+    return answers == [True]
 
 
 def _missing(target: Path) -> list[Path]:

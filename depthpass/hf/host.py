@@ -22,7 +22,7 @@ from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.context import in_force
 from depthpass.hf.doors import DISABLED
 from depthpass.hf.head import apply_head, logits_of
-from depthpass.hf.live import Live
+from depthpass.hf.live import Live, with_tables
 from depthpass.hf.placement import (
     home,
     keep_streams_home,
@@ -114,7 +114,8 @@ class StockHost:
         self.style = attention_style(model)
         self.training = model.training
         self.depth: nn.Module | None = None
-        self.found, self.hooked = model._depth.watches[-1].found, model._depth.watches[-1].live
+        self.found = model._depth.watches[-1].found
+        self.hooked = with_tables(model._depth.watches[-1].live, self.decoder, captured, len(self.layers))
         self.live: Live | None = None
         self.counts: Counter[int] = Counter()
         self.ratios: Mapping[str, float] = model._depth.ratios
@@ -128,6 +129,10 @@ class StockHost:
 
     def tensors(self, owner: Block | Part, module: nn.Module) -> list[Tensor]:
         """The live tensors that a block or part reads, in the order of its graph's inputs."""
+        return [read() for read in self.readers(owner, module)]
+
+    def readers(self, owner: Block | Part, module: nn.Module) -> list[Callable[[], Tensor]]:
+        """What reads the live tensors of a block or part."""
         bindings = self.model._depth.bindings
         found = bindings.get(id(owner))
         if found is None:
@@ -137,7 +142,7 @@ class StockHost:
                 Binding(self.decoder, p[1:]) if p.startswith("/") else Binding(module, p)
                 for p in names
             ]
-        return [read() for read in found]
+        return found
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
         extras = [self.extras[e] for e in part.extras]

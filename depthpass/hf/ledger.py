@@ -160,12 +160,12 @@ def _plain(model: nn.Module) -> Program:
     return plain(context.model, context.blocks, context.width)
 
 
-def _split(found: Cost, rows: int, columns: int) -> tuple[float, float]:
+def _split(costs: Cost, rows: int, columns: int) -> tuple[float, float]:
     """FLOPs of a training step, all and inside the blocks."""
     whole = inside = 0.0
-    for side in (found.flops, found.backward_flops):
+    for side in (costs.flops, costs.backward_flops):
         for name, expr in side.items():
-            value = found.evaluate(expr, columns, rows)
+            value = costs.evaluate(expr, columns, rows)
             whole += value
             inside += value if name in _BLOCKS else 0.0
     return whole, inside

@@ -16,6 +16,7 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from depthpass.capture.screen import block_list
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.doors import call_names
 from depthpass.hf.hooks import Hooked, has_hooks, is_controlled
+from depthpass.hf.live_factors import Factored
 from depthpass.ir.program import writes_slot
 from depthpass.lowered.ops import of_one_stream
 
@@ -174,14 +176,13 @@ class Live:
         """Run a block as a module; the visit's own parameters stand in for those it is bound to.
 
         Raises:
-            UnsupportedModelError: the visit changes the block's graph, which a module does not have.
+            UnsupportedModelError: the visit runs a part of the block's graph, which a module does not have.
         """
         op, index = (visit.members[0] if hasattr(visit, "members") else visit).op, visit.index
         # A module has its keys and queries from one stream; a visit without keys of its own leaves the module's unused.
         partly = op.kind == "ffn" or op["part"] != "whole"
-        if partly or op["modulate"] is not None or (writes_slot(op) is not None and not of_one_stream(op)):
-            what = ("one part of it alone" if partly else
-                    "scales of its own" if op["modulate"] is not None else "keys of another stream" if op["memory"] else
+        if partly or (writes_slot(op) is not None and not of_one_stream(op)):
+            what = ("one part of it alone" if partly else "keys of another stream" if op["memory"] else
                     "queries of some tokens and keys of all")
             raise UnsupportedModelError(
                 f"block {index} has hooks on modules inside it, and a visit with {what}, which change what the block computes "
@@ -195,19 +196,23 @@ class Live:
             args = (hidden, *args[1:])
         else:
             kwargs["hidden_states"] = hidden
+        template, factored = self.captured.blocks[index].template, None
+        if op["modulate"] is not None:
+            factored = Factored(layer, template, visit)
+            layer = factored.block
         asking = _Asking(visit)
         before = _asking.set(asking)
         try:
-            changed = {
-                f"block.{n}": p for n, p, old in zip(self.captured.blocks[index].template.params, params, bound) if p is not old
-            }
+            changed = {f"block.{n}": p for n, p, old in zip(template.params, params, bound) if p is not old}
             if changed:
                 out = torch.func.functional_call(_BlockForward(layer), changed, args, kwargs)
             else:
                 out = _forward(layer)(layer, *args, **kwargs)
         finally:
             _asking.reset(before)
-        sites = len(self.captured.blocks[index].template.sites)
+        if factored is not None:
+            factored.check()
+        sites = len(template.sites)
         if asking.count != sites:
             raise UnsupportedModelError(
                 f"block {index} ({type(layer).__name__}) has hooks on modules inside it, but as a module it does not find its "
@@ -301,6 +306,16 @@ def _twin(module: nn.Module, quiet: frozenset[nn.Module], keep: bool = False) ->
     if keep or is_controlled(module):
         twin.__dict__.pop("forward", None)
     return twin
+
+
+def with_tables(hooked: Hooked, decoder: nn.Module, captured: Capture, blocks: int) -> Hooked:
+    """The same hooks, with all blocks live where modules have some that make what blocks get besides their stream.
+
+    A captured block is given the captured tables (of rotary embeddings, ...), and a live one what the live modules make.
+    """
+    if not hooked.outer or not any(has_hooks(decoder.get_submodule(path)) for path in _paths(captured.tables) - {""}):
+        return hooked
+    return replace(hooked, inside=frozenset(range(blocks)))
 
 
 def _paths(part: Part) -> frozenset[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,19 @@ def _bring_back(folder: Path) -> None:
                               f"{error}. Make the folder writable and load it again, or save the model again.") from error
 
 
+@contextmanager
+def naming(where: str | os.PathLike) -> Iterator[None]:
+    """Let the errors of a checkpoint's spec say whose they are: a spec's own say which option is wrong, not in which file."""
+    try:
+        yield
+    except InputError:  # the caller's mistake
+        raise
+    except DepthpassError as error:
+        if str(where) in str(error):
+            raise
+        raise type(error)(f"{where}: config.json: {error}") from error
+
+
 def load(
     build: Callable[..., Any], stock: type, path: str | os.PathLike, args: tuple, kwargs: dict[str, Any], settings: dict[str, Any]
 ) -> Any:
@@ -85,7 +99,8 @@ def load(
     lenient = kwargs.pop("ignore_mismatched_sizes", False)
     try:
         # Sizes that differ are reported with the rest of what is wrong, once.
-        model, info = build(path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
+        with naming(where):
+            model, info = build(path, *args, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs)
     except DepthpassError:
         raise
     except Exception as error:

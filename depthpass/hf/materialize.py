@@ -47,9 +47,9 @@ def materialize(model: nn.Module) -> PreTrainedModel:
         raise SpecError("materialize: expected fixed loop counts, got some that vary. Call dp.set_loops(model, T) first.")
     layers = stack_of(inner.depth_program, "materialize")
     _warn_size(inner, layers)
-    made = copy.deepcopy(restore(inner))
-    path = find_layers(made)
-    blocks = list(cast(nn.ModuleList, made.get_submodule(path)))
+    stock = copy.deepcopy(restore(inner))
+    path = find_layers(stock)
+    blocks = list(cast(nn.ModuleList, stock.get_submodule(path)))
     used: set[int] = set()
     new = []
     for i in layers:
@@ -57,19 +57,19 @@ def materialize(model: nn.Module) -> PreTrainedModel:
         used.add(i)
     parent, _, name = path.rpartition(".")
     # What a block refers to besides its weights (the config) is the model's own again.
-    config = cast(Any, made).config
+    config = cast(Any, stock).config
     for block in new:
         for module in block.modules():
             if getattr(module, "config", None) is not None:
-                module.config = _own(made, module.config, config)
+                module.config = _own(stock, module.config, config)
     for p, block in enumerate(new):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 cast(Any, module).layer_idx = p
-    setattr(made.get_submodule(parent), name, nn.ModuleList(new))
+    setattr(stock.get_submodule(parent), name, nn.ModuleList(new))
     rewrite_lists(config, layers, len(blocks))
-    same_kinds(type(made), config, path, new, layers, "materialize")
-    return made
+    same_kinds(type(stock), config, path, new, layers, "materialize")
+    return stock
 
 
 def _warn_size(inner: Any, layers: Sequence[int]) -> None:
@@ -108,12 +108,12 @@ def stack_of(program: Program, who: str) -> tuple[int, ...]:
     return tuple(o["index"] for o in program.visits)
 
 
-def _own(model: nn.Module, found: Any, config: Any) -> Any:
+def _own(model: nn.Module, held: Any, config: Any) -> Any:
     """The model's config object of the kind that a copied block holds."""
     for candidate in (config, config.get_text_config(decoder=True)):
-        if type(candidate) is type(found):
+        if type(candidate) is type(held):
             return candidate
-    raise UnsupportedModelError(f"materialize: a block of {type(model).__name__} holds a {type(found).__name__} that is not "
+    raise UnsupportedModelError(f"materialize: a block of {type(model).__name__} holds a {type(held).__name__} that is not "
                                 "the model's config.")
 
 

@@ -23,6 +23,7 @@ from depthpass.hf.checkpointing import not_reentrant
 from depthpass.hf.doors import DECODER, DepthDecoder, Frame, bind, call_names, inside, mixed, rebuilt, replaced
 from depthpass.hf.files import replacing
 from depthpass.hf.generation import PROMPT, check_decoding, check_generation, check_implementation
+from depthpass.hf.head_input import bare
 from depthpass.hf.host import compiled_stock
 from depthpass.hf.inputs import Call
 from depthpass.hf.loading import check_safetensors, class_to_load, load, settings_of
@@ -204,7 +205,7 @@ class DepthModel(Shown, _Stock):
                 f"the forward of {type(self).__name__} does not call {self._depth.decoder} ({type(decoder).__name__}), which "
                 "runs the program, so what it returns is not the transformed model's. Call the decoder in it."
             )
-        return finish(self, output, frame, frame.left)
+        return finish(self, bare(output), frame, frame.left)
 
     def _run_program(self, decoder: DepthModel | DepthDecoder, arguments: dict[str, Any], frame: Frame | None) -> Any:
         return run_program(self, decoder, arguments, frame)

@@ -71,9 +71,9 @@ class Layout:
     def spread(self, x: Tensor, pad: Tensor | float | bool) -> Tensor:
         """A value per column, ``[batch, n, ...]``, with ``pad`` at the pads."""
         index = self.source.reshape(*self.source.shape, *[1] * (x.dim() - 2)).expand(-1, -1, *x.shape[2:])
-        found = x.gather(1, index)
+        values = x.gather(1, index)
         mask = self.pads.reshape(*self.pads.shape, *[1] * (x.dim() - 2))
-        return torch.where(mask, torch.as_tensor(pad, dtype=x.dtype, device=x.device), found)
+        return torch.where(mask, torch.as_tensor(pad, dtype=x.dtype, device=x.device), values)
 
     def trim(self, stream: Tensor) -> Tensor:
         """``[batch, n + m, ...]`` -> ``[batch, n, ...]``."""
@@ -111,11 +111,11 @@ def pad_token(o: Op, config) -> int:
         if o["token"] >= size:
             raise SpecError(f"pad.token: expected a token below the vocabulary's {size}, got {o['token']}.")
         return o["token"]
-    found = config.get_text_config(decoder=True).pad_token_id
-    if found is None:
+    token = config.get_text_config(decoder=True).pad_token_id
+    if token is None:
         raise SpecError("pad.token: expected a token whose embedding the pads have, got none, and the config has no "
                         "pad_token_id. Write dp.Pad(tokens, token=...); a token that the data never uses may be trained.")
-    return found
+    return token
 
 
 def insert(model: DepthModel, program: Program, call: Call) -> tuple[Call, Layout | None]:
@@ -202,11 +202,11 @@ def _said(o: Op, call: Call, real: Tensor, rank: Tensor, total: Tensor) -> Tenso
     if call.ids is None:
         raise InputError(f"{who}.after: expected input_ids, in which token {o['behind']} can be found, got inputs_embeds. Say "
                          "the place as a number of real tokens.")
-    found = (call.ids == o["behind"]) & real
-    if not bool(found.any(-1).all()):
-        row = int((~found.any(-1)).nonzero()[0])
+    marks = (call.ids == o["behind"]) & real
+    if not bool(marks.any(-1).all()):
+        row = int((~marks.any(-1)).nonzero()[0])
         raise InputError(f"{who}.after: expected the token {o['behind']} in every row, got none in row {row}.")
-    return found.long().argmax(-1) + 1
+    return marks.long().argmax(-1) + 1
 
 
 def _unlabelled(labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
@@ -240,10 +240,10 @@ def _tokens(model: DepthModel, o: Op, tokens: Tensor, layout: Layout) -> Tensor:
 
 def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
     """Pads go on counting where the prompt ends; what follows comes after them."""
-    found = positions.gather(1, layout.source)
+    places = positions.gather(1, layout.source)
     order = layout.pads.long().cumsum(-1)
     # At a pad: 1, 2, .. m; after the pads: m.
-    return found + order
+    return places + order
 
 
 def _check_positions(model: DepthModel, positions: Tensor) -> None:

@@ -240,16 +240,16 @@ def sizes(program: Program, model: nn.Module | None) -> dict[str, int]:
         UnsupportedModelError: as :func:`build`.
     """
     dtype = None if model is None else next(model.parameters()).dtype
-    made = build(program, torch.empty(0, dtype=dtype, device="meta"), model)
-    return {name: p.numel() for name, p in made.named_parameters()}
+    new = build(program, torch.empty(0, dtype=dtype, device="meta"), model)
+    return {name: p.numel() for name, p in new.named_parameters()}
 
 
-def counted(made: nn.Module) -> int:
+def counted(new: nn.Module) -> int:
     """Elements of the new parameters that a transformed model has; what PEFT has put beside them is not theirs."""
     def beside(name: str) -> bool:
         return any(part == "original_module" or part.startswith("lora_") for part in name.split("."))
 
-    return sum(p.numel() for name, p in made.named_parameters() if not beside(name))
+    return sum(p.numel() for name, p in new.named_parameters() if not beside(name))
 
 
 def linear_maps(block: nn.Module) -> list[tuple[str, nn.Linear]]:

@@ -74,10 +74,10 @@ class PrefixMemo:
             _running.reset(token)
 
     def get(self, key: Hashable) -> Visited | None:
-        found = self.kept.get(key)
-        if found is not None:
+        visited = self.kept.get(key)
+        if visited is not None:
             self.kept.move_to_end(key)
-        return found
+        return visited
 
     def put(self, key: Hashable, visited: Visited) -> None:
         if visited.nbytes > self.limit or key in self.kept:
@@ -120,15 +120,15 @@ class Prefix:
             return run()
         if self.place < self.passed:
             return hidden
-        found = memo.get(self._key(self.place))
-        if found is None:
+        visited = memo.get(self._key(self.place))
+        if visited is None:
             memo.ran += 1
             stream = run()
             memo.put(self._key(self.place), Visited(stream, dict(visit.extended) if self.keep else None))
             return stream
         if self.keep:
-            visit.extended = dict(found.extended or {})
-        return found.stream
+            visit.extended = dict(visited.extended or {})
+        return visited.stream
 
 
 _running: ContextVar[Prefix | None] = ContextVar("depthpass_prefix", default=None)
@@ -136,5 +136,5 @@ _running: ContextVar[Prefix | None] = ContextVar("depthpass_prefix", default=Non
 
 def running(model: Any) -> Prefix | None:
     """The prefix that the current call of ``model`` shares, or None."""
-    found = _running.get()
-    return found if found is not None and found.model is model else None
+    prefix = _running.get()
+    return prefix if prefix is not None and prefix.model is model else None

@@ -31,12 +31,12 @@ class Tensors:
         if name not in self.given:
             raise CheckpointError(f"{self.system}: expected a tensor {name!r}, got none. Give the whole state dict of the public "
                                   "model.")
-        found = self.given[name]
-        if tuple(found.shape) != shape:
+        tensor = self.given[name]
+        if tuple(tensor.shape) != shape:
             raise CheckpointError(f"{self.system}: expected shape {shape} of {name!r}, as the config says, got "
-                                  f"{tuple(found.shape)}.")
+                                  f"{tuple(tensor.shape)}.")
         self.left.discard(name)
-        return found
+        return tensor
 
     def finish(self) -> None:
         """Refuse tensors that nothing was made of."""
@@ -74,7 +74,7 @@ def huginn_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
     ))
     scale = config["init_values"]["embed_scale"]
     words = get("transformer.wte.weight", vocabulary, width)
-    found = {
+    weights = {
         "model.embed_tokens.weight": words * scale, "lm_head.weight": tensors.get("lm_head.weight", words),
         "model.norm.weight": get("transformer.ln_f.weight", width),
         "depth.loop.inject.weight": get("transformer.adapter.weight", width, 2 * width),
@@ -83,7 +83,7 @@ def huginn_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
     parts = [*(f"prelude.{i}" for i in range(prelude)), *(f"core_block.{i}" for i in range(core)),
              *(f"coda.{i}" for i in range(coda))]
     for i, part in enumerate(parts):
-        found |= _huginn_block(get, f"transformer.{part}", i, (width, inner, heads, kv, dim), biased)
+        weights |= _huginn_block(get, f"transformer.{part}", i, (width, inner, heads, kv, dim), biased)
     get.finish()
     mean = config["mean_recurrence"]
     bptt = config.get("mean_backprop_depth", 8)
@@ -91,7 +91,7 @@ def huginn_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **opt
     std = config["init_values"]["std"] * scale
     noise = {"noise_std": std} if std > 0 else {"state": "zeros", "noise_std": 1.0, "noise_cut": None}
     loop = Loop.huginn(prelude, prelude + core, **{**noise, **drawn, **options})
-    return _filled(stock.to(words.dtype), [loop, SumNorms(eps=config["norm_eps"])], found)
+    return _filled(stock.to(words.dtype), [loop, SumNorms(eps=config["norm_eps"])], weights)
 
 
 def _huginn_block(get: Tensors, at: str, i: int, sizes: tuple[int, ...], biased: bool) -> dict[str, Tensor]:
@@ -100,7 +100,7 @@ def _huginn_block(get: Tensors, at: str, i: int, sizes: tuple[int, ...], biased:
     qkv = get(f"{at}.attn.Wqkv.weight", (heads + 2 * kv) * dim, width)
     q, k, v = qkv.split([heads * dim, kv * dim, kv * dim])
     gate, up = get(f"{at}.mlp.fc.weight", 2 * inner, width).chunk(2)
-    found = {
+    weights = {
         f"{to}.self_attn.q_proj.weight": halves_of_pairs(q, dim), f"{to}.self_attn.k_proj.weight": halves_of_pairs(k, dim),
         f"{to}.self_attn.v_proj.weight": v, f"{to}.self_attn.o_proj.weight": get(f"{at}.attn.proj.weight", width, width),
         f"{to}.mlp.gate_proj.weight": gate, f"{to}.mlp.up_proj.weight": up,
@@ -112,9 +112,9 @@ def _huginn_block(get: Tensors, at: str, i: int, sizes: tuple[int, ...], biased:
     }
     if biased:
         bias = get(f"{at}.attn.qk_bias", 2, 1, heads, dim)
-        found |= {f"{to}.self_attn.{n}_proj.bias": halves_of_pairs(b.reshape(-1), dim) for n, b in zip("qk", bias)}
-        found |= {f"{to}.self_attn.{n}_proj.bias": qkv.new_zeros(size) for n, size in (("v", kv * dim), ("o", width))}
-    return found
+        weights |= {f"{to}.self_attn.{n}_proj.bias": halves_of_pairs(b.reshape(-1), dim) for n, b in zip("qk", bias)}
+        weights |= {f"{to}.self_attn.{n}_proj.bias": qkv.new_zeros(size) for n, size in (("v", kv * dim), ("o", width))}
+    return weights
 
 
 def ouro_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **options: Any) -> Any:
@@ -145,7 +145,7 @@ def ouro_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **optio
         **_special(config), **rotary,
     ))
     words = get("model.embed_tokens.weight", vocabulary, width)
-    found = {
+    weights = {
         "model.embed_tokens.weight": words, "lm_head.weight": tensors.get("lm_head.weight", words),
         "model.norm.weight": get("model.norm.weight", width),
         "depth.loop.exit.weight": get("model.early_exit_gate.weight", 1, width),
@@ -158,7 +158,7 @@ def ouro_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **optio
         q, k = (pairs_of_halves(get(f"{at}.self_attn.{n}_proj.weight", count * dim, width), dim)
                 for n, count in (("q", heads), ("k", kv)))
         gate, up = (get(f"{at}.mlp.{n}_proj.weight", inner, width) for n in ("gate", "up"))
-        found |= {
+        weights |= {
             f"{at}.self_attn.q_proj.weight": q, f"{at}.self_attn.k_proj.weight": k,
             f"{at}.self_attn.v_proj.weight": get(f"{at}.self_attn.v_proj.weight", kv * dim, width),
             f"{at}.self_attn.o_proj.weight": get(f"{at}.self_attn.o_proj.weight", width, heads * dim),
@@ -168,7 +168,7 @@ def ouro_model(config: Mapping[str, Any], tensors: Mapping[str, Tensor], **optio
         }
     get.finish()
     loop = Loop(**{"times": config["total_ut_steps"], "normalize": "loop", "exit": 1.0, **options})
-    return _filled(stock.to(words.dtype), [loop], found)
+    return _filled(stock.to(words.dtype), [loop], weights)
 
 
 def halves_of_pairs(rows: Tensor, dim: int) -> Tensor:
@@ -188,9 +188,9 @@ def _special(config: Mapping[str, Any]) -> dict[str, Any]:
     return {n: config.get(n) for n in ("pad_token_id", "bos_token_id", "eos_token_id")}
 
 
-def _filled(stock: Any, spec: list[Pass], found: dict[str, Tensor]) -> Any:
+def _filled(stock: Any, spec: list[Pass], weights: dict[str, Tensor]) -> Any:
     model = transform(stock.eval(), spec)
-    missing, extra = model.load_state_dict(found, strict=False)
+    missing, extra = model.load_state_dict(weights, strict=False)
     if missing or extra:
         raise CheckpointError(f"expected a value for every parameter, got none for {missing} and unknown ones {extra}.")
     return model

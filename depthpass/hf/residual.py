@@ -183,18 +183,18 @@ class ResidualSlots(dict):
         return self._bound(number, super().__getitem__(number))
 
     def get(self, number: int, default: Any = None) -> Any:
-        found = super().get(number, default)
-        return self._bound(number, found)
+        slot = super().get(number, default)
+        return self._bound(number, slot)
 
     def values(self) -> Any:
         return [self[n] for n in self]
 
     def copy(self) -> ResidualSlots:
         """The same slots, to be advanced by themselves."""
-        made = ResidualSlots({}, self.bases, self.bits, self.errors)
-        dict.update(made, self)
-        made.packed = dict(self.packed)
-        return made
+        slots = ResidualSlots({}, self.bases, self.bits, self.errors)
+        dict.update(slots, self)
+        slots.packed = dict(self.packed)
+        return slots
 
 
 def packed_state(state: State, program: Program, bits: int, errors: dict[int, Tensor]) -> State:

@@ -45,13 +45,13 @@ def routing_of(model: nn.Module, outputs: Any, attention_mask: Tensor | None = N
     """
     program = transformed(model, "routing_of").depth_program
     routes = {t.args[0]: t["name"] for t in program.taps if program.defs[t.args[0]].kind == "route"}
-    found = getattr(outputs, "taps", {})
-    missing = [o.name for o in program if o.kind == "route" and routes.get(o.name) not in found]
+    taps = getattr(outputs, "taps", {})
+    missing = [o.name for o in program if o.kind == "route" and routes.get(o.name) not in taps]
     if missing or not routes:
         raise InputError("routing_of: expected outputs with taps of every route, got none for "
                          f"{', '.join('%' + m for m in missing) or 'a program without routes'}. Give the pass taps=True, and "
                          "the outputs of this model.")
-    taken = {name.removesuffix(".taken"): found[name] for name in routes.values()}
+    taken = {name.removesuffix(".taken"): taps[name] for name in routes.values()}
     like = next(iter(taken.values()))
     valid = torch.ones_like(like) if attention_mask is None else attention_mask.bool()
     if valid.shape != like.shape:

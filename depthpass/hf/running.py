@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from depthpass.capture import Capture
@@ -16,6 +16,7 @@ from depthpass.hf.cache import NAMES, DepthCache
 from depthpass.hf.columns import shapes_only
 from depthpass.hf.doors import DepthDecoder, Frame, Left, call_names
 from depthpass.hf.growth import without_cache
+from depthpass.hf.head_input import HeadInput
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call, normalise, warn_frozen
@@ -52,6 +53,7 @@ class DecoderCall:
         pool: training losses of its runs.
         lowered: how each serial region was run.
         ran: the programs that ran, with their rows and columns.
+        compiled: whether it was one compiled token.
     """
 
     model: DepthModel
@@ -62,6 +64,7 @@ class DecoderCall:
     pool: Pool
     lowered: Recorder = field(default_factory=Recorder)
     ran: list[tuple[Program, int, int]] = field(default_factory=list)
+    compiled: bool = False
 
     def host(self) -> StockHost:
         return StockHost(self.model, self.captured, (), self.pool)
@@ -129,6 +132,8 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     left = Left(now.captured, streams, plan.heads, now.pool.values(), now.sweeps and tuple(now.sweeps.solves))
     if frame is not None:
         frame.left = left
+        if now.compiled:
+            output["last_hidden_state"] = output.last_hidden_state.as_subclass(HeadInput)
     else:
         decorate(model, output, left)
         if decoder is not model:
@@ -147,7 +152,10 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
         parts, streams = _advance_packed(now, call.packing)
         return parts, streams, state
     with shapes_only(call.tensors["attention_mask"]):
-        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, call, state, now.lowered)
+        # A token behind pads stands behind them in the state, too.
+        behind = insert(now.model, plan.program, call)[0] if state.pads is not None else call
+        step = None if call.hidden_states else advance_token(now.model, plan, now.captured, behind, state, now.lowered)
+        now.compiled = step is not None
         advanced = step or _advance(now, state)
     rows, columns = call.tensors["attention_mask"].shape
     now.ran += [(p.program, rows if some is None else len(some), columns) for p, some in now.groups]
@@ -173,8 +181,8 @@ def _advance(now: DecoderCall, state: State) -> tuple[list[Tensor], Streams, Sta
     warn_parts(model, host.counts)
     if layout is not None:
         streams, state.pads = {name: layout.trim(x) for name, x in streams.items()}, layout.pads
-    elif state.pads is not None:
-        state.pads = nn.functional.pad(state.pads, (0, hidden.shape[1]))
+    else:
+        state.pads = state.longer_pads(hidden.shape[1])
     return list(host.part(now.captured.head, call.tensors, streams["output"])), streams, state
 
 

@@ -34,6 +34,7 @@ class Runtime:
         bindings: the live tensors that each part and block of a capture reads, by its id.
         watches: what the captures depend on, as it was at the last calls, newest last.
         tokens: compiled steps of one decoded token, by what they were compiled for.
+        ready: what the last compiled step asked of the model, while its watch stays the same.
         ran: the programs of the last call with their rows and columns, for ledgers; never read to decide what runs.
         lowered: the lowered programs of the last call and how each serial region was run, likewise.
         said_compiled, said_parts: whether a user of torch.compile was told that it does nothing, and one of hooks that they
@@ -53,6 +54,7 @@ class Runtime:
     bindings: dict[int, list[Callable[[], Tensor]]] = field(default_factory=dict)
     watches: list[Watch] = field(default_factory=list)
     tokens: dict[tuple, Any] = field(default_factory=dict)
+    ready: Any = None
     ran: tuple[tuple[Program, int, int], ...] = ()
     drafted: object = None
     lowered: LoweredCall = field(default_factory=LoweredCall)

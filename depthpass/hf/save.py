@@ -86,5 +86,8 @@ def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | No
     chunk = held.get("chunk")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise SpecError(f"{where}: config.depthpass.chunk: expected an integer of at least 1, got {shown(chunk)}.")
-    policy = load_schedule(held["schedule"]) if "schedule" in held else None
+    try:
+        policy = load_schedule(held["schedule"]) if "schedule" in held else None
+    except SpecError as error:
+        raise SpecError(f"{where}: config.depthpass.schedule: {error}") from error
     return held["spec"], chunk, held.get("parameters"), policy

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -56,11 +57,8 @@ def advance_token(
 
     length = state.length
     rooms = StaticCache.of(state, capacity(length + 1))
-    valid = None
-    if call.valid is not None:
-        valid = nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
-    batch = next(iter(call.tensors.values())).shape[0]
-    names = sorted(call.tensors)
+    valid = None if call.valid is None else nn.functional.pad(call.valid, (0, rooms.columns - length - 1))
+    names, batch = sorted(call.tensors), next(iter(call.tensors.values())).shape[0]
     # The compiled code expects the strides it was made for.
     lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
     key = (
@@ -89,7 +87,7 @@ def advance_token(
     streams = {name: next(made) for name in step.streams}
     new_lines = dict(zip(lines, made, strict=True))
     slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
-    return parts, streams, State(length + 1, call.valid, slots, new_lines)
+    return parts, streams, State(length + 1, call.valid, slots, new_lines, pads=state.longer_pads(1))
 
 
 def _recorder(device: torch.device) -> type[GraphedStep]:
@@ -127,12 +125,17 @@ def _exempt(call: Call) -> str | None:
 
 def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:
     """Why a step of this program cannot be compiled in this call, or None."""
+    if torch.is_autocast_enabled(next(model.parameters()).device.type):
+        return "autocast is on"
+    return _ready(model, plan, captured).reason
+
+
+def _obstacle(model: DepthModel, plan: Plan, captured: Capture) -> str | None:
+    """Why no step of this program can be compiled on this model, or None."""
     from depthpass_lowering.executors.token import refusal
 
     if reason := refusal(plan.program):
         return reason
-    if torch.is_autocast_enabled(next(model.parameters()).device.type):
-        return "autocast is on"
     host = StockHost(model, captured, ())
     if host.hooked.live:
         return "modules inside a block, the embedding or the final norm have hooks, which need module calls"
@@ -161,16 +164,54 @@ class CompiledStep:
 
 def live_tensors(model: DepthModel, plan: Plan, captured: Capture) -> list[Tensor]:
     """Every parameter and buffer that a step reads, once each, as they are now."""
+    return [read() for read in _ready(model, plan, captured).reads]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What a step asks of a model, which stays the same while its watch does.
+
+    Attributes:
+        of: watch, plan and capture.
+        reason: why no step of it can be compiled, or None.
+        reads: what reads its tensors, once each.
+    """
+
+    of: tuple[object, object, object]
+    reason: str | None
+    reads: list[Callable[[], Tensor]]
+
+
+def _ready(model: DepthModel, plan: Plan, captured: Capture) -> Ready:
+    runtime, of = model._depth, (model._depth.watches[-1], plan, captured)
+    held = runtime.ready
+    if held is None or any(a is not b for a, b in zip(held.of, of)):
+        reason = _obstacle(model, plan, captured)
+        held = runtime.ready = Ready(of, reason, [] if reason else _reads(model, plan, captured))
+    return held
+
+
+def _reads(model: DepthModel, plan: Plan, captured: Capture) -> list[Callable[[], Tensor]]:
     host = StockHost(model, captured, ())
-    found: dict[int, Tensor] = {}
+    found: dict[int, Callable[[], Tensor]] = {}
+
+    def take(reads: Iterable[Callable[[], Tensor]]) -> None:
+        for read in reads:
+            found.setdefault(id(read()), read)
+
+    def below(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
+        for m in module.modules():
+            for table in (m._parameters, m._buffers):
+                for name in (n for n, t in table.items() if t is not None):
+                    yield cast("Callable[[], Tensor]", partial(table.__getitem__, name))
+
     for part in (captured.prologue, captured.norm, captured.head):
-        found |= {id(t): t for t in host.tensors(part, host.decoder)}
+        take(host.readers(part, host.decoder))
     for index in sorted({o["index"] for o in plan.program.visits}):
-        found |= {id(t): t for t in host.bound(index)[1]}
+        take(host.readers(captured.blocks[index], host.layers[index]))
         for path in host.submodules_of(index):
-            module = host.stock_module(index, path)
-            found |= {id(t): t for t in (*module.parameters(), *module.buffers())}
-    found |= {id(t): t for t in depth_module(model).parameters()}
+            take(below(host.stock_module(index, path)))
+    take(below(depth_module(model)))
     return list(found.values())
 
 

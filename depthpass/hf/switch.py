@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from depthpass.errors import SpecError
+from depthpass.hf.blocks import check_blocks
 from depthpass.hf.context import inner_model
 from depthpass.hf.host import depth_module
 from depthpass.hf.loops import loop_of
@@ -101,11 +102,18 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
         SpecError: as :func:`set_loops`.
     """
     passes = transformed(model, "loops_of")._depth.plans.current.passes
-    found = passes[loop_of(passes, scope)]
-    return getattr(found, str(found.loop_field))
+    loop = passes[loop_of(passes, scope)]
+    return getattr(loop, str(loop.loop_field))
 
 
 def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:
+    found = _of_chunk(inner, plans, spec, chunk)
+    if found is not plans.current:
+        check_blocks(inner, found)
+    return found
+
+
+def _of_chunk(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:
     if chunk is not _SAME:
         return plans.of(inner, spec, chunk)
     before = plans.current.chunk

@@ -9,6 +9,7 @@ from torch import nn
 
 from depthpass.capture.screen import block_list
 from depthpass.errors import SpecError, UnsupportedModelError
+from depthpass.hf.blocks import check_blocks
 from depthpass.hf.context import inner_model
 from depthpass.hf.doors import DepthDecoder
 from depthpass.hf.host import depth_module
@@ -118,6 +119,7 @@ def transform(
     start_weights(block_list(turbo, runtime.layers), runtime.program, turbo.depth)
     turbo.config.depthpass = runtime.config() | own_class(type(turbo)._stock_class)
     mark(turbo.config, depth_class)
+    check_blocks(turbo, runtime.plan)
     return whole
 
 

@@ -339,11 +339,11 @@ STRUCTURAL_OPS = (
         attrs=dict(tokens=_TOKENS, token=AttrDef(int, low=0), feed=AttrDef(bool, False), at=AttrDef(int, low=1),
                    behind=AttrDef(int, low=0)),
         token_local=False, check=_pad_check,
-        pads=lambda o, before: before + o["tokens"], work=None,
+        pads=lambda o, before: before + o["tokens"], work=None, runs=frozenset({STEP}),
     ),
     OpDef(
         "trim", "tokens", attrs=dict(tokens=AttrDef(int, required=True)), token_local=False, check=_some_token,
-        accepts=_trim_accepts, pads=lambda o, before: 0, work=None,
+        accepts=_trim_accepts, pads=lambda o, before: 0, work=None, runs=frozenset({STEP}),
     ),
     OpDef(
         "tap", "name", attrs=dict(name=NAME, head=AttrDef(bool, False)), defines=False, typed=_tap_typed, work=None,

@@ -36,7 +36,8 @@ def check_loop(loop: Loop) -> None:
     kind, _, count = loop.kv.partition(":")
     counted = count.isdigit() and int(count) > 0
     known = counted if kind == "mod" else kind in ("own", "first", "last", "latest", "anchor") and not count
-    require(known or (kind == "anchor" and counted), "loop.kv", "own, first, last, latest, mod:k, anchor or anchor:k", loop.kv)
+    require(known or (kind == "anchor" and counted), "loop.kv", "own, first, last, latest, mod:k, anchor or anchor:k", loop.kv,
+            _of_huginn(loop.kv))
     require(kind != "latest" or (loop.exit is not None and loop.skip), "loop.kv", "another policy without an exit that "
             "skips visits", loop.kv, "Every token takes all iterations then: kv='own' is the same.")
     _check_exit(loop)
@@ -106,3 +107,12 @@ def settled_times(loop: Loop, tokens: int | None, drawn: bool, most: bool) -> in
     mean = max((low + high) / 2 - 1, 1e-6) if loop.mean is None else loop.mean
     fixed = loop.eval_times or min(max(round(mean) + 1, low), high)
     return max(high, fixed) if most else draw(mean, loop.sigma, low, high) if drawn else fixed
+
+
+def _of_huginn(name: str) -> str:
+    """What a policy of Huginn's public code is called here, or why it is not there; empty for other names."""
+    if name.startswith("always-last"):
+        return ("Huginn's always-last takes a token's last keys in iteration t only if some token of the row so far left before "
+                "it, so what a token reads depends on the exits of all others. kv='latest' takes the last ones up to t.")
+    known = {"full": "own", "skip": "own", "latest-m4": "latest", "available-m4": "latest", "compress-anchor": "anchor"}
+    return f"Huginn's {name} is kv={known[name]!r} here." if name in known else ""

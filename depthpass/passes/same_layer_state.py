@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import count
 from math import log
 from typing import ClassVar, Literal
 
@@ -70,7 +71,7 @@ class SameLayerState(Pass):
         if self.blend == "constant" and not self.share:
             return program
         check_whole(self.name, program, range(self.start, end))
-        ops, names = [], iter(program.fresh(16 * (end - self.start)))
+        ops, names = [], map(str, count(int(program.fresh()[0])))
         positions = {v.name: p for p, v in enumerate(visits) if self.start <= p < end}
         for o in program.ops:
             ops += self._visit(o, positions[o.name], names) if o.name in positions else [o]

@@ -12,8 +12,8 @@ from depthpass.ir.program import Op, Program, op
 from depthpass.ir.verify import infer
 from depthpass.passes.builder import Builder, with_slots
 
-__all__ = ["Builder", "after_bridges", "check_scope", "check_whole", "insert_before", "linear", "modulation", "straight",
-           "with_slots"]
+__all__ = ["Builder", "after_bridges", "block_result", "check_scope", "check_whole", "insert_before", "linear", "modulation",
+           "straight", "stream_after", "with_slots"]
 
 
 def after_bridges(program: Program, name: str) -> str:
@@ -32,6 +32,26 @@ def after_bridges(program: Program, name: str) -> str:
         if len(landings) != 1:
             return name
         name = landings[0].name
+
+
+def block_result(program: Program, visit: Op) -> str:
+    """What a visit's whole block makes: its own value, or where its network runs apart, that one's, normed if sums are."""
+    if visit["part"] == "whole":
+        return visit.name
+    mine = {visit.name}
+    for o in program.ops[program.index[visit.name] + 1 :]:
+        # A delay belongs to an earlier token.
+        if o.kind != "delay" and not mine.isdisjoint(o.args):
+            mine.add(o.name)
+            if o.kind == "ffn" and o["index"] == visit["index"]:
+                normed = [u for u in program.users(o.name) if u.kind == "rms" and u["name"]]
+                return normed[0].name if len(normed) == 1 else o.name
+    raise PassError(f"expected the feed-forward network of %{visit.name} = block {visit['index']} after it, got none.")
+
+
+def stream_after(program: Program, position: int) -> str:
+    """The stream after the block at a position, and after every bridge that lands on it."""
+    return after_bridges(program, block_result(program, program.visits[position]))
 
 
 def _comes_from_delay(program: Program, name: str) -> bool:

@@ -9,7 +9,7 @@ from typing import ClassVar
 from depthpass.errors import PassError
 from depthpass.ir.program import Program, op
 from depthpass.passes.base import Context, Numerics, Pass, require
-from depthpass.passes.streams import after_bridges, check_whole
+from depthpass.passes.streams import check_whole, stream_after
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Taps(Pass):
                 raise PassError(f"taps.at: the program already has a tap {self.scope}.v{position}. Set scope='another_name' on "
                                 "one of the passes.")
         for position in self.at:
-            stream = value = after_bridges(program, visits[position].name)
+            stream = value = stream_after(program, position)
             new = []
             if self.head:
                 (value,) = program.fresh()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Op, Program, op
-from depthpass.passes.streams import after_bridges, check_whole, insert_before, linear
+from depthpass.passes.streams import after_bridges, block_result, check_whole, insert_before, linear, stream_after
 from depthpass.passes.turboconn_layout import feeds, resolve
 
 if TYPE_CHECKING:
@@ -36,12 +36,12 @@ def bridged(spec: TurboConn, program: Program) -> Program:
         for bridge in arriving:
             ops += _arrive(spec, program, bridge, low.get(fed[bridge]), streams, names)
         ups = [o.name for o in ops if o.kind == "linear"]
-        program = _land(spec, program, visits[d].name, ops, ups, next(names))
+        program = _land(spec, program, visits[d], ops, ups, next(names))
     if rank is None:
         return program
     for s in sorted({s for s, _ in low}):
         # After every landing, so that h_s includes what arrives on block s.
-        stream = after_bridges(program, visits[s].name)
+        stream = stream_after(program, s)
         program = program.insert_after(stream, [
             linear(_parameter(spec, b, "down"), rank, stream, name=name, note=_note(spec, b), init=spec.init_std)
             for b, name in low.items() if b[0] == s
@@ -56,7 +56,7 @@ def _arrive(
     """Ops that bring one bridge's value to its destination; the last one is the linear map to the width."""
     s, note = bridge[0], _note(spec, bridge)
     shared = note if low else f"{spec.label}: bridges from {bridge[0]}"
-    source, key = low or after_bridges(program, program.visits[s].name), low or s
+    source, key = low or stream_after(program, s), low or s
     value = streams.get(key)
     ops = []
     if value is None:
@@ -70,15 +70,19 @@ def _arrive(
     return ops
 
 
-def _land(spec: TurboConn, program: Program, visit: str, ops: list[Op], ups: list[str], name: str) -> Program:
-    """Add the arriving values on the visit's output, or on its input."""
+def _land(spec: TurboConn, program: Program, visit: Op, ops: list[Op], ups: list[str], name: str) -> Program:
+    """Add the arriving values on the block's output, or on its input."""
     if spec.write == "input":
-        stream = program.defs[visit].args[0]
+        stream = program.defs[visit.name].args[0]
         ops = [*ops, op("add", stream, *ups, name=name, lands="input")]
-        return insert_before(program, visit, ops).map_ops(
-            lambda o: replace(o, args=(name, *o.args[1:])) if o.name == visit else o
-        )
-    stream = after_bridges(program, visit)
+
+        def landed(o: Op) -> Op:
+            """The visit, and what its network reads where that is its input."""
+            mine = o.name == visit.name or (o.kind == "point" and o.args[1] == visit.name)
+            return replace(o, args=(name, *o.args[1:])) if mine else o
+
+        return insert_before(program, visit.name, ops).map_ops(landed)
+    stream = after_bridges(program, block_result(program, visit))
     ops = [*ops, op("add", stream, *ups, name=name)]
     return program.insert_after(stream, ops).replace_uses(stream, name)
 

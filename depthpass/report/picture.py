@@ -98,7 +98,7 @@ def delay_edges(program: Program) -> tuple[Edge, ...]:
 def _columns(program: Program) -> dict[str, int]:
     """Columns of visits by the names of their values; a feed-forward network that runs by itself stands in its block's."""
     column = {o.name: i for i, o in enumerate(program.visits)}
-    return column | {o.name: column[o.args[0]] for o in program.ops if o.kind == "ffn"}
+    return column | {o.name: _source(program, o.args[0], column) for o in program.ops if o.kind == "ffn"}
 
 
 def _source(program: Program, value: str, column: dict[str, int]) -> int:

@@ -13,11 +13,17 @@ import networkx as nx
 from depthpass.errors import InputError, did_you_mean
 from depthpass.tasks.dags import TaskDAG
 
+NODES = 1 << 22
+"""Most nodes or edges that are drawn."""
 
-def _positive(**sizes: int) -> None:
+
+def _positive(bounded: bool = True, **sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InputError(f"{name}: expected an integer of at least 1, got {value!r}.")
+    if bounded and math.prod(sizes.values()) > NODES:
+        raise InputError(f"{' * '.join(sizes)}: expected at most {NODES}, what a DAG can be drawn for, got "
+                         f"{math.prod(sizes.values())}.")
 
 
 def _tree(n: int) -> nx.DiGraph:
@@ -114,6 +120,7 @@ def reachability(nodes: int, diameter: int | None = None) -> TaskDAG:
     ceil(log2 n) rounds.
     """
     _positive(nodes=nodes)
+    _positive(edges=2 * nodes**3)
     diameter = max(1, nodes - 1) if diameter is None else diameter
     _positive(diameter=diameter)
     graph = nx.DiGraph()
@@ -133,7 +140,7 @@ def binary_search(n: int) -> TaskDAG:
 
     This is the worst path: which item a step reads depends on the step before, so nothing runs in parallel.
     """
-    _positive(n=n)
+    _positive(bounded=False, n=n)
     graph = nx.DiGraph()
     steps = math.ceil(math.log2(n)) + 1
     graph.add_node(("compare", 0))

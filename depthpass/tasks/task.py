@@ -16,6 +16,9 @@ from depthpass.tasks.tape import Tape, Trace
 
 Size = Literal["S", "M", "L"]
 
+FAR = 32
+"""Lengths up to so many times the end of a task's longest range can be drawn; a slip of the pen would fill the memory."""
+
 
 @at_prompt
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ class Task(ABC):
         unit: what the length counts.
         ranges: lengths (both included) called S, M and L; training on S and evaluating on M and L measures length
             generalisation.
-        least, most: lengths that can be drawn at all; most None = any.
+        least, most: lengths that can be drawn at all; most None = ``FAR`` times the end of the longest range.
         source: the paper.
     """
 
@@ -164,9 +167,9 @@ class Task(ABC):
         Raises:
             InputError: it cannot.
         """
-        most = self.most
-        if isinstance(length, bool) or not isinstance(length, int) or length < self.least or (most and length > most):
-            span = f"from {self.least} to {most}" if most else f"of at least {self.least}"
+        most = self.most or FAR * max((b for _, b in self.ranges.values()), default=FAR)
+        if isinstance(length, bool) or not isinstance(length, int) or not self.least <= length <= most:
+            span = f"of at least {self.least} and at most {most}"
             said = ", ".join(f"{k} {a}-{b}" for k, (a, b) in self.ranges.items())
             raise InputError(f"task {self.name!r}: expected a length ({self.unit}) {span}, got {length!r}. Its ranges are "
                              f"{said}.")

@@ -2,11 +2,12 @@
 
 A model learns p-hop induction, not perfectly. Then the search looks for blocks to skip and repeat, on one half of the samples;
 the other half, which nobody searched on, decides between its program, the stock one and the controls. Beside the stock model
-stands one that was trained as a loop: blocks that have learned to be repeated.
+stands one that was trained as a loop, its visits as blocks: blocks that have learned to be repeated.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -37,8 +38,12 @@ def samples(problem: PHop, count: int, length: int, seed: int) -> list[tuple[lis
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     device, problem = c.get("device", "cpu"), PHop(c.hops, c.alphabet)
     made: dict[str, Any] = {"score": measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)["accuracy"]}
+    # A search begins with every block once, in order: of a loop its visits as blocks.
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="materialize")  # that they hold copies of the weights
+        base = model if arm.spec is None else dp.materialize(model)
     for method, space in c.methods:
-        found = dp.search(model, samples(problem, c.samples, c.train.length, 11), method=method, space=space,
+        found = dp.search(base, samples(problem, c.samples, c.train.length, 11), method=method, space=space,
                           score="greedy_match", budget=c.budget)
         held = {"stock": found.stock, "found": found.best, **{name: control.best for name, control in found.controls.items()}}
         made[method] = {

@@ -129,29 +129,35 @@ def hop_labels(ids: Tensor, hops: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Addition:
-    """Two numbers, least digits first; token i is a pair of digits, label i the digit of the sum."""
+    """A start token, then two numbers, least digits first: a token is a pair of digits, its label the digit of the sum.
+
+    Without the start token a model that attends to equal tokens alone cannot tell 1 + 1 from 11 + 11 in base 2.
+    """
 
     base: int = 2
 
     @property
     def vocabulary(self) -> int:
-        return self.base**2
+        return self.base**2 + 1
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
         pairs = torch.randint(self.base, (rows, length, 2), generator=generator)
+        pairs[:, 0] = 0
         labels, carry = torch.empty(rows, length, dtype=torch.long), torch.zeros(rows, dtype=torch.long)
         for i in range(length):
             total = pairs[:, i].sum(-1) + carry
             labels[:, i], carry = total % self.base, total // self.base
-        return pairs[..., 0] * self.base + pairs[..., 1], labels
+        ids = pairs[..., 0] * self.base + pairs[..., 1]
+        ids[:, 0] = self.base**2
+        return ids, labels
 
 
 @dataclass(frozen=True)
 class Formula:
     """A chain of sums and products modulo ``modulus``, worked out left to right: a start token, then operators with a digit each.
 
-    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path. Digits begin at 1, as there: a factor of 0
-    would make what came before it forgotten.
+    A label is the value so far, from 0 on: TurboConn's arithmetic on a tree that is a path. Digits begin at 1, as there: a factor
+    of 0 would make what came before it forgotten.
 
     Args:
         last: the value after the last so many tokens alone.

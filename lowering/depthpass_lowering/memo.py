@@ -7,7 +7,9 @@ import weakref
 from collections.abc import Callable, Hashable, MutableMapping
 from typing import Any, Concatenate, Generic, ParamSpec, TypeVar
 
-Owner, Made, P = TypeVar("Owner"), TypeVar("Made"), ParamSpec("P")
+Owner = TypeVar("Owner")
+Made = TypeVar("Made")
+P = ParamSpec("P")
 
 
 class Once(Generic[Owner, P, Made]):

@@ -7,12 +7,10 @@ from depthpass.ir.program import Program
 
 
 def unsupported_ops(program: Program) -> list[str]:
-    """What of a program cannot run on a model, one line each; empty when all of it can."""
-    return _misplaced_pads(program)
+    """What of a program cannot run on a model, one line each; empty when all of it can.
 
-
-def _misplaced_pads(program: Program) -> list[str]:
-    """Pads stand in the row itself, so every stream has them from the embedding to what is handed out, or none has."""
+    Pads stand in the row itself, so every stream has them from the embedding to what is handed out, or none has.
+    """
     pads = [o for o in program if o.kind == "pad"]
     if not pads:
         return []

@@ -8,6 +8,7 @@ import zoo
 from depthpass_lowering.executors.compiled import CompiledChunk, compiled_graph
 from depthpass_lowering.products.joint import Joint
 from levels import assert_same, gradients, pair
+from turbos import enliven
 
 import depthpass as dp
 from depthpass.errors import LoweringError
@@ -169,6 +170,19 @@ def test_a_state_that_was_left_behind_does_not_write_into_rooms_that_went_on(mod
         whole = torch.cat([batch["input_ids"], ids[:, :3]], 1), torch.cat([mask, mask.new_ones(2, 3)], 1)
         expected = compiled(input_ids=whole[0], attention_mask=whole[1], use_cache=False).logits[:, -2:]
     torch.testing.assert_close(torch.cat([first, went_on], 1), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_a_decoded_token_behind_latents_is_one_graph():
+    stock = enliven(zoo.model("gpt2", 2, dtype=torch.float64), std=0.2)
+    specs = [dp.TurboConn(bridges=[(1, 0)], group=2, rank=3), dp.Coconut(2, after=2)]
+    models = [dp.transform(stock, specs, lowering=level) for level in ("eager", "inductor")]
+    for m in models:
+        enliven(m.depth, seed=1, std=0.3, least=1)
+    batch, options = zoo.batch([5, 3]), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
+    found = [m.generate(**batch, **options, output_logits=True, return_dict_in_generate=True) for m in models]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    torch.testing.assert_close(torch.stack(found[1].logits), torch.stack(found[0].logits), rtol=1e-10, atol=1e-10)
+    assert len(models[1]._depth.tokens) == 1
 
 
 @pytest.mark.parametrize("wide", [False, True])

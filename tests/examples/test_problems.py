@@ -55,8 +55,9 @@ def test_p_hop(hops):
 @pytest.mark.parametrize("base", [2, 10])
 def test_addition(base):
     for ids, labels in zip(*drawn(Addition(base))):
-        a, b = (sum(d * base**i for i, d in enumerate(digits)) for digits in zip(*(divmod(t, base) for t in ids)))
-        assert sum(d * base**i for i, d in enumerate(labels)) == (a + b) % base ** len(labels)
+        assert ids[0] == base**2 and labels[0] == 0
+        a, b = (sum(d * base**i for i, d in enumerate(digits)) for digits in zip(*(divmod(t, base) for t in ids[1:])))
+        assert sum(d * base**i for i, d in enumerate(labels[1:])) == (a + b) % base ** (len(labels) - 1)
 
 
 @pytest.mark.parametrize("last", [None, 2])

@@ -71,6 +71,7 @@ SPECS = {
     "depths": dp.MixtureOfDepths(blocks=[1]),
     "pads": [spec(), dp.Pad(2, token=5)],
     "exit": dp.Loop(start=1, end=2, times=3, exit=0.6),
+    "scales": dp.Loop(0, 3, times=2, scales=True),
 }
 
 
@@ -112,6 +113,27 @@ def test_a_hook_inside_a_block_changes_what_weights_would(name):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert torch.equal(turbo.generate(**BATCH, **options), twice.generate(**BATCH, **options))
+
+
+@pytest.mark.parametrize("name", ["phi", "gpt2", "mixtral", "granite", "olmo2", "llama4_text"])
+def test_factors_of_a_visit_stand_where_modules_begin_and_end(name):
+    turbo = dp.transform(stock_of(name), dp.Loop(1, 3, times=2, scales=True))
+    enliven(turbo.depth, seed=1, least=1)
+    want, (seen, _) = logits(turbo), watched(turbo)
+    close(logits(turbo), want)
+    block = [n for n in seen if n.rpartition(".")[2] == "1"]
+    assert [seen[n] for n in block] == [2]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3_text"])
+def test_hooks_on_rotary_tables_reach_every_block(name):
+    stock = stock_of(name)
+    before = logits(stock)
+    for model in (stock, turbo := dp.transform(stock, spec())):  # new bridges add nothing yet
+        model.model.rotary_emb.register_forward_hook(lambda module, args, out: tuple(1.5 * x for x in out))
+    want = logits(stock)
+    close(logits(turbo), want)
+    assert (want - before).abs().max() > 1e-3
 
 
 def test_hooks_on_the_embedding_and_the_final_norm():
@@ -174,9 +196,9 @@ def test_adapters_and_hooks_on_them():
 
 
 def test_what_cannot_be_run_as_a_module_is_said():
-    turbo = dp.transform(stock_of("llama"), dp.LayerProgram([0, 1, 2], scales=True))
+    turbo = dp.transform(stock_of("llama"), dp.SameLayerState())
     handle = turbo.model.layers[1].mlp.register_forward_hook(lambda *a: None)
-    with pytest.raises(dp.UnsupportedModelError, match=r"block 1 has hooks on modules inside it, and a visit with scales of its"):
+    with pytest.raises(dp.UnsupportedModelError, match=r"block 1 has hooks on modules inside it, and a visit with one part"):
         logits(turbo)
     handle.remove()
     logits(turbo)

@@ -219,6 +219,15 @@ def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
         patch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 3 * forward(self, x))
         agrees(made)
         assert not torch.allclose(call(made).logits, first)
+    linear, attention = nn.functional.linear, nn.functional.scaled_dot_product_attention
+    for name, other in {  # as libraries of kernels replace them
+        "silu": lambda x, inplace=False: x.relu(), "linear": lambda *a: 2 * linear(*a),
+        "scaled_dot_product_attention": lambda *a, **b: 2 * attention(*a, **b),
+    }.items():
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.functional, name, other)
+            agrees(made)
+            assert not torch.allclose(call(made).logits, first)
     assert torch.equal(call(made).logits, first)
 
 

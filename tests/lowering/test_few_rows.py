@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from depthpass_lowering.executors.token import _attention
 from depthpass_lowering.fx_passes.few_rows import few_rows_pass
+from depthpass_lowering.products import rows as row_products
 from torch.fx.experimental.proxy_tensor import make_fx
+from turbos import transformed
+
+import depthpass as dp
+from depthpass.hf.head import apply_head
+from depthpass.hf.head_input import HeadInput, bare
 
 
 @pytest.mark.parametrize(("rows", "dtype", "bias", "count"), [
@@ -46,3 +52,35 @@ def test_attention_of_a_few_queries_equals_sdpa(batch):
     torch.testing.assert_close(
         _attention(q, k, v, seen, 0.3), F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=0.3), rtol=1e-5, atol=1e-6
     )
+
+
+def test_a_large_product_outside_of_a_graph():
+    torch.manual_seed(0)
+    x, w, b = (torch.randn(*s, dtype=torch.bfloat16) for s in ((2, 1, 1024), (1031, 1024), (1031,)))
+    with torch.no_grad():
+        assert row_products.fits(x, w, b)
+        for a, c in ((x.float(), w.float()), (x.expand(2, 3, -1), w), (x, w[:512]), (x, torch.randn(1024, 1031).bfloat16().t())):
+            assert not row_products.fits(a, c, None)
+        got = row_products.few_rows_product(x, w, b)
+    assert got.dtype == torch.bfloat16
+    torch.testing.assert_close(got.float(), F.linear(x.float(), w.float(), b.float()), rtol=1e-2, atol=0.3)
+    assert not row_products.fits(x, w, b), "gradients are wanted"
+
+
+@pytest.mark.parametrize("name", ["gemma2", "phi"])
+def test_stock_heads_of_a_compiled_token(name, monkeypatch):
+    """Soft-capped, and with a bias: stock code multiplies what a compiled token hands it, and sees plain tensors otherwise."""
+    made = []
+    monkeypatch.setattr(row_products, "LEAST", 1)
+    monkeypatch.setattr(row_products, "few_rows_product", lambda *given: made.append(given) or F.linear(*given))
+    model = transformed(name, dp.Identity(), torch.bfloat16)
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[3, 4]]))
+        (captured,) = model._depth.captures.values()
+        normed = torch.randn(2, 1, model.config.hidden_size, dtype=torch.bfloat16)
+        for more in ({}, {"logits_to_keep": 1}):
+            arguments = {"input_ids": torch.zeros(2, 1, dtype=torch.long), **more}
+            got = bare(apply_head(model, captured, normed.as_subclass(HeadInput), arguments))
+            assert type(got.logits) is torch.Tensor
+            assert torch.equal(got.logits, apply_head(model, captured, normed, arguments).logits)
+    assert len(made) == 2 and all(type(x) in (torch.Tensor, torch.nn.Parameter) for given in made for x in given if x is not None)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from depthpass.errors import PassError
+from depthpass.errors import PassError, SpecError
 from depthpass.ir import plain
 from depthpass.passes.base import Context, Pass
 from depthpass.passes.loop import Loop
@@ -35,3 +35,9 @@ def test_positions_that_every_token_takes_may_be_bridged() -> None:
     spec = [MixtureOfRecursions(start=1, end=3, mode="threshold"), TurboConn(bridges=[(7, 0)])]
     made = apply_spec(program, spec, Context.of(program))
     assert any(o.kind == "delay" for o in made)
+
+
+def test_huginns_names_of_key_policies_are_known() -> None:
+    for name, said in (("latest-m4", "kv='latest' here"), ("always-last-m4", "depends on the exits of all others")):
+        with pytest.raises(SpecError, match=said):
+            Loop(1, 2, times=3, exit=0.5, kv=name)

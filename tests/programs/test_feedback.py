@@ -103,7 +103,7 @@ def same_layer(row, depth, spec):
 FEEDBACK, MIDDLE = dp.FeedbackTransformer(), dp.FeedbackTransformer(start=1, end=3)
 LEARNED = dp.T2MLR(start=1, end=2, init=0.3)
 CONSTANT = dp.T2MLR(start=0, end=1, gate="constant", recurrent=0.7, input=0.4, residual=0.5, rescaled=True, limit=1.5)
-STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", share=0.6)
+STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", into="stream", share=0.6)
 BESIDE = dp.SameLayerState(start=1, end=2, blend="constant", share=0.7)
 WHOLE = dp.SameLayerState(end=2, into="stream", share=0.3)
 WANT = {
@@ -137,6 +137,25 @@ def test_outputs_gradients_and_caches(spec, name, level):
             step = model(input_ids=ids[:, first:last], attention_mask=mask[:, :last], past_key_values=cache).logits
             real = mask[:, first:last].bool()
             torch.testing.assert_close(step[real], whole[:, first:last][real], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("apart", [STATE, dp.SumNorms()], ids=["states", "norms of sums"])
+def test_what_reads_a_block_reads_its_result_where_its_network_runs_apart(apart):
+    """Taps, hidden states and bridges, behind the pass as in front of it; the picture has the networks in their columns."""
+    stock = enliven(zoo.model("mistral", 3, dtype=torch.float64), std=0.2)
+    batch, taps = zoo.batch([6]), dp.Taps(at=[0, 1])
+    before, behind = (_alive(stock, s, {}) for s in ([taps, apart], [apart, taps]))
+    with torch.no_grad():
+        want, got = before(**batch).taps, behind(**batch, output_hidden_states=True)
+    for p in (0, 1):
+        torch.testing.assert_close(got.taps[f"taps.v{p}"], want[f"taps.v{p}"], rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(got.hidden_states[p + 1], want[f"taps.v{p}"], rtol=1e-9, atol=1e-9)
+    bridge = dp.TurboConn(bridges=[(1, 0)], group=2, rank=3)
+    if apart is not STATE:  # where bridges land, their states change as well
+        first, last = (_alive(stock, s, {}) for s in ([bridge, apart], [apart, bridge]))
+        last.depth.load_state_dict(first.depth.state_dict())
+        torch.testing.assert_close(last(**batch).logits, first(**batch).logits, rtol=1e-9, atol=1e-9)
+    assert dp.report(behind, seq_len=6, cost=False).to_html().count('class="dp-cell') >= 3 * 6
 
 
 @pytest.mark.parametrize("spec", [FEEDBACK, LEARNED, STATE], ids=lambda s: s.name)

@@ -194,6 +194,6 @@ def test_two_sets_of_scales_are_refused():
 
 def test_a_block_of_another_shape_is_refused_by_name():
     model = zoo.model("opt", 2, do_layer_norm_before=False)
-    scaled = dp.transform(model, dp.LayerProgram([0, 1], scales=True))
-    with pytest.raises(dp.LoweringError, match=r"block 0 cannot be modulated.*a norm after the sum"):
-        scaled(**zoo.batch([5, 5]))
+    for spec, what in ((dp.LayerProgram([0, 1], scales=True), "modulated"), (dp.SameLayerState(), "cut between")):
+        with pytest.raises(dp.LoweringError, match=rf"block 0 cannot be {what}.*a norm after the sum"):
+            dp.transform(model, spec)

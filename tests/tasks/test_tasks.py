@@ -110,8 +110,17 @@ def test_lengths_mean_what_they_say(name):
         assert task.instance(high, 1).length == high and low <= high
     with pytest.raises(InputError, match=r"expected a length \(.*got 0.*Its ranges are S "):
         task.instance(0)
+    with pytest.raises(InputError, match=r"at most \d+, got 1000000000"):
+        task.instance(10**9)
     with pytest.raises(InputError, match="expected one of S, M, L"):
         task.span("s")
+
+
+def test_dags_that_nobody_could_draw_are_refused():
+    for name, sizes in (("parity", (10**9,)), ("edit_distance", (10**5, 10**5)), ("reachability", (10**4,))):
+        with pytest.raises(InputError, match="expected at most"):
+            dag(name, *sizes)
+    assert dag("binary_search", 10**9).depth == 31
 
 
 def test_lengths_of_problems():

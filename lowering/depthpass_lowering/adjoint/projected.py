@@ -1,7 +1,8 @@
 """Projections to q, k and v, rotary embeddings and attention of a visit as one node.
 
 By themselves they are thirty small ops and as many views of a chunk: here q and k turn together, in place, keys and values go
-to their buffer in one copy, and the gradients of all three are written side by side, as the projections' backward pass reads them.
+to their buffer in one copy, and the gradients of all three are written side by side, as the projections' backward pass
+reads them.
 """
 
 from __future__ import annotations
@@ -94,9 +95,12 @@ def _origin(x: Any) -> tuple[fx.Node, int, int, tuple | None] | None:
         if not (_for_all_heads(cos) and _for_all_heads(sin)):
             return None
         rotation, x = (cos, sin, half), x.args[0]
-    if not _one(x, aten.transpose.int) or tuple(x.args[1:]) != (1, 2) or not _one(x.args[0], aten.view.default, aten.reshape.default):
+    if not _one(x, aten.transpose.int) or tuple(x.args[1:]) != (1, 2):
         return None
-    part, sizes = x.args[0].args
+    heads = x.args[0]
+    if not _one(heads, aten.view.default, aten.reshape.default):
+        return None
+    part, sizes = heads.args
     if len(sizes) != 4 or not isinstance(sizes[3], int) or sizes[3] < 1 or not _one(part, operator.getitem):
         return None
     product, place = part.args

@@ -219,10 +219,15 @@ class Ops:
         if o["past"] is not None and o.name not in self.context.looped:
             keep = False
         visit = self._visit(o, span, masks, keep or writes_slot(o) in self.context.read)
-        visit.hidden, visit.memory = x, memory
+        visit.memory = memory
         # Truncated backpropagation: what no gradient reaches is run without recording it.
         with torch.set_grad_enabled(torch.is_grad_enabled() and o.name not in self.program.stopped):
-            y = self.host.block(o["index"], visit, x, [side_inputs[s] for s in self.host.side_inputs_of(o["index"])])
+            return self._visited(o, visit, x, [side_inputs[s] for s in self.host.side_inputs_of(o["index"])])
+
+    def _visited(self, o: Op, visit: RunningVisit, x: Tensor, tables: Sequence[Tensor]) -> Tensor:
+        """Run a visit and store its keys."""
+        visit.hidden, visit.factors = x, self._factors(o)
+        y = self.host.block(o["index"], visit, x, tables)
         visit.commit()
         return y
 
@@ -247,17 +252,10 @@ class Ops:
         used, axes, route = self._tables(o, route)
         tables = [side_inputs[s] if axis is None else route.table(side_inputs[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.context.read, route)
-        visit.factors = self._factors(o)
         if route.rows is None:
-            visit.hidden = x
-            y = self.host.block(o["index"], visit, x, tables)
-        else:
-            visit.hidden = x.index_select(0, route.rows)
-            tables = [t.index_select(0, route.rows) for t in tables]
-            y = self.host.block(o["index"], visit, visit.hidden, tables)
-            y = x.to(y.dtype).index_copy(0, route.rows, y)
-        visit.commit()
-        return y
+            return self._visited(o, visit, x, tables)
+        y = self._visited(o, visit, x.index_select(0, route.rows), [t.index_select(0, route.rows) for t in tables])
+        return x.to(y.dtype).index_copy(0, route.rows, y)
 
     def _gapless(self, o: Op, span: Span) -> bool:
         """Whether every earlier token has taken a routed visit too, so that it may go on like any other."""
@@ -280,10 +278,7 @@ class Ops:
             return x[:, :0]
         used, axes, route = self._tables(o, route)
         visit = QueryRoutedVisit(o, self.host, self.state, span, masks, keep, route, axes)
-        visit.factors = self._factors(o)
-        y = self.host.block(o["index"], visit, x, [side_inputs[s] for s in used])
-        visit.commit()
-        return y
+        return self._visited(o, visit, x, [side_inputs[s] for s in used])
 
     def _tables(self, o: Op, route: Route) -> tuple[tuple[int, ...], list[int | None], Route]:
         """The tables that a block on routed tokens reads, their token axes, and the route on the rows that may run."""

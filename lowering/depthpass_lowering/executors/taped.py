@@ -86,7 +86,7 @@ def _taped(
         active |= {nodes[i] for i in streams} | {nodes[i] for i, flow in zip(rest, flows, strict=True) if flow}
         active |= {p for p, t in zip(inputs, trained) if t}
     fold_gains_pass(gm.graph, active, inputs, dtype)
-    join_attention_pass(gm.graph, {n for n, o in zip(nodes[1:], graph.visits) if o["keys"] is None})
+    join_attention_pass(gm.graph, {n for n, o in zip(nodes[1:], graph.visits) if o.kind == "block" and o["keys"] is None})
     writers = {n for n, o in zip(nodes[1:], graph.visits) if writes_slot(o) is not None}
     count = sum(n.target in (products, absorbed, land, projected) for n in gm.graph.nodes)
     return TapedGraph(Reverse(gm, active, inputs, writers, rule_of).build(count), delays, moving)

@@ -169,6 +169,10 @@ class State:
         """Columns that callers know of."""
         return self.length - (0 if self.pads is None else int(self.pads[0].sum()))
 
+    def longer_pads(self, count: int) -> Tensor | None:
+        """``pads`` with so many more columns, which are none."""
+        return None if self.pads is None else torch.nn.functional.pad(self.pads, (0, count))
+
     @property
     def known(self) -> Tensor | None:
         """Validity of the columns that callers know of; None = all real."""

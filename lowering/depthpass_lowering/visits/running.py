@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from depthpass_kernels.gated_attention.naive import mix
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from depthpass.capture.model import Template
 from depthpass.errors import LoweringError
@@ -189,18 +189,8 @@ class RunningVisit:
         """The tensors a block is bound to, with this visit's own low-rank updates added."""
         if self.op["lora"] is None:
             return tensors
-        # PEFT moves a wrapped weight one level down.
-        place = {name.replace(".base_layer.", "."): i for i, name in enumerate(names)}
         adapted = list(tensors)
-        for path, update in self.host.module(self.op["lora"]).named_modules():
-            if not hasattr(update, "low_rank"):
-                continue
-            i = place.get(f"{path}.weight")
-            if i is None:
-                raise LoweringError(
-                    f"per-visit LoRA {self.op['lora']!r}: {path} of block {self.index} is not read by its graph (it "
-                    "belongs to an experts layer, which runs as a whole). Leave lora_rank out for this model."
-                )
+        for i, update in updates(self.op, self.host.module(self.op["lora"]), names):
             adapted[i] = adapted[i] + update().to(adapted[i].device)
         return adapted
 
@@ -235,3 +225,25 @@ def validity(slot: Slot, valid: Tensor | None) -> Tensor | None:
     if slot.valid is not None:
         return slot.valid
     return None if valid is None else valid.gather(1, slot.listed_columns)
+
+
+def updates(o: Op, lora: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.Module]]:
+    """The low-rank updates of a visit, each with the place of the weight that it belongs to.
+
+    Raises:
+        LoweringError: the block's graph does not read one of the weights.
+    """
+    # PEFT moves a wrapped weight one level down.
+    place = {name.replace(".base_layer.", "."): i for i, name in enumerate(names)}
+    found = []
+    for path, update in lora.named_modules():
+        if not hasattr(update, "low_rank"):
+            continue
+        i = place.get(f"{path}.weight")
+        if i is None:
+            raise LoweringError(
+                f"per-visit LoRA {o['lora']!r}: {path} of block {o['index']} is not read by its graph (it belongs to an "
+                "experts layer, which runs as a whole). Leave lora_rank out for this model."
+            )
+        found.append((i, update))
+    return found

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from depthpass.capture.model import Template
 from depthpass.schedule.stacking import Stack
 from depthpass_lowering.visits.cut import cut_for
 from depthpass_lowering.visits.running import RunningVisit
+
+_COMMON = ("submodule", "adapt", "graph", "modulate", "columns")
 
 
 class StackedVisit:
@@ -61,20 +64,11 @@ class StackedVisit:
                 out[i] = part
         return torch.cat(out)
 
-    def submodule(self, path: str, *args: Tensor) -> Tensor:
-        return self.members[0].submodule(path, *args)
-
-    def adapt(self, names: Sequence[str], tensors: list[Tensor]) -> list[Tensor]:
-        return self.members[0].adapt(names, tensors)
-
-    def graph(self, template: Template) -> fx.GraphModule:
-        return self.members[0].graph(template)
-
-    def modulate(self, place: str, x: Tensor) -> Tensor:
-        return self.members[0].modulate(place, x)
-
-    def columns(self, device: torch.device) -> Tensor:
-        return self.members[0].columns(device)
+    def __getattr__(self, name: str) -> Any:
+        # What the members have in common: parameters, factors, columns.
+        if name not in _COMMON:
+            raise AttributeError(f"stacked visits have no {name!r} in common")
+        return getattr(self.members[0], name)
 
     def commit(self) -> None:
         for visit in self.members:

@@ -1,0 +1,39 @@
+"""What a program asks of a model's blocks: whether they can be cut, scaled and adapted so, before anything runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from depthpass.hf.doors import call_names
+from depthpass.hf.host import depth_module
+from depthpass.hf.inputs import normalise
+from depthpass.hf.latents import as_embeddings, feeds
+from depthpass.hf.placement import home
+
+if TYPE_CHECKING:
+    from depthpass.hf.model import DepthModel
+    from depthpass.plan import Plan
+
+
+def check_blocks(model: DepthModel, plan: Plan) -> None:
+    """Refuse a program whose visits run parts of blocks, scale branches or have a LoRA, where the blocks do not let them.
+
+    Only a capture tells; the one of a plain call is made, and kept for the first call.
+
+    Raises:
+        LoweringError: naming the block and what was expected of it.
+        UnsupportedModelError: the model cannot be captured.
+    """
+    from depthpass_lowering.visits.checked import asks_of_blocks, check_visits
+
+    if not (ops := asks_of_blocks(plan.largest)):
+        return
+    decoder: Any = model.get_submodule(model._depth.decoder)
+    names = call_names(type(decoder)._stock_class)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=home(model))
+    call = normalise(model, decoder, names, {"input_ids": ids}, None)
+    if feeds(model.depth_program):
+        call = as_embeddings(model, call)
+    check_visits(ops, model._captured(call, names).blocks, depth_module(model).get_submodule)
