@@ -9,10 +9,12 @@ from depthpass.ir.program import Program, plain
 from depthpass.ir.verify import Type, infer
 from depthpass.passes.base import Context, Pass
 from depthpass.passes.pipeline import OnPass, apply_spec
+from depthpass.prompt import at_prompt
 from depthpass.schedule.regions import Schedule, schedule
 from depthpass.spec import SpecLike, dump_spec, load_spec, spec_hash
 
 
+@at_prompt
 @dataclass(frozen=True, eq=False)
 class Plan:
     """A spec applied to one model.

@@ -13,6 +13,7 @@ from typing import Literal
 import sympy as sp
 
 from depthpass.errors import InputError, did_you_mean
+from depthpass.prompt import in_notebooks
 
 Status = Literal["proven", "conditional", "no statement"]
 
@@ -28,6 +29,7 @@ _IDEAL = {
 _PAPER = {"log": "2505.18948", "fixed": "2605.30523"}
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Statement:
     """One line about a spec.

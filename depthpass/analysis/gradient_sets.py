@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from depthpass.analysis.gradients import GradientReport, gradients_of
 from depthpass.errors import InputError, did_you_mean
+from depthpass.prompt import at_prompt
 
 Response = Mapping[str, Tensor] | tuple[Sequence[int] | Tensor, Sequence[int] | Tensor]
 
 
+@at_prompt
 @dataclass(frozen=True)
 class GradientComparison:
     """Gradients of sets of responses, each the mean over its responses one by one. ``print`` it.

@@ -25,9 +25,10 @@ from depthpass.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
     from depthpass.analysis.gradient_sets import GradientComparison
-from depthpass.prompt import at_prompt
+from depthpass.prompt import at_prompt, in_notebooks
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class MatrixGradient:
     """Gradient of one weight matrix.

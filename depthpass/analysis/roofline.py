@@ -213,6 +213,7 @@ class Work:
     stack: int | None = None
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Floor:
     """Least times, in seconds.

@@ -15,8 +15,10 @@ from depthpass.hf.context import inner_model
 from depthpass.hf.ledger import Counter, Ledger
 from depthpass.hf.switch import loops_of, set_loops, transformed
 from depthpass.passes.draws import draw
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 class FlopsLedger(TrainerCallback, ExportableState):
     """Keeps a :class:`~depthpass.hf.ledger.Ledger` of a run, whatever decides the loop counts.
 

@@ -12,8 +12,10 @@ from transformers import LogitsProcessor
 
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switch import transformed
+from depthpass.prompt import at_prompt
 
 
+@at_prompt
 class LoopContrast(LogitsProcessor):
     """Logits processor that contrasts the last iteration of a loop with an earlier one.
 

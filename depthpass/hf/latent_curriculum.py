@@ -12,10 +12,12 @@ from depthpass.analysis.cost.program import Trainable
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.callbacks import FlopsLedger
 from depthpass.hf.switch import loops_of
+from depthpass.prompt import at_prompt
 
 IGNORED_LABEL = -100
 
 
+@at_prompt
 class LatentCurriculum(FlopsLedger):
     """Trainer callback and collator of Coconut's training.
 

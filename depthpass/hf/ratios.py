@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switch import transformed
 from depthpass.ir.shares import Ratios, checked_ratios
+from depthpass.prompt import at_prompt
 
 
 def set_ratios(model: nn.Module, ratios: Ratios | None) -> None:
@@ -50,6 +51,7 @@ def capacity_warmup(model: nn.Module, progress: float) -> None:
     set_ratios(model, None if progress == 1 else {k: c + (1 - c) * left for k, c in own.items()})
 
 
+@at_prompt
 class CapacityWarmup(TrainerCallback):
     """Trainer callback: start with all tokens and reach the program's own capacities after ``steps`` steps.
 

@@ -45,10 +45,7 @@ def advance_token(
         LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
     """
     runtime = model._depth
-    if runtime.lowering not in ("inductor", "cudagraph") or not _is_token(call, state):
-        return None
-    if reason := _exempt(call):
-        fallback(f"lowering={runtime.lowering!r} decodes a token uncompiled, because {reason}", asked=True)
+    if runtime.lowering not in ("inductor", "cudagraph") or not _is_step(call, state, runtime.lowering):
         return None
     if reason := refusal_of(model, plan, captured, state):
         raise LoweringError(
@@ -106,10 +103,14 @@ def _recorder(device: torch.device) -> type[GraphedStep]:
     return graphed_token.GraphedStep
 
 
-def _is_token(call: Call, state: State) -> bool:
-    """Whether a call is one token of every row behind a cache, without gradients."""
+def _is_step(call: Call, state: State, level: str) -> bool:
+    """Whether a call is one token of every row behind a cache, without gradients; says so where it is, but not one to compile."""
     tokens = next(iter(call.tensors.values()))
-    return not (torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1)
+    if torch.is_grad_enabled() or not call.use_cache or not state.length or state.record or tokens.shape[1] != 1:
+        return False
+    if reason := _exempt(call):
+        fallback(f"lowering={level!r} decodes a token uncompiled, because {reason}", asked=True)
+    return not reason
 
 
 def _exempt(call: Call) -> str | None:

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from depthpass.analysis.depth import PathVisit
+from depthpass.prompt import in_notebooks
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Segment:
     """Part of a critical path that stays at one token.

@@ -10,7 +10,7 @@ from depthpass.log import fallback
 from depthpass.report.chart import Series, line_chart
 from depthpass.report.numbers import short, times
 from depthpass.report.picture import picture
-from depthpass.report.text import heading, path_lines, size_line, spec_line, summary_rows
+from depthpass.report.text import ahead_line, heading, path_lines, size_line, spec_line, summary_rows, task_line
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -50,6 +50,7 @@ def _content(report: Report, classes: str) -> dict[str, Any]:
     ]
     return {
         "classes": classes, "heading": heading(report), "spec": spec_line(report), "size": size_line(report),
+        "notes": [*ahead_line(report), *task_line(report)],
         "summary": summary_rows(report), "depth": report.number("depth").value, "picture": Markup(picture(report)),
         "narrow": Markup(picture(report, narrow=True)),
         "charts": [(title, Markup(svg)) for title, svg in _charts(report)], "sections": sections, "path": path_lines(report),

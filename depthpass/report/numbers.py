@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 
-from depthpass.prompt import at_prompt
+from depthpass.prompt import at_prompt, in_notebooks
 
 SINGULAR = {f"{word}s": word for word in (
     "token", "block visit", "block call", "block", "step", "slot", "position", "parameter", "value", "round", "visit")}
@@ -17,6 +17,7 @@ Value = int | float | Fraction | str
 BINARY = ("KiB", "MiB", "GiB", "TiB", "PiB")
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Number:
     """One number of a report.

@@ -389,4 +389,6 @@ def _caption(report: Report, grid: _Grid) -> str:
         row += f" and {pads} {grid.after}{'s' * (pads != 1)}"
     if grid.hidden:
         row += f" ({grid.hidden} of them not drawn)"
-    return text + f"Thick: a longest path of {row}, {report.depth_at(grid.real)} block visits."
+    steps = " in all steps" if report.program.denoise is not None else ""
+    text += "One denoising step is drawn. " if steps else ""
+    return text + f"Thick: a longest path of {row}, {report.depth_at(grid.real)} block visits{steps}."

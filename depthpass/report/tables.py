@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import SpecError
 from depthpass.passes import Pass
-from depthpass.prompt import at_prompt
+from depthpass.prompt import as_html, at_prompt
 from depthpass.report.chart import Series, chart_file
 from depthpass.report.model import Report
 from depthpass.report.numbers import Value, as_json, plain, short, times
@@ -63,6 +63,10 @@ class Comparison:
         """Only the numbers in which the columns differ, each with its ratio to the first column's."""
         rows = tuple(row for row in self.rows if len(set(map(str, row[2]))) > 1)
         return replace(self, title=f"{self.title}; differences, ratios to {self.names[0]}", rows=rows, ratios=True)
+
+    def _repr_html_(self) -> str:
+        """The whole table: a notebook scrolls what is wider than it, where a prompt's lines are cut."""
+        return as_html(str(self))
 
     def __str__(self) -> str:
         cells = self.cells()

@@ -74,7 +74,7 @@ def ahead_line(report: Report) -> list[str]:
     if p.denoise is None:
         return [f"attention sees {sees}"]
     each = " for each" if p.ahead else ""
-    return [f"attention sees {sees}; {p.denoise['steps']:,} denoising steps{each}, depth is that of all"]
+    return [f"attention sees {sees}; {p.denoise['steps']:,} denoising steps{each}, depth is that of all, all else that of one"]
 
 
 def _wrapped(text: str) -> list[str]:

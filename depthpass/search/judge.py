@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from depthpass.passes.base import Pass
+from depthpass.prompt import in_notebooks
 from depthpass.search.damped import spec_of
 from depthpass.search.forward import Forward
 from depthpass.search.scores import Score, check_values
 from depthpass.search.space import Layers
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Trial:
     """A program that was scored.

@@ -13,7 +13,7 @@ import yaml
 
 from depthpass.errors import InputError
 from depthpass.passes.base import Pass
-from depthpass.prompt import at_prompt
+from depthpass.prompt import at_prompt, in_notebooks
 from depthpass.search.damped import data_of, spec_of
 from depthpass.search.heat_map import HeatMap, heat_map
 from depthpass.search.judge import Trial
@@ -22,6 +22,7 @@ from depthpass.search.statistics import Estimate
 from depthpass.spec import dump_spec
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Found:
     """One program for all samples.
@@ -55,6 +56,7 @@ class Found:
                 "held_out": self.held_out and self.held_out.to_dict(), "spec": dump_spec(self.spec)}
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Control:
     """The same budget spent without the search.
@@ -84,6 +86,7 @@ class Control:
                 "difference": self.difference and self.difference.to_dict()}
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class PerSample:
     """A program for every sample, chosen with its answer in sight: an oracle, not a method.
@@ -114,6 +117,7 @@ class PerSample:
                 "fixed": self.fixed}
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Saved:
     """Block calls over a batch that the programs of a search and its controls consist of, and those that were made.

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from depthpass.prompt import in_notebooks
+
 Z = 1.959963984540054
 """Two-sided 95 % point of the normal distribution."""
 
@@ -17,6 +19,7 @@ Total = Callable[[Sequence[int]], float]
 """A score of the samples at the given places, which may repeat."""
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Estimate:
     """A score over samples with its 95 % interval.

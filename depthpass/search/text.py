@@ -45,7 +45,7 @@ def _table(result: SearchResult) -> list[str]:
 
 
 def _row(name: str, found: Found, programs: int, mean: float | None) -> tuple[str, ...]:
-    return (name, str(found.visits), str(found.searched), _held(found), str(programs), "" if mean is None else f"{mean:.3g}")
+    return (name, str(found.visits), str(found.searched), _held(found), str(programs), "" if mean is None else f"{mean:.4g}")
 
 
 def _held(found: Found) -> str:

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Literal
 
 from depthpass.errors import InputError, did_you_mean
-from depthpass.prompt import at_prompt
+from depthpass.prompt import at_prompt, in_notebooks
 from depthpass.tasks.checker import Check, check
 from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.tape import Tape, Trace
@@ -75,6 +75,7 @@ class Instance:
         return found
 
 
+@in_notebooks
 class Task(ABC):
     """A family of problems with a length parameter.
 

@@ -84,5 +84,6 @@ def test_reports_of_models():
     assert blocks.depth_at(20) == 36 and "diffusion" not in "\n".join(s.claim for s in blocks.complexity)
     assert "earlier blocks and the own one, of 8 tokens" in blocks.to_text()
     assert "attention sees blocks of 8 tokens; 4 denoising steps for each, depth is that of all" in str(blocks)
+    assert "denoising steps for each" in (page := blocks.to_html()) and "One denoising step is drawn." in page
     only = dp.report(model, dp.Bidirectional(), seq_len=9, cost=False).to_text()
     assert "attention sees" in only and "denoising steps" not in only

@@ -58,7 +58,7 @@ ROOMS = {
     "ir": BASE, "capture": {"errors"},
     "passes": BASE | {"ir", "analysis"}, "spec": BASE | {"passes"},
     "schedule": BASE | {"ir", "analysis"}, "lowered": BASE | {"ir", "schedule"},
-    "plan": {"ir", "passes", "schedule", "spec"},
+    "plan": BASE | {"ir", "passes", "schedule", "spec"},
     "analysis": BASE | {"ir", "capture", "passes", "schedule", "lowered", "hf", "tasks"},
     "lowering": BASE | {"ir", "capture", "analysis", "schedule", "lowered", "kernels"},
     "diffusion": BASE | {"passes"},

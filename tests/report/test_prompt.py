@@ -26,7 +26,10 @@ def public() -> list[object]:
     return [
         made, made.program, made.schedule, made.schedule.regions[0], made.cost, made.depths[None], made.facts, made.sections[0],
         subject(), compare(subject(), [("stock", None), ("band", BAND)], cost=False), model.depth_program, dp.DepthCache(model),
-        dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch), *dp.load_spec(BAND), dp.FixedPoint(),
+        dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch),
+        dp.gradients(model, {"a": [batch], "b": [batch]}), model._depth.plans.current, made.cost.model, made.critical_path[0],
+        made.complexity[0], dp.FlopsLedger(), dp.LatentCurriculum(1, 3), dp.ShiftSchedule(3), dp.CapacityWarmup(9),
+        tasks.get("parity"), *dp.load_spec(BAND), dp.FixedPoint(),
         tasks.get("large_add").instance(40, 0), *states(model, batch), dp.recipes.huginn(30),
     ]
 

@@ -302,6 +302,7 @@ def test_sweep_over_groups() -> None:
     assert rows["growth"] == tuple(Fraction(14, g) for g in (1, 2, 4, 8, 16))
     svg = table.to_svg()
     assert not Page(svg).open and {"1", "2", "4", "8", "16"} <= {w.strip() for w in Page(svg).words}
+    assert "runs through one block" in table._repr_html_() and "..." not in table._repr_html_()
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from torch import nn
 from depthpass.analysis.cost.flops import Count, Experts, count, in_attention
 from depthpass.analysis.cost.symbols import AttentionSite, B, n
 from depthpass.errors import UnsupportedModelError
+from depthpass.prompt import at_prompt
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ class PartCost:
         return sp.cancel(sum(self.count.gemm_flops.values(), sp.Integer(0)) / (B * n))
 
 
+@at_prompt
 @dataclass(frozen=True)
 class ModelCost:
     """What a stock model costs, symbolic in B and n.

@@ -14,7 +14,7 @@ from depthpass.analysis.cost.symbols import B, Convention, g, n
 from depthpass.analysis.roofline import Ceilings, Floor, Work, floor
 from depthpass.errors import InputError, SpecError, did_you_mean
 from depthpass.ir.program import Program
-from depthpass.prompt import at_prompt
+from depthpass.prompt import at_prompt, in_notebooks
 from depthpass.schedule import Schedule
 
 Trainable = Literal["all", "new", "none"]
@@ -25,6 +25,7 @@ TRAINABLE: dict[str, str] = {
 }
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Quantity:
     """One number of a cost table.
