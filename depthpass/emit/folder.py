@@ -60,14 +60,8 @@ def emit(
         UnsupportedModelError: the architecture's code cannot be cut open for this program.
     """
     inner = transformed(model, "emit")
-    target = Path(directory)
-    if name is None or not name:
-        name = f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"
-    if not name.isidentifier() or keyword.iskeyword(name):
-        raise InputError(f"emit.name: expected a Python name such as 'depth_llama', got {name!r}.")
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"emit: expected a folder that does not exist or is empty, got {str(directory)!r}, which is "
-                         f"{'a file' if target.is_file() else 'not empty'}. Nothing was written; choose another one.")
+    target, name = Path(directory), _module_name(inner, name)
+    _check_empty(target)
     stock, config, written = written_of(inner, name, copies)
     program = inner.depth_program
     if copies:
@@ -93,6 +87,21 @@ def emit(
         if source is not None:
             _copy_files(Path(source), folder)
     return target
+
+
+def _module_name(inner: Any, name: str | None) -> str:
+    """The name of the module to write, checked."""
+    name = name or f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise InputError(f"emit.name: expected a Python name such as 'depth_llama', got {name!r}.")
+    return name
+
+
+def _check_empty(target: Path) -> None:
+    """Refuse a folder that has something in it: nothing of it may be lost."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise InputError(f"emit: expected a folder that does not exist or is empty, got {str(target)!r}, which is "
+                         f"{'a file' if target.is_file() else 'not empty'}. Nothing was written; choose another one.")
 
 
 def written_of(inner: Any, name: str, copies: bool) -> tuple[Any, Any, Module]:

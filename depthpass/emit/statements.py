@@ -160,6 +160,32 @@ class _Writer:
                 return self._visit(o, args)
             case "delay":
                 return self._delay(o)
+            case "route":
+                return self._route(o, args)
+            case "gather":
+                return args[0]
+            case "scatter":
+                base, new, route = args
+                put = f"{base} + {new}" if o["mode"] == "add" else new
+                return f"torch.where({route}[..., None], {put}, {base})"
+            case "noise":
+                return self._noise(o)
+            case "select":
+                self.body.parts.add("leave")
+                half = len(args) // 2
+                return f"leave([{', '.join(args[:half])}], [{', '.join(args[half:])}], {o['cdf']!r})"
+        return self._local(o, args)
+
+    def _noise(self, o: Op) -> str:
+        self.body.ages = True
+        self.body.parts |= {"ages", "noise", "drawn"}
+        number = [p.name for p in self.program if p.kind == "noise"].index(o.name)
+        width = o["width"] or self.program.width
+        return f"noise(age, {number}, {_v(self.embed)}, {width}, {o['std']!r}, {o['cut']!r}, self.training)"
+
+    def _local(self, o: Op, args: Sequence[str]) -> str:
+        """A token's value from values of the same token."""
+        match o.kind:
             case "linear":
                 x = args[0] if len(args) == 1 else f"torch.cat(({', '.join(args)}), -1)"
                 return f"self.depth.{o['name']}({x})"
@@ -186,27 +212,9 @@ class _Writer:
                 return f"{self.norm}({args[0]})"
             case "detach":
                 return f"{args[0]}.detach()"
-            case "route":
-                return self._route(o, args)
-            case "gather":
-                return args[0]
-            case "scatter":
-                base, new, route = args
-                put = f"{base} + {new}" if o["mode"] == "add" else new
-                return f"torch.where({route}[..., None], {put}, {base})"
             case "distance":
                 self.body.parts.add("moved")
                 return f"moved({args[0]}, {args[1]}, {o['rule']!r})"
-            case "noise":
-                self.body.ages = True
-                self.body.parts |= {"ages", "noise", "drawn"}
-                number = [p.name for p in self.program if p.kind == "noise"].index(o.name)
-                width = o["width"] or self.program.width
-                return f"noise(age, {number}, {_v(self.embed)}, {width}, {o['std']!r}, {o['cut']!r}, self.training)"
-            case "select":
-                self.body.parts.add("leave")
-                half = len(args) // 2
-                return f"leave([{', '.join(args[:half])}], [{', '.join(args[half:])}], {o['cdf']!r})"
         raise SpecError(f"emit: expected ops that a plain forward can express, got {o.kind} of {o.note or 'its own'}.")
 
     def _route(self, o: Op, args: Sequence[str]) -> str:
