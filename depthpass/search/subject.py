@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,11 @@ def subject(model: Any) -> Iterator[tuple[Any, Any]]:
     if not _only_visits(inner.depth_program):
         raise InputError(f"search: expected a stock model or one transformed with Identity or a layer program, got one with "
                          f"{spec}, which a layer program would replace. Call dp.restore(model) first.")
+    visited = tuple(o["index"] for o in inner.depth_program.visits)
+    if visited != tuple(range(inner.depth_program.blocks)):
+        warnings.warn(f"search: this model runs {spec}, while a search starts from each block once, in order: its stock "
+                      "score is that of dp.restore(model). To search around the model's own visits, give dp.materialize(model).",
+                      UserWarning, stacklevel=4)
     module: Any = inner
     modes = {m: m.training for m in module.modules()}
     module.eval()

@@ -203,8 +203,9 @@ def test_the_model_stays_as_it_was_and_results_load(small, tmp_path):
     loaded(input_ids=ids)
     assert (tmp_path / "all" / "front.svg").read_text().startswith("<svg")
     live = dp.transform(stock, dp.LayerProgram([0, 2, 3])).train()
-    dp.search(live, small.samples, method="beam", budget=2, score="perplexity")
-    assert live.training and len(live.depth_program.visits) == 3
+    with pytest.warns(UserWarning, match="layer_program.* from each block once"):
+        found = dp.search(live, small.samples, method="beam", budget=2, score="perplexity")
+    assert found.stock.layers == tuple(range(found.blocks)) and live.training and len(live.depth_program.visits) == 3
     with pytest.raises(dp.InputError, match="json file or a folder"):
         result.save(tmp_path / "best.txt")
 
