@@ -139,7 +139,7 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
     code: list[str] = []
     if s.stateful:
         s.used.add("check_backend")
-        code.append("check_backend(kwargs)")
+        code.append("check_backend(self.config, kwargs)")
     if body.taps:
         code.append('taps = kwargs.pop("taps", None)')
     if body.past:

@@ -161,9 +161,11 @@ def check_rooms(cache: Any) -> None:
         raise NotImplementedError("gated and routed visits of layers with sliding windows need a dynamic cache.")
 
 
-def check_backend(kwargs: dict[str, Any]) -> None:
+def check_backend(config: Any, kwargs: dict[str, Any]) -> None:
     """Refuse engines that keep keys and values by themselves: they keep nothing else between tokens."""
-    if kwargs.get("attention_instances") is not None:
+    # Some hand their layers to the forward, others hang them on its modules; those only name themselves in the config.
+    engine = str(config._attn_implementation).startswith(("vllm", "sglang", "paged"))
+    if engine or kwargs.get("attention_instances") is not None:
         raise NotImplementedError("this model reads streams or keys of other layers, which stand in transformers' caches; an "
                                   "engine with attention of its own (vLLM) cannot run it.")
 

@@ -11,7 +11,8 @@ from depthpass.errors import CacheError, InputError
 
 _PLAIN: tuple[tuple[str, Any], ...] = (
     ("num_beams", 1), ("num_beam_groups", 1), ("use_cache", True), ("output_attentions", False), ("output_hidden_states", False),
-    ("assistant_model", None), ("assistant_early_exit", None), ("prompt_lookup_num_tokens", None), ("custom_generate", None),
+    ("assistant_model", None), ("assistant_tokenizer", None), ("assistant_early_exit", None), ("prompt_lookup_num_tokens", None),
+    ("custom_generate", None),
     ("inputs_embeds", None), ("prefill_chunk_size", None), ("guidance_scale", 1), ("penalty_alpha", None),
     ("dola_layers", None), ("constraints", None), ("force_words_ids", None), ("negative_prompt_ids", None),
     ("synced_gpus", False), ("prompt_length", None),

@@ -63,8 +63,7 @@ class _Decoding(Tokens):
         super().__init__(processors, criteria, config, streamer)
         self.draft, self.run, self.tokens, self.report = draft, Runner(model), tokens, report
         self.room = config.max_length
-        self.gains = Gains(draft)
-        if tokens == "auto" and self.gains.hopeless:
+        if tokens == "auto" and Gains(draft, None).hopeless:
             fallback(f"draft_tokens='auto' drafts nothing: a draft costs {draft.draft.cost} visits of {draft.model.cost}, which "
                      "would not pay if every token were kept", asked=True)
 
@@ -74,15 +73,16 @@ class _Decoding(Tokens):
 
         self.mask = mask
         self.start(ids)
+        self.gains = Gains(self.draft, self.room - ids.shape[1] - 1 if self.room is not None else None)
         self.whole: State = State(record=True)
         self.ahead: State = State(record=True)
         self.next(self._prompt()[:, -1])
         pause = 0
         while bool(self.running.any()):
-            plain = pause > 0 or self._timing() or (self.tokens == "auto" and self.gains.hopeless)
+            plain = pause > 0 or self._timing() or (self.tokens == "auto" and self.gains.idle)
             count = 0 if plain else self._count()
             started = time.perf_counter()
-            before = self.ids.shape[1]
+            before, spent = self.ids.shape[1], self.report.visits
             if count == 0:
                 self._plain()
                 took = time.perf_counter() - started
@@ -92,6 +92,7 @@ class _Decoding(Tokens):
                 self._round(count)
                 self.report.seconds += time.perf_counter() - started
                 self.report._drafted_tokens += self.ids.shape[1] - before
+                self.gains.spend(self.report.visits - spent, self.ids.shape[1] - before)
                 pause = self.gains.pause() if self.tokens == "auto" else 0
                 if pause > 0:
                     fallback("draft_tokens='auto' decodes plainly for a while, because too few drafted tokens are kept; "

@@ -147,5 +147,9 @@ def test_what_an_engine_refuses(tmp_path):
     with pytest.raises(AssertionError):
         Engine(tmp_path / "turbo")
     made = AutoModel.from_pretrained(tmp_path / "turbo", trust_remote_code=True)
+    ids = torch.tensor([[4, 5]])
     with pytest.raises(NotImplementedError, match="vLLM"):
-        made(input_ids=torch.tensor([[4, 5]]), attention_instances={0: None})
+        made(input_ids=ids, attention_instances={0: None})
+    made.config._attn_implementation = "vllm"  # newer ones hang their layers on the modules and pass nothing
+    with pytest.raises(NotImplementedError, match="vLLM"):
+        made(input_ids=ids, use_cache=False)

@@ -4,7 +4,14 @@ import pytest
 import torch
 import zoo
 from tokenizers import Tokenizer, models
-from transformers import LlamaConfig, LlamaForCausalLM, LogitsProcessor, PreTrainedTokenizerFast, StoppingCriteria
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+)
 from transformers.generation.streamers import BaseStreamer
 from turbos import enliven, transformed
 
@@ -165,33 +172,57 @@ def test_a_redrawn_token_is_distributed_as_the_model_says():
     assert ((seen - count * p) ** 2 / (count * p)).sum() < 22.5  # chi-square, 6 degrees of freedom: 0.999
 
 
-def test_sampled_rows_are_distributed_as_plain_ones():
-    """Pairs of tokens over a vocabulary of five, against exact probabilities; rows of a batch go on together."""
+DISTRIBUTED = {
+    "loop": (dp.Loop(times=2), "loop:1"),
+    "plt": (dp.ParallelLoop(loops=2, window=2), "loop:1"),
+    "bridges": ([dp.Loop(times=2), dp.TurboConn(bridges=((6, 0),), group=2, rank=4)], dp.LayerProgram([0, 1, 3])),
+    "mor": (dp.MixtureOfRecursions(recursions=2, mode="threshold"), dp.LayerProgram([0, 1, 3])),
+    "mor by token": (dp.MixtureOfRecursions(recursions=2, router="token"), dp.LayerProgram([0, 1, 3])),
+    "mod": (dp.MixtureOfDepths(mode="threshold"), dp.LayerProgram([0, 1])),
+    "exits": (dp.Loop(times=3, exit=0.5), "{pass: loop, times: 3, exit: 0.3}"),
+}
+
+
+@pytest.mark.parametrize("case", DISTRIBUTED)
+def test_sampled_rows_are_distributed_as_plain_ones(case):
+    """The last three of five tokens over a vocabulary of five, against exact probabilities; many rows go on together."""
+    spec, draft = DISTRIBUTED[case]
     torch.manual_seed(0)
-    config = LlamaConfig(vocab_size=5, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+    config = LlamaConfig(vocab_size=5, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2,
                          bos_token_id=None, eos_token_id=None, pad_token_id=0)
-    model = dp.transform(enliven(LlamaForCausalLM(config).eval(), std=0.6), dp.Loop(times=2))
-    prompt, rows, rounds = torch.tensor([[1, 3, 2]]), 16, 60
-    temperature = 1.3
+    model = dp.transform(enliven(LlamaForCausalLM(config).eval(), std=0.4), spec)
+    enliven(model.depth, seed=1, std=0.6, least=1)
+    prompt, rows, temperature = torch.tensor([[1, 3, 2]]), 8000, 1.5
+    every = torch.cartesian_prod(*[torch.arange(5)] * 5)
     with torch.no_grad():
-        first = torch.softmax(model(prompt).logits[0, -1] / temperature, -1)
-        longer = torch.cat((prompt.expand(5, -1), torch.arange(5)[:, None]), 1)
-        second = torch.softmax(model(longer).logits[:, -1] / temperature, -1)
-        longest = torch.cat((longer.repeat_interleave(5, 0), torch.arange(5).repeat(5)[:, None]), 1)
-        third = torch.softmax(model(longest).logits[:, -1] / temperature, -1).view(5, 5, 5)
-    exact = first[:, None, None] * second[:, :, None] * third
-    seen = torch.zeros(125)
-    for seed in range(rounds):
-        torch.manual_seed(seed)
-        out = model.generate(prompt.expand(rows, -1), max_new_tokens=4, do_sample=True, temperature=temperature, top_k=0,
-                             draft="loop:1", draft_tokens=2)[:, 3:]
-        assert out.shape == (rows, 4)
-        seen += torch.bincount(out[:, 0] * 25 + out[:, 1] * 5 + out[:, 2], minlength=125)
-    pairs = seen.view(5, 5, 5).sum(0)
-    want = rows * rounds * exact.sum(0)
-    assert ((pairs - want) ** 2 / want).sum() < 51.2  # 24 degrees of freedom: 0.999
+        logits = model(torch.cat((prompt.expand(len(every), -1), every), 1)).logits[:, 2:7]
+    chances = torch.softmax(logits.double() / temperature, -1).gather(2, every[..., None])
+    want = rows * chances.prod(1).view(25, 125).sum(0)
+    torch.manual_seed(0)
+    out = model.generate(prompt.expand(rows, -1), max_new_tokens=5, do_sample=True, temperature=temperature, top_k=0, draft=draft,
+                         draft_tokens=2)
     report = model.depth_drafted
-    assert 0 < report.accepted < report.drafted
+    assert 0 < report.accepted < report.drafted and max(report.chosen) == 2
+    seen = torch.bincount(out[:, 5:] @ torch.tensor([25, 5, 1]), minlength=125)
+    rare = want < 8  # too few for the approximation: counted as one
+    found, wanted = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (seen, want))
+    freedom = len(wanted) - 1
+    assert freedom > 40 and ((found - wanted) ** 2 / wanted).sum() < freedom + 3.5 * (2 * freedom) ** 0.5  # 0.999
+
+
+@pytest.mark.parametrize(("spec", "draft"), [
+    (LOOP, "loop:1"),
+    (dp.Loop(start=1, end=3, times=3, kv="first"), "loop:2"),
+    (dp.ParallelLoop(loops=3, window=3), "loop:1"),
+    (dp.MixtureOfRecursions(start=1, end=3, recursions=3, mode="threshold"), dp.LayerProgram([0, 1, 3])),
+], ids=["loop", "first", "plt", "mor"])
+def test_drafts_that_do_not_pay_cost_next_to_nothing(spec, draft):
+    model = transformed("llama", spec, torch.float32)
+    for tokens in (16, 72):
+        model.generate(BATCH["input_ids"][:1], max_new_tokens=tokens, do_sample=False, eos_token_id=None, draft=draft)
+        report = model.depth_drafted
+        assert report.visits <= 1.05 * report.plain_visits
+    assert report.drafted > 0 and report.chosen.count(0) > 40
 
 
 @pytest.mark.parametrize(
@@ -212,7 +243,11 @@ def test_sampled_rows_are_distributed_as_plain_ones():
         ({"draft": "loop:1", "penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
         ({"draft": "loop:1", "position_ids": torch.arange(9)[None].expand(3, -1) + 1}, "position_ids"),
         ({"draft": "loop:1", "assistant_model": zoo.model("llama", 1)}, "assistant_model"),
+        ({"draft": "loop:1", "assistant_tokenizer": _words()}, "assistant_tokenizer=None"),
         ({"draft": "loop:1", "cache_implementation": "static"}, "cache_implementation='static'"),
+        ({"draft": "loop:1", "cache_implementation": "quantized"}, "cache_implementation='quantized'"),
+        ({"draft": "loop:9"}, "shallower than the model's 10 visits per token, got .* with 20"),
+        ({"draft": dp.LayerProgram([0, 1, 7])}, "blocks in 0..3, got 7"),
     ],
 )
 def test_bad_input(more, words):
@@ -227,8 +262,9 @@ def test_other_models_caches_and_programs_are_no_drafts():
         model.generate(**BATCH, draft=zoo.model("llama", 1))
     with pytest.raises(dp.InputError, match="got a program"):
         model.generate(**BATCH, draft=model.depth_program)
-    with pytest.raises(dp.CacheError, match="no cache of your own"):
-        model.generate(**BATCH, draft="loop:1", **{zoo.CACHE: dp.DepthCache(model)})
+    for cache in (dp.DepthCache(model), DynamicCache()):
+        with pytest.raises(dp.CacheError, match=f"no cache of your own, got a {type(cache).__name__}"):
+            model.generate(**BATCH, draft="loop:1", **{zoo.CACHE: cache})
     noisy = transformed("llama", dp.Loop.huginn(1, 3), torch.float32)
     with pytest.raises(dp.InputError, match="random states"):
         noisy.generate(**BATCH, draft="loop:1")
