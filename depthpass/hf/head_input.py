@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class HeadInput(Tensor):
@@ -26,6 +26,14 @@ class HeadInput(Tensor):
             if func is F.linear and (made := _product(*args, **given)) is not None:
                 return made
             return func(*args, **given)
+
+
+def taken(model: nn.Module, decoder: nn.Module) -> bool:
+    """Whether nothing but stock code sees what the decoder hands to the head: no hook, no head or forward of others."""
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    return type(head) is nn.Linear and not any(
+        m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in (head, decoder)
+    )
 
 
 def plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from depthpass.hf.cache import NAMES, DepthCache
 from depthpass.hf.columns import shapes_only
 from depthpass.hf.doors import DepthDecoder, Frame, Left, call_names
 from depthpass.hf.growth import without_cache
-from depthpass.hf.head_input import HeadInput
+from depthpass.hf.head_input import HeadInput, taken
 from depthpass.hf.hidden_states import EMBEDDED, take_states, with_states
 from depthpass.hf.host import StockHost, depth_module
 from depthpass.hf.inputs import Call, normalise, warn_frozen
@@ -132,7 +132,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     left = Left(now.captured, streams, plan.heads, now.pool.values(), now.sweeps and tuple(now.sweeps.solves))
     if frame is not None:
         frame.left = left
-        if now.compiled:
+        if now.compiled and taken(model, decoder):
             output["last_hidden_state"] = output.last_hidden_state.as_subclass(HeadInput)
     else:
         decorate(model, output, left)

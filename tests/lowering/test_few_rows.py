@@ -11,7 +11,7 @@ from turbos import transformed
 
 import depthpass as dp
 from depthpass.hf.head import apply_head
-from depthpass.hf.head_input import HeadInput, bare
+from depthpass.hf.head_input import HeadInput, bare, taken
 
 
 @pytest.mark.parametrize(("rows", "dtype", "bias", "count"), [
@@ -61,6 +61,7 @@ def test_a_large_product_outside_of_a_graph():
         assert row_products.fits(x, w, b)
         for a, c in ((x.float(), w.float()), (x.expand(2, 3, -1), w), (x, w[:512]), (x, torch.randn(1024, 1031).bfloat16().t())):
             assert not row_products.fits(a, c, None)
+        assert not row_products.fits(x, w, b[:1].expand(1031)), "a bias that the compiled code would read with other strides"
         got = row_products.few_rows_product(x, w, b)
     assert got.dtype == torch.bfloat16
     torch.testing.assert_close(got.float(), F.linear(x.float(), w.float(), b.float()), rtol=1e-2, atol=0.3)
@@ -84,3 +85,10 @@ def test_stock_heads_of_a_compiled_token(name, monkeypatch):
             assert type(got.logits) is torch.Tensor
             assert torch.equal(got.logits, apply_head(model, captured, normed, arguments).logits)
     assert len(made) == 2 and all(type(x) in (torch.Tensor, torch.nn.Parameter) for given in made for x in given if x is not None)
+    assert taken(model, model.model)
+    for seeing in (model.lm_head, model.model):  # plain tensors for whoever looks at them
+        hook = seeing.register_forward_hook(lambda module, args, out: None)
+        assert not taken(model, model.model)
+        hook.remove()
+    model.lm_head = torch.nn.Sequential(model.lm_head)
+    assert not taken(model, model.model)

@@ -150,12 +150,21 @@ def test_what_ran_is_on_the_model():
     assert [r.reason for r in scheduled.depth_lowered] == ["one chunk without gradients"] * 2
 
 
-def test_a_second_backward_is_refused_clearly():
-    _, scheduled = pair("llama")
+def test_a_second_backward_and_weights_that_changed_before_it_are_refused_clearly():
+    eager, scheduled = pair("llama")
     loss = scheduled(**zoo.batch([7, 5]), use_cache=False).logits.sum()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="second time"):
         loss.backward()
+    for model in (eager, scheduled):
+        layer = model.model.layers[2]
+        for weight in (layer.self_attn.q_proj.weight, layer.input_layernorm.weight):
+            loss = model(**zoo.batch([7, 5]), use_cache=False).logits.sum()
+            with torch.no_grad():
+                weight.mul_(2)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+            weight.requires_grad_(False)  # a frozen weight is read again, too
 
 
 @pytest.mark.parametrize(("backward", "again"), [(True, False), (False, False), (False, True)])

@@ -83,6 +83,7 @@ class Job:
         uses = -(-run.context.count // region.size)
         self.sink = Sink(max(uses, LEAST_USES) if executor.compiled else uses)
         self.buffers: dict[int, list[Buffer]] = {}
+        self.weights: Sequence[Tensor] = ()  # what its last loop has read
         self.taped: TapedChunks | None = None
         self.chain: Tensor | None = None  # of its last chunk, through which all chunks go back
 
@@ -92,7 +93,9 @@ class Job:
 
     def loop(self, inputs: Mapping[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
-        return Loop(self, SunkHost(self.run.host, self.sink, leaves or {})).over(inputs)
+        loop = Loop(self, SunkHost(self.run.host, self.sink, leaves or {}))
+        self.weights = loop.params
+        return loop.over(inputs)
 
     def slot(self, number: int, sites: Sequence[Site]) -> list[Buffer]:
         if number not in self.buffers:
@@ -109,7 +112,7 @@ class Job:
     def release(self) -> None:
         """Let go of what only the forward loop needs: graph-bearing tensors that would keep the graph alive."""
         self.sink.products.forget()
-        self.chain = None
+        self.chain, self.weights = None, ()
         self.forget_tokens()
         for line in self.region.lines:
             self.run.state.lines.pop(line.name, None)

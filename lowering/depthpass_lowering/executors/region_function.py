@@ -101,6 +101,7 @@ class RegionFunction(torch.autograd.Function):
         buffers = [b for held in job.buffers.values() for b in held if carried.on]
         # Through the last use of every buffer: keys may have gradients that no stream has.
         tokens = [t for t in (job.chain, *(b.token for b in buffers)) if carried.on and t is not None and t.requires_grad]
+        ctx.versions = [(t, t._version) for t in job.weights if not t.is_inference()]
         # The job knows the run and the run will hold this node's outputs: keeping it here would be a cycle that no
         # collector sees. The backward pass needs the sink alone.
         job.release()
@@ -115,6 +116,14 @@ class RegionFunction(torch.autograd.Function):
         if ctx.job is None:
             raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
                                "forward again, or use lowering='eager' with retain_graph=True.")
+        changed = next((t for t, version in ctx.versions if t._version != version), None)
+        if changed is not None:
+            # The backward loop reads the weights again; autograd says the same of those that it has saved.
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an inplace operation: a weight of "
+                f"shape {list(changed.shape)} in a token loop changed between forward and backward. Change weights after "
+                "backward, or run forward again."
+            )
         (sink, outs, tokens, buffers, leaves, sources), ctx.job = ctx.job, None
         later = iter(grads[len(outs) :])
         for buffer in buffers:

@@ -25,7 +25,7 @@ def fits(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         not torch.is_grad_enabled() and x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
         and all(type(t) in (Tensor, torch.nn.Parameter) and t.dtype == x.dtype and t.device == x.device for t in given)
-        and weight.dim() == 2 and weight.is_contiguous() and weight.numel() >= LEAST
+        and weight.dim() == 2 and all(t.is_contiguous() for t in given) and weight.numel() >= LEAST
         and 0 < x.numel() <= MOST * x.shape[-1] and not torch.is_autocast_enabled("cpu")
         and not any(t.is_inference() and not torch.is_inference_mode_enabled() for t in (x, *given))
     )
