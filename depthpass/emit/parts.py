@@ -259,7 +259,7 @@ def noise(age: Tensor, number: int, like: Tensor, width: int, std: float, cut: A
     """
     shape = (*like.shape[:-1], width)
     if training:
-        x = like.new_empty(shape).normal_()
+        x = torch.randn(shape, dtype=like.dtype, device=like.device)
     else:
         x = drawn(number, age, width).double().expand(shape)
     if cut is not None:
@@ -285,7 +285,7 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
         raise RuntimeError(f"layer {module.layer_idx} was called by itself: what it reads is another layer's.")
     if reads is None or gate is not None or update:
         slots[module.layer_idx] = key, value
-    if update:
+    if update and taken_by is not None:
         own = taken(taken_by, key)[:, None, :, None]
         key, value = (torch.where(own, x, other) for x, other in zip((key, value), slots[reads], strict=True))
     elif reads is not None and gate is None:

@@ -80,11 +80,16 @@ def _join(graph: fx.Graph, node: Any) -> bool:
     node.replace_all_uses_with(made)
     graph.erase_node(node)
     for side in sides:
-        while not side.users:
-            before = side.all_input_nodes[0]
-            graph.erase_node(side)
-            side = before
+        _erase_up(side)
     return True
+
+
+def _erase_up(node: fx.Node) -> None:
+    """Erase a node nobody reads, and those before it that then nobody reads."""
+    while not node.users:
+        before = node.all_input_nodes[0]
+        node.graph.erase_node(node)
+        node = before
 
 
 def _origin(x: Any) -> tuple[fx.Node, int, int, tuple | None] | None:
