@@ -84,7 +84,7 @@ def _join(graph: fx.Graph, node: Any) -> bool:
     return True
 
 
-def _erase_up(node: fx.Node) -> None:
+def _erase_up(node: Any) -> None:
     """Erase a node nobody reads, and those before it that then nobody reads."""
     while not node.users:
         before = node.all_input_nodes[0]
