@@ -161,8 +161,11 @@ def untraced(run: Callable) -> Callable:
 
 
 def _exports() -> bool:
-    """Whether this thread exports. torch's flag is the whole process's: another thread may be making a capture."""
-    return torch.compiler.is_exporting() and (
+    """Whether this thread exports. torch's flag is the whole process's: another thread may be making a capture.
+
+    The flag itself is read: where Dynamo of torch 2.11 compiles, it takes ``torch.compiler.is_exporting()`` for true.
+    """
+    return torch.compiler._is_exporting_flag and (
         torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0
     )
 
