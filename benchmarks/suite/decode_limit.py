@@ -22,11 +22,14 @@ import depthpass as dp
 
 
 class Read:
-    """Reads so many bytes so many times and writes nothing, each time others: sums of float32."""
+    """Reads so many bytes so many times and writes nothing, each time others: sums of float32.
+
+    Ones, not zeros: pages of zeros that were never written are one page of memory, which stays in the cache.
+    """
 
     def __init__(self, size: int, steps: int):
         whole = max(size, 1 << 26)
-        self.parts, self.steps = torch.zeros(whole // size * size // 4).split(size // 4), steps
+        self.parts, self.steps = torch.ones(whole // size * size // 4).split(size // 4), steps
 
     def __call__(self) -> None:
         for step in range(self.steps):
@@ -34,12 +37,12 @@ class Read:
 
 
 class Copy:
-    """Copies so many bytes so many times, each time others: more than a cache holds."""
+    """Copies so many bytes so many times, each time others: more than a cache holds. Ones, as for :class:`Read`."""
 
     def __init__(self, size: int, steps: int):
         whole = max(size, 1 << 26)
         self.pairs = [
-            (a, b) for a, b in zip(*(torch.zeros(whole // size * size, dtype=torch.uint8).split(size) for _ in range(2)))
+            (a, b) for a, b in zip(*(torch.ones(whole // size * size, dtype=torch.uint8).split(size) for _ in range(2)))
         ]
         self.steps = steps
 
