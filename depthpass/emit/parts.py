@@ -242,7 +242,7 @@ def moved(now: Tensor, before: Tensor, rule: str) -> Tensor:
     return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def drawn(number: int, age: Tensor, width: int) -> Tensor:
     """Normal numbers that a token of a row keeps, whatever call it comes in: ``[*age.shape, width]``, 16 tokens to a seed."""
     places = age.clamp(min=0).cpu()

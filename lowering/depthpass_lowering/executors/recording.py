@@ -37,7 +37,7 @@ from depthpass_lowering.visits.routes import Route, choose
 Node = tuple[str, int]
 """(value, column of the row); what is handed out is (``output`` or a tap's name, token) behind a ``>``."""
 
-_CHOICES = ("select", "route")
+_CHOICES = ("select", "route", "distance")
 
 
 @dataclass
