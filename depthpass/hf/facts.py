@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import textwrap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -215,7 +216,8 @@ def _read(path: Path) -> Any:
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2]) or type(error).__name__
+    # transformers lists every class it knows behind what is wrong.
+    return textwrap.shorten(" ".join(lines[:2]), 240, placeholder=" ...") or type(error).__name__
 
 
 def _count(module: nn.Module) -> int:
