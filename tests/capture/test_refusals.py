@@ -8,6 +8,7 @@ import zoo
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import depthpass as dp
 from depthpass.capture import capture
 from depthpass.capture.attention import attention_style, capture_attention
 from depthpass.capture.explain import dispatches
@@ -89,6 +90,9 @@ def test_refused_by_name(what):
         assert part in message
     assert "/" not in message.replace("docs/support.md", ""), "no machine paths"
     assert "\n" not in message
+    if STATE in parts or "config.is_causal=False" in parts:  # no call could ever run: known before anything is set up
+        with pytest.raises(UnsupportedModelError, match=parts[-1]):
+            dp.transform(build(), dp.Identity())
 
 
 def test_positions_computed_from_the_row_ask_for_position_ids():
