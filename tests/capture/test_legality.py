@@ -75,6 +75,10 @@ MIXING = {
     "pairs by einsum": (
         lambda m, x: torch.einsum("bsd,btd->bst", x, x), "aten.einsum", "multiplies tokens with tokens"
     ),
+    "pairs under an ellipsis": (
+        lambda m, x: torch.einsum("bs...,bt...->bst...", x, x), "aten.einsum", "multiplies tokens with tokens"
+    ),
+    "a sum that an ellipsis hides": (lambda m, x: torch.einsum("...sd->...d", x), "aten.einsum", "sums over the tokens"),
     "pairs by broadcasting": (
         lambda m, x: (x[:, :, None] - x[:, None]).amax(-1), "aten.sub", "pairs of tokens"
     ),
@@ -220,6 +224,9 @@ LEGAL = {
     "pointwise convolution": lambda m, x: F.conv1d(x.transpose(1, 2), m.square[:, :, None]).transpose(1, 2),
     "convolution over channels": lambda m, x: F.conv1d(x.reshape(-1, 1, WIDTH), m.kernel, padding=1).view(x.shape),
     "einsum": lambda m, x: torch.einsum("bsd,de->bse", x, m.square),
+    "einsum with an ellipsis": lambda m, x: torch.einsum(
+        "...rk, rkc -> ...rc", x.unflatten(-1, (2, 6)), m.square.view(2, 6, 12)).sum(-2),
+    "einsum without a result": lambda m, x: torch.einsum("dxy,ed", x.permute(2, 0, 1), m.square).permute(1, 2, 0),
     "table by position": lambda m, x: x + m.table[torch.arange(x.shape[1])][None],
     "embedding of positions": lambda m, x: x + F.embedding(torch.arange(x.shape[1])[None], m.table),
     "constant for every token": lambda m, x: x + torch.ones(x.shape[0], x.shape[1], 1),
