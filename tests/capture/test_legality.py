@@ -138,7 +138,8 @@ MIXING = {
     "a lone token's dimension": (
         lambda m, x: x.squeeze(1).reshape(x.shape), "aten.squeeze", "would drop, when there is only one"
     ),
-    "fourier over tokens": (lambda m, x: torch.fft.fft(x, dim=1).real, "fft", "is not known to be token-local"),
+    "an op without a rule": (lambda m, x: torch.fft.fft2(x).real, "aten.fft_fft2", "is not known to be token-local"),
+    "fourier over tokens": (lambda m, x: torch.fft.fft(x, dim=1).real, "fft", "transforms the tokens"),
 }
 
 
@@ -226,6 +227,8 @@ LEGAL = {
     "einsum": lambda m, x: torch.einsum("bsd,de->bse", x, m.square),
     "einsum with an ellipsis": lambda m, x: torch.einsum(
         "...rk, rkc -> ...rc", x.unflatten(-1, (2, 6)), m.square.view(2, 6, 12)).sum(-2),
+    "a Fourier transform of channels": lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * m.angle.sum(), n=WIDTH) + torch.fft.ifft(
+        torch.fft.fft(x, dim=-1) * m.scale).real,
     "einsum without a result": lambda m, x: torch.einsum("dxy,ed", x.permute(2, 0, 1), m.square).permute(1, 2, 0),
     "table by position": lambda m, x: x + m.table[torch.arange(x.shape[1])][None],
     "embedding of positions": lambda m, x: x + F.embedding(torch.arange(x.shape[1])[None], m.table),

@@ -70,3 +70,25 @@ def test_prompts_as_keys_are_refused_by_name():
     model = peft.get_peft_model(turbo_of(stock_of("llama")), config)
     with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
         logits(model)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_on_the_parameters_of_experts(order):
+    """``target_parameters`` computes the experts' weights anew in each call: the experts run whole, their adapters included."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", target_parameters=[
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    stock = randomized(peft.get_peft_model(stock_of("mixtral", 2), config))
+    made = randomized(peft.get_peft_model(dp.transform(stock_of("mixtral", 2), dp.Identity()), config)) \
+        if order == "after" else dp.transform(stock, dp.Identity())
+    assert (logits(stock) - logits(stock_of("mixtral", 2))).abs().max() > 1e-2
+    grads = []
+    for model in (made, stock):
+        out = model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads.append((out.logits, *torch.autograd.grad(out.loss, trained)))
+    assert len(grads[0]) == 13 and all(g.abs().sum() > 0 for g in grads[1])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+    plain = logits(made)
+    made.merge_adapter()
+    torch.testing.assert_close(logits(made), plain, rtol=1e-4, atol=1e-4)
