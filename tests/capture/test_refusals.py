@@ -28,7 +28,22 @@ def lm(name: str, **fields):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields)).eval()
 
 
+class Rounds(nn.ModuleList):
+    """Blocks that the stock loop over them runs twice."""
+
+    def __getitem__(self, i):
+        found = super().__getitem__(i)
+        return [*found, *found] if isinstance(i, slice) else found
+
+
+def looping():
+    built = zoo.model("llama", 2)
+    built.model.layers = Rounds(built.model.layers)
+    return built
+
+
 REFUSED = {
+    "a model that loops by itself": (looping, ["model.layers to run exactly once", "blocks that ran: [0, 1, 0, 1]", "dp.Loop"]),
     "bloom": (lambda: lm("bloom", vocab_size=97, hidden_size=32, n_layer=1, n_head=4),
               ["BloomForCausalLM", "transformer.h.0.self_attention (BloomAttention)", ITSELF]),
     "mpt": (lambda: lm("mpt", vocab_size=97, d_model=32, n_layers=1, n_heads=4),
