@@ -63,8 +63,8 @@ def search(
             terminal (``dp.progress(False)``: none).
 
     Raises:
-        InputError: an argument cannot be honoured, a sample does not fit the model, or a score is NaN; all but the last
-            before any program runs.
+        InputError: an argument cannot be honoured, a sample does not fit the model, or a score is not finite; all but
+            the last before any program runs.
         UnsupportedModelError: the model cannot be treated.
 
     Example:

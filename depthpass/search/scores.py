@@ -74,15 +74,16 @@ def load_score(score: str | Own) -> Score:
 
 
 def check_values(name: str, layers: Layers, values: Sequence[float]) -> None:
-    """Refuse a score that is not a number.
+    """Refuse a score that is not a finite number: means, intervals and differences of it say nothing.
 
     Raises:
         InputError: naming the sample and the program.
     """
     for i, v in enumerate(values):
-        if math.isnan(v):
-            raise InputError(f"score {name}: expected a number for every sample, got NaN for sample {i} of the searched ones "
-                             f"with the program {list(layers)}. Programs cannot be compared with it: return a worst value "
+        if not math.isfinite(v):
+            got = "NaN" if math.isnan(v) else "infinity" if v > 0 else "minus infinity"
+            raise InputError(f"score {name}: expected a finite number for every sample, got {got} for sample {i} of the searched "
+                             f"ones with the program {list(layers)}. Programs cannot be compared with it: return a worst value "
                              "instead, or check the model's numbers (float16 overflows).")
 
 

@@ -124,3 +124,9 @@ def test_captures_are_logged_and_shown_on_a_terminal_alone(monkeypatch, caplog, 
     with caplog.at_level("INFO", logger="depthpass"), pytest.raises(KeyError), working("failing"):
         raise KeyError("x")
     assert "failing: KeyError after" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["search", "report", "emit"])
+def test_a_callable_package_is_itself_from_the_first_access_on(name):
+    """``dp.search.Space(..)`` as the first line of a script."""
+    assert dp.__getattr__(name) is sys.modules[f"depthpass.{name}"] is getattr(dp, name) and callable(getattr(dp, name))

@@ -291,8 +291,9 @@ def test_options_of_methods_are_checked():
 
 
 def test_wrong_scores_are_refused(small):
-    with pytest.raises(dp.InputError, match=r"NaN for sample 1 .*\[0, 1, 2, 3\]"):
-        dp.search(small.live, small.samples, score=lambda m, s: [0.0, math.nan] + [0.0] * (len(s) - 2), budget=3)
+    for value, said in ((math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "minus infinity")):
+        with pytest.raises(dp.InputError, match=rf"got {said} for sample 1 .*\[0, 1, 2, 3\]"):
+            dp.search(small.live, small.samples, score=lambda m, s: [0.0, value] + [0.0] * (len(s) - 2), budget=3)
     with pytest.raises(dp.InputError, match="expected 6 numbers"):
         dp.search(small.live, small.samples, score=lambda m, s: [0.0], budget=3)
 
