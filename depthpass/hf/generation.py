@@ -43,9 +43,9 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     if value("use_cache") is not False and (given or kwargs.get("cache_implementation") or implementation not in LAYOUTS):
         check_implementation(implementation)
     if value("assistant_early_exit") is not None:
-        raise InputError("assistant_early_exit: the draft would come from the model's own first blocks with their stock wiring, for "
-                         "which transformers edits num_hidden_layers of the live model; a transformed model's program is not cut "
-                         "that way. Pass an assistant_model, or leave it out.")
+        raise InputError("assistant_early_exit: the draft would come from the model's own first blocks with their stock wiring, "
+                         "for which transformers edits num_hidden_layers of the live model; a transformed model's program is not "
+                         "cut that way. Pass an assistant_model, or leave it out.")
 
 
 def check_implementation(name: str | None) -> None:

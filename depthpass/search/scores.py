@@ -114,7 +114,8 @@ def _own(score: Own) -> Callable[[Forward, Layers, Sequence[int]], list[float]]:
             answer: Any = score(forward.model, samples)
             if _is_number(answer) and len(samples) > 1:  # of all samples together: ask for one at a time
                 answer = [score(forward.model, [s]) for s in samples]
-        given: Any = [answer] if _is_number(answer) else answer.tolist() if isinstance(answer, torch.Tensor) else answer
+        listed = getattr(answer, "tolist", None)  # of a tensor, a NumPy array
+        given: Any = [answer] if _is_number(answer) else listed() if callable(listed) else answer
         if not isinstance(given, Sequence) or len(given) != len(samples) or not all(map(_is_number, given)):
             raise InputError(f"score: expected {len(samples)} numbers, one for each sample, got {shown(given)}. Write "
                              "score(model, samples) so that it returns a list.")
