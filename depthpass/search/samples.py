@@ -69,7 +69,7 @@ def _ids(ids: Any, where: str) -> tuple[int, ...]:
 
 
 def _is_id(token: Any) -> bool:
-    return isinstance(token, Integral) and not isinstance(token, bool) and token >= 0
+    return isinstance(token, Integral) and not isinstance(token, bool) and int(token) >= 0
 
 
 def check_fit(samples: Sequence[Sample], vocabulary: int, table: int | None, what: str = "samples") -> None:
