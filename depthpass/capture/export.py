@@ -18,6 +18,7 @@ from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
 from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
+from depthpass.capture.tidy import tidy
 from depthpass.capture.traced import Traced, from_export
 from depthpass.errors import InputError
 
@@ -131,6 +132,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
             program = torch.export.export(model, (), {**examples, **static}, dynamic_shapes=dims, strict=False)
         except Exception as error:
             raise explain(model, error, counting) from error
+    tidy(program.graph_module)
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
     return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, tuple(functions))
