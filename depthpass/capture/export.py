@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from depthpass.capture import attention
+from depthpass.capture.derivatives import own_backwards
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
 from depthpass.capture.repeats import Repeats
@@ -122,7 +123,10 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     dims |= dict.fromkeys(static)
     forward = _keyword_forward(model, tuple(dims))
     repeats = Repeats(model, layers)
-    with _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings():
+    with (
+        _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings(),
+        own_backwards(model) as functions,
+    ):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, (), {**examples, **static}, dynamic_shapes=dims, strict=False)
@@ -131,7 +135,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     tidy(program.graph_module)
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
-    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of)
+    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, tuple(functions))
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

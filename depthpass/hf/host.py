@@ -17,6 +17,7 @@ from depthpass.capture import Block, Capture, Part, Site, Template, calls
 from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
 from depthpass.capture.screen import block_list
+from depthpass.capture.structure import shallow_copy
 from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.context import in_force
 from depthpass.hf.doors import DISABLED
@@ -222,7 +223,6 @@ class StockHost:
         return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
-        from depthpass_lowering.executors.stand_ins import shallow_copy
         from depthpass_lowering.visits.attention import additive, sdpa_attention
 
         if mask is not None and mask.device != q.device:  # the block is on another device than the streams

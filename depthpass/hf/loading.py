@@ -101,8 +101,7 @@ def load(
     Raises:
         SpecError, CheckpointError: as :func:`depthpass.from_pretrained`.
     """
-    where = "the given state_dict" if path is None else str(path)
-    folder = Path(where)
+    folder = Path(where := "the given state_dict" if path is None else str(path))
     wanted = kwargs.pop("output_loading_info", False)
     lenient = kwargs.pop("ignore_mismatched_sizes", False)
     try:

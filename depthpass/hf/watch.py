@@ -137,10 +137,7 @@ class Watch:
                 self._table(value.__dict__, seen)
             elif isinstance(value, dict | list | set) and name not in _HOOKS:
                 # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
-                if value:
-                    self._table(value, seen)
-                else:
-                    self.empty.append(value)
+                self._table(value, seen) if value else self.empty.append(value)
 
     def current(self) -> bool:
         """Whether nothing has changed since this watch was made."""

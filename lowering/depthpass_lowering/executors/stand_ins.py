@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from depthpass.capture.structure import shallow_copy
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op
 from depthpass.lowered.program import LoweredRegion
@@ -66,13 +67,6 @@ def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
     twin = shallow_copy(module)
     twin._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
     twin._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
-    return twin
-
-
-def shallow_copy(module: nn.Module) -> nn.Module:
-    """Another module of the same class with the same attributes. ``copy.copy`` pickles, which parametrized modules refuse."""
-    twin = object.__new__(type(module))
-    twin.__dict__.update(module.__dict__)
     return twin
 
 
