@@ -49,7 +49,7 @@ def emit(
         model: a transformed model, with the program to write in force; merge PEFT adapters first.
         directory: a folder that does not exist or is empty.
         name: of the module and the model type; None = ``depth_`` and the stock model type.
-        copies: store the weights of every visit by themselves, for loaders that want each name in the file (vLLM's). The
+        copies: store the weights of every visit by themselves, for visits in processes of their own (pipeline parallelism). The
             file is larger, a warning says by how much, and copies that are trained on train apart.
         source: a folder whose tokenizer and other small files are copied.
 
