@@ -111,7 +111,7 @@ class Again(nn.Module):
 class LowRankLinear(Again):
     """A linear map that visits share, with a low-rank update of this visit's own."""
 
-    def __init__(self, base: nn.Module, rank: int):
+    def __init__(self, base: Any, rank: int):
         super().__init__()
         self.base = base
         self.a = nn.Parameter(base.weight.new_zeros(rank, base.weight.shape[1]))
@@ -140,7 +140,7 @@ def share(layers: nn.ModuleList, blocks: list[int], kinds: dict[type, type]) -> 
             lend(layers[blocks.index(block)], layers[place], "", kinds)
 
 
-def lend(block: nn.Module, later: nn.Module, path: str, kinds: dict[type, type]) -> None:
+def lend(block: nn.Module, later: Any, path: str, kinds: dict[type, type]) -> None:
     """Let a module of a later visit have nothing that the first visit has at ``path``, but what differs between them."""
     first, borrowed = block.get_submodule(path), {}
     for name, child in list(later.named_children()):
