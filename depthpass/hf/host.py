@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import warnings
@@ -223,6 +222,7 @@ class StockHost:
         return bool(getattr(layer, "gradient_checkpointing", False)) and layer.training
 
     def attention(self, index: int, site: Site, q, k, v, mask, causal: bool, sinks) -> Tensor:
+        from depthpass_lowering.executors.stand_ins import shallow_copy
         from depthpass_lowering.visits.attention import additive, sdpa_attention
 
         if mask is not None and mask.device != q.device:  # the block is on another device than the streams
@@ -239,7 +239,7 @@ class StockHost:
         if sinks is not None:
             # gpt_oss passes its sinks and then reads them from the module all the same: let it read what was passed.
             extra["s_aux"] = sinks
-            module = copy.copy(module)
+            module = shallow_copy(module)
             module._parameters = {**module._parameters, "sinks": sinks}
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
 

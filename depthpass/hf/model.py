@@ -115,7 +115,7 @@ class DepthModel(Shown, _Stock):
         return chosen._load(pretrained_model_name_or_path, args, kwargs, settings)
 
     @classmethod
-    def _load(cls, path: str | os.PathLike, args: tuple, kwargs: dict[str, Any], settings: dict[str, Any]) -> Any:
+    def _load(cls, path: str | os.PathLike | None, args: tuple, kwargs: dict[str, Any], settings: dict[str, Any]) -> Any:
         return load(super().from_pretrained, cls._stock_class, path, args, kwargs, settings)
 
     @classmethod

@@ -172,7 +172,7 @@ def test_a_search_per_sample_is_an_oracle_with_the_same_for_random_programs(smal
 @pytest.mark.parametrize("kind, more", [
     ("gpt2", {}), ("mistral", {"sliding_window": 3}),
     ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
-    ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 8}),
+    ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 8, "attn_implementation": "eager"}),
 ])
 def test_other_architectures(kind, more):
     stock = build(kind, **more)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
@@ -64,10 +63,16 @@ def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
     """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
     if sink is not None and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
-    twin = copy.copy(module)
-    twin.__dict__ = dict(module.__dict__)
+    twin = shallow_copy(module)
     twin._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
     twin._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
+    return twin
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Another module of the same class with the same attributes. ``copy.copy`` pickles, which parametrized modules refuse."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
     return twin
 
 
