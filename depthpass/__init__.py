@@ -212,7 +212,9 @@ if not TYPE_CHECKING:  # checkers know every name from the imports above, and re
         if name in _PACKAGES:
             return importlib.import_module(_PACKAGES[name])
         if name in _PUBLIC:
-            return getattr(importlib.import_module(_PUBLIC[name]), name)
+            module = importlib.import_module(_PUBLIC[name])
+            # `search`, `report` and `emit` are callable packages: the import above put them here, for good.
+            return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
         from depthpass.errors import did_you_mean
 
         known = {*_PUBLIC, *_PACKAGES, "__version__"}

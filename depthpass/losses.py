@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -99,6 +101,7 @@ def relay_loss(
         raise InputError(f"relay_loss: expected targets and mask for {len(chosen)} taps ({', '.join(k for k, _ in chosen)}), "
                          f"got shapes {tuple(targets.shape)} and {tuple(mask.shape)}. Pass iterations= to aligned_targets, or "
                          "scope= to choose taps.")
+    _check_numbers("relay_loss", weight=weight)
     if reduction not in ("sum", "mean"):
         raise InputError(f"relay_loss: reduction: expected 'sum' or 'mean', got {reduction!r}.")
     total = None
@@ -156,6 +159,7 @@ def exit_loss(
     """
     if form not in ("mixture", "expected"):
         raise InputError(f"exit_loss: form: expected 'mixture' or 'expected', got {form!r}.")
+    _check_numbers("exit_loss", beta=beta)
     logits, gates = _exits(getattr(taps, "taps", taps), scope)
     want, keep = _wanted("exit_loss", logits, labels)
     precise = [_precise(z[:, :-1][keep]) for z in logits]
@@ -202,6 +206,7 @@ def gate_loss(
     Raises:
         InputError: as :func:`exit_loss`, or a loop of one iteration.
     """
+    _check_numbers("gate_loss", slope=slope, threshold=threshold)
     logits, gates = _exits(getattr(taps, "taps", taps), scope, "gate_loss")
     want, keep = _wanted("gate_loss", logits, labels)
     if len(logits) < 2:
@@ -214,6 +219,12 @@ def gate_loss(
         stay = 1 - gates[t][:, :-1, 0][keep].to(go_on.dtype)
         total = total + F.binary_cross_entropy(stay, go_on, reduction="sum")
     return total / len(losses) / (int(keep.sum()) if num_items_in_batch is None else num_items_in_batch)
+
+
+def _check_numbers(who: str, **options: float) -> None:
+    for name, value in options.items():
+        if not isinstance(value, Real | Tensor) or not math.isfinite(value):
+            raise InputError(f"{who}: {name}: expected a finite number, got {value!r}.")
 
 
 def _wanted(who: str, logits: Sequence[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from depthpass.errors import SpecError
+from depthpass.errors import SpecError, did_you_mean
 from depthpass.passes.base import Pass
 from depthpass.passes.layer_program import LayerProgram
 from depthpass.passes.loop import Loop
@@ -75,6 +76,9 @@ def huginn(
         SpecError: more blocks than the model has, or options that the loop does not know.
     """
     held = _blocks(blocks)
+    if mean is not None and not (isinstance(mean, int | float) and math.isfinite(mean)):
+        raise SpecError(f"recipes.huginn.mean: expected a number or None, got {mean!r}.")
+    _check_options("huginn", options)
     for name, value, least in (("prelude", prelude, 0), ("core", core, 1), ("coda", coda, 0)):
         if type(value) is not int or value < least:
             raise SpecError(f"recipes.huginn.{name}: expected an integer of at least {least}, got {value!r}.")
@@ -117,6 +121,7 @@ def ouro(*, times: int = 4, exit: float = 0.5, stage: int = 1, **options: Any) -
     """
     if stage not in (0, 1, 2):
         raise SpecError(f"recipes.ouro.stage: expected 1, 2, or 0 for decoding, got {stage!r}.")
+    _check_options("ouro", options)
     train = stage > 0
     loop = Loop(**{"times": times, "normalize": "loop", "exit": exit, "skip": not train, "taps": train, **options})
     training = {1: {"loss": "exit_loss", "form": "expected", "beta": 0.1}, 2: {"loss": "gate_loss"}}.get(stage, {})
@@ -135,6 +140,14 @@ def from_ouro(config: Any, tensors: Any, **options: Any) -> Any:
     from depthpass.hf.public import ouro_model
 
     return ouro_model(config, tensors, **options)
+
+
+def _check_options(recipe: str, options: dict[str, Any]) -> None:
+    known = [f.name for f in fields(Loop)]
+    for name in options:
+        if name not in known:
+            raise SpecError(f"recipes.{recipe}: unknown option {name!r}.{did_you_mean(name, known)} Options are those of "
+                            "dp.Loop.")
 
 
 def _blocks(source: Any) -> int:

@@ -119,7 +119,9 @@ def compare_gradients(
     if len(listed) < 2:
         raise InputError(f"gradients: expected at least two sets of responses to compare, got {', '.join(listed) or 'none'}.")
     device = next(model.parameters()).device
-    calls = {name: [_call(f"{name}[{i}]", r, device) for i, r in enumerate(responses)] for name, responses in listed.items()}
+    embedding: Any = getattr(model, "get_input_embeddings", lambda: None)()
+    words = getattr(embedding, "num_embeddings", None)
+    calls = {name: [_call(f"{name}[{i}]", r, device, words) for i, r in enumerate(rs)] for name, rs in listed.items()}
     for name, responses in calls.items():
         if not responses:
             raise InputError(f"gradients: expected responses in every set, got none in {name!r}.")
@@ -131,7 +133,7 @@ def compare_gradients(
     return GradientComparison(found, {name: len(rs) for name, rs in calls.items()}, (cut[0], cut[1]))
 
 
-def _call(where: str, response: Response, device: torch.device) -> Mapping[str, Tensor]:
+def _call(where: str, response: Response, device: torch.device, words: int | None) -> Mapping[str, Tensor]:
     """A response as a call with labels on the response alone."""
     if isinstance(response, Mapping):
         return response
@@ -142,6 +144,8 @@ def _call(where: str, response: Response, device: torch.device) -> Mapping[str, 
     if not len(prompt) or not len(answer):
         raise InputError(f"gradients: {where}: expected a prompt and a response of at least one token, got an empty one.")
     ids = torch.cat((prompt, answer)).to(device)
+    if words is not None and not 0 <= int(ids.min()) <= int(ids.max()) < words:
+        raise InputError(f"gradients: {where}: expected token ids of 0 to {words - 1}, got {int(ids.min())} to {int(ids.max())}.")
     labels = ids.clone()
     labels[: len(prompt)] = -100
     return {"input_ids": ids[None], "labels": labels[None]}

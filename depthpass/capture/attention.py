@@ -126,10 +126,15 @@ def sees_nothing(size: int) -> str:
             "config.sliding_window to None for full attention).")
 
 
+met: set[torch.nn.Module] = set()
+"""Experts modules that the capture going on has called; one goes on at a time."""
+
+
 def capture_experts(module, hidden_states, top_k_index, top_k_weights, *args, **kwargs):
     """Experts function used during capture: the stock implementation runs at run time, on the routed block."""
     if args or kwargs:
         raise UnsupportedModelError(f"{type(module).__name__}: passes experts arguments depthpass does not know.")
+    met.add(module)
     return torch.ops.depthpass.experts(hidden_states, top_k_index, top_k_weights)
 
 

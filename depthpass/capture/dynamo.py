@@ -26,6 +26,7 @@ from depthpass.capture.outline import outline
 from depthpass.capture.ports import CACHE, block_of, mark_ports
 from depthpass.capture.retrace import argument_names, relative_stacks, retrace
 from depthpass.capture.screen import find_layers, screen
+from depthpass.capture.tidy import tidy
 from depthpass.capture.traced import Traced
 from depthpass.errors import UnsupportedModelError
 
@@ -88,6 +89,7 @@ def capture_graph(gm: fx.GraphModule, arguments: Sequence[object], model: nn.Mod
     module = retrace(gm)
     graph = module.graph
     kinds, parameters, inputs = _bind(graph, arguments, labels, model)
+    tidy(module)
     relative_stacks(graph, layers)
     _sizes_from_inputs(graph, inputs)
     graph.eliminate_dead_code()

@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from depthpass.capture import attention
+from depthpass.capture.derivatives import own_backwards
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
 from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
+from depthpass.capture.tidy import tidy
 from depthpass.capture.traced import Traced, from_export
 from depthpass.errors import InputError
 
@@ -70,6 +73,8 @@ def _capture_mode(model: nn.Module, layers: str):
         output[0 if isinstance(output, list) else "last_hidden_state"] = torch.ops.depthpass.final(output[0])
         return output
 
+    for wrapper in [m for m in model.modules() if hasattr(m, "parameter_name") and hasattr(m, "base_layer")]:
+        wrapper.__dict__["forward"] = _passing(wrapper, wrapper.forward)
     for i, layer in enumerate(block_list(model, layers)):
         before, after = mark(i)
         handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
@@ -80,10 +85,25 @@ def _capture_mode(model: nn.Module, layers: str):
     try:
         yield
     finally:
+        attention.met.clear()
         for handle in handles:
             handle.remove()
         for config, key, value in saved:
             setattr(config, key, value)
+
+
+def _passing(wrapper: Any, forward: Callable) -> Callable:
+    """The forward of PEFT's wrapper of one parameter (``target_parameters``) in a capture: experts run whole, it included."""
+
+    def passing(*args, **kwargs):
+        inner = wrapper
+        while hasattr(inner, "base_layer"):
+            inner = inner.base_layer
+        attention.met.discard(inner)
+        out = wrapper.base_layer(*args, **kwargs)
+        return out if inner in attention.met else forward(*args, **kwargs)
+
+    return passing
 
 
 def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object]) -> Traced:
@@ -103,15 +123,19 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     dims |= dict.fromkeys(static)
     forward = _keyword_forward(model, tuple(dims))
     repeats = Repeats(model, layers)
-    with _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings():
+    with (
+        _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings(),
+        own_backwards(model) as functions,
+    ):
         warnings.simplefilter("ignore")
         try:
             program = torch.export.export(model, (), {**examples, **static}, dynamic_shapes=dims, strict=False)
         except Exception as error:
             raise explain(model, error, counting) from error
+    tidy(program.graph_module)
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
-    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of)
+    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, tuple(functions))
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

@@ -100,6 +100,7 @@ class Capture:
         head: the rest; returns the flat outputs of the model.
         layers: module path of the list of blocks.
         out_spec: tree of the outputs.
+        own_backwards: functions of the model whose gradients the graphs do not have.
     """
 
     prologue: Part
@@ -110,6 +111,7 @@ class Capture:
     layers: str
     width: int
     out_spec: pytree.TreeSpec
+    own_backwards: tuple[str, ...] = ()
 
     @functools.cached_property
     def tables(self) -> Part:

@@ -72,7 +72,8 @@ class _Outliner:
         axes = tuple(self._token_axis(n) for n in self.side_nodes)
         if self.traced.out_spec is None:
             raise UnsupportedModelError("the trace does not say how the model's outputs are put together.")
-        return Capture(prologue, axes, tuple(blocks), norm, head, self.layers, self.ports.width, self.traced.out_spec)
+        return Capture(prologue, axes, tuple(blocks), norm, head, self.layers, self.ports.width, self.traced.out_spec,
+                       self.traced.own_backwards)
 
     def _token_axis(self, node: fx.Node) -> int | None:
         shape = node.meta["val"].shape

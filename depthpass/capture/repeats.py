@@ -116,7 +116,8 @@ class Repeats:
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    for module in model.modules():
+    """Every tensor of a tree, as often as it stands there: modules are shared between blocks, too (RandLoRA's bases)."""
+    for _, module in model.named_modules(remove_duplicate=False):
         for table in (module._parameters, module._buffers):
             yield from (t for t in table.values() if t is not None)
 

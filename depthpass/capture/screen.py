@@ -72,24 +72,8 @@ def screen(model: nn.Module, static: Mapping[str, object]) -> None:
     Raises:
         UnsupportedModelError: says which layer, config field or argument, and why.
     """
-    layers = find_layers(model)
-    name = type(model).__name__
-    attention_style(model)
+    screen_modules(model)
     config = text_config(model)
-    for module in model.modules():
-        own = getattr(module, "config", None)
-        if own is not None and getattr(own, "is_causal", True) is False:
-            raise UnsupportedModelError(
-                f"{name}: config.is_causal=False makes its attention bidirectional; a token that sees later tokens has "
-                "no place in a token loop. Expected a causal decoder."
-            )
-    # Tracing would find these too, after minutes of unrolled recurrences.
-    if getattr(model, "_is_stateful", False) and (mixers := _mixers(model, layers)):
-        raise UnsupportedModelError(
-            f"{name}: {', '.join(mixers)} carries a state along the tokens besides keys and values (state-space, recurrent "
-            "or linear-attention layers); a program cannot chunk or delay it yet. Use a model whose blocks mix tokens by "
-            "attention only."
-        )
     for path, module in model.named_modules():
         for kind in _rope_types(module):
             if kind in _TRACED_ROPE:
@@ -106,8 +90,33 @@ def screen(model: nn.Module, static: Mapping[str, object]) -> None:
             )
     if static.get("use_cache"):
         raise UnsupportedModelError("use_cache=True: caching is done by depthpass; capture without it.")
+
+
+def screen_modules(model: nn.Module) -> None:
+    """Refuse decoders that no call could be captured of, whatever its arguments and config: known at the transform.
+
+    Raises:
+        UnsupportedModelError: says which layer or config field, and why.
+    """
+    layers = find_layers(model)
+    name = type(model).__name__
+    attention_style(model)
     if not len(block_list(model, layers)):
         raise UnsupportedModelError(f"{name}: {layers} is empty; expected at least one block.")
+    for module in model.modules():
+        own = getattr(module, "config", None)
+        if own is not None and getattr(own, "is_causal", True) is False:
+            raise UnsupportedModelError(
+                f"{name}: config.is_causal=False makes its attention bidirectional; a token that sees later tokens has "
+                "no place in a token loop. Expected a causal decoder."
+            )
+    # Tracing would find these too, after minutes of unrolled recurrences.
+    if getattr(model, "_is_stateful", False) and (mixers := _mixers(model, layers)):
+        raise UnsupportedModelError(
+            f"{name}: {', '.join(mixers)} carries a state along the tokens besides keys and values (state-space, recurrent "
+            "or linear-attention layers); a program cannot chunk or delay it yet. Use a model whose blocks mix tokens by "
+            "attention only."
+        )
 
 
 def _mixers(model: nn.Module, layers: str) -> list[str]:

@@ -62,13 +62,15 @@ class Ports:
 
     def __init__(self, traced: Traced):
         nodes, layers, count = traced.module.graph.nodes, traced.layers, traced.count
+        ran = [block_of(n) for n in nodes if n.target is ENTER]
         self.enters = {block_of(n): n for n in nodes if n.target is ENTER}
         self.leaves = {block_of(n): n for n in nodes if n.target is LEAVE}
         finals = [n for n in nodes if n.target is FINAL]
-        if set(self.enters) != set(range(count)) or len(finals) != 1:
+        if ran != list(range(count)) or len(finals) != 1:
             raise UnsupportedModelError(
-                f"expected every block of {layers} to run exactly once and one base model output; "
-                f"blocks that ran: {sorted(self.enters)}, base model outputs: {len(finals)}."
+                f"expected every block of {layers} to run exactly once, in their order, and one base model output; "
+                f"blocks that ran: {ran}, base model outputs: {len(finals)}. A model that repeats or reorders its blocks by "
+                "itself cannot be rewired; of one that does not, dp.Loop and dp.LayerProgram make one that does."
             )
         self.final: fx.Node = finals[0]
         hidden = self.enters[0].meta["val"]

@@ -236,3 +236,10 @@ def configs(model: nn.Module) -> Iterator[Any]:
             if is_config(value) and id(value) not in seen:
                 seen[id(value)] = value
     yield from seen.values()
+
+
+def shallow_copy(module: nn.Module) -> nn.Module:
+    """Another module of the same class with the same attributes. ``copy.copy`` pickles, which parametrized modules refuse."""
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__)
+    return twin

@@ -17,6 +17,7 @@ from depthpass.errors import UnsupportedModelError
 
 _OPS = torch.ops.depthpass
 MASK, _EXPERTS = _OPS.mask.default, _OPS.experts.default
+_WRAPPED = ".base_layer"
 _ARANGES = {torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.ops.aten.arange.start_step}
 
 
@@ -79,7 +80,7 @@ class Subgraph:
 
     def copy(self, n: fx.Node, columns: bool = True) -> None:
         """Copy a node; drop checks, replace expert layers and token indices by calls on the visit."""
-        if n.target is torch.ops.aten._assert_tensor_metadata.default or n.target is MASK:
+        if n.target is MASK:
             return
         if n.op == "call_function" and str(n.target).startswith(("aten._assert", "<built-in function _assert")):
             return
@@ -88,6 +89,8 @@ class Subgraph:
             self.env[n] = self.size(val.node.expr, n)
         elif n.target is _EXPERTS:
             path = module_path(n).split(".", self.layers.count(".") + 2)[-1]
+            while path.endswith(_WRAPPED):  # PEFT's wrappers of their parameters run with them
+                path = path.removesuffix(_WRAPPED)
             self.env[n] = self.call(calls.submodule, (self.visit, path, *map_arg(n.args, self._copied)), n)
         elif columns and n.target in _ARANGES and isinstance(val, torch.Tensor) and size_of(val.shape[0]) == self.tokens:
             self.env[n] = self._columns(n, val)

@@ -29,6 +29,7 @@ class Traced:
         layers: module path of the list of blocks, e.g. ``model.layers``.
         count: number of blocks.
         repeats: blocks that were passed over, and the earlier block that each of them has the graph of.
+        own_backwards: functions that ran and whose backward is not the derivative of what was traced.
         whole_rows: what stands before the first block always sees whole rows, so it may count their tokens.
     """
 
@@ -41,10 +42,12 @@ class Traced:
     count: int
     whole_rows: bool = False
     repeats: Mapping[int, int] = field(default_factory=dict)
+    own_backwards: tuple[str, ...] = ()
 
 
 def from_export(
-    program: torch.export.ExportedProgram, layers: str, count: int, void: Container[str], repeats: Mapping[int, int]
+    program: torch.export.ExportedProgram, layers: str, count: int, void: Container[str], repeats: Mapping[int, int],
+    own_backwards: tuple[str, ...] = (),
 ) -> Traced:
     """What ``torch.export`` traced, as a :class:`Traced`.
 
@@ -57,5 +60,5 @@ def from_export(
     return Traced(
         program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, constants,
         tuple(t for n, t in signature.buffers_to_mutate.items() if n not in void), program.call_spec.out_spec, layers, count,
-        repeats=repeats,
+        repeats=repeats, own_backwards=own_backwards,
     )

@@ -101,7 +101,7 @@ def _checkpoints(add: Add) -> None:
     p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
     p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
     p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
-    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (vLLM wants every weight)")
+    p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (pipeline parallelism)")
 
 
 def _search(add: Add) -> None:

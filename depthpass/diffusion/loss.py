@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from depthpass.diffusion.model import checked_ids, new_cache, predictions, settings
+from depthpass.diffusion.model import checked_ids, maskable, new_cache, predictions, settings
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 
@@ -53,9 +53,7 @@ def diffusion_loss(
     valid = checked_ids(input_ids, attention_mask, who)
     if schedule not in SCHEDULES:
         raise InputError(f"{who}: schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}.")
-    may = _maskable(input_ids, valid, labels, who)
-    if bool(((input_ids == given.mask_token) & may).any()):
-        raise InputError(f"{who}: input_ids: token {given.mask_token} is the mask, and no text may have it where it is masked.")
+    may = maskable(input_ids, valid, labels, given.mask_token, who)
     if given.block is not None and valid is not None and not bool((valid.long().diff(dim=1) <= 0).all()):
         raise InputError(f"{who}: expected pads on the right with block={given.block}, got others: blocks are counted from a "
                          "row's first token and run together. Set tokenizer.padding_side = 'right'.")
@@ -72,18 +70,6 @@ def diffusion_loss(
     picked = predictions(logits, given)[masked]
     each = cross_entropy(picked, input_ids[masked], reduction="none")
     return (each * weight.expand_as(masked)[masked].to(each)).sum() / may.sum()
-
-
-def _maskable(ids: Tensor, valid: Tensor | None, labels: Tensor | None, who: str) -> Tensor:
-    """Which tokens may be masked, ``[batch, tokens]``."""
-    may = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    if labels is not None:
-        if labels.shape != ids.shape:
-            raise InputError(f"{who}: labels: expected shape {tuple(ids.shape)}, got {tuple(labels.shape)}.")
-        may = may & (labels != -100)
-    if not bool(may.any()):
-        raise InputError(f"{who}: expected a token that may be masked, got labels of -100 alone.")
-    return may
 
 
 def _times(ids: Tensor, given: MaskedDiffusion, time: Tensor | None, eps: float, generator, who: str) -> Tensor:

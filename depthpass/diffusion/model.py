@@ -57,6 +57,49 @@ def checked_ids(ids: object, attention_mask: object, who: str) -> Tensor | None:
     return None if bool(valid.all()) else valid
 
 
+def checked_prompts(
+    ids: Tensor, attention_mask: Tensor | None, mask_token: int, who: str, new: object, steps: object
+) -> Tensor | None:
+    """The validity mask of prompts that masks are appended to, as :func:`checked_ids` has it.
+
+    Args:
+        new, steps: how many masks and steps.
+
+    Raises:
+        InputError: as :func:`checked_ids`; counts below 1, pads that are not on the left, a prompt with a mask in it.
+    """
+    valid = checked_ids(ids, attention_mask, who)
+    for name, value in (("new_tokens", new), ("steps", steps)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InputError(f"{who}: {name}: expected an integer of at least 1, got {value!r}.")
+    if valid is not None and not bool((valid.long().diff(dim=1) >= 0).all()):
+        raise InputError(f"{who}: attention_mask: expected prompts padded on the left, got other pads. Set "
+                         "tokenizer.padding_side = 'left'.")
+    among = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    if count := int(((ids == mask_token) & among).sum()):
+        raise InputError(f"{who}: input_ids: expected prompts without the mask token {mask_token}, got {count} of them, which "
+                         "would stay masked: new tokens are appended.")
+    return valid
+
+
+def maskable(ids: Tensor, valid: Tensor | None, labels: Tensor | None, mask_token: int, who: str) -> Tensor:
+    """Which tokens may be masked, ``[batch, tokens]``.
+
+    Raises:
+        InputError: none may, labels of another shape, or a text with the mask in it.
+    """
+    may = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    if labels is not None:
+        if labels.shape != ids.shape:
+            raise InputError(f"{who}: labels: expected shape {tuple(ids.shape)}, got {tuple(labels.shape)}.")
+        may = may & (labels != -100)
+    if not bool(may.any()):
+        raise InputError(f"{who}: expected a token that may be masked, got labels of -100 alone.")
+    if bool(((ids == mask_token) & may).any()):
+        raise InputError(f"{who}: input_ids: token {mask_token} is the mask, and no text may have it where it is masked.")
+    return may
+
+
 def predictions(logits: Tensor, given: MaskedDiffusion) -> Tensor:
     """Logits of each position's own token, in float32 or better; the mask itself is never predicted."""
     if given.shift:

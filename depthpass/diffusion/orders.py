@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from depthpass.errors import InputError
+from depthpass.diffusion.noise import SAMPLERS
+from depthpass.errors import InputError, did_you_mean
+from depthpass.passes.masked_diffusion import ORDERS
 
 Planner = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 """``(logits, ids, masked, step)`` -> scores ``[batch, tokens]``, of which the highest masked ones are written; or a choice of
 positions, bools ``[batch, tokens]``, that are written as they are, those that were written before included."""
+
+
+def check_draws(who: str, order: str, temperature: float, known: Sequence[str], name: str = "order") -> None:
+    """Refuse an order that is not known, and temperatures that tokens cannot be drawn at.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if order not in known:
+        raise InputError(f"{who}: {name}: expected one of {', '.join(known)}, got {order!r}.{did_you_mean(str(order), known)}")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"{who}: temperature: expected a number of at least 0, got {temperature}.")
+
+
+def check_step(
+    sampler: str = "ode", order: str = "ancestral", guidance: float = 1.0, temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Refuse what a step of coevolution cannot do, before one runs.
+
+    Raises:
+        InputError: naming the option.
+    """
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler: expected one of {', '.join(SAMPLERS)}, got {sampler!r}."
+                         f"{did_you_mean(str(sampler), SAMPLERS)}")
+    check_draws("sample", order, temperature, [o for o in ORDERS if o != "planner"])
+    if not math.isfinite(guidance):
+        raise InputError(f"sample: guidance: expected a number, got {guidance}.")
 
 
 def scores(order: str, logits: Tensor, chosen: Tensor, generator: torch.Generator | None) -> Tensor:

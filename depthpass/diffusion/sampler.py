@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.diffusion.model import checked_ids, new_cache, predictions, settings
-from depthpass.diffusion.orders import Planner, highest, planned, scores
-from depthpass.errors import InputError, did_you_mean
+from depthpass.diffusion.model import checked_prompts, new_cache, predictions, settings
+from depthpass.diffusion.orders import Planner, check_draws, highest, planned, scores
+from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from depthpass.prompt import at_prompt
 
@@ -64,12 +64,13 @@ def denoise(
 
     Raises:
         SpecError: the model has no masked diffusion.
-        InputError: a number out of range, more steps than masks, pads that are not on the left, a planner that leaves masks.
+        InputError: a number out of range, more steps than masks, pads that are not on the left, a prompt with masks, a planner
+            that leaves masks.
     """
     given = settings(model, "denoise")
-    valid = checked_ids(input_ids, attention_mask, "denoise")
     steps, order = given.steps if steps is None else steps, given.unmask if unmask is None else unmask
-    _check(given, valid, new_tokens, steps, order, planner, temperature)
+    valid = checked_prompts(input_ids, attention_mask, given.mask_token, "denoise", new_tokens, steps)
+    _check(given, new_tokens, steps, order, planner, temperature)
     canvas = torch.cat((input_ids, input_ids.new_full((len(input_ids), new_tokens), given.mask_token)), 1)
     seen = None if valid is None else torch.cat((valid, valid.new_ones(len(valid), new_tokens)), 1)
     open_ = torch.arange(canvas.shape[1], device=canvas.device)[None] >= input_ids.shape[1]
@@ -86,24 +87,15 @@ def denoise(
     return Denoised(run.canvas, run.written, run.calls, run.tokens_run) if details else run.canvas
 
 
-def _check(given: MaskedDiffusion, valid, new: object, steps: object, order: str, planner, temperature: float) -> None:
-    for name, value in (("new_tokens", new), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"denoise: {name}: expected an integer of at least 1, got {value!r}.")
-    most = min(new, given.block or new)  # type: ignore[type-var]
-    if given.block is None and steps > most:  # type: ignore[operator]
+def _check(given: MaskedDiffusion, new: int, steps: int, order: str, planner, temperature: float) -> None:
+    most = min(new, given.block or new)
+    if given.block is None and steps > most:
         raise InputError(f"denoise: steps: expected at most one for each of {most} new tokens, got {steps}.")
-    if given.block is not None and steps > given.block:  # type: ignore[operator]
+    if given.block is not None and steps > given.block:
         raise InputError(f"denoise: steps: expected at most one per token of a block of {given.block}, got {steps}.")
-    if order not in ORDERS:
-        raise InputError(f"denoise: unmask: expected one of {', '.join(ORDERS)}, got {order!r}.{did_you_mean(order, ORDERS)}")
+    check_draws("denoise", order, temperature, ORDERS, "unmask")
     if (order == "planner") != (planner is not None):
         raise InputError("denoise: planner: expected a function together with unmask='planner', and only then.")
-    if not temperature >= 0:
-        raise InputError(f"denoise: temperature: expected at least 0, got {temperature}.")
-    if valid is not None and not bool((valid.long().diff(dim=1) >= 0).all()):
-        raise InputError("denoise: attention_mask: expected prompts padded on the left, got other pads. Set "
-                         "tokenizer.padding_side = 'left'.")
 
 
 class _Run:

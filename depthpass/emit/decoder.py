@@ -8,11 +8,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from depthpass.emit.branches import modulated_forward
-from depthpass.emit.outer import biases
 from depthpass.emit.statements import Body, body_of, new_modules
 from depthpass.emit.stock import Forward, attention_forward, check_handed_on, forward_of
-from depthpass.emit.subject import PREFIX, Subject, indented
-from depthpass.emit.templates import CHUNKS, CUT, TIES
+from depthpass.emit.subject import AGAIN, PREFIX, Subject, indented
+from depthpass.emit.templates import CHUNKS, CUT
 from depthpass.errors import UnsupportedModelError
 from depthpass.ir.program import Op
 
@@ -42,9 +41,9 @@ def decoder_class(s: Subject) -> str:
                 raise UnsupportedModelError(f"emit: expected a {type(module).__name__} that hands **kwargs to its blocks, which "
                                             "timesteps and scales come in, got one that does not.")
             classes += _layers(s, s.body)
-    lines += _init(s)
-    if not s.copies:
-        lines += TIES.replace("LAYERS", s.layers).rstrip().splitlines() + biases(s)
+    again = _again(s)
+    lines += _init(s, again)
+    classes += [f"class {AGAIN}{name}(Again, {name}):\n    \"\"\"{name} of a later visit.\"\"\"" for name in again]
     if forward is not None:
         lines += _forward(s, forward)
     return "\n\n\n".join([*classes, "\n".join(lines)])
@@ -80,13 +79,41 @@ def _layers(s: Subject, body: Body) -> list[str]:
             for cls, blocks in made.items()]
 
 
-def _init(s: Subject) -> list[str]:
+def _again(s: Subject) -> list[str]:
+    """Names of the classes of modules in which later visits of a block differ from the first."""
+    if not s.repeats:
+        return []
+    attends = s.body.attends if s.body is not None else ()
+    modulated = s.body.modulated if s.body is not None else ()
+    attention = s.attention()[0] if attends else None
+    found: dict[str, None] = {}
+    for place, index in enumerate(s.blocks):
+        if s.blocks.index(index) == place:
+            continue
+        updated = {n for p, i in enumerate(s.blocks) if i == index for n in _updated(s, s.program.visits[p])}
+        for path, module in s.block(index).named_modules():
+            below = path + "." if path else ""
+            if any(hasattr(m, "layer_idx") for m in module.modules()) or any(u.startswith(below) for u in updated):
+                changed = place in modulated if not path else place in attends and path == attention
+                found[(PREFIX if changed else "") + type(module).__name__] = None
+    return list(found)
+
+
+def _updated(s: Subject, o: Op) -> list[str]:
+    """Paths of the linear maps of a visit's block that have updates of its own."""
+    if not o["lora"]:
+        return []
+    names = [n for n, _ in s.new.get_submodule(o["lora"]).named_parameters()]
+    return [n.removesuffix(".a") for n in names if n.endswith(".a")]
+
+
+def _init(s: Subject, again: list[str]) -> list[str]:
     program, body = s.program, s.body
     made = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
     ranks = {p: o for p, o in enumerate(program.visits) if o["lora"]}
     shared = body.attends if body is not None else ()
     scaled = body.modulated if body is not None else ()
-    if not (made or ranks or shared or scaled):
+    if not (made or ranks or shared or scaled or again):
         return []
     lines = ["", "    def __init__(self, config):", "        super().__init__(config)"]
     if shared:
@@ -101,21 +128,24 @@ def _init(s: Subject) -> list[str]:
         lines.append(f'        attach(self, "depth.{name}", {expression})')
     for p, o in ranks.items():
         lines += _ranks(s, p, o)
+    if again:
+        s.used.add("share")
+        kinds = [f"{name}: {AGAIN}{name}" for name in again]
+        lines += [f"        share(self.{s.layers}, BLOCKS, {{", *(f"            {kind}," for kind in kinds), "        })"]
     return [*lines, "        self.post_init()"]
 
 
 def _ranks(s: Subject, place: int, o: Op) -> list[str]:
     """Lines that give a visit's linear maps their updates."""
     block, lines = s.block(o["index"]), []
-    names = [n for n, _ in s.new.get_submodule(o["lora"]).named_parameters()]
-    for path in (n.removesuffix(".a") for n in names if n.endswith(".a")):
+    for path in _updated(s, o):
         kind = type(block.get_submodule(path))
         if kind not in _RANKS:
             raise UnsupportedModelError(f"emit: expected per-visit LoRA on linear maps, got {path} of block {o['index']}, a "
                                         f"{kind.__name__}. Leave lora_rank out.")
         s.used.add(_RANKS[kind])
-        lines += [f"        self.{s.layers}[{place}].{path}.__class__ = {_RANKS[kind]}",
-                  f"        self.{s.layers}[{place}].{path}.add_update({o['lora_rank']})"]
+        at = f"self.{s.layers}[{place}].{path}"
+        lines.append(f"        {at} = {_RANKS[kind]}({at}, {o['lora_rank']})")
     return lines
 
 

@@ -26,7 +26,7 @@ from depthpass.hf.host import depth_module
 from depthpass.hf.materialize import rewrite_lists, same_kinds, stack_of
 from depthpass.hf.switch import transformed
 from depthpass.hf.transform import restore
-from depthpass.ir.program import Program
+from depthpass.ir.program import Op, Program
 
 _NOT_COPIED = (".safetensors", ".bin", ".pt", ".py", ".index.json", ".lock")
 _OURS = ("config.json", "README.md")
@@ -49,7 +49,7 @@ def emit(
         model: a transformed model, with the program to write in force; merge PEFT adapters first.
         directory: a folder that does not exist or is empty.
         name: of the module and the model type; None = ``depth_`` and the stock model type.
-        copies: store the weights of every visit by themselves, for loaders that want each name in the file (vLLM's). The
+        copies: store the weights of every visit by themselves, for visits in processes of their own (pipeline parallelism). The
             file is larger, a warning says by how much, and copies that are trained on train apart.
         source: a folder whose tokenizer and other small files are copied.
 
@@ -202,9 +202,8 @@ def weights_of(stock: Any, inner: Any, program: Program, copies: bool) -> dict[s
         if key.startswith(layers + "."):
             number, _, rest = key[len(layers) + 1 :].partition(".")
             visits = places.get(int(number), [])
-            # Buffers are no weights: each visit has its own.
-            for place in visits[:1] if isinstance(tensor, nn.Parameter) and not copies else visits:
-                found[f"{layers}.{place}.{rest}"] = tensor.detach()
+            for place in visits if copies else visits[:1]:
+                found[f"{layers}.{place}.{_held(inner, program.visits[place], rest)}"] = tensor.detach()
         else:
             found[key] = tensor.detach()
     head = decoder + "." if decoder else ""
@@ -221,6 +220,13 @@ def weights_of(stock: Any, inner: Any, program: Program, copies: bool) -> dict[s
         found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
     return found
+
+
+def _held(inner: Any, visit: Op, name: str) -> str:
+    """Name of a block's weight in a visit: one with an update of its own holds the map that it updates."""
+    path, _, leaf = name.rpartition(".")
+    updated = visit["lora"] and f"{visit['lora']}.{path}.a" in dict(depth_module(inner).named_parameters())
+    return f"{path}.base.{leaf}" if updated else name
 
 
 def _warn_size(program: Program, stock: Any, layers: str) -> None:

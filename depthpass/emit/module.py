@@ -65,14 +65,14 @@ def module_of(
     imports = _imports(s)
     given = {a.asname or a.name for line in imports for n in ast.parse(line).body for a in n.names}  # type: ignore[attr-defined]
     more = imports_for(body, (*homes, "transformers.modeling_outputs", "transformers"), given)
-    text = _docstring(s) + "\n\n" + "\n".join(_sorted(imports + more, body)) + "\n\n\n" + body
+    text = _docstring(s) + "\n\n" + "\n".join(_sorted(imports + more)) + "\n\n\n" + body
     return Module(text, s.config, whole, s.name(s.modules[min(_base(s), len(s.modules) - 1)]), s.stateful,
                   () if s.body is None else s.body.lost)
 
 
 def _imports(s: Subject) -> list[str]:
     """Imports of what is not stock code."""
-    imports = ["import re", "import sys", "import torch", "import transformers", "from torch import nn",
+    imports = ["import sys", "import torch", "import transformers", "from torch import nn",
                "from types import ModuleType"]
     if len(s.used) > 1:
         imports += ["from typing import Any", "from torch import Tensor"]
@@ -80,8 +80,8 @@ def _imports(s: Subject) -> list[str]:
         imports.append("from transformers.cache_utils import DynamicLayer, StaticLayer")
     if s.used & {"TimeEncoder", "noise"}:
         imports.append("import math")
-    if "LowRankConv1D" in s.used:
-        imports.append("from transformers.pytorch_utils import Conv1D")
+    if "Again" in s.used:
+        imports.append("import copy")
     if s.body is not None and s.body.chunk is not None:
         imports.append("from transformers.cache_utils import DynamicCache")
     if s.body is not None and s.body.taps:
@@ -145,10 +145,10 @@ def _is_part(name: str) -> bool:
     return getattr(found, "__module__", None) == library.__name__
 
 
-def _sorted(imports: list[str], body: str) -> list[str]:
-    """Imports that are used: the standard library, torch, then transformers."""
+def _sorted(imports: list[str]) -> list[str]:
+    """Imports in order: the standard library, torch, then transformers."""
     def rank(line: str) -> tuple[int, bool, str]:
         home = line.split()[1].split(".")[0]
         return {"torch": 1, "transformers": 2}.get(home, 0), line.startswith("from"), line
 
-    return sorted((line for line in dict.fromkeys(imports) if line != "import re" or "re." in body), key=rank)
+    return sorted(dict.fromkeys(imports), key=rank)

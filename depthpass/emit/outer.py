@@ -7,7 +7,7 @@ from torch import nn
 from depthpass.emit.statements import Body
 from depthpass.emit.stock import logits_of, makes_by_config, renamed_init
 from depthpass.emit.subject import Subject, indented
-from depthpass.emit.templates import BIASES, MASKS, NO_PAGES
+from depthpass.emit.templates import MASKS, NO_PAGES
 
 
 def outer_class(s: Subject, i: int) -> str:
@@ -17,7 +17,7 @@ def outer_class(s: Subject, i: int) -> str:
         UnsupportedModelError: its code does not say where it makes that, or a tap's logits cannot be made as it makes its own.
     """
     module, inner, path = s.modules[i], s.modules[i - 1], s.inner_path(i)
-    lines = [f"class {s.name(module)}({type(module).__name__}):", f"    config_class = {s.config}", *biases(s)]
+    lines = [f"class {s.name(module)}({type(module).__name__}):", f"    config_class = {s.config}"]
     first: list[str] = []
     if makes_by_config(type(module)):
         # Its decoder is whatever AutoModel makes of its config.
@@ -33,12 +33,6 @@ def outer_class(s: Subject, i: int) -> str:
         if body.taps:
             lines += _taps(s, module, path, body)
     return "\n".join(first + lines)
-
-
-def biases(s: Subject) -> list[str]:
-    """How tying leaves the biases of shared Conv1D layers alone."""
-    turned = any(type(m).__name__ == "Conv1D" for m in s.model.modules())
-    return list(BIASES.rstrip().splitlines()) if turned and not s.copies else []
 
 
 def _taps(s: Subject, module: nn.Module, path: str, body: Body) -> list[str]:

@@ -16,6 +16,8 @@ from depthpass.ir.program import Program
 
 PREFIX = "Depth"
 """Before the stock names of emitted classes."""
+AGAIN = "Again"
+"""Before the names of those of later visits."""
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Subject:
     def blocks(self) -> list[int]:
         """Block of every visit."""
         return [o["index"] for o in self.program.visits]
+
+    @property
+    def repeats(self) -> bool:
+        """Whether visits share weights."""
+        return not self.copies and len(set(self.blocks)) < len(self.blocks)
 
     @property
     def has_table(self) -> bool:

@@ -2,36 +2,11 @@
 
 from __future__ import annotations
 
-TIES = """
-    _tied_weights_keys = {
-        rf"LAYERS\\.{p}\\.": rf"LAYERS\\.{BLOCKS.index(b)}\\." for p, b in enumerate(BLOCKS) if BLOCKS.index(b) != p
-    }
-
-    def get_expanded_tied_weights_keys(self, all_submodels=False):
-        \"""Visits of one block share its weights, whatever the config says of the embeddings.\"""
-        tied = {}
-        for name, _ in self.named_parameters(remove_duplicate=False):
-            visit = re.fullmatch(r"LAYERS\\.(\\d+)\\.(.+)", name)
-            if visit and not name.endswith((".a", ".b")):
-                first = BLOCKS.index(BLOCKS[int(visit[1])])
-                if first != int(visit[1]):
-                    tied[name] = f"LAYERS.{first}.{visit[2]}"
-        return tied
-"""
-"""Ties of a decoder; LAYERS stands for the name of its blocks."""
-
 MASKS = """
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
         \"""The decoder makes its masks itself: it has to know where a row begins.\"""
         return attention_mask
-"""
-
-BIASES = """
-    def _adjust_bias(self, output_embeddings, input_embeddings):
-        \"""Shared blocks stay as they are: their Conv1D has its bias along the other side.\"""
-        if isinstance(output_embeddings, nn.Linear):
-            super()._adjust_bias(output_embeddings, input_embeddings)
 """
 
 NO_PAGES = """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import linecache
 import sys
 import tempfile
 from pathlib import Path
@@ -41,6 +42,8 @@ def twin(model: Any, who: str) -> nn.Module:
             file = Path(folder) / f"{name}.py"
             file.write_text(written.text)
             loaded = load_module(file, name)
+            # transformers reads a class's source before it lets a model's attention be set, as pages of keys need it set.
+            linecache.cache[str(file)] = (len(written.text), None, written.text.splitlines(keepends=True), str(file))
     made_config = config_of(loaded, written, config, stock, "depth_twin")
     made_config._attn_implementation = stock.config._attn_implementation
     with torch.device("meta"):

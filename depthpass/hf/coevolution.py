@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm
 
-from depthpass.diffusion.model import checked_ids, predictions, settings
+from depthpass.diffusion.model import checked_ids, checked_prompts, maskable, predictions, settings
 from depthpass.diffusion.noise import WEIGHTS, continuous, moved, weight_of
-from depthpass.diffusion.orders import highest, scores
+from depthpass.diffusion.orders import check_step, highest, scores
 from depthpass.errors import InputError, did_you_mean
 from depthpass.hf.shown import Shown
 from depthpass.passes.masked_diffusion import MaskedDiffusion
@@ -142,10 +142,7 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
             InputError: nothing may be masked, or times outside of (0, 1).
         """
         valid = checked_ids(input_ids, attention_mask, "loss")
-        may = torch.ones_like(input_ids, dtype=torch.bool) if valid is None else valid
-        may = may if labels is None else may & (labels != -100)
-        if not bool(may.any()):
-            raise InputError("loss: expected a token that may be masked, got none.")
+        may = maskable(input_ids, valid, labels, self.given.mask_token, "loss")
         rows = {"generator": generator, "device": input_ids.device}
         if time is None:
             time = eps + (1 - 2 * eps) * torch.rand(len(input_ids), **rows)
@@ -176,6 +173,7 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
             order: of the tokens: see :class:`depthpass.MaskedDiffusion`.
             guidance: w: logits = w * logits with the state + (1 - w) * logits without it.
         """
+        check_step(sampler, order, guidance, temperature)
         time = torch.full((len(ids),), now, device=ids.device)
         logits, clean = self(ids, state, time, attention_mask)
         if guidance != 1:
@@ -208,10 +206,9 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         Args:
             options: see :meth:`step`.
         """
-        valid = checked_ids(input_ids, attention_mask, "sample")
         steps = self.given.steps if steps is None else steps
-        if steps < 1 or new_tokens < 1:
-            raise InputError(f"sample: expected steps and new_tokens of at least 1, got {steps} and {new_tokens}.")
+        valid = checked_prompts(input_ids, attention_mask, self.given.mask_token, "sample", new_tokens, steps)
+        check_step(**options)
         rows, prompt = input_ids.shape
         known = self.clean(input_ids, attention_mask)
         draw = {"generator": options.get("generator"), "device": known.device, "dtype": known.dtype}

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PROMPT = "_depth_prompt"
 """Rows and columns of the prompt, and how many of them count as ids, on the config of one call of ``generate``."""
 
+LAYOUTS = ("static", "hybrid", "hybrid_chunked", "sliding_window")
+"""How a checkpoint's own settings (Gemma's) would have the stock model lay out its keys: the same numbers, nothing to honour."""
+
 
 def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     """Check the arguments of ``generate``, which may be given by themselves or in a generation config.
@@ -37,21 +40,18 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     implementation = value("cache_implementation")
     if implementation is not None and str(implementation).startswith("paged"):
         model._paged("generate_batch")
-    if value("use_cache") is not False:
+    if value("use_cache") is not False and (given or kwargs.get("cache_implementation") or implementation not in LAYOUTS):
         check_implementation(implementation)
     if value("assistant_early_exit") is not None:
-        raise InputError(
-            "assistant_early_exit: the draft would come from the model's own first blocks with their stock wiring, for which "
-            "transformers edits num_hidden_layers of the live model; a transformed model's program is not cut that way. Pass "
-            "an assistant_model, or leave it out."
-        )
+        raise InputError("assistant_early_exit: the draft would come from the model's own first blocks with their stock wiring, "
+                         "for which transformers edits num_hidden_layers of the live model; a transformed model's program is not "
+                         "cut that way. Pass an assistant_model, or leave it out.")
 
 
 def check_implementation(name: str | None) -> None:
     """Raise InputError for a cache implementation other than the dynamic one."""
     if name not in (None, "dynamic"):
-        raise InputError(f"cache_implementation={name!r}: a transformed model keeps its own DepthCache (one slot per visit and "
-                         "delay lines); leave cache_implementation unset.")
+        raise InputError(f"cache_implementation={name!r}: a transformed model keeps its own DepthCache; leave it unset.")
 
 
 def check_decoding(model: DepthModel, generation_config: Any, model_kwargs: dict[str, Any], mode: Any) -> None:

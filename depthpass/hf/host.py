@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import sys
 import warnings
@@ -18,6 +17,7 @@ from depthpass.capture import Block, Capture, Part, Site, Template, calls
 from depthpass.capture.attention import attention_style
 from depthpass.capture.direct import direct
 from depthpass.capture.screen import block_list
+from depthpass.capture.structure import shallow_copy
 from depthpass.errors import LoweringError, UnsupportedModelError
 from depthpass.hf.context import in_force
 from depthpass.hf.doors import DISABLED
@@ -239,7 +239,7 @@ class StockHost:
         if sinks is not None:
             # gpt_oss passes its sinks and then reads them from the module all the same: let it read what was passed.
             extra["s_aux"] = sinks
-            module = copy.copy(module)
+            module = shallow_copy(module)
             module._parameters = {**module._parameters, "sinks": sinks}
         return stock(module, q, k, v, bias, scaling=site.scale, dropout=site.dropout, **extra)[0]
 

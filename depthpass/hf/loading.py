@@ -32,9 +32,15 @@ def check_safetensors(kwargs: dict[str, Any]) -> None:
     kwargs["use_safetensors"] = True
 
 
-def settings_of(path: str | os.PathLike, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a checkpoint's config, with the base's model type."""
+def settings_of(path: str | os.PathLike | None, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a checkpoint's config, with the base's model type.
+
+    Raises:
+        InputError: there is neither a checkpoint nor what stands for one: a config and a state dict.
+    """
     config = kwargs.get("config")
+    if path is None and (config is None or kwargs.get("state_dict") is None):
+        raise InputError("from_pretrained: expected a folder or hub id, got None. Without one, give config= and state_dict=.")
     if isinstance(config, PreTrainedConfig):
         return config.to_dict()
     where = path if config is None else config
@@ -82,7 +88,8 @@ def naming(where: str | os.PathLike) -> Iterator[None]:
 
 
 def load(
-    build: Callable[..., Any], stock: type, path: str | os.PathLike, args: tuple, kwargs: dict[str, Any], settings: dict[str, Any]
+    build: Callable[..., Any], stock: type, path: str | os.PathLike | None, args: tuple, kwargs: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Any:
     """Load a checkpoint; what every door that loads a transformed model goes through.
 
@@ -94,7 +101,7 @@ def load(
     Raises:
         SpecError, CheckpointError: as :func:`depthpass.from_pretrained`.
     """
-    where, folder = str(path), Path(path)
+    folder = Path(where := "the given state_dict" if path is None else str(path))
     wanted = kwargs.pop("output_loading_info", False)
     lenient = kwargs.pop("ignore_mismatched_sizes", False)
     try:

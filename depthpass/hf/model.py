@@ -22,7 +22,7 @@ from depthpass.hf.captured import remember
 from depthpass.hf.checkpointing import not_reentrant
 from depthpass.hf.doors import DECODER, DepthDecoder, Frame, bind, call_names, inside, mixed, rebuilt, replaced
 from depthpass.hf.files import replacing
-from depthpass.hf.generation import PROMPT, check_decoding, check_generation, check_implementation
+from depthpass.hf.generation import PROMPT, check_decoding, check_generation
 from depthpass.hf.head_input import bare
 from depthpass.hf.host import compiled_stock
 from depthpass.hf.inputs import Call
@@ -115,7 +115,7 @@ class DepthModel(Shown, _Stock):
         return chosen._load(pretrained_model_name_or_path, args, kwargs, settings)
 
     @classmethod
-    def _load(cls, path: str | os.PathLike, args: tuple, kwargs: dict[str, Any], settings: dict[str, Any]) -> Any:
+    def _load(cls, path: str | os.PathLike | None, args: tuple, kwargs: dict[str, Any], settings: dict[str, Any]) -> Any:
         return load(super().from_pretrained, cls._stock_class, path, args, kwargs, settings)
 
     @classmethod
@@ -275,7 +275,7 @@ class DepthModel(Shown, _Stock):
         given = model_kwargs.get(STOCK_NAME)
         check_decoding(self, generation_config, model_kwargs, generation_mode)
         if given is None and generation_config.use_cache is not False:
-            check_implementation(generation_config.cache_implementation)
+            generation_config.cache_implementation = None  # of the checkpoint: those of the call are refused before
             # An assistant's tokens are taken back when the model it drafts for disagrees.
             model_kwargs[STOCK_NAME] = DepthCache(self, record=bool(generation_config.is_assistant))
             return None

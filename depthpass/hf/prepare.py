@@ -9,8 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from depthpass.capture.attention import attention_style
-from depthpass.capture.screen import block_list, find_layers
+from depthpass.capture.screen import block_list, find_layers, screen_modules
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.checkpointing import not_reentrant
 from depthpass.hf.context import context_of
@@ -36,12 +35,12 @@ def prepare(model: nn.Module, spec: SpecLike, chunk: int | None, stack: bool = T
     """
     passes = load_spec(spec)
     context = context_of(model)
-    attention_style(model)
     if hasattr(model, PREFIX):
         raise UnsupportedModelError(f"{type(model).__name__} already has an attribute {PREFIX!r}.")
     layers = find_layers(model)
     check_distinct(model, layers)
     decoder = decoder_path(model, layers)
+    screen_modules(model.get_submodule(decoder))
     for module in (model, model.get_submodule(decoder), *block_list(model, layers)):
         module = unwrapped(module)
         if own_forward(module) is not None and "_original_forward" not in module.__dict__:

@@ -13,11 +13,11 @@ from depthpass.hf.model import DepthModel, depth_class
 from depthpass.hf.save import spec_of
 
 
-def from_pretrained(path: str | os.PathLike[str], *, model_class: type | None = None, **kwargs: Any) -> DepthModel:
+def from_pretrained(path: str | os.PathLike[str] | None, *, model_class: type | None = None, **kwargs: Any) -> DepthModel:
     """Load a transformed model that ``save_pretrained`` has written.
 
     Args:
-        path: folder or hub id.
+        path: folder or hub id; None with ``config=`` and ``state_dict=``.
         model_class: the stock class to load, in place of the one that was saved: a class of your own that is not
             imported under the name it had, or another head.
         kwargs: what the stock ``from_pretrained`` takes: ``dtype``, ``device_map``, ``revision``,

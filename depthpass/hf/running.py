@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from depthpass.capture import Capture
+from depthpass.capture.derivatives import refuse_backward
 from depthpass.capture.quiet import without_autocast
 from depthpass.hf.cache import NAMES, DepthCache
 from depthpass.hf.columns import shapes_only
@@ -121,6 +122,7 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     now.pool.move()
     runtime.lowered, runtime.ran = now.lowered.done(), tuple(now.ran)
     output: Any = pytree.tree_unflatten(parts, now.captured.out_spec)
+    refuse_backward(now.captured.own_backwards, (output.last_hidden_state, *streams.values()))
     if call.hidden_states:
         output["hidden_states"] = take_states(streams, output.last_hidden_state)
     if call.use_cache:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from operator import eq, itemgetter
 from types import MethodType
@@ -92,6 +93,7 @@ class Watch:
         self.types = list(map(type, self.modules))
         self.tables: list[object] = []
         self.copies: list[object] = []
+        self.empty: list[object] = []
         seen: set[int] = set()
         for module in self.modules:
             self._table(module.__dict__, seen)
@@ -111,7 +113,7 @@ class Watch:
         ]
         hooks = [t for m in self.modules for t in hook_tables(m)]
         self.hooked = [t for t in hooks if t]
-        self.empty = [t for t in (*hooks, *(m._modules for m in self.modules)) if not t]
+        self.empty += [t for t in hooks if not t]
         self.world = [t for t in global_hook_tables()]
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
@@ -130,11 +132,12 @@ class Watch:
         self.copies.append(dict(table) if isinstance(table, Mapping) else copy.copy(table))
         if not deep:
             return
-        for value in table.values() if isinstance(table, Mapping) else table:
+        for name, value in table.items() if isinstance(table, Mapping) else enumerate(table):
             if is_config(value):
                 self._table(value.__dict__, seen)
-            elif isinstance(value, dict | list | set) and value and not isinstance(value, _HookTable):
-                self._table(value, seen)
+            elif isinstance(value, dict | list | set) and name not in _HOOKS:
+                # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
+                self._table(value, seen) if value else self.empty.append(value)
 
     def current(self) -> bool:
         """Whether nothing has changed since this watch was made."""
@@ -205,7 +208,8 @@ def _merged(tables: Iterable[tuple[tuple[dict[str, Any], tuple[str, ...]], ...]]
     return [(table, tuple(sorted(names))) for table, names in found.values() if names]
 
 
-_HookTable = type(nn.Module()._forward_hooks)
+_HOOKS = frozenset(n for n, v in nn.Module().__dict__.items() if isinstance(v, OrderedDict))
+"""Tables of hooks of a module: looked at by themselves."""
 
 
 def _frozen(value: Any, met: dict[int, object]) -> object:

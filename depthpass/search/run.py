@@ -42,8 +42,8 @@ def search(
 
     Args:
         model: a causal language model, which stays untouched; or one transformed with ``Identity`` or a layer program.
-        samples: (prompt ids, answer ids) pairs of lists or 1-D tensors, or a callable that returns them (given ``seed=`` if
-            it takes that).
+        samples: (prompt ids, answer ids) pairs of lists, 1-D tensors or arrays, or a callable that returns them (given
+            ``seed=`` if it takes that).
         score: ``exact_match`` (by greedy ``generate``), ``greedy_match`` (the same tokens from one call, without decoding),
             ``log_prob``, ``perplexity``, or ``score(model, samples)``, one number per sample, more = better.
         space: ``cola`` (skip or repeat spans of 1 to 4, length at most 2L), ``dr_llm``, ``polar``, ``rys``,
@@ -63,8 +63,8 @@ def search(
             terminal (``dp.progress(False)``: none).
 
     Raises:
-        InputError: an argument cannot be honoured, a sample does not fit the model, or a score is NaN; all but the last
-            before any program runs.
+        InputError: an argument cannot be honoured, a sample does not fit the model, or a score is not finite; all but
+            the last before any program runs.
         UnsupportedModelError: the model cannot be treated.
 
     Example:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import random
 from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -27,8 +28,8 @@ def load_samples(samples: SamplesLike, seed: int, what: str = "samples") -> tupl
     """Read samples.
 
     Args:
-        samples: (prompt ids, answer ids) pairs of lists or 1-D tensors, or a callable that returns them; it is given ``seed=``
-            if it takes that.
+        samples: (prompt ids, answer ids) pairs of lists, 1-D tensors or arrays, or a callable that returns them; it is given
+            ``seed=`` if it takes that.
 
     Raises:
         InputError: there are none, or one is not a pair of non-empty rows of token ids.
@@ -58,13 +59,17 @@ def _pair(sample: Any, where: str) -> Sample:
 
 
 def _ids(ids: Any, where: str) -> tuple[int, ...]:
-    if isinstance(ids, Tensor):
-        if ids.dim() != 1 or ids.is_floating_point():
-            raise InputError(f"{where}: expected token ids [tokens], got a {ids.dtype} tensor of shape {tuple(ids.shape)}.")
+    if isinstance(ids, Tensor) and (ids.dim() != 1 or ids.is_floating_point()):
+        raise InputError(f"{where}: expected token ids [tokens], got a {ids.dtype} tensor of shape {tuple(ids.shape)}.")
+    if callable(getattr(ids, "tolist", None)):  # a tensor, a NumPy array
         ids = ids.tolist()
-    if not isinstance(ids, list | tuple) or not ids or not all(type(i) is int and i >= 0 for i in ids):
+    if not isinstance(ids, list | tuple) or not ids or not all(_is_id(i) for i in ids):
         raise InputError(f"{where}: expected at least one token id, integers of at least 0, got {shown(ids)}.")
-    return tuple(ids)
+    return tuple(map(int, ids))
+
+
+def _is_id(token: Any) -> bool:
+    return isinstance(token, Integral) and not isinstance(token, bool) and int(token) >= 0
 
 
 def check_fit(samples: Sequence[Sample], vocabulary: int, table: int | None, what: str = "samples") -> None:

@@ -74,15 +74,16 @@ def load_score(score: str | Own) -> Score:
 
 
 def check_values(name: str, layers: Layers, values: Sequence[float]) -> None:
-    """Refuse a score that is not a number.
+    """Refuse a score that is not a finite number: means, intervals and differences of it say nothing.
 
     Raises:
         InputError: naming the sample and the program.
     """
     for i, v in enumerate(values):
-        if math.isnan(v):
-            raise InputError(f"score {name}: expected a number for every sample, got NaN for sample {i} of the searched ones "
-                             f"with the program {list(layers)}. Programs cannot be compared with it: return a worst value "
+        if not math.isfinite(v):
+            got = "NaN" if math.isnan(v) else "infinity" if v > 0 else "minus infinity"
+            raise InputError(f"score {name}: expected a finite number for every sample, got {got} for sample {i} of the searched "
+                             f"ones with the program {list(layers)}. Programs cannot be compared with it: return a worst value "
                              "instead, or check the model's numbers (float16 overflows).")
 
 
@@ -113,7 +114,8 @@ def _own(score: Own) -> Callable[[Forward, Layers, Sequence[int]], list[float]]:
             answer: Any = score(forward.model, samples)
             if _is_number(answer) and len(samples) > 1:  # of all samples together: ask for one at a time
                 answer = [score(forward.model, [s]) for s in samples]
-        given: Any = [answer] if _is_number(answer) else answer.tolist() if isinstance(answer, torch.Tensor) else answer
+        listed = getattr(answer, "tolist", None)  # of a tensor, a NumPy array
+        given: Any = [answer] if _is_number(answer) else listed() if callable(listed) else answer
         if not isinstance(given, Sequence) or len(given) != len(samples) or not all(map(_is_number, given)):
             raise InputError(f"score: expected {len(samples)} numbers, one for each sample, got {shown(given)}. Write "
                              "score(model, samples) so that it returns a list.")

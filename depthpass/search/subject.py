@@ -31,6 +31,8 @@ def subject(model: Any) -> Iterator[tuple[Any, Any]]:
     if not isinstance(model, nn.Module):
         raise InputError(f"search: expected a model, got {type(model).__name__}.")
     inner: Any = _inner(model)
+    if any(p.is_meta for p in model.parameters()):
+        raise InputError("search: expected a model with weights, got one on the meta device. Load them first.")
     if not isinstance(inner, DepthModel):
         model = transform(model, Identity())
         inner: Any = _inner(model)

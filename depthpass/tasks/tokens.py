@@ -44,6 +44,8 @@ def tokenizer(
         raise InputError(f"tokenizer: kind: expected one of {', '.join(KINDS)}, got {kind!r}.{did_you_mean(str(kind), KINDS)}")
     if padding_side not in ("left", "right"):
         raise InputError(f"tokenizer: padding_side: expected 'left' or 'right', got {padding_side!r}.")
+    if type(numbers) is not int or numbers < 0:
+        raise InputError(f"tokenizer: numbers: expected an integer of at least 0, got {numbers!r}.")
     if kind != "symbol" and (tasks or numbers or symbols):
         raise InputError(f"tokenizer: tasks, numbers and symbols are options of kind='symbol', got kind={kind!r}.")
     from depthpass.hf.task_tokenizer import build

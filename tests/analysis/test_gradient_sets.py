@@ -65,6 +65,7 @@ def test_bad_input():
         ({"fast": sets["fast"]}, "at least two sets"), ({**sets, "slow": []}, "got none in 'slow'"),
         ({**sets, "slow": [5]}, r"slow\[0\]: expected a batch with labels or a pair"),
         ({**sets, "slow": [([1], [])]}, r"slow\[0\]: expected a prompt and a response of at least one token"),
+        ({**sets, "slow": [([1], [97])]}, r"slow\[0\]: expected token ids of 0 to 96, got 1 to 97"),
     ):
         with pytest.raises(dp.InputError, match=message):
             dp.gradients(model, given)

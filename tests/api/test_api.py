@@ -1,5 +1,6 @@
 """Comparisons, twins, the one-line summary, the logger and the progress line."""
 
+import inspect
 import logging
 import sys
 
@@ -124,3 +125,11 @@ def test_captures_are_logged_and_shown_on_a_terminal_alone(monkeypatch, caplog, 
     with caplog.at_level("INFO", logger="depthpass"), pytest.raises(KeyError), working("failing"):
         raise KeyError("x")
     assert "failing: KeyError after" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["search", "report", "emit"])
+def test_a_callable_package_is_itself_from_the_first_access_on(name):
+    """``dp.search.Space(..)`` as the first line of a script."""
+    assert dp.__getattr__(name) is sys.modules[f"depthpass.{name}"] is getattr(dp, name)
+    function = getattr(getattr(dp, name), name)
+    assert callable(getattr(dp, name)) and inspect.signature(getattr(dp, name)) == inspect.signature(function)

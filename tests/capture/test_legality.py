@@ -36,7 +36,8 @@ def check(fn, *more, **parts):
     """Check ``fn(module, x, *more)`` on x ``[batch, tokens, WIDTH]``; every ``more`` has tokens in dimension 1."""
     inputs = (torch.randn(3, 7, WIDTH), *more)
     dims = tuple({0: BATCH, 1: TOKENS} if t.shape[0] == 3 else {1: TOKENS} for t in inputs)
-    program = torch.export.export(Calls(fn, **parts), inputs, dynamic_shapes=(dims,), strict=False)
+    program = torch.export.export(Calls(fn, **parts), inputs, dynamic_shapes=(dims,), strict=False,
+                                  prefer_deferred_runtime_asserts_over_guards=True)  # torch 2.11 guards on strides, for all n
     functionalise(program.graph_module)
     given = program.graph_signature.user_inputs
     x = next(n for n in program.graph.nodes if n.name == given[0])
@@ -75,6 +76,10 @@ MIXING = {
     "pairs by einsum": (
         lambda m, x: torch.einsum("bsd,btd->bst", x, x), "aten.einsum", "multiplies tokens with tokens"
     ),
+    "pairs under an ellipsis": (
+        lambda m, x: torch.einsum("bs...,bt...->bst...", x, x), "aten.einsum", "multiplies tokens with tokens"
+    ),
+    "a sum that an ellipsis hides": (lambda m, x: torch.einsum("...sd->...d", x), "aten.einsum", "sums over the tokens"),
     "pairs by broadcasting": (
         lambda m, x: (x[:, :, None] - x[:, None]).amax(-1), "aten.sub", "pairs of tokens"
     ),
@@ -134,7 +139,8 @@ MIXING = {
     "a lone token's dimension": (
         lambda m, x: x.squeeze(1).reshape(x.shape), "aten.squeeze", "would drop, when there is only one"
     ),
-    "fourier over tokens": (lambda m, x: torch.fft.fft(x, dim=1).real, "fft", "is not known to be token-local"),
+    "an op without a rule": (lambda m, x: torch.fft.fft2(x).real, "aten.fft_fft2", "is not known to be token-local"),
+    "fourier over tokens": (lambda m, x: torch.fft.fft(x, dim=1).real, "fft", "transforms the tokens"),
 }
 
 
@@ -220,6 +226,11 @@ LEGAL = {
     "pointwise convolution": lambda m, x: F.conv1d(x.transpose(1, 2), m.square[:, :, None]).transpose(1, 2),
     "convolution over channels": lambda m, x: F.conv1d(x.reshape(-1, 1, WIDTH), m.kernel, padding=1).view(x.shape),
     "einsum": lambda m, x: torch.einsum("bsd,de->bse", x, m.square),
+    "einsum with an ellipsis": lambda m, x: torch.einsum(
+        "...rk, rkc -> ...rc", x.unflatten(-1, (2, 6)), m.square.view(2, 6, 12)).sum(-2),
+    "a Fourier transform of channels": lambda m, x: torch.fft.irfft(torch.fft.rfft(x) * m.angle.sum(), n=WIDTH) + torch.fft.ifft(
+        torch.fft.fft(x, dim=-1) * m.scale).real,
+    "einsum without a result": lambda m, x: torch.einsum("dxy,ed", x.permute(2, 0, 1), m.square).permute(1, 2, 0),
     "table by position": lambda m, x: x + m.table[torch.arange(x.shape[1])][None],
     "embedding of positions": lambda m, x: x + F.embedding(torch.arange(x.shape[1])[None], m.table),
     "constant for every token": lambda m, x: x + torch.ones(x.shape[0], x.shape[1], 1),

@@ -8,6 +8,7 @@ import zoo
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+import depthpass as dp
 from depthpass.capture import capture
 from depthpass.capture.attention import attention_style, capture_attention
 from depthpass.capture.explain import dispatches
@@ -27,7 +28,22 @@ def lm(name: str, **fields):
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **fields)).eval()
 
 
+class Rounds(nn.ModuleList):
+    """Blocks that the stock loop over them runs twice."""
+
+    def __getitem__(self, i):
+        found = super().__getitem__(i)
+        return [*found, *found] if isinstance(i, slice) else found
+
+
+def looping():
+    built = zoo.model("llama", 2)
+    built.model.layers = Rounds(built.model.layers)
+    return built
+
+
 REFUSED = {
+    "a model that loops by itself": (looping, ["model.layers to run exactly once", "blocks that ran: [0, 1, 0, 1]", "dp.Loop"]),
     "bloom": (lambda: lm("bloom", vocab_size=97, hidden_size=32, n_layer=1, n_head=4),
               ["BloomForCausalLM", "transformer.h.0.self_attention (BloomAttention)", ITSELF]),
     "mpt": (lambda: lm("mpt", vocab_size=97, d_model=32, n_layers=1, n_heads=4),
@@ -89,6 +105,9 @@ def test_refused_by_name(what):
         assert part in message
     assert "/" not in message.replace("docs/support.md", ""), "no machine paths"
     assert "\n" not in message
+    if STATE in parts or "config.is_causal=False" in parts:  # no call could ever run: known before anything is set up
+        with pytest.raises(UnsupportedModelError, match=parts[-1]):
+            dp.transform(build(), dp.Identity())
 
 
 def test_positions_computed_from_the_row_ask_for_position_ids():

@@ -337,14 +337,15 @@ def test_specs_that_cannot_be_honoured(stock, make, error, message):
 @pytest.mark.parametrize(("options", "message"), [
     ({"new_tokens": 0}, "new_tokens"), ({"new_tokens": 2, "steps": 3}, "at most one for each of 2"),
     ({"new_tokens": 4, "unmask": "lft"}, "Did you mean 'left'"), ({"new_tokens": 4, "unmask": "planner"}, "planner"),
-    ({"new_tokens": 4, "temperature": -1.0}, "temperature"),
+    ({"new_tokens": 4, "temperature": -1.0}, "temperature"), ({"new_tokens": 4, "temperature": math.inf}, "temperature"),
+    ({"new_tokens": 4, "input_ids": torch.tensor([[5, MASK, MASK]])}, "prompts without the mask token 96, got 2"),
     ({"new_tokens": 4, "attention_mask": torch.tensor([[1, 1, 0]])}, "padded on the left"),
     ({"new_tokens": 4, "attention_mask": torch.tensor([[0, 0, 0]])}, "a real token"),
     ({"new_tokens": 4, "attention_mask": torch.tensor([[1, 1]])}, "expected shape"),
 ])
 def test_calls_of_the_sampler_that_cannot_be_honoured(diffusers, options, message):
     with pytest.raises(InputError, match=message):
-        dp.denoise(diffusers[None], torch.tensor([[5, 6, 7]]), **options)
+        dp.denoise(diffusers[None], **{"input_ids": torch.tensor([[5, 6, 7]])} | options)
 
 
 @pytest.mark.parametrize(("options", "message"), [

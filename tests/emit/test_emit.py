@@ -78,7 +78,11 @@ def emitted_name(model, key):
     if key.startswith(layers + "."):
         number, _, rest = key[len(layers) + 1 :].partition(".")
         place = next((p for p, o in enumerate(visits) if o["index"] == int(number)), None)
-        return None if place is None else f"{layers}.{place}.{rest}"
+        if place is None:
+            return None
+        path, _, leaf = rest.rpartition(".")
+        updated = visits[place]["lora"] and f"depth.{visits[place]['lora']}.{path}.a" in dict(model.named_parameters())
+        return f"{layers}.{place}.{path}.base.{leaf}" if updated else f"{layers}.{place}.{rest}"
     if not key.startswith("depth."):
         return key
     for place, o in enumerate(visits):

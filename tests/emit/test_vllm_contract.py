@@ -2,7 +2,7 @@
 
 The facts are those of its public source and of its page on custom models: AutoModel makes the decoder from the config on the
 meta device, with the attention implementation "vllm"; every linear map is replaced by one of vLLM's own and every other
-parameter made anew, so nothing is shared; every weight has to be in the file; attention module number ``layer_idx`` finds its
+parameter made anew; every weight has to be in the file; attention module number ``layer_idx`` finds its
 own paged cache in ``attention_instances``; a batch is one row of tokens of several requests, with positions and no mask.
 vLLM itself is not run here.
 """
@@ -114,15 +114,16 @@ def _engine():
 
 @pytest.mark.filterwarnings("ignore:emit")
 @pytest.mark.parametrize(
-    ("name", "spec"),
+    ("name", "spec", "copies"),
     [
-        ("llama", dp.Loop(start=1, end=3, times=2, damped=True, inject="concat")),
-        ("gemma3_text", dp.LayerProgram([0, 1, 2, 1, 0, 3])),  # windows by list
+        ("llama", dp.Loop(start=1, end=3, times=2, damped=True, inject="concat"), False),
+        ("llama", dp.Loop(start=1, end=3, times=2), True),
+        ("gemma3_text", dp.LayerProgram([0, 1, 2, 1, 0, 3]), False),  # windows by list
     ],
 )
-def test_an_engine_serves_it(name, spec, tmp_path):
+def test_an_engine_serves_it(name, spec, copies, tmp_path):
     model = transformed(name, spec, torch.float32)
-    dp.emit(model, tmp_path / "out", copies=True)
+    dp.emit(model, tmp_path / "out", copies=copies)
     engine = Engine(tmp_path / "out")
     generator = torch.Generator().manual_seed(0)
     rows = {r: torch.randint(3, zoo.VOCABULARY, (n,), generator=generator) for r, n in (("a", 9), ("b", 6))}
@@ -138,10 +139,6 @@ def test_an_engine_serves_it(name, spec, tmp_path):
 
 
 def test_what_an_engine_refuses(tmp_path):
-    model = transformed("llama", dp.Loop(start=1, end=3, times=2), torch.float32)
-    dp.emit(model, tmp_path / "once")
-    with pytest.raises(ValueError, match="not initialized from checkpoint"):
-        Engine(tmp_path / "once")
     turbo = transformed("llama", dp.TurboConn(bridges=((3, 0),), group=2, rank=4), torch.float32)
     dp.emit(turbo, tmp_path / "turbo")
     with pytest.raises(AssertionError):

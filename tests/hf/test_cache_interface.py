@@ -102,6 +102,12 @@ def test_generation_modes_are_refused_before_any_work(options, message, monkeypa
         if options.get("cache_implementation") != "paged":  # transformers looks for it among the arguments only
             with pytest.raises(dp.InputError, match=message):
                 turbo.generate(ids, generation_config=GenerationConfig(max_new_tokens=3, **options))
+    if options == {"cache_implementation": "offloaded"}:  # and in the model's own settings
+        monkeypatch.setattr(turbo.generation_config, "cache_implementation", "offloaded")
+        with pytest.raises(dp.InputError, match=message):
+            turbo.generate(ids, max_new_tokens=3)
+        # Gemma's checkpoints say how the stock model is to lay out its keys.
+        monkeypatch.setattr(turbo.generation_config, "cache_implementation", "hybrid")
     assert turbo.config.to_dict() == settings and turbo.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (1, 8)
 
 

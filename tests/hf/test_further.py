@@ -5,6 +5,7 @@ import torch
 import zoo
 from capture.support_table import FURTHER
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.llama.modeling_llama import LlamaMLP
 from turbos import enliven
 
 import depthpass as dp
@@ -50,6 +51,52 @@ def test_the_scheduled_loop_without_gradients(name):
     scheduled.depth.load_state_dict(eager.depth.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(scheduled(input_ids=IDS).logits, eager(input_ids=IDS).logits)
+
+
+class Through(torch.autograd.Function):
+    """The sign forwards, the identity backwards."""
+
+    @staticmethod
+    def forward(ctx, weight):
+        return weight.sign()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class Signs(LlamaMLP):
+    def forward(self, x):
+        return self.down_proj(torch.nn.functional.linear(x, Through.apply(self.up_proj.weight)))
+
+
+class Detached(LlamaMLP):
+    def forward(self, x):
+        weight = self.up_proj.weight
+        return self.down_proj(torch.nn.functional.linear(x, weight + (weight.sign() - weight).detach()))
+
+
+def with_mlp(cls):
+    stock = enliven(zoo.model("llama", 2))
+    for layer in stock.model.layers:
+        layer.mlp.__class__ = cls
+    return stock
+
+
+def test_a_backward_of_its_own_is_refused_where_it_would_be_lost():
+    """Captured is what its forward computes: right without gradients, and wrong gradients otherwise, in silence."""
+    stock = with_mlp(Signs)
+    made = dp.transform(stock, dp.TurboConn(bridges=[(1, 0)], group=2, rank=2))
+    out = made(input_ids=IDS, labels=IDS, use_cache=False)
+    torch.testing.assert_close(out.logits, stock(input_ids=IDS, use_cache=False).logits, rtol=1e-4, atol=1e-5)
+    with pytest.raises(dp.UnsupportedModelError, match=r"Through is a torch.autograd.Function with a backward of its own"):
+        out.loss.backward()
+    models = with_mlp(Detached), dp.transform(with_mlp(Detached), dp.Identity())
+    want, got = (torch.autograd.grad(m(input_ids=IDS, labels=IDS, use_cache=False).loss, m.model.layers[0].mlp.up_proj.weight)
+                 for m in models)
+    torch.testing.assert_close(got, want)
+    oracle = torch.autograd.grad(stock(input_ids=IDS, labels=IDS, use_cache=False).loss, stock.model.layers[0].mlp.up_proj.weight)
+    torch.testing.assert_close(got, oracle, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("scope", ["forward", "training", "to", "parameters"])

@@ -86,6 +86,7 @@ def test_forms_agree_where_the_gate_is_certain_and_items_set_the_scale():
 
 @pytest.mark.parametrize(("options", "change", "message"), [
     ({"form": "mixed"}, {}, "form: expected 'mixture' or 'expected'"),
+    ({"beta": float("nan")}, {}, "beta: expected a finite number, got nan"),
     ({"scope": "other"}, {}, r"got taps without other\.t1"),
     ({}, {"labels": torch.zeros(2, 5, dtype=torch.long)}, r"labels: expected shape \(2, 6\), got \(2, 5\)"),
     ({}, {"labels": torch.full((2, 6), -100)}, "a token to learn from"),

@@ -175,6 +175,25 @@ def test_sweeps_find_the_same_numbers(spec):
         assert (g - swept_grads[name]).abs().max() <= 1e-7 * g.abs().max().clamp_min(1e-9), name
 
 
+def test_a_row_shorter_than_every_delay_has_gradients_of_zero():
+    """None for some of them, as torch would have it, stops data-parallel ranks whose rows are longer."""
+    stock = enliven(zoo.model("gpt_neox", 3), std=0.2)
+    batch = zoo.batch([1, 1])
+    for spec in (FEEDBACK, LEARNED, dp.TurboConn(bridges=[(2, 0)], group=3, rank=2), dp.RecurrentLoop(encoder=1, interval=4)):
+        model = dp.transform(stock, spec)
+        enliven(model.depth, seed=1, std=0.3, least=1)
+        stock.zero_grad()
+        logits = model(**batch, use_cache=False).logits
+        logits.sum().backward()
+        assert {float(p.grad.abs().max()) for p in model.depth.parameters()} == {0.0}, spec
+        if spec != FEEDBACK and spec != LEARNED:  # those two change the first token as well
+            got = [p.grad.clone() for p in stock.parameters()]
+            stock.zero_grad()
+            want = stock(**batch, use_cache=False).logits
+            want.sum().backward()
+            assert torch.equal(logits, want) and all(torch.equal(a, p.grad) for a, p in zip(got, stock.parameters()))
+
+
 def test_depth_is_that_of_the_literature():
     """Feedback: n L. T2MLR: L + (n - 1) (end - start + 1). Same-layer states: L + n - 1, of which attention is L."""
     from depthpass.ir import plain

@@ -116,6 +116,11 @@ def test_bad_input():
         dp.recipes.huginn(8, keep="all")
     with pytest.raises(dp.SpecError, match=r"ouro\.stage"):
         dp.recipes.ouro(stage=3)
+    with pytest.raises(dp.SpecError, match=r"recipes\.huginn\.mean: expected a number or None, got nan"):
+        dp.recipes.huginn(8, mean=float("nan"))
+    for recipe in (lambda **o: dp.recipes.huginn(8, **o), dp.recipes.ouro):
+        with pytest.raises(dp.SpecError, match=r"unknown option 'criteron'\. Did you mean 'criterion'"):
+            recipe(criteron="kl")
     with pytest.raises(dp.SpecError, match="expected a model, a config or a number"):
         dp.recipes.huginn("llama")
     with pytest.raises(dp.SpecError, match="with a curriculum"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from layer_search import answered, build, by_hand, draw, is_right, log_prob
@@ -172,7 +173,8 @@ def test_a_search_per_sample_is_an_oracle_with_the_same_for_random_programs(smal
 @pytest.mark.parametrize("kind, more", [
     ("gpt2", {}), ("mistral", {"sliding_window": 3}),
     ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}),
-    ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 8}),
+    # Older transformers would take sdpa, which leaves the softcap out.
+    ("gemma2", {"sliding_window": 3, "query_pre_attn_scalar": 8, "attn_implementation": "eager"}),
 ])
 def test_other_architectures(kind, more):
     stock = build(kind, **more)
@@ -222,6 +224,8 @@ def test_scores_of_ones_own(small):
     assert [t.score for t in own.trials] == pytest.approx([t.score for t in same.trials], rel=1e-10)
     one = dp.search(small.live, small.samples, score=lambda m, s: sum(both(m, s)) / len(s), **options)
     assert [t.values for t in one.trials] == [t.values for t in own.trials]
+    array = dp.search(small.live, small.samples, score=lambda m, s: np.array(both(m, s)), **options)
+    assert [t.values for t in array.trials] == [t.values for t in own.trials]
     assert own.settings["score"] == "both"
 
 
@@ -233,6 +237,9 @@ def test_samples_may_be_drawn(small):
     assert dp.search(small.live, drawn, seed=5, **options).to_json() == dp.search(
         small.live, [tuple(map(torch.tensor, s)) for s in draw(8, 5)], seed=5, **options).to_json()
     assert dp.search(small.live, lambda: draw(8, 5), seed=5, **options).stock.searched.n == 4
+    arrays = [(np.array(p), [np.int64(i) for i in a]) for p, a in draw(8, 5)]
+    assert dp.search(small.live, arrays, seed=5, **options).to_json() == dp.search(
+        small.live, draw(8, 5), seed=5, **options).to_json()
 
 
 def test_a_search_captures_once(monkeypatch, small):
@@ -291,13 +298,16 @@ def test_options_of_methods_are_checked():
 
 
 def test_wrong_scores_are_refused(small):
-    with pytest.raises(dp.InputError, match=r"NaN for sample 1 .*\[0, 1, 2, 3\]"):
-        dp.search(small.live, small.samples, score=lambda m, s: [0.0, math.nan] + [0.0] * (len(s) - 2), budget=3)
+    for value, said in ((math.nan, "NaN"), (math.inf, "infinity"), (-math.inf, "minus infinity")):
+        with pytest.raises(dp.InputError, match=rf"got {said} for sample 1 .*\[0, 1, 2, 3\]"):
+            dp.search(small.live, small.samples, score=lambda m, s, v=value: [0.0, v] + [0.0] * (len(s) - 2), budget=3)
     with pytest.raises(dp.InputError, match="expected 6 numbers"):
         dp.search(small.live, small.samples, score=lambda m, s: [0.0], budget=3)
 
 
 def test_wrong_models_are_refused(small):
+    with pytest.raises(dp.InputError, match="expected a model with weights, got one on the meta device"):
+        dp.search(copy.deepcopy(small.stock).to("meta"), small.samples)
     turbo = dp.transform(small.stock, dp.TurboConn(bridges=[(3, 0)], group=2, rank=2))
     with pytest.raises(dp.InputError, match="turboconn"):
         dp.search(turbo, small.samples)

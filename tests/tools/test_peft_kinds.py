@@ -70,3 +70,48 @@ def test_prompts_as_keys_are_refused_by_name():
     model = peft.get_peft_model(turbo_of(stock_of("llama")), config)
     with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
         logits(model)
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_lora_on_the_parameters_of_experts(order):
+    """``target_parameters`` computes the experts' weights anew in each call: the experts run whole, their adapters included."""
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", target_parameters=[
+        "mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
+    stock = randomized(peft.get_peft_model(stock_of("mixtral", 2), config))
+    made = randomized(peft.get_peft_model(dp.transform(stock_of("mixtral", 2), dp.Identity()), config)) \
+        if order == "after" else dp.transform(stock, dp.Identity())
+    assert (logits(stock) - logits(stock_of("mixtral", 2))).abs().max() > 1e-2
+    grads = []
+    for model in (made, stock):
+        out = model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        grads.append((out.logits, *torch.autograd.grad(out.loss, trained)))
+    assert len(grads[0]) == 13 and all(g.abs().sum() > 0 for g in grads[1])
+    for got, want in zip(*grads, strict=True):
+        torch.testing.assert_close(got, want)
+    plain = logits(made)
+    made.merge_adapter()
+    torch.testing.assert_close(logits(made), plain, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [
+    peft.RandLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    peft.VBLoRAConfig(vector_length=8, num_vectors=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+], ids=lambda c: type(c).__name__)
+def test_adapters_that_share_tensors_between_blocks(config):
+    """Every block has its own adapter on bases of all: none may be taken for a repetition of the first."""
+    stock = peft.get_peft_model(stock_of("llama", 3), config).eval()
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(2)
+        for p in stock.parameters():
+            if p.requires_grad:
+                p.add_(torch.randn(p.shape, generator=generator) * 0.2)
+    made = dp.transform(stock, dp.Identity())
+    assert (logits(stock) - logits(stock_of("llama", 3))).abs().max() > 1e-3
+    results = []
+    for model in (made, stock):
+        out = model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
+        results.append((out.logits, *torch.autograd.grad(out.loss, [p for p in model.parameters() if p.requires_grad])))
+    for got, want in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)

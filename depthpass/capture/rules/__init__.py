@@ -74,6 +74,7 @@ _TABLE: dict[str, Rule] = {
     "sort argsort topk kthvalue msort": along("ranks"),
     "flip fliplr flipud": along("reverses"),
     "roll": along("rotates"),
+    "fft_fft fft_ifft fft_rfft fft_irfft fft_hfft fft_ihfft": along("transforms"),
     "diff": along("takes differences along"),
     "glu": along("splits"),
     "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk unsafe_split_with_sizes": pieces,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from depthpass.capture.axes import Axes, AxisError, Dim, broadcast, dim_of, has_stream, show, single
 from depthpass.capture.rules.call import OpCall, flatten, refuse_stream
 
@@ -56,22 +58,39 @@ def outer(call: OpCall) -> Axes:
 
 
 def einsum(call: OpCall) -> Axes:
-    equation = call.args["equation"].replace(" ", "")
     operands = [call.known[n] for n in call.args["tensors"]]
-    if "." in equation or "->" not in equation:
-        raise AxisError(f"has an equation {equation!r} with an ellipsis or an implied result, which is not followed")
-    left, out = equation.split("->")
+    left, out = _spelled(call.args["equation"], [len(axes) for axes in operands])
     letters: dict[str, list[Axes]] = {}
-    for names, axes in zip(left.split(","), operands):
+    for names, axes in zip(left, operands, strict=True):
         if len(set(names)) != len(names):
-            raise AxisError(f"takes a diagonal ({equation!r})")
-        for name, dim in zip(names, axes):
+            raise AxisError(f"takes a diagonal ({call.args['equation']!r})")
+        for name, dim in zip(names, axes, strict=True):
             letters.setdefault(name, []).append((dim,))
     dims = {name: broadcast(*sizes)[0] for name, sizes in letters.items()}
     for name, dim in dims.items():
         if name not in out:
             refuse_stream(dim, "sums over")
     return _product(tuple(dims[name] for name in out))
+
+
+def _spelled(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list[str]]:
+    """A name for every dimension of every operand and of the result.
+
+    Dimensions under an ellipsis are called ``...1``, ``...2`` and so on from the last to the first: they line up on the right.
+    Without an arrow the result has them first, and then every letter that stands there once, in alphabetical order.
+    """
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    texts = left.split(",")
+    hidden = [rank - len(text.replace("...", "")) if "..." in text else 0 for text, rank in zip(texts, ranks, strict=True)]
+
+    def names(text: str, count: int) -> list[str]:
+        before, dots, after = text.partition("...")
+        return [*before, *(f"...{i}" for i in range(count if dots else 0, 0, -1)), *after]
+
+    found = [names(text, count) for text, count in zip(texts, hidden, strict=True)]
+    if not arrow:
+        right = "..." * ("..." in left) + "".join(sorted(c for c in set(left) - set(".,") if left.count(c) == 1))
+    return found, names(right, max(hidden))
 
 
 def convolution(call: OpCall) -> Axes:

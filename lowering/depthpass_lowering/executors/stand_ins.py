@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from depthpass.capture.structure import shallow_copy
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op
 from depthpass.lowered.program import LoweredRegion
@@ -64,8 +64,7 @@ def stand_in(module: nn.Module, leaf, sink: Sink | None = None) -> nn.Module:
     """A shallow copy of a module tree that reads other parameters; the module itself is not touched."""
     if sink is not None and type(module) is nn.Linear and not module._forward_hooks and not module._forward_pre_hooks:
         return _LinearStandIn(leaf(module.weight), None if module.bias is None else leaf(module.bias), sink)
-    twin = copy.copy(module)
-    twin.__dict__ = dict(module.__dict__)
+    twin = shallow_copy(module)
     twin._parameters = {k: None if p is None else leaf(p) for k, p in module._parameters.items()}
     twin._modules = {k: None if m is None else stand_in(m, leaf, sink) for k, m in module._modules.items()}
     return twin
