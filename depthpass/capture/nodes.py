@@ -28,3 +28,8 @@ def attribute_of(node: fx.Node) -> Any:
     for part in str(node.target).split("."):
         value = getattr(value, part)
     return value
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Paths of the modules that a node was computed in, the outermost first."""
+    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]

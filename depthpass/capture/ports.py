@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from depthpass.capture.nodes import module_paths
 from depthpass.errors import UnsupportedModelError
 
 _OPS = torch.ops.depthpass
@@ -163,7 +164,7 @@ def _refuse_cache(graph: fx.Graph, members: list[set[fx.Node]], stream: set[fx.N
 
 def block_of(node: fx.Node, layers: str) -> int | None:
     """Index of the block a node belongs to, by its module path."""
-    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+    for path in module_paths(node):
         rest = path[len(layers) + 1 :] if path.startswith(layers + ".") else ""
         if rest.split(".")[0].isdigit():
             return int(rest.split(".")[0])
@@ -171,7 +172,7 @@ def block_of(node: fx.Node, layers: str) -> int | None:
 
 
 def _belongs(node: fx.Node, owner: str) -> bool:
-    paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    paths = module_paths(node)
     return not owner or any(p == owner or p.startswith(owner + ".") for p in paths)
 
 

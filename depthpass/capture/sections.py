@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch import fx
 
-from depthpass.capture.nodes import node_of
+from depthpass.capture.nodes import module_paths, node_of
 from depthpass.capture.traced import Traced
 from depthpass.errors import UnsupportedModelError
 
@@ -142,7 +142,7 @@ class Sections:
 
     def _block_of_module(self, node: fx.Node) -> int | None:
         """The block whose module computed a node."""
-        for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        for path in module_paths(node):
             rest = path[len(self.layers) + 1 :] if path.startswith(self.layers + ".") else ""
             if rest.split(".")[0].isdigit():
                 return int(rest.split(".")[0])

@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import Argument, map_arg
 
 from depthpass.capture import calls
+from depthpass.capture.nodes import module_paths
 from depthpass.capture.sections import size_of
 from depthpass.errors import UnsupportedModelError
 
@@ -23,7 +24,7 @@ _ARANGES = {torch.ops.aten.arange.default, torch.ops.aten.arange.start, torch.op
 
 def module_path(node: fx.Node) -> str:
     """Path of the innermost module that computed a node."""
-    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()][-1]
+    return module_paths(node)[-1]
 
 
 class Subgraph:

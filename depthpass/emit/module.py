@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import transformers
 from torch import nn
 
-from depthpass.emit import parts as library
+from depthpass.emit import parts, visits
 from depthpass.emit.decoder import decoder_class
 from depthpass.emit.outer import outer_class
 from depthpass.emit.stock import imports_for
@@ -126,23 +126,17 @@ def _config(s: Subject) -> str:
 
 
 def _library(s: Subject) -> list[str]:
-    """The parts that are used, in the order of their file."""
+    """The parts that are used, in the order of their files."""
     if not s.used:
         return []
+    known = {n: x for home in (parts, visits) for n, x in vars(home).items() if getattr(x, "__module__", None) == home.__name__}
     todo = list(s.used)
     while todo:
-        source = ast.parse(textwrap.dedent(inspect.getsource(getattr(library, todo.pop()))))
-        for node in ast.walk(source):
-            if isinstance(node, ast.Name) and node.id not in s.used and _is_part(node.id):
+        for node in ast.walk(ast.parse(textwrap.dedent(inspect.getsource(known[todo.pop()])))):
+            if isinstance(node, ast.Name) and node.id not in s.used and node.id in known:
                 s.used.add(node.id)
                 todo.append(node.id)
-    names = [n for n, x in vars(library).items() if n in s.used and _is_part(n)]
-    return [inspect.getsource(getattr(library, n)).rstrip() for n in names]
-
-
-def _is_part(name: str) -> bool:
-    found = getattr(library, name, None)
-    return getattr(found, "__module__", None) == library.__name__
+    return [inspect.getsource(x).rstrip() for n, x in known.items() if n in s.used]
 
 
 def _sorted(imports: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ They use torch and transformers only, and the name ``CACHE`` of nothing: whoever
 
 from __future__ import annotations
 
-import copy
 import math
 import sys
 from types import ModuleType
@@ -61,104 +60,6 @@ class HiddenGate(nn.Module):
 
     def forward(self, query: Tensor, hidden: Tensor) -> Tensor:
         return nn.functional.linear(self.norm(rms(hidden, 1e-6)), self.weight, self.bias)
-
-
-class Again(nn.Module):
-    """A later visit of a block, or a module of one: its place, and so its keys, are its own.
-
-    Weights and sub-modules are those of the block's first visit, looked up there whenever they are asked for: whatever puts
-    another module in the place of one (adapters, quantisers, engines) does so for every visit.
-    """
-
-    borrowed: dict[str, str] = {}
-    """Where in the first visit's block each of them stands."""
-
-    def borrow(self, block: nn.Module, path: str, borrowed: dict[str, str]) -> None:
-        # In a tuple, it is no sub-module.
-        self.first, self.path, self.borrowed = (block,), path, borrowed
-
-    def lent(self, path: str) -> Any:
-        found = self.first[0]
-        for name in path.split(".") if path else ():
-            found = getattr(found, name)
-        return found
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name not in self.borrowed:
-                raise
-            return self.lent(self.borrowed[name])
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hook = self.lent(self.path).__dict__.get("_hf_hook")
-        if hook is None:
-            return super().forward(*args, **kwargs)
-        # accelerate moves what the first visit reads, or loads its weights: so here.
-        args, kwargs = hook.pre_forward(self.lent(self.path), *args, **kwargs)
-        return hook.post_forward(self.lent(self.path), super().forward(*args, **kwargs))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        # A copy of the model has copied the first visit by now; a copy of this one alone stays with the one that there is.
-        if self.borrowed:
-            memo.setdefault(id(self.first[0]), self.first[0])
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
-
-
-class LowRankLinear(Again):
-    """A linear map that visits share, with a low-rank update of this visit's own."""
-
-    def __init__(self, base: Any, rank: int):
-        super().__init__()
-        self.base = base
-        self.a = nn.Parameter(base.weight.new_zeros(rank, base.weight.shape[1]))
-        self.b = nn.Parameter(base.weight.new_zeros(base.weight.shape[0], rank))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + nn.functional.linear(nn.functional.linear(x, self.a), self.b)
-
-
-class LowRankConv1D(LowRankLinear):
-    """The same of a linear map whose weight is ``[in, out]``."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.base(x) + x @ self.b @ self.a
-
-
-def own(block: nn.Module) -> bool:
-    """Whether visits of a block differ in a module or below it: it knows its layer's number, or has an update."""
-    return any(hasattr(m, "layer_idx") or isinstance(m, Again) for m in block.modules())
-
-
-def share(layers: nn.ModuleList, blocks: list[int], kinds: dict[type, type]) -> None:
-    """Leave the weights of every block to its first visit; ``kinds``: the classes of later ones."""
-    for place, block in enumerate(blocks):
-        if blocks.index(block) < place:
-            lend(layers[blocks.index(block)], layers[place], "", kinds)
-
-
-def lend(block: nn.Module, later: Any, path: str, kinds: dict[type, type]) -> None:
-    """Let a module of a later visit have nothing that the first visit has at ``path``, but what differs between them."""
-    first, borrowed = block.get_submodule(path), {}
-    for name, child in list(later.named_children()):
-        at, theirs = f"{path}.{name}".lstrip("."), getattr(first, name)
-        base = f"{at}.base" if isinstance(theirs, Again) else at
-        if isinstance(child, Again):
-            child.borrow(block, at, {"base": base})
-            del child.base
-        elif own(child) or (own(theirs) and base == at):
-            lend(block, child, at, kinds)
-        else:
-            borrowed[name] = base
-            delattr(later, name)
-    for name in [*later._parameters, *later._buffers]:
-        borrowed[name] = f"{path}.{name}".lstrip(".")
-        delattr(later, name)
-    later.__class__ = kinds[type(later)]
-    later.borrow(block, path, borrowed)
 
 
 class TimeEncoder(nn.Module):

@@ -247,7 +247,9 @@ class StockHost:
 @functools.cache
 def compiled_stock(stock: type) -> Callable:
     """The stock forward with what stands around the decoder compiled."""
-    compiled = torch.compile(stock.forward, dynamic=True)
+    # Capped logits are handed out and saved under another shape; torch (2.11 to 2.13) takes that view for memory of the backward
+    # pass alone, which then writes gradients into the logits. Inductor's caches know of this option, not of donated buffers.
+    compiled = torch.compile(stock.forward, dynamic=True, options={"inplace_buffers": False})
 
     @functools.wraps(stock.forward)
     def forward(*args, **kwargs):

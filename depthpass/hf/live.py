@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from transformers.modeling_utils import AttentionInterface
 
 from depthpass.capture import Capture, Part
+from depthpass.capture.nodes import module_paths
 from depthpass.capture.screen import block_list
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.doors import call_names
@@ -320,6 +321,4 @@ def with_tables(hooked: Hooked, decoder: nn.Module, captured: Capture, blocks: i
 
 def _paths(part: Part) -> frozenset[str]:
     """Modules of the decoder whose ops are in a captured part."""
-    return frozenset(
-        path for node in part.graph.graph.nodes for path, _ in (node.meta.get("nn_module_stack") or {}).values()
-    )
+    return frozenset(path for node in part.graph.graph.nodes for path in module_paths(node))

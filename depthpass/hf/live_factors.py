@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from depthpass.capture import Template
+from depthpass.capture.nodes import module_paths
 from depthpass.errors import LoweringError, UnsupportedModelError
 
 aten = torch.ops.aten
@@ -61,8 +62,8 @@ def _edges(graph: fx.Graph) -> Iterator[Edge]:
     from depthpass_lowering.fx_passes.modulate import branches
 
     named = dict(zip(("attention", "mlp"), branches(graph)))
-    block = _shared([_stack(n) for n in graph.nodes if n.op == "call_function" and _stack(n)])
-    ends = {name: _ends(b.result, set(_stack(b.adder))) for name, b in named.items()}
+    block = _shared([module_paths(n) for n in graph.nodes if n.op == "call_function" and module_paths(n)])
+    ends = {name: _ends(b.result, set(module_paths(b.adder))) for name, b in named.items()}
     for name, branch in named.items():
         readers = _entered(branch.read, branch.readers, block)
         # A module that both branches leave through (one dropout for both) is called twice.
@@ -75,11 +76,6 @@ def _edges(graph: fx.Graph) -> Iterator[Edge]:
         yield Edge(result[len(block[-1]) + 1 :], f"gate_{name}", False)
 
 
-def _stack(node: fx.Node) -> list[str]:
-    """Paths of the modules that a node was computed in, the outermost first."""
-    return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
-
-
 def _shared(stacks: list[list[str]]) -> list[str]:
     first, *others = stacks
     return [p for i, p in enumerate(first) if all(s[i : i + 1] == [p] for s in others)]
@@ -89,8 +85,8 @@ def _entered(read: fx.Node, readers: tuple[fx.Node, ...], block: list[str]) -> l
     """For each reader the outermost module that it is in and the value that all of them read is not."""
     node: Any = read
     while isinstance(node, fx.Node):
-        outside = {*_stack(node), *block}
-        found = [next((p for p in _stack(reader) if p not in outside), None) for reader in readers]
+        outside = {*module_paths(node), *block}
+        found = [next((p for p in module_paths(reader) if p not in outside), None) for reader in readers]
         if None not in found:
             return [p for p in found if p is not None]
         node = node.args[0] if node.target in _KEEP else None
@@ -102,7 +98,7 @@ def _ends(result: fx.Node, outside: set[str]) -> list[str]:
     found: list[str] = []
     node: Any = result
     while isinstance(node, fx.Node):
-        found += [p for p in _stack(node) if p not in outside][:1]
+        found += [p for p in module_paths(node) if p not in outside][:1]
         constant = node.target is aten.mul.Tensor and not isinstance(node.args[1], fx.Node)
         node = node.args[0] if node.target in _KEEP or constant else None
     return list(dict.fromkeys(found))

@@ -43,7 +43,7 @@ def settings_of(path: str | os.PathLike | None, kwargs: dict[str, Any]) -> dict[
         raise InputError("from_pretrained: expected a folder or hub id, got None. Without one, give config= and state_dict=.")
     if isinstance(config, PreTrainedConfig):
         return config.to_dict()
-    where = path if config is None else config
+    where: Any = path if config is None else config
     folder = Path(where)
     if folder.is_dir():
         _bring_back(folder)

@@ -115,6 +115,16 @@ def test_a_program_without_a_token_loop_is_compiled_too():
     assert not compiled.depth_lowered
 
 
+def test_capped_logits_stay_what_they_are_in_a_backward_pass():
+    """torch.compile saves a view of them that it may take for memory of its own."""
+    model = dp.transform(zoo.model("gemma2", 2, final_logit_softcapping=30.0), dp.Identity(), lowering="inductor").train()
+    ids = torch.randint(3, 60, (3, 8))
+    out = model(input_ids=ids, labels=ids, use_cache=False)
+    logits = out.logits.detach().clone()
+    out.loss.backward()
+    assert torch.equal(out.logits, logits)
+
+
 def test_weights_are_read_anew_at_every_call(models):
     eager, compiled = models
     batch = zoo.batch([9, 9])
