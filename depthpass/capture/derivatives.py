@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import function
 
 from depthpass.errors import UnsupportedModelError
 
@@ -21,20 +23,22 @@ _IN_TRAINING = {("transformers", "PhimoeMultiplier")}
 def own_backwards(model: torch.nn.Module) -> Iterator[list[str]]:
     """Collect the names of the ``torch.autograd.Function`` classes that run here, other than torch's own and exact ones."""
     found: list[str] = []
-    held = vars(torch.autograd.Function)["apply"]
+    held = function._is_setup_context_defined
 
-    def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    def asked(setup_context: Any) -> bool:
+        # The first thing that ``apply`` does; ``apply`` itself may be held by name (``sign = Sign.apply``) since long ago.
+        cls = sys._getframe(1).f_locals.get("cls", torch.autograd.Function)
         package, name = cls.__module__.partition(".")[0], cls.__qualname__
         exact = package == "torch" or (package, name) in _EXACT or ((package, name) in _IN_TRAINING and not model.training)
         if not exact and name not in found:
             found.append(name)
-        return held.__func__(cls, *args, **kwargs)
+        return held(setup_context)
 
-    setattr(torch.autograd.Function, "apply", classmethod(apply))  # noqa: B010  pyright knows it as a method
+    setattr(function, "_is_setup_context_defined", asked)  # noqa: B010  pyright knows it as a function
     try:
         yield found
     finally:
-        setattr(torch.autograd.Function, "apply", held)  # noqa: B010
+        setattr(function, "_is_setup_context_defined", held)  # noqa: B010
 
 
 def refuse_backward(functions: Sequence[str], streams: Iterable[Tensor]) -> None:

@@ -36,6 +36,10 @@ class Again(nn.Module):
                 raise
             return self.lent(self.borrowed[name])
 
+    def _replicate_for_data_parallel(self) -> Any:
+        raise NotImplementedError("nn.DataParallel copies modules one by one, and later visits of a block look their weights up "
+                                  "at its first visit. Run a process per device (torchrun, accelerate), or emit(copies=True).")
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         hook = self.lent(self.path).__dict__.get("_hf_hook")
         if hook is None:

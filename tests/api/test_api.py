@@ -1,7 +1,9 @@
 """Comparisons, twins, the one-line summary, the logger and the progress line."""
 
+import copy
 import inspect
 import logging
+import pickle
 import sys
 
 import pytest
@@ -133,3 +135,4 @@ def test_a_callable_package_is_itself_from_the_first_access_on(name):
     assert dp.__getattr__(name) is sys.modules[f"depthpass.{name}"] is getattr(dp, name)
     function = getattr(getattr(dp, name), name)
     assert callable(getattr(dp, name)) and inspect.signature(getattr(dp, name)) == inspect.signature(function)
+    assert pickle.loads(pickle.dumps(getattr(dp, name))) is copy.deepcopy(getattr(dp, name)) is getattr(dp, name)

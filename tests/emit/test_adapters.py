@@ -79,6 +79,8 @@ def test_copies_and_modules_of_ones_own(tmp_path):
         again.model.layers[1].mlp.up_proj.weight.data.zero_()
         assert (logits(again) - want).abs().max() > 0.1
     assert torch.equal(logits(made), want)
+    with pytest.raises(NotImplementedError, match="DataParallel copies modules one by one"):
+        layers[3]._replicate_for_data_parallel()
     assert copy.deepcopy(layers[3]).mlp is layers[1].mlp, "a layer's copy stays with the weights of its model"
     own = peft.get_peft_model(made, peft.LoraConfig(target_modules=["up_proj"], modules_to_save=["self_attn"])).double().eval()
     close(logits(own), want)
