@@ -135,10 +135,11 @@ class Decoding(Subject):
         found = self.model.generate(**given, max_new_tokens=check["new"])
         for r, row in enumerate(self.rows):
             want = self._filled(row.tolist(), check["new"], spec, self.start(self.rows, r, given=False))
-            if found[r, width:].tolist() != want:
+            if want is not None and found[r, width:].tolist() != want:
                 raise Mismatch(f"row {r}: filled in {found[r, width:].tolist()}, the oracle says {want}")
 
-    def _filled(self, prompt: list[int], new: int, spec: Case, begin: int) -> list[int]:
+    def _filled(self, prompt: list[int], new: int, spec: Case, begin: int) -> list[int] | None:
+        """The tokens in place of the masks; None where two masks are equally sure, and the last bit says which comes first."""
         row, block = prompt + [MASK] * new, spec.get("block")
         start = 0 if block is None else len(prompt) - len(prompt) % block
         while start < len(row):
@@ -151,7 +152,10 @@ class Decoding(Subject):
                     logits = torch.cat((logits[:1], logits[:-1]))
                 logits = logits.index_fill(1, torch.tensor([MASK]), float("-inf"))
                 scores = {i: _sure(spec["unmask"], torch.softmax(logits[i], 0), i) for i in todo}
-                ranked = sorted(todo, key=lambda i: (-scores[i], i))[: -(-len(todo) // left)]
+                ranked, taken = sorted(todo, key=lambda i: (-scores[i], i)), -(-len(todo) // left)
+                if taken < len(todo) and scores[ranked[taken - 1]] - scores[ranked[taken]] < 1e-9:
+                    return None
+                ranked = ranked[:taken]
                 for i in ranked:
                     row[i] = int(logits[i].argmax())
                 todo = [i for i in todo if i not in ranked]
