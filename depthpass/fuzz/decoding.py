@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 from collections.abc import Sequence
 from typing import Any
@@ -134,33 +135,33 @@ class Decoding(Subject):
         spec = next(s for s in self.case["spec"] if s["pass"] == "masked_diffusion")
         found = self.model.generate(**given, max_new_tokens=check["new"])
         for r, row in enumerate(self.rows):
-            want = self._filled(row.tolist(), check["new"], spec, self.start(self.rows, r, given=False))
-            if want is not None and found[r, width:].tolist() != want:
-                raise Mismatch(f"row {r}: filled in {found[r, width:].tolist()}, the oracle says {want}")
+            wanted = self._filled(row.tolist() + [MASK] * check["new"], len(row), spec, self.start(self.rows, r, given=False))
+            if found[r].tolist()[width:] not in [w[len(row) :] for w in wanted]:
+                raise Mismatch(f"row {r}: filled in {found[r, width:].tolist()}, the oracle says {wanted}")
 
-    def _filled(self, prompt: list[int], new: int, spec: Case, begin: int) -> list[int] | None:
-        """The tokens in place of the masks; None where two masks are equally sure, and the last bit says which comes first."""
-        row, block = prompt + [MASK] * new, spec.get("block")
-        start = 0 if block is None else len(prompt) - len(prompt) % block
-        while start < len(row):
+    def _filled(self, row: list[int], prompt: int, spec: Case, begin: int) -> list[list[int]]:
+        """The rows that may come of one with masks behind its prompt: several where places are equally sure."""
+        rows, block = [row], spec.get("block")
+        for start in [0] if block is None else range(prompt - prompt % block, len(row), block):
             end = len(row) if block is None else min(len(row), start + block)
-            todo = [i for i in range(max(start, len(prompt)), end)]
-            rounds = min(spec["steps"], len(todo))
-            for left in range(rounds, 0, -1):
-                logits = self.want(torch.tensor(row[:end]), begin, len(prompt))["logits"]
-                if spec.get("shift"):
-                    logits = torch.cat((logits[:1], logits[:-1]))
-                logits = logits.index_fill(1, torch.tensor([MASK]), float("-inf"))
-                scores = {i: _sure(spec["unmask"], torch.softmax(logits[i], 0), i) for i in todo}
-                ranked, taken = sorted(todo, key=lambda i: (-scores[i], i)), -(-len(todo) // left)
-                if taken < len(todo) and scores[ranked[taken - 1]] - scores[ranked[taken]] < 1e-9:
-                    return None
-                ranked = ranked[:taken]
-                for i in ranked:
-                    row[i] = int(logits[i].argmax())
-                todo = [i for i in todo if i not in ranked]
-            start = end
-        return row[len(prompt) :]
+            for left in range(min(spec["steps"], end - max(start, prompt)), 0, -1):
+                rows = [n for r in rows for n in self._unmasked(r, end, left, prompt, spec, begin)]
+        return rows
+
+    def _unmasked(self, row: list[int], end: int, left: int, prompt: int, spec: Case, begin: int) -> list[list[int]]:
+        """The rows that may come of one step, of which ``left`` are left up to column ``end``."""
+        todo = [i for i in range(prompt, end) if row[i] == MASK]
+        logits = self.want(torch.tensor(row[:end]), begin, prompt)["logits"]
+        if spec.get("shift"):
+            logits = torch.cat((logits[:1], logits[:-1]))
+        logits = logits.index_fill(1, torch.tensor([MASK]), float("-inf"))
+        scores = {i: _sure(spec["unmask"], torch.softmax(logits[i], 0), i) for i in todo}
+        count = -(-len(todo) // left)
+        last = sorted(scores.values(), reverse=True)[count - 1]
+        sure = [i for i in todo if scores[i] > last + 1e-9]
+        tied = [i for i in todo if abs(scores[i] - last) <= 1e-9]
+        first = [{*sure, *more} for more in itertools.combinations(tied, count - len(sure))]
+        return [[int(logits[i].argmax()) if i in places else token for i, token in enumerate(row)] for places in first]
 
 
 def _sure(order: str, p: Tensor, place: int) -> float:
