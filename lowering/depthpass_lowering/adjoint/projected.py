@@ -185,12 +185,12 @@ def run_taped(
     turned = sizes[0] + sizes[1]
     if tables is not None:
         turn(parts.narrow(2, 0, turned), tables[0], tables[1])
-    q, kv = parts.split((sizes[0], 2 * sizes[1]), 2)
+    q, kv = torch.split_with_sizes(parts, (sizes[0], 2 * sizes[1]), 2)
     if use.plain(y):
         use.buffer.write_both(kv.view(*kv.shape[:2], 2, sizes[1], dim), use.start)
-        out, tape = use.chunk(q.transpose(1, 2))
+        out, tape = use.chunk(q)
     else:
-        k, v = kv.split(sizes[1], 2)
+        k, v = kv.chunk(2, 2)
         out, tape = use.taped(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
     return out, ProjectedTape(use, tape, sizes[0], turned, tables)
 
@@ -210,15 +210,15 @@ class ProjectedTape:
         self.use, self.tape, self.queries, self.turned, self.tables = use, tape, queries, turned, tables
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return self._whole(*self.tape(grad)[:3])
+        return self._whole(self.tape(grad)[0].transpose(1, 2))
 
     def own(self) -> Tensor:
         """The gradient where only others have read the keys."""
-        k, v = self.tape.own()
-        return self._whole(k.new_zeros(k.shape[0], self.queries, *k.shape[2:]), k, v)
+        k, _ = self.use.buffer.held()
+        return self._whole(k.new_zeros(k.shape[0], self.use.count, self.queries, k.shape[3]))
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        whole = torch.cat((q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), 2)
+    def _whole(self, q: Tensor) -> Tensor:
+        whole = torch.cat((q, self.use.own_by_token()), 2)
         if self.tables is not None:
             turn(whole.narrow(2, 0, self.turned), self.tables[0], self.tables[2])
         return whole.flatten(2)

@@ -234,12 +234,13 @@ def attend_taped(visit: Any, site: int, q: Tensor, k: Tensor, v: Tensor, sinks: 
 
 def keys_back(tape: Any) -> Sequence[Tensor | None]:
     """Gradients of k and v from what others have read of them."""
-    return tape.own()
+    return tape.use.own()
 
 
 def attend_back(tape: Any, grad: Tensor) -> Sequence[Tensor | None]:
     """Gradients of q, k, v and the sinks."""
-    return tape(grad)
+    dq, dsinks = tape(grad)
+    return (dq, *tape.use.own(), dsinks)
 
 
 @rule(products)

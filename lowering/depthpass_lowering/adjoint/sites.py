@@ -51,7 +51,7 @@ class Site:
 
     def parts(self, y: Tensor) -> Sequence[Tensor]:
         """The result of each weight."""
-        return torch.split(y, self.sizes, -1)
+        return torch.split_with_sizes(y, self.sizes, -1)
 
     def land(self, present: Tensor | None, x: Tensor, *cs: Tensor) -> Tensor:
         """``x`` plus what bridges bring to it."""
@@ -81,7 +81,7 @@ class Site:
 
     def columns(self, whole: Tensor) -> Sequence[Tensor]:
         """The gradient of each stream that a joined product read."""
-        return torch.split(whole, self.sizes, -1)
+        return torch.split_with_sizes(whole, self.sizes, -1)
 
     def hold(self, x: Tensor, g: Tensor) -> None:
         """Keep the operands of the weight gradients."""
