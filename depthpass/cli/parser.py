@@ -81,6 +81,7 @@ def _reports(add: Add) -> None:
     p.add_argument("--diff", action="store_true", help="only numbers that differ, with ratios to the first spec's")
     _sizes(p)
     _form(p, "json", "markdown")
+    p.add_argument("--html", metavar="FILE", help="also write the table as one self-contained HTML page")
 
     p = add("sweep", reports.sweep, "One spec at several groups: what depth costs.")
     _config(p)
