@@ -1,7 +1,7 @@
 """Depth against task: state tracking and addition for stock models of 2, 4 and 8 blocks, loops, and feedback between tokens.
 
 All arms have the same width and data; accuracy against n stands beside the depth that the report gives for the same n. The word
-problem of S3 needs a state carried from token to token, addition only the last pair of digits that decides the carry.
+problems of S3 and S5 need a state carried from token to token, addition only the last pair of digits that decides the carry.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def draw(figure, summary) -> None:
     for axes, key in ((left, "accuracy"), (right, "depth")):
         plots.band(axes, summary, {a.name: {n: f"at.{n}.{key}" for n in c.lengths} for a in summary.arms})
         plots.lengths(axes, c.lengths, c.train.length)
-    left.set(ylabel="accuracy over all tokens", title="word problem of S3" if c.task == "words" else f"addition in base {c.base}")
+    left.set(ylabel="accuracy over all tokens", title=f"word problem of S{len(c.generators[0])}" if c.task == "words" else f"addition in base {c.base}")
     right.set(ylabel="block visits", title="depth by the report", yscale="log")
     left.legend(fontsize=7, frameon=False)
 

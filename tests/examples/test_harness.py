@@ -13,7 +13,7 @@ from examples.harness import pages, tables
 from examples.harness.arms import Arm, config, stock
 from examples.harness.experiment import Experiment, Runner
 from examples.harness.problems import Parity
-from examples.harness.settings import settings
+from examples.harness.settings import merge, settings
 from examples.harness.store import Store
 from examples.harness.training import Rows, measure, train
 
@@ -112,8 +112,12 @@ def test_settings():
         settings("parity", None, ("train.row=7",))
     for name in run.names():
         for overlay in (None, "quick", "gpu"):
-            c = settings(name, overlay)
-            assert len({a.name for a in run.load(name).arms(c)}) == len(run.load(name).arms(c)) > 0
+            c, experiment = settings(name, overlay), run.load(name)
+            found = experiment.arms(c)
+            assert len({a.name for a in found}) == len(found) > 0
+            for arm in found:  # at the real width: heads fit it, and the last position is there
+                assert config(merge(c.model, arm.model), experiment.problem(c, arm).vocabulary).max_position_embeddings >= max(
+                    [*c.get("lengths", []), c.get("hops", 0), c.train.length])
 
 
 def test_rows_grow_after_two_good_batches():
