@@ -17,6 +17,7 @@ CHANGES = {
     "loops": (("train.steps=9", "test_rows=4", "shift.every=2", "shift.patience=1", "shift.d1=9", "shift.d2=99", "train.length=12",
                "test_times=[4]", "shown_times=[4]", "targets=[9.0]", "times=4", "hops=2"), ["always", "SHIFT"]),
     "p_hop": (("model.blocks=1", "test_rows=4", "train.length=12", "lengths=[12]", "test_times=[2]", "arms.times=2", "hops=1"), ["1 block"]),
+    "p_hop_depth": (("model.blocks=2", "test_rows=4", "train.length=8", "lengths=[8]", "hops=1"), ["loop"]),
     "parity": ((*GROWN, "hops=16", "lengths=[8]", "pretrain.length=8"), ["TurboConn g=4", "stock, window 4"]),
     "parity_text": ((*GROWN, "hops=0", "lengths=[12]", "pretrain.length=8"), ["TurboConn g=1"]),
     "s5": (DEPTH, ["T2MLR"]),
