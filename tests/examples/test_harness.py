@@ -95,8 +95,13 @@ def test_tables_and_files(made, tmp_path):
     pages.put(page, "trial", text)
     pages.put(page, "trial", "other")
     assert page.read_text().count("results: trial") == 1 and "other" in page.read_text() and "bridge" not in page.read_text()
-    held = tables.plain(summary, "x")
-    assert json.loads(json.dumps(pages.thinned(held, 1)))["runs"][0]["arm"] == "bridge"
+    held = json.loads(json.dumps(pages.thinned(tables.plain(summary, "x"), 1)))
+    assert held["runs"][0]["arm"] == "bridge" and [r["lr"] for r in held["others"]] == [lr for lr in (0.001, 0.01)
+                                                                                       if lr != held["runs"][0]["lr"]]
+    store, again = Store(tmp_path / "kept.jsonl"), []  # a kept result is taken up where it ended
+    assert store.take([*held["runs"], *held["others"]]) == 7 and store.take(held["runs"]) == 0
+    Runner("trial", TRIAL, made[1], store, 2, say=again.append).run()
+    assert again == []
 
 
 def test_a_budget_needs_its_arm(made, tmp_path):
