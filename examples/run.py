@@ -7,9 +7,9 @@
 
 Every finished run (arm, seed, learning rate) is a line of ``OUT/NAME.jsonl`` and is not made again, so that a run that was
 interrupted goes on where it was. ``OUT/NAME.json`` holds everything, ``OUT/NAME.md`` the tables, ``OUT/NAME.png`` the picture.
-The learning rate of each arm is chosen by its first seed. ``--kept`` begins with the runs of ``docs/results``, so that arms, seeds
-and rates are added to them; runs of other settings than today's are not taken up. ``--quick`` takes seconds and shows the direction; ``--gpu`` is a
-longer setting for one card.
+The learning rate of each arm is chosen by its first seed. ``--kept`` begins with the runs of ``docs/results``, so that arms,
+seeds and rates are added to them; runs of other settings than today's are not taken up. ``--quick`` takes seconds and shows the
+direction; ``--gpu`` is a longer setting for one card.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Depth against task: state tracking, addition and hops for stock models of 2, 4 and 8 blocks, loops, and feedback between tokens.
+"""Depth against task: state tracking, addition and hops for stock models of 2, 4 and 8 blocks, loops, feedback between tokens.
 
 All arms have the same width and data; accuracy against n stands beside the depth that the report gives for the same n. The word
 problems of S3 and S5 need a state carried from token to token, addition only the last pair of digits that decides the carry.

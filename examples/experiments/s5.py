@@ -1,4 +1,4 @@
-"""Depth against task, harder: the word problem of S5, which no fixed number of blocks can solve for all lengths (NC1-complete)."""
+"""Depth against task, harder: the word problem of S5, which is complete for NC1: a fixed depth is not known to solve it."""
 
 from __future__ import annotations
 

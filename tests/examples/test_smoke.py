@@ -4,8 +4,8 @@ import pytest
 
 from examples import run
 
-NARROW = ("device=cpu", "model.width=16", "model.feedforward=16", "model.heads=2", "train.rows=4", "train.warmup=1", "train.steps=2",
-          "train.lr=[0.001]")
+NARROW = ("device=cpu", "model.width=16", "model.feedforward=16", "model.heads=2", "train.rows=4", "train.warmup=1",
+          "train.steps=2", "train.lr=[0.001]")
 GROWN = ("model.blocks=2", "pretrain.rows=2", "pretrain.steps=2", "test_rows=4", "train.length=8")
 DEPTH = (*GROWN, "lengths=[8]", "pretrain.length=8")
 CHANGES = {
@@ -14,9 +14,11 @@ CHANGES = {
     "depth_task": (DEPTH, ["Feedback"]),
     "fixed_point": (("hops=16", "test_rows=4", "model.blocks=2", "train.length=8"), ["text, TurboConn g=4"]),
     "layer_gradients": (("arms.steps=[2]", "responses=2", "model.blocks=2", "modulus=5", "sizes=[2, 3]"), None),
-    "loops": (("train.steps=9", "test_rows=4", "shift.every=2", "shift.patience=1", "shift.d1=9", "shift.d2=99", "train.length=12",
-               "test_times=[4]", "shown_times=[4]", "targets=[9.0]", "times=4", "hops=2"), ["always", "SHIFT"]),
-    "p_hop": (("model.blocks=1", "test_rows=4", "train.length=12", "lengths=[12]", "test_times=[2]", "arms.times=2", "hops=1"), ["1 block"]),
+    "loops": (("train.steps=9", "test_rows=4", "shift.every=2", "shift.patience=1", "shift.d1=9", "shift.d2=99",
+               "train.length=12", "test_times=[4]", "shown_times=[4]", "targets=[9.0]", "times=4", "hops=2"),
+              ["always", "SHIFT"]),
+    "p_hop": (("model.blocks=1", "test_rows=4", "train.length=12", "lengths=[12]", "test_times=[2]", "arms.times=2", "hops=1"),
+              ["1 block"]),
     "p_hop_depth": (("model.blocks=2", "test_rows=4", "train.length=8", "lengths=[8]", "hops=1"), ["loop"]),
     "parity": ((*GROWN, "hops=16", "lengths=[8]", "pretrain.length=8"), ["TurboConn g=4", "stock, window 4"]),
     "parity_text": ((*GROWN, "hops=0", "lengths=[12]", "pretrain.length=8"), ["TurboConn g=1"]),

@@ -2,8 +2,8 @@
 
 from examples import run
 
-SMALL = ("device=cpu", "model.width=16", "model.feedforward=32", "model.heads=2", "train.steps=4", "train.warmup=1", "train.rows=2",
-         "train.length=16", "train.lr=[0.001]", "test_rows=4", "arms.stock=[]", "arms.systems=[PLT-2, MoR-3]")
+SMALL = ("device=cpu", "model.width=16", "model.feedforward=32", "model.heads=2", "train.steps=4", "train.warmup=1",
+         "train.rows=2", "train.length=16", "train.lr=[0.001]", "test_rows=4", "arms.stock=[]", "arms.systems=[PLT-2, MoR-3]")
 
 
 def test_arms_take_as_many_flops(tmp_path):
