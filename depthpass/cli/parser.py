@@ -16,6 +16,10 @@ Add = Callable[[str, Run, str], argparse.ArgumentParser]
 """Adds a command: its name, what runs it, and what it does."""
 
 
+RUN_MODELS = ("contraction", "emit", "search", "calibrate", "demo", "tasks")
+"""Commands that run models, or make data of any size."""
+
+
 class Parser(argparse.ArgumentParser):
     """Adds the nearest spelling to usage errors."""
 
@@ -44,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Run, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
-        sub.set_defaults(run=run)
+        sub.set_defaults(run=run, runs_models=name in RUN_MODELS)
         return sub
 
     for group in (_reports, _checkpoints, _search, _words, _machine):
@@ -77,6 +81,7 @@ def _reports(add: Add) -> None:
     p.add_argument("--diff", action="store_true", help="only numbers that differ, with ratios to the first spec's")
     _sizes(p)
     _form(p, "json", "markdown")
+    p.add_argument("--html", metavar="FILE", help="also write the table as one self-contained HTML page")
 
     p = add("sweep", reports.sweep, "One spec at several groups: what depth costs.")
     _config(p)

@@ -329,3 +329,9 @@ def test_as_a_process(tmp_path: Path) -> None:
     numbers = json.loads(done.stdout)["numbers"]
     assert (numbers["serial_blocks"]["value"], numbers["serial_blocks"]["out_of"]) == (14, 16)
     assert numbers["depth_at_n"]["value"] == 548
+    if Path("/dev/full").exists():
+        # What was printed is written before the process ends in its own way, or the reader is told.
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*command[:3], "presets"], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, "PYTHONPATH": paths})
+        assert done.returncode == 2 and "No space left" in done.stderr
