@@ -272,6 +272,7 @@ def _absorbed(t: Tape, n: Any) -> None:
         for m in inside.nodes:
             if m.op == "call_function":
                 tape.run(m)
+        t.islands |= tape.islands
         return tape
 
     def finish(g: fx.Node, site: fx.Node, trained: bool) -> None:

@@ -14,6 +14,7 @@ from depthpass_kernels import bridge_in
 from torch import Tensor
 
 from depthpass_lowering.products.packed import Products, Tensors, Weights, contraction, plain
+from depthpass_lowering.state.buffers import outer_mode
 
 FLUSH = {"cpu": 256, "cuda": 8192}
 """Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.
@@ -75,10 +76,11 @@ class Sink:
     def gather(self, parameter: Tensor, grad: Tensor) -> None:
         """Add to the gradient of a parameter that is no weight of a product."""
         known = self._others.get(id(parameter))
-        if known is None:
-            self._others[id(parameter)] = grad.clone()
-        else:
+        if known is not None:
             known.add_(grad)
+            return
+        with outer_mode():
+            self._others[id(parameter)] = grad.clone()
 
     def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:
         """Weights in autocast's dtype, cast once per loop; None = as they are."""
@@ -116,8 +118,11 @@ class Sink:
         return found
 
     def _flush(self, held: _Operands) -> None:
-        if not held.g:
-            return
+        if held.g:
+            with outer_mode():
+                self._multiply(held)
+
+    def _multiply(self, held: _Operands) -> None:
         w, x, g = held.weights, _rows(held.x), _rows(held.g)
         held.x, held.g = [], []
         if any(t.requires_grad for t in w.weights):

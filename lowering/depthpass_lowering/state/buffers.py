@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from depthpass_kernels import slot_attention_backward, slot_attention_forward
 from depthpass_kernels.slot_attention import chunk
 from torch import Tensor
+
+
+@contextmanager
+def outer_mode() -> Iterator[None]:
+    """Makes what leaves the chunks that it is made in, which run in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Buffer:
@@ -45,6 +53,7 @@ class Buffer:
         assert self.both is not None
         self.both.narrow(3, start, kv.shape[1]).copy_(kv.permute(2, 0, 3, 1, 4))
 
+    @outer_mode()
     def _make(self, k: Tensor, keys: int, values: int) -> None:
         batch, heads = k.shape[:2]
         if keys == values:
@@ -73,14 +82,18 @@ class Buffer:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Accumulators beside keys and values, in at least float32."""
         if self.gk is None or self.gv is None:
-            k, v = self.held()
-            dtype = torch.promote_types(k.dtype, torch.float32)
-            if self.both is not None:
-                self.sums = torch.zeros_like(self.both, dtype=dtype)
-                self.gk, self.gv = self.sums[0], self.sums[1]
-            else:
-                self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+            self._make_gradients(*self.held())
+        assert self.gk is not None and self.gv is not None
         return self.gk, self.gv
+
+    @outer_mode()
+    def _make_gradients(self, k: Tensor, v: Tensor) -> None:
+        dtype = torch.promote_types(k.dtype, torch.float32)
+        if self.both is not None:
+            self.sums = torch.zeros_like(self.both, dtype=dtype)
+            self.gk, self.gv = self.sums[0], self.sums[1]
+        else:
+            self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
 
 
 def _by_head(both: Tensor | None, sides: Sequence[Tensor], columns: int) -> Sequence[Tensor]:
