@@ -132,11 +132,11 @@ def _projected(t: Tape, n: Any) -> None:
     site, spec = t.site(weights, biases, False, False, gain)
     tables = None if rotation is None else _tables_of(t, *rotation)
     trained = t.trains(spec)
-    if not (trained or x in t.active):
-        t.env[n] = t.emit(run, visit, number, site, x, dim, tables)
-        return
     both = t.emit(run_taped, visit, number, site, x, dim, tables)
-    t.env[n], tape = t.emit(operator.getitem, both, 0), t.emit(operator.getitem, both, 1)
+    t.env[n] = t.emit(operator.getitem, both, 0)
+    if not (trained or x in t.active):
+        return
+    tape = t.emit(operator.getitem, both, 1)
 
     def finish(whole: fx.Node) -> None:
         if trained:
@@ -145,7 +145,7 @@ def _projected(t: Tape, n: Any) -> None:
             t.add(x, t.back_method("back", site, whole), True)
 
     # Others may read the keys of a visit whose result nobody does.
-    t.on_back(n, lambda g: finish(t.back(whole_back, tape, g)), lambda: finish(t.back(keys_back, tape)))
+    t.on_back(n, lambda g: finish(t.back_method("__call__", tape, g)), lambda: finish(t.back_method("own", tape)))
 
 
 def _tables_of(t: Tape, cos: fx.Node, sin: fx.Node, half: int) -> tuple[fx.Node, ...]:
@@ -168,11 +168,6 @@ def turn(x: Tensor, cos: Tensor, signed: Tensor) -> None:
     """Rotate the heads of ``x [B, C, heads, dim]`` in place."""
     rolled = torch.roll(x, x.shape[-1] // 2, -1)
     x.mul_(cos).addcmul_(rolled, signed)
-
-
-def run(visit, number: int, site: Site, x: Tensor, dim: int, tables: Sequence[Tensor] | None) -> Tensor:
-    """:func:`projected` without a backward pass."""
-    return run_taped(visit, number, site, x, dim, tables)[0]
 
 
 def run_taped(
@@ -222,13 +217,3 @@ class ProjectedTape:
         if self.tables is not None:
             turn(whole.narrow(2, 0, self.turned), self.tables[0], self.tables[2])
         return whole.flatten(2)
-
-
-def whole_back(tape: ProjectedTape, grad: Tensor) -> Tensor:
-    """Gradient of all projections side by side."""
-    return tape(grad)
-
-
-def keys_back(tape: ProjectedTape) -> Tensor:
-    """The same where nothing but the keys was read."""
-    return tape.own()

@@ -208,7 +208,7 @@ def _attend(t: Tape, n: Any) -> None:
     if not any(x in t.active for x in (q, k, v, sinks)):
         t.env[n] = t.emit(calls.attend, visit, site, q, k, v, sinks)
         return
-    both = t.emit(attend_taped, visit, site, q, k, v, sinks)
+    both = t.method("attend_taped", visit, site, q, k, v, sinks)
     t.env[n], tape = t.emit(operator.getitem, both, 0), t.emit(operator.getitem, both, 1)
     writes_keys = visit in t.writers
 
@@ -225,11 +225,6 @@ def _attend(t: Tape, n: Any) -> None:
             t.add(x, t.behind.call_function(operator.getitem, (found, i)), False)
 
     t.on_back(n, back, unread if writes_keys else None)
-
-
-def attend_taped(visit: Any, site: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
-    """The attention of a visit, and what its backward pass needs."""
-    return visit.attend_taped(site, q, k, v, sinks)
 
 
 def keys_back(tape: Any) -> Sequence[Tensor | None]:

@@ -28,7 +28,6 @@ class Site:
     def __init__(self, sink: Sink, w: Weights, like: Tensor):
         self.sink, self.w, self.like = sink, w, like
         self.sizes = w.sizes()
-        self.heads: list[int] | None = None
         self.trained = sink.trains(w)
         self.matrix: Tensor | None = None
         self.bias: Tensor | None = None
@@ -45,9 +44,7 @@ class Site:
 
     def head_sizes(self, dim: int) -> Sequence[int]:
         """Heads of each weight's result."""
-        if self.heads is None:
-            self.heads = [size // dim for size in self.sizes]
-        return self.heads
+        return [size // dim for size in self.sizes]
 
     def parts(self, y: Tensor) -> Sequence[Tensor]:
         """The result of each weight."""

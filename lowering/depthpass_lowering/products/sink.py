@@ -73,14 +73,14 @@ class Sink:
         if len(held.g) >= held.room:
             self._flush(held)
 
+    @outer_mode()
     def gather(self, parameter: Tensor, grad: Tensor) -> None:
         """Add to the gradient of a parameter that is no weight of a product."""
         known = self._others.get(id(parameter))
-        if known is not None:
-            known.add_(grad)
-            return
-        with outer_mode():
+        if known is None:
             self._others[id(parameter)] = grad.clone()
+        else:
+            known.add_(grad)
 
     def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:
         """Weights in autocast's dtype, cast once per loop; None = as they are."""
@@ -117,12 +117,10 @@ class Sink:
         self.__init__(self.products.uses)
         return found
 
+    @outer_mode()
     def _flush(self, held: _Operands) -> None:
-        if held.g:
-            with outer_mode():
-                self._multiply(held)
-
-    def _multiply(self, held: _Operands) -> None:
+        if not held.g:
+            return
         w, x, g = held.weights, _rows(held.x), _rows(held.g)
         held.x, held.g = [], []
         if any(t.requires_grad for t in w.weights):
@@ -183,8 +181,7 @@ def _through_gain(found: dict[int, Tensor], w: Weights, weight: Tensor, part: Te
 
 def _rows(parts: list[Tensor]) -> Tensor:
     """Operands of several chunks of the same rows, ``[.., tokens, width]``, below one another: ``[rows, width]``."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts, -2)
-    return whole.reshape(-1, whole.shape[-1])
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -2)).flatten(0, -2)
 
 
 class _SunkProduct(torch.autograd.Function):

@@ -82,18 +82,15 @@ class Buffer:
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Accumulators beside keys and values, in at least float32."""
         if self.gk is None or self.gv is None:
-            self._make_gradients(*self.held())
-        assert self.gk is not None and self.gv is not None
+            k, v = self.held()
+            dtype = torch.promote_types(k.dtype, torch.float32)
+            with outer_mode():
+                if self.both is not None:
+                    self.sums = torch.zeros_like(self.both, dtype=dtype)
+                    self.gk, self.gv = self.sums[0], self.sums[1]
+                else:
+                    self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         return self.gk, self.gv
-
-    @outer_mode()
-    def _make_gradients(self, k: Tensor, v: Tensor) -> None:
-        dtype = torch.promote_types(k.dtype, torch.float32)
-        if self.both is not None:
-            self.sums = torch.zeros_like(self.both, dtype=dtype)
-            self.gk, self.gv = self.sums[0], self.sums[1]
-        else:
-            self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
 
 
 def _by_head(both: Tensor | None, sides: Sequence[Tensor], columns: int) -> Sequence[Tensor]:
