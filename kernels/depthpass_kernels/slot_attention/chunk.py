@@ -28,12 +28,24 @@ def fits(x: Tensor, count: int, start: int, options: dict) -> bool:
 
 
 def rows_of(q: Tensor, keys: int) -> Tensor:
-    """[B, Hq, C, D] -> [B * Hkv, group * C, D]: the queries of a key head below one another; `keys` = B * Hkv."""
-    return q.reshape(keys, -1, q.shape[-1])
+    """[B, C, Hq, D] -> [B * Hkv, C * group, D]: the queries of a key head below one another; `keys` = B * Hkv. No copy where
+    all heads share one key head."""
+    batch, count, _, width = q.shape
+    if keys == batch:
+        return q.reshape(keys, -1, width)
+    return q.reshape(batch, count, keys // batch, -1, width).transpose(1, 2).reshape(keys, -1, width)
+
+
+def by_token(rows: Tensor, batch: int, count: int) -> Tensor:
+    """The inverse of `rows_of`."""
+    keys, _, width = rows.shape
+    if keys == batch:
+        return rows.view(batch, count, -1, width)
+    return rows.view(batch, keys // batch, count, -1, width).transpose(1, 2).flatten(2, 3)
 
 
 def forward(rows: Tensor, k: Tensor, v: Tensor, count: int, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Return [B * Hkv, group * C, Dv] and the probabilities if they are worth keeping, from the rows of `rows_of` and keys and
+    """Return [B * Hkv, C * group, Dv] and the probabilities if they are worth keeping, from the rows of `rows_of` and keys and
     values [B * Hkv, N, D or Dv] up to the last query's."""
     p = _probabilities(rows, k, count, scale)
     return torch.bmm(p, v), p if k.shape[1] <= KEPT * k.shape[2] else None
@@ -56,7 +68,7 @@ def _probabilities(rows: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
 
 @functools.lru_cache(32)  # every visit of a chunk asks for the same one
 def _mask(group: int, count: int, keys: int, dtype: torch.dtype) -> Tensor:
-    """What hides later keys of the own chunk, [group * count, keys], a view of a longer one."""
+    """What hides later keys of the own chunk, [count * group, keys], a view of a longer one."""
     longest = 256
     while longest < keys:
         longest *= 2
@@ -68,4 +80,4 @@ def _widest(group: int, count: int, keys: int, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False), torch.no_grad():
         mask = torch.zeros(count, keys, dtype=dtype)
         mask[:, keys - count :] = torch.full((count, count), float("-inf"), dtype=dtype).triu_(1)
-        return mask.repeat(group, 1)
+        return mask.repeat_interleave(group, 0)

@@ -132,11 +132,11 @@ def _projected(t: Tape, n: Any) -> None:
     site, spec = t.site(weights, biases, False, False, gain)
     tables = None if rotation is None else _tables_of(t, *rotation)
     trained = t.trains(spec)
-    if not (trained or x in t.active):
-        t.env[n] = t.emit(run, visit, number, site, x, dim, tables)
-        return
     both = t.emit(run_taped, visit, number, site, x, dim, tables)
-    t.env[n], tape = t.emit(operator.getitem, both, 0), t.emit(operator.getitem, both, 1)
+    t.env[n] = t.emit(operator.getitem, both, 0)
+    if not (trained or x in t.active):
+        return
+    tape = t.emit(operator.getitem, both, 1)
 
     def finish(whole: fx.Node) -> None:
         if trained:
@@ -145,7 +145,7 @@ def _projected(t: Tape, n: Any) -> None:
             t.add(x, t.back_method("back", site, whole), True)
 
     # Others may read the keys of a visit whose result nobody does.
-    t.on_back(n, lambda g: finish(t.back(whole_back, tape, g)), lambda: finish(t.back(keys_back, tape)))
+    t.on_back(n, lambda g: finish(t.back_method("__call__", tape, g)), lambda: finish(t.back_method("own", tape)))
 
 
 def _tables_of(t: Tape, cos: fx.Node, sin: fx.Node, half: int) -> tuple[fx.Node, ...]:
@@ -170,11 +170,6 @@ def turn(x: Tensor, cos: Tensor, signed: Tensor) -> None:
     x.mul_(cos).addcmul_(rolled, signed)
 
 
-def run(visit, number: int, site: Site, x: Tensor, dim: int, tables: Sequence[Tensor] | None) -> Tensor:
-    """:func:`projected` without a backward pass."""
-    return run_taped(visit, number, site, x, dim, tables)[0]
-
-
 def run_taped(
     visit, number: int, site: Site, x: Tensor, dim: int, tables: Sequence[Tensor] | None
 ) -> tuple[Tensor, ProjectedTape]:
@@ -185,12 +180,12 @@ def run_taped(
     turned = sizes[0] + sizes[1]
     if tables is not None:
         turn(parts.narrow(2, 0, turned), tables[0], tables[1])
-    q, kv = parts.split((sizes[0], 2 * sizes[1]), 2)
+    q, kv = torch.split_with_sizes(parts, (sizes[0], 2 * sizes[1]), 2)
     if use.plain(y):
         use.buffer.write_both(kv.view(*kv.shape[:2], 2, sizes[1], dim), use.start)
-        out, tape = use.chunk(q.transpose(1, 2))
+        out, tape = use.chunk(q)
     else:
-        k, v = kv.split(sizes[1], 2)
+        k, v = kv.chunk(2, 2)
         out, tape = use.taped(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
     return out, ProjectedTape(use, tape, sizes[0], turned, tables)
 
@@ -210,25 +205,15 @@ class ProjectedTape:
         self.use, self.tape, self.queries, self.turned, self.tables = use, tape, queries, turned, tables
 
     def __call__(self, grad: Tensor) -> Tensor:
-        return self._whole(*self.tape(grad)[:3])
+        return self._whole(self.tape(grad)[0].transpose(1, 2))
 
     def own(self) -> Tensor:
         """The gradient where only others have read the keys."""
-        k, v = self.tape.own()
-        return self._whole(k.new_zeros(k.shape[0], self.queries, *k.shape[2:]), k, v)
+        k, _ = self.use.buffer.held()
+        return self._whole(k.new_zeros(k.shape[0], self.use.count, self.queries, k.shape[3]))
 
-    def _whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        whole = torch.cat((q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), 2)
+    def _whole(self, q: Tensor) -> Tensor:
+        whole = torch.cat((q, self.use.own_by_token()), 2)
         if self.tables is not None:
             turn(whole.narrow(2, 0, self.turned), self.tables[0], self.tables[2])
         return whole.flatten(2)
-
-
-def whole_back(tape: ProjectedTape, grad: Tensor) -> Tensor:
-    """Gradient of all projections side by side."""
-    return tape(grad)
-
-
-def keys_back(tape: ProjectedTape) -> Tensor:
-    """The same where nothing but the keys was read."""
-    return tape.own()

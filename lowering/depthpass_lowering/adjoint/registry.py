@@ -40,7 +40,7 @@ def other(t: Tape, n: Any) -> None:
     if not isinstance(n.meta.get("val", torch.empty(0)), Tensor):
         raise Unsupported(f"{n.target} has several results")
     active = [a for a in n.all_input_nodes if a in t.active]
-    island = _Island(n, active)
+    island, t.islands = _Island(n, active), True
     both = t.emit(island, *n.all_input_nodes)
     t.env[n] = t.emit(operator.getitem, both, 0)
     tape = t.emit(operator.getitem, both, 1)

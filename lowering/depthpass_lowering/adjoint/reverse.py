@@ -41,12 +41,14 @@ class Adjoint:
         backward: ``(sink, saved, *gradients of the results) -> gradients of the inputs named by wants``.
         wants: which inputs get a gradient.
         sites: the products, in the order of the forward graph's last inputs.
+        islands: whether some op is differentiated by autograd.
     """
 
     forward: fx.GraphModule
     backward: fx.GraphModule | None
     wants: tuple[int, ...]
     sites: tuple[SiteSpec, ...]
+    islands: bool
 
 
 @dataclass
@@ -84,6 +86,7 @@ class Tape:
         self.gradients: dict[fx.Node, Gradient] = {}
         # Tables that several nodes read, by what they are made of.
         self.tables: dict[object, tuple[fx.Node, ...]] = {}
+        self.islands = False
 
     # Forward.
 
@@ -274,7 +277,7 @@ class Reverse(Tape):
         self.ahead.output((tuple(self._handed_out(r) for r in results), tuple(self.saved)))
         return Adjoint(
             fx.GraphModule(self.gm, self.ahead), fx.GraphModule(self.gm, self.behind) if trained else None, tuple(wants),
-            tuple(self.sites),
+            tuple(self.sites), self.islands,
         )
 
 

@@ -208,7 +208,7 @@ def _attend(t: Tape, n: Any) -> None:
     if not any(x in t.active for x in (q, k, v, sinks)):
         t.env[n] = t.emit(calls.attend, visit, site, q, k, v, sinks)
         return
-    both = t.emit(attend_taped, visit, site, q, k, v, sinks)
+    both = t.method("attend_taped", visit, site, q, k, v, sinks)
     t.env[n], tape = t.emit(operator.getitem, both, 0), t.emit(operator.getitem, both, 1)
     writes_keys = visit in t.writers
 
@@ -227,19 +227,15 @@ def _attend(t: Tape, n: Any) -> None:
     t.on_back(n, back, unread if writes_keys else None)
 
 
-def attend_taped(visit: Any, site: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None):
-    """The attention of a visit, and what its backward pass needs."""
-    return visit.attend_taped(site, q, k, v, sinks)
-
-
 def keys_back(tape: Any) -> Sequence[Tensor | None]:
     """Gradients of k and v from what others have read of them."""
-    return tape.own()
+    return tape.use.own()
 
 
 def attend_back(tape: Any, grad: Tensor) -> Sequence[Tensor | None]:
     """Gradients of q, k, v and the sinks."""
-    return tape(grad)
+    dq, dsinks = tape(grad)
+    return (dq, *tape.use.own(), dsinks)
 
 
 @rule(products)
@@ -271,6 +267,7 @@ def _absorbed(t: Tape, n: Any) -> None:
         for m in inside.nodes:
             if m.op == "call_function":
                 tape.run(m)
+        t.islands |= tape.islands
         return tape
 
     def finish(g: fx.Node, site: fx.Node, trained: bool) -> None:

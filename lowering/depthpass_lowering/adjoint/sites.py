@@ -28,7 +28,6 @@ class Site:
     def __init__(self, sink: Sink, w: Weights, like: Tensor):
         self.sink, self.w, self.like = sink, w, like
         self.sizes = w.sizes()
-        self.heads: list[int] | None = None
         self.trained = sink.trains(w)
         self.matrix: Tensor | None = None
         self.bias: Tensor | None = None
@@ -45,13 +44,11 @@ class Site:
 
     def head_sizes(self, dim: int) -> Sequence[int]:
         """Heads of each weight's result."""
-        if self.heads is None:
-            self.heads = [size // dim for size in self.sizes]
-        return self.heads
+        return [size // dim for size in self.sizes]
 
     def parts(self, y: Tensor) -> Sequence[Tensor]:
         """The result of each weight."""
-        return torch.split(y, self.sizes, -1)
+        return torch.split_with_sizes(y, self.sizes, -1)
 
     def land(self, present: Tensor | None, x: Tensor, *cs: Tensor) -> Tensor:
         """``x`` plus what bridges bring to it."""
@@ -81,7 +78,7 @@ class Site:
 
     def columns(self, whole: Tensor) -> Sequence[Tensor]:
         """The gradient of each stream that a joined product read."""
-        return torch.split(whole, self.sizes, -1)
+        return torch.split_with_sizes(whole, self.sizes, -1)
 
     def hold(self, x: Tensor, g: Tensor) -> None:
         """Keep the operands of the weight gradients."""

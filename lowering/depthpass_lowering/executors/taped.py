@@ -143,6 +143,11 @@ class TapedChunks:
             return results, chain
         return self.forward(*call.inputs(moving), *self.sites)[0], chain
 
+    def mode(self) -> contextlib.AbstractContextManager:
+        """What a chunk runs in: no op of it is recorded, so none goes through autograd's part of the dispatcher, which costs more
+        than a view. Ops that have no rule are differentiated by autograd itself."""
+        return contextlib.nullcontext() if self.made.code.islands else torch.inference_mode()
+
     def release(self) -> None:
         """Let go of the weights of the forward pass."""
         for site in self.sites:
@@ -163,6 +168,11 @@ class _ChunkInputs:
         return [*self.opaque, *moving[: self.streams], *self.tables, *self.chunks.params, *moving[self.streams :]]
 
 
+def ordinary(found: Sequence[Tensor]) -> list[Tensor]:
+    """What leaves a chunk, as tensors that autograd may record."""
+    return [t.clone() if t.is_inference() else t for t in found]
+
+
 class _TapedChunk(torch.autograd.Function):
     """One chunk as one node of the loop's graph."""
 
@@ -170,19 +180,21 @@ class _TapedChunk(torch.autograd.Function):
     def forward(ctx, call: _ChunkInputs, chain: Tensor, *moving: Tensor):
         chunks = call.chunks
         ctx.chunks, ctx.random = chunks, RandomState.now(moving) if chunks.draws else None
-        results, ctx.saved = chunks.forward(*call.inputs(moving), *chunks.sites)
+        with chunks.mode():
+            results, ctx.saved = chunks.forward(*call.inputs(moving), *chunks.sites)
         if chunks.recompute:
             ctx.saved, ctx.call = None, call
             ctx.save_for_backward(*moving)
-        return (*results, chain.new_empty(0))
+        return (*ordinary(results), chain.new_empty(0))
 
     @staticmethod
     def backward(ctx, *grads):
         chunks, made, saved = ctx.chunks, ctx.chunks.made, ctx.saved
         ctx.saved = None
-        if chunks.recompute:
-            with contextlib.nullcontext() if ctx.random is None else ctx.random.again():
-                _, saved = chunks.forward(*ctx.call.inputs(ctx.saved_tensors), *chunks.sites)
-        found = chunks.backward(chunks.sink, saved, *grads[:-1])
-        given = dict(zip(made.code.wants, found))
+        with chunks.mode():
+            if chunks.recompute:
+                with contextlib.nullcontext() if ctx.random is None else ctx.random.again():
+                    _, saved = chunks.forward(*ctx.call.inputs(ctx.saved_tensors), *chunks.sites)
+            found = chunks.backward(chunks.sink, saved, *grads[:-1])
+        given = dict(zip(made.code.wants, ordinary(found)))
         return (None, grads[-1], *(given.get(i) for i in made.moving))

@@ -220,4 +220,6 @@ def contraction(a: Tensor, b: Tensor) -> Tensor:
     """``a^T b`` of two matrices with the same, long, first dimension: a weight gradient."""
     if a.numel() + b.numel() < SMALLEST or not blocked(a, b):
         return a.t() @ b
+    if a.shape[1] > b.shape[1]:
+        return contraction(b, a).t()  # the operand in front is copied: the narrower one
     return torch.ops.mkldnn._linear_pointwise(a.t(), b.t(), None, "none", [], "")

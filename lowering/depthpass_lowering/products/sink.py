@@ -14,6 +14,7 @@ from depthpass_kernels import bridge_in
 from torch import Tensor
 
 from depthpass_lowering.products.packed import Products, Tensors, Weights, contraction, plain
+from depthpass_lowering.state.buffers import outer_mode
 
 FLUSH = {"cpu": 256, "cuda": 8192}
 """Rows gathered before they are multiplied, by device: enough for a product near full rate, few enough to hold little memory.
@@ -55,11 +56,7 @@ class Sink:
             grads = grads if w.joined else [grads[i] for i in trained]
             w = Weights(tuple(w.weights[i] for i in trained), tuple(w.biases[i] for i in trained), w.joined, w.transposed)
         held = self._waiting.setdefault(w.key, _Operands(w))
-        held.x.append(_joined(xs))
-        held.g.append(_joined(grads))
-        held.rows += held.x[-1].shape[0]
-        if held.rows >= FLUSH.get(held.g[-1].device.type, FLUSH["cuda"]):
-            self._flush(held)
+        self.hold(held, _joined(xs), _joined(grads))
 
     def trains(self, w: Weights) -> _Operands | None:
         """Where the operands of weights wait that are all trained; None: a part of them is frozen."""
@@ -69,12 +66,14 @@ class Sink:
 
     def hold(self, held: _Operands, x: Tensor, g: Tensor) -> None:
         """As :meth:`add`, of weights that are all trained and multiplied as one."""
+        if not held.g:
+            held.room = -(-FLUSH.get(g.device.type, FLUSH["cuda"]) // max(1, g.shape[:-1].numel()))
         held.x.append(x)
         held.g.append(g)
-        held.rows += g.shape[:-1].numel()
-        if held.rows >= FLUSH.get(g.device.type, FLUSH["cuda"]):
+        if len(held.g) >= held.room:
             self._flush(held)
 
+    @outer_mode()
     def gather(self, parameter: Tensor, grad: Tensor) -> None:
         """Add to the gradient of a parameter that is no weight of a product."""
         known = self._others.get(id(parameter))
@@ -118,11 +117,12 @@ class Sink:
         self.__init__(self.products.uses)
         return found
 
+    @outer_mode()
     def _flush(self, held: _Operands) -> None:
-        if not held.rows:
+        if not held.g:
             return
         w, x, g = held.weights, _rows(held.x), _rows(held.g)
-        held.x, held.g, held.rows = [], [], 0
+        held.x, held.g = [], []
         if any(t.requires_grad for t in w.weights):
             # Sums of low-precision products stay in the weight's own precision.
             part = (contraction(x, g) if w.transposed else contraction(g, x)).to(w.weights[0].dtype)
@@ -139,15 +139,19 @@ class Sink:
 
 
 class _Operands:
-    """What the weights of one product wait for."""
+    """What the weights of one product wait for.
 
-    __slots__ = ("g", "rows", "weights", "x")
+    Attributes:
+        room: how many operands are gathered before they are multiplied.
+    """
+
+    __slots__ = ("g", "room", "weights", "x")
 
     def __init__(self, weights: Weights):
         self.weights = weights
         self.x: list[Tensor] = []
         self.g: list[Tensor] = []
-        self.rows = 0
+        self.room = 0
 
 
 def _trains(weight: Tensor, bias: Tensor | None) -> bool:
@@ -176,12 +180,8 @@ def _through_gain(found: dict[int, Tensor], w: Weights, weight: Tensor, part: Te
 
 
 def _rows(parts: list[Tensor]) -> Tensor:
-    """Operands of several chunks below one another, ``[rows, width]``."""
-    alike = all(p.shape[1:] == parts[0].shape[1:] for p in parts)
-    if not alike:
-        parts = [p.reshape(-1, p.shape[-1]) for p in parts]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
-    return whole.reshape(-1, whole.shape[-1])
+    """Operands of several chunks of the same rows, ``[.., tokens, width]``, below one another: ``[rows, width]``."""
+    return (parts[0] if len(parts) == 1 else torch.cat(parts, -2)).flatten(0, -2)
 
 
 class _SunkProduct(torch.autograd.Function):

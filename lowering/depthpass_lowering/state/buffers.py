@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from depthpass_kernels import slot_attention_backward, slot_attention_forward
 from depthpass_kernels.slot_attention import chunk
 from torch import Tensor
+
+
+@contextmanager
+def outer_mode() -> Iterator[None]:
+    """Makes what leaves the chunks that it is made in, which run in inference mode."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class Buffer:
@@ -45,6 +53,7 @@ class Buffer:
         assert self.both is not None
         self.both.narrow(3, start, kv.shape[1]).copy_(kv.permute(2, 0, 3, 1, 4))
 
+    @outer_mode()
     def _make(self, k: Tensor, keys: int, values: int) -> None:
         batch, heads = k.shape[:2]
         if keys == values:
@@ -75,11 +84,12 @@ class Buffer:
         if self.gk is None or self.gv is None:
             k, v = self.held()
             dtype = torch.promote_types(k.dtype, torch.float32)
-            if self.both is not None:
-                self.sums = torch.zeros_like(self.both, dtype=dtype)
-                self.gk, self.gv = self.sums[0], self.sums[1]
-            else:
-                self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
+            with outer_mode():
+                if self.both is not None:
+                    self.sums = torch.zeros_like(self.both, dtype=dtype)
+                    self.gk, self.gv = self.sums[0], self.sums[1]
+                else:
+                    self.gk, self.gv = torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype)
         return self.gk, self.gv
 
 
@@ -125,7 +135,7 @@ class Use:
         if self.write:
             self.buffer.write(k, v, self.start)
         if sinks is None and self.plain(q):
-            return self.chunk(q)
+            return self.chunk(q.transpose(1, 2))
         out, lse = self.attend(q, sinks)
         return out.transpose(1, 2), AttentionTape(self, q, sinks, out, lse)
 
@@ -134,16 +144,26 @@ class Use:
         return chunk.fits(x, self.count, self.start, self.options)
 
     def chunk(self, q: Tensor) -> tuple[Tensor, ChunkTape]:
-        """As :meth:`taped` of a chunk whose queries see every key before them, its own keys written."""
-        batch, heads, count, _ = q.shape
+        """As :meth:`taped` of a chunk whose queries ``[B, C, H, D]`` see every key before them, its own keys written."""
+        batch, count = q.shape[:2]
         k, v = self.buffer.by_head(self.start + count)
-        rows = chunk.rows_of(q, len(k))
+        rows = chunk.rows_of(q, k.shape[0])
         out, p = chunk.forward(rows, k, v, count, self.options["scale"])
-        return out.view(batch, heads, count, -1).transpose(1, 2), ChunkTape(self, rows, k, v, p)
+        return chunk.by_token(out, batch, count), ChunkTape(self, rows, k, v, p)
 
-    def own(self, *sides: Tensor) -> list[Tensor]:
-        """The span's own columns of buffers."""
-        return [t.narrow(2, self.start, self.count) for t in sides]
+    def own(self) -> list[Tensor | None]:
+        """Gradients of the span's own keys and values, in their dtype: complete once every use has gone back."""
+        if not self.write:
+            return [None, None]
+        sums = (t.narrow(2, self.start, self.count) for t in self.buffer.gradients())
+        return [g.to(t.dtype) for g, t in zip(sums, self.buffer.held())]
+
+    def own_by_token(self) -> Tensor:
+        """The same of keys and values of one width, which are its own, ``[batch, tokens, 2 * kv_heads, dim]``."""
+        self.buffer.gradients()
+        both, sums = self.buffer.both, self.buffer.sums
+        assert both is not None and sums is not None
+        return sums.narrow(3, self.start, self.count).permute(1, 3, 0, 2, 4).flatten(2, 3).to(both.dtype)
 
     def attend(self, q: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
         """The attention and the log of its denominator."""
@@ -155,7 +175,7 @@ class Use:
 
 
 class AttentionTape:
-    """What the backward pass of an attention needs: called with the gradient of its result, returns those of q, k, v, sinks.
+    """What the backward pass of an attention needs: called with the gradient of its result, returns those of q and the sinks.
 
     Gradients of keys and values are accumulated in the buffer; those of the own ones are complete once every later use has
     added its part, so chunks go back last to first.
@@ -166,17 +186,13 @@ class AttentionTape:
     def __init__(self, use: Use, q: Tensor, sinks: Tensor | None, out: Tensor, lse: Tensor):
         self.use, self.q, self.sinks, self.out, self.lse = use, q, sinks, out, lse
 
-    def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def __call__(self, grad: Tensor) -> tuple[Tensor, Tensor | None]:
         use, buffer = self.use, self.use.buffer
         dq, _, _, dsinks = slot_attention_backward(
             grad.transpose(1, 2), self.q, *use.columns(*buffer.held()), self.out, self.lse,
             into=use.columns(*buffer.gradients()), sinks=self.sinks, **use.options,
         )
-        return (dq, *self.own(), dsinks)
-
-    def own(self) -> list[Tensor | None]:
-        """Gradients of the span's own keys and values, once every use has gone back."""
-        return _own_gradients(self.use)
+        return dq, dsinks
 
 
 class ChunkTape:
@@ -187,25 +203,14 @@ class ChunkTape:
     def __init__(self, use: Use, rows: Tensor, k: Tensor, v: Tensor, p: Tensor | None):
         self.use, self.rows, self.k, self.v, self.p = use, rows, k, v, p
 
-    def __call__(self, grad: Tensor) -> tuple[Tensor | None, ...]:
-        use, heads, k = self.use, grad.shape[2], self.k
-        g = chunk.rows_of(grad.transpose(1, 2), len(k))
+    def __call__(self, grad: Tensor) -> tuple[Tensor, None]:
+        use, k = self.use, self.k
+        g = chunk.rows_of(grad, k.shape[0])
         dq, dk, dv = chunk.backward(g, self.rows, k, self.v, self.p, use.count, use.options["scale"])
         sum_k, sum_v = use.buffer.gradients_by_head(k.shape[1])
         sum_k.add_(dk)
         sum_v.add_(dv)
-        return (dq.view(-1, heads, use.count, k.shape[2]), *self.own(), None)
-
-    def own(self) -> list[Tensor | None]:
-        """As of :class:`AttentionTape`."""
-        return _own_gradients(self.use)
-
-
-def _own_gradients(use: Use) -> list[Tensor | None]:
-    """Complete gradients of the span's own keys and values, in their dtype."""
-    if not use.write:
-        return [None, None]
-    return [g.to(t.dtype) for g, t in zip(use.own(*use.buffer.gradients()), use.buffer.held())]
+        return chunk.by_token(dq, grad.shape[0], use.count).transpose(1, 2), None
 
 
 class _InPlaceAttention(torch.autograd.Function):
