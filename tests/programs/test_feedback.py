@@ -13,7 +13,7 @@ from depthpass.errors import PassError, SpecError
 
 def taken(keys):
     """A visit that keeps the keys of what it is given and computes nothing else."""
-    def visit(q, k, v, scale, window, column):
+    def visit(q, k, v, limits, column):
         keys.append((k, v, column))
         return torch.zeros(q.shape[0], v.shape[1], dtype=v.dtype)
 
