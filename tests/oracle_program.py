@@ -21,7 +21,6 @@ from depthpass.fuzz import stock_rows
 from depthpass.fuzz.models import blocks_of, norm_of  # noqa: F401 - tests take it from here
 from depthpass.fuzz.stock_rows import list_attention
 
-
 Limits = dict[str, Any]
 """What the stock layer says of its attention: ``scale``, ``window``, ``chunk``, ``softcap``, ``sinks``."""
 
@@ -62,6 +61,24 @@ def updated(keys: Keys, mine: Keys) -> Visit:
         mine.append((k, v, column))
         latest = {e[2]: e for e in (*keys, *mine) if e[2] <= column}
         return Keys(latest[c] for c in sorted(latest)).read(q, limits)
+
+    return visit
+
+
+def queried(keys: Keys, queries: list[Tensor]) -> Visit:
+    """A visit with a slot of its own whose queries are those caught by :func:`caught` before."""
+    def visit(q, k, v, limits, column):
+        keys.append((k, v, column))
+        return keys.read(queries[-1], limits)
+
+    return visit
+
+
+def caught(queries: list[Tensor]) -> Visit:
+    """Keeps the queries of what a block is given; what it gives is not used."""
+    def visit(q, k, v, limits, column):
+        queries.append(q)
+        return torch.zeros(q.shape[0], v.shape[1], dtype=v.dtype)
 
     return visit
 
@@ -167,7 +184,12 @@ def loop(
             if inject == "bounded":
                 keep, give = adapter
                 x = s / (1 + torch.exp(-keep / 2)) + give * e
+            x = e if inject == "attention" else x
             for b in range(start, end):
+                if t and inject == "attention":
+                    row.block(b, s, i, caught(queries := []))
+                    x = row.block(b, x, i, queried(slots.setdefault((t, b), Keys()), queries))
+                    continue
                 with around(t, b):
                     x = row.block(b, x, i, visit((t, b), (0, b) if t and kv == "first" else None))
             s = s + (x - s) / times if damped and times > 1 else x

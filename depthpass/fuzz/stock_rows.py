@@ -28,7 +28,8 @@ def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0
     if not _running:  # whole rows run to record calls and to apply the head; what the blocks give is not used
         return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
     limits = {"window": more.get("sliding_window"), "chunk": _chunk(module), "softcap": more.get("softcap"),
-              "sinks": more.get("s_aux"), "softmax": _softmax[-1], "scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
+              "sinks": more.get("s_aux"), "softmax": _softmax[-1],
+              "scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
     return _running[-1](query[0, :, 0], key[0, :, 0], value[0, :, 0], limits)[None, None], None
 
 

@@ -153,6 +153,8 @@ def test_taps_and_labels_beside_logits_of_the_state():
     ({"exit": 3.0, "criterion": "argmax", "times": 4}, r"loop\.times: expected at least 5 with criterion='argmax'"),
     ({"exit": 0.5, "criterion": "state", "times": 3, "skip": False}, r"loop\.skip: expected True"),
     ({"skip": False}, r"loop\.exit: expected a value to leave at beside skip=False"),
+    ({"inject": "attention", "kv": "first"}, r"loop\.kv: expected 'own' with inject='attention'"),
+    ({"inject": "attention", "exit": 0.5}, r"loop\.skip: expected False with inject='attention'"),
     ({"criterion": "entropi"}, "entropy"),
 ])
 def test_options_that_do_not_fit(options, message):
