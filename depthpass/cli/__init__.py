@@ -8,11 +8,14 @@ Exit codes: 0 done, 1 the answer is no (``doctor`` found a problem), 2 bad input
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 import sys
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import NoReturn
 
 from depthpass.errors import DepthpassError
 
@@ -27,11 +30,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     try:
-        with _few_collections():
-            from depthpass.cli.parser import parser
+        from depthpass.cli.parser import parser
 
-            args = parser().parse_args(argv)
-            return args.run(args)
+        args = parser().parse_args(argv)
+        with _collecting(SELDOM if args.runs_models else NEVER):
+            code = args.run(args)
+        sys.stdout.flush()
+        return code
     except SystemExit as stop:
         # argparse has already printed help or a usage error.
         return stop.code if isinstance(stop.code, int) else 2
@@ -47,12 +52,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def command() -> NoReturn:
+    """:func:`main` as a process of its own.
+
+    It ends without taking the modules of torch and transformers apart one by one, a quarter of the time of a report: functions
+    registered with ``atexit`` run, what was printed is written, and the system takes the memory back.
+    """
+    code = main()
+    if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):  # main has said so
+            stream.flush()
+    os._exit(code)
+
+
+SELDOM, NEVER = 200_000, 0
+"""New objects after which garbage is looked for. While torch and transformers are imported and a model is traced nearly all of
+them stay, and looking at them again and again takes a tenth of a report's time; models that run leave garbage behind."""
+
+
 @contextmanager
-def _few_collections() -> Iterator[None]:
-    """Look for garbage seldom: while torch and transformers are imported nearly everything stays, and looking at it again and
-    again takes an eighth of a report's time."""
+def _collecting(after: int) -> Iterator[None]:
+    """Look for garbage after so many new objects."""
     before = gc.get_threshold()
-    gc.set_threshold(200_000, *before[1:])
+    gc.set_threshold(after, *before[1:])
     try:
         yield
     finally:

@@ -1,7 +1,5 @@
 """``python -m depthpass.cli``."""
 
-import sys
+from depthpass.cli import command
 
-from depthpass.cli import main
-
-sys.exit(main())
+command()

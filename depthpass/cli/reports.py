@@ -70,10 +70,14 @@ def compare(args: argparse.Namespace) -> int:
     if len(set(names)) < len(names):
         names = list(args.specs)
     pairs = [(name, spec) for name, (_, spec) in zip(names, specs)]
+    check_outputs(args.html)
     subject = subject_of(args)
     with working("comparing"):
         table = compare(subject, pairs, **options_of(args))
-    show_result(table.diff() if args.diff else table, args.form)
+    shown = table.diff() if args.diff else table
+    if args.html:
+        write_text(args.html, shown.to_html())
+    show_result(shown, args.form)
     return 0
 
 

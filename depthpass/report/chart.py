@@ -82,7 +82,7 @@ def _svg(series: Sequence[Series], x_label: str, y_label: str, doubling: bool, c
 def _figure(series: Sequence[Series], x_label: str, y_label: str, doubling: bool) -> Any:
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter, NullLocator, ScalarFormatter
+        from matplotlib.ticker import EngFormatter, MaxNLocator, NullLocator, ScalarFormatter
     except ImportError:
         raise InputError("charts: expected matplotlib, which draws them, to be installed. Run pip install "
                          "'depthpass[plot]'.") from None
@@ -97,6 +97,10 @@ def _figure(series: Sequence[Series], x_label: str, y_label: str, doubling: bool
         axes.set_xticks(sorted({x for s in series for x, _ in s.points}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
+    # Visits, calls and bytes are whole numbers; one that does not change is seen against nothing.
+    axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+    if len({y for s in series for _, y in s.points}) == 1:
+        axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)

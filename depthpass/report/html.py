@@ -16,18 +16,31 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
     from depthpass.report.model import Report
+    from depthpass.report.tables import Comparison
 
 CHART_POINTS = 240
 
 
 def to_page(report: Report) -> str:
     """A whole HTML document."""
-    return _pages().get_template("page.html").render(title=f"depthpass: {report.model}", **_content(report, "dp dp-page")) + "\n"
+    return _pages().get_template("page.html").render(
+        title=f"depthpass: {report.model}", content="report.html", **_content(report, "dp dp-page")) + "\n"
 
 
 def to_fragment(report: Report) -> str:
     """The same content for a notebook cell."""
     return _pages().get_template("report.html").render(**_content(report, "dp"))
+
+
+def to_table(table: Comparison, page: bool) -> str:
+    """Reports side by side: a whole document, or what a notebook cell shows."""
+    cells = table.cells()
+    rows = [(row[0], list(zip(table.names, row[1:-1])), row[-1]) for row in cells[1:]]
+    content = {"heading": table.title, "names": table.names, "rows": rows}
+    if not page:
+        return _pages().get_template("comparison.html").render(classes="dp", **content)
+    return _pages().get_template("page.html").render(
+        title=f"depthpass: {table.title}", content="comparison.html", classes="dp dp-page", **content) + "\n"
 
 
 @cache

@@ -6,15 +6,15 @@ On a phone the same picture lies on its side, where as many visits as there are 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import TYPE_CHECKING
 
 from depthpass.analysis.cost.visits import route_share
 from depthpass.ir.program import Op, Program
 from depthpass.ir.shares import by_route
-from depthpass.report.critical import segments
+from depthpass.report.brackets import brackets
+from depthpass.report.critical import Segment, segments
 
 if TYPE_CHECKING:
     from depthpass.report.model import Report
@@ -44,45 +44,6 @@ class Edge:
     source: int
     target: int
     tokens: int
-
-
-@dataclass(frozen=True)
-class Bracket:
-    """Columns ``first .. last`` that are the same blocks ``times`` times in a row.
-
-    Attributes:
-        level: 0 for the innermost.
-    """
-
-    first: int
-    last: int
-    times: int
-    level: int = 0
-
-
-def brackets(blocks: Sequence[int], first: int = 0) -> tuple[Bracket, ...]:
-    """The repeats in a list of visited blocks, the longest stretch first, and those inside one iteration.
-
-    >>> [(b.first, b.last, b.times, b.level) for b in brackets([0, 1, 2, 1, 2, 3])]
-    [(1, 4, 2, 0)]
-    """
-    best = (0, 0, 0, 0)
-    for period in range(1, len(blocks) // 2 + 1):
-        start = 0
-        while start + 2 * period <= len(blocks):
-            times = 1
-            while blocks[start + times * period : start + (times + 1) * period] == blocks[start : start + period]:
-                times += 1
-            if times > 1:
-                best = max(best, (times * period, -period, -start, times))
-            start += max(1, (times - 1) * period)
-    if not best[0]:
-        return ()
-    length, period, start, times = best[0], -best[1], -best[2], best[3]
-    inside = brackets(blocks[start : start + period], first + start)
-    level = max((b.level for b in inside), default=-1) + 1
-    return (*brackets(blocks[:start], first), Bracket(first + start, first + start + length - 1, times, level), *inside,
-            *brackets(blocks[start + length :], first + start + length))
 
 
 def delay_edges(program: Program) -> tuple[Edge, ...]:
@@ -166,11 +127,12 @@ class _Grid:
         self.width = round(LEFT + self.pitch * self.columns + self.gap * len(self.gaps) + 70)
         self.row = CHUNK_ROW if self.by_chunk else ROW
         self.brackets = brackets([o["index"] for o in report.program.visits])
-        routed = any(report.types[o.name].tokens is not None for o in report.program.visits)
-        aside = 32 if narrow and routed else 0  # where a share stands beside a number, not below it
+        shares = _shares(report).values()
+        # Where a share stands beside a number, not below it.
+        aside = 8 + 8 * max(len(_percent(s)) for s in shares) if narrow and shares else 0
         self.head = HEAD + aside
         self.top = self.head + LEVEL * max((b.level + 1 for b in self.brackets), default=0)
-        self.shares, self.blocks = self.top - 12, self.top - (12 + (aside or 14) if routed else 14)
+        self.shares, self.blocks = self.top - 12, self.top - (12 + (aside or 14) if shares else 14)
         self.height = self.top + self.row * self.rows + BOTTOM
 
     def x(self, column: int) -> float:
@@ -224,7 +186,7 @@ def _drawn(report: Report, grid: _Grid) -> list[str]:
     """The SVG element."""
     column = _columns(report.program)
     serial = {report.program.visits[column[o.name]].name for r in report.schedule.serial_regions for o in r.counted}
-    path = tuple(s for s in segments(report.depths[None].critical_path(grid.real)) if s.token < grid.tokens)
+    path = _path(report, grid)
     shares = _shares(report)
     on_path = {(column[v], s.token // grid.step) for s in path for v in s.visits}
     parts = [
@@ -246,7 +208,16 @@ def _drawn(report: Report, grid: _Grid) -> list[str]:
             parts += _cell(grid, o, j, row, kind, shares.get(o.name))
     parts += _faint(report, grid)
     parts += _critical(column, grid, path)
+    parts += _delay_words(report, grid)
     return [*parts, "</svg>"]
+
+
+def _path(report: Report, grid: _Grid) -> tuple[Segment, ...]:
+    """What is drawn of a longest path. One that stays at its token is as long at any other, if that one is not drawn."""
+    found = segments(report.depths[None].critical_path(grid.real))
+    if len({s.token for s in found}) == 1:
+        return tuple(replace(s, token=min(s.token, grid.tokens - 1)) for s in found)
+    return tuple(s for s in found if s.token < grid.tokens)
 
 
 def _shade(report: Report, grid: _Grid, serial: set[str]) -> list[str]:
@@ -286,7 +257,7 @@ def _cell(grid: _Grid, o: Op, column: int, row: int, kind: str, share: float | N
     parts, words = [], f"%{o.name}: block {o['index']}, {grid.label(row)}"
     if share is not None:
         parts.append(f'<rect class="dp-part" x="{x:.1f}" y="{y}" width="{width:.1f}" height="14" rx="3"/>')
-        words += f", {share:.0%} of the tokens"
+        words += f", {_percent(share)} of the tokens"
         width = max(1.5, width * share)
     return [*parts, f'<rect class="dp-cell {kind}" x="{x:.1f}" y="{y}" width="{width:.1f}" height="14" rx="3"><title>'
                     f"{escape(words)}</title></rect>"]
@@ -306,9 +277,13 @@ def _headers(report: Report, grid: _Grid, shares: dict[str, float]) -> list[str]
             parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{y}" text-anchor="middle">{o["index"]}</text>')
         share = shares.get(o.name)
         if share is not None and share != said:
-            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{grid.shares}" text-anchor="middle">{share:.0%}</text>')
+            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{grid.shares}" text-anchor="middle">{_percent(share)}</text>')
         said = share
     return parts
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.3g}%"
 
 
 def _bracket_lines(grid: _Grid) -> list[str]:
@@ -326,23 +301,31 @@ def _bracket_lines(grid: _Grid) -> list[str]:
 
 
 def _faint(report: Report, grid: _Grid) -> list[str]:
-    """Delays from every token, or from the first alone where that would be too many lines; few carry their number of tokens."""
-    edges = [e for e in delay_edges(report.program) if e.tokens < grid.tokens]
+    """Delays from every token, or from the first alone where that would be too many lines."""
+    edges = _shown_edges(report, grid)
     starts = range(grid.tokens) if sum(grid.tokens - e.tokens for e in edges) <= SHOWN_EDGES else range(1)
-    parts = [
+    return [
         f'<path class="dp-delay" d="{_curve(grid, e.source, t, e.target, t + e.tokens)}"/>'
         for e in edges for t in starts if t + e.tokens < grid.tokens
     ]
-    if len(edges) <= 4:
-        # Delays of equally many tokens share a number, which stands at the first of them.
-        for e in {e.tokens: e for e in reversed(edges)}.values():
-            x = (grid.x(e.source) + grid.x(e.target)) / 2
-            parts.append(f'<text class="dp-word" x="{x:.1f}" y="{(grid.y(0) + grid.y(e.tokens)) / 2 + 4:.1f}" '
-                         f'text-anchor="middle">{e.tokens}</text>')
+
+
+def _delay_words(report: Report, grid: _Grid) -> list[str]:
+    """How many tokens few delays lead on; delays of equally many share a number, which stands at the first of them."""
+    edges = _shown_edges(report, grid)
+    parts = []
+    for e in {e.tokens: e for e in reversed(edges)}.values() if len(edges) <= 4 else ():
+        x = (grid.x(e.source) + grid.x(e.target)) / 2
+        parts.append(f'<text class="dp-word" x="{x:.1f}" y="{(grid.y(0) + grid.y(e.tokens)) / 2 + 4:.1f}" '
+                     f'text-anchor="middle">{e.tokens}</text>')
     return parts
 
 
-def _critical(column: dict[str, int], grid: _Grid, path: tuple) -> list[str]:
+def _shown_edges(report: Report, grid: _Grid) -> list[Edge]:
+    return [e for e in delay_edges(report.program) if e.tokens < grid.tokens]
+
+
+def _critical(column: dict[str, int], grid: _Grid, path: tuple[Segment, ...]) -> list[str]:
     parts, before = [], None
     for s in path:
         first, last = column[s.visits[0]], column[s.visits[-1]]
@@ -366,7 +349,7 @@ def _curve(grid: _Grid, source: int, token: int, target: int, later: int) -> str
 
 
 def _caption(report: Report, grid: _Grid) -> str:
-    rows = f"{grid.rows} chunks of {grid.step} tokens" if grid.by_chunk else f"{grid.tokens} tokens"
+    rows = f"{grid.rows} chunks of {grid.step} tokens" if grid.by_chunk else _tokens(grid, grid.tokens)
     text = f"Rows are block visits, columns are {rows}. " if grid.narrow else f"Columns are block visits, rows are {rows}. "
     if grid.brackets:
         text += "Brackets: the same blocks so many times in a row. "
@@ -383,12 +366,16 @@ def _caption(report: Report, grid: _Grid) -> str:
         drawn = sum(grid.tokens - e.tokens for e in edges if e.tokens < grid.tokens)
         text += (f"Thin lines: {f'the {len(edges)} delays' if len(edges) > 1 else 'the delay'} of {far} token{'s' * (far != '1')}"
                  f"{', drawn from the first token only' if drawn > SHOWN_EDGES else ''}. ")
-    pads = grid.tokens + grid.hidden - grid.real
-    row = f"a row of {grid.real} token{'s' * (grid.real != 1)}"
-    if pads:
-        row += f" and {pads} {grid.after}{'s' * (pads != 1)}"
+    row = f"a row of {_tokens(grid, grid.tokens + grid.hidden)}"
     if grid.hidden:
         row += f" ({grid.hidden} of them not drawn)"
     steps = " in all steps" if report.program.denoise is not None else ""
     text += "One denoising step is drawn. " if steps else ""
     return text + f"Thick: a longest path of {row}, {report.depth_at(grid.real)} block visits{steps}."
+
+
+def _tokens(grid: _Grid, count: int) -> str:
+    """The first tokens of the row that is drawn, its pads or latents named."""
+    real, more = min(count, grid.real), max(count - grid.real, 0)
+    text = f"{real} token{'s' * (real != 1)}"
+    return text + (f" and {more} {grid.after}{'s' * (more != 1)}" if more else "")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import SpecError
 from depthpass.passes import Pass
-from depthpass.prompt import as_html, at_prompt
+from depthpass.prompt import at_prompt
 from depthpass.report.chart import Series, chart_file
 from depthpass.report.model import Report
 from depthpass.report.numbers import Value, as_json, plain, short, times
@@ -66,7 +66,15 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         """The whole table: a notebook scrolls what is wider than it, where a prompt's lines are cut."""
-        return as_html(str(self))
+        from depthpass.report.html import to_table
+
+        return to_table(self, page=False)
+
+    def to_html(self) -> str:
+        """The table as one self-contained page."""
+        from depthpass.report.html import to_table
+
+        return to_table(self, page=True)
 
     def __str__(self) -> str:
         cells = self.cells()

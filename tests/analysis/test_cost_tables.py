@@ -6,9 +6,7 @@ from fractions import Fraction
 import pytest
 import sympy as sp
 from cost_models import llama_162m, tiny
-
-from depthpass.analysis.cost import cost, visit_equivalents
-from depthpass.analysis.cost.formulas import (
+from published_costs import (
     inner_thinking_flops,
     longest_of,
     loop_kv_ratio,
@@ -19,6 +17,8 @@ from depthpass.analysis.cost.formulas import (
     recursions,
     relative_visits,
 )
+
+from depthpass.analysis.cost import cost, visit_equivalents
 from depthpass.analysis.cost.symbols import B, n
 from depthpass.errors import InputError
 from depthpass.ir import parse_program, plain

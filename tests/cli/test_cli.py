@@ -260,6 +260,11 @@ def test_demo_is_imported_when_asked_for(run, monkeypatch) -> None:
         (["report"], "expected the path of a config.json"),
         (["repotr"], "Did you mean 'report'?"),
         (["report", "CONFIG", "--sec-len", "5"], "Did you mean '--seq-len'?"),
+        (["--verison"], "Did you mean '--version'?"),
+        (["report", "CONFIG", "plt.yaml"], "A spec is given with --spec plt.yaml"),
+        (["show", "CONFIG", "{pass: loop}"], "A spec is given with --spec '{pass: loop}'"),
+        (["tasks", "parity", "--lenghts", "4"], "Did you mean '--lengths'?"),
+        (["presets", "mor"], "unrecognized arguments: mor\n"),
         (["report", "CONFIG", "--seq-len", "-5"], "expected an integer of at least 1, got '-5'"),
         (["report", "CONFIG", "--batch", "0"], "expected an integer of at least 1, got '0'"),
         (["report", "CONFIG", "--seq-len", "many"], "got 'many'"),
@@ -329,3 +334,9 @@ def test_as_a_process(tmp_path: Path) -> None:
     numbers = json.loads(done.stdout)["numbers"]
     assert (numbers["serial_blocks"]["value"], numbers["serial_blocks"]["out_of"]) == (14, 16)
     assert numbers["depth_at_n"]["value"] == 548
+    if Path("/dev/full").exists():
+        # What was printed is written before the process ends in its own way, or the reader is told.
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([*command[:3], "presets"], stdout=full, stderr=subprocess.PIPE, text=True,
+                                  env={**os.environ, "PYTHONPATH": paths})
+        assert done.returncode == 2 and "No space left" in done.stderr

@@ -37,6 +37,7 @@ dp.transform(model, dp.Identity(), lowering="indcutor")
 dp.transform(model, 3)
 dp.Loop(start=1, times=2, tmies=3)
 dp.transfrom(model, dp.Identity())
+dp.search(model, [], methd="mcts")
 '''
 # What users write with every public function: nothing in it may be an error.
 CALLS = '''
@@ -74,6 +75,7 @@ dp.contraction(turbo, {"input_ids": ids}).regions
 dp.logit_lens(turbo, ids, top=2).settled_at().split()
 dp.gradients(model, {"input_ids": ids, "labels": ids}).mad().items()
 dp.search(model, [([1], [2])], space="rys").best.spec
+dp.search(model, [([1], [2])], space=dp.search.Space(edits=1), method=dp.search.MCTS(penalty=5)).best.layers
 dp.plot_depth([["a"]], torch.zeros(1, 1))._repr_html_()
 dp.parse_program(str(turbo.depth_program)).visits
 dp.load_spec(dp.dump_spec(dp.Repeat(start=1, end=2, times=2)))[0].describe().split()
@@ -114,7 +116,8 @@ def test_pyright_is_clean_and_a_script_knows_its_types(tmp_path):
     script = tmp_path / "user.py"
     script.write_text(SCRIPT)
     calls = tmp_path / "calls.py"
-    calls.write_text(CALLS + "".join(f"reveal_type(dp.{name})\n" for name in dp.__all__))
+    inside = [f"search.{name}" for name in dp.search.__all__ if name != "search"]
+    calls.write_text(CALLS + "".join(f"reveal_type(dp.{name})\n" for name in (*dp.__all__, *inside)))
     ours = [str(ROOT / folder) for folder in ("depthpass", "kernels", "lowering")]
     said = pyright(*ours, str(script), str(calls), cwd=ROOT)
     assert not [s for s in said if s[2] == "error" and not s[0].endswith("user.py")]
@@ -122,8 +125,8 @@ def test_pyright_is_clean_and_a_script_knows_its_types(tmp_path):
     mine = [s for s in said if s[0].endswith("user.py")]
     assert [m.split('" is "')[1].rstrip('"') for _, _, kind, m in mine if kind == "information"] == WANTED
     wrong = [line for line, text in enumerate(SCRIPT.split("\n"), 1)
-             if "indcutor" in text or ", 3)" in text or "tmies" in text or "transfrom" in text]
-    assert sorted({line for _, line, kind, _ in mine if kind == "error"}) == wrong and len(wrong) == 4
+             if "indcutor" in text or ", 3)" in text or "tmies" in text or "transfrom" in text or "methd" in text]
+    assert sorted({line for _, line, kind, _ in mine if kind == "error"}) == wrong and len(wrong) == 5
 
 
 def imported_for_checkers():

@@ -17,9 +17,10 @@ from depthpass.analysis.roofline import assumed
 from depthpass.errors import InputError
 from depthpass.ir import parse_program
 from depthpass.report import Report, build_report
+from depthpass.report.brackets import brackets
 from depthpass.report.chart import Series, chart_file, line_chart
 from depthpass.report.numbers import Number, plain, scaled, short
-from depthpass.report.picture import brackets, delay_edges
+from depthpass.report.picture import delay_edges
 from depthpass.report.tables import compare, sweep
 from depthpass.schedule import schedule
 from tests.analysis.systems import bridged, parallel_loops
@@ -221,6 +222,13 @@ def test_wide_chunks_get_one_row_each() -> None:
     assert len(page.of_class("dp-hot")) == made.depth_at(192) == 16 + 2 * 14
 
 
+def test_a_path_at_a_token_that_is_not_drawn_is_drawn_at_one_that_is() -> None:
+    page = wide(subject().report("{pass: pad, tokens: 64}", seq_len=155, cost=False).to_html())
+    assert len(page.of_class("dp-hot")) == 16 and "rows are 1 token and 19 pads" in "".join(page.words)
+    shares = wide(subject().report("{pass: mixture_of_depths, capacity: 0.125}", seq_len=155, cost=False).to_html())
+    assert "12.5%" in shares.words
+
+
 @pytest.mark.parametrize(("pads", "rows"), [(3, 9), (256, 20)])
 def test_pads_are_rows_too(pads: int, rows: int) -> None:
     """Three chunks of 3 tokens, or as many rows as fit; nothing is drawn below the last one."""
@@ -292,6 +300,13 @@ def test_comparison() -> None:
     assert rows["new parameters"] == ["0", "7.405 M", "parameters"]
     ratios = {row["label"]: row["ratios"] for row in json.loads(differing.to_json())["rows"]}
     assert ratios["depth at n = 155"] == [1, 34.25] and ratios["chunk"] == [None, None]
+    for shown in (table, differing):
+        for text in (shown.to_html(), shown._repr_html_()):
+            page = Page(text)
+            cells = [w.strip() for w in page.words if w.strip()]
+            assert not page.open and not {"script", "link", "img"} & {tag for tag, _ in page.tags}
+            assert [c for row in shown.cells() for c in row if c] == cells[-sum(bool(c) for row in shown.cells() for c in row):]
+    assert table.to_html().startswith("<!doctype html>") and "prefers-color-scheme" in table.to_html()
 
 
 def test_sweep_over_groups() -> None:

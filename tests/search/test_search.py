@@ -87,7 +87,7 @@ def test_a_sweep_is_every_program_of_one_edit_and_its_heat_map(small):
     truth = by_hand(small.stock, searched, [ranges[1, 3], ranges[0, 4]], log_prob)
     assert heat.scores[1][2] == pytest.approx(sum(truth[ranges[1, 3]]) / 6) and heat.scores[2][1] is None
     assert heat.scores[0][3] == pytest.approx(sum(truth[ranges[0, 4]]) / 6)
-    assert heat.to_svg().count("<rect") == 10 and str(heat).count("\n") == 5
+    assert heat.to_svg().count("<title>") == 10 and str(heat).count("\n") == 5
     with pytest.raises(dp.InputError, match="runs 3 times"):
         result.heat_map(3)
     part = dp.search(small.live, small.samples, method="sweep", space="rys", score="log_prob", budget=4)
