@@ -31,7 +31,8 @@ class T2MLR(Pass):
         input: i, likewise. r = 0 and i = 1 with constant gates leave the program as it is.
         init: standard deviation of the learned gates' weights.
         residual: share of the last R in the next one.
-        rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through.
+        rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through; not the first token's,
+            as in the public code.
         limit: most that rescaling multiplies or divides by.
         scope: first part of the names of the new parameters.
     """
@@ -75,9 +76,16 @@ class T2MLR(Pass):
             h = build.visit(visit, h)
         kept = h if not self.residual else build.emit("add", h, build.emit("scale", back, by=self.residual))
         if self.rescaled:
-            kept = build.emit("rescale", kept, limit=self.limit)
+            kept = self._rescaled(build, h, kept, back)
         # The delay reads what is made after it.
         return build.splice(stack, h).map_ops(lambda o: replace(o, args=(kept,)) if o.name == back else o)
+
+    def _rescaled(self, build: Builder, h: str, kept: str, back: str) -> str:
+        """``kept`` brought back to 1 where R is there: h - h + rescaled. The first token's is h, as in the public code."""
+        one = build.emit("scale", build.emit("act", build.emit("scale", back, by=0.0), fn="sigmoid"), by=2.0)
+        scaled = build.emit("mul", build.emit("rescale", kept, limit=self.limit), one)
+        gone = build.emit("scale", build.emit("mul", h, one), by=-1.0)
+        return build.emit("add", h, gone, scaled)
 
     def _mix(self, build: Builder, x: str, back: str) -> str:
         """``i * x + r * R``; where R is absent x alone, so i is written as 1 minus what is taken away."""

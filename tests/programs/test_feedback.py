@@ -60,7 +60,7 @@ def t2mlr(row, depth, spec):
             x = row.block(b, x, i, oracle.own(slots[b]))
             if b == spec.end:
                 kept = x if last is None else x + spec.residual * last
-        if spec.rescaled:
+        if spec.rescaled and last is not None:
             rms = (kept.detach().square().mean() + 1e-6).sqrt()
             kept = kept * torch.clamp(1 / rms, 1 / spec.limit, spec.limit)
         last = kept
