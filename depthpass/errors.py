@@ -46,7 +46,7 @@ class LoweringError(DepthpassError, RuntimeError):
     """A lowering that was asked for by name cannot run here."""
 
 
-def did_you_mean(word: str, valid: Iterable[str]) -> str:
+def did_you_mean(word: object, valid: Iterable[str]) -> str:
     """Return ``' Did you mean X?'`` for the nearest valid spelling, or an empty string."""
-    near = difflib.get_close_matches(word, list(valid), n=1)
+    near = difflib.get_close_matches(str(word), list(valid), n=1)
     return f" Did you mean {near[0]!r}?" if near else ""

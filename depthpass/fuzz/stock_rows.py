@@ -20,13 +20,16 @@ Key = tuple[Tensor, Tensor, int]
 """``(k [kv_heads, dim], v [kv_heads, dim], column)``"""
 
 _running: list[Callable[..., Tensor]] = []
+_softmax: list[torch.dtype | None] = []
+"""In what dtype the model's own attention function takes the softmax; None = that of the scores."""
 
 
 def _attend(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **more):
     if not _running:  # whole rows run to record calls and to apply the head; what the blocks give is not used
         return torch.zeros_like(query[..., : value.shape[-1]]).transpose(1, 2), None
     limits = {"window": more.get("sliding_window"), "chunk": _chunk(module), "softcap": more.get("softcap"),
-              "sinks": more.get("s_aux"), "scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
+              "sinks": more.get("s_aux"), "softmax": _softmax[-1],
+              "scale": query.shape[-1] ** -0.5 if scaling is None else scaling}
     return _running[-1](query[0, :, 0], key[0, :, 0], value[0, :, 0], limits)[None, None], None
 
 
@@ -44,11 +47,13 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 def list_attention(model: Any):
     """The stock model with attention over lists for the time of a ``with``."""
     found = model.config._attn_implementation
+    _softmax.append(torch.float32 if found == "eager" and model.config.model_type == "gemma2" else None)
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
         model.set_attn_implementation(found)
+        _softmax.pop()
 
 
 def read(q: Tensor, keys: Sequence[Key], column: int, limits: dict[str, Any], end: int | None = None) -> Tensor:
@@ -71,7 +76,7 @@ def read(q: Tensor, keys: Sequence[Key], column: int, limits: dict[str, Any], en
         scores = torch.tanh(scores / limits["softcap"]) * limits["softcap"]
     if limits["sinks"] is not None:
         scores = torch.cat((scores, limits["sinks"][:, None]), 1)
-    return torch.softmax(scores, -1)[:, None, : len(seen)].matmul(v)[:, 0]
+    return torch.softmax(scores, -1, dtype=limits["softmax"]).to(v.dtype)[:, None, : len(seen)].matmul(v)[:, 0]
 
 
 def averaged(model: nn.Module, program: Program) -> nn.Module:

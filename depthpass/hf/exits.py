@@ -34,13 +34,11 @@ def set_exit(
         SpecError: the model is not transformed, its loop has no exit, or the values do not fit; nothing has been changed.
     """
     inner = transformed(model, "set_exit")
-    plans = inner._depth.plans
-    passes = list(plans.current.passes)
+    passes = list((plans := inner._depth.plans).current.passes)
     at = _gated(passes, scope, "set_exit")
     held: Any = passes[at]
-    skipping = held.skip if skip is None else skip
-    changes = {"exit": exit, "skip": skipping, "taps": held.taps and not skipping, "kv": held.kv if kv is None else kv}
-    passes[at] = replace(held, **changes)
+    skip, kv = held.skip if skip is None else skip, held.kv if kv is None else kv
+    passes[at] = replace(held, exit=exit, skip=skip, taps=held.taps and not skip, kv=kv)
     _adopt(inner, plans, _plan(inner, plans, passes, _SAME))
     return model
 

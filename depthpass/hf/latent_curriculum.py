@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from depthpass.analysis.cost.program import Trainable
-from depthpass.errors import InputError, SpecError
+from depthpass.errors import InputError
 from depthpass.hf.callbacks import FlopsLedger
 from depthpass.hf.switch import loops_of
+from depthpass.passes.base import require
 from depthpass.prompt import at_prompt
 
 IGNORED_LABEL = -100
@@ -52,8 +53,7 @@ class LatentCurriculum(FlopsLedger):
     ):
         super().__init__(trainable)
         for name, value in (("per_step", per_step), ("stages", stages), ("every", every)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise SpecError(f"LatentCurriculum.{name}: expected an integer of at least 1, got {value!r}.")
+            require(type(value) is int and value >= 1, f"LatentCurriculum.{name}", "an integer of at least 1", value)
         self.per_step, self.stages, self.every, self.bot, self.eot, self.pad = per_step, stages, every, bot, eot, pad
         self.reset_optimizer, self.scope, self.stage = reset_optimizer, scope, 0
 

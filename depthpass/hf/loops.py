@@ -29,8 +29,7 @@ def loop_of(passes: Sequence[Pass], scope: str | int | None) -> int:
         known = sorted({n for i in loops for n in _names(passes[i])})
         if named:
             raise SpecError(f"set_loops.scope: {scope!r} fits {len(named)} passes; give the place in the spec, one of {named}.")
-        raise SpecError(f"set_loops.scope: expected one of {', '.join(known)}, got {scope!r}."
-                        f"{did_you_mean(str(scope), known)}")
+        raise SpecError(f"set_loops.scope: expected one of {', '.join(known)}, got {scope!r}.{did_you_mean(str(scope), known)}")
     return named[0]
 
 

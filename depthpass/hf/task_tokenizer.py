@@ -10,7 +10,7 @@ SPECIAL = {"pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eos>", "un
 
 def build(kind: str, words: Sequence[str], padding_side: str) -> Any:
     """A ``PreTrainedTokenizerFast`` over bytes, or over the given characters and words."""
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     if kind == "byte":
@@ -23,10 +23,9 @@ def build(kind: str, words: Sequence[str], padding_side: str) -> Any:
         # Without a prefix for continuations, WordPiece is the longest match from the left.
         made = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="",
                                           max_input_chars_per_word=100_000))
-        made.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Metaspace(prepend_scheme="always", split=False),
-            pre_tokenizers.Split(Regex(r"▁?\d+|▁?[A-Za-z]+|▁?[^\s▁\dA-Za-z]|\n|▁"), "isolated"),
-        ])
+        # Metaspace as a pre-tokenizer would take a space at the start for the one that it puts there.
+        made.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(" ", "▁")])
+        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\d+|▁?[A-Za-z]+|▁?[^\s▁\dA-Za-z]|\n|▁"), "isolated")
         made.decoder = decoders.Metaspace(prepend_scheme="always")
     else:
         made = Tokenizer(models.BPE(vocabulary, [], unk_token=None if kind == "byte" else "<unk>"))

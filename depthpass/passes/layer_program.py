@@ -133,6 +133,9 @@ def visit_list(who: str, program: Program, layers: Sequence[int], scaled: Collec
 
 def check_range(who: str, start: int, end: int, visits: int) -> None:
     """Refuse a half-open range of positions that the program does not have."""
+    if start >= min(end, visits):
+        raise PassError(f"{who}.start: expected a position below {min(end, visits)}, got {start}: the program has {visits} "
+                        "visits.")
     if end > visits:
         raise PassError(f"{who}.end: expected a position in {start + 1}..{visits}, got {end}: the program has {visits} "
                         "visits. Ranges are half-open.")

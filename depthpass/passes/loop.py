@@ -20,9 +20,9 @@ class Loop(Pass):
         for t in range(T): s = core(inject(s, e))
         y = coda(s)
 
-    Covers plain loops, damped loops (arXiv 2605.23872: s += (core(s) - s) / T), Huginn (arXiv 2502.05171:
-    :meth:`huginn`), Ouro (arXiv 2510.25741: ``normalize="loop", exit=q``), relaxed
-    recursive models (arXiv 2410.20672: ``lora_rank``) and timestep-encoded loops (arXiv 2410.01405: ``timestep``).
+    Covers plain loops, damped loops (arXiv 2605.23872: s += (core(s) - s) / T), Huginn (arXiv 2502.05171: :meth:`huginn`), Ouro
+    (arXiv 2510.25741: ``normalize="loop", exit=q``), relaxed recursive models (arXiv 2410.20672: ``lora_rank``), timestep-encoded
+    loops (arXiv 2410.01405: ``timestep``) and fully looped ones (arXiv 2605.18797: ``inject="attention", normalize="loop"``).
 
     rewrite:
         loop(start=1, end=3, times=2)
@@ -50,7 +50,8 @@ class Loop(Pass):
         damped: add 1/T of the change of each iteration only (True), or this part of it.
         inject: give e to every iteration: ``add`` it to s, ``concat`` both through a learned adapter, or ``bounded``:
             a s + b e with a learned in (0, 1) for every channel, so that what earlier iterations left cannot grow by
-            being carried on (Parcae, arXiv 2604.12946); a = sigmoid(w / 2) and b start as 1/2.
+            being carried on (Parcae, arXiv 2604.12946); a = sigmoid(w / 2) and b start as 1/2. ``attention``: every iteration
+            runs on e, and from the second on every visit's queries are those of s (Fully Looped Transformer, arXiv 2605.18797).
         state: what the loop starts from: its ``input`` e, ``zeros`` or ``noise``. With ``add`` and ``input`` the
             first iteration already reads e, and nothing is added to it.
         noise_std: standard deviation of the noise.
@@ -97,7 +98,7 @@ class Loop(Pass):
     end: int | None = None
     times: int | tuple[int, int] | str = 2
     damped: bool | float = False
-    inject: Literal["add", "concat", "bounded"] | None = None
+    inject: Literal["add", "concat", "bounded", "attention"] | None = None
     state: Literal["input", "zeros", "noise"] = "input"
     noise_std: float = 1.0
     noise_cut: float | None = None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 from depthpass.ir.program import Op, Program
 from depthpass.passes.base import Context
 from depthpass.passes.exits import Exits, exits_of
+from depthpass.passes.injection import injected, queried
 from depthpass.passes.layer_program import check_range
 from depthpass.passes.loop_taps import tapped
 from depthpass.passes.streams import Builder, check_scope, modulation, straight
@@ -46,12 +47,14 @@ class Iterations:
                 s = build.norm(s)
             if t and count - t == loop.bptt:
                 s = build.emit("detach", s)
-            x = self._injected(s, input_, exits)
+            x = injected(loop, build, s, input_, exits)
             grid.append([])
             for p, v in enumerate(core):
                 shared = {"keys": slots[p]} if t and loop.kv == "first" else {}
                 operands: dict[str, Any] = shared | modulation("loop", v, self._operands(t, loop.start + p))
-                if loop.kv == "latest" and exits is not None:
+                if t and loop.inject == "attention":
+                    x = queried(build, v, x, s)
+                elif loop.kv == "latest" and exits is not None:
                     inputs[p] = exits.put(inputs[p], x)
                     x = build.visit(v, inputs[p], asks=exits.route, **operands)
                 else:
@@ -86,20 +89,6 @@ class Iterations:
             if kept != t:
                 for name, keeper in zip(names, grid[kept]):
                     self.build.set(name, past=self.build.slot_of(keeper))
-
-    def _injected(self, s: str, e: str, exits: Exits | None) -> str:
-        loop, build = self.loop, self.build
-        if loop.inject == "concat":
-            width = build.program.width
-            return build.emit("linear", s, e, parameter=f"{loop.scope}.inject", out=width, identity=True)
-        if loop.inject == "bounded":
-            # A half everywhere, as a stream that learned vectors can be made of.
-            half = build.emit("act", build.emit("zeros", pads=build.pads), fn="sigmoid")
-            kept = build.emit("act", build.emit("weigh", half, parameter=f"{loop.scope}.keep", init=0.0), fn="sigmoid")
-            kept = kept if exits is None else exits.enter(kept)
-            given = build.emit("weigh", e, parameter=f"{loop.scope}.inject", init=0.5)
-            return build.emit("add", build.emit("mul", kept, s), given)
-        return build.emit("add", s, e) if loop.inject == "add" and s != e else s
 
     def _operands(self, t: int, visit: int) -> dict[str, Any]:
         loop, found = self.loop, dict[str, Any]()

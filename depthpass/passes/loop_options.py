@@ -27,6 +27,7 @@ def check_loop(loop: Loop) -> None:
     require(known, "loop.damped", "True, False or a part in (0, 2]", loop.damped)
     require(loop.state == "input" or loop.inject is not None, "loop.inject", f"'add', 'concat' or 'bounded' with state="
             f"{loop.state!r}", loop.inject, "Without it the loop would not see its input at all.")
+    _check_attention(loop)
     require(loop.noise_std > 0, "loop.noise_std", "a positive number", loop.noise_std)
     cut = loop.noise_cut
     require(cut is None or 0 < cut < math.inf, "loop.noise_cut", "a positive number", cut)
@@ -47,6 +48,17 @@ def check_loop(loop: Loop) -> None:
     require(loop.residual == "full" or not loop.timestep, "loop.residual", "'full' with a timestep", loop.residual,
             "A time encoding already gives every visit gates.")
     require(loop.scope.isidentifier(), "loop.scope", "a plain name of letters, digits and _", loop.scope)
+
+
+def _check_attention(loop: Loop) -> None:
+    """A visit whose queries come from another stream than its keys takes neither operands nor foreign keys nor routed tokens."""
+    if loop.inject != "attention":
+        return
+    alone = {"state": "input", "kv": "own", "lora_rank": None, "timestep": False, "scales": False, "residual": "full"}
+    for name, value in alone.items():
+        require(getattr(loop, name) == value, f"loop.{name}", f"{value!r} with inject='attention'", getattr(loop, name))
+    require(loop.exit is None or not loop.skip, "loop.skip", "False with inject='attention'", loop.skip,
+            "Tokens that left would have no queries.")
 
 
 def _check_times(loop: Loop) -> None:

@@ -131,10 +131,10 @@ class MixtureOfRecursions(Pass):
     def _range(self, visits: tuple[Op, ...]) -> Shared:
         start = 1 if self.start is None else self.start
         end = len(visits) - 1 if self.end is None else self.end
-        check_range(self.name, start, end, len(visits))
         if end <= start:
             raise PassError(f"{self.name}.start: expected a position below end={end}, got {start}: the program "
                             f"has {len(visits)} visits. Set end, or start=0 for Cycle.")
+        check_range(self.name, start, end, len(visits))
         stack = visits[start:end]
         stacks = tuple((v,) for v in stack) if self.sharing.endswith("sequence") else (stack,)
         return Shared(visits[:start], stacks, visits[end:])

@@ -186,7 +186,7 @@ class Task(ABC):
                 raise InputError(f"task {self.name!r}: lengths: expected one of {', '.join(self.ranges)}, a length or a pair "
                                  f"of lengths, got {lengths!r}.{did_you_mean(lengths, self.ranges)}")
             return self.ranges[lengths]
-        pair = (lengths, lengths) if isinstance(lengths, int) else tuple(lengths)
+        pair = (lengths, lengths) if isinstance(lengths, int) else tuple(lengths) if isinstance(lengths, list | tuple) else ()
         if len(pair) != 2 or pair[0] > pair[1]:
             raise InputError(f"task {self.name!r}: lengths: expected S, M, L, a length or a pair (shortest, longest), got "
                              f"{lengths!r}.")

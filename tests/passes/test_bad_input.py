@@ -9,6 +9,7 @@ from depthpass.passes.loop import Loop
 from depthpass.passes.mixture_of_recursions import MixtureOfRecursions
 from depthpass.passes.pad import Pad
 from depthpass.passes.pipeline import apply_spec
+from depthpass.passes.relaxed_recursion import RelaxedRecursion
 from depthpass.passes.taps import Taps
 from depthpass.passes.turboconn import TurboConn
 
@@ -22,8 +23,10 @@ from depthpass.passes.turboconn import TurboConn
     ([Loop(1, 2, times=3, exit=0.5), Taps([2])], r"taps: .* got position 2"),
     ([Taps([1]), Taps([1])], r"taps\.at: the program already has a tap taps\.v1\. Set scope='another_name'"),
     ([Loop(0, 1, times=2, taps=True), Loop(1, 2, times=2)], r"loop: expected a straight|loop\.scope"),
+    ([Loop(4, times=2)], r"loop\.start: expected a position below 4, got 4: the program has 4 visits"),
+    ([RelaxedRecursion(times=2, start=9)], r"relaxed_recursion\.start: expected a position below 4, got 9"),
     ([Pad(2), Loop(1, 2, times=3), Pad(1)], r"pad: expected a program without pads, got %1 = pad of pad\(tokens=2\)"),
-], ids=["bridge", "bridge of an exit", "tap", "taps twice", "loops", "pads"])
+], ids=["bridge", "bridge of an exit", "tap", "taps twice", "loops", "start", "tied start", "pads"])
 def test_refused_with_advice(spec: list[Pass], message: str) -> None:
     program = plain("M", 4, 8)
     with pytest.raises(PassError, match=message):

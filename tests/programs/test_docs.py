@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-import zoo
 
 from depthpass.cli import main
 
@@ -22,11 +21,16 @@ def test_every_block_of_a_page_runs(page):
         exec(compile(block, f"{page}.md", "exec"), names)
 
 
-def test_every_system_as_a_command(tmp_path, monkeypatch, capsys):
-    zoo.config("granite", 4).save_pretrained(tmp_path)
+@pytest.mark.parametrize(("page", "count"), [("loops", 15), ("tasks", 3), ("search", 4)])
+def test_every_command_of_a_page_runs_in_an_empty_folder(page, count, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^\$ depthpass (report config\.json .*)$", (DOCS / "loops.md").read_text(encoding="utf-8"), flags=re.M)
-    assert len(commands) > 10
-    for command in commands:
-        assert main([*shlex.split(command), "--no-cost"]) == 0, command
-        assert re.search(r"depth", capsys.readouterr().out), command
+    commands = re.findall(r"^\$ (.*)$", (DOCS / f"{page}.md").read_text(encoding="utf-8"), flags=re.M)
+    assert len(commands) == count
+    for program, *words in map(shlex.split, commands):
+        if program == "python":
+            exec(words[1], {})
+        elif program == "echo":
+            Path(words[2]).write_text(words[0])
+        else:
+            assert main([*words, *(["--no-cost"] if words[0] == "report" else [])]) == 0, words
+            assert re.search(r"depth|best", capsys.readouterr().out), words

@@ -13,7 +13,7 @@ from depthpass.errors import PassError, SpecError
 
 def taken(keys):
     """A visit that keeps the keys of what it is given and computes nothing else."""
-    def visit(q, k, v, scale, window, column):
+    def visit(q, k, v, limits, column):
         keys.append((k, v, column))
         return torch.zeros(q.shape[0], v.shape[1], dtype=v.dtype)
 
@@ -55,12 +55,16 @@ def t2mlr(row, depth, spec):
             if b == spec.start and last is not None:
                 if spec.gate == "constant":
                     x = spec.input * x + spec.recurrent * last
+                elif spec.gate == "rezero":
+                    own, back = (torch.tanh(depth[f"t2mlr.{name}.share.weight"]) * gate(name, start, x)
+                                 for name, start in (("input", spec.input), ("recurrent", spec.recurrent)))
+                    x = x + own * x + back * last
                 else:
                     x = (1 - gate("forget", 1 - spec.input, x)) * x + gate("recurrent", spec.recurrent, x) * last
             x = row.block(b, x, i, oracle.own(slots[b]))
             if b == spec.end:
                 kept = x if last is None else x + spec.residual * last
-        if spec.rescaled:
+        if spec.rescaled and last is not None:
             rms = (kept.detach().square().mean() + 1e-6).sqrt()
             kept = kept * torch.clamp(1 / rms, 1 / spec.limit, spec.limit)
         last = kept
@@ -102,6 +106,7 @@ def same_layer(row, depth, spec):
 
 FEEDBACK, MIDDLE = dp.FeedbackTransformer(), dp.FeedbackTransformer(start=1, end=3)
 LEARNED = dp.T2MLR(start=1, end=2, init=0.3)
+REZERO = dp.T2MLR(start=1, end=2, gate="rezero", init=0.3)
 CONSTANT = dp.T2MLR(start=0, end=1, gate="constant", recurrent=0.7, input=0.4, residual=0.5, rescaled=True, limit=1.5)
 STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", into="stream", share=0.6)
 BESIDE = dp.SameLayerState(start=1, end=2, blend="constant", share=0.7)
@@ -110,9 +115,10 @@ WANT = {
     **{s: lambda row, depth, s=s: same_layer(row, depth, s) for s in (STATE, ADDED, BESIDE, WHOLE)},
     FEEDBACK: lambda row, depth: feedback(row, depth, 0, 3), MIDDLE: lambda row, depth: feedback(row, depth, 1, 3),
     LEARNED: lambda row, depth: t2mlr(row, depth, LEARNED), CONSTANT: lambda row, depth: t2mlr(row, depth, CONSTANT),
+    REZERO: lambda row, depth: t2mlr(row, depth, REZERO),
 }
 CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDLE, "mistral", "scheduled"),
-         (LEARNED, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
+         (REZERO, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
          (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"),
          (WHOLE, "gemma3_text", "scheduled")]
 

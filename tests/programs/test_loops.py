@@ -44,10 +44,11 @@ LOOPS = {
     "concat_noise": {"inject": "concat", "state": "noise", "noise_std": 0.5},
     "first_keys": {"kv": "first"},
     "norms": {"normalize": "loop", "out_norm": True},
+    "fully_looped": {"inject": "attention", "normalize": "loop"},
 }
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gpt_neox"])
 @pytest.mark.parametrize("kind", LOOPS)
 def test_loops(name, kind):
     options = LOOPS[kind]

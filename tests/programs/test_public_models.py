@@ -6,6 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from depthpass_lowering.executors.noise import cut_off, noise
+from transformers import AutoConfig, AutoModelForCausalLM
+from turbos import enliven
 
 import depthpass as dp
 from depthpass.errors import CheckpointError
@@ -173,3 +175,56 @@ def test_checkpoints_that_do_not_fit(make, config, tensors, name):
         given = {n: t for n, t in (whole | change).items() if t is not None}
         with pytest.raises(CheckpointError, match=message):
             make(config, given)
+
+
+def fully_looped(weights, ids, heads, kv_heads, times, cap):
+    """FuRuF-11/FullyLoopedTransformer: every iteration runs on the normed embedding; from the second on, the queries of all
+    blocks are those of the normed result of the iteration before."""
+    def rms_(x):
+        return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+    def turned(x):
+        half = x.shape[-1] // 2
+        angle = torch.arange(x.shape[1], dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(half) / half)
+        a, b, cos, sin = x[..., :half], x[..., half:], angle.cos()[:, None], angle.sin()[:, None]
+        return rms_(torch.cat((a * cos + b * sin, b * cos - a * sin), -1))
+
+    def split(x, name, count):
+        return (x @ weights[name].T).unflatten(-1, (count, -1))
+
+    first = rms_(weights["model.embed_tokens.weight"][ids])
+    state, blocks = None, len({k.split(".")[2] for k in weights if k.startswith("model.layers.")})
+    for _ in range(times):
+        x = first
+        for i in range(blocks):
+            at = f"model.layers.{i}.self_attn"
+            asking = rms_(x if state is None else state)
+            q = turned(split(asking, f"{at}.q_proj.weight", heads)).transpose(1, 2)
+            k = turned(split(rms_(x), f"{at}.k_proj.weight", kv_heads)).transpose(1, 2)
+            v = split(rms_(x), f"{at}.v_proj.weight", kv_heads).transpose(1, 2)
+            seen = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2).flatten(2)
+            x = x + seen @ weights[f"{at}.o_proj.weight"].T
+            inner = (rms_(x) @ weights[f"model.layers.{i}.mlp.fc1.weight"].T).relu().square()
+            x = x + inner @ weights[f"model.layers.{i}.mlp.fc2.weight"].T
+        state = rms_(x)
+    logits = state @ weights["lm_head.weight"].T
+    return torch.tanh(logits / cap) * cap
+
+
+def test_fully_looped_is_the_public_forward():
+    config = AutoConfig.for_model("nanochat", vocab_size=WORDS, hidden_size=24, intermediate_size=40, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0)
+    torch.manual_seed(0)
+    stock = enliven(AutoModelForCausalLM.from_config(config).double().eval(), std=0.3)
+    model = dp.transform(stock, dp.Loop(times=3, inject="attention", normalize="loop"))
+    ids = torch.randint(3, WORDS, (2, 9), generator=torch.Generator().manual_seed(1))
+    got = model(ids).logits
+    weights = {n: p.detach().clone().requires_grad_() for n, p in stock.named_parameters()}
+    want = fully_looped(weights, ids, 4, 2, 3, config.final_logit_softcapping)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=got.dtype)
+    (got * weight).sum().backward(), (want * weight).sum().backward()
+    for n, p in stock.named_parameters():
+        torch.testing.assert_close(p.grad, weights[n].grad, rtol=1e-3, atol=1e-3 * weights[n].grad.abs().max().item())
+    cached = model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert torch.equal(cached, model.generate(ids, max_new_tokens=4, do_sample=False, use_cache=False))

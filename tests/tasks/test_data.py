@@ -20,6 +20,8 @@ def test_every_task_survives_encoding_and_decoding(made, kind):
         ids = made[kind](text)["input_ids"]
         assert made[kind].decode(ids) == text, name
         assert made[kind].unk_token_id not in ids
+    for text in (" 1  22 x", "x 1\n\n 3 ", "\n"):
+        assert made[kind].decode(made[kind](text)["input_ids"]) == text
     text = get("dijkstra").instance(5).text
     assert len(made["symbol"](text)["input_ids"]) < len(made["char"](text)["input_ids"])
 
@@ -108,6 +110,8 @@ def test_datasets_that_are_not_installed(monkeypatch):
     (lambda: TaskDataset("lcs", 3, "XL"), "lengths"),
     (lambda: TaskDataset("lcs", 3, 0), "got 0"),
     (lambda: TaskDataset("lsc", 3), "Did you mean"),
+    (lambda: TaskDataset("lcs", 3, None), "lengths: expected S, M, L"),
+    (lambda: get(None), "unknown task None"),
     (lambda: TaskStream("lcs", start=-1), "start"),
     (lambda: draw(get("lcs"), "S", 0, split="dev"), "split"),
     (lambda: encode(get("copy").of("ü", 1), tokenizer("char")), "does not know every symbol"),
