@@ -312,7 +312,7 @@ def _faint(report: Report, grid: _Grid) -> list[str]:
 
 def _delay_words(report: Report, grid: _Grid) -> list[str]:
     """How many tokens few delays lead on; delays of equally many share a number, which stands at the first of them."""
-    edges = _shown_edges(report, grid)
+    edges = [e for e in _shown_edges(report, grid) if e.tokens >= grid.step]  # shorter ones stay inside their row
     parts = []
     for e in {e.tokens: e for e in reversed(edges)}.values() if len(edges) <= 4 else ():
         x = (grid.x(e.source) + grid.x(e.target)) / 2
