@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -73,6 +74,11 @@ class Bars:
 
         tick.close = lambda: self.progress.remove_task(task)
         return tick
+
+
+def parts(text: str) -> list[str]:
+    """Parts of names between commas; a comma with a blank behind it belongs to a name (``stock, 2 blocks``)."""
+    return re.split(r",(?! )", text)
 
 
 def writable(stem: Path) -> None:
@@ -140,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_const", const="quick", dest="overlay")
     kind.add_argument("--gpu", action="store_const", const="gpu", dest="overlay")
-    parser.add_argument("--arms", type=lambda t: t.split(","), help="only arms with one of these in their name")
+    parser.add_argument("--arms", type=parts, help="only arms with one of these in their name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--kept", action="store_true", help="begin with the runs of docs/results")
     parser.add_argument("--out", type=Path, default=Path("runs"))
