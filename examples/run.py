@@ -113,8 +113,8 @@ def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Pa
         summary = runner.run(missing)
     if not summary.arms:
         raise ValueError(f"{name}: expected finished runs in {stem}.jsonl, found none with these settings. Run it first.")
-    command = f"python examples/run.py {name} --seeds {seeds}" + (f" --{overlay}" if overlay else "") + "".join(
-        f" --set {c}" for c in changes)
+    command = f"python examples/run.py {name} --seeds {seeds}" + (f" --{overlay}" if overlay else "") + (
+        f' --arms "{",".join(arms)}"' if arms else "") + "".join(f" --set {c}" for c in changes)
     stem.with_suffix(".json").write_text(json.dumps(tables.plain(summary, command), indent=1), encoding="utf-8")
     stem.with_suffix(".md").write_text(tables.page(summary, experiment, command) + "\n", encoding="utf-8")
     plots.save(summary, experiment, stem.with_suffix(".png"))
