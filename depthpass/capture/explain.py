@@ -43,16 +43,26 @@ def explain(model: nn.Module, error: BaseException, counting: list[str]) -> Unsu
     frames = [f for cause in chain for f in _frames(cause)]
     owner = _module_of(model, frames)
     if owner is not None and _is_attention(type(owner[1])) and not dispatches(type(owner[1])):
-        return UnsupportedModelError(
-            f"{name}: {owner[0]} ({type(owner[1]).__name__}) computes attention by itself instead of dispatching it "
-            "through transformers' AttentionInterface, so its queries, keys and masks cannot be taken over. Use a model "
-            "that does; docs/support.md lists those that are tested."
-        )
+        return attends_by_itself(name, owner[0], owner[1])
     last = chain[-1]
     line = str(last).strip().splitlines()[0] if str(last).strip() else "no message"
     place = locate(model, frames)
+    if owner is not None and _is_attention(type(owner[1])) and "mask" in linecache.getline(*owner[2][:2]):
+        return UnsupportedModelError(
+            f"{name}: {place} edits or reads its attention mask, which a program makes anew for every chunk and visit. Use a "
+            "model that hands its mask to transformers' AttentionInterface as it gets it."
+        )
     return UnsupportedModelError(
         f"{name}: {place or 'the model'} cannot be traced with torch.export ({type(last).__name__}: {line}).{_advice(chain)}"
+    )
+
+
+def attends_by_itself(name: str, path: str, module: nn.Module) -> UnsupportedModelError:
+    """The error about attention that is out of reach."""
+    return UnsupportedModelError(
+        f"{name}: {path} ({type(module).__name__}) computes attention by itself instead of dispatching it "
+        "through transformers' AttentionInterface, so its queries, keys and masks cannot be taken over. Use a model "
+        "that does; docs/support.md lists those that are tested."
     )
 
 
@@ -107,6 +117,17 @@ def locate(model: nn.Module, frames: list[Frame]) -> str:
 def dispatches(cls: type) -> bool:
     """Whether a module class calls attention through transformers' registry of attention functions."""
     return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code, _ in _codes(cls))
+
+
+def mask_makers(cls: type) -> set[str]:
+    """Names of transformers' functions for masks that the code of a class calls."""
+    return {n for code, _ in _codes(cls) for n in code.co_names if n.startswith("create_")}
+
+
+def computes_attention(cls: type) -> bool:
+    """Whether a class that calls itself attention takes the softmax with its own code."""
+    names = {n for code, _ in _codes(cls) for n in code.co_names}
+    return _is_attention(cls) and not names.isdisjoint(("softmax", "scaled_dot_product_attention"))
 
 
 def _is_attention(cls: type) -> bool:

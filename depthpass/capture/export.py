@@ -135,7 +135,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     tidy(program.graph_module)
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
-    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, tuple(functions))
+    return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, functions)
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

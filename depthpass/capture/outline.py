@@ -15,7 +15,7 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 from torch.fx.node import Argument
 
-from depthpass.capture import calls
+from depthpass.capture import calls, derivatives
 from depthpass.capture.attention import NOTHING, sees_nothing
 from depthpass.capture.legality import check_token_local
 from depthpass.capture.model import Block, Capture, Part, Site, Template
@@ -73,7 +73,7 @@ class _Outliner:
         if self.traced.out_spec is None:
             raise UnsupportedModelError("the trace does not say how the model's outputs are put together.")
         return Capture(prologue, axes, tuple(blocks), norm, head, self.layers, self.ports.width, self.traced.out_spec,
-                       self.traced.own_backwards)
+                       tuple(self.traced.functions.lost))
 
     def _token_axis(self, node: fx.Node) -> int | None:
         shape = node.meta["val"].shape
@@ -92,7 +92,7 @@ class _Outliner:
         return self.kinds[node.name][0] == InputKind.USER_INPUT
 
     def _subgraph(self, where: str, entry: fx.Node | None) -> Subgraph:
-        b = Subgraph(self.traced.module, where, self.layers, self.batch, self.tokens)
+        b = Subgraph(self.traced.module, where, self.layers, self.batch, self.tokens, self.traced.functions)
         if entry is not None:
             b.enter(entry)
         return b
@@ -103,6 +103,7 @@ class _Outliner:
         b = self._subgraph(f"block {i}", enter)
         nodes = [n for n in self.sections.nodes(section, roots) if n is not enter]
         check_token_local(nodes, self.batch, self.tokens, b.where)
+        self._functions(b, nodes)
         outside = self.sections.outside(section, nodes, roots, enter)
         side_inputs = self._bind_sides(b, outside)
         params, constants = self._bind_params(b, outside, f"{self.layers}.{i}.")
@@ -124,6 +125,25 @@ class _Outliner:
         key = (gm.code, len(side_inputs), tuple(params), tuple(sites), metas, b.attributes())
         template = shared.setdefault(key, Template(gm, len(side_inputs), tuple(params), tuple(sites)))
         return Block(template, index, constants)
+
+    def _functions(self, b: Subgraph, nodes: Sequence[fx.Node]) -> None:
+        """Find what functions with a backward of their own have traced, and those whose backward cannot be run."""
+        functions, b.interior = self.traced.functions, derivatives.interior(nodes)
+        for node in nodes:
+            if node in b.interior:
+                closed = any(a not in b.interior and a.target is not derivatives.IN and self._is_data(a)
+                             for a in node.all_input_nodes)
+                if closed:
+                    functions.lose(functions.calls[b.interior[node]].name)
+            elif node.target is derivatives.OUT:
+                call, marks = functions.calls[derivatives.number_of(node)], cast("list[fx.Node]", node.args[1])
+                if not derivatives.splits(call, marks, self.batch, self.tokens):
+                    functions.lose(call.name)
+
+    def _is_data(self, node: fx.Node) -> bool:
+        """Whether a node is a tensor of the call or of the model, and no constant."""
+        constant = node.op == "placeholder" and self.kinds[node.name][0] == InputKind.CONSTANT_TENSOR
+        return isinstance(node.meta.get("val"), torch.Tensor) and node.op != "get_attr" and not constant
 
     def _bind_sides(self, b: Subgraph, outside: Sequence[fx.Node]) -> list[fx.Node]:
         """Placeholders for the side inputs of a block: what it reads of the prologue and of the call's arguments.
@@ -186,6 +206,7 @@ class _Outliner:
         nodes = [n for n in self.sections.nodes(section, roots) if n is not entry]
         if local:
             check_token_local(nodes, self.batch, self.tokens, name)
+        self._functions(b, nodes)
         outside = self.sections.outside(section, nodes, roots, entry)
         extras, inputs = [], []
         for a in outside:

@@ -8,8 +8,8 @@ from typing import Any, cast
 
 from torch import nn
 
-from depthpass.capture.attention import attention_style
-from depthpass.capture.explain import dispatches
+from depthpass.capture.attention import attention_style, signature_names
+from depthpass.capture.explain import attends_by_itself, computes_attention, dispatches, mask_makers
 from depthpass.errors import UnsupportedModelError
 
 _TRACED_ROPE = {
@@ -17,6 +17,9 @@ _TRACED_ROPE = {
     "longrope": "switches every token's angles when a row grows past its original length",
 }
 _LOCAL = re.compile("norm|mlp|feed.?forward|ffn|moe|expert|dropout|embed|identity|^linear$", re.IGNORECASE)
+_LIBRARY = "transformers."
+_CACHES = {"past_key_values", "past_key_value", "cache", "cache_params", "state", "layer_past"}
+"""What layers call the state that they are given."""
 _FLAGS = ("output_router_logits", "output_attentions", "output_hidden_states")
 
 
@@ -111,23 +114,58 @@ def screen_modules(model: nn.Module) -> None:
                 "no place in a token loop. Expected a causal decoder."
             )
     # Tracing would find these too, after minutes of unrolled recurrences.
-    if getattr(model, "_is_stateful", False) and (mixers := _mixers(model, layers)):
+    if mixers := _mixers(model, layers):
         raise UnsupportedModelError(
             f"{name}: {', '.join(mixers)} carries a state along the tokens besides keys and values (state-space, recurrent "
             "or linear-attention layers); a program cannot chunk or delay it yet. Use a model whose blocks mix tokens by "
             "attention only."
         )
+    _screen_attention(model, layers)
+
+
+def _screen_attention(model: nn.Module, layers: str) -> None:
+    """Refuse attention that is known to be out of reach: of transformers' own classes, whose code is looked through.
+
+    Raises:
+        UnsupportedModelError: as the trace would.
+    """
+    name = type(model).__name__
+    if type(model).__module__.startswith(_LIBRARY):
+        makes, decides = mask_makers(type(model)), getattr(model.config, "is_decoder", True)
+        if "create_bidirectional_mask" in makes and not (decides and "create_causal_mask" in makes):
+            raise UnsupportedModelError(
+                f"{name}: its attention is bidirectional" + ("" if decides else " (config.is_decoder=False)") +
+                "; a token that sees later tokens has no place in a token loop. Expected a causal decoder."
+            )
+    for i, block in enumerate(block_list(model, layers)):
+        if any(dispatches(type(m)) for m in block.modules()):
+            continue
+        found = [(f"{layers}.{i}.{path}", m) for path, m in block.named_modules()
+                 if path and type(m).__module__.startswith(_LIBRARY) and computes_attention(type(m))]
+        if found:
+            raise attends_by_itself(name, *found[0])
 
 
 def _mixers(model: nn.Module, layers: str) -> list[str]:
-    """Modules of the blocks that are neither attention nor token-local by name: the first of each class."""
-    mixers: dict[str, str] = {}
+    """Modules of the blocks that mix tokens by something else than attention, the first of each class.
+
+    Those are modules that are given a cache and dispatch no attention; where there are none in a model that says that it has
+    states, what is not token-local by name.
+    """
+    says = getattr(model, "_is_stateful", False)
+    stateful: dict[str, str] = {}
+    unknown: dict[str, str] = {}
     for i, block in enumerate(block_list(model, layers)):
-        for child, module in block.named_children():
+        for path, module in block.named_modules():
             kind = type(module).__name__
-            if not _LOCAL.search(kind) and not any(dispatches(type(m)) for m in module.modules()):
-                mixers.setdefault(kind, f"{layers}.{i}.{child} ({kind})")
-    return list(mixers.values())
+            if path and not any(dispatches(type(m)) for m in module.modules()):
+                known = says or (type(module).__module__.startswith(_LIBRARY) and
+                                 not any(computes_attention(type(m)) for m in module.modules()))
+                if known and _CACHES & {*signature_names(type(module).forward)}:
+                    stateful.setdefault(kind, f"{layers}.{i}.{path} ({kind})")
+                if says and "." not in path and not _LOCAL.search(kind):
+                    unknown.setdefault(kind, f"{layers}.{i}.{path} ({kind})")
+    return list((stateful or unknown).values())
 
 
 def _rope_types(module: nn.Module) -> list[str]:

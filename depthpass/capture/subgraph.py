@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import cast
 
 import sympy
@@ -11,8 +11,8 @@ import torch
 from torch import fx
 from torch.fx.node import Argument, map_arg
 
-from depthpass.capture import calls
-from depthpass.capture.nodes import module_paths
+from depthpass.capture import calls, derivatives
+from depthpass.capture.nodes import module_paths, node_of
 from depthpass.capture.sections import size_of
 from depthpass.errors import UnsupportedModelError
 
@@ -33,15 +33,22 @@ class Subgraph:
     Attributes:
         env: what stands in the new graph for each node of the traced one.
         visit: placeholder of the running visit.
+        interior: nodes that functions with a backward of their own have traced: calls of these stand for them.
         hidden: placeholder of the hidden stream, whose own shape gives the sizes; None = the sizes are those of the call.
     """
 
-    def __init__(self, root: torch.nn.Module, where: str, layers: str, batch: sympy.Expr, tokens: sympy.Expr):
+    def __init__(
+        self, root: torch.nn.Module, where: str, layers: str, batch: sympy.Expr, tokens: sympy.Expr,
+        functions: derivatives.Functions,
+    ):
         self.root, self.where, self.layers, self.batch, self.tokens = root, where, layers, batch, tokens
         self.graph = fx.Graph()
         self.env: dict[fx.Node, Argument] = {}
         self.hidden: fx.Node | None = None
         self._sizes: dict[sympy.Expr, Argument] = {}
+        self.functions = functions
+        self.interior: Mapping[fx.Node, int] = {}
+        self._called: dict[int, fx.Node] = {}
         self.visit = self._last_placeholder = self.graph.placeholder("visit")
 
     def placeholder(self, name: str) -> fx.Node:
@@ -81,7 +88,7 @@ class Subgraph:
 
     def copy(self, n: fx.Node, columns: bool = True) -> None:
         """Copy a node; drop checks, replace expert layers and token indices by calls on the visit."""
-        if n.target is MASK:
+        if n.target is MASK or n in self.interior:
             return
         if n.op == "call_function" and str(n.target).startswith(("aten._assert", "<built-in function _assert")):
             return
@@ -93,6 +100,10 @@ class Subgraph:
             while path.endswith(_WRAPPED):  # PEFT's wrappers of their parameters run with them
                 path = path.removesuffix(_WRAPPED)
             self.env[n] = self.call(calls.submodule, (self.visit, path, *map_arg(n.args, self._copied)), n)
+        elif n.target is derivatives.IN:
+            self.env[n] = self.env[node_of(n.args[0])]
+        elif n.target is derivatives.OUT:
+            self.env[n] = self._function(n)
         elif columns and n.target in _ARANGES and isinstance(val, torch.Tensor) and size_of(val.shape[0]) == self.tokens:
             self.env[n] = self._columns(n, val)
         elif n.op == "get_attr":
@@ -102,6 +113,16 @@ class Subgraph:
             node = self.graph.create_node(n.op, n.target, *arguments)
             node.meta = dict(n.meta)
             self.env[n] = node
+
+    def _function(self, n: fx.Node) -> Argument:
+        """One result of a function with a backward of its own: one call of it stands for all that it has traced."""
+        number = derivatives.number_of(n)
+        call = self.functions.calls[number]
+        if number not in self._called:
+            inputs = tuple(self.env[node_of(x)] for x in cast("list[Argument]", n.args[1]))
+            self._called[number] = self.call(call.apply, inputs, n)
+        made = self._called[number]
+        return made if call.single else self.call(operator.getitem, (made, n.args[3]), n)
 
     def _copied(self, a: fx.Node) -> Argument:
         """What stands for a node; attributes are copied where they are first read."""

@@ -14,6 +14,8 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
 
+from depthpass.capture.derivatives import Functions
+
 
 @dataclass(frozen=True)
 class Traced:
@@ -29,7 +31,7 @@ class Traced:
         layers: module path of the list of blocks, e.g. ``model.layers``.
         count: number of blocks.
         repeats: blocks that were passed over, and the earlier block that each of them has the graph of.
-        own_backwards: functions that ran and whose backward is not the derivative of what was traced.
+        functions: those with a backward of their own that ran.
         whole_rows: what stands before the first block always sees whole rows, so it may count their tokens.
     """
 
@@ -42,12 +44,12 @@ class Traced:
     count: int
     whole_rows: bool = False
     repeats: Mapping[int, int] = field(default_factory=dict)
-    own_backwards: tuple[str, ...] = ()
+    functions: Functions = field(default_factory=Functions)
 
 
 def from_export(
     program: torch.export.ExportedProgram, layers: str, count: int, void: Container[str], repeats: Mapping[int, int],
-    own_backwards: tuple[str, ...] = (),
+    functions: Functions,
 ) -> Traced:
     """What ``torch.export`` traced, as a :class:`Traced`.
 
@@ -60,5 +62,5 @@ def from_export(
     return Traced(
         program.graph_module, {s.arg.name: (s.kind, s.target) for s in signature.input_specs}, constants,
         tuple(t for n, t in signature.buffers_to_mutate.items() if n not in void), program.call_spec.out_spec, layers, count,
-        repeats=repeats, own_backwards=own_backwards,
+        repeats=repeats, functions=functions,
     )

@@ -149,15 +149,23 @@ def untraced(run: Callable) -> Callable:
 
     @functools.wraps(run)
     def forward(self, *args, **kwargs):
-        if _exports() or torch._C._is_tracing():
-            _refuse_trace(self, "torch.export" if _exports() else "torch.jit.trace")
+        if _exports():
+            _refuse_trace(self, "torch.export")
         if torch.compiler.is_dynamo_compiling():
             _say_compiled(self)
-        elif any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
+        elif torch._C._is_tracing():
+            _refuse_trace(self, "torch.jit.trace")
+        elif isinstance(args, fx.Proxy) or any(isinstance(x, fx.Proxy) for x in (*args, *kwargs.values())):
             _refuse_trace(self, "torch.fx")
         return hidden(self, *args, **kwargs)
 
+    del forward.__wrapped__  # torch.fx would take the arguments of what it wraps for its own
     return forward
+
+
+def _refuse_script(self) -> None:
+    """``torch.jit.script`` asks a module for what to compile instead of it."""
+    _refuse_trace(self, "torch.jit.script")
 
 
 def _exports() -> bool:
@@ -199,6 +207,7 @@ def mixed(mixin: type, stock: Any, forward: Callable, **body: Any) -> Any:
     """A class of a mixin in front of a stock class, whose name, text and signature it keeps."""
     body |= {
         "forward": untraced(forward), "_stock_forward": stock.forward, "_stock_class": stock,
+        "__prepare_scriptable__": _refuse_script,
         "__doc__": stock.__doc__, "__module__": stock.__module__, "__qualname__": stock.__qualname__,
     }
     body["forward"].__signature__ = inspect.signature(stock.forward)

@@ -23,11 +23,7 @@ from depthpass.hf.context import in_force
 from depthpass.hf.doors import DISABLED
 from depthpass.hf.head import apply_head, logits_of
 from depthpass.hf.live import Live, with_tables
-from depthpass.hf.placement import (
-    home,
-    keep_streams_home,
-    resident,
-)
+from depthpass.hf.placement import home, keep_streams_home, resident
 from depthpass.hf.prefixes import running
 from depthpass.hf.watch import Binding
 

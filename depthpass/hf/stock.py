@@ -12,12 +12,7 @@ from depthpass.capture.structure import structural_copy
 from depthpass.hf.doors import DepthDecoder
 from depthpass.hf.hooks import is_controlled
 from depthpass.hf.marks import unmark
-from depthpass.hf.placement import (
-    copied,
-    set_forward,
-    sharded_dtypes,
-    unwrapped,
-)
+from depthpass.hf.placement import copied, set_forward, sharded_dtypes, unwrapped
 from depthpass.hf.runtime import PREFIX
 
 if TYPE_CHECKING:

@@ -148,6 +148,12 @@ def test_compile_says_that_it_does_nothing_and_export_is_refused(warm):
             torch.export.export(turbo, (), {"input_ids": IDS}, strict=strict)
     with pytest.raises(dp.UnsupportedModelError, match=r"torch.jit.trace: a transformed LlamaForCausalLM decides"):
         torch.jit.trace(turbo, (IDS,), strict=False)
+    with pytest.raises(dp.UnsupportedModelError, match=r"torch.jit.script: a transformed LlamaForCausalLM decides"):
+        torch.jit.script(torch.nn.Sequential(turbo))
+    with pytest.raises(dp.UnsupportedModelError, match=r"torch.fx: a transformed LlamaForCausalLM decides"):
+        torch.fx.symbolic_trace(turbo)
+    with pytest.raises(Exception, match=r"pass lowering='inductor'"):
+        torch.compile(turbo, fullgraph=True)(input_ids=IDS)
     with pytest.raises(dp.UnsupportedModelError, match=r"torch.fx: a transformed LlamaModel decides"):
         turbo.model(input_ids=torch.fx.Proxy(torch.fx.Graph().placeholder("x")))
     compiled = torch.compile(turbo)

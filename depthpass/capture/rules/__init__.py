@@ -116,6 +116,7 @@ _TABLE: dict[str, Rule] = {
 RULES: dict[str, Rule] = {f"aten::{name}": rule for names, rule in _TABLE.items() for name in names.split()} | {
     "depthpass::attend": attend, "depthpass::experts": experts, "depthpass::mask": keep,
     "depthpass::enter": keep, "depthpass::leave": keep, "depthpass::final": keep,
+    "depthpass::function_in": keep, "depthpass::function_out": keep,
 }
 
 SIZE_ARGUMENTS = frozenset({"size", "shape", "sizes", "end", "length", "repeats", "split_size", "split_sizes"})
