@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -75,6 +76,11 @@ class Bars:
         return tick
 
 
+def parts(text: str) -> list[str]:
+    """Parts of names between commas; a comma with a blank behind it belongs to a name (``stock, 2 blocks``)."""
+    return re.split(r",(?! )", text)
+
+
 def writable(stem: Path) -> None:
     """Before any run is made, and not after the first of them."""
     try:
@@ -107,8 +113,8 @@ def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Pa
         summary = runner.run(missing)
     if not summary.arms:
         raise ValueError(f"{name}: expected finished runs in {stem}.jsonl, found none with these settings. Run it first.")
-    command = f"python examples/run.py {name} --seeds {seeds}" + (f" --{overlay}" if overlay else "") + "".join(
-        f" --set {c}" for c in changes)
+    command = f"python examples/run.py {name} --seeds {seeds}" + (f" --{overlay}" if overlay else "") + (
+        f' --arms "{",".join(arms)}"' if arms else "") + "".join(f" --set {c}" for c in changes)
     stem.with_suffix(".json").write_text(json.dumps(tables.plain(summary, command), indent=1), encoding="utf-8")
     stem.with_suffix(".md").write_text(tables.page(summary, experiment, command) + "\n", encoding="utf-8")
     plots.save(summary, experiment, stem.with_suffix(".png"))
@@ -140,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument("--quick", action="store_const", const="quick", dest="overlay")
     kind.add_argument("--gpu", action="store_const", const="gpu", dest="overlay")
-    parser.add_argument("--arms", type=lambda t: t.split(","), help="only arms with one of these in their name")
+    parser.add_argument("--arms", type=parts, help="only arms with one of these in their name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
     parser.add_argument("--kept", action="store_true", help="begin with the runs of docs/results")
     parser.add_argument("--out", type=Path, default=Path("runs"))

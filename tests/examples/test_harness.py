@@ -158,6 +158,10 @@ def test_equal_bases_are_trained_before_once(monkeypatch):
     assert all(a is not b for a, b in zip(first.parameters(), again.parameters()))
 
 
+def test_a_comma_and_a_blank_belong_to_a_name():
+    assert run.parts("TurboConn,stock, 2 blocks,T2MLR") == ["TurboConn", "stock, 2 blocks", "T2MLR"]
+
+
 def test_the_command(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert run.main(["list"]) == 0 and "parity" in capsys.readouterr().out
