@@ -1,14 +1,15 @@
 """The published effects, with controls, in minutes.
 
     python examples/run.py list
-    python examples/run.py NAME [--seeds 3] [--quick | --gpu] [--arms PART,...] [--set key.key=value] [--out runs]
+    python examples/run.py NAME [--seeds 3] [--quick | --gpu] [--arms PART,...] [--set key.key=value] [--out runs] [--kept]
     python examples/run.py show NAME [--out runs]          what is finished, without running anything
     python examples/run.py publish NAME [--out runs]       a finished result into docs/
 
 Every finished run (arm, seed, learning rate) is a line of ``OUT/NAME.jsonl`` and is not made again, so that a run that was
 interrupted goes on where it was. ``OUT/NAME.json`` holds everything, ``OUT/NAME.md`` the tables, ``OUT/NAME.png`` the picture.
-The learning rate of each arm is chosen by its first seed. ``--quick`` takes seconds and shows the direction; ``--gpu`` is a
-longer setting for one card.
+The learning rate of each arm is chosen by its first seed. ``--kept`` begins with the runs of ``docs/results``, so that arms,
+seeds and rates are added to them; runs of other settings than today's are not taken up. ``--quick`` takes seconds and shows the
+direction; ``--gpu`` is a longer setting for one card.
 """
 
 from __future__ import annotations
@@ -43,12 +44,17 @@ def load(name: str) -> Experiment:
     return importlib.import_module(f"examples.experiments.{name}").EXPERIMENT
 
 
-def kept(name: str) -> str:
-    """What the kept result took, if there is one."""
+def kept(name: str) -> dict | None:
+    """The kept result, if there is one."""
     file = ROOT / "docs" / "results" / f"{name}.json"
-    if not file.exists():
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+
+
+def took(name: str) -> str:
+    """What the kept result took."""
+    held = kept(name)
+    if held is None:
         return ""
-    held = json.loads(file.read_text(encoding="utf-8"))
     date = max(r["date"] for r in held["runs"])
     return f" [kept: {date}" + (f", {held['minutes']:.0f} CPU minutes]" if "minutes" in held else "]")
 
@@ -81,18 +87,22 @@ def writable(stem: Path) -> None:
 
 
 def run(name: str, *, seeds: int = 3, overlay: str | None = None, out: Path = Path("runs"), arms: list[str] | None = None,
-        changes: tuple[str, ...] = (), missing: bool = True, console: Console | None = None) -> Summary:
-    """Make what is missing of an experiment, or leave it out, and write its files."""
+        changes: tuple[str, ...] = (), missing: bool = True, begin: bool = False, console: Console | None = None) -> Summary:
+    """Make what is missing of an experiment, or leave it out, and write its files; ``begin`` with the kept runs."""
     experiment, console = load(name), console or Console(width=150)
     stem, chosen = folder(out, name, overlay), settings(name, overlay, changes)
     if missing:
         writable(stem)
     if chosen.get("device", "cpu") != "cpu" and missing and not torch.cuda.is_available():
         raise ValueError(f"{name}: expected a CUDA device, found none. Leave --gpu out to run on the CPU.")
+    store, held = Store(stem.with_suffix(".jsonl")), kept(name) if begin else None
+    if held is not None:
+        count = store.take([*held["runs"], *held.get("others", [])])
+        console.print(f"{count} kept runs taken from docs/results/{name}.json", highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"),
                TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        runner = Runner(name, experiment, chosen, Store(stem.with_suffix(".jsonl")), seeds, only=arms,
+        runner = Runner(name, experiment, chosen, store, seeds, only=arms,
                         say=lambda text: console.print(text, highlight=False, markup=False), progress=Bars(progress))
         summary = runner.run(missing)
     if not summary.arms:
@@ -132,11 +142,12 @@ def main(argv: list[str] | None = None) -> int:
     kind.add_argument("--gpu", action="store_const", const="gpu", dest="overlay")
     parser.add_argument("--arms", type=lambda t: t.split(","), help="only arms with one of these in their name")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change a setting")
+    parser.add_argument("--kept", action="store_true", help="begin with the runs of docs/results")
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
     if args.name == "list":
         for name in names():
-            print(f"{name:<17}{load(name).title}{kept(name)}")
+            print(f"{name:<17}{load(name).title}{took(name)}")
         return 0
     word = args.name if args.name in ("show", "publish") else None
     wanted = args.more if word else [args.name, *args.more]
@@ -152,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
                 publish(name, args.out)
             else:
                 run(name, seeds=args.seeds, overlay=args.overlay, out=args.out, arms=args.arms, changes=tuple(args.set),
-                    missing=word is None)
+                    missing=word is None, begin=args.kept)
     except (ValueError, dp.DepthpassError) as error:
         parser.error(str(error))
     except KeyboardInterrupt:

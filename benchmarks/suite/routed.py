@@ -98,7 +98,7 @@ def against(part: str, title: str, models: dict, wants: dict, stock, s: Namespac
 
 
 def decoding(s: Namespace, kv: str) -> Measurement:
-    """One token of every row of a large batch, of which half stop after the first recursion."""
+    """Tokens of every row of a large batch, of which half stop after the first recursion."""
     cycle = {"start": 0, "end": 4, "recursions": RECURSIONS, "mode": "threshold", "alpha": 0.001}
     ids = torch.arange(s.rows)[:, None].expand(-1, s.prompt).contiguous()
     some = sorted({0, 1, s.rows - 2, s.rows - 1})
@@ -116,11 +116,11 @@ def decoding(s: Namespace, kv: str) -> Measurement:
             half_stops(model, s.rows, stops)
         want = mixture(0, 4, mode="threshold", alpha=0.001, kv=kv)
         variants[label] = Variant(
-            lambda model=model: OurTokens(model, ids, 1, some), Oracle(stock, model, want).scores(whole, last=True),
+            lambda model=model: OurTokens(model, ids, s.decoded, some), Oracle(stock, model, want).scores(whole, last=True),
             floor=None if stops is None else (4 + 2 * 2) / (4 + 2 * 4),
         )
     return Measurement("decode", f"batched decode of {s.rows} rows, kv={kv}", "every row three times", variants,
-                       notes=("floor: share of the visits",))
+                       per=s.decoded, notes=("floor: share of the visits",))
 
 
 def measurements(s: Namespace) -> Iterator[Measurement]:
@@ -153,6 +153,7 @@ BENCHMARK = Benchmark(
         Setting("checked", 24, 4, "tokens of the two rows whose numbers are checked"),
         Setting("rows", 256, 4, "rows of batched decoding"),
         Setting("prompt", 16, 3, "tokens in the cache of batched decoding"),
+        Setting("decoded", 8, 2, "tokens of one call of batched decoding, behind one another: caches grow as they do in use"),
         Setting("kv", ("recursion", "shared"), ("shared",), "keys of batched decoding", ("recursion", "shared")),
     ),
     ("train", "prefill", "itt", "decode"), measurements,

@@ -100,6 +100,11 @@ def emit(args: argparse.Namespace) -> int:
     from depthpass.emit import emit
     from depthpass.hf.pretrained import from_pretrained
 
-    emit(from_pretrained(args.checkpoint), out, name=args.name, copies=args.copies, source=args.checkpoint)
+    try:
+        model = from_pretrained(args.checkpoint)
+    except OSError as error:
+        raise InputError(f"emit: expected a folder that save_pretrained wrote, got {args.checkpoint!r}, which cannot be loaded: "
+                         f"{error}") from None
+    emit(model, out, name=args.name, copies=args.copies, source=args.checkpoint)
     print(f"{args.out}: load it with from_pretrained({args.out!r}, trust_remote_code=True); depthpass is not needed.")
     return 0

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import shlex
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from depthpass import __version__
@@ -21,23 +23,48 @@ RUN_MODELS = ("contraction", "emit", "search", "calibrate", "demo", "tasks")
 
 
 class Parser(argparse.ArgumentParser):
-    """Adds the nearest spelling to usage errors."""
+    """Adds the nearest spelling to usage errors, and says them with the usage of the command that was given."""
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        if words and words[0] not in self._words() and (near := did_you_mean(words[0], self._words())):
+            self.error(f"unknown command or option {words[0]!r}.{near}")
+        known, rest = self.parse_known_args(words, namespace)
+        if rest:
+            command = self.commands[known.command]
+            command.error(f"unrecognized arguments: {' '.join(rest)}{command.meant(rest[0])}")
+        return known
+
+    @property
+    def commands(self) -> dict[str, Parser]:
+        """Parsers of commands by their names."""
+        return {name: made for action in self._actions if isinstance(action, argparse._SubParsersAction)
+                for name, made in action.choices.items()}
+
+    def meant(self, word: str) -> str:
+        """What may have been meant by a word that stands where none is taken."""
+        if word.startswith("-"):
+            return did_you_mean(word.split("=")[0], self._words())
+        if "--spec" not in self._words():
+            return ""
+        from depthpass.passes.registry import ALIASES, pass_names
+        from depthpass.spec import SUFFIXES
+
+        if word.endswith(SUFFIXES) or set(word) & set("{:") or word in (*pass_names(), *ALIASES):
+            return f" A spec is given with --spec {shlex.quote(word)}"
+        return ""
 
     def error(self, message: str) -> Any:
         hint = ""
-        if "unrecognized" in message or "invalid choice" in message:
-            # "unrecognized arguments: --sec-len 5" or "... invalid choice: 'repotr' (choose from ...)"
-            given = message.rpartition(": ")[2].split(" ")[0].strip("'").split("=")[0]
-            hint = did_you_mean(given, self._words())
+        if "invalid choice" in message:
+            # "... invalid choice: 'repotr' (choose from ...)"
+            hint = did_you_mean(message.partition("invalid choice: ")[2].split(" ")[0].strip("'"), self._words())
         super().error(message + hint)
 
     def _words(self) -> list[str]:
-        """Commands and options of this parser and of its commands."""
-        found = [s for a in self._actions for s in a.option_strings]
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                found += [*action.choices, *(s for p in action.choices.values() for a in p._actions for s in a.option_strings)]
-        return found
+        """Commands and options of this parser, and the words that its options choose from."""
+        chosen = [str(c) for a in self._actions if a.choices and not isinstance(a.choices, dict) for c in a.choices]
+        return [*(s for a in self._actions for s in a.option_strings), *self.commands, *chosen]
 
 
 def parser() -> argparse.ArgumentParser:

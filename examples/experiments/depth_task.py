@@ -1,7 +1,7 @@
-"""Depth against task: state tracking and addition for stock models of 2, 4 and 8 blocks, loops, and feedback between tokens.
+"""Depth against task: state tracking, addition and hops for stock models of 2, 4 and 8 blocks, loops, feedback between tokens.
 
 All arms have the same width and data; accuracy against n stands beside the depth that the report gives for the same n. The word
-problem of S3 needs a state carried from token to token, addition only the last pair of digits that decides the carry.
+problems of S3 and S5 need a state carried from token to token, addition only the last pair of digits that decides the carry.
 """
 
 from __future__ import annotations
@@ -10,13 +10,24 @@ import depthpass as dp
 from examples.harness import plots
 from examples.harness.arms import Arm
 from examples.harness.experiment import Experiment
-from examples.harness.problems import Addition, Problem, Words
+from examples.harness.problems import Addition, PHop, Problem, Words
 from examples.harness.settings import Settings
 from examples.harness.training import measure
 
 
 def problem(c: Settings, last: int | None = None) -> Problem:
-    return Words(tuple(c.generators), last) if c.task == "words" else Addition(c.base)
+    known = {"words": lambda: Words(tuple(c.generators), last), "addition": lambda: Addition(c.base),
+             "p-hop": lambda: PHop(c.hops, c.alphabet)}
+    if c.task not in known:
+        raise ValueError(f"task: expected one of {', '.join(known)}, got {c.task!r}")
+    return known[c.task]()
+
+
+def title(c: Settings) -> str:
+    """Of the picture."""
+    if c.task == "words":
+        return f"word problem of S{len(c.generators[0])}"
+    return f"addition in base {c.base}" if c.task == "addition" else f"{c.hops}-hop induction"
 
 
 def arms(c: Settings) -> list[Arm]:
@@ -53,14 +64,14 @@ def draw(figure, summary) -> None:
     for axes, key in ((left, "accuracy"), (right, "depth")):
         plots.band(axes, summary, {a.name: {n: f"at.{n}.{key}" for n in c.lengths} for a in summary.arms})
         plots.lengths(axes, c.lengths, c.train.length)
-    left.set(ylabel="accuracy over all tokens", title="word problem of S3" if c.task == "words" else f"addition in base {c.base}")
+    left.set(ylabel="accuracy over all tokens", title=title(c))
     right.set(ylabel="block visits", title="depth by the report", yscale="log")
     left.legend(fontsize=7, frameon=False)
 
 
-def depth_against(title: str) -> Experiment:
+def depth_against(line: str) -> Experiment:
     """The experiment on the task of its settings."""
-    return Experiment(title, arms, lambda c, arm: problem(c), measured, draw, columns, before=lambda c, arm: problem(c, c.before))
+    return Experiment(line, arms, lambda c, arm: problem(c), measured, draw, columns, before=lambda c, arm: problem(c, c.before))
 
 
 EXPERIMENT = depth_against("state tracking (S3, two generators): stock at 2, 4, 8 blocks, loop, TurboConn, feedback")

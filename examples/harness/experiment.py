@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Summary:
         settings, arms: of the experiment.
         runs: by arm, one for each seed.
         sweep: by arm: learning rate -> score of the seed that chose.
+        others: the runs of the sweep at the rates that were not chosen.
         minutes: of CPU time for all runs of these arms, the sweep's others counted; of older runs the training alone.
     """
 
@@ -64,6 +65,7 @@ class Summary:
     runs: dict[str, list[dict[str, Any]]]
     sweep: dict[str, dict[float, float]]
     minutes: float = 0.0
+    others: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Runner:
@@ -95,7 +97,7 @@ class Runner:
         """Make what is missing and sum up; or, without ``missing``, sum up what there is."""
         runs: dict[str, list[dict[str, Any]]] = {}
         sweep: dict[str, dict[float, float]] = {}
-        spent = 0.0
+        spent, others = 0.0, []
         for arm in self.wanted():
             rates = merge(self.settings.train, arm.train).lr
             tried = {lr: r for lr in rates if (r := self.one(arm, 0, lr, missing)) is not None}
@@ -105,10 +107,11 @@ class Runner:
             sweep[arm.name] = {lr: r["measures"]["score"] for lr, r in tried.items()}
             more = [self.one(arm, seed, best, missing) for seed in range(1, self.seeds)]
             runs[arm.name] = [tried[best], *(r for r in more if r is not None)]
+            others += [r for lr, r in tried.items() if lr != best]
             made = [*tried.values(), *runs[arm.name][1:]]
             spent += sum(r.get("cpu", r["seconds"]) for r in made)
         found = [a for a in self.wanted() if a.name in runs]
-        return Summary(self.name, self.experiment.title, self.settings, found, runs, sweep, spent / 60)
+        return Summary(self.name, self.experiment.title, self.settings, found, runs, sweep, spent / 60, others)
 
     def one(self, arm: Arm, seed: int, lr: float, missing: bool = True) -> dict[str, Any] | None:
         """A finished run, from the store or, if it is ``missing`` there, made now."""

@@ -23,11 +23,11 @@ def put(page: Path, name: str, text: str) -> None:
 
 def thinned(held: dict[str, Any], points: int = 30) -> dict[str, Any]:
     """A result whose training curves have at most so many points, and numbers of four digits."""
-    runs = []
-    for run in held["runs"]:
-        every = max(1, len(run["curve"]) // points)
-        runs.append(run | {"curve": run["curve"][::every]})
-    return _rounded(held | {"runs": runs})
+
+    def short(run: dict[str, Any]) -> dict[str, Any]:
+        return run | {"curve": run["curve"][:: max(1, len(run["curve"]) // points)]}
+
+    return _rounded(held | {key: [short(run) for run in held[key]] for key in ("runs", "others") if key in held})
 
 
 def _rounded(value: Any) -> Any:

@@ -35,6 +35,13 @@ class Store:
     def find(self, arm: str, seed: int, lr: float, print_: str) -> dict[str, Any] | None:
         return next((r for r in self.records() if (r["arm"], r["seed"], r["lr"], r["settings"]) == (arm, seed, lr, print_)), None)
 
+    def take(self, records: Iterable[Mapping[str, Any]]) -> int:
+        """Add those runs that are not here yet; how many they were."""
+        more = [r for r in records if self.find(r["arm"], r["seed"], r["lr"], r["settings"]) is None]
+        for record in more:
+            self.add(record)
+        return len(more)
+
     def add(self, record: Mapping[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         before = self.path.read_text(encoding="utf-8") if self.path.exists() else ""

@@ -101,5 +101,5 @@ def plain(summary: Summary, command: str) -> dict[str, Any]:
         "experiment": summary.name, "title": summary.title, "command": command, "settings": summary.settings,
         "minutes": summary.minutes,
         "arms": [a.plain() for a in summary.arms], "sweep": sweep,
-        "runs": [r for rs in summary.runs.values() for r in rs],
+        "runs": [r for rs in summary.runs.values() for r in rs], "others": summary.others,
     }

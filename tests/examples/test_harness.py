@@ -13,7 +13,7 @@ from examples.harness import pages, tables
 from examples.harness.arms import Arm, config, stock
 from examples.harness.experiment import Experiment, Runner
 from examples.harness.problems import Parity
-from examples.harness.settings import settings
+from examples.harness.settings import merge, settings
 from examples.harness.store import Store
 from examples.harness.training import Rows, measure, train
 
@@ -95,8 +95,13 @@ def test_tables_and_files(made, tmp_path):
     pages.put(page, "trial", text)
     pages.put(page, "trial", "other")
     assert page.read_text().count("results: trial") == 1 and "other" in page.read_text() and "bridge" not in page.read_text()
-    held = tables.plain(summary, "x")
-    assert json.loads(json.dumps(pages.thinned(held, 1)))["runs"][0]["arm"] == "bridge"
+    held = json.loads(json.dumps(pages.thinned(tables.plain(summary, "x"), 1)))
+    assert held["runs"][0]["arm"] == "bridge" and [r["lr"] for r in held["others"]] == [lr for lr in (0.001, 0.01)
+                                                                                       if lr != held["runs"][0]["lr"]]
+    store, again = Store(tmp_path / "kept.jsonl"), []  # a kept result is taken up where it ended
+    assert store.take([*held["runs"], *held["others"]]) == 7 and store.take(held["runs"]) == 0
+    Runner("trial", TRIAL, made[1], store, 2, say=again.append).run()
+    assert again == []
 
 
 def test_a_budget_needs_its_arm(made, tmp_path):
@@ -112,8 +117,12 @@ def test_settings():
         settings("parity", None, ("train.row=7",))
     for name in run.names():
         for overlay in (None, "quick", "gpu"):
-            c = settings(name, overlay)
-            assert len({a.name for a in run.load(name).arms(c)}) == len(run.load(name).arms(c)) > 0
+            c, experiment = settings(name, overlay), run.load(name)
+            found = experiment.arms(c)
+            assert len({a.name for a in found}) == len(found) > 0
+            for arm in found:  # at the real width: heads fit it, and the last position is there
+                assert config(merge(c.model, arm.model), experiment.problem(c, arm).vocabulary).max_position_embeddings >= max(
+                    [*c.get("lengths", []), c.get("hops", 0), c.train.length])
 
 
 def test_rows_grow_after_two_good_batches():

@@ -57,3 +57,39 @@ def test_beams(stock, system):
     batch = zoo.batch([6, 9])
     options = {"max_new_tokens": 6, "num_beams": 4, "do_sample": False, "eos_token_id": None}
     assert torch.equal(model.generate(**batch, **options), model.generate(**batch, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("system", ["threshold", "threshold, shared keys", "itt, routed keys", "exits", "windows"])
+def test_rows_that_stand_anywhere_read_their_own_keys(stock, system, monkeypatch):
+    """Keys of rows at uneven distances are picked a few rows at a time: one and three here."""
+    from depthpass_lowering.visits import routed
+
+    if system == "windows":  # shorter than the row
+        stock, system = enliven(zoo.model("mistral", 3, dtype=torch.float64), std=0.2), "threshold"
+    model = dp.transform(stock, ROUTED[system]).eval()
+    batch, uneven, pieces = zoo.batch([12, 7, 10, 12, 9, 11, 8]), 0, set()
+    evenly, attention = routed._evenly, routed.RunningVisit.attention
+
+    def seen(rows):
+        nonlocal uneven
+        found = evenly(rows)
+        uneven += rows is not None and found is None
+        return found
+
+    def counted(visit, number, q, *rest):
+        pieces.add(len(q))
+        return attention(visit, number, q, *rest)
+
+    monkeypatch.setattr(routed, "_evenly", seen)
+    monkeypatch.setattr(routed.RunningVisit, "attention", counted)
+    for seed, picked in ((1, 1), (2, 3 * 2 * 2 * 8 * 11), (4, 1 << 20)):
+        monkeypatch.setattr(routed, "PICKED", picked)
+        enliven(model.depth, seed=seed, std=2.0, least=1)
+        with torch.no_grad():
+            want, cache = model(**batch, use_cache=False).logits, dp.DepthCache(model)
+            for start, end in ((0, 8), (8, 9), (9, 10), (10, 12)):
+                ids, mask = batch["input_ids"][:, start:end], batch["attention_mask"][:, :end]
+                got = model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+                real = mask[:, start:].bool()
+                torch.testing.assert_close(got[real], want[:, start:end][real], rtol=1e-9, atol=1e-9)
+    assert uneven and 1 in pieces

@@ -262,11 +262,13 @@ class Ops:
         if route.everything and self._gapless(o, span):
             return self._block(o, x, span, masks, side_inputs, keep)
         used, axes, route = self._tables(o, route)
-        tables = [side_inputs[s] if axis is None else route.table(side_inputs[s], axis) for s, axis in zip(used, axes)]
         visit = RoutedVisit(o, self.host, self.state, span, masks, keep or writes_slot(o) in self.context.read, route)
+        tables = [t if axis is None else route.once(
+            ("table", id(t), axis), lambda t=t, axis=axis: (visit.pick(route.table(t, axis)), t)
+        )[0] for t, axis in zip((side_inputs[s] for s in used), axes)]
         if route.rows is None:
             return self._visited(o, visit, x, tables)
-        y = self._visited(o, visit, x.index_select(0, route.rows), [t.index_select(0, route.rows) for t in tables])
+        y = self._visited(o, visit, visit.pick(x), tables)
         return x.to(y.dtype).index_copy(0, route.rows, y)
 
     def _gapless(self, o: Op, span: Span) -> bool:

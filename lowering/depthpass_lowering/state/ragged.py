@@ -114,13 +114,6 @@ def _room(slot: Slot, entries: int) -> RaggedRoom:
     return RaggedRoom(keys, values)
 
 
-def widened(new: Slot, rows: Tensor | None, batch: int) -> Slot:
-    """Entries of the active rows as entries of all rows; the others have none."""
-    if rows is None:
-        return new
-    return new.map(lambda t: t.new_zeros((batch, *t.shape[1:])).index_copy(0, rows, t))
-
-
 def joined(before: Slot, new: Slot) -> Slot:
     """Entries of a slot followed by new ones of all rows, real ones moved to the front; keeps gradients."""
     return compacted(Slot(

@@ -7,6 +7,7 @@ implementations, so that an identity program gives the stock model's bits.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +74,7 @@ class Masks:
         valid = self.valid if self.valid is None or not first else self.valid[:, first:]
         return column_mask(q[None], k[None], window, chunk, valid, self.row_start, self.ahead)[:, None], False
 
-    @property
+    @cached_property
     def row_start(self) -> Tensor | None:
         """First real column of each row, ``[batch]``; None = 0."""
         return None if self.valid is None else (self.valid.long().cumsum(-1) == 0).sum(-1)
@@ -124,14 +125,15 @@ def sdpa_attention(
 ) -> Tensor:
     """Scaled dot-product attention with grouped heads: q ``[B, H, C, D]``, k, v ``[B, Hkv, N, D]`` -> ``[B, C, H, Dv]``."""
     groups = q.shape[1] // k.shape[1]
-    grouped = {}
-    if groups > 1:
-        if mask is None and k.shape[-1] == v.shape[-1] <= 256:
-            grouped["enable_gqa"] = True
-        else:
-            k, v = repeat_heads(k, groups), repeat_heads(v, groups)
+    if groups > 1 and q.shape[2] == 1 and not torch.is_grad_enabled():
+        # Heads that share keys are queries of one head: nothing is repeated, and keys are read once.
+        out = F.scaled_dot_product_attention(q.reshape(len(q), k.shape[1], groups, -1), k, v, attn_mask=mask, scale=scale)
+        return out.reshape(len(q), 1, q.shape[1], -1)
+    shared = groups > 1 and mask is None and k.shape[-1] == v.shape[-1] <= 256
+    if groups > 1 and not shared:
+        k, v = repeat_heads(k, groups), repeat_heads(v, groups)
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal, **grouped
+        q, k, v, attn_mask=mask, dropout_p=dropout, scale=scale, is_causal=causal, enable_gqa=shared
     )
     return out.transpose(1, 2).contiguous()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,11 +13,14 @@ from torch import Tensor
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op
 from depthpass_lowering.host import Host
-from depthpass_lowering.state.ragged import Appending, AppendPlan, compacted, joined, listed, reality, widened
+from depthpass_lowering.state.ragged import Appending, AppendPlan, compacted, joined, listed, reality
 from depthpass_lowering.state.slots import Slot, Span, State
 from depthpass_lowering.visits.attention import Masks, column_mask
 from depthpass_lowering.visits.routes import Route
 from depthpass_lowering.visits.running import RunningVisit, validity
+
+PICKED = 1 << 20
+"""Numbers of keys and values that are picked at once on the CPU."""
 
 
 class RoutedVisit(RunningVisit):
@@ -25,8 +30,7 @@ class RoutedVisit(RunningVisit):
         at: columns of the tokens, ``[rows, k]``.
         real: which of them are routed and not fillers, ``[rows, k]``; None = all.
         rows: the rows that run; None = all.
-        wide: attention over stored keys runs for all rows, and what the others get is dropped: one query reads its row's
-            keys once, while picking the rows' keys would read and write them first.
+        late: stored keys stay those of all rows until attention reads them.
     """
 
     in_order = False
@@ -35,36 +39,28 @@ class RoutedVisit(RunningVisit):
         super().__init__(op, host, state, span, masks, keep)
         self.before = None if self.before is None else listed(self.before, masks.valid)
         self.rows, self.batch, self.route = route.rows, len(route.chosen), route
-        self.together = route.once("together", lambda: _together(route.rows))
-        self.wide = (
-            self.rows is not None and self.together is None and span.count == 1 and not torch.is_grad_enabled()
-            and op["gate"] is None and not op["update"] and 3 * len(self.rows) >= self.batch
-        )
-        self.at, self.real = route.once(
-            ("at", span.start), lambda: (self.pick(route.index + span.start), self.pick(route.real))
-        )
+        self.evenly = route.once("evenly", lambda: _evenly(route.rows))
+        alone = op["gate"] is None and not op["update"] and not torch.is_grad_enabled()
+        self.late = alone and self.rows is not None and self.evenly is None
+        self.at, self.real = route.once(("at", span.start), lambda: (self.pick(route.index + span.start), self.pick(route.real)))
         self.appending: Appending | None = None
         self.all_before = self.before
         # What was stored stays where it is unless something has to be joined to it, or mixed with it.
         self.joins = torch.is_grad_enabled() or self.shared is not None
-        if self.rows is not None and not self.wide:
+        if self.rows is not None and not self.late:
             self.shared = None if self.shared is None else self.shared.map(self.pick)
             if self.joins and self.before is not None:
                 self.before = self.before.map(self.pick)
 
     def pick(self, t: Tensor | None) -> Any:
-        """What belongs to the rows that run; a view where they stand together."""
-        if t is not None and self.together is not None:
-            return t.narrow(0, *self.together)
+        """What belongs to the rows that run; a view where they stand at even distances."""
+        if t is not None and self.evenly is not None:
+            return t[self.evenly]
         return t if t is None or self.rows is None else t.index_select(0, self.rows)
 
     def _for_all(self, t: Tensor) -> Tensor:
         """Entries of the rows that run as entries of all rows."""
         return t if self.rows is None else t.new_zeros((self.batch, *t.shape[1:])).index_copy(0, self.rows, t)
-
-    def _stored(self, t: Tensor | None) -> Any:
-        """What belongs to the rows that attention over stored keys runs for."""
-        return t if self.wide else self.pick(t)
 
     def extend(self, number: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         before = self.before
@@ -82,7 +78,7 @@ class RoutedVisit(RunningVisit):
             self.appending = Appending(before, plan)
         k, v = self.appending.write(number, k, v)
         self.extended[number] = k, v, None
-        return self._stored(k), self._stored(v)
+        return (k, v) if self.late else (self.pick(k), self.pick(v))
 
     def attend(self, number: int, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> Tensor:
         if not self.op["update"]:
@@ -91,9 +87,8 @@ class RoutedVisit(RunningVisit):
         k, v = self.extend(number, k, v)
         slot = self.shared_slot
         mask = self._mask(self._updated_columns(), *self.limits(number))
-        return self.attention(
-            number, q, torch.cat((slot.keys[number], k), 2), torch.cat((slot.values[number], v), 2), sinks, mask
-        )
+        keys, values = (torch.cat(pair, 2) for pair in ((slot.keys[number], k), (slot.values[number], v)))
+        return self.attention(number, q, keys, values, sinks, mask)
 
     def _updated_columns(self) -> tuple[Tensor, Tensor]:
         """Columns of the shared keys and then of the own ones, and which are real: of a token that has both, the own one."""
@@ -106,23 +101,29 @@ class RoutedVisit(RunningVisit):
         return torch.cat((theirs, own), 1), torch.cat((left if real is None else left & real, mine), 1)
 
     def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
-        """One query per row asks as one head group of several queries: a mask then needs no copies of the keys."""
-        if len(k) != len(q):
-            q = q.new_zeros((self.batch, *q.shape[1:])).index_copy(0, self.rows, q)
-            return self.pick(self.attention(number, q, k, v, sinks, mask))
-        groups = q.shape[1] // k.shape[1]
-        if q.shape[2] > 1 or groups == 1 or sinks is not None or self.host.style != "sdpa":
+        """Keys of all rows are picked a few rows at a time, so that attention finds them in the processor's cache."""
+        if len(k) == len(q):
             return super().attention(number, q, k, v, sinks, mask)
-        grouped = q.reshape(q.shape[0], k.shape[1], groups, q.shape[3])
-        out = super().attention(number, grouped, k, v, None, (mask[0], False))
-        return out.transpose(1, 2).reshape(q.shape[0], 1, q.shape[1], v.shape[3])
+        size = len(q) if k.device.type != "cpu" else max(1, PICKED * len(k) // (k.numel() + v.numel()))
+        seen = itertools.repeat(None) if mask[0] is None else mask[0].expand(len(q), -1, -1, -1).split(size)
+        return torch.cat([
+            super(RoutedVisit, self).attention(
+                number, asks, k.index_select(0, rows), v.index_select(0, rows), sinks, (see, mask[1]))
+            for asks, rows, see in zip(q.split(size), self.rows.split(size), seen)
+        ])
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None]:
-        slot, valid = self.shared_slot, self._stored(self.masks.valid)
+        slot, valid = self.shared_slot, self.masks.valid
         if slot.columns is None:
             # All columns in order: the whole state, this span included.
-            return torch.arange(slot.keys[0].shape[2], device=self.at.device)[None], valid
-        return slot.columns, validity(slot, valid)
+            return torch.arange(slot.keys[0].shape[2], device=self.at.device)[None], self.pick(valid)
+        if not self.late:
+            return slot.columns, validity(slot, self.pick(valid))
+        return self._once(slot.columns, slot.valid, lambda: (self.pick(slot.columns), self.pick(validity(slot, valid))))
+
+    def _once(self, columns: Tensor, valid: Tensor | None, make: Callable[[], Any], *key: Any) -> Any:
+        """What all visits of the route make of the same columns, which are kept alive: they are known by identity."""
+        return self.route.once(("columns", id(columns), id(valid), *key), lambda: (make(), columns, valid))[0]
 
     def _all_real(self) -> Tensor:
         return torch.ones_like(self.at, dtype=torch.bool) if self.real is None else self.real
@@ -130,7 +131,8 @@ class RoutedVisit(RunningVisit):
     def _own_columns(self) -> tuple[Tensor, Tensor | None]:
         if self.appending is not None:
             plan = self.appending.plan
-            return self._stored(plan.columns), None if plan.full else self._stored(plan.valid)
+            return self._once(plan.columns, plan.valid, lambda: (
+                self.pick(plan.columns), None if plan.full else self.pick(plan.valid)))
         if self.before is None:
             return self.at, self.real
         return torch.cat((self.before.listed_columns, self.at), 1), torch.cat((reality(self.before), self._all_real()), 1)
@@ -145,11 +147,9 @@ class RoutedVisit(RunningVisit):
                 return None, columns.shape[1] > 1
             if self.span.count == 1:
                 return None, False
-        at, rows = self.at, self.pick
-        if self.wide and columns is not self.at:
-            at, rows = self.route.index + self.span.start, self._stored
-        start = rows(self.masks.row_start)
-        return column_mask(at[..., None], columns[:, None], window, chunk, valid, start, ahead)[:, None], False
+        return self._once(columns, valid, lambda: column_mask(
+            self.at[..., None], columns[:, None], window, chunk, valid, self.pick(self.masks.row_start), ahead
+        )[:, None], window, chunk), False
 
     def columns(self, device: torch.device) -> Tensor:
         raise LoweringError(
@@ -166,12 +166,11 @@ class RoutedVisit(RunningVisit):
             state.slots[self.op["slot"]] = appending.slot()
             return
         count, order = self.at.shape[1], range(len(self.sites))
-        new = widened(Slot(
-            tuple(extended[i][0][:, :, -count:] for i in order), tuple(extended[i][1][:, :, -count:] for i in order),
-        ), self.rows, self.batch)
-        columns, valid = self.route.once(
-            ("stored", self.span.start), lambda: (self._for_all(self.at), self._for_all(self._all_real()))
-        )
+        new = Slot(
+            tuple(extended[i][0][:, :, -count:] for i in order), tuple(extended[i][1][:, :, -count:] for i in order)
+        ).map(self._for_all)
+        columns, valid = self.route.once(("stored", self.span.start), lambda: tuple(
+            map(self._for_all, (self.at, self._all_real()))))
         new = replace(new, columns=columns, valid=valid)
         if self.all_before is not None:
             new = joined(self.all_before, new)
@@ -180,9 +179,10 @@ class RoutedVisit(RunningVisit):
         state.slots[self.op["slot"]] = new
 
 
-def _together(rows: Tensor | None) -> tuple[int, int] | None:
-    """First and number of rows that follow one another; None for others, and for all rows."""
+def _evenly(rows: Tensor | None) -> slice | None:
+    """Rows that stand at even distances, which need not be picked to be read; None for others, and for all rows."""
     if rows is None:
         return None
-    first, last = int(rows[0]), int(rows[-1])
-    return (first, len(rows)) if last - first + 1 == len(rows) else None
+    first, last, step = int(rows[0]), int(rows[-1]), int(rows[1] - rows[0]) if len(rows) > 1 else 1
+    even = last - first == step * (len(rows) - 1) and bool((rows.diff() == step).all())
+    return slice(first, last + 1, step) if even else None
