@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from depthpass.capture import attention
 from depthpass.capture.derivatives import own_backwards
@@ -181,6 +182,18 @@ class _ForwardError(Exception):
         pass
 
 
+class _DataSeen(TorchFunctionMode):
+    """``x.data`` as an op: the trace does not see the attribute, and would take what it gives for a constant."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func == _DATA:
+            return args[0].detach()
+        return func(*args, **(kwargs or {}))
+
+
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 @contextmanager
 def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
     """Give a model's forward exactly these keyword arguments.
@@ -193,7 +206,8 @@ def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
 
     def forward(**given):
         try:
-            return stock(**given)
+            with _DataSeen():
+                return stock(**given)
         except Exception as error:
             raise _ForwardError from error
 

@@ -53,6 +53,20 @@ def own_class(cls: type) -> type:
     return cls
 
 
+def empty(cls: type) -> Any:
+    """An object of a module class without anything, whose end is none of the live module's.
+
+    Some adapters take their hooks off parameters when they are deleted (``__del__``): parameters and handles that a copy shares.
+    """
+    return object.__new__(_endless(cls) if hasattr(cls, "__del__") else cls)
+
+
+@functools.cache
+def _endless(cls: type) -> type:
+    body = {"__del__": lambda self: None, "__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    return type(cls.__name__, (cls,), body)
+
+
 def is_config(value: object) -> bool:
     """Whether a value is a config of transformers, by what it can do: this module is imported without it."""
     return hasattr(type(value), "get_text_config") and hasattr(type(value), "to_dict")
@@ -91,7 +105,7 @@ class _Copier:
             return self.keep(old, copy.deepcopy(old))
         if (inner := old._modules.get("_checkpoint_wrapped_module")) is not None:
             return self.keep(old, self.module(inner))
-        new = self.keep(old, object.__new__(own_class(type(old))))
+        new = self.keep(old, empty(own_class(type(old))))
         left = self.leave[1] if old is self.leave[0] else ()
         table = {n: v for n, v in old.__dict__.items() if n not in left}
         if "_hf_hook" in table:
@@ -240,6 +254,6 @@ def configs(model: nn.Module) -> Iterator[Any]:
 
 def shallow_copy(module: nn.Module) -> nn.Module:
     """Another module of the same class with the same attributes. ``copy.copy`` pickles, which parametrized modules refuse."""
-    twin = object.__new__(type(module))
+    twin = empty(type(module))
     twin.__dict__.update(module.__dict__)
     return twin

@@ -27,6 +27,7 @@ from transformers.modeling_utils import AttentionInterface
 from depthpass.capture import Capture, Part
 from depthpass.capture.nodes import module_paths
 from depthpass.capture.screen import block_list
+from depthpass.capture.structure import empty
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.doors import call_names
 from depthpass.hf.hooks import Hooked, has_hooks, is_controlled
@@ -296,7 +297,7 @@ def _schedule(model: Any) -> str:
 
 def _twin(module: nn.Module, quiet: frozenset[nn.Module], keep: bool = False) -> Any:
     """A module of the same class, tensors and submodules; without hooks of its own, and those of ``quiet`` without theirs."""
-    twin = object.__new__(type(module))
+    twin = empty(type(module))
     twin.__dict__.update(module.__dict__)
     twin.__dict__["_modules"] = {
         n: _twin(m, quiet) if m is not None and quiet and not isinstance(m, nn.ModuleList) and m in quiet else m

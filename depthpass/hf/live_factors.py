@@ -18,6 +18,7 @@ from torch import Tensor, fx, nn
 
 from depthpass.capture import Template
 from depthpass.capture.nodes import module_paths
+from depthpass.capture.structure import empty
 from depthpass.errors import LoweringError, UnsupportedModelError
 
 aten = torch.ops.aten
@@ -163,7 +164,7 @@ class Factored:
 
 def twin(module: nn.Module) -> nn.Module:
     """A module of the same class with the same tensors and submodules, whose tables of submodules and hooks are its own."""
-    made = object.__new__(type(module))
+    made = empty(type(module))
     made.__dict__.update(module.__dict__)
     made.__dict__["_depth_twin"] = True
     for name, value in module.__dict__.items():

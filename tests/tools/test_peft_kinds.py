@@ -1,5 +1,7 @@
 """PEFT's other adapters: DoRA runs the program with its weights, prompts in front of the row run it over them, too."""
 
+import gc
+
 import pytest
 import torch
 import zoo
@@ -97,6 +99,8 @@ def test_lora_on_the_parameters_of_experts(order):
 @pytest.mark.parametrize("config", [
     peft.RandLoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),
     peft.VBLoRAConfig(vector_length=8, num_vectors=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    peft.HRAConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"),  # reads the weight as .data
+    peft.OSFConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),  # hooks on parameters, taken off by __del__
     peft.OFTConfig(oft_block_size=8, target_modules=["q_proj"], task_type="CAUSAL_LM"),
 ], ids=lambda c: type(c).__name__)
 def test_adapters_that_share_tensors_between_blocks(config):
@@ -111,6 +115,8 @@ def test_adapters_that_share_tensors_between_blocks(config):
     assert (logits(stock) - logits(stock_of("llama", 3))).abs().max() > 1e-3
     results = []
     for model in (made, stock):
+        model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
+        gc.collect()
         out = model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
         results.append((out.logits, *torch.autograd.grad(out.loss, [p for p in model.parameters() if p.requires_grad])))
     for got, want in zip(*results, strict=True):
