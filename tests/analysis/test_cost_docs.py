@@ -20,9 +20,9 @@ def test_page_runs(page, capsys):
     assert capsys.readouterr().out
 
 
-@pytest.mark.parametrize("module", ["tasks.registry", "analysis.cost.formulas"])
+@pytest.mark.parametrize("module", ["depthpass.tasks.registry", "published_costs"])
 def test_docstring_examples(module):
-    found = doctest.testmod(importlib.import_module(f"depthpass.{module}"))
+    found = doctest.testmod(importlib.import_module(module))
     assert found.attempted and not found.failed
 
 
