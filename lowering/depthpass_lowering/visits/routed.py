@@ -102,15 +102,13 @@ class RoutedVisit(RunningVisit):
 
     def attention(self, number: int, q, k, v, sinks, mask: tuple[Tensor | None, bool]) -> Tensor:
         """Keys of all rows are picked a few rows at a time, so that attention finds them in the processor's cache."""
-        if len(k) == len(q):
-            return super().attention(number, q, k, v, sinks, mask)
+        attend = super().attention
+        if self.rows is None or len(k) == len(q):
+            return attend(number, q, k, v, sinks, mask)
         size = len(q) if k.device.type != "cpu" else max(1, PICKED * len(k) // (k.numel() + v.numel()))
         seen = itertools.repeat(None) if mask[0] is None else mask[0].expand(len(q), -1, -1, -1).split(size)
-        return torch.cat([
-            super(RoutedVisit, self).attention(
-                number, asks, k.index_select(0, rows), v.index_select(0, rows), sinks, (see, mask[1]))
-            for asks, rows, see in zip(q.split(size), self.rows.split(size), seen)
-        ])
+        return torch.cat([attend(number, asks, k.index_select(0, r), v.index_select(0, r), sinks, (see, mask[1]))
+                          for asks, r, see in zip(q.split(size), self.rows.split(size), seen)])
 
     def _shared_columns(self) -> tuple[Tensor, Tensor | None]:
         slot, valid = self.shared_slot, self.masks.valid
