@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from depthpass.hf.cache import STOCK_NAME
+from depthpass.hf.caches.cache import STOCK_NAME
 
 
 class NaiveGroups:

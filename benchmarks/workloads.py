@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import depthpass as dp
-from depthpass.hf.cache import STOCK_NAME
+from depthpass.hf.caches.cache import STOCK_NAME
 
 TOKENS = 16
 VOCABULARY = 1024

@@ -33,20 +33,20 @@ if TYPE_CHECKING:
         VerifyError,
     )
     from depthpass.hf.attach import attach
-    from depthpass.hf.cache import DepthCache
-    from depthpass.hf.calibrate import calibrate
-    from depthpass.hf.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule, StopAtFlops
-    from depthpass.hf.coevolution import CoevolutionaryDiffusion
-    from depthpass.hf.contrast import LoopContrast
-    from depthpass.hf.exits import only_gates, set_exit
-    from depthpass.hf.latent_curriculum import LatentCurriculum
-    from depthpass.hf.materialize import materialize
+    from depthpass.hf.caches.cache import DepthCache
+    from depthpass.hf.checkpoints.materialize import materialize
+    from depthpass.hf.checkpoints.pretrained import from_pretrained
+    from depthpass.hf.decoding.coevolution import CoevolutionaryDiffusion
+    from depthpass.hf.decoding.contrast import LoopContrast
     from depthpass.hf.model import DepthModel
-    from depthpass.hf.pretrained import from_pretrained
-    from depthpass.hf.ratios import CapacityWarmup, capacity_warmup, set_ratios
-    from depthpass.hf.routing import routing_of
     from depthpass.hf.summary import summary
-    from depthpass.hf.switch import loops_of, set_loops, switch, using
+    from depthpass.hf.switching.exits import only_gates, set_exit
+    from depthpass.hf.switching.ratios import CapacityWarmup, capacity_warmup, set_ratios
+    from depthpass.hf.switching.routing import routing_of
+    from depthpass.hf.switching.switch import loops_of, set_loops, switch, using
+    from depthpass.hf.training.calibrate import calibrate
+    from depthpass.hf.training.callbacks import FlopsLedger, RecurrenceCurriculum, ShiftSchedule, StopAtFlops
+    from depthpass.hf.training.latent_curriculum import LatentCurriculum
     from depthpass.hf.transform import new_parameters, restore, transform
     from depthpass.ir import Program, parse_program
     from depthpass.log import progress
@@ -86,14 +86,14 @@ GROUPS: dict[str, dict[str, str]] = {
         "transform": "depthpass.hf.transform",
         "restore": "depthpass.hf.transform",
         "new_parameters": "depthpass.hf.transform",
-        "materialize": "depthpass.hf.materialize",
+        "materialize": "depthpass.hf.checkpoints.materialize",
         "emit": "depthpass.emit",
-        "from_pretrained": "depthpass.hf.pretrained",
+        "from_pretrained": "depthpass.hf.checkpoints.pretrained",
         "attach": "depthpass.hf.attach",
         "load_spec": "depthpass.spec",
         "dump_spec": "depthpass.spec",
         "DepthModel": "depthpass.hf.model",
-        "DepthCache": "depthpass.hf.cache",
+        "DepthCache": "depthpass.hf.caches.cache",
         "FixedPoint": "depthpass.schedule.fixed_point",
     },
     "passes": {
@@ -136,35 +136,35 @@ GROUPS: dict[str, dict[str, str]] = {
         "parse_program": "depthpass.ir",
     },
     "run-time switches": {
-        "switch": "depthpass.hf.switch",
-        "using": "depthpass.hf.switch",
-        "set_loops": "depthpass.hf.switch",
-        "loops_of": "depthpass.hf.switch",
-        "set_exit": "depthpass.hf.exits",
-        "set_ratios": "depthpass.hf.ratios",
-        "routing_of": "depthpass.hf.routing",
-        "calibrate": "depthpass.hf.calibrate",
+        "switch": "depthpass.hf.switching.switch",
+        "using": "depthpass.hf.switching.switch",
+        "set_loops": "depthpass.hf.switching.switch",
+        "loops_of": "depthpass.hf.switching.switch",
+        "set_exit": "depthpass.hf.switching.exits",
+        "set_ratios": "depthpass.hf.switching.ratios",
+        "routing_of": "depthpass.hf.switching.routing",
+        "calibrate": "depthpass.hf.training.calibrate",
         "progress": "depthpass.log",
     },
     "training": {
-        "FlopsLedger": "depthpass.hf.callbacks",
-        "RecurrenceCurriculum": "depthpass.hf.callbacks",
-        "LatentCurriculum": "depthpass.hf.latent_curriculum",
-        "StopAtFlops": "depthpass.hf.callbacks",
-        "ShiftSchedule": "depthpass.hf.callbacks",
-        "CapacityWarmup": "depthpass.hf.ratios",
-        "capacity_warmup": "depthpass.hf.ratios",
+        "FlopsLedger": "depthpass.hf.training.callbacks",
+        "RecurrenceCurriculum": "depthpass.hf.training.callbacks",
+        "LatentCurriculum": "depthpass.hf.training.latent_curriculum",
+        "StopAtFlops": "depthpass.hf.training.callbacks",
+        "ShiftSchedule": "depthpass.hf.training.callbacks",
+        "CapacityWarmup": "depthpass.hf.switching.ratios",
+        "capacity_warmup": "depthpass.hf.switching.ratios",
         "aligned_targets": "depthpass.losses",
         "exit_loss": "depthpass.losses",
         "gate_loss": "depthpass.losses",
-        "only_gates": "depthpass.hf.exits",
+        "only_gates": "depthpass.hf.switching.exits",
         "relay_loss": "depthpass.losses",
-        "LoopContrast": "depthpass.hf.contrast",
+        "LoopContrast": "depthpass.hf.decoding.contrast",
     },
     "diffusion": {
         "denoise": "depthpass.diffusion",
         "diffusion_loss": "depthpass.diffusion",
-        "CoevolutionaryDiffusion": "depthpass.hf.coevolution",
+        "CoevolutionaryDiffusion": "depthpass.hf.decoding.coevolution",
     },
     "errors": {
         "DepthpassError": "depthpass.errors",

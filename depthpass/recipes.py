@@ -44,7 +44,7 @@ class Recipe:
         """
         if "curriculum" not in self.training:
             raise SpecError(f"recipe {self.name}: expected one with a curriculum, got one without. Use a Trainer as it is.")
-        from depthpass.hf.callbacks import RecurrenceCurriculum
+        from depthpass.hf.training.callbacks import RecurrenceCurriculum
 
         return RecurrenceCurriculum(**self.training["curriculum"])
 
@@ -129,15 +129,15 @@ def ouro(*, times: int = 4, exit: float = 0.5, stage: int = 1, **options: Any) -
 
 
 def from_huginn(config: Any, tensors: Any, **options: Any) -> Any:
-    """The public Huginn checkpoint as a transformed Llama; see :func:`depthpass.hf.public.huginn_model`."""
-    from depthpass.hf.public import huginn_model
+    """The public Huginn checkpoint as a transformed Llama; see :func:`depthpass.hf.checkpoints.public.huginn_model`."""
+    from depthpass.hf.checkpoints.public import huginn_model
 
     return huginn_model(config, tensors, **options)
 
 
 def from_ouro(config: Any, tensors: Any, **options: Any) -> Any:
-    """The public Ouro checkpoint as a transformed GLM-4; see :func:`depthpass.hf.public.ouro_model`."""
-    from depthpass.hf.public import ouro_model
+    """The public Ouro checkpoint as a transformed GLM-4; see :func:`depthpass.hf.checkpoints.public.ouro_model`."""
+    from depthpass.hf.checkpoints.public import ouro_model
 
     return ouro_model(config, tensors, **options)
 

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 from workloads import Forward, OurTokens, StockTokens, build, enliven, tokens
 
 import depthpass as dp
-from depthpass.hf.cache import STOCK_NAME
+from depthpass.hf.caches.cache import STOCK_NAME
 
 
 class KeyBytes:

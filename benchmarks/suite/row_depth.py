@@ -14,7 +14,7 @@ from oracles import Greedy, Oracle, likeliest, loop
 from workloads import build, tokens
 
 import depthpass as dp
-from depthpass.hf.row_depth import ladder_of
+from depthpass.hf.decoding.row_depth import ladder_of
 
 
 def measurements(s: Namespace) -> Iterator[Measurement]:

@@ -94,7 +94,7 @@ def logit_lens(
         InputError: ``iterations`` of a program without a loop, or ``top`` below 1.
         SpecError: the model is not transformed.
     """
-    from depthpass.hf.switch import transformed, using
+    from depthpass.hf.switching.switch import transformed, using
     from depthpass.passes.loop import Loop
     from depthpass.passes.taps import Taps
 

@@ -17,7 +17,7 @@ def contraction(args: argparse.Namespace) -> int:
     import torch
 
     from depthpass.analysis.contraction import contraction
-    from depthpass.hf.pretrained import from_pretrained
+    from depthpass.hf.checkpoints.pretrained import from_pretrained
 
     rows = None if args.ids is None else _rows(args.ids)
     if not Path(args.checkpoint).is_dir():
@@ -48,7 +48,7 @@ def search(args: argparse.Namespace) -> int:
     # Before a model is loaded, which may take long.
     load_method(args.method)
     load_score(args.score)
-    from depthpass.hf.checkpoints import load_language_model, load_tokenizer
+    from depthpass.hf.checkpoints.folders import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
     found = search(
@@ -98,7 +98,7 @@ def emit(args: argparse.Namespace) -> int:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"--out: expected a folder that does not exist or is empty, got {args.out!r}. Nothing was written.")
     from depthpass.emit import emit
-    from depthpass.hf.pretrained import from_pretrained
+    from depthpass.hf.checkpoints.pretrained import from_pretrained
 
     try:
         model = from_pretrained(args.checkpoint)

@@ -21,10 +21,10 @@ from transformers.models.auto import auto_factory, modeling_auto
 from depthpass.emit.module import Module, module_of
 from depthpass.emit.statements import check_expressible
 from depthpass.errors import InputError, SpecError, UnsupportedModelError
-from depthpass.hf.files import replacing
-from depthpass.hf.host import depth_module
-from depthpass.hf.materialize import rewrite_lists, same_kinds, stack_of
-from depthpass.hf.switch import transformed
+from depthpass.hf.calls.host import depth_module
+from depthpass.hf.checkpoints.files import replacing
+from depthpass.hf.checkpoints.materialize import rewrite_lists, same_kinds, stack_of
+from depthpass.hf.switching.switch import transformed
 from depthpass.hf.transform import restore
 from depthpass.ir.program import Op, Program
 

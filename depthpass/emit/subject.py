@@ -11,7 +11,7 @@ from torch import nn
 
 from depthpass.emit.statements import Body
 from depthpass.errors import UnsupportedModelError
-from depthpass.hf.table import position_table
+from depthpass.hf.calls.table import position_table
 from depthpass.ir.program import Program
 
 PREFIX = "Depth"

@@ -97,7 +97,7 @@ class Subject:
 
     def written(self, spec: Any) -> str:
         """The text of the program of another spec."""
-        from depthpass.hf.context import context_of
+        from depthpass.hf.modules.context import context_of
         from depthpass.plan import compile_spec
 
         return str(compile_spec(spec, context_of(self.stock)).program)

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import nn
 
 from depthpass.errors import SpecError
-from depthpass.hf.context import in_force, inner_model
 from depthpass.hf.model import DepthModel
-from depthpass.hf.parameters import build
+from depthpass.hf.modules.context import in_force, inner_model
+from depthpass.hf.modules.parameters import build
 from depthpass.hf.prepare import prepare
 from depthpass.hf.runtime import PREFIX
 from depthpass.ir.program import Program

@@ -1,6 +1,6 @@
 """Transformers' Auto classes know saved models: they read the base's config, mark it and give the transformed model.
 
-What a mark is says :mod:`depthpass.hf.marks`.
+What a mark is says :mod:`depthpass.hf.checkpoints.marks`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib.abc import Loader, MetaPathFinder
 from typing import Any
 
 from depthpass.errors import SpecError
-from depthpass.hf.marks import MARK, PREFIX, known_class, unmarked
+from depthpass.hf.checkpoints.marks import MARK, PREFIX, known_class, unmarked
 
 _MODULE = "transformers.models.auto.configuration_auto"
 

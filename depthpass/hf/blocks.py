@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from depthpass.hf.doors import call_names
-from depthpass.hf.host import depth_module
-from depthpass.hf.inputs import normalise
-from depthpass.hf.latents import as_embeddings, feeds
-from depthpass.hf.placement import home
+from depthpass.hf.calls.doors import call_names
+from depthpass.hf.calls.host import depth_module
+from depthpass.hf.calls.inputs import normalise
+from depthpass.hf.calls.latents import as_embeddings, feeds
+from depthpass.hf.modules.placement import home
 
 if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel

@@ -16,9 +16,9 @@ from torch import nn
 
 from depthpass.capture.export import find_layers
 from depthpass.errors import InputError, UnsupportedModelError, did_you_mean
-from depthpass.hf.context import inner_model
-from depthpass.hf.marks import PREFIX as MARKED
-from depthpass.hf.marks import unmarked
+from depthpass.hf.checkpoints.marks import PREFIX as MARKED
+from depthpass.hf.checkpoints.marks import unmarked
+from depthpass.hf.modules.context import inner_model
 from depthpass.prompt import at_prompt
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")

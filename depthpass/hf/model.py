@@ -16,28 +16,28 @@ from torch.utils.checkpoint import checkpoint
 from depthpass.capture import Capture, capture
 from depthpass.capture.quiet import quiet
 from depthpass.errors import InputError, UnsupportedModelError
-from depthpass.hf import ahead
-from depthpass.hf.cache import STOCK_NAME, DepthCache, take_cache
+from depthpass.hf.caches.cache import STOCK_NAME, DepthCache, take_cache
+from depthpass.hf.calls import ahead
+from depthpass.hf.calls.doors import DECODER, DepthDecoder, Frame, bind, call_names, inside, mixed, rebuilt, replaced
+from depthpass.hf.calls.head_input import bare
+from depthpass.hf.calls.host import compiled_stock
+from depthpass.hf.calls.inputs import Call
+from depthpass.hf.calls.outer import check_outer, without_crossing
+from depthpass.hf.calls.outputs import finish
+from depthpass.hf.calls.running import run_program
 from depthpass.hf.captured import remember
-from depthpass.hf.checkpointing import not_reentrant
-from depthpass.hf.doors import DECODER, DepthDecoder, Frame, bind, call_names, inside, mixed, rebuilt, replaced
-from depthpass.hf.files import replacing
-from depthpass.hf.generation import PROMPT, check_decoding, check_generation
-from depthpass.hf.head_input import bare
-from depthpass.hf.host import compiled_stock
-from depthpass.hf.inputs import Call
-from depthpass.hf.loading import check_safetensors, class_to_load, load, settings_of
-from depthpass.hf.marks import mark, marked_class, unmark
-from depthpass.hf.outer import check_outer, without_crossing
-from depthpass.hf.outputs import finish
-from depthpass.hf.placement import full_state, gathered_state, home
+from depthpass.hf.checkpoints.files import replacing
+from depthpass.hf.checkpoints.loading import check_safetensors, class_to_load, load, settings_of
+from depthpass.hf.checkpoints.marks import mark, marked_class, unmark
+from depthpass.hf.checkpoints.save import configured, spec_of, with_notice
+from depthpass.hf.decoding.generation import PROMPT, check_decoding, check_generation
+from depthpass.hf.modules.checkpointing import not_reentrant
+from depthpass.hf.modules.placement import full_state, gathered_state, home
+from depthpass.hf.modules.watch import Watch, watch
 from depthpass.hf.prepare import install, prepare
-from depthpass.hf.running import run_program
 from depthpass.hf.runtime import Runtime
-from depthpass.hf.save import configured, spec_of, with_notice
 from depthpass.hf.shown import Shown, model_card
 from depthpass.hf.stock import stock_decoder
-from depthpass.hf.watch import Watch, watch
 from depthpass.ir.program import Program
 from depthpass.log import working
 from depthpass.lowered.record import LoweredCall
@@ -46,7 +46,7 @@ from depthpass.schedule.regions import Schedule
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-    from depthpass.hf.parameters import DepthParameters
+    from depthpass.hf.modules.parameters import DepthParameters
 
     class _Stock(PreTrainedModel):
         """What a mixin of a stock class may call; ``GenerationMixin`` types its ``self`` as no model is."""
@@ -165,7 +165,7 @@ class DepthModel(Shown, _Stock):
     def depth_drafted(self):
         """What the last ``generate(..., draft=...)`` did: acceptance, visits per token, time ratio; None before the first.
 
-        A :class:`~depthpass.hf.draft_report.DraftReport`.
+        A :class:`~depthpass.hf.decoding.draft_report.DraftReport`.
         """
         return self._depth.drafted
 
@@ -358,13 +358,13 @@ def depth_class(stock: Any) -> Any:
             _, cache = take_cache(kwargs)
             check_generation(self, args, kwargs)
             if loops is not None:
-                from depthpass.hf.row_depth import rows_generate
+                from depthpass.hf.decoding.row_depth import rows_generate
 
                 if draft is not None:
                     raise InputError("loops: expected no draft beside it, got one. Leave one of them out.")
                 return rows_generate(self, stock.generate, args, kwargs, cache, loops)
             if draft is not None:
-                from depthpass.hf.speculation import draft_generate
+                from depthpass.hf.decoding.speculation import draft_generate
 
                 return draft_generate(self, stock.generate, args, kwargs, cache, draft, draft_tokens)
             if draft_tokens != "auto":

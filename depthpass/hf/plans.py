@@ -13,16 +13,16 @@ import torch
 from torch import nn
 
 from depthpass.errors import SpecError
-from depthpass.hf.context import context_of
-from depthpass.hf.host import depth_module
-from depthpass.hf.parameters import build, check_scopes
+from depthpass.hf.calls.host import depth_module
+from depthpass.hf.modules.context import context_of
+from depthpass.hf.modules.parameters import build, check_scopes
 from depthpass.ir.program import Program
 from depthpass.passes.base import Pass
 from depthpass.plan import Plan, compile_spec
 from depthpass.spec import SpecLike, spec_hash
 
 if TYPE_CHECKING:
-    from depthpass.hf.inputs import Call
+    from depthpass.hf.calls.inputs import Call
 
 KEPT = 1024
 """Plans that a model remembers, the most recently used ones."""

@@ -11,18 +11,18 @@ from torch import nn
 
 from depthpass.capture.screen import block_list, find_layers, screen_modules
 from depthpass.errors import SpecError, UnsupportedModelError
-from depthpass.hf.checkpointing import not_reentrant
-from depthpass.hf.context import context_of
-from depthpass.hf.doors import Door, decoder_class, decoder_path
-from depthpass.hf.host import block_forward
-from depthpass.hf.pads import check_pads, pad_op
-from depthpass.hf.parameters import build
-from depthpass.hf.placement import home, is_dispatched, own_forward, set_forward, unwrapped
+from depthpass.hf.calls.doors import Door, decoder_class, decoder_path
+from depthpass.hf.calls.host import block_forward
+from depthpass.hf.calls.pads import check_pads, pad_op
+from depthpass.hf.calls.table import position_table
+from depthpass.hf.modules.checkpointing import not_reentrant
+from depthpass.hf.modules.context import context_of
+from depthpass.hf.modules.parameters import build
+from depthpass.hf.modules.placement import home, is_dispatched, own_forward, set_forward, unwrapped
+from depthpass.hf.modules.watch import drop_capturing_hooks
+from depthpass.hf.modules.weights import check_weights
 from depthpass.hf.plans import Plans, check_runnable
 from depthpass.hf.runtime import PREFIX, Runtime
-from depthpass.hf.table import position_table
-from depthpass.hf.watch import drop_capturing_hooks
-from depthpass.hf.weights import check_weights
 from depthpass.plan import compile_spec
 from depthpass.spec import SpecLike, load_spec
 

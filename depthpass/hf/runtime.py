@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from depthpass.capture import Capture
+from depthpass.hf.modules.watch import Watch
 from depthpass.hf.plans import Plans
-from depthpass.hf.watch import Watch
 from depthpass.ir.program import Program
 from depthpass.lowered.record import LoweredCall
 from depthpass.plan import Plan

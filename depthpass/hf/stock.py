@@ -9,10 +9,10 @@ from torch import nn
 
 from depthpass.capture.screen import block_list
 from depthpass.capture.structure import structural_copy
-from depthpass.hf.doors import DepthDecoder
-from depthpass.hf.hooks import is_controlled
-from depthpass.hf.marks import unmark
-from depthpass.hf.placement import copied, set_forward, sharded_dtypes, unwrapped
+from depthpass.hf.calls.doors import DepthDecoder
+from depthpass.hf.checkpoints.marks import unmark
+from depthpass.hf.modules.hooks import is_controlled
+from depthpass.hf.modules.placement import copied, set_forward, sharded_dtypes, unwrapped
 from depthpass.hf.runtime import PREFIX
 
 if TYPE_CHECKING:

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from depthpass.hf.host import depth_module
-from depthpass.hf.parameters import counted
-from depthpass.hf.switch import transformed
+from depthpass.hf.calls.host import depth_module
+from depthpass.hf.modules.parameters import counted
+from depthpass.hf.switching.switch import transformed
 
 
 def summary(model: nn.Module) -> str:

@@ -10,16 +10,16 @@ from torch import nn
 from depthpass.capture.screen import block_list
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.blocks import check_blocks
-from depthpass.hf.context import inner_model
-from depthpass.hf.doors import DepthDecoder
-from depthpass.hf.host import depth_module
-from depthpass.hf.marks import mark
+from depthpass.hf.calls.doors import DepthDecoder
+from depthpass.hf.calls.host import depth_module
+from depthpass.hf.checkpoints.marks import mark
+from depthpass.hf.checkpoints.save import own_class
 from depthpass.hf.model import DepthModel, depth_class
-from depthpass.hf.placement import copied
+from depthpass.hf.modules.context import inner_model
+from depthpass.hf.modules.placement import copied
+from depthpass.hf.modules.weights import retire, start_weights
 from depthpass.hf.prepare import install, prepare
-from depthpass.hf.save import own_class
 from depthpass.hf.stock import drop_wrapped_forward, stock_copy
-from depthpass.hf.weights import retire, start_weights
 from depthpass.schedule.fixed_point import FixedPoint, load_schedule
 from depthpass.spec import SpecLike
 

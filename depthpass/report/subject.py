@@ -64,9 +64,9 @@ class Subject:
 
         if getattr(source, "depth_program", None) is None:
             return cls(stock_model(source))
-        from depthpass.hf.context import inner_model
-        from depthpass.hf.host import depth_module
-        from depthpass.hf.parameters import counted
+        from depthpass.hf.calls.host import depth_module
+        from depthpass.hf.modules.context import inner_model
+        from depthpass.hf.modules.parameters import counted
         from depthpass.hf.transform import restore
 
         added = counted(depth_module(inner_model(source)))
@@ -129,7 +129,7 @@ class Subject:
         """What passes may know of the stock model."""
         if self.kept is not None:
             return self.kept.context
-        from depthpass.hf.context import context_of
+        from depthpass.hf.modules.context import context_of
 
         if self.model is None:
             raise SpecError("report: expected a model or a config, got a program alone.")
@@ -192,7 +192,7 @@ class Subject:
         """Elements of the new parameters: counted on a transformed model, else sized from the stock one; None = neither."""
         if self.added is not None or self.nothing:
             return self.added
-        from depthpass.hf.parameters import sizes
+        from depthpass.hf.modules.parameters import sizes
 
         largest = self._largest(program, plan)
         # Sizes of gates and of updates of stock matrices are the model's to tell.

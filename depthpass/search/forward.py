@@ -25,7 +25,7 @@ class Forward:
 
     def __init__(self, model: Any, samples: Sequence[Sample], memo: int, batch: int):
         from depthpass.capture.attention import signature_names
-        from depthpass.hf.prefixes import PrefixMemo
+        from depthpass.hf.calls.prefixes import PrefixMemo
 
         inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model
         self.keeps = "logits_to_keep" in signature_names(inner.forward)
@@ -34,7 +34,7 @@ class Forward:
 
     def using(self, layers: Layers):
         """A block in which the model runs a program."""
-        from depthpass.hf.switch import using
+        from depthpass.hf.switching.switch import using
 
         return using(self.model, spec_of(layers))
 
@@ -64,7 +64,7 @@ class Forward:
         Programs share the prompt's keys and values; every program decodes its own tokens. Rows of a call have equal prompts'
         lengths, so that nothing is padded.
         """
-        from depthpass.hf.cache import DepthCache
+        from depthpass.hf.caches.cache import DepthCache
 
         lengths: dict[int, list[int]] = {}
         for r in rows:

@@ -198,7 +198,7 @@ def _samples(samples: SamplesLike, held_out: float | SamplesLike, seed: int) -> 
 
 def _check_fit(model: Any, given: tuple[Sample, ...], rest: tuple[Sample, ...]) -> None:
     """Samples and held-out ones fit the model's vocabulary and positions."""
-    from depthpass.hf.table import table_size
+    from depthpass.hf.calls.table import table_size
 
     for part, what in ((given, "samples"), (rest, "held_out")):
         check_fit(part, len(model.get_input_embeddings().weight), table_size(model), what)

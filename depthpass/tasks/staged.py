@@ -162,7 +162,7 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
     Returns:
         chains in the order of the problems. ``chain.right`` tells which are right; the paper keeps all of them.
     """
-    from depthpass.hf.switch import loops_of, set_loops
+    from depthpass.hf.switching.switch import loops_of, set_loops
 
     given = list(instances)
     groups: dict[int, list[int]] = defaultdict(list)

@@ -48,7 +48,7 @@ def tokenizer(
         raise InputError(f"tokenizer: numbers: expected an integer of at least 0, got {numbers!r}.")
     if kind != "symbol" and (tasks or numbers or symbols):
         raise InputError(f"tokenizer: tasks, numbers and symbols are options of kind='symbol', got kind={kind!r}.")
-    from depthpass.hf.task_tokenizer import build
+    from depthpass.hf.checkpoints.task_tokenizer import build
 
     if kind == "byte":
         return build("byte", (), padding_side)

@@ -25,8 +25,8 @@ from turbos import enliven, transformed
 
 import depthpass as dp
 from depthpass import log
-from depthpass.hf.step import advance_token
-from depthpass.hf.tokens import Tokens
+from depthpass.hf.calls.step import advance_token
+from depthpass.hf.decoding.tokens import Tokens
 from depthpass.ir import plain
 from depthpass.report import kept
 

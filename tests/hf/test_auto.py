@@ -24,7 +24,7 @@ from transformers import (
 from turbos import enliven, spec, stock_of, turbo_of
 
 import depthpass as dp
-from depthpass.hf.marks import MARK
+from depthpass.hf.checkpoints.marks import MARK
 
 BATCH = zoo.batch([8, 5])
 pytestmark = pytest.mark.usefixtures("one_capture")

@@ -9,7 +9,7 @@ from turbos import enliven, pair, spec, stock_of
 
 import depthpass as dp
 from depthpass.errors import InputError
-from depthpass.hf.packing import _powers, _similar, find_packing
+from depthpass.hf.calls.packing import _powers, _similar, find_packing
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 
@@ -326,7 +326,7 @@ def test_segments_are_where_a_plain_loop_finds_them(data):
 
 def test_the_ledger_counts_what_ran():
     """Attention is paid within segments: less than for one long row of as many tokens, more than for none."""
-    from depthpass.hf.ledger import Counter
+    from depthpass.hf.training.ledger import Counter
 
     model, batch = made(dp.LayerProgram([0, 1, 2, 1])).train(), packed([[16, 16, 16]])
     counter = Counter(model)

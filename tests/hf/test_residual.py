@@ -10,7 +10,7 @@ from turbos import transformed
 
 import depthpass as dp
 from depthpass.analysis.kv import bytes_per_token, group_of, later_slots
-from depthpass.hf.residual import Packed
+from depthpass.hf.caches.residual import Packed
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 

@@ -6,7 +6,7 @@ import zoo
 from turbos import transformed
 
 import depthpass as dp
-from depthpass.hf.row_depth import ladder_of
+from depthpass.hf.decoding.row_depth import ladder_of
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 

@@ -16,8 +16,8 @@ from transformers.generation.streamers import BaseStreamer
 from turbos import enliven, transformed
 
 import depthpass as dp
-from depthpass.hf.drafts import draft_of
-from depthpass.hf.speculation import _redrawn
+from depthpass.hf.decoding.drafts import draft_of
+from depthpass.hf.decoding.speculation import _redrawn
 
 pytestmark = pytest.mark.usefixtures("one_capture")
 

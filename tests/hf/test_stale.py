@@ -303,7 +303,8 @@ def test_training_and_evaluation_take_turns_without_new_watches_or_captures(capt
 
 
 def test_old_states_of_a_model_are_forgotten(monkeypatch):
-    from depthpass.hf import captured, watch
+    from depthpass.hf import captured
+    from depthpass.hf.modules import watch
 
     monkeypatch.setattr(captured, "KEPT", 2)
     made = pair("llama")

@@ -13,7 +13,7 @@ import zoo
 from turbos import enliven, stock_of, turbo_of
 
 import depthpass as dp
-from depthpass.hf.files import interrupted, recover, replacing
+from depthpass.hf.checkpoints.files import interrupted, recover, replacing
 
 BATCH = zoo.batch([8, 5])
 pytestmark = pytest.mark.usefixtures("one_capture")

@@ -10,8 +10,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from turbos import transformed
 
 import depthpass as dp
-from depthpass.hf.head import apply_head
-from depthpass.hf.head_input import HeadInput, bare, taken
+from depthpass.hf.calls.head import apply_head
+from depthpass.hf.calls.head_input import HeadInput, bare, taken
 
 
 @pytest.mark.parametrize(("rows", "dtype", "bias", "count"), [

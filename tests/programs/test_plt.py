@@ -166,7 +166,7 @@ def test_bad_options_say_what_was_expected(options, message):
 
 
 def test_a_gate_needs_one_number_of_heads():
-    from depthpass.hf.parameters import build
+    from depthpass.hf.modules.parameters import build
 
     class Unknown:
         @property

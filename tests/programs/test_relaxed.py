@@ -9,7 +9,7 @@ from torch import nn
 from turbos import enliven
 
 import depthpass as dp
-from depthpass.hf.parameters import linear_maps
+from depthpass.hf.modules.parameters import linear_maps
 
 LENGTHS = [7, 5]
 

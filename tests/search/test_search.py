@@ -117,7 +117,7 @@ def test_the_memo_runs_every_prefix_once(small):
 
 
 def test_streams_and_caches_of_shared_prefixes_are_those_of_a_model_of_its_own(small):
-    from depthpass.hf.prefixes import PrefixMemo
+    from depthpass.hf.calls.prefixes import PrefixMemo
 
     memo, ids = PrefixMemo(1 << 30), torch.randint(13, (3, 7), generator=torch.Generator().manual_seed(0))
     own = dp.transform(small.stock, dp.Identity())

@@ -287,7 +287,7 @@ def expert_sizes(module: nn.Module) -> dict[str, Experts]:
 
 
 def _matrices(block: nn.Module) -> tuple[tuple[str, int, int], ...]:
-    from depthpass.hf.parameters import linear_maps
+    from depthpass.hf.modules.parameters import linear_maps
 
     return tuple((path, *cast(Any, m).weight.shape) for path, m in linear_maps(block))
 

@@ -18,7 +18,7 @@ from depthpass_lowering.backend.models import holds_no_model, model_of, scoring_
 from depthpass_lowering.backend.sizes import restart_with_symbolic_sizes
 
 if TYPE_CHECKING:
-    from depthpass.hf.packing import Packing, Rows
+    from depthpass.hf.calls.packing import Packing, Rows
     from depthpass_lowering.backend.graph_host import Columns, GraphHost
 
 NAME = "depthpass"
@@ -139,7 +139,7 @@ class _Compiled:
         return host.part(c.capture.head, inputs, packing.join(parts))
 
     def _host(self, parameters: Mapping[str, Tensor]) -> GraphHost:
-        from depthpass.hf.context import in_force
+        from depthpass.hf.modules.context import in_force
         from depthpass_lowering.backend.graph_host import GraphHost
 
         # Token loops: by hand, with their chunks compiled, or op by op where another compiler runs the blocks.
@@ -174,7 +174,7 @@ class _Compiled:
         c = self.captured
         if c.positions is None or not bool((inputs[c.positions].diff(dim=-1) != 1).any()):
             return None
-        from depthpass.hf.packing import find_packing
+        from depthpass.hf.calls.packing import find_packing
 
         positions = inputs[c.positions]
         count = positions.shape[-1]
@@ -225,8 +225,8 @@ class _Compiled:
 def planned(model: nn.Module, owner: Any, settings: Options, arguments: Sequence[Any]) -> tuple[nn.Module, Plan]:
     """The new parameters and what is run with them."""
     from depthpass.hf.attach import attached_spec, check_attachable, check_fixed
-    from depthpass.hf.context import context_of
-    from depthpass.hf.inputs import warn_frozen
+    from depthpass.hf.calls.inputs import warn_frozen
+    from depthpass.hf.modules.context import context_of
     from depthpass_lowering.supported import check_program
 
     attached = attached_spec(owner)

@@ -88,7 +88,7 @@ def _root(source: str, scopes: Mapping[str, Mapping[str, object]]) -> object:
 
 def _outermost_decoder(root: nn.Module) -> nn.Module | None:
     from depthpass.capture.screen import find_layers
-    from depthpass.hf.context import inner_model
+    from depthpass.hf.modules.context import inner_model
 
     for module in root.modules():
         # A PEFT wrapper hands on the attributes of the decoder inside it.
@@ -110,7 +110,7 @@ def scoring_parameters(model: nn.Module, key: str, program: Program, arguments: 
     Raises:
         SpecError: there are some, and the call records gradients: nothing could train them.
     """
-    from depthpass.hf.parameters import build
+    from depthpass.hf.modules.parameters import build
 
     names = sorted(parameters(program, infer(program)))
     if names and torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):

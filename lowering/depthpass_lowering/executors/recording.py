@@ -134,7 +134,7 @@ class _Runs:
 
     def run(self, model: Any, ids: Tensor, sizes: Sequence[int]) -> None:
         """Run the calls; then ask what of each token was handed out it was computed from."""
-        from depthpass.hf.cache import DepthCache
+        from depthpass.hf.caches.cache import DepthCache
 
         runtime = model._depth
         before = runtime.lowering, runtime.fixed_point

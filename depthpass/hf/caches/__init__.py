@@ -1,0 +1,1 @@
+"""Caches of transformed models, as transformers and its tools see them."""

@@ -1,0 +1,1 @@
+"""Modes of ``generate``: what is refused, self-speculation, rows of different depth, contrast, diffusion."""

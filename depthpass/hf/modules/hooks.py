@@ -1,0 +1,114 @@
+"""Where the hooks of a model are, as far as its decoder runs captured graphs instead of modules.
+
+A tool may also put an object of its own in the place of a module's ``forward`` (nnsight does). Functions there are part of
+what a model computes, and traced; such an object acts at run time, like a hook.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from dataclasses import dataclass
+
+from torch import nn
+
+from depthpass.errors import UnsupportedModelError
+from depthpass.hf.modules.placement import is_placed, is_wrapper, own_forward, unwrapped
+
+_TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_LIBRARIES = ("torch.", "accelerate.", "transformers.", "depthpass.")
+
+
+def hook_tables(module: nn.Module) -> tuple[dict, ...]:
+    """Where a module keeps what runs around its forward."""
+    return tuple(getattr(module, name) for name in _TABLES)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether calling a module runs more than its forward.
+
+    Torch's wrapper around it that checkpoints its activations counts; what accelerate puts around it to move tensors does not.
+    What transformers and PEFT put on embeddings for reentrant checkpoints, which are refused, does not count.
+    """
+    return is_controlled(module) or is_wrapper(module) or any(
+        not getattr(h, "__name__", "").startswith("make_inputs_require_grad")
+        for table in hook_tables(module) for h in table.values()
+    )
+
+
+def is_controlled(module: nn.Module) -> bool:
+    """Whether a tool's object stands in the place of a module's forward."""
+    if "_hf_hook" in module.__dict__ and not is_placed(module):
+        return True
+    forward = own_forward(module)
+    return forward is not None and not isinstance(forward, types.FunctionType | types.MethodType | functools.partial)
+
+
+def is_wrapped(block: nn.Module) -> bool:
+    """Whether something was put around the forward that a transform has given a block."""
+    forward = own_forward(unwrapped(block))
+    return forward is not None and getattr(getattr(forward, "func", None), "__name__", "") != "block_forward"
+
+
+@dataclass(frozen=True)
+class Hooked:
+    """Hooks of a decoder.
+
+    Attributes:
+        inside: blocks with hooks on modules inside them.
+        outer: whether the embedding, a position table or the final norm has hooks.
+        parameters: whether new modules (under ``depth.``) have hooks.
+        own: blocks with hooks of a user's on them or in them, or something around their forward: not those of FSDP,
+            accelerate or transformers.
+    """
+
+    inside: frozenset[int]
+    outer: bool
+    parameters: bool
+    own: frozenset[int]
+
+    @property
+    def live(self) -> bool:
+        """Whether something has to run as modules."""
+        return bool(self.inside or self.outer)
+
+
+def _of_library(hook: object) -> bool:
+    """Whether a hook is of a library that knows what it sees."""
+    function = getattr(hook, "func", hook)
+    return (getattr(function, "__module__", None) or "").startswith(_OF_LIBRARIES)
+
+
+def check_rows_alike(module: nn.Module) -> None:
+    """Refuse PEFT's batches of several adapters, whose hooks hand one adapter name for each row of the call to every layer.
+
+    Raises:
+        UnsupportedModelError: naming the argument.
+    """
+    for hook in module._forward_pre_hooks.values():
+        if getattr(getattr(hook, "func", None), "__name__", "") == "_adapter_names_pre_forward_hook":
+            raise UnsupportedModelError(
+                "adapter_names: rows with different adapters in one call are not supported; visits run on other rows than the "
+                "call's, and each adapter has new parameters of its own. Call the model once for each adapter."
+            )
+
+
+def find_hooks(decoder: nn.Module, layers: nn.ModuleList, depth: nn.Module | None) -> Hooked:
+    """The hooks of a decoder and its blocks."""
+    inside, own, within = set(), set(), set()
+    for index, block in enumerate(layers):
+        if is_wrapped(block) and not _of_library(block.forward):
+            own.add(index)
+        for module in block.modules():
+            within.add(module)
+            if has_hooks(module):
+                check_rows_alike(module)
+                if module is not block and not (is_wrapper(block) and module is unwrapped(block)):
+                    inside.add(index)
+                if is_controlled(module) or not all(
+                    _of_library(h) for table in hook_tables(module) for h in table.values()
+                ):
+                    own.add(index)
+    new = set() if depth is None else set(depth.modules())
+    outer = any(has_hooks(m) for m in decoder.modules() if m not in within and m not in new and m is not decoder)
+    return Hooked(frozenset(inside), outer, any(map(has_hooks, new)), frozenset(own))

@@ -1,0 +1,334 @@
+"""Notice changes of a module tree that make a capture stale, cheaply enough to look before every call."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from operator import eq, itemgetter
+from types import MethodType
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from depthpass.capture.quiet import global_hook_tables
+from depthpass.capture.screen import block_list
+from depthpass.capture.structure import is_config, own_class
+from depthpass.errors import UnsupportedModelError
+from depthpass.hf.modules.code import class_items, globals_read, mentions, own_bases
+from depthpass.hf.modules.hooks import find_hooks, hook_tables
+from depthpass.hf.modules.placement import is_dispatched, is_flattened, is_reentrant, sharded_dtypes, unwrapped
+
+KEPT = 4
+"""Watches that a model remembers: training and evaluation take turns."""
+
+_ALWAYS = frozenset({
+    "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_backward_hooks",
+    "_backward_pre_hooks", "_is_full_backward_hook", "_state_dict_hooks", "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks", "_depth", "_depth_door", "gradient_checkpointing",
+    "_gradient_checkpointing_func", "generation_config", "name_or_path", "warnings_issued", "_is_hf_initialized",
+    "hf_device_map", "_output_capturing_hooks_installed",
+})
+"""Attributes of modules that are looked at elsewhere, or that no capture depends on."""
+
+_AROUND = frozenset({"forward", "_original_forward", "_old_forward", "_hf_hook"})
+"""Where accelerate and others put what runs around a module's forward."""
+
+_SETTINGS = frozenset({
+    "depthpass", "use_cache", "return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    "architectures", "_name_or_path", "name_or_path", "dtype", "torch_dtype", "transformers_version", "_commit_hash",
+    "id2label", "label2id", "problem_type", "_output_attentions", "initializer_range", "bos_token_id", "eos_token_id",
+})
+"""Fields of configs that no capture depends on: asked at each call, or about files and generation."""
+
+
+class Key:
+    """A value that is hashed once: it is looked up at every call."""
+
+    __slots__ = ("hash", "value")
+
+    def __init__(self, value: tuple):
+        self.value, self.hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self.hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Key) and self.hash == other.hash and self.value == other.value)
+
+
+class Same:
+    """Stands for one object in a key, whatever equality means to it; keeps it alive, so that no id is ever reused."""
+
+    __slots__ = ("held",)
+
+    def __init__(self, held: object):
+        self.held = held
+
+    def __hash__(self) -> int:
+        return id(self.held)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Same) and self.held is other.held
+
+
+class Watch:
+    """What a capture depends on: modules, their classes, attributes and configs, tensors' shapes, the code they run.
+
+    Looking for a change compares whole tables in C, tens of microseconds for a small model. Only when one differs is it
+    asked what the change means, see :attr:`key`.
+
+    Attributes:
+        key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
+            part in it.
+        found: submodules looked up by (identity of their root, path).
+        live: where hooks are.
+        dispatched: whether accelerate moves tensors of the model between devices.
+    """
+
+    def __init__(self, model: nn.Module, decoder: str, layers: str):
+        self.modules = list(model.modules())  # kept alive, so that no id below is ever reused
+        self.types = list(map(type, self.modules))
+        self.tables: list[object] = []
+        self.copies: list[object] = []
+        self.empty: list[object] = []
+        seen: set[int] = set()
+        for module in self.modules:
+            self._table(module.__dict__, seen)
+            if module._modules:
+                self._table(module._modules, seen)
+        captured = list(model.get_submodule(decoder).modules())
+        classes = dict.fromkeys(map(type, captured))
+        for base in dict.fromkeys(b for cls in classes for b in own_bases(cls)):
+            self._table(base.__dict__, seen, deep=False)
+        self.globals = [
+            (itemgetter(*names, names[0]), table) for table, names in _merged(globals_read(cls) for cls in classes)
+        ]
+        self.read = [get(table) for get, table in self.globals]
+        self.tensors = [
+            (table, name, _form(t), len(table))
+            for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
+        ]
+        hooks = [t for m in self.modules for t in hook_tables(m)]
+        self.hooked = [t for t in hooks if t]
+        self.empty += [t for t in hooks if not t]
+        self.world = [t for t in global_hook_tables()]
+        self.hooks = [len(t) for t in self.world]
+        self.dtype = torch.get_default_dtype()
+        self.dtypes = sharded_dtypes(self.modules)
+        self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, block_list(model, layers))}))
+        self.found: dict[tuple[int, str], nn.Module] = {}
+        self.dispatched = is_dispatched(model)
+        self.live = find_hooks(captured[0], block_list(model, layers), getattr(model, "depth", None))
+
+    def _table(self, table: Any, seen: set[int], deep: bool = True) -> None:
+        """Watch a table and the containers and configs in it."""
+        if id(table) in seen:
+            return
+        seen.add(id(table))
+        self.tables.append(table)
+        self.copies.append(dict(table) if isinstance(table, Mapping) else copy.copy(table))
+        if not deep:
+            return
+        for name, value in table.items() if isinstance(table, Mapping) else enumerate(table):
+            if is_config(value):
+                self._table(value.__dict__, seen)
+            elif isinstance(value, dict | list | set) and name not in _HOOKS:
+                # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
+                self._table(value, seen) if value else self.empty.append(value)
+
+    def current(self) -> bool:
+        """Whether nothing has changed since this watch was made."""
+        try:
+            if not all(map(eq, self.tables, self.copies)) or list(map(type, self.modules)) != self.types:
+                return False
+            if any(self.empty) or not all(self.hooked) or list(map(len, self.world)) != self.hooks:
+                return False
+            for (get, table), values in zip(self.globals, self.read):
+                if get(table) != values:
+                    return False
+            if torch.get_default_dtype() is not self.dtype:
+                return False
+        except (ValueError, RuntimeError, TypeError, KeyError):  # tables with tensors or arrays: their equality is none
+            return False
+        for table, name, held, count in self.tensors:
+            t = table.get(name)
+            if t is None or held is None:
+                if t is not held or len(table) != count:
+                    return False
+                continue
+            dtype, device, shape = held
+            if t.dtype is not dtype or t.device != device or t.shape != shape or len(table) != count:
+                return False
+        return True
+
+    def _meaning(self, modules: list[nn.Module], classes: Iterable[type], called: set[int]) -> tuple:
+        """What of all this a capture of these modules depends on.
+
+        Args:
+            called: ids of those that are called as modules: what is put around their forward runs at each call.
+        """
+        names = frozenset().union(*(mentions(cls)[0] for cls in classes))
+        pieces = tuple(frozenset().union(*(mentions(cls)[1] for cls in classes)))
+
+        def counts(name: str, module: nn.Module) -> bool:
+            if name in _ALWAYS or (name in _AROUND and id(module) in called):
+                return False
+            return name in names or any(p in name for p in pieces)
+
+        met: dict[int, object] = {}
+        return (
+            tuple((Same(m), own_class(type(m)), tuple(m._modules), tuple(
+                (n, _frozen(v, met)) for n, v in m.__dict__.items() if counts(n, m)
+            )) for m in modules),
+            tuple(
+                tuple((n, _form(t), self.dtypes.get(id(t))) for n, t in table.items())
+                for m in modules for table in (m._parameters, m._buffers)
+            ),
+            tuple(
+                (base, tuple((n, Same(v)) for n, v in class_items(base).items()))
+                for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
+            ),
+            tuple(Same(v) for values in self.read for v in values), self.dtype,
+        )
+
+
+def _form(tensor: Tensor | None) -> tuple | None:
+    return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
+
+
+def _merged(tables: Iterable[tuple[tuple[dict[str, Any], tuple[str, ...]], ...]]) -> list[tuple[dict, tuple[str, ...]]]:
+    """Names by dictionary, each dictionary once."""
+    found: dict[int, tuple[dict, set[str]]] = {}
+    for group in tables:
+        for table, names in group:
+            found.setdefault(id(table), (table, set()))[1].update(n for n in names if n in table)
+    return [(table, tuple(sorted(names))) for table, names in found.values() if names]
+
+
+_HOOKS = frozenset(n for n, v in nn.Module().__dict__.items() if isinstance(v, OrderedDict))
+"""Tables of hooks of a module: looked at by themselves."""
+
+
+def _frozen(value: Any, met: dict[int, object]) -> object:
+    """A value as part of a key: by content where that is plain data or a config, else the object itself."""
+    if value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device | type | MethodType):
+        return value
+    if id(value) in met:
+        return met[id(value)]
+    if is_config(value):
+        met[id(value)] = Same(value)  # a config that holds itself
+        met[id(value)] = made = (type(value), tuple(
+            (n, _frozen(v, met)) for n, v in sorted(value.__dict__.items()) if n not in _SETTINGS
+        ))
+        return made
+    if isinstance(value, dict | list | tuple | set):
+        met[id(value)] = Same(value)
+        if isinstance(value, dict):
+            made = (dict, tuple((_frozen(k, met), _frozen(v, met)) for k, v in value.items()))
+        elif isinstance(value, set):
+            made = (set, frozenset(_frozen(v, met) for v in value))
+        else:
+            made = (type(value), tuple(_frozen(v, met) for v in value))
+        met[id(value)] = made
+        return made
+    return Same(value)
+
+
+def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> Watch:
+    """The watch on a model as it is now, the last of ``watches``: one of those that are remembered, or a new one.
+
+    Raises:
+        UnsupportedModelError: the model has hooks that would never run.
+    """
+    for known in reversed(watches):
+        if known.current():
+            if known is not watches[-1]:
+                watches.remove(known)
+                watches.append(known)
+            return known
+    check_hooks()
+    check_wrappers(model)
+    made = Watch(model, decoder, layers)
+    watches[:] = [*watches[1 - KEPT :], made]
+    return made
+
+
+def check_hooks() -> None:
+    """Refuse hooks of all modules: inside the decoder only what has hooks of its own is called as modules.
+
+    Raises:
+        UnsupportedModelError: naming such a hook.
+    """
+    for hook in (h for t in global_hook_tables()[:4] for h in t.values()):
+        # Torch's own count and look: they change nothing.
+        if not getattr(hook, "__module__", "").startswith("torch."):
+            raise UnsupportedModelError(
+                f"{getattr(hook, '__qualname__', repr(hook))} is a hook of all modules (torch.nn.modules.module."
+                "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
+                "captured graphs. Remove it, or register hooks on the modules themselves."
+            )
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse wrappers that keep values from the program: reentrant ones for activation checkpoints, and FSDP1.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if is_flattened(module):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__}: FullyShardedDataParallel (FSDP1) flattens parameters into one and hands out "
+                "views of it that end with a module's call; a program reads them between calls as well. Use "
+                "torch.distributed.fsdp.fully_shard, in accelerate fsdp_version: 2 (docs/distributed.md)."
+            )
+        if is_reentrant(module):
+            raise UnsupportedModelError(
+                f"{name}: checkpoint_impl=CheckpointImpl.REENTRANT would lose the gradient through keys, values and delays, "
+                "which leave a block besides its output. Use CheckpointImpl.NO_REENTRANT, the default of checkpoint_wrapper."
+            )
+
+
+def drop_capturing_hooks(model: nn.Module) -> None:
+    """Remove the hooks that transformers leaves on a model after one call with ``output_hidden_states=True``.
+
+    They only fill those outputs, which a transformed model does not hand out. The model must be a copy: the stock model
+    keeps its own, and installs them again when it is asked for the outputs.
+    """
+    for module in model.modules():
+        for key in [k for k, h in module._forward_hooks.items() if getattr(h, "__name__", "") == "output_capturing_hook"]:
+            del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """Make a private copy traceable: no hooks (a block's own run when it is called) and no checkpoints."""
+    for module in model.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                      module._backward_pre_hooks):
+            table.clear()
+        if getattr(module, "gradient_checkpointing", False):
+            module.__dict__["gradient_checkpointing"] = False
+    return model
+
+
+class Binding:
+    """A parameter or buffer of a live module tree: looked up once, read at every call."""
+
+    __slots__ = ("name", "table")
+
+    def __init__(self, root: nn.Module, path: str):
+        *parents, self.name = path.split(".")
+        root = unwrapped(root)
+        for part in parents:
+            root = unwrapped(getattr(root, part))
+        held = root._parameters if self.name in root._parameters else root._buffers
+        self.table = cast("dict[str, Tensor]", held)
+        if self.name not in held:
+            raise AttributeError(f"{type(root).__name__} has no parameter or buffer {self.name!r}.")
+
+    def __call__(self) -> Tensor:
+        return self.table[self.name]
