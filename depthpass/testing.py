@@ -147,7 +147,8 @@ class _Builder:
         if what == "scale":
             return self.emit("scale", x, by=self.pick(-1.0, 0.25))
         if what == "act":
-            return self.emit("act", x, fn=self.pick(*ACTIVATIONS))
+            # There is no real root of what is below zero.
+            return self.emit("act", x, fn=self.pick(*(f for f in ACTIVATIONS if f != "sqrt")))
         if what == "detach":
             return self.emit("detach", x)
         if what == "gated":

@@ -20,7 +20,8 @@ _WHY = {
     "denoise": "it runs several times to fill tokens in",
 }
 _ACTIVATIONS = {"sigmoid": "torch.sigmoid({})", "silu": "nn.functional.silu({})", "tanh": "torch.tanh({})",
-                "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)"}
+                "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)",
+                "sqrt": "torch.sqrt({})"}
 
 
 def check_expressible(program: Program) -> None:
