@@ -54,10 +54,10 @@ class LogitLens:
         ]
 
     def __str__(self) -> str:
-        found = self.rows()
+        rows = self.rows()
         width = max(len(n) for n in self.names)
         lines = [f"logit lens at token {self.last[0]} of row 0; KL(output || tap) in nats"]
-        for r in found:
+        for r in rows:
             words = ", ".join(f"{w} {p:.3f}" for w, p in zip(r["tokens"], r["probabilities"]))  # type: ignore[call-overload]
             lines.append(f"{str(r['tap']).ljust(width)}  {r['KL']:9.4f}  {words}")
         return "\n".join(lines)

@@ -163,16 +163,16 @@ class _Run:
         for i, node in enumerate(order):
             for a in (*node.all_input_nodes, node):
                 last[self.base[a]] = i
-        alive, found = sp.Integer(0), set()
+        alive, peaks = sp.Integer(0), set()
         held: dict[fx.Node, sp.Expr] = {}
         for i, node in enumerate(order):
             if self.base[node] is node and not _is_parameter(node) and node.op != "output":
                 held[node] = self.bytes(node)
                 alive += held[node]
-            found.add(sp.expand(alive))
+            peaks.add(sp.expand(alive))
             for dead in [v for v in held if last[v] <= i]:
                 alive -= held.pop(dead)
-        return _undominated(found)
+        return _undominated(peaks)
 
     def results(self) -> sp.Expr:
         output = next(x for x in self.graph.nodes if x.op == "output")

@@ -199,11 +199,11 @@ def block_kinds(model: nn.Module, layers: str) -> tuple[int, ...]:
     blocks = _block_list(model, layers)
     lists = [values for values in _per_layer_lists(model, len(blocks)).values()]
     seen: dict[object, int] = {}
-    found = []
+    kinds = []
     for i, block in enumerate(blocks):
         key = (*_signature(block), tuple(repr(values[i]) for values in lists))
-        found.append(seen.setdefault(key, len(seen)))
-    return tuple(found)
+        kinds.append(seen.setdefault(key, len(seen)))
+    return tuple(kinds)
 
 
 def _signature(block: nn.Module) -> tuple:
@@ -277,13 +277,13 @@ def _inputs(
 
 def expert_sizes(module: nn.Module) -> dict[str, Experts]:
     """Expert layers below a module: those that hold their matrices stacked, ``[experts, in, out]``."""
-    found = {}
+    sizes = {}
     for path, inner in module.named_modules():
         stacked = [p for p in inner.parameters(recurse=False) if p.dim() == 3]
         if stacked:
             experts = stacked[0].shape[0]
-            found[path] = Experts(sum(p.numel() for p in stacked) // experts, experts)
-    return found
+            sizes[path] = Experts(sum(p.numel() for p in stacked) // experts, experts)
+    return sizes
 
 
 def _matrices(block: nn.Module) -> tuple[tuple[str, int, int], ...]:
@@ -305,6 +305,6 @@ def _count_part(part: str, captured: Any, tensors: Mapping[str, torch.Tensor], w
     held = {**tensors, **captured.constants}
     shapes, buffers = _inputs(captured.params, held, width)
     shapes |= {"in_" + name: (B, n) for name in captured.inputs}
-    found = count(captured.graph, part=part, inputs=shapes, buffers=buffers)
+    counted = count(captured.graph, part=part, inputs=shapes, buffers=buffers)
     weights = [held[p] for p in captured.params if isinstance(held[p], nn.Parameter)]
-    return PartCost(part, found, Weights(sum(w.numel() for w in weights)))
+    return PartCost(part, counted, Weights(sum(w.numel() for w in weights)))
