@@ -50,8 +50,8 @@ def check(response: str, trace: Trace, answer: str) -> Check:
     for i, step in enumerate(trace.steps):
         if i >= len(lines):
             return Check(right, False, i, "missing", f"the trace ends before the state {step.cell.name}")
-        if found := _fault(lines[i], step):
-            return Check(right, False, i, *found)
+        if fault := _fault(lines[i], step):
+            return Check(right, False, i, *fault)
     if len(lines) > len(trace.steps):
         return Check(right, False, len(trace.steps), "extra", f"expected the answer, got {lines[len(trace.steps)]!r}")
     return Check(right, True, message="" if right else f"expected the answer {answer}, got {given or 'nothing'}")
