@@ -105,12 +105,12 @@ def _whole(model, given, ids: Tensor, noised: Tensor, mask: Tensor | None, argum
 
 def _blocks(model, given: MaskedDiffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
     """Logits of noised blocks, each behind the clean blocks before it."""
-    cache, found, size = new_cache(model), [], given.block or 0
+    cache, logits, size = new_cache(model), [], given.block or 0
     for start in range(0, ids.shape[1], size):
         end = min(start + size, ids.shape[1])
         seen = None if mask is None else mask[:, :end]
         same = {"attention_mask": seen, "past_key_values": cache, **arguments}
-        found.append(model(input_ids=noised[:, start:end], use_cache=False, **same).logits)
+        logits.append(model(input_ids=noised[:, start:end], use_cache=False, **same).logits)
         if end < ids.shape[1]:
             model(input_ids=ids[:, start:end], use_cache=True, **same)
-    return torch.cat(found, 1)
+    return torch.cat(logits, 1)
