@@ -158,7 +158,7 @@ def _blocks(source: Any) -> int:
         return source
     config = getattr(source, "config", source)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    found = getattr(text, "num_hidden_layers", None)
-    if type(found) is not int:
+    blocks = getattr(text, "num_hidden_layers", None)
+    if type(blocks) is not int:
         raise SpecError(f"recipes: expected a model, a config or a number of blocks, got {type(source).__name__}.")
-    return found
+    return blocks
