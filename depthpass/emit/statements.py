@@ -318,22 +318,22 @@ def new_modules(program: Program, sizes: dict[str, Sequence[int]]) -> dict[str, 
     Args:
         sizes: shapes of the transformed model's new parameters, by name.
     """
-    types, found = infer(program), {}
+    types, modules = infer(program), {}
     for o in program:
         if o.kind == "block" and o["gate"]:
             heads, width = sizes[f"{o['gate']}.weight"]
             kind = "QueryGate" if o["gate_input"] == "query" else "HiddenGate"
-            found[o["gate"]] = f"{kind}({heads}, {width})", {kind} | ({"Weigh", "rms"} if kind == "HiddenGate" else set())
+            modules[o["gate"]] = f"{kind}({heads}, {width})", {kind} | ({"Weigh", "rms"} if kind == "HiddenGate" else set())
         if o.kind == "block" and o["modulate"]:
-            found |= _modulating(o, program.width)
+            modules |= _modulating(o, program.width)
         elif o.kind == "linear":
             wide = sum(types[a].width for a in o.args)
-            found[o["name"]] = f"nn.Linear({wide}, {o['out']}{'' if o['bias'] else ', bias=False'})", set()
+            modules[o["name"]] = f"nn.Linear({wide}, {o['out']}{'' if o['bias'] else ', bias=False'})", set()
         elif o.kind == "route" and o["bias"]:
-            found[o["bias"]] = f"Balance({types[o.args[0]].width})", {"Balance"}
+            modules[o["bias"]] = f"Balance({types[o.args[0]].width})", {"Balance"}
         elif o.kind in ("weigh", "rms") and o["name"]:
-            found[o["name"]] = f"Weigh({types[o.args[0]].width})", {"Weigh"}
-    return found
+            modules[o["name"]] = f"Weigh({types[o.args[0]].width})", {"Weigh"}
+    return modules
 
 
 def _modulating(o: Op, width: int) -> dict[str, tuple[str, set[str]]]:

@@ -94,10 +94,10 @@ def forward_of(cls: type, layers: str) -> Forward:
     else:
         place, block = "place", ast.unparse(target)
     body = "\n".join(lines[loop.body[0].lineno - 1 : loop.end_lineno])
-    made = {n.id for s in loop.body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    written = {n.id for s in loop.body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     read = {n.id for s in tree.body[at + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    if "hidden_states" not in made or (made & read) - {"hidden_states"}:
-        raise _unfit(cls, "a loop that changes hidden_states alone", f"{', '.join(sorted(made))}")
+    if "hidden_states" not in written or (written & read) - {"hidden_states"}:
+        raise _unfit(cls, "a loop that changes hidden_states alone", f"{', '.join(sorted(written))}")
     arguments = [a.arg for a in (*tree.args.args, *tree.args.kwonlyargs)]
     cache = next((n for n in ("cache", "past_key_values") if n in arguments), "")
     if not cache or tree.args.kwarg is None or tree.args.kwarg.arg != "kwargs":
@@ -177,21 +177,21 @@ def logits_of(cls: type, path: str) -> list[str]:
         UnsupportedModelError: there are none such.
     """
     text, tree = source_of(cls.forward)
-    lines, found, inside = text.splitlines(), [], False
+    lines, statements, inside = text.splitlines(), [], False
     for s in tree.body:
         line = "\n".join(lines[s.lineno - 1 : s.end_lineno])
         if inside and ("loss" in line or "labels" in line or isinstance(s, ast.Return)):
             break
         if inside:
-            found += line.splitlines()
+            statements += line.splitlines()
         if re.search(rf"= self\.{path}(\.\w+)*\(", line):
             inside = True
             name = ast.unparse(s.targets[0] if isinstance(s, ast.Assign) else s.target)  # type: ignore[attr-defined]
             if name != "outputs":
-                found.append(f"    {name} = outputs")
-    if not any(re.match(r"\s*logits = ", line) for line in found):
+                statements.append(f"    {name} = outputs")
+    if not any(re.match(r"\s*logits = ", line) for line in statements):
         raise _unfit(cls, "a forward that makes logits of its decoder's outputs", "none")
-    return _dedented(found)
+    return _dedented(statements)
 
 
 def imports_for(text: str, modules: Iterable[str], given: Iterable[str]) -> list[str]:

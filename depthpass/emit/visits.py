@@ -23,10 +23,10 @@ class Again(nn.Module):
         self.first, self.path, self.borrowed = (block,), path, borrowed
 
     def lent(self, path: str) -> Any:
-        found = self.first[0]
+        module = self.first[0]
         for name in path.split(".") if path else ():
-            found = getattr(found, name)
-        return found
+            module = getattr(module, name)
+        return module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -52,9 +52,9 @@ class Again(nn.Module):
         # A copy of the model has copied the first visit by now; a copy of this one alone stays with the one that there is.
         if self.borrowed:
             memo.setdefault(id(self.first[0]), self.first[0])
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 class LowRankLinear(Again):
