@@ -80,11 +80,11 @@ class Checks(Decoding, Doors):
 
         from depthpass.analysis.depth import depth
 
-        made, tokens = record(self.model, self.rows[0][:5]), len(self.rows[0][:5])
+        recorded, tokens = record(self.model, self.rows[0][:5]), len(self.rows[0][:5])
         for name in (None, *(o["name"] for o in program.taps)):
-            if name is not None and name not in made.outputs:
+            if name is not None and name not in recorded.outputs:
                 continue
-            got, want = made.depth(name), depth(program, name).at(tokens)
+            got, want = recorded.depth(name), depth(program, name).at(tokens)
             # A gate that is shut is a path of the text, and none of the record.
             if got > want if any(s.get("interval", 1) > 1 for s in self.case["spec"]) else got != want:
                 raise Mismatch(f"depth of {name or 'the output'} at {tokens} tokens: derived {want}, recorded {got}")

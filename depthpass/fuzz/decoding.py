@@ -133,11 +133,11 @@ class Decoding(Subject):
             return
         given, width = self._prompts()
         spec = next(s for s in self.case["spec"] if s["pass"] == "masked_diffusion")
-        found = self.model.generate(**given, max_new_tokens=check["new"])
+        filled = self.model.generate(**given, max_new_tokens=check["new"])
         for r, row in enumerate(self.rows):
             wanted = self._filled(row.tolist() + [MASK] * check["new"], len(row), spec, self.start(self.rows, r, given=False))
-            if found[r].tolist()[width:] not in [w[len(row) :] for w in wanted]:
-                raise Mismatch(f"row {r}: filled in {found[r, width:].tolist()}, the oracle says {wanted}")
+            if filled[r].tolist()[width:] not in [w[len(row) :] for w in wanted]:
+                raise Mismatch(f"row {r}: filled in {filled[r, width:].tolist()}, the oracle says {wanted}")
 
     def _filled(self, row: list[int], prompt: int, spec: Case, begin: int) -> list[list[int]]:
         """The rows that may come of one with masks behind its prompt: several where places are equally sure."""
