@@ -176,10 +176,10 @@ def _layer_norm(t: Tape, n: Any) -> None:
     wanted = [p in t.active for p in (x, weight, bias)]
 
     def back(g: fx.Node) -> None:
-        found = t.back(_layer_norm_backward, g, x, shape, mean, rstd, weight, bias, wanted)
+        gradients = t.back(_layer_norm_backward, g, x, shape, mean, rstd, weight, bias, wanted)
         for i, p in enumerate((x, weight, bias)):
             if p in t.active:
-                t.add(p, t.behind.call_function(operator.getitem, (found, i)), True)
+                t.add(p, t.behind.call_function(operator.getitem, (gradients, i)), True)
 
     t.on_back(n, back)
 
@@ -213,16 +213,16 @@ def _attend(t: Tape, n: Any) -> None:
     writes_keys = visit in t.writers
 
     def back(g: fx.Node) -> None:
-        found = t.back(attend_back, tape, g)
+        gradients = t.back(attend_back, tape, g)
         for i, x in enumerate((q, k, v, sinks)):
             if x in t.active and (writes_keys or i in (0, 3)):
-                t.add(x, t.behind.call_function(operator.getitem, (found, i)), i == 0)
+                t.add(x, t.behind.call_function(operator.getitem, (gradients, i)), i == 0)
 
     def unread() -> None:
         # Others may read the keys of a visit whose result nobody does.
-        found = t.back(keys_back, tape)
+        gradients = t.back(keys_back, tape)
         for i, x in enumerate((k, v)):
-            t.add(x, t.behind.call_function(operator.getitem, (found, i)), False)
+            t.add(x, t.behind.call_function(operator.getitem, (gradients, i)), False)
 
     t.on_back(n, back, unread if writes_keys else None)
 
