@@ -76,8 +76,8 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     seen = {kind: _seen(kind, m, 0, new) for kind, m in masks.items()}
     if not seen or any(m is None for m in seen.values()):
         return None
-    found: dict[str, Tensor] = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
-    widest = torch.stack([*found.values()]).any(0)
+    expanded: dict[str, Tensor] = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
+    widest = torch.stack([*expanded.values()]).any(0)
     real = widest.diagonal(dim1=1, dim2=2)
     columns = torch.arange(new, device=real.device).expand_as(real)
     last = torch.nn.functional.pad(torch.where(real, columns, -1).cummax(1).values, (1, -1), value=-1)
@@ -86,7 +86,7 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     place = real.cumsum(1) - 1
     place = place - torch.where(real & ~goes_on, place, 0).cummax(1).values
     inside = (number[:, :, None] == number[:, None]) & real[:, None] & (columns[:, None] <= columns[:, :, None])
-    for kind, m in found.items():
+    for kind, m in expanded.items():
         wanted = inside & _near(kind, config, place[:, :, None], place[:, None])
         if bool(((m != wanted) & real[:, :, None]).any()):
             return None

@@ -123,8 +123,8 @@ class DepthDecoder(_Stock):
                         f"{type(self.depth_model).__name__}, which holds the new parameters. Save the whole model.")
 
     def __reduce_ex__(self, protocol):
-        made = super().__reduce_ex__(protocol)
-        return (rebuilt, (decoder_class, type(self)._stock_class), *made[2:])
+        reduced = super().__reduce_ex__(protocol)
+        return (rebuilt, (decoder_class, type(self)._stock_class), *reduced[2:])
 
     def _answer(self, arguments: dict[str, object]):
         frame = _frame.get()
@@ -241,15 +241,15 @@ def decoder_path(model: nn.Module, layers: str) -> str:
 @functools.cache
 def call_names(cls: type) -> tuple[str, ...]:
     """Names of the arguments of a class's forward: its own, and its parents' as far as it passes unknown ones on."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for signature in _forwards(cls):
         kinds = [p.kind for p in signature.parameters.values()]
-        found |= dict.fromkeys(
+        names |= dict.fromkeys(
             n for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n != "self"
         )
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
-    return tuple(found)
+    return tuple(names)
 
 
 def _forwards(cls: type) -> list[inspect.Signature]:

@@ -100,10 +100,10 @@ class _BlockForward(nn.Module):
 
 def _forward(block: nn.Module):
     """A block's stock forward without the checkpoint that newer transformers wrap it in: the visit is inside one already."""
-    found = type(block).forward
-    while getattr(getattr(found, "__code__", None), "co_name", "") == "forward_with_checkpointing":
-        found = found.__wrapped__
-    return found
+    forward = type(block).forward
+    while getattr(getattr(forward, "__code__", None), "co_name", "") == "forward_with_checkpointing":
+        forward = forward.__wrapped__
+    return forward
 
 
 class Live:
@@ -146,13 +146,13 @@ class Live:
 
     def of_rows(self, rows: Tensor) -> Live:
         """The same for some of the rows."""
-        batch, made = len(self.hidden), copy.copy(self)
+        batch, picked = len(self.hidden), copy.copy(self)
 
         def pick(x):
             return x.index_select(0, rows) if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == batch else x
 
-        made.hidden, made.calls = pick(self.hidden), pytree.tree_map(pick, self.calls)
-        return made
+        picked.hidden, picked.calls = pick(self.hidden), pytree.tree_map(pick, self.calls)
+        return picked
 
     def _shell(self, seen: Sequence, given: Mapping[str, Any], quiet: frozenset[nn.Module] = frozenset()):
         """Run the stock decoder's forward with recorders for its blocks.

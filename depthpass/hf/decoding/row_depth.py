@@ -67,14 +67,14 @@ def ladder_of(model: Any, counts: Sequence[int]) -> Ladder:
     passes = list(plans.current.passes)
     try:
         at = loop_of(passes, None)
-        made: list[Plan] = []
+        variants: list[Plan] = []
         for count in counts:
             some = list(passes)
             some[at] = passes[at].with_loops(count)
-            made.append(plans.of(model, some, None))
+            variants.append(plans.of(model, some, None))
     except DepthpassError as error:
         raise InputError(f"loops={list(counts)}: {error}") from error
-    programs = [p.program for p in made]
+    programs = [p.program for p in variants]
     for program in programs:
         if bad := next((o.kind for o in program if o.kind in ("delay", "route", "noise", "pad", "select", "ffn")), None):
             raise _unfit(f"{bad} of {plans.current.passes[at].label}")
@@ -128,13 +128,13 @@ def _piece(program: Program, entry: str, ops: list[Op]) -> Program:
     Raises:
         InputError: they read more.
     """
-    made = replace(program, ops=(op("embed", name=entry), *ops))
-    if any(a not in made.defs for o in ops for a in o.args):
+    piece = replace(program, ops=(op("embed", name=entry), *ops))
+    if any(a not in piece.defs for o in ops for a in o.args):
         raise _unfit("iterations that read more than one stream")
     try:
-        if infer(made)[made.output] != Type(program.width):
+        if infer(piece)[piece.output] != Type(program.width):
             raise _unfit("a stream that not every token has")
-        return verify(made)
+        return verify(piece)
     except DepthpassError as error:
         if isinstance(error, InputError):
             raise
@@ -170,13 +170,13 @@ def rows_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any]
         loops = loops.tolist()
     if not isinstance(loops, Sequence) or isinstance(loops, str) or any(type(n) is not int or n < 1 for n in loops):
         raise InputError(f"loops: expected one number of at least 1 for every row, got {loops!r}.")
-    made, streamer = ladder_of(model, sorted(set(loops))), kwargs.get("streamer")
+    ladder, streamer = ladder_of(model, sorted(set(loops))), kwargs.get("streamer")
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         if len(loops) != len(input_ids):
             raise InputError(f"loops: expected a number for each of {len(input_ids)} rows, got {len(loops)}.")
         mask = real_tokens(model_kwargs, "loops")
-        run = _Rows(model, made, loops, logits_processor, stopping_criteria, generation_config, streamer)
+        run = _Rows(model, ladder, loops, logits_processor, stopping_criteria, generation_config, streamer)
         return run.decode(input_ids, mask)
 
     return generate(model, custom_generate=decode, **kwargs)
