@@ -90,7 +90,7 @@ class Functions:
 def own_backwards(model: torch.nn.Module) -> Iterator[Functions]:
     """Mark the ``torch.autograd.Function`` classes that run here, other than torch's own and exact ones."""
     functions, thread = Functions(), threading.get_ident()
-    held, changed = function._is_setup_context_defined, {}
+    original, changed = function._is_setup_context_defined, {}
 
     def asked(setup_context: Any) -> bool:
         # The first thing that ``apply`` does; ``apply`` itself may be held by name (``sign = Sign.apply``) since long ago.
@@ -99,14 +99,14 @@ def own_backwards(model: torch.nn.Module) -> Iterator[Functions]:
         exact = package == "torch" or (package, name) in _EXACT or ((package, name) in _IN_TRAINING and not model.training)
         if not exact and cls not in changed and threading.get_ident() == thread:
             changed[cls] = vars(cls).get("forward")
-            cls.forward = staticmethod(_marked(cls, cls.forward, not held(setup_context), functions, thread))
-        return held(setup_context)
+            cls.forward = staticmethod(_marked(cls, cls.forward, not original(setup_context), functions, thread))
+        return original(setup_context)
 
     setattr(function, "_is_setup_context_defined", asked)  # noqa: B010  pyright knows it as a function
     try:
         yield functions
     finally:
-        setattr(function, "_is_setup_context_defined", held)  # noqa: B010
+        setattr(function, "_is_setup_context_defined", original)  # noqa: B010
         for cls, forward in changed.items():
             if forward is None:
                 del cls.forward
@@ -207,7 +207,7 @@ _PARTS = 3
 
 def _splits(call: FunctionCall, values: Sequence[Tensor], sizes: dict[Any, int], symbol: sympy.Expr) -> bool:
     generator = torch.Generator().manual_seed(0)
-    axes, given = [], []
+    axes, examples = [], []
     for value in values:
         shape = [sympy.sympify(s.node.expr if isinstance(s, torch.SymInt) else s) for s in value.shape]
         along = [d for d, s in enumerate(shape) if symbol in s.free_symbols]
@@ -215,10 +215,10 @@ def _splits(call: FunctionCall, values: Sequence[Tensor], sizes: dict[Any, int],
         size = [int(s.subs(sizes)) for s in shape]
         x = torch.randn(size, generator=generator, dtype=torch.float64).to(value.device)
         smooth = value.is_floating_point() or value.is_complex()
-        given.append(x.to(value.dtype) if smooth else torch.ones_like(x, dtype=value.dtype))
+        examples.append(x.to(value.dtype) if smooth else torch.ones_like(x, dtype=value.dtype))
     state = torch.random.get_rng_state()
     try:
-        whole, parts = _gradients(call, given, axes, generator)
+        whole, parts = _gradients(call, examples, axes, generator)
     except Exception:  # the function's own code: what it cannot do here is not known to be right
         return False
     finally:
@@ -226,7 +226,7 @@ def _splits(call: FunctionCall, values: Sequence[Tensor], sizes: dict[Any, int],
     return all(_close(a, b) for a, b in zip(whole, parts))
 
 
-def _gradients(call: FunctionCall, given: Sequence[Tensor], axes: Sequence[int | None], generator: torch.Generator):
+def _gradients(call: FunctionCall, inputs: Sequence[Tensor], axes: Sequence[int | None], generator: torch.Generator):
     """Gradients of one run over everything, and of runs over its parts put together."""
 
     def run(tensors: Sequence[Tensor], grads: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
@@ -253,14 +253,14 @@ def _gradients(call: FunctionCall, given: Sequence[Tensor], axes: Sequence[int |
 
         return grads
 
-    parts = [run([cut(x, a, p) for x, a in zip(given, axes)], part_of(p)) for p in range(_PARTS)]
+    parts = [run([cut(x, a, p) for x, a in zip(inputs, axes)], part_of(p)) for p in range(_PARTS)]
 
     def whole_grads(i: int, y: Tensor) -> Tensor:
         grown = [d for d, (a, b) in enumerate(zip(y.shape, drawn[i][0].shape)) if a != b]
         return torch.cat(drawn[i], grown[0]) if grown else torch.stack(drawn[i]).sum(0)
 
-    whole = run(given, whole_grads)
-    trained = [a for x, a in zip(given, axes) if x.is_floating_point()]
+    whole = run(inputs, whole_grads)
+    trained = [a for x, a in zip(inputs, axes) if x.is_floating_point()]
     together = [sum(ps) if a is None else torch.cat(ps, a) for a, ps in zip(trained, zip(*parts))]
     return whole, together
 

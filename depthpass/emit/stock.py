@@ -194,18 +194,18 @@ def logits_of(cls: type, path: str) -> list[str]:
     return _dedented(statements)
 
 
-def imports_for(text: str, modules: Iterable[str], given: Iterable[str]) -> list[str]:
+def imports_for(text: str, modules: Iterable[str], defined: Iterable[str]) -> list[str]:
     """Import lines for the names that a file reads and does not define.
 
     Args:
         modules: names of modules whose globals may be imported, the first that has one is taken.
-        given: names that stand in the file already.
+        defined: names that stand in the file already.
 
     Raises:
         UnsupportedModelError: a name is in none of them.
     """
-    tree, wanted = ast.parse(text), {}
-    known = set(given) | set(dir(builtins))
+    tree, unknown = ast.parse(text), {}
+    known = set(defined) | set(dir(builtins))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             known.add(node.name)
@@ -215,9 +215,9 @@ def imports_for(text: str, modules: Iterable[str], given: Iterable[str]) -> list
             known.add(node.id)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in known:
-            wanted[node.id] = None
+            unknown[node.id] = None
     lines: dict[str, list[str]] = {}
-    for name in sorted(wanted):
+    for name in sorted(unknown):
         home = next((m for m in modules if hasattr(sys.modules[m], name)), None)
         if home is None:
             raise UnsupportedModelError(f"emit: expected names that the stock module knows, got {name!r}.")

@@ -56,16 +56,16 @@ class Checks(Decoding, Doors):
             batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         pieces = [(s, 0, (r, slice(sum(map(len, row[:i])), sum(map(len, row[: i + 1])))))
                   for r, row in enumerate(cut) for i, s in enumerate(row)]
-        more = {}
+        options = {}
         if check["loss"]:
-            more["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
-        out = self.call(batch, use_cache=False, **more)
+            options["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
+        out = self.call(batch, use_cache=False, **options)
         for n, (piece, start, at) in enumerate(pieces):
-            want = self.want(piece, start, 1 if more else None)
+            want = self.want(piece, start, 1 if options else None)
             self.same(f"logits of sequence {n}", out.logits[at], want["logits"])
             for name, tap in getattr(out, "taps", {}).items():
                 self.same(f"tap {name} of sequence {n}", tap[at], want[name])
-        if more:
+        if options:
             self.loss(out, [(piece, start) for piece, start, _ in pieces])
         if check["gradients"]:
             self.same_gradients(batch, pieces)

@@ -32,11 +32,11 @@ def routing_sections(report: Report) -> list[Section]:
         f"{future} chooses with scores of later tokens: it scores whole rows, generate() refuses it" if future else
         "no token depends on later ones: it decodes as it scores",
     )]
-    given = by_route(p, report.ratios)
+    ratios = by_route(p, report.ratios)
     shares: dict[str, Number] = {}
     for o in routes:
-        label, share = o["label"] or f"%{o.name}", route_share(o, given)
-        expected = o.name in given or o["rule"] == "topk"
+        label, share = o["label"] or f"%{o.name}", route_share(o, ratios)
+        expected = o.name in ratios or o["rule"] == "topk"
         note = f"rule {o['rule']}" + ("" if expected else "; depends on the data, every token at most: give ratios")
         shares[label] = Number(f"share.{label}", f"share that {label} takes", float(share), "of the tokens", note)
     numbers += shares.values()
@@ -48,7 +48,7 @@ def routing_sections(report: Report) -> list[Section]:
         Number("depth_max_at_n", f"largest depth at n = {n}", report.depth_at(n), "block visits",
                "over all choices that routes may make", stock=p.blocks),
         Number("token_visits_min", "visits of a token, at least", least, "block visits", "no route takes it"),
-        Number("token_visits_expected", "visits of a token, expected", float(visit_equivalents(p, given)), "block visits",
+        Number("token_visits_expected", "visits of a token, expected", float(visit_equivalents(p, ratios)), "block visits",
                "at these shares"),
         Number("token_visits_max", "visits of a token, at most", len(p.visits), "block visits", "every route takes it"),
     ]

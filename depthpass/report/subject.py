@@ -135,17 +135,17 @@ class Subject:
             raise SpecError("report: expected a model or a config, got a program alone.")
         return context_of(self.model)
 
-    def program(self, spec: SpecLike | None, given: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
+    def program(self, spec: SpecLike | None, program: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
         """The program to report on, and its passes as plain data."""
-        if spec is not None and given is not None:
+        if spec is not None and program is not None:
             raise SpecError("program: expected a spec or a program, got both.")
         if self.own is not None:
-            if spec is not None or given is not None:
+            if spec is not None or program is not None:
                 raise SpecError("spec: expected none, the model is already transformed and has its own. Report on the "
                                 "stock model, dp.restore(model), to try another spec.")
             return self.own[0], self.own[1]
-        if given is not None:
-            return verify(parse_program(given) if isinstance(given, str) else given), None
+        if program is not None:
+            return verify(parse_program(program) if isinstance(program, str) else program), None
         if self.nothing:
             raise SpecError("report: expected a model, a config or a program, got none of them.")
         if spec is None:

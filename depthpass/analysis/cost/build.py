@@ -274,7 +274,7 @@ class _Builder:
         serial = [r for r in regions if r.serial]
         moved = _sum(r.weight_bytes_per_step * r.steps for r in regions) + self._outer_elements(self.total) * size
         kv = sp.expand(_sum(v.slot_elements() for v in self.visits) * size)
-        held = sp.expand(_sum(v.held_elements() for v in self.visits) * size)
+        kv_bytes = sp.expand(_sum(v.held_elements() for v in self.visits) * size)
         lines = self._delay_bytes()
         table: tuple[tuple[str, str, sp.Expr | int, str], ...] = (
             ("FLOPs forward", "FLOP", _sum(forward.values()), "matrix multiplies and attention"),
@@ -293,7 +293,7 @@ class _Builder:
              "weights read per decoded token; visits that run as rows of one call read once"),
             ("KV slots", "slot", len(self.program.slots), "one per visit that keeps keys and values"),
             ("KV bytes", "byte", kv, "needed after n tokens: windows keep what can still be seen"),
-            ("KV bytes, whole slots", "byte", held, "when slots are not cut to their windows"),
+            ("KV bytes, whole slots", "byte", kv_bytes, "when slots are not cut to their windows"),
             ("KV bytes read, decode", "byte",
              _sum(v.tokens.share * v.decode_read_elements() for v in self.visits) * size,
              "one token per row at position n, expected over routes"),
@@ -302,7 +302,7 @@ class _Builder:
             ("delay line bytes", "byte", lines, "the last tokens of every delayed stream"),
             ("activation bytes kept", "byte", self._saved_bytes(),
              "from forward to backward without checkpointing; an estimate"),
-            ("activation bytes peak, forward", "byte", self._peak_bytes(regions) + held + lines,
+            ("activation bytes peak, forward", "byte", self._peak_bytes(regions) + kv_bytes + lines,
              "with KV and delay lines, without gradients; an estimate"),
             ("serial block calls", "call", _sum(r.visits * r.steps for r in regions),
              "of one forward pass, one after the other"),

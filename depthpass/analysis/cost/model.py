@@ -229,7 +229,7 @@ def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
     """Keep some blocks of a private copy: the list of blocks, the number of blocks and every per-layer list."""
     blocks = _block_list(model, layers)
     total = len(blocks)
-    kept = nn.ModuleList([blocks[i] for i in keep])
+    shorter = nn.ModuleList([blocks[i] for i in keep])
     lists = {k: [v[i] for i in keep] for k, v in _per_layer_lists(model, total).items()}
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     texts = {id(t): t for c in configs.values() if (t := c.get_text_config(decoder=True)).num_hidden_layers == total}
@@ -238,8 +238,8 @@ def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
         for name, values in lists.items():
             setattr(text, name, values)
     parent, _, name = layers.rpartition(".")
-    setattr(model.get_submodule(parent), name, kept)
-    for i, block in enumerate(kept):
+    setattr(model.get_submodule(parent), name, shorter)
+    for i, block in enumerate(shorter):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 cast(Any, module).layer_idx = i
@@ -260,17 +260,17 @@ def _count_block(block: Any, module: nn.Module, tensors: Mapping[str, torch.Tens
 
 
 def _inputs(
-    params: Sequence[str], held: Mapping[str, torch.Tensor], width: int
+    params: Sequence[str], tensors: Mapping[str, torch.Tensor], width: int
 ) -> tuple[dict[str, Sequence[object]], list[str]]:
     """Shapes of the placeholders of a captured graph, and which of them are no parameters."""
     shapes: dict[str, Sequence[object]] = {"hidden": (B, n, width)}
     buffers = []
     for name in params:
-        if name not in held:
+        if name not in tensors:
             raise UnsupportedModelError(f"cost: a graph reads {name!r}, expected a parameter or buffer of the model.")
         placeholder = "p_" + name.replace(".", "_").replace("/", "root_")
-        shapes[placeholder] = tuple(held[name].shape)
-        if not isinstance(held[name], nn.Parameter):
+        shapes[placeholder] = tuple(tensors[name].shape)
+        if not isinstance(tensors[name], nn.Parameter):
             buffers.append(placeholder)
     return shapes, buffers
 

@@ -102,7 +102,7 @@ def load(
         SpecError, CheckpointError: as :func:`depthpass.from_pretrained`.
     """
     folder = Path(where := "the given state_dict" if path is None else str(path))
-    wanted = kwargs.pop("output_loading_info", False)
+    with_info = kwargs.pop("output_loading_info", False)
     lenient = kwargs.pop("ignore_mismatched_sizes", False)
     try:
         # Sizes that differ are reported with the rest of what is wrong, once.
@@ -117,7 +117,7 @@ def load(
     whole = stock.__name__ in _names(settings) and settings.get("quantization_config") is None
     _check_keys(info, folder, where, model.base_model_prefix, whole=whole, lenient=lenient)
     retire(model.get_submodule(model._depth.layers), model.depth_program, frozen=True)
-    return (model, info) if wanted else model
+    return (model, info) if with_info else model
 
 
 def _names(settings: Mapping[str, Any]) -> list[str]:

@@ -257,13 +257,13 @@ def _absorbed(t: Tape, n: Any) -> None:
     if not isinstance(t, Reverse):
         raise Unsupported("a product that is computed again")
     inside = operator.attrgetter(str(steps.target))(t.gm).graph
-    given = [m for m in inside.nodes if m.op == "placeholder"]
+    inputs = [m for m in inside.nodes if m.op == "placeholder"]
     result = inside.output_node().args[0]
 
     def run(ahead: fx.Graph, values: Sequence[Any]) -> Tape:
         tape = Tape(ahead, t.behind, t.rules)
-        tape.env.update(zip(given, values))
-        tape.active |= {p for p, leaf in zip(given, leaves) if ahead is t.behind and leaf in t.active}
+        tape.env.update(zip(inputs, values))
+        tape.active |= {p for p, leaf in zip(inputs, leaves) if ahead is t.behind and leaf in t.active}
         for m in inside.nodes:
             if m.op == "call_function":
                 tape.run(m)
@@ -278,7 +278,7 @@ def _absorbed(t: Tape, n: Any) -> None:
             return
         again.add(result, t.back_method("back", site, g), True)
         again.unwind()
-        for p, leaf in zip(given, leaves):
+        for p, leaf in zip(inputs, leaves):
             if p in again.gradients:
                 t.add(leaf, again.gradients[p].node, again.gradients[p].fresh)
 

@@ -173,18 +173,18 @@ class _Recorder(fx.Interpreter):
             tuple(self.place[t] for t in weights), tuple(None if b is None else self.place[b] for b in biases), joined,
             transposed, dtype, packed, self.trained,
         )
-        given = [] if self.operands is None else [self.operands.pop(0) for _ in product.examples(own)]
-        if given and packed:
-            bias = given.pop() if given[-1].dim() == 1 else None
+        operands = [] if self.operands is None else [self.operands.pop(0) for _ in product.examples(own)]
+        if operands and packed:
+            bias = operands.pop() if operands[-1].dim() == 1 else None
             whole = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
-            y = _PackedProduct.apply(whole, given[0], given[1] if self.trained else None, bias)
+            y = _PackedProduct.apply(whole, operands[0], operands[1] if self.trained else None, bias)
             self.y.append(y)
             outs = [y] if joined or len(weights) == 1 else list(y.split(own.sizes(), -1))
         else:
-            if given:
-                rest = iter(given[len(weights) :])
+            if operands:
+                rest = iter(operands[len(weights) :])
                 cast = Weights(
-                    tuple(given[: len(weights)]), tuple(None if b is None else next(rest) for b in biases), joined, transposed
+                    tuple(operands[: len(weights)]), tuple(None if b is None else next(rest) for b in biases), joined, transposed
                 )
             outs = plain(cast, xs)
             self.y += outs
