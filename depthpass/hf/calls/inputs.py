@@ -151,8 +151,8 @@ def _flatten_masks(
 ) -> None:
     """Put a 2-D mask, and the sequences of packed rows, in the place of dense masks."""
     mask = given.get("attention_mask")
-    if _dense(mask) and not past and (made := sequences_of(mask, config, *shape)) is not None:
-        given["attention_mask"], numbers = made
+    if _dense(mask) and not past and (flat := sequences_of(mask, config, *shape)) is not None:
+        given["attention_mask"], numbers = flat
         if bool((numbers.amax(1) > 1).any()):
             given.setdefault("seq_idx", numbers)
     elif isinstance(mask, Mapping):

@@ -43,12 +43,12 @@ def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any
     kwargs = named(generate, args, kwargs)
     check_combined(model, kwargs, cache, tokens)
     kwargs = with_stop_strings(model, kwargs)
-    made, streamer = draft_of(model, spec), kwargs.get("streamer")
-    report = DraftReport(shared=made.rest is not None)
+    draft, streamer = draft_of(model, spec), kwargs.get("streamer")
+    report = DraftReport(shared=draft.rest is not None)
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         mask = real_tokens(model_kwargs, "draft")
-        run = _Decoding(model, made, tokens, logits_processor, stopping_criteria, generation_config, streamer, report)
+        run = _Decoding(model, draft, tokens, logits_processor, stopping_criteria, generation_config, streamer, report)
         return run.decode(input_ids, mask)
 
     out = generate(model, custom_generate=decode, **kwargs)

@@ -107,10 +107,10 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
 
 
 def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:
-    found = _of_chunk(inner, plans, spec, chunk)
-    if found is not plans.current:
-        check_blocks(inner, found)
-    return found
+    plan = _of_chunk(inner, plans, spec, chunk)
+    if plan is not plans.current:
+        check_blocks(inner, plan)
+    return plan
 
 
 def _of_chunk(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:
