@@ -147,7 +147,8 @@ class _Builder:
         if kind == "scale":
             return self.emit("scale", x, by=self.pick(-1.0, 0.25))
         if kind == "act":
-            return self.emit("act", x, fn=self.pick(*ACTIVATIONS))
+            # There is no real root of what is below zero.
+            return self.emit("act", x, fn=self.pick(*(f for f in ACTIVATIONS if f != "sqrt")))
         if kind == "detach":
             return self.emit("detach", x)
         if kind == "gated":

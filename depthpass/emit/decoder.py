@@ -33,7 +33,7 @@ def decoder_class(s: Subject) -> str:
         s.cache = forward.cache
         s.body = body_of(s.program, forward.norm, forward.cache)
         s.used |= s.body.parts
-        lines += _flags(s, s.body)
+        lines += s.flags()
         if s.body.attends:
             classes.append(_attention(s))
         if s.body.modulated:
@@ -47,16 +47,6 @@ def decoder_class(s: Subject) -> str:
     if forward is not None:
         lines += _forward(s, forward)
     return "\n\n\n".join([*classes, "\n".join(lines)])
-
-
-def _flags(s: Subject, body: Body) -> list[str]:
-    """What tools must not try with it."""
-    lines = ["    supports_gradient_checkpointing = False"] if body.chunk is not None else []
-    if s.stateful:
-        lines.append("    _supports_attention_backend = False")
-    if body.routed or any(o["gate"] for o in s.program.visits):
-        lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
-    return lines
 
 
 def _attention(s: Subject) -> str:
@@ -170,6 +160,12 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
     if s.stateful:
         s.used.add("check_backend")
         code.append("check_backend(self.config, kwargs)")
+    if body.chunk is not None:
+        s.used.add("check_recomputed")
+        code.append(f"check_recomputed(self.{s.layers})")
+    if any(o["memory"] for o in s.program.visits):
+        s.used.add("check_units")
+        code.append(f"check_units(self.{s.layers})")
     if body.taps:
         code.append('taps = kwargs.pop("taps", None)')
     if body.past:

@@ -147,6 +147,20 @@ def check_backend(config: Any, kwargs: dict[str, Any]) -> None:
                                   "engine with attention of its own (vLLM) cannot run it.")
 
 
+def check_recomputed(layers: nn.ModuleList) -> None:
+    """Refuse activation checkpoints in training: a layer that runs again puts its keys into the cache of the chunks again."""
+    if torch.is_grad_enabled() and any("_checkpoint_wrapped_module" in layer._modules for layer in layers):
+        raise NotImplementedError("checkpoint_wrapper: this model runs chunks of tokens behind the keys of those before, which a "
+                                  "layer that is computed again would keep twice. Train it without activation checkpoints.")
+
+
+def check_units(layers: nn.ModuleList) -> None:
+    """Refuse FSDP2 units in training where a layer runs for its keys alone: units gather weights for gradients of results."""
+    if torch.is_grad_enabled() and any(hasattr(type(m), "_get_fsdp_state") for m in layers.modules()):
+        raise NotImplementedError("fully_shard: layers of this model also run for their keys alone, whose gradients come when a "
+                                  "unit has given its weights back. Call fully_shard on the whole model only.")
+
+
 def ages(attention_mask: Tensor | None, past: Any, count: int, device: torch.device) -> Tensor:
     """How many real tokens of its row stand before each new token, ``[batch or 1, count]``."""
     if attention_mask is None:
@@ -275,6 +289,23 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
     near, _ = attention(module, query, key, value, near_mask(mask, query, key, window, past), **kwargs)
     g = torch.sigmoid(gate(query, hidden))[..., None]
     return g * far[0] + (1 - g) * near, None
+
+
+class Slots:
+    """Keys and values of one call's visits, by ``layer_idx``: no dict, which what shards layers would copy on its way to them."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.graded = torch.is_grad_enabled()
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        if self.graded and not torch.is_grad_enabled():
+            raise NotImplementedError("use_reentrant=True: layers of this model read other layers' keys, and a reentrant "
+                                      "checkpoint loses their gradients. Checkpoint with use_reentrant=False.")
+        return self.held[place]
+
+    def __setitem__(self, place: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.held[place] = pair
 
 
 def places(query: Tensor, key: Tensor, past: Any) -> tuple[Tensor, Tensor]:

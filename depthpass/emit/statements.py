@@ -20,7 +20,8 @@ _WHY = {
     "denoise": "it runs several times to fill tokens in",
 }
 _ACTIVATIONS = {"sigmoid": "torch.sigmoid({})", "silu": "nn.functional.silu({})", "tanh": "torch.tanh({})",
-                "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)"}
+                "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)",
+                "sqrt": "torch.sqrt({})"}
 
 
 def check_expressible(program: Program) -> None:
@@ -106,8 +107,8 @@ class _Writer:
         body.attends = tuple(sorted(self.sharing))
         body.modulated = tuple(p for p, o in enumerate(self.program.visits) if o["modulate"])
         if body.attends:
-            body.parts |= {"attend", "near_mask"}
-            self._say("slots = {}", "keys and values of this call's visits")
+            body.parts |= {"attend", "near_mask", "Slots"}
+            self._say("slots = Slots()", "keys and values of this call's visits")
         early = [o["tokens"] for o in self.program if o.kind == "delay" and self._later(o)]
         body.chunk = min(early) if early else None
         if self.lines_at:

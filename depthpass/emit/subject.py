@@ -83,6 +83,18 @@ class Subject:
         """Whether layers need more of earlier tokens than each its own keys."""
         return self.body is not None and bool(self.body.attends or self.body.past)
 
+    def flags(self) -> list[str]:
+        """Lines of a class body: what tools must not try with a model, from the decoder to the whole one."""
+        body = self.body
+        if body is None:
+            return []
+        lines = ["    supports_gradient_checkpointing = False"] if body.chunk is not None else []
+        if self.stateful:
+            lines.append("    _supports_attention_backend = False")
+        if body.routed or any(o["gate"] for o in self.program.visits):
+            lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
+        return lines
+
     @property
     def config(self) -> str:
         """Name of the emitted config's class."""

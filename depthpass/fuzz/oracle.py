@@ -26,7 +26,7 @@ from depthpass.ir import Op, parse_program
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu,
-    "softmax": lambda x: torch.softmax(x, -1),
+    "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
 }
 
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
 
-ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
+ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax", "sqrt")
 
 
 # What they compute.
@@ -55,7 +55,7 @@ def _functions() -> Mapping[str, Callable[[Tensor], Tensor]]:
 
     return {
         "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu,
-        "softmax": lambda x: torch.softmax(x, -1),
+        "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
     }
 
 
