@@ -343,7 +343,7 @@ def _aliased(
 
 @contextmanager
 def _swapped(block: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put tensors in the place of a block's parameters."""
+    """Put tensors in place of a block's parameters."""
     places = []
     for name, tensor in tensors.items():
         owner, _, last = name.rpartition(".")

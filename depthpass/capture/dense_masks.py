@@ -76,7 +76,7 @@ def evaluate(
     Args:
         values: values of the tensors it starts from.
         sizes: values of the symbols of the shapes.
-        scalars: whole numbers to put in the place of others, in arithmetic and comparisons.
+        scalars: whole numbers to put in place of others, in arithmetic and comparisons.
     """
     env: dict[fx.Node, Any] = dict(values)
 

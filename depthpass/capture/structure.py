@@ -124,7 +124,7 @@ class _Copier:
         return new
 
     def parameter(self, old: Tensor | None) -> Tensor | None:
-        # A functional call puts plain tensors in the place of parameters, which a trace refuses.
+        # A functional call puts plain tensors in place of parameters, which a trace refuses.
         if old is None or (isinstance(old, nn.Parameter) and self.fits(old)):
             return old
         if id(old) not in self.twins:

@@ -81,7 +81,7 @@ class Subgraph:
         return expression
 
     def call(self, fn: Callable, args: tuple[Argument, ...], like: fx.Node) -> fx.Node:
-        """Call a function in the place of a node."""
+        """Call a function in place of a node."""
         node = self.graph.call_function(fn, args)
         node.meta = dict(like.meta)
         return node

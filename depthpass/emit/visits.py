@@ -12,7 +12,7 @@ class Again(nn.Module):
     """A later visit of a block, or a module of one: its place, and so its keys, are its own.
 
     Weights and sub-modules are those of the block's first visit, looked up there whenever they are asked for: whatever puts
-    another module in the place of one (adapters, quantisers, engines) does so for every visit.
+    another module in place of one (adapters, quantisers, engines) does so for every visit.
     """
 
     borrowed: dict[str, str] = {}

@@ -125,7 +125,7 @@ class Row:
         return self.model(**given, position_ids=self.positions[None], use_cache=False)
 
     def fed(self, x: Tensor, i: int) -> Tensor:
-        """What the first block gets at column i where x stands in the place of the token's embedding, ``[width]``."""
+        """What the first block gets at column i where x stands in place of the token's embedding, ``[width]``."""
         calls: list[tuple[tuple, dict]] = []
         row = torch.stack([x if j == i else torch.zeros_like(x) for j in range(len(self.ids))])
         self._recorded(calls, inputs_embeds=row[None])

@@ -50,7 +50,7 @@ class InnerThinking(Pass):
         weight: w = sigmoid(s), tanh(s), or ``symmetric``, 2 sigmoid(s) - 1.
         bypass: tokens that a step does not take get ``none`` of it, or, read ``literally``, phi_t cur.
         keys: queries see the keys of ``all`` current states, or of the ``routed`` tokens only (cheaper).
-        taps: hand out the scores, ``{scope}.v{visit}.t{t}``, and who is taken, ``{scope}.v{visit}.t{t}.taken``.
+        taps: return the scores, ``{scope}.v{visit}.t{t}``, and who is taken, ``{scope}.v{visit}.t{t}.taken``.
         scope: first part of the parameter and tap names; ratios are set at run time by ``{scope}.t{t}``.
     """
 

@@ -40,7 +40,7 @@ class MixtureOfDepths(Pass):
         weight: ``linear``: r itself; ``sigmoid``: sigmoid(r).
         aux: coefficient of the loss ``{scope}.aux``, the router's cross-entropy against who was taken, which prepares it
             for ``threshold``. Mode ``topk``.
-        taps: hand out the scores, ``{scope}.v{visit}``, and who is taken, ``{scope}.v{visit}.taken``.
+        taps: return the scores, ``{scope}.v{visit}``, and who is taken, ``{scope}.v{visit}.taken``.
         scope: first part of the parameter, loss and tap names; the capacity is set at run time by this name.
     """
 

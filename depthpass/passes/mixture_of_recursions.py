@@ -73,7 +73,7 @@ class MixtureOfRecursions(Pass):
         rate: step of that bias.
         z: coefficient of the loss ``{scope}.z``, the squared logsumexp of the scores, for every expert router over the
             tokens that it chose from, summed over r; None = 0 (expert), 1e-5 (token).
-        taps: hand out scores, ``{scope}.r{r}`` (token choice: the probabilities ``{scope}.p``), and who is taken,
+        taps: return scores, ``{scope}.r{r}`` (token choice: the probabilities ``{scope}.p``), and who is taken,
             ``{scope}.r{r}.taken``.
         scope: first part of the parameter, loss and tap names.
     """

@@ -120,7 +120,7 @@ def _exempt(call: Call) -> str | None:
     if more := sorted(set(call.tensors) - {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}):
         return f"the call has {', '.join(more)}"
     # A token that is padding in some row leaves that row's delay lines as they are.
-    return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in the place of the token"
+    return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in place of the token"
 
 
 def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:

@@ -45,7 +45,7 @@ class Draft:
     Attributes:
         model: the whole program.
         draft: the shallower one; with ``rest`` it taps the stream that ``rest`` starts from.
-        rest: what the whole program still computes behind the draft, on that stream in the place of the embedding; None =
+        rest: what the whole program still computes behind the draft, on that stream in place of the embedding; None =
             the whole program runs again, for more than one stream of the draft's would be needed.
         slots, lines: slots and delay lines of the draft that hold what those of the whole program hold, by their numbers and
             names there.

@@ -71,7 +71,7 @@ class Tokens:
         return torch.ones_like(self.running) if self.pad is None else self.running
 
     def padded(self, token: Tensor) -> Tensor:
-        """Pads in the place of tokens of rows that have stopped."""
+        """Pads in place of tokens of rows that have stopped."""
         return token if self.pad is None else torch.where(self.running, token, self.pad.to(token))
 
     def pick(self, logits: Tensor, row: Tensor, processors: Any = None) -> tuple[Tensor, Tensor | None, Tensor]:

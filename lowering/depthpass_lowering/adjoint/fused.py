@@ -29,7 +29,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
 
 
 def fuse_pass(gm: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Drop casts that change nothing, and put :func:`rms` and :func:`rope` in the place of their parts.
+    """Drop casts that change nothing, and put :func:`rms` and :func:`rope` in place of their parts.
 
     Numerics: exact up to the order of a product's factors.
 

@@ -41,7 +41,7 @@ def projected(visit, number: int, weights, biases, gain, x: Tensor, dim: int, ro
 
 
 def join_attention_pass(graph: fx.Graph, own: set[fx.Node]) -> int:
-    """Put :func:`projected` in the place of attention calls whose q, k and v come straight from one product.
+    """Put :func:`projected` in place of attention calls whose q, k and v come straight from one product.
 
     Numerics: exact.
 

@@ -132,7 +132,7 @@ class TapedChunks:
         """Results of one chunk.
 
         Args:
-            opaque: in the place of the loop, which no such graph asks, None; the running visits.
+            opaque: in place of the loop, which no such graph asks, None; the running visits.
             tables: masks and side inputs.
             chain: of the chunk before: makes later chunks go back first.
         """

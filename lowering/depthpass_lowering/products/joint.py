@@ -1,7 +1,7 @@
 """Compile a segment of a block, forward and backward, with its weight gradients left for after the token loop.
 
 A segment is a token-local piece of a block's graph between attention calls. Its forward and backward passes are traced
-into one graph in which every product with a parameter, ``y = x W``, hands out x and the gradient of y in the place of the
+into one graph in which every product with a parameter, ``y = x W``, hands out x and the gradient of y in place of the
 weight's gradient; the graph is cut in two where recomputing is cheaper than keeping, and both halves go to Inductor.
 """
 
