@@ -14,7 +14,7 @@ from depthpass.passes.streams import check_whole, stream_after
 
 @dataclass(frozen=True)
 class Taps(Pass):
-    """Hand out the stream after given visits (and after bridges that land there) with the outputs.
+    """Return the stream after given visits (and after bridges that land there) with the outputs.
 
     rewrite:
         taps(at=[1])

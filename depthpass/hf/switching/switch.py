@@ -80,7 +80,7 @@ def set_loops(model: Model, times: int | Sequence[int] | str, *, scope: str | in
         model: a transformed model, inside a PEFT wrapper or not.
         times: T, at least 1, or whatever else the pass takes there. For ``intra_layer_recurrence`` one count per visit, or
             one number for all of them.
-        scope: which pass, when the spec has several: its ``scope``, its name, or its place in the spec (from 0).
+        scope: which pass, when the spec has several: its ``scope``, its name, or its index in the spec (from 0).
 
     Raises:
         SpecError: the model is not transformed, its spec has no loop or several, the count is not possible, or its
