@@ -176,9 +176,9 @@ def _linear_module(declared: Mapping[str, Param], like: Tensor) -> nn.Module:
 
     weight = declared["weight"]
     out, into = weight.shape
-    made = torch.nn.Linear(into, out, bias="bias" in declared, device=like.device)
-    initialise_linear(made, weight.init, weight.identity)
-    return made.to(dtype=like.dtype)
+    module = torch.nn.Linear(into, out, bias="bias" in declared, device=like.device)
+    initialise_linear(module, weight.init, weight.identity)
+    return module.to(dtype=like.dtype)
 
 
 def initialise_linear(module: nn.Linear, std: float, identity: bool = False) -> None:
