@@ -91,7 +91,7 @@ def _again(s: Subject) -> list[str]:
         return []
     attends = s.body.attends if s.body is not None else ()
     attention = s.attention()[0] if attends else None
-    found: dict[str, None] = {}
+    classes: dict[str, None] = {}
     for place, index in enumerate(s.blocks):
         if s.blocks.index(index) == place:
             continue
@@ -100,8 +100,8 @@ def _again(s: Subject) -> list[str]:
             below = path + "." if path else ""
             if any(hasattr(m, "layer_idx") for m in module.modules()) or any(u.startswith(below) for u in updated):
                 changed = PREFIX + type(module).__name__ if place in attends and path == attention else ""
-                found[(changed if path else _layer_class(s, place)) or type(module).__name__] = None
-    return list(found)
+                classes[(changed if path else _layer_class(s, place)) or type(module).__name__] = None
+    return list(classes)
 
 
 def _updated(s: Subject, o: Op) -> list[str]:
@@ -114,11 +114,11 @@ def _updated(s: Subject, o: Op) -> list[str]:
 
 def _init(s: Subject, again: list[str]) -> list[str]:
     program, body = s.program, s.body
-    made = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
+    modules = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
     ranks = {p: o for p, o in enumerate(program.visits) if o["lora"]}
     shared = body.attends if body is not None else ()
     layers = [_layer_class(s, p) for p in range(len(s.blocks))]
-    if not (made or ranks or shared or any(layers) or again):
+    if not (modules or ranks or shared or any(layers) or again):
         return []
     lines = ["", "    def __init__(self, config):", "        super().__init__(config)"]
     if shared:
@@ -128,7 +128,7 @@ def _init(s: Subject, again: list[str]) -> list[str]:
     for kind in dict.fromkeys(filter(None, layers)):
         places = [p for p, name in enumerate(layers) if name == kind]
         lines += [f"        for place in {places}:", f"            self.{s.layers}[place].__class__ = {kind}"]
-    for name, (expression, used) in made.items():
+    for name, (expression, used) in modules.items():
         s.used |= {"attach", *used}
         lines.append(f'        attach(self, "depth.{name}", {expression})')
     for p, o in ranks.items():

@@ -108,9 +108,9 @@ class Balance(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width), requires_grad=False)
 
 
-def scaled(made: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scaled(factors: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a visit multiplies with: what its attention reads, what that adds, what its MLP reads, what that adds."""
-    add_attention, add_mlp, read_attention, read_mlp = made.unbind(0)
+    add_attention, add_mlp, read_attention, read_mlp = factors.unbind(0)
     return 1 + read_attention, base + add_attention, 1 + read_mlp, base + add_mlp
 
 
@@ -217,12 +217,12 @@ def kept_tokens(x: Tensor, keep: Any) -> Tensor:
 
 def leave(states: list[Tensor], gates: list[Tensor], limit: float) -> Tensor:
     """Of several states of a token the first whose cumulative exit probability reaches ``limit``, else the last."""
-    found, chosen = torch.zeros_like(gates[0], dtype=torch.bool), states[-1]
+    done, chosen = torch.zeros_like(gates[0], dtype=torch.bool), states[-1]
     left, reached = torch.ones_like(gates[0]), torch.zeros_like(gates[0])
     for state, gate in zip(states[:-1], gates, strict=False):
         reached, left = reached + left * gate, left * (1 - gate)
-        now = (reached >= limit) & ~found
-        chosen, found = torch.where(now, state, chosen), found | now
+        now = (reached >= limit) & ~done
+        chosen, done = torch.where(now, state, chosen), done | now
     return chosen
 
 

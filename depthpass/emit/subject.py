@@ -116,10 +116,10 @@ class Subject:
             UnsupportedModelError: there is no one.
         """
         block = self.block(0)
-        found = [(n, type(m)) for n, m in block.named_children() if "attention_interface" in _source(type(m))]
-        if len(found) != 1:
-            raise UnsupportedModelError(f"emit: expected one attention module in a {type(block).__name__}, got {len(found)}.")
-        return found[0]
+        sites = [(n, type(m)) for n, m in block.named_children() if "attention_interface" in _source(type(m))]
+        if len(sites) != 1:
+            raise UnsupportedModelError(f"emit: expected one attention module in a {type(block).__name__}, got {len(sites)}.")
+        return sites[0]
 
     def inner_path(self, i: int) -> str:
         """Where module ``i`` holds the one inside it."""

@@ -12,7 +12,7 @@ class Again(nn.Module):
     """A later visit of a block, or a module of one: its place, and so its keys, are its own.
 
     Weights and sub-modules are those of the block's first visit, looked up there whenever they are asked for: whatever puts
-    another module in the place of one (adapters, quantisers, engines) does so for every visit.
+    another module in place of one (adapters, quantisers, engines) does so for every visit.
     """
 
     borrowed: dict[str, str] = {}
@@ -24,10 +24,10 @@ class Again(nn.Module):
 
     def lent(self, path: str) -> Any:
         layers, first = self.first
-        found = layers[first]
+        module = layers[first]
         for name in path.split(".") if path else ():
-            found = getattr(found, name)
-        return found
+            module = getattr(module, name)
+        return module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -65,9 +65,9 @@ class Again(nn.Module):
         # A copy of the model has copied the first visit by now; a copy of this one alone stays with the one that there is.
         if self.borrowed:
             memo.setdefault(id(self.first[0]), self.first[0])
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def through(unit: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:

@@ -2,8 +2,9 @@
 
 The facts are those of its public source and of its page on custom models: AutoModel makes the decoder from the config on the
 meta device, with the attention implementation "vllm"; every linear map is replaced by one of vLLM's own, those of queries,
-keys and values by one of all three with a forward bound to their module, and every other parameter made anew; every weight has to be in the file; attention module number ``layer_idx`` finds its
-own paged cache in ``attention_instances``; a batch is one row of tokens of several requests, with positions and no mask.
+keys and values by one of all three with a forward bound to their module, and every other parameter made anew; every weight has
+to be in the file; attention module number ``layer_idx`` finds its own paged cache in ``attention_instances``; a batch is one row
+of tokens of several requests, with positions and no mask.
 vLLM itself is not run here.
 """
 

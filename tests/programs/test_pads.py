@@ -197,7 +197,7 @@ def test_bad_input():
     ids = zoo.batch([4, 4])["input_ids"]
     with pytest.raises(dp.InputError, match="only a model with workspace pads"):
         plain(ids, prompt_length=2)
-    for wrong in (0, 5, torch.tensor([2, 9])):
+    for wrong in (0, 5, torch.tensor([2, 9]), [1, 1, 1]):
         with pytest.raises(dp.InputError, match="prompt_length: expected between 1 and"):
             model(ids, prompt_length=wrong)
     with pytest.raises(dp.InputError, match="prompt_length: expected an integer"):

@@ -83,7 +83,7 @@ class Watch:
     Attributes:
         key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
             part in it.
-        found: submodules looked up by (identity of their root, path).
+        submodules: those looked up by (identity of their root, path).
         live: where hooks are.
         dispatched: whether accelerate moves tensors of the model between devices.
     """
@@ -119,7 +119,7 @@ class Watch:
         self.dtype = torch.get_default_dtype()
         self.dtypes = sharded_dtypes(self.modules)
         self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, block_list(model, layers))}))
-        self.found: dict[tuple[int, str], nn.Module] = {}
+        self.submodules: dict[tuple[int, str], nn.Module] = {}
         self.dispatched = is_dispatched(model)
         self.live = find_hooks(captured[0], block_list(model, layers), getattr(model, "depth", None))
 
@@ -201,11 +201,11 @@ def _form(tensor: Tensor | None) -> tuple | None:
 
 def _merged(tables: Iterable[tuple[tuple[dict[str, Any], tuple[str, ...]], ...]]) -> list[tuple[dict, tuple[str, ...]]]:
     """Names by dictionary, each dictionary once."""
-    found: dict[int, tuple[dict, set[str]]] = {}
+    merged: dict[int, tuple[dict, set[str]]] = {}
     for group in tables:
         for table, names in group:
-            found.setdefault(id(table), (table, set()))[1].update(n for n in names if n in table)
-    return [(table, tuple(sorted(names))) for table, names in found.values() if names]
+            merged.setdefault(id(table), (table, set()))[1].update(n for n in names if n in table)
+    return [(table, tuple(sorted(names))) for table, names in merged.values() if names]
 
 
 _HOOKS = frozenset(n for n, v in nn.Module().__dict__.items() if isinstance(v, OrderedDict))
@@ -220,20 +220,20 @@ def _frozen(value: Any, met: dict[int, object]) -> object:
         return met[id(value)]
     if is_config(value):
         met[id(value)] = Same(value)  # a config that holds itself
-        met[id(value)] = made = (type(value), tuple(
+        met[id(value)] = frozen = (type(value), tuple(
             (n, _frozen(v, met)) for n, v in sorted(value.__dict__.items()) if n not in _SETTINGS
         ))
-        return made
+        return frozen
     if isinstance(value, dict | list | tuple | set):
         met[id(value)] = Same(value)
         if isinstance(value, dict):
-            made = (dict, tuple((_frozen(k, met), _frozen(v, met)) for k, v in value.items()))
+            frozen = (dict, tuple((_frozen(k, met), _frozen(v, met)) for k, v in value.items()))
         elif isinstance(value, set):
-            made = (set, frozenset(_frozen(v, met) for v in value))
+            frozen = (set, frozenset(_frozen(v, met) for v in value))
         else:
-            made = (type(value), tuple(_frozen(v, met) for v in value))
-        met[id(value)] = made
-        return made
+            frozen = (type(value), tuple(_frozen(v, met) for v in value))
+        met[id(value)] = frozen
+        return frozen
     return Same(value)
 
 
@@ -251,9 +251,9 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
             return known
     check_hooks()
     check_wrappers(model)
-    made = Watch(model, decoder, layers)
-    watches[:] = [*watches[1 - KEPT :], made]
-    return made
+    new = Watch(model, decoder, layers)
+    watches[:] = [*watches[1 - KEPT :], new]
+    return new
 
 
 def check_hooks() -> None:
