@@ -86,21 +86,21 @@ def observe(device: str, dtype: torch.dtype, products: list[Product], warmup: in
     """Look at the machine. Load is read first: what follows adds to it."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     if device == "cuda":
-        name, library, found = torch.cuda.get_device_name(), f"cuBLAS of CUDA {torch.version.cuda}", ()
+        name, library, rates = torch.cuda.get_device_name(), f"cuBLAS of CUDA {torch.version.cuda}", ()
     else:
         name, library = f"CPU {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}", multiplies(dtype)
-        found = tuple(rate(p, dtype, seconds) for p in products)
+        rates = tuple(rate(p, dtype, seconds) for p in products)
     versions = f"torch {torch.__version__}, transformers {_version('transformers')}"
     return Conditions(f"{name}, {versions}, {str(dtype).removeprefix('torch.')}", torch.get_num_threads(), _cores(), load,
-                      _allocator(), library, warmup, found)
+                      _allocator(), library, warmup, rates)
 
 
 def multiplies(dtype: torch.dtype) -> str:
     """The library that a plain product of this dtype runs in, as it says itself when it is asked to be verbose."""
     x, w = torch.ones(32, 256, dtype=dtype), torch.ones(512, 256, dtype=dtype)
     said = _heard(lambda: F.linear(x, w))
-    if found := re.search(r"exec,cpu,\w+,([^,]+)", said):
-        return f"oneDNN (mkldnn), {found[1]}"
+    if kernel := re.search(r"exec,cpu,\w+,([^,]+)", said):
+        return f"oneDNN (mkldnn), {kernel[1]}"
     if "MKL_VERBOSE" in said:
         version = re.search(r"Math Kernel Library Version ([\d.]+)", torch.__config__.show())
         return f"MKL {version[1] if version else ''}".strip()
@@ -145,8 +145,8 @@ def rate(product: Product, dtype: torch.dtype, seconds: float) -> Rate:
         plain = _gflops([lambda w=w: F.linear(x, w) for w in weights], p, seconds)
         loop, packed = Products(uses=1 << 20), None
         if loop.packs(Weights((weights[0],), (None,)), x):
-            made = [loop.packed(Weights((w,), (None,)), x) for w in weights]
-            packed = _gflops([lambda m=m: packed_product(x, *m) for m in made], p, seconds)
+            weights_packed = [loop.packed(Weights((w,), (None,)), x) for w in weights]
+            packed = _gflops([lambda m=m: packed_product(x, *m) for m in weights_packed], p, seconds)
         chosen = Products(uses=p.uses).packs(Weights((weights[0],), (None,)), x)
     return Rate(p, plain, packed, chosen)
 
@@ -175,19 +175,19 @@ def products_called(run: Callable[[], object]) -> dict[str, int]:
         run()
     counts = {e.key: e.count for e in seen.key_averages()}
     packed = counts.get("depthpass_lowering::packed_linear", 0)
-    found = {
+    calls = {
         "packed": packed, "oneDNN": counts.get("mkldnn::_linear_pointwise", 0) - packed,
         "plain": sum(counts.get(f"aten::{n}", 0) for n in ("mm", "addmm")),
     }
-    return {k: n for k, n in found.items() if n > 0}
+    return {k: n for k, n in calls.items() if n > 0}
 
 
 def _allocator() -> str:
     """Who answers malloc."""
     maps = Path("/proc/self/maps")
     loaded = maps.read_text() if maps.exists() else ""
-    found = next((n for n in ("jemalloc", "tcmalloc", "mimalloc") if n in loaded), None)
-    name = found or " ".join(platform.libc_ver()).strip() or "the system's"
+    allocator = next((n for n in ("jemalloc", "tcmalloc", "mimalloc") if n in loaded), None)
+    name = allocator or " ".join(platform.libc_ver()).strip() or "the system's"
     tuned = [f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("MALLOC_") or k == "GLIBC_TUNABLES"]
     return " ".join([name, *tuned])
 

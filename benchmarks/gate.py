@@ -35,8 +35,8 @@ class Gate:
         return max(e for e in (self.outputs, self.gradients) if e is not None) <= self.tolerance
 
     def __str__(self) -> str:
-        found = [f"{name} {e:.0e}" for name, e in (("outputs", self.outputs), ("gradients", self.gradients)) if e is not None]
-        return ", ".join(found)
+        errors = [f"{name} {e:.0e}" for name, e in (("outputs", self.outputs), ("gradients", self.gradients)) if e is not None]
+        return ", ".join(errors)
 
 
 def check(got: Answer, want: Answer, tolerance: float) -> Gate:
@@ -51,7 +51,7 @@ def check(got: Answer, want: Answer, tolerance: float) -> Gate:
     gradients = _gradients(got, want)
     errors = outputs | gradients
     where = max(errors, key=lambda n: errors[n])
-    worst = (max(found.values()) if found else None for found in (outputs, gradients))
+    worst = (max(each.values()) if each else None for each in (outputs, gradients))
     return Gate(*worst, tolerance, where)
 
 

@@ -172,13 +172,13 @@ def finish(out: Path, process: Process) -> None:
         process.handle.kill()
         process.handle.wait()
     path = out / process.path
-    found = json.loads(path.read_text()) if path.exists() else {"stage": process.plan.name, "results": []}
+    record = json.loads(path.read_text()) if path.exists() else {"stage": process.plan.name, "results": []}
     if code != 0:
-        found["status"] = f"ended after {time.monotonic() - process.began:.0f} s" if code is None else f"failed with {code}"
+        record["status"] = f"ended after {time.monotonic() - process.began:.0f} s" if code is None else f"failed with {code}"
         log = out / f"{process.plan.name}.{process.shard}.log"
-        found["log"] = log.read_text(errors="replace")[-2500:]
-        path.write_text(json.dumps(found, indent=1))
-    print(f"# {process.path}: {found['status']}, {time.monotonic() - process.began:.0f} s", flush=True)
+        record["log"] = log.read_text(errors="replace")[-2500:]
+        path.write_text(json.dumps(record, indent=1))
+    print(f"# {process.path}: {record['status']}, {time.monotonic() - process.began:.0f} s", flush=True)
 
 
 def status_of(out: Path, plan: Plan, shard: int) -> str | None:
@@ -191,12 +191,12 @@ def report(out: Path, chosen: list[Plan], seconds: float) -> int:
     everything, bad = [], []
     for plan in chosen:
         for path in sorted(out.glob(f"{plan.name}*.json")):
-            found = json.loads(path.read_text())
-            everything.append(found)
-            print(f"## {path.stem}: {found.get('status')}")
-            if found.get("status") != "done":
-                bad.append(f"{path.stem}: {found.get('status')}: {found.get('log', '')[-700:]}")
-            for row in found["results"]:
+            record = json.loads(path.read_text())
+            everything.append(record)
+            print(f"## {path.stem}: {record.get('status')}")
+            if record.get("status") != "done":
+                bad.append(f"{path.stem}: {record.get('status')}: {record.get('log', '')[-700:]}")
+            for row in record["results"]:
                 if row.get("error") or row.get("wrong"):
                     bad.append(f"{path.stem}: {row['label']}: {row.get('error') or row.get('wrong')}")
                 elif "prepare" not in row["label"]:

@@ -50,8 +50,8 @@ def kernels(stage: Stage) -> None:
         dtype = str(case["dtype"]).removeprefix("torch.")
         label = f"{kernel} {dtype} " + " ".join(f"{k}={v}" for k, v in case.items() if k != "dtype")
         with stage.attempt(label), stage.beside_others():
-            found = checks[kernel](stage, case)
-            for part, error in found.items():
+            parts = checks[kernel](stage, case)
+            for part, error in parts.items():
                 limit = KERNEL_LIMITS[case["dtype"]] * (1 if part == "output" else 4)
                 key = kernel + ("" if part == "output" else " gradients"), dtype
                 worst[key] = max(worst.get(key, 0.0), error)
@@ -96,8 +96,8 @@ def check_attention(stage: Stage, case: dict) -> dict[str, float]:
     there = {n: t.detach().to(dtype).requires_grad_() for n, t in exact.items()}
     got = slot_attention(**there, **given, implementation="triton")
     (got * weight).sum().backward()
-    found = {"output": relative(got, want)}
-    found |= {f"gradient of {n}": relative(t.grad, exact[n].grad) for n, t in there.items()}
+    errors_of = {"output": relative(got, want)}
+    errors_of |= {f"gradient of {n}": relative(t.grad, exact[n].grad) for n, t in there.items()}
     # As the token loop calls it: key gradients added in place to float32 buffers.
     plain = {n: t.detach() for n, t in there.items()}
     out, lse = slot_attention_forward(**plain, **given, implementation="triton")
@@ -105,10 +105,10 @@ def check_attention(stage: Stage, case: dict) -> dict[str, float]:
     dq, dk, dv, _ = slot_attention_backward(
         weight, plain.pop("q"), plain.pop("k"), plain.pop("v"), out, lse, into=into, implementation="triton", **plain, **given
     )
-    found["gradient of q, in place"] = relative(dq, exact["q"].grad)
-    found["gradient of k, in place"] = relative(dk - 1, exact["k"].grad)
-    found["gradient of v, in place"] = relative(dv - 1, exact["v"].grad)
-    return found
+    errors_of["gradient of q, in place"] = relative(dq, exact["q"].grad)
+    errors_of["gradient of k, in place"] = relative(dk - 1, exact["k"].grad)
+    errors_of["gradient of v, in place"] = relative(dv - 1, exact["v"].grad)
+    return errors_of
 
 
 def bridge_cases(rehearsal: bool) -> list[dict]:
@@ -142,8 +142,8 @@ def check_bridge(stage: Stage, case: dict) -> dict[str, float]:
         norm_weight=mine["norm"] if case["norm"] else None, implementation="triton",
     )
     ((y * weights[0]).sum() + ((z * weights[1]).sum() if case["norm"] else 0)).backward()
-    found = {"output": max(relative(y, total), relative(z, normed) if case["norm"] else 0.0)}
-    return found | {f"gradient of {n}": relative(t.grad, exact[n].grad) for n, t in mine.items() if t.grad is not None}
+    errors_of = {"output": max(relative(y, total), relative(z, normed) if case["norm"] else 0.0)}
+    return errors_of | {f"gradient of {n}": relative(t.grad, exact[n].grad) for n, t in mine.items() if t.grad is not None}
 
 
 def gated_cases(rehearsal: bool) -> list[dict]:
@@ -294,31 +294,31 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
         if not values:
             values.update({k: 0.2 * torch.randn_like(v) for k, v in model.depth.state_dict().items()})
         model.depth.load_state_dict(values)
-        found = []
+        answers = []
         for repeat in range(2):  # a graph that is replayed must not repeat its first result
             rows = ids.roll(repeat, 1)
             model.zero_grad()
             out = model(input_ids=rows, attention_mask=mask, labels=rows.masked_fill(mask == 0, -100), use_cache=False)
             out.loss.backward()
-            found.append((out.logits.detach()[mask.bool()],
-                          {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+            answers.append((out.logits.detach()[mask.bool()],
+                            {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
         ran = {r.level for r in model.depth_lowered}
         if loops and lowering != "eager" and ran != {lowering}:
             raise AssertionError(f"asked for {lowering}, ran {model.depth_lowered}")
-        return found
+        return answers
 
     want = run(torch.float64, "eager")
     for dtype in stage.device.pick((torch.float32, torch.bfloat16), (torch.float32,)):
         label = f"{level} {name} {str(dtype).removeprefix('torch.')}"
         with stage.attempt(label):
             plain = errors(run(dtype, "eager"), want)
-            found = errors(run(dtype, level if loops or level != "scheduled" else "auto"), want)
+            measured = errors(run(dtype, level if loops or level != "scheduled" else "auto"), want)
             # A level may round otherwise; it is no further from the truth than the eager one. In half precision single
             # gradients are mostly noise, all of them together are not.
-            kept, floor = (list(found), 1e-5) if dtype == torch.float32 else (["logits", "all gradients"], 1e-2)
-            wrong = [f"{k}: {found[k]:.1e}, eager {plain[k]:.1e}" for k in kept
-                     if not (found[k] <= 2 * plain[k] + floor and found[k] < 1)]
-            stage.record(label, **{k: found[k] for k in ("logits", "all gradients")}, eager=plain["logits"],
+            kept, floor = (list(measured), 1e-5) if dtype == torch.float32 else (["logits", "all gradients"], 1e-2)
+            wrong = [f"{k}: {measured[k]:.1e}, eager {plain[k]:.1e}" for k in kept
+                     if not (measured[k] <= 2 * plain[k] + floor and measured[k] < 1)]
+            stage.record(label, **{k: measured[k] for k in ("logits", "all gradients")}, eager=plain["logits"],
                          eager_gradients=plain["all gradients"], **({"wrong": "; ".join(wrong[:6])} if wrong else {}))
     if level in ("inductor", "cudagraph") and name != "mor":
         with stage.attempt(f"{level} {name} decoding"):
@@ -327,26 +327,26 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
 
 def check_decoding(stage: Stage, label: str, exact, spec, level: str, values: dict, ids: torch.Tensor) -> None:
     """Tokens decoded one by one in float32, from two caches in turn, against the eager level in float64."""
-    found = {}
+    logits = {}
     for dtype, lowering in ((torch.float64, "eager"), (torch.float32, level)):
         model = dp.transform(copy.deepcopy(exact).to(dtype), spec, lowering=lowering).eval()
         model.depth.load_state_dict(values)
         with torch.no_grad():
             caches = [model(input_ids=rows, use_cache=True).past_key_values for rows in (ids, ids.flip(1))]
-            found[lowering] = torch.cat([
+            logits[lowering] = torch.cat([
                 model(input_ids=ids[:, i : i + 1], past_key_values=caches[i % 2], use_cache=True).logits for i in range(6)
             ])
-    error = relative(found[level], found["eager"])
+    error = relative(logits[level], logits["eager"])
     stage.record(label, logits=error, **({} if error <= 1e-4 else {"wrong": f"relative error {error:.1e}"}))
 
 
-def errors(found, want) -> dict[str, float]:
+def errors(answers, want) -> dict[str, float]:
     """The larger error of two passes, of the logits and of every gradient.
 
     A gradient that is nothing beside the others (a bias that softmax cancels) is held against a thousandth of their mean.
     """
     worst: dict[str, float] = {}
-    for (logits, grads), (exact, right) in zip(found, want, strict=True):
+    for (logits, grads), (exact, right) in zip(answers, want, strict=True):
         worst["logits"] = max(worst.get("logits", 0.0), relative(logits, exact))
         apart = sum(
             (grads[n].double() - g.double()).norm().item() ** 2 if n in grads else float("inf") for n, g in right.items()

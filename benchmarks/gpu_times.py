@@ -91,11 +91,11 @@ def environment(stage: Stage) -> None:
             {"qkv": (3072, 2048), "o": (2048, 2048), "gate+up": (16384, 2048), "down": (2048, 8192)}, {"o": (32, 32)}
         ).items():
             ws = [torch.randn(n, k, device=device.torch, dtype=torch.bfloat16) for _ in range(device.pick(12, 2))]
-            found = {}
+            times = {}
             for rows in device.pick((1, 8, 32, 64, 128, 256, 512, 4960), (1, 8)):
                 x = torch.randn(rows, k, device=device.torch, dtype=torch.bfloat16)
-                found[rows] = round(1e6 * graphed_seconds(stage, lambda x=x, ws=ws: [linear(x, w) for w in ws]) / len(ws), 2)
-            stage.record(f"rows, {name}", microseconds=found)
+                times[rows] = round(1e6 * graphed_seconds(stage, lambda x=x, ws=ws: [linear(x, w) for w in ws]) / len(ws), 2)
+            stage.record(f"rows, {name}", microseconds=times)
         small = torch.randn(16, 16, device=device.torch)
         eager = steady(stage, lambda: [small.mul_(1.0) for _ in range(1000)], 3) / 1000
         replay = graphed_seconds(stage, lambda: [small.mul_(1.0) for _ in range(1000)]) / 1000
@@ -105,8 +105,8 @@ def environment(stage: Stage) -> None:
 def steady(stage: Stage, run, repeat: int) -> float:
     """Median seconds after one warm-up."""
     run()
-    found = sorted(stage.device.times(run, repeat))
-    return found[len(found) // 2]
+    times = sorted(stage.device.times(run, repeat))
+    return times[len(times) // 2]
 
 
 def graphed_seconds(stage: Stage, run, repeat: int = 5) -> float:
@@ -226,16 +226,16 @@ def attention(stage: Stage) -> None:
                 each(i, name, run, lambda run: run())
     with stage.alone():
         for i, (setting, runs) in enumerate(rows):
-            found: dict[str, float] = {}
+            times: dict[str, float] = {}
             for name, run in runs.items():
                 if (i, name) not in failed:
-                    each(i, name, run, lambda run, name=name, found=found: found.update(
+                    each(i, name, run, lambda run, name=name, times=times: times.update(
                         {name: 1e6 * repeated_seconds(stage, run)}
                     ))
             lost = {name: why for (j, name), why in failed.items() if j == i}
             stage.record(" ".join(f"{k}={v}" for k, v in setting.items()), **setting,
-                         microseconds={k: round(t, 1) for k, t in found.items()},
-                         fastest=min(found, key=found.__getitem__) if found else None, **({"failed": lost} if lost else {}))
+                         microseconds={k: round(t, 1) for k, t in times.items()},
+                         fastest=min(times, key=times.__getitem__) if times else None, **({"failed": lost} if lost else {}))
 
 
 Rows = list[tuple[dict, dict[str, Callable[[], object]]]]
@@ -249,24 +249,24 @@ def bridge_runs(stage: Stage) -> Rows:
     """Bridges landing on a block, with and without the norm behind them."""
     from depthpass_kernels import bridge_in
 
-    found: Rows = []
+    runs: Rows = []
     shapes = stage.device.pick(((128, 2048, 120), (256, 2048, 600), (4960, 2048, 120), (1, 2048, 120)), ((3, 24, 8),))
     for rows, width, rank in shapes:
         x, c, up, norm = (torch.randn(shape, device=stage.device.torch, dtype=torch.bfloat16)
                           for shape in ((rows, width), (rows, rank), (width, rank), (width,)))
         for what, more in (("forward", {}), ("forward and norm", {"norm_weight": norm})):
             at = {"op": "bridge_in", "batch": 1, "queries": rows, "keys": rank, "width": width, "what": what}
-            found.append((at, {
+            runs.append((at, {
                 name: functools.partial(bridge_in, x, c, up, implementation=name, **more) for name in implementations(stage)
             }))
-    return found
+    return runs
 
 
 def gated_runs(stage: Stage) -> Rows:
     """Attention of later loops of PLT: shared keys and a window of own ones."""
     from depthpass_kernels import gated_attention
 
-    found: Rows = []
+    runs: Rows = []
     shapes = stage.device.pick(((1, 1, 2048), (8, 1, 2048), (1, 2048, 2048), (32, 155, 155)), ((1, 3, 7),))
     heads, kv, width = stage.device.pick((32, 8, 64), (2, 1, 16))
     for batch, count, keys in shapes:
@@ -277,12 +277,12 @@ def gated_runs(stage: Stage) -> Rows:
         )
         score = torch.randn(batch, count, heads, device=stage.device.torch, dtype=torch.bfloat16)
         at = {"op": "gated_attention", "batch": batch, "queries": count, "keys": keys, "width": width, "what": "forward"}
-        found.append((at, {
+        runs.append((at, {
             name: functools.partial(gated_attention, q, k, v, near_k, near_v, score, window=min(64, own), q_start=keys - count,
                                     implementation=name)
             for name in implementations(stage)
         }))
-    return found
+    return runs
 
 
 def repeated_seconds(stage: Stage, run, calls: int = 10) -> float:
@@ -396,12 +396,12 @@ class Training:
             with self.stage.attempt(label):
                 slow = "naive" in label
                 device.times(run, 1 if slow else 2)
-                found: dict = summary(device.times(run, 2 if slow else 5))
+                times: dict = summary(device.times(run, 2 if slow else 5))
                 if label.startswith("g="):
-                    found["floor"] = self.floor(int(label.split()[0][2:]))
+                    times["floor"] = self.floor(int(label.split()[0][2:]))
                 if (peak := device.peak(run)) is not None:
-                    found["peak_gib"] = peak
-                self.stage.record(label, **found)
+                    times["peak_gib"] = peak
+                self.stage.record(label, **times)
             del run
             self.stock.zero_grad(set_to_none=True)
             device.free()
@@ -458,8 +458,8 @@ def decode(stage: Stage) -> None:
         for (batch, label), run in runs.items():
             with stage.attempt(f"batch {batch} {label}"):
                 device.times(run, 1)
-                found = {k: v / TOKENS for k, v in summary(device.times(run, 3)).items()}
-                stage.record(f"batch {batch} {label}", **found, level=levels.get(label, "stock"),
+                times = {k: v / TOKENS for k, v in summary(device.times(run, 3)).items()}
+                stage.record(f"batch {batch} {label}", **times, level=levels.get(label, "stock"),
                              reading_weights_ms=1e3 * weights / rate)
 
 
@@ -501,9 +501,9 @@ def fixed_point(stage: Stage) -> None:
     with stage.alone(), torch.no_grad():
         for label, run in runs.items():
             with stage.attempt(label):
-                found = summary(device.times(run, 2))
-                base = found["ms"] if label == "token loop" else base
-                stage.record(label, **found, **({} if base is None else {"of_token_loop": found["ms"] / base}))
+                times = summary(device.times(run, 2))
+                base = times["ms"] if label == "token loop" else base
+                stage.record(label, **times, **({} if base is None else {"of_token_loop": times["ms"] / base}))
 
 
 # (h) Training for real.
@@ -572,12 +572,12 @@ def profile(stage: Stage) -> None:
             with stage.attempt(label):
                 kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if device.real else [])]
                 wall = device.times(run, 1)[0]
-                with torch.profiler.profile(activities=kinds[-1:]) as found:
+                with torch.profiler.profile(activities=kinds[-1:]) as profiler:
                     run()
                     device.sync()
                 kernels = sorted(
                     ((e.self_device_time_total if device.real else e.self_cpu_time_total, e.count, e.key)
-                     for e in found.key_averages()), reverse=True,
+                     for e in profiler.key_averages()), reverse=True,
                 )
                 stage.record(label, wall_ms=1e3 * wall, device_ms=sum(k[0] for k in kernels) / 1e3,
                              launches=sum(k[1] for k in kernels),

@@ -32,21 +32,21 @@ class Oracle:
         want: the program.
     """
 
-    def __init__(self, stock: nn.Module, made: nn.Module, want: Want):
-        self.stock, self.made, self.want = stock, made, want
+    def __init__(self, stock: nn.Module, transformed: nn.Module, want: Want):
+        self.stock, self.transformed, self.want = stock, transformed, want
 
     def _logits(self, model: nn.Module, ids: Tensor, values: dict[str, Tensor], last: bool) -> Tensor:
-        found = []
+        rows = []
         with by_hand.oracle_attention(model):
             for row in ids:
                 row = by_hand.Row(model, row, torch.arange(len(row)))
                 logits = row.logits(self.want(row, values))
-                found.append(logits[-1:] if last else logits)
-        return torch.stack(found)
+                rows.append(logits[-1:] if last else logits)
+        return torch.stack(rows)
 
     def _copy(self) -> tuple[nn.Module, dict[str, Tensor]]:
         model = copy.deepcopy(self.stock).to(_precise(self.stock.dtype)).eval()
-        values = {n: p.detach().to(model.dtype, copy=True).requires_grad_() for n, p in self.made.depth.named_parameters()}
+        values = {n: p.detach().to(model.dtype, copy=True).requires_grad_() for n, p in self.transformed.depth.named_parameters()}
         return model, values
 
     def scores(self, ids: Tensor, last: bool = False) -> Callable[[], Answer]:
@@ -105,9 +105,9 @@ class Greedy:
         )
 
     def answer(self) -> Answer:
-        found, start = self._decode(self.checked)[: len(self.right)], self.prompt.shape[1]
-        logits = torch.cat([right.scores(row[None])()["logits"] for right, row in zip(self.right, found)])[:, start - 1 : -1]
-        chosen = logits.gather(-1, found[:, start:, None])[..., 0]
+        tokens, start = self._decode(self.checked)[: len(self.right)], self.prompt.shape[1]
+        logits = torch.cat([right.scores(row[None])()["logits"] for right, row in zip(self.right, tokens)])[:, start - 1 : -1]
+        chosen = logits.gather(-1, tokens[:, start:, None])[..., 0]
         return {LIKELIEST: torch.exp(chosen - logits.amax(-1))}
 
 

@@ -166,8 +166,8 @@ def _timed(result: Result) -> list[Row]:
 
 def _errors(rows: list[Row]) -> list[list[float]]:
     """Distances of the least and the most ratio from the median."""
-    found = [spread(r.ratios) for r in rows]
-    return [[f["median"] - f["least"] for f in found], [f["most"] - f["median"] for f in found]]
+    spreads = [spread(r.ratios) for r in rows]
+    return [[f["median"] - f["least"] for f in spreads], [f["most"] - f["median"] for f in spreads]]
 
 
 def _bars(axis, results: list[Result]) -> None:

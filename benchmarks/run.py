@@ -73,12 +73,12 @@ def _add(parser: argparse.ArgumentParser, s: Setting) -> None:
 
 def _several(text: str, kind: type, choices: tuple) -> tuple:
     try:
-        found = tuple(kind(part) for part in text.split(","))
+        values = tuple(kind(part) for part in text.split(","))
     except ValueError as error:
         raise argparse.ArgumentTypeError(f"expected {kind.__name__} values as a,b,c, got {text!r}") from error
-    if unknown := [v for v in found if choices and v not in choices]:
+    if unknown := [v for v in values if choices and v not in choices]:
         raise argparse.ArgumentTypeError(f"expected some of {', '.join(map(str, choices))}, got {unknown[0]}")
-    return found
+    return values
 
 
 def _positive(text: str) -> int:
@@ -89,11 +89,11 @@ def _positive(text: str) -> int:
 
 def settings(args: argparse.Namespace, benchmark: Benchmark) -> argparse.Namespace:
     """Values given, else tiny ones, else the usual ones."""
-    found = {}
+    chosen = {}
     for s in benchmark.settings:
         given = getattr(args, s.name)
-        found[s.name] = given if given is not None else s.tiny if args.tiny and s.tiny is not None else s.value
-    return argparse.Namespace(**found, tiny=args.tiny)
+        chosen[s.name] = given if given is not None else s.tiny if args.tiny and s.tiny is not None else s.value
+    return argparse.Namespace(**chosen, tiny=args.tiny)
 
 
 def run(name: str, argv: list[str]) -> int:

@@ -128,12 +128,12 @@ def gate(m: Measurement, label: str, run: Run, options: Options) -> Gate | None:
 def _value(m: Measurement, row: Row, options: Options) -> None:
     with _reported(row):
         if m.isolated and options.child is not None:
-            found = _child(m, row.label, "value", options)
+            record = _child(m, row.label, "value", options)
         else:
-            found = value(m, row.label, options)
-        row.note, row.failed = found["note"], found["failed"]
-        row.gate = None if found["gate"] is None else Gate(**found["gate"])
-        row.values = [] if row.failed else [found["value"]]
+            record = value(m, row.label, options)
+        row.note, row.failed = record["note"], record["failed"]
+        row.gate = None if record["gate"] is None else Gate(**record["gate"])
+        row.values = [] if row.failed else [record["value"]]
     say(f"  {row.label}: {row.failed or row.values[0]}")
 
 
@@ -157,10 +157,10 @@ def _peak(m: Measurement, label: str, run: Run, options: Options) -> float:
 def answer_child(m: Measurement, label: str, asked: str, options: Options) -> None:
     """In the process of a row: print what was asked for as the last line."""
     if asked == "peak":
-        found = {"value": peak_memory(m.variants[label].make())}
+        record = {"value": peak_memory(m.variants[label].make())}
     else:
-        found = value(m, label, options)
-    print(json.dumps(found), flush=True)
+        record = value(m, label, options)
+    print(json.dumps(record), flush=True)
 
 
 def _child(m: Measurement, label: str, asked: str, options: Options) -> dict:

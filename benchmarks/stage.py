@@ -58,14 +58,14 @@ class Device:
 
     def times(self, run: Callable[[], object], repeat: int) -> list[float]:
         """Seconds of each of ``repeat`` runs, after none of warm-up."""
-        found = []
+        times = []
         for _ in range(repeat):
             self.sync()
             start = time.perf_counter()
             run()
             self.sync()
-            found.append(time.perf_counter() - start)
-        return found
+            times.append(time.perf_counter() - start)
+        return times
 
     def peak(self, run: Callable[[], object]) -> float | None:
         """GiB allocated at the peak of a run beyond what was allocated before; None in a rehearsal."""
@@ -147,10 +147,10 @@ class Stage:
 
     def broken(self, stage: str) -> list[str]:
         """Labels of what another stage's processes have shown to be broken so far."""
-        found = []
+        labels = []
         for path in self.out.glob(f"{stage}*.json"):
-            found += [r["label"] for r in json.loads(path.read_text())["results"] if r.get("error") or r.get("wrong")]
-        return found
+            labels += [r["label"] for r in json.loads(path.read_text())["results"] if r.get("error") or r.get("wrong")]
+        return labels
 
 
 def summary(times: list[float]) -> dict[str, float]:

@@ -80,9 +80,9 @@ class TrainingStep:
     def answer(self) -> Answer:
         out = self._forward(self.checked)
         (language_loss(out.logits, self.checked) if self.language else out.loss).backward()
-        found = {"logits": out.logits.detach(), **gradients(self.model)}
+        answer = {"logits": out.logits.detach(), **gradients(self.model)}
         self.model.zero_grad(set_to_none=True)
-        return found
+        return answer
 
 
 class NaiveStep:
@@ -103,9 +103,9 @@ class NaiveStep:
 
     def answer(self) -> Answer:
         self.model.zero_grad(set_to_none=True)
-        found = {"logits": self(), **gradients(self.model)}
+        answer = {"logits": self(), **gradients(self.model)}
         self.model.zero_grad(set_to_none=True)
-        return found
+        return answer
 
 
 class Forward:
@@ -169,9 +169,9 @@ class StockTokens:
 
     @torch.no_grad()
     def answer(self) -> Answer:
-        found = {"logits": self._step(0).logits.clone()}
+        answer = {"logits": self._step(0).logits.clone()}
         self._reset(1)
-        return found
+        return answer
 
 
 class OurTokens:
@@ -199,6 +199,6 @@ class OurTokens:
 
     @torch.no_grad()
     def answer(self) -> Answer:
-        found = {"logits": self._step().logits[self.rows].clone()}
+        answer = {"logits": self._step().logits[self.rows].clone()}
         self.cache.state = self.start
-        return found
+        return answer

@@ -42,7 +42,7 @@ def examine(config: Any = None) -> list[Finding]:
     """
     import depthpass
 
-    found = [
+    findings = [
         Finding("depthpass", depthpass.__version__),
         Finding("python", f"{platform.python_version()} on {platform.platform()}"),
         *(_package(name, required=True) for name in REQUIRED),
@@ -50,7 +50,7 @@ def examine(config: Any = None) -> list[Finding]:
         *_devices(),
         *(_part(name) for name in ("depthpass_lowering", "depthpass_kernels")),
     ]
-    return found if config is None else found + _model(config)
+    return findings if config is None else findings + _model(config)
 
 
 def _package(name: str, *, required: bool) -> Finding:
@@ -69,13 +69,13 @@ def _part(name: str) -> Finding:
 def _devices() -> list[Finding]:
     import torch
 
-    found = [Finding("cpu", f"{torch.get_num_threads()} threads")]
+    findings = [Finding("cpu", f"{torch.get_num_threads()} threads")]
     if not torch.cuda.is_available():
-        return [*found, Finding("cuda", "no device; everything runs on the CPU")]
+        return [*findings, Finding("cuda", "no device; everything runs on the CPU")]
     for i in range(torch.cuda.device_count()):
         p = torch.cuda.get_device_properties(i)
-        found.append(Finding(f"cuda:{i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"))
-    return found
+        findings.append(Finding(f"cuda:{i}", f"{p.name}, {p.total_memory / 2**30:.0f} GiB, sm_{p.major}{p.minor}"))
+    return findings
 
 
 def _model(config: Any) -> list[Finding]:
@@ -84,19 +84,19 @@ def _model(config: Any) -> list[Finding]:
     from depthpass.capture import capture
     from depthpass.hf.facts import model_facts, stock_model
 
-    found: list[Finding] = []
+    findings: list[Finding] = []
     try:
         model = stock_model(config)
-        found.append(Finding("model", type(model).__name__, True))
+        findings.append(Finding("model", type(model).__name__, True))
         facts = model_facts(model)
-        found.append(Finding("blocks", f"{facts.blocks} of width {facts.width} at {facts.layers}", True))
-        found.append(Finding("KV values per token", "not known" if facts.kv_widths is None else
-                             f"{sum(facts.kv_widths)} over all blocks"))
+        findings.append(Finding("blocks", f"{facts.blocks} of width {facts.width} at {facts.layers}", True))
+        findings.append(Finding("KV values per token", "not known" if facts.kv_widths is None else
+                                f"{sum(facts.kv_widths)} over all blocks"))
         ids = torch.zeros(2, 8, dtype=torch.long, device=next(model.parameters()).device)
         with torch.no_grad():
-            made = capture(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"use_cache": False})
+            captured = capture(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {"use_cache": False})
     except UnsupportedModelError as error:
-        return [*found, Finding("capture" if found else "model", f"refused: {error}", False)]
-    templates = list({id(b.template): b.template for b in made.blocks}.values())
-    sites = sum(len(b.template.sites) for b in made.blocks)
-    return [*found, Finding("capture", f"works: {len(templates)} different blocks, {sites} attention calls", True)]
+        return [*findings, Finding("capture" if findings else "model", f"refused: {error}", False)]
+    templates = list({id(b.template): b.template for b in captured.blocks}.values())
+    sites = sum(len(b.template.sites) for b in captured.blocks)
+    return [*findings, Finding("capture", f"works: {len(templates)} different blocks, {sites} attention calls", True)]

@@ -12,7 +12,7 @@ from depthpass.log import logger
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 BY = ("flops", "params")
 _STEP = 8
@@ -46,13 +46,13 @@ def twin(report: Report, by: Literal["flops", "params"] = "flops") -> PreTrained
     # Of the report's own model; blocks that follow are like those before them.
     blocks = len(report.facts.block_parameters) if report.facts is not None else 0
     layers = _layers(lambda n: count(resized(config, blocks, n)), blocks, target)
-    made = _widened(resized(config, blocks, layers), count, target)
-    if made is None:
+    rival = _widened(resized(config, blocks, layers), count, target)
+    if rival is None:
         options = [resized(config, blocks, n) for n in (layers, layers + 1)]
-        made = min(options, key=lambda c: abs(count(c) - target))
-    reached = count(made)
+        rival = min(options, key=lambda c: abs(count(c) - target))
+    reached = count(rival)
     logger.info("twin by %s: %.6g of %.6g (%+.2f %%)", by, reached, target, 100 * (reached / target - 1))
-    return made
+    return rival
 
 
 def _target(report: Report, by: str) -> float:
@@ -106,14 +106,14 @@ def _layers(count: Callable[[int], float], blocks: int, target: float) -> int:
 
 def resized(config: Any, blocks: int, layers: int) -> Any:
     """A config with another number of blocks; lists with an entry per block go on as they began."""
-    made = copy.deepcopy(config)
-    for held in {id(c): c for c in (made, made.get_text_config(decoder=True))}.values():
+    resized_config = copy.deepcopy(config)
+    for held in {id(c): c for c in (resized_config, resized_config.get_text_config(decoder=True))}.values():
         for name, value in list(vars(held).items()):
             if isinstance(value, list | tuple) and len(value) == blocks and blocks > 1 and name != "architectures":
                 setattr(held, name, [value[i % blocks] for i in range(layers)])
         if hasattr(held, "num_hidden_layers"):
             held.num_hidden_layers = layers
-    return made
+    return resized_config
 
 
 def _widened(config: Any, count: Callable[[Any], float], target: float) -> Any | None:
@@ -124,9 +124,9 @@ def _widened(config: Any, count: Callable[[Any], float], target: float) -> Any |
     step = _STEP if width % _STEP == 0 else 1
 
     def at(size: int) -> Any:
-        made = copy.deepcopy(config)
-        made.get_text_config(decoder=True).intermediate_size = size
-        return made
+        wider = copy.deepcopy(config)
+        wider.get_text_config(decoder=True).intermediate_size = size
+        return wider
 
     slope = (count(at(width + step)) - count(config)) / step
     if slope <= 0:

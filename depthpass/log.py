@@ -39,7 +39,7 @@ def fallback(message: str, asked: bool) -> None:
     """Say, once per process and message, that something slower or other than the best runs.
 
     Args:
-        message: what runs in the place of what, and why.
+        message: what runs in place of what, and why.
         asked: whether somebody has asked for what does not run: a warning; else it was ours to choose: level INFO.
     """
     if message in _said or not logger.isEnabledFor(level := logging.WARNING if asked else logging.INFO):

@@ -93,10 +93,10 @@ def relay_loss(
     Raises:
         InputError: no taps, another number of them than targets, or shapes that do not fit.
     """
-    found = getattr(taps, "taps", taps)
-    if not isinstance(found, Mapping) or not found or hasattr(found, "to_tuple"):
+    named = getattr(taps, "taps", taps)
+    if not isinstance(named, Mapping) or not named or hasattr(named, "to_tuple"):
         raise InputError("relay_loss: expected taps, got an output without them. Use Loop(..., taps=True), or the pass taps.")
-    chosen = [(k, x) for k, x in found.items() if scope is None or re.fullmatch(rf"{re.escape(scope)}\.\w+", k)]
+    chosen = [(k, x) for k, x in named.items() if scope is None or re.fullmatch(rf"{re.escape(scope)}\.\w+", k)]
     if len(chosen) != len(targets) or targets.shape != mask.shape:
         raise InputError(f"relay_loss: expected targets and mask for {len(chosen)} taps ({', '.join(k for k, _ in chosen)}), "
                          f"got shapes {tuple(targets.shape)} and {tuple(mask.shape)}. Pass iterations= to aligned_targets, or "
@@ -245,23 +245,23 @@ def _precise(logits: Tensor) -> Tensor:
 
 def _exits(taps: Any, scope: str, who: str = "exit_loss") -> tuple[list[Tensor], list[Tensor]]:
     """Logits and gates by iteration."""
-    found = taps if isinstance(taps, Mapping) and not hasattr(taps, "to_tuple") else {}
+    states = taps if isinstance(taps, Mapping) and not hasattr(taps, "to_tuple") else {}
     times = 0
-    while f"{scope}.t{times + 1}" in found:
+    while f"{scope}.t{times + 1}" in states:
         times += 1
     names = [f"{scope}.t{t}" for t in range(1, times + 1)]
-    missing = [n for n in [*names, *(f"{n}.exit" for n in names)] if n not in found]
+    missing = [n for n in [*names, *(f"{n}.exit" for n in names)] if n not in states]
     if missing or not names:
         lacking = f"without {', '.join(missing)}" if names else f"without {scope}.t1"
         raise InputError(f"{who}: expected logits and gates of every iteration, got taps {lacking}. Use "
                          "Loop(..., exit=q, skip=False, taps=True), and scope= for a loop of another scope.")
-    return [found[n] for n in names], [found[f"{n}.exit"] for n in names]
+    return [states[n] for n in names], [states[f"{n}.exit"] for n in names]
 
 
 def _exit_probabilities(gates: Sequence[Tensor]) -> list[Tensor]:
     """p_1 .. p_T of exit probabilities lambda_1 .. lambda_T; the last one takes what is left."""
-    left, found = torch.ones_like(gates[0]), []
+    left, probabilities = torch.ones_like(gates[0]), []
     for gate in gates[:-1]:
-        found.append(left * gate)
+        probabilities.append(left * gate)
         left = left * (1 - gate)
-    return [*found, left]
+    return [*probabilities, left]

@@ -75,24 +75,24 @@ def huginn(
     Raises:
         SpecError: more blocks than the model has, or options that the loop does not know.
     """
-    held = _blocks(blocks)
+    total = _blocks(blocks)
     if mean is not None and not (isinstance(mean, int | float) and math.isfinite(mean)):
         raise SpecError(f"recipes.huginn.mean: expected a number or None, got {mean!r}.")
     _check_options("huginn", options)
     for name, value, least in (("prelude", prelude, 0), ("core", core, 1), ("coda", coda, 0)):
         if type(value) is not int or value < least:
             raise SpecError(f"recipes.huginn.{name}: expected an integer of at least {least}, got {value!r}.")
-    if prelude + core + coda > held:
-        raise SpecError(f"recipes.huginn: expected at most the model's {held} blocks in prelude, core and coda, got "
+    if prelude + core + coda > total:
+        raise SpecError(f"recipes.huginn: expected at most the model's {total} blocks in prelude, core and coda, got "
                         f"{prelude} + {core} + {coda}.")
     if keep not in ("late", "early"):
         raise SpecError(f"recipes.huginn.keep: expected 'late' or 'early', got {keep!r}.")
-    first = held - coda - core if keep == "late" else prelude
-    kept = [*range(prelude), *range(first, first + core), *range(held - coda, held)]
-    whole, passes = kept == list(range(held)), []
+    first = total - coda - core if keep == "late" else prelude
+    kept = [*range(prelude), *range(first, first + core), *range(total - coda, total)]
+    whole, passes = kept == list(range(total)), []
     if not whole:
         passes.append(LayerProgram(kept))
-    note = f"blocks {kept} of {held}; {held - len(kept)} left out"
+    note = f"blocks {kept} of {total}; {total - len(kept)} left out"
     if mean is None:
         return Recipe("huginn", (*passes, Loop.huginn(prelude, prelude + core, **options)), {}, (note,))
     top, fixed = max(1, round(4 * mean)) if most is None else most, max(1, round(mean))
@@ -158,7 +158,7 @@ def _blocks(source: Any) -> int:
         return source
     config = getattr(source, "config", source)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    found = getattr(text, "num_hidden_layers", None)
-    if type(found) is not int:
+    blocks = getattr(text, "num_hidden_layers", None)
+    if type(blocks) is not int:
         raise SpecError(f"recipes: expected a model, a config or a number of blocks, got {type(source).__name__}.")
-    return found
+    return blocks

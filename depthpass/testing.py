@@ -143,18 +143,19 @@ class _Builder:
         return self.emit("add", self.emit("scale", x, by=0.5), old)
 
     def elementwise(self, x: str) -> str:
-        what = self.pick("scale", "weigh", "rms", "rms_gain", "act", "gated", "sum", "detach")
-        if what == "scale":
+        kind = self.pick("scale", "weigh", "rms", "rms_gain", "act", "gated", "sum", "detach")
+        if kind == "scale":
             return self.emit("scale", x, by=self.pick(-1.0, 0.25))
-        if what == "act":
-            return self.emit("act", x, fn=self.pick(*ACTIVATIONS))
-        if what == "detach":
+        if kind == "act":
+            # There is no real root of what is below zero.
+            return self.emit("act", x, fn=self.pick(*(f for f in ACTIVATIONS if f != "sqrt")))
+        if kind == "detach":
             return self.emit("detach", x)
-        if what == "gated":
+        if kind == "gated":
             return self.emit("mul", x, self.score(x))
-        if what == "sum":
+        if kind == "sum":
             return self.emit("add", x, self.pick(*self.total), self.pick(*self.total))
-        return self.emit(what.removesuffix("_gain"), x, parameter=None if what == "rms" else self.fresh_parameter())
+        return self.emit(kind.removesuffix("_gain"), x, parameter=None if kind == "rms" else self.fresh_parameter())
 
     def concat(self, x: str) -> str:
         return self.emit("linear", x, self.pick(*self.total), parameter=self.fresh_parameter(), out=self.width,

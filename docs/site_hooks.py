@@ -58,7 +58,7 @@ def _names() -> list[str]:
     import depthpass as dp
     from depthpass.passes.base import Pass
 
-    found = []
+    directives = []
     for name in dir(dp):
         value = inspect.unwrap(getattr(dp, name)) if not name.startswith("_") else None
         # The function that stands behind a package of the same name, as dp.report.
@@ -66,8 +66,8 @@ def _names() -> list[str]:
         ours = getattr(value, "__module__", "").startswith("depthpass")
         if not ours or not callable(value) or (isinstance(value, type) and issubclass(value, Pass | Exception)):
             continue
-        found.append(f"::: {value.__module__}.{value.__name__}")
-    return found
+        directives.append(f"::: {value.__module__}.{value.__name__}")
+    return directives
 
 
 def _recipes() -> list[str]:

@@ -25,7 +25,7 @@ from depthpass_lowering.state import State
 from torch import Tensor, nn
 
 import depthpass as dp
-from depthpass.capture.model import Site
+from depthpass.capture.captured import Site
 from depthpass.ir import plain
 from depthpass.passes import Context, apply_spec
 from depthpass.schedule import schedule
@@ -252,8 +252,8 @@ def main() -> None:
     path = torch.diag(torch.ones(n - 1, dtype=torch.bool), 1)
     want = torch.ones(n, n, dtype=torch.bool).triu()
     for loops in range(1, loops_for(n) + 1):
-        found = reach(path, loops)
-        print(f"path of {n} nodes, {loops} loops: {int((found != want).sum())} of {n * n} pairs wrong")
+        reached = reach(path, loops)
+        print(f"path of {n} nodes, {loops} loops: {int((reached != want).sum())} of {n * n} pairs wrong")
     generator = torch.Generator().manual_seed(0)
     xs = torch.randn(20, 5, generator=generator, dtype=torch.float64)
     ys = xs @ torch.randn(5, generator=generator, dtype=torch.float64)

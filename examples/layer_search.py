@@ -25,11 +25,11 @@ EQUALS, TOKENS = 10, 11
 
 def pairs(count: int, seed: int) -> list[tuple[list[int], list[int]]]:
     """5 to 11 digits and ``=``, and their median."""
-    rng, found = random.Random(seed), []
+    rng, drawn = random.Random(seed), []
     for _ in range(count):
         digits = [rng.randrange(EQUALS) for _ in range(2 * rng.randint(2, 5) + 1)]
-        found.append(([*digits, EQUALS], [sorted(digits)[len(digits) // 2]]))
-    return found
+        drawn.append(([*digits, EQUALS], [sorted(digits)[len(digits) // 2]]))
+    return drawn
 
 
 def build(seed: int = 0) -> LlamaForCausalLM:

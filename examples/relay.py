@@ -69,17 +69,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     task, words = tasks.get("relay_arithmetic", modulus=args.modulus), tasks.tokenizer("symbol", numbers=args.modulus)
-    found = {}
+    shares_of = {}
     for name, weight in (("round by round", 1.0), ("answer alone", 0.0)):
         model, begun = build(len(words), args.seed, args.width), time.perf_counter()
         train(model, task, words, args, weight)
-        found[name] = {n: evaluate(model, task, words, n) for n in range(1, args.longest + 3)}
+        shares_of[name] = {n: evaluate(model, task, words, n) for n in range(1, args.longest + 3)}
         print(f"{name}, {time.perf_counter() - begun:.0f} s")
-        for n, shares in found[name].items():
+        for n, shares in shares_of[name].items():
             print(f"  {n} operators: {100 * shares['answer']:5.1f} % of answers, {100 * shares['chain']:5.1f} % of chains"
                   + ("" if n <= args.longest else "  (longer than any in training)"))
     if args.out:
-        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": None}, "results": found}, indent=2))
+        args.out.write_text(json.dumps({"arguments": vars(args) | {"out": None}, "results": shares_of}, indent=2))
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     for times in s.times:
         stock = build(s.width, 4).train()
 
-        def made(level: str, checkpointed: bool, stock=stock, times=times):
+        def ours(level: str, checkpointed: bool, stock=stock, times=times):
             model = dp.transform(stock, dp.Loop(start=1, end=3, times=times), lowering=level).train()
             if checkpointed:
                 enable_checkpointing(model)
@@ -54,7 +54,7 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
         for level in s.lowering:
             for checkpointed in (True,) if s.checkpointed else (False, True):
                 label = f"{level}, checkpointed" if checkpointed else level
-                rows[label] = Variant(lambda level=level, on=checkpointed, made=made: made(level, on), right)
+                rows[label] = Variant(lambda level=level, on=checkpointed, ours=ours: ours(level, on), right)
         yield Measurement("peak", f"peak memory, loop of {times}", f"{s.lowering[0]}, checkpointed", rows, quantity="value",
                           unit="MiB", isolated=True)
 

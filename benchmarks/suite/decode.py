@@ -40,18 +40,18 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
         parts = [(d, e, depth.get_submodule(f"s{d}_d{e}.down"), depth.get_submodule(f"s{d}_d{e}.up")) for d, e in bridges]
         return {"logits": NaiveGroups(stock, parts, s.group).logits(whole)[:, -1:]}
 
-    found = {"stock eager": Variant(lambda: StockTokens(stock, ids, steps=steps), plain)}
+    variants = {"stock eager": Variant(lambda: StockTokens(stock, ids, steps=steps), plain)}
     if s.compiled:
-        found["stock compiled"] = Variant(lambda: StockTokens(stock, ids, True, steps), plain)
+        variants["stock compiled"] = Variant(lambda: StockTokens(stock, ids, True, steps), plain)
     for level in s.lowering:
-        found[f"turboconn {level}"] = Variant(lambda level=level: OurTokens(turbo(level), ids, steps), naive)
-        found[f"identity {level}"] = Variant(
+        variants[f"turboconn {level}"] = Variant(lambda level=level: OurTokens(turbo(level), ids, steps), naive)
+        variants[f"identity {level}"] = Variant(
             lambda level=level: OurTokens(dp.transform(stock, dp.Identity(), lowering=level), ids, steps), plain,
         )
     weights = sum(p.nbytes for n, p in stock.named_parameters() if "embed" not in n)
     rate = ceilings(s.device, dtype, **({"width": 128, "copies": 4, "repeat": 1} if s.tiny else {})).bytes_per_s
     yield Measurement(
-        "token", "one decoded token", "stock compiled" if s.compiled else "stock eager", found, per=steps, dtype=s.dtype,
+        "token", "one decoded token", "stock compiled" if s.compiled else "stock eager", variants, per=steps, dtype=s.dtype,
         notes=(f"reading the weights once takes {weights / rate * 1e3:.2f} ms",),
     )
 

@@ -76,12 +76,12 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     bridges, half = pairs_of(s.bridges), s.blocks // 2
     looped, plt = dp.Loop(start=half, end=s.blocks, times=s.times), dp.ParallelLoop(loops=2, window=s.window)
 
-    def made(spec):
+    def ours(spec):
         return enliven(dp.transform(stock, spec, lowering=s.lowering))
 
     models = {
         "stock (identity program)": dp.transform(stock, dp.Identity(), lowering=s.lowering),
-        "TurboConn": made(dp.TurboConn(bridges=bridges, group=s.group)), f"loop {s.times}": made(looped), "PLT-2": made(plt),
+        "TurboConn": ours(dp.TurboConn(bridges=bridges, group=s.group)), f"loop {s.times}": ours(looped), "PLT-2": ours(plt),
     }
 
     @torch.no_grad()
@@ -108,16 +108,16 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
         "PLT-2": (s.blocks, keys(stock, held, s.blocks) + keys(stock, min(held, s.window), s.blocks)),
     }
     base = weights(stock, s.blocks) + keys(stock, held, s.blocks)
-    found = {"copy": Variant(lambda: Copy(base // 2, steps)), "read alone": Variant(lambda: Read(base, steps))}
+    variants = {"copy": Variant(lambda: Copy(base // 2, steps)), "read alone": Variant(lambda: Read(base, steps))}
     if s.compiled:
-        found["stock, torch.compile"] = Variant(lambda: StockTokens(stock, ids, True, steps), plain, floor=1.0)
+        variants["stock, torch.compile"] = Variant(lambda: StockTokens(stock, ids, True, steps), plain, floor=1.0)
     for label, model in models.items():
         times, kv = counts[label]
-        found[label] = Variant(
+        variants[label] = Variant(
             lambda m=model: OurTokens(m, ids, steps), rights[label], floor=(weights(model, times) + kv) / base,
         )
     yield Measurement(
-        "token", f"one decoded token against a copy ({torch.get_num_threads()} threads)", "copy", found, per=steps,
+        "token", f"one decoded token against a copy ({torch.get_num_threads()} threads)", "copy", variants, per=steps,
         dtype=s.dtype, notes=(f"a stock token reads {base / 1e6:.1f} MB, the copy reads and writes half as many each; the share "
                               "of the floor that a row reaches is 1 / (over floor)",),
     )

@@ -39,7 +39,7 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     core = {"start": start, "end": end, "times": s.times}
     visits = 2 * s.outer + s.times * (end - start)
     every = dp.transform(stock, dp.Loop(**core)).eval()
-    found = {"all iterations": Variant(
+    variants = {"all iterations": Variant(
         lambda: OurTokens(every, ids, 1, rows), Oracle(stock, every, loop(start, end, s.times)).scores(whole, last=True),
     )}
     for kv in s.kv:
@@ -52,11 +52,11 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
 
                 return by_hand.exits(row, start, end, s.times, 0.5, "cdf", gate, kv=kv)[0]
 
-            found[f"exit after {'half' if after == half else 'all'}, kv {kv}"] = Variant(
+            variants[f"exit after {'half' if after == half else 'all'}, kv {kv}"] = Variant(
                 lambda model=model: OurTokens(model, ids, 1, rows), Oracle(stock, model, leaving).scores(whole, last=True),
                 floor=(visits - (s.times - after) * (end - start)) / visits,
             )
-    yield Measurement("token", f"decode one token: exits of {s.times} iterations", "all iterations", found)
+    yield Measurement("token", f"decode one token: exits of {s.times} iterations", "all iterations", variants)
 
 
 BENCHMARK = Benchmark(

@@ -42,19 +42,19 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     for group in s.groups:
         spec = dp.TurboConn(bridges=bridges, group=group, rank=32)
         for gain in s.gains:
-            def made(options, spec=spec, gain=gain):
+            def ours(options, spec=spec, gain=gain):
                 options = {} if options is None else {"schedule": "fixed_point", **options}
                 return strengthen(dp.transform(stock, spec, **options), gain)
 
             @torch.no_grad()
-            def naive(made=made, group=group):
-                depth = made(None).depth.turboconn
+            def naive(ours=ours, group=group):
+                depth = ours(None).depth.turboconn
                 parts = [(d, e, depth.get_submodule(f"s{d}_d{e}.down"), depth.get_submodule(f"s{d}_d{e}.up")) for d, e in bridges]
                 return {"logits": NaiveGroups(stock, parts, group).logits(ids)[:, -1:]}
 
             yield Measurement("prefill", f"prefill, group {group}, gain {gain:g}", "token loop", {
                 "stock": Variant(lambda: Forward(stock, ids, True)),
-                **{label: Variant(lambda options=options, made=made: Forward(made(options), ids, True), naive,
+                **{label: Variant(lambda options=options, ours=ours: Forward(ours(options), ids, True), naive,
                                   (options or {}).get("tol")) for label, options in RUNS.items()},
             })
 

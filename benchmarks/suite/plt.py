@@ -63,12 +63,12 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     )
     for r in s.loops:
         plain, spec = dp.ParallelLoop(loops=r, shift=0, mix=(0.0, 1.0), kv="own"), dp.ParallelLoop(loops=r, window=s.window)
-        for label, made, used in (
+        for label, model, used in (
             (f"plain loop R={r}", dp.transform(stock, plain), plain),
             (f"PLT R={r} unstacked", dp.transform(stock, spec, stack=False), spec),
             (f"PLT R={r} stacked", dp.transform(stock, spec), spec),
         ):
-            models[label] = enliven(made)
+            models[label] = enliven(model)
             rights[label] = Oracle(stock, models[label], program(r, s.window, used))
     yield Measurement("token", f"PLT: one decoded token after {s.prompt}", "stock", {
         "stock": Variant(lambda: StockTokens(stock, prompt, steps=s.steps), rights["identity program"].scores(whole, last=True)),

@@ -23,12 +23,12 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
     by = {times: Oracle(stock, model, loop(0, s.blocks, times)) for times in (1, s.times)}
     for rows in s.rows:
         ids, most, mixed = tokens(rows, s.prompt), [s.times] * rows, [s.times, 1] * (rows // 2)
-        made = ladder_of(model, sorted(set(mixed)))
+        ladder = ladder_of(model, sorted(set(mixed)))
 
         def row(counts, ids=ids, **options):
             return lambda: Greedy(model, ids, s.tokens, s.checked, [by[n] for n in counts[:2]], **options)
 
-        right, share = likeliest(2, s.checked), made.visits(mixed) / made.visits(most)
+        right, share = likeliest(2, s.checked), ladder.visits(mixed) / ladder.visits(most)
         yield Measurement("decode", f"{rows} rows, every other one once instead of {s.times} times", "all iterations", {
             "all iterations": Variant(row(most), right),
             "mixed": Variant(row(mixed, loops=mixed), right, floor=share),

@@ -30,8 +30,8 @@ def measurements(s: Namespace) -> Iterator[Measurement]:
 
 
 def every_product(s: Namespace) -> list[Product]:
-    found = {p: None for axis in s.axes for v in (TINY if s.tiny else AXES)[axis] for p in products(configuration(s, axis, v))}
-    return list(found)
+    called = {p: None for axis in s.axes for v in (TINY if s.tiny else AXES)[axis] for p in products(configuration(s, axis, v))}
+    return list(called)
 
 
 BENCHMARK = Benchmark(

@@ -77,42 +77,42 @@ def training(c: Configuration, title: str = "TurboConn training step", axis: tup
     """Forward, loss, backward of every variant."""
     s, stock = c.s, c.stock
     right = TrainingStep(stock, c.ids).answer
-    found = {"stock": Variant(lambda: TrainingStep(stock, c.ids))}
+    variants = {"stock": Variant(lambda: TrainingStep(stock, c.ids))}
     if s.compiled:
-        found["stock compiled"] = Variant(lambda: TrainingStep(c.compiled, c.ids), right)
+        variants["stock compiled"] = Variant(lambda: TrainingStep(c.compiled, c.ids), right)
     if s.identity:
-        found["identity"] = Variant(lambda: TrainingStep(c.identity, c.ids), right)
+        variants["identity"] = Variant(lambda: TrainingStep(c.identity, c.ids), right)
     for g in s.groups:
         by_hand = c.naive(g).answer
         for level in s.lowering:
             # In a sweep the size that varies is in the title, and a level is one line of the picture.
-            found[level if axis else f"g={g} {level}"] = Variant(
+            variants[level if axis else f"g={g} {level}"] = Variant(
                 lambda g=g, level=level: TrainingStep(c.turbo(g, level), c.ids), by_hand, floor=c.floor(floor, g),
             )
         if s.naive:
-            found[f"g={g} naive"] = Variant(lambda g=g: c.naive(g))
-    return Measurement("training", title, "stock", found, dtype=s.dtype, notes=c.notes(), axis=axis)
+            variants[f"g={g} naive"] = Variant(lambda g=g: c.naive(g))
+    return Measurement("training", title, "stock", variants, dtype=s.dtype, notes=c.notes(), axis=axis)
 
 
 def forward(c: Configuration) -> Measurement:
     """The same models without gradients."""
     s, stock = c.s, c.stock
     right = Forward(stock, c.ids).answer
-    found = {"stock": Variant(lambda: Forward(stock, c.ids))}
+    variants = {"stock": Variant(lambda: Forward(stock, c.ids))}
     if s.compiled:
-        found["stock compiled"] = Variant(lambda: Forward(c.compiled, c.ids), right)
+        variants["stock compiled"] = Variant(lambda: Forward(c.compiled, c.ids), right)
     if s.identity:
-        found["identity"] = Variant(lambda: Forward(c.identity, c.ids), right)
+        variants["identity"] = Variant(lambda: Forward(c.identity, c.ids), right)
     for g in s.groups:
         def by_hand(g=g):
             with torch.no_grad():
                 return {"logits": c.naive(g).naive.logits(c.ids)}
 
         for level in s.lowering:
-            found[f"g={g} {level}"] = Variant(
+            variants[f"g={g} {level}"] = Variant(
                 lambda g=g, level=level: Forward(c.turbo(g, level), c.ids), by_hand, floor=c.floor(forward_floor, g),
             )
-    return Measurement("forward", "TurboConn forward", "stock", found, dtype=s.dtype, notes=c.notes())
+    return Measurement("forward", "TurboConn forward", "stock", variants, dtype=s.dtype, notes=c.notes())
 
 
 def measurements(s: Namespace) -> Iterator[Measurement]:

@@ -179,19 +179,19 @@ def complexity(
     kind = precision_kind(precision)
     t, p = growth(loops), growth(padding)
     if delay_edges:
-        found = _delay_edges(t, p)
+        statements = _delay_edges(t, p)
     elif token_routing:
-        found = _routes(t, p, token_routing == "topk")
+        statements = _routes(t, p, token_routing == "topk")
     elif shifts:
-        found = _shifts(t, p, kind)
+        statements = _shifts(t, p, kind)
     else:
-        found = _loops(t, p, kind)
+        statements = _loops(t, p, kind)
     if cot_steps is not None:
         plain = not (delay_edges or token_routing or shifts)
-        found += _chain_of_thought(growth(cot_steps), t, p, kind, plain)
+        statements += _chain_of_thought(growth(cot_steps), t, p, kind, plain)
     if diffusion_steps is not None:
-        found += _diffusion(growth(diffusion_steps), kind)
-    return found
+        statements += _diffusion(growth(diffusion_steps), kind)
+    return statements
 
 
 def _name(kind: str, degree: int) -> str:
@@ -224,31 +224,31 @@ def _loops(t: Growth, p: Growth, kind: Literal["fixed", "log"]) -> list[Statemen
     degree = t.degree or 0
     name = _name(kind, degree)
     if p.kind == "polynomial" and t.exact:
-        found = [Statement(
+        statements = [Statement(
             f"With polynomial padding and {_runs(degree)} the family decides exactly {name}.", padded, cite, "proven",
         )]
     else:
-        found = _at_most(degree, kind)
+        statements = _at_most(degree, kind)
         if not t.exact:
-            found.append(Statement(
+            statements.append(Statement(
                 f"This loop count lies between log^{degree - 1} n and log^{degree} n: the results are about Theta(log^d n) "
                 "loops for whole d, and no class between theirs is known to be reached exactly.", (), "", "no statement",
             ))
         else:
-            found.append(Statement(f"Without polynomial padding: whether everything in {name} is reached is not proven.",
-                                   (), "", "no statement"))
+            statements.append(Statement(f"Without polynomial padding: whether everything in {name} is reached is not proven.",
+                                        (), "", "no statement"))
     if degree:
-        found.append(Statement(
+        statements.append(Statement(
             "Polylogarithmically many loops (all powers of log n together) with polynomial padding reach exactly NC.",
             padded, cite, "proven",
         ))
     if kind == "fixed":
-        found.append(Statement(
+        statements.append(Statement(
             "Against O(log n) bits per number, TC^d drops to AC^d; more width than O(log n), or hard instead of soft attention, "
             "changes nothing.",
             padded, _PAPER["fixed"], "proven",
         ))
-    return found
+    return statements
 
 
 def _at_most(degree: int, kind: Literal["fixed", "log"]) -> list[Statement]:
@@ -288,18 +288,18 @@ def _shifts(t: Growth, p: Growth, kind: Literal["fixed", "log"]) -> list[Stateme
 
 
 def _routes(t: Growth, p: Growth, ranked: bool) -> list[Statement]:
-    found = [Statement(
+    statements = [Statement(
         "Tokens that take only some of the blocks: no class is proven. The looping results are about stacks that every token "
         "takes, and nothing is proven about what leaving some out costs or adds in power.", (), "", "no statement",
     )]
     if ranked:
-        found.append(Statement(
+        statements.append(Statement(
             "A choice of the best k tokens of a row counts them: with k half of the row the family decides MAJORITY (the last "
             "token that is taken has bit 1), which is outside AC^0. No bound by AC^0 holds for it, at any precision.",
             ("a capacity strictly between 0 and 1", "scores that tell two tokens apart", "a block that reads the taken tokens"),
             "elementary", "proven",
         ))
-    return found + _in_p(t, p)
+    return statements + _in_p(t, p)
 
 
 def _delay_edges(t: Growth, p: Growth) -> list[Statement]:
@@ -329,7 +329,7 @@ def _chain_of_thought(
             "Chain of thought against loops: the comparisons assume O(log n) bits per number; at fixed precision they are not "
             "proven.", (), "", "no statement",
         )]
-    found = [Statement(
+    statements = [Statement(
         "A DAG of local functions can be evaluated in about as many chain-of-thought steps as it has nodes, or in about as "
         "many loops as it has levels. Both are upper bounds.",
         ("O(log n) bits per number", "local functions that a block computes", "bounded fan-in",
@@ -338,22 +338,22 @@ def _chain_of_thought(
     k = t.power
     if plain and k and p.kind == "polynomial" and steps.degree is not None and steps.degree <= k:
         j = "a constant number of" if steps.kind == "constant" else f"O(log^{steps.degree} n)"
-        found.append(Statement(
+        statements.append(Statement(
             f"With {j} chain-of-thought steps and no loops a model decides strictly less than with Theta(log^{k} n) loops.",
             (f"TC^{k - 1} is not TC^{k}", "O(log n) bits per number", "deterministic decoding", "polynomial padding"),
             "2505.19245", "conditional",
         ))
     else:
-        found.append(Statement(
+        statements.append(Statement(
             "For this pair of step and loop counts no separation is proven; the known one is between at most log^k n steps and "
             "Theta(log^k n) loops of every token, on polynomial padding.",
             (), "", "no statement",
         ))
-    found.append(Statement(
+    statements.append(Statement(
         "Sampled chain of thought gives randomised approximation schemes that deterministic loops lack.",
         ("stochastic decoding", "the complexity assumptions of the paper"), "2505.19245", "conditional",
     ))
-    return found
+    return statements
 
 
 def _diffusion(steps: Growth, kind: Literal["fixed", "log"]) -> list[Statement]:
@@ -363,7 +363,7 @@ def _diffusion(steps: Growth, kind: Literal["fixed", "log"]) -> list[Statement]:
         "a fixed number of bits per number", "width that grows as log N", _LOGSPACE,
         "a learned planner that chooses the positions to write, and may write them again",
     )
-    found = [
+    statements = [
         Statement(
             "T steps of masked diffusion on P masks lie within T loops on P pads, and these within T steps on "
             "(N + P)*D masks.",
@@ -376,14 +376,14 @@ def _diffusion(steps: Growth, kind: Literal["fixed", "log"]) -> list[Statement]:
         ),
     ]
     if steps.power is not None:
-        found.insert(0, Statement(
+        statements.insert(0, Statement(
             f"{'A constant number of' if steps.power == 0 else f'Theta(log^{steps.power} n)'} diffusion steps decide exactly "
             f"L-uniform AC^{steps.power}.",
             (*setting, "polynomially many masks"), "2510.13117", "proven",
         ))
     if steps.power == 1:
-        found.append(Statement(
+        statements.append(Statement(
             "Chain of thought of log N steps is strictly weaker than masked diffusion of log N steps on N masks.",
             setting, "2510.13117", "proven",
         ))
-    return found
+    return statements

@@ -41,18 +41,18 @@ def dependences(program: Program, calls: bool = False) -> tuple[Dependence, ...]
     dependence starts at that input and never at the visit's result.
     """
     writers = {writes_slot(o): o for o in program.visits}
-    found = []
+    edges = []
     for o in program.ops:
         if not o.name:
             continue
         distance = OPS[o.kind].lag(o)
-        found += [Dependence(a, o.name, distance, "delay" if distance else "flow") for a in o.args]
-        found += [Dependence(keys_from(writers[s]), o.name, 0, "attention") for s in reads_slots(o)]
+        edges += [Dependence(a, o.name, distance, "delay" if distance else "flow") for a in o.args]
+        edges += [Dependence(keys_from(writers[s]), o.name, 0, "attention") for s in reads_slots(o)]
         if calls and o.kind == "block" and o["past"] is not None:
-            found.append(Dependence(keys_from(writers[o["past"]]), o.name, 1, "past"))
+            edges.append(Dependence(keys_from(writers[o["past"]]), o.name, 1, "past"))
         if OPS[o.kind].waits(o):
-            found.append(Dependence(o.args[0], o.name, 0, "future"))
-    return tuple(found)
+            edges.append(Dependence(o.args[0], o.name, 0, "future"))
+    return tuple(edges)
 
 
 def slot_order(program: Program) -> tuple[tuple[str, str], ...]:
@@ -75,11 +75,11 @@ def cycles(program: Program, calls: bool = False, slots: bool = False) -> tuple[
     graph.add_edges_from((d.source, d.target) for d in dependences(program, calls))
     if slots:
         graph.add_edges_from(slot_order(program))
-    found = [
+    components = [
         frozenset(c) for c in nx.strongly_connected_components(graph)
         if len(c) > 1 or any(graph.has_edge(v, v) for v in c)
     ]
-    return tuple(sorted(found, key=lambda c: min(program.index[v] for v in c)))
+    return tuple(sorted(components, key=lambda c: min(program.index[v] for v in c)))
 
 
 def back_delays(program: Program, cycle: frozenset[str]) -> dict[str, int]:

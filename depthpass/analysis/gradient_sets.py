@@ -67,11 +67,11 @@ class GradientComparison:
 
     def rd_table(self, first: str | None = None, second: str | None = None) -> dict[str, dict[str, float]]:
         """Mean of \\|RD\\| over the blocks of a part, by part and projection."""
-        found = self.relative_difference(first, second)
+        differences = self.relative_difference(first, second)
         table: dict[str, dict[str, float]] = {}
         for part, (start, stop) in self.ranges.items():
             by_projection: dict[str, list[float]] = {}
-            for (block, projection), value in found.items():
+            for (block, projection), value in differences.items():
                 if start <= block < stop and value == value:
                     by_projection.setdefault(projection, []).append(abs(value))
             table[part] = {p: sum(v) / len(v) for p, v in by_projection.items()}
@@ -79,9 +79,9 @@ class GradientComparison:
 
     def largest(self, count: int = 5, first: str | None = None, second: str | None = None) -> list[tuple[int, str, float]]:
         """The ``count`` largest \\|RD\\|, as (block, projection, RD)."""
-        found = self.relative_difference(first, second)
-        order = sorted((k for k, v in found.items() if v == v), key=lambda k: -abs(found[k]))
-        return [(block, projection, found[block, projection]) for block, projection in order[:count]]
+        differences = self.relative_difference(first, second)
+        order = sorted((k for k, v in differences.items() if v == v), key=lambda k: -abs(differences[k]))
+        return [(block, projection, differences[block, projection]) for block, projection in order[:count]]
 
     def __str__(self) -> str:
         projections = next(iter(self.sets.values())).projections
@@ -125,12 +125,12 @@ def compare_gradients(
     for name, responses in calls.items():
         if not responses:
             raise InputError(f"gradients: expected responses in every set, got none in {name!r}.")
-    found = {name: _mean([gradients_of(model, c, loss=loss, projections=projections) for c in rs]) for name, rs in calls.items()}
-    blocks = next(iter(found.values())).blocks
+    means = {name: _mean([gradients_of(model, c, loss=loss, projections=projections) for c in rs]) for name, rs in calls.items()}
+    blocks = next(iter(means.values())).blocks
     cut = (blocks // 3, 2 * (blocks // 3)) if parts is None else tuple(parts)
     if len(cut) != 2 or not 0 <= cut[0] <= cut[1] <= blocks:
         raise InputError(f"gradients: parts: expected two blocks 0 <= a <= b <= {blocks}, got {parts!r}.")
-    return GradientComparison(found, {name: len(rs) for name, rs in calls.items()}, (cut[0], cut[1]))
+    return GradientComparison(means, {name: len(rs) for name, rs in calls.items()}, (cut[0], cut[1]))
 
 
 def _call(where: str, response: Response, device: torch.device, words: int | None) -> Mapping[str, Tensor]:

@@ -94,12 +94,12 @@ class GradientReport:
 
         Projections that fewer than two blocks of the range have are left out.
         """
-        found = {}
+        differences = {}
         for projection in self.projections:
             norms = [v for b, v in self.profile(projection, value).items() if start <= b < (stop or self.blocks)]
             if len(norms) > 1:
-                found[projection] = sum(abs(b - a) for a, b in pairwise(norms)) / (len(norms) - 1)
-        return found
+                differences[projection] = sum(abs(b - a) for a, b in pairwise(norms)) / (len(norms) - 1)
+        return differences
 
     def relative_difference(self, other: GradientReport) -> dict[tuple[int, str], float]:
         """(other - self) / self of the nuclear norms, by block and projection.
@@ -225,16 +225,16 @@ def gradients_of(
     """:func:`gradients` of one batch."""
     if loss is None and "labels" not in batch:
         raise InputError("gradients: expected labels in the batch, or loss= (a function of the model's output).")
-    found, value = _visit_gradients(model, batch, loss, projections)
+    by_visit, value = _visit_gradients(model, batch, loss, projections)
     layers: dict[tuple[int, str], Tensor] = {}
     visits = []
-    for (block, visit, name), gradient in found.items():
+    for (block, visit, name), gradient in by_visit.items():
         visits.append(_matrix(block, visit, name, gradient))
         layers[block, name] = gradient if (block, name) not in layers else layers[block, name] + gradient
     return GradientReport(
         type(model).__name__, value, 1 + max(b for b, _ in layers),
         tuple(_matrix(b, None, name, t) for (b, name), t in sorted(layers.items(), key=lambda e: e[0][0])),
-        tuple(visits), {(v, name): t for (_, v, name), t in found.items()} if keep else {},
+        tuple(visits), {(v, name): t for (_, v, name), t in by_visit.items()} if keep else {},
     )
 
 
@@ -266,8 +266,8 @@ def _visit_gradients(
                              f"{tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__}.")
         # A block that no token was routed to has no gradient: zero.
         grads = torch.autograd.grad(value, list(aliases.values()), allow_unused=True)
-    found = {k: torch.zeros_like(a) if d is None else d.detach() for (k, a), d in zip(aliases.items(), grads)}
-    return found, float(value.detach())
+    by_visit = {k: torch.zeros_like(a) if d is None else d.detach() for (k, a), d in zip(aliases.items(), grads)}
+    return by_visit, float(value.detach())
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
@@ -278,10 +278,10 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 
 def _matrices(blocks: Sequence[nn.Module], projections: Sequence[str] | None) -> list[tuple[str, ...]]:
     """Names of the weight matrices of every block."""
-    found = [tuple(k for k, p in b.named_parameters() if p.dim() >= 2 and p.is_floating_point()) for b in blocks]
+    matrices = [tuple(k for k, p in b.named_parameters() if p.dim() >= 2 and p.is_floating_point()) for b in blocks]
     if projections is None:
-        return found
-    every = {k.removesuffix(".weight") for names in found for k in names}
+        return matrices
+    every = {k.removesuffix(".weight") for names in matrices for k in names}
     known = {p for k in every for p in (k, k.rsplit(".", 1)[-1])}
     for wanted in projections:
         if wanted not in known:
@@ -289,7 +289,7 @@ def _matrices(blocks: Sequence[nn.Module], projections: Sequence[str] | None) ->
                              f"Known: {', '.join(sorted(every))}.")
     wanted = set(projections)
     return [
-        tuple(k for k in names if {(p := k.removesuffix(".weight")), p.rsplit(".", 1)[-1]} & wanted) for names in found
+        tuple(k for k in names if {(p := k.removesuffix(".weight")), p.rsplit(".", 1)[-1]} & wanted) for names in matrices
     ]
 
 
@@ -343,7 +343,7 @@ def _aliased(
 
 @contextmanager
 def _swapped(block: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put tensors in the place of a block's parameters."""
+    """Put tensors in place of a block's parameters."""
     places = []
     for name, tensor in tensors.items():
         owner, _, last = name.rpartition(".")

@@ -18,16 +18,16 @@ def later_slots(program: Program) -> dict[int, int]:
     Slots that only some tokens write, that calls hand on to another slot, or that a gate cuts to a window are left out.
     """
     first: dict[int, int] = {}
-    found: dict[int, int] = {}
+    later: dict[int, int] = {}
     routed = any(o.kind == "route" for o in program)
     for o in program.visits:
         slot = writes_slot(o)
         if slot is None or o["past"] is not None or o["gate"] is not None or routed:
             continue
         if o["index"] in first and slot not in first.values():
-            found[slot] = first[o["index"]]
+            later[slot] = first[o["index"]]
         first.setdefault(o["index"], slot)
-    return found
+    return later
 
 
 def residual_bytes(width: int, bits: int, itemsize: int) -> int:

@@ -54,10 +54,10 @@ class LogitLens:
         ]
 
     def __str__(self) -> str:
-        found = self.rows()
+        rows = self.rows()
         width = max(len(n) for n in self.names)
         lines = [f"logit lens at token {self.last[0]} of row 0; KL(output || tap) in nats"]
-        for r in found:
+        for r in rows:
             words = ", ".join(f"{w} {p:.3f}" for w, p in zip(r["tokens"], r["probabilities"]))  # type: ignore[call-overload]
             lines.append(f"{str(r['tap']).ljust(width)}  {r['KL']:9.4f}  {words}")
         return "\n".join(lines)
@@ -108,14 +108,14 @@ def logit_lens(
         if not any(isinstance(p, Loop) for p in passes):
             raise InputError("logit_lens: expected a program with a loop, got one without. Pass at='visits'.")
         spec = [replace(p, taps=True) if isinstance(p, Loop) else p for p in passes]
-    given = {"input_ids": batch} if isinstance(batch, Tensor) else {
+    inputs = {"input_ids": batch} if isinstance(batch, Tensor) else {
         k: v for k, v in batch.items() if k in ("input_ids", "attention_mask", "inputs_embeds", "position_ids")
     }
     training = model.training
     model.eval()
     try:
         with using(model, spec), torch.no_grad():
-            out = model(**given, use_cache=False)
+            out = model(**inputs, use_cache=False)
     finally:
         model.train(training)
     heads = {o["name"] for o in inner.depth_program.taps} if at == "visits" else set()
@@ -123,7 +123,7 @@ def logit_lens(
     logits = torch.stack([*taps.values(), out.logits]).float().log_softmax(-1)
     best = logits.topk(min(top, logits.shape[-1]), -1)
     final = logits[-1]
-    mask = given.get("attention_mask")
+    mask = inputs.get("attention_mask")
     columns, count = logits.shape[2], logits.shape[1]
     last = [columns - 1] * count if mask is None else [int(m.nonzero().max()) for m in mask]
     return LogitLens(

@@ -114,17 +114,17 @@ def solve(nodes: Sequence[Node], sources: frozenset[object]) -> tuple[dict[objec
         if len(block) == 1 and not graph.has_edge(members[0], members[0]):
             solved[members[0]] = inputs[members[0]].plus(block[0].weight).absent_before(block[0].absent)
             continue
-        recurrence, found = _solve_cycle(block, inputs)
+        recurrence, growths = _solve_cycle(block, inputs)
         recurrences.append(recurrence)
-        solved.update(found)
+        solved.update(growths)
     return solved, tuple(recurrences)
 
 
 def _inputs(n: Node, inside: set[object], sources: frozenset[object], solved: Mapping[object, Growth]) -> Growth:
     """What a node gets from outside its component, before its own weight."""
-    found = [ZERO] if n.name in sources else []
-    found += [solved[u].delayed(d) if isinstance(d, int) else solved[u].held(d.size) for u, d in n.arcs if u not in inside]
-    return maximum(found)
+    growths = [ZERO] if n.name in sources else []
+    growths += [solved[u].delayed(d) if isinstance(d, int) else solved[u].held(d.size) for u, d in n.arcs if u not in inside]
+    return maximum(growths)
 
 
 def _solve_cycle(block: Sequence[Node], inputs: Mapping[object, Growth]) -> tuple[Recurrence, dict[object, Growth]]:
@@ -144,12 +144,12 @@ def _solve_cycle(block: Sequence[Node], inputs: Mapping[object, Growth]) -> tupl
             start = tokens - 2 * period - reach
             step = int(table[-1][0] - table[-1 - period][0] if groups else fastest * period)
             if _repeats(table, period, step, start) and _certified(block, inner, inputs, values, start, period, step):
-                found = {v: Growth(tuple(x[: start + period]), period, step).normal() for v, x in values.items()}
-                start = max(g.start for g in found.values())
+                growths = {v: Growth(tuple(x[: start + period]), period, step).normal() for v, x in values.items()}
+                start = max(g.start for g in growths.values())
                 names = tuple(n.name for n in block)
                 if groups:
                     ratio = fastest = Fraction(step, period)
-                return Recurrence(names, start, period, step, ratio, cycle, fastest > ratio, tokens), found
+                return Recurrence(names, start, period, step, ratio, cycle, fastest > ratio, tokens), growths
         tokens *= 2
     raise PassError(
         f"depth: no closed form found within {TOKEN_LIMIT} tokens for the cycle through "

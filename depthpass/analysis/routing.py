@@ -23,24 +23,24 @@ def unrouted_visits(program: Program) -> int:
 def without_routes(program: Program) -> Program | None:
     """The program as it is when no route takes a token; None when some visit reads keys that only routed tokens have."""
     gone: set[str] = set()
-    same: dict[str, str] = {}
-    kept: list[Op] = []
+    replaced_by: dict[str, str] = {}
+    ops: list[Op] = []
 
     def at(name: str) -> str:
-        while name in same:
-            name = same[name]
+        while name in replaced_by:
+            name = replaced_by[name]
         return name
 
     for o in program.ops:
         if o.kind == "route":
             gone.add(o.name)
         elif o.kind == "scatter":
-            same[o.name] = o.args[0]
+            replaced_by[o.name] = o.args[0]
         elif any(a in gone for a in o.args):
             gone |= {o.name} - {""}
         else:
-            kept.append(o)
+            ops.append(o)
     try:
-        return verify(replace(program, ops=tuple(replace(o, args=tuple(map(at, o.args))) for o in kept)))
+        return verify(replace(program, ops=tuple(replace(o, args=tuple(map(at, o.args))) for o in ops)))
     except VerifyError:
         return None

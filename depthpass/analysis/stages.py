@@ -105,19 +105,19 @@ class Stages:
 
     def _trims(self) -> tuple[dict[str, int], bool]:
         """Values behind a trim, and whether any is mixed with values that are not, read at other tokens or padded again."""
-        found: dict[str, int] = {}
+        trims: dict[str, int] = {}
         mixed = False
         for o in self.program.ops:
             if not o.name or o.kind == "delay":
                 continue
-            behind = {found.get(a, 0) for a in o.args}
+            behind = {trims.get(a, 0) for a in o.args}
             if o.kind == "trim":
                 mixed |= behind != {0}
-                found[o.name] = o["tokens"]
-            elif any(behind) or (o.kind == "block" and any(self._source(s) in found for s in reads_slots(o))):
+                trims[o.name] = o["tokens"]
+            elif any(behind) or (o.kind == "block" and any(self._source(s) in trims for s in reads_slots(o))):
                 mixed |= len(behind) > 1 or o.kind in ("block", "pad")
-                found[o.name] = max(*behind, 1)
-        return found, mixed or any(o.args[0] in found for o in self.program.ops if o.kind == "delay")
+                trims[o.name] = max(*behind, 1)
+        return trims, mixed or any(o.args[0] in trims for o in self.program.ops if o.kind == "delay")
 
     def _check_pads(self) -> None:
         """Refuse a delay over pads that reads what those pads have left at the last real token."""
@@ -174,15 +174,15 @@ class Stages:
             known = [(u, d if isinstance(d, int) else 1) for u, d in arcs]
             return tuple(self._at(u, k - distance) for u, distance in known if k - distance <= self.pads(u))
         # Pads may break the order of depths along the row, so attention reads every earlier token here.
-        found = [self._at(a, k) for a in o.args]
+        keys = [self._at(a, k) for a in o.args]
         for slot in reads_slots(o):
             source = self._source(slot)
             window = o["window"] if slot == o["slot"] else None
             # Of real tokens the last one stands for all before it, unless a trim has given it something else.
             least = -1 if source in self.trimmed else 0
             first = least if window is None else max(least, k + 1 - window)
-            found += [self._at(source, j) for j in range(first, min(k, self.pads(source)) + 1)]
-        return tuple(dict.fromkeys(found))
+            keys += [self._at(source, j) for j in range(first, min(k, self.pads(source)) + 1)]
+        return tuple(dict.fromkeys(keys))
 
     def _at(self, value: str, k: int) -> tuple[Key, int]:
         """Arc to a value k tokens after the last real one; to that one or an earlier one for k <= 0."""
@@ -201,13 +201,13 @@ class Stages:
 
     def _ends(self, value: str, stage: str | None) -> list[tuple[Key, int, Growth]]:
         """Where a row's longest path may end: key, tokens after the last real one, growth over n - 1."""
-        found = self.solved(stage)
+        solved = self.solved(stage)
         if not self.pads_apart:
             later = self.trimmed.get(value, self.pads(value))
-            return [(value, later, found[value].advanced(later))]
+            return [(value, later, solved[value].advanced(later))]
         # Behind a trim the last real token has a value of its own, and those before it the plain one.
         back = int(value in self.trimmed)
-        return [(k, -back, found[k].delayed(back)) if k == value else (k, 0, found[k]) for k in self._keys(value)]
+        return [(k, -back, solved[k].delayed(back)) if k == value else (k, 0, solved[k]) for k in self._keys(value)]
 
     def _before(self, value: str) -> list[str | None]:
         """Stages whose paths reach a value."""
@@ -233,7 +233,7 @@ class Stages:
         for stage in (None, *self.routes):
             if stage is None or stage in needed:
                 self.solved(stage)
-        return tuple(dict.fromkeys(r for _, found in self._solved.values() for r in found if set(r.nodes) <= needed))
+        return tuple(dict.fromkeys(r for _, recurrences in self._solved.values() for r in recurrences if set(r.nodes) <= needed))
 
     def path(self, value: str, n: int) -> Iterator[PathVisit]:
         """Visits of a longest path from its end, found by walking back through values that account for each other."""
@@ -243,7 +243,7 @@ class Stages:
                 value = self._deepest(self.program.defs[value].args, last)
                 continue
             stage, key, i = self._end(value, last)
-            found = self.solved(stage)
+            solved = self.solved(stage)
             node = self.arcs[key]
             while True:
                 op = self.program.defs[key if isinstance(key, str) else key[0]]
@@ -251,8 +251,8 @@ class Stages:
                     yield PathVisit(op.name, op["index"], i if isinstance(key, str) else i + key[1])
                 if op.name == stage or not node.arcs:
                     break
-                need = found[key].at(i) - node.weight
-                key, i = next((u, j) for u, d in node.arcs if found[u].at(j := read_at(i, d)) == need)
+                need = solved[key].at(i) - node.weight
+                key, i = next((u, j) for u, d in node.arcs if solved[u].at(j := read_at(i, d)) == need)
                 node = self.arcs[key]
             if stage is None:
                 return

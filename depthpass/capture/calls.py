@@ -1,4 +1,4 @@
-"""Functions that appear in captured graphs in the place of capture-time ops. Each asks the running visit."""
+"""Functions that appear in captured graphs in place of capture-time ops. Each asks the running visit."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def class_items(base: type) -> dict[str, Any]:
 @functools.cache
 def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...]:
     """The globals that methods of a class read, by the dictionary they are in; through functions of the same module too."""
-    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    tables: dict[int, tuple[dict[str, Any], set[str]]] = {}
     todo = [f for base in own_bases(cls) for v in vars(base).values() for f in _functions(v)]
     seen: set[types.CodeType] = set()
     while todo:
@@ -49,12 +49,17 @@ def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...
         if function.__code__ in seen or home not in sys.modules or home.startswith(_BASES):
             continue
         seen.add(function.__code__)
-        for _, value in _looked_up(function, found):
+        for _, value in _looked_up(function, tables):
             todo += [f for f in _functions(value) if f.__module__ == function.__module__]
+<<<<<<< HEAD:depthpass/capture/code.py
     for function in _functions(getattr(cls, "forward", None)):  # of torch's own classes: F.linear may have been replaced, too
         for _ in _looked_up(function, found):
+=======
+    for function in _functions(cls.forward):  # of torch's own classes: F.linear may have been replaced, too
+        for _ in _looked_up(function, tables):
+>>>>>>> main:depthpass/hf/modules/code.py
             pass
-    return tuple((table, tuple(sorted(names))) for table, names in found.values() if names)
+    return tuple((table, tuple(sorted(names))) for table, names in tables.values() if names)
 
 
 def function_globals(function: types.FunctionType) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
@@ -66,14 +71,14 @@ def function_globals(function: types.FunctionType) -> list[tuple[dict[str, Any],
 
 
 def _looked_up(
-    function: types.FunctionType, found: dict[int, tuple[dict[str, Any], set[str]]]
+    function: types.FunctionType, tables: dict[int, tuple[dict[str, Any], set[str]]]
 ) -> Iterator[tuple[str, Any]]:
     """The globals of a function that its code names, and those of the modules among them (``nn.functional.silu``)."""
     mentioned, todo, seen = _names(function.__code__), [function.__globals__], set()
     while todo:
         table = todo.pop()
         seen.add(id(table))
-        names = found.setdefault(id(table), (table, set()))[1]
+        names = tables.setdefault(id(table), (table, set()))[1]
         for name in mentioned & table.keys():
             names.add(name)
             value = table[name]

@@ -32,7 +32,7 @@ class DenseMask:
     """What a dense mask says.
 
     Attributes:
-        window, chunk: as in :class:`~depthpass.capture.model.Site`.
+        window, chunk: as in :class:`~depthpass.capture.captured.Site`.
         valid: the argument that says which tokens are real; None = all.
         positions: an argument that starts a new sequence wherever it does not count up by one; None = no such.
     """
@@ -69,16 +69,16 @@ def recognise(mask: fx.Node, batch: sympy.Expr, tokens: sympy.Symbol, where: str
 
 
 def evaluate(
-    root: fx.Node, given: dict[fx.Node, Tensor], sizes: dict[sympy.Symbol, int], scalars: dict[int, int] | None = None
+    root: fx.Node, values: dict[fx.Node, Tensor], sizes: dict[sympy.Symbol, int], scalars: dict[int, int] | None = None
 ) -> Tensor:
     """Run the ops that a node needs, on real tensors on the CPU.
 
     Args:
-        given: values of the tensors it starts from.
+        values: values of the tensors it starts from.
         sizes: values of the symbols of the shapes.
-        scalars: whole numbers to put in the place of others, in arithmetic and comparisons.
+        scalars: whole numbers to put in place of others, in arithmetic and comparisons.
     """
-    env: dict[fx.Node, Any] = dict(given)
+    env: dict[fx.Node, Any] = dict(values)
 
     def value(a: Any, swap: bool) -> Any:
         if isinstance(a, fx.Node):
@@ -91,7 +91,7 @@ def evaluate(
             return scalars.get(a, a)
         return a
 
-    for node in _ancestors(root, stop=set(given)):
+    for node in _ancestors(root, stop=set(values)):
         if node in env:
             continue
         target: Any = node.target

@@ -89,8 +89,8 @@ class Functions:
 @contextmanager
 def own_backwards(model: torch.nn.Module) -> Iterator[Functions]:
     """Mark the ``torch.autograd.Function`` classes that run here, other than torch's own and exact ones."""
-    found, thread = Functions(), threading.get_ident()
-    held, changed = function._is_setup_context_defined, {}
+    functions, thread = Functions(), threading.get_ident()
+    original, changed = function._is_setup_context_defined, {}
 
     def asked(setup_context: Any) -> bool:
         # The first thing that ``apply`` does; ``apply`` itself may be held by name (``sign = Sign.apply``) since long ago.
@@ -99,14 +99,14 @@ def own_backwards(model: torch.nn.Module) -> Iterator[Functions]:
         exact = package == "torch" or (package, name) in _EXACT or ((package, name) in _IN_TRAINING and not model.training)
         if not exact and cls not in changed and threading.get_ident() == thread:
             changed[cls] = vars(cls).get("forward")
-            cls.forward = staticmethod(_marked(cls, cls.forward, not held(setup_context), found, thread))
-        return held(setup_context)
+            cls.forward = staticmethod(_marked(cls, cls.forward, not original(setup_context), functions, thread))
+        return original(setup_context)
 
     setattr(function, "_is_setup_context_defined", asked)  # noqa: B010  pyright knows it as a function
     try:
-        yield found
+        yield functions
     finally:
-        setattr(function, "_is_setup_context_defined", held)  # noqa: B010
+        setattr(function, "_is_setup_context_defined", original)  # noqa: B010
         for cls, forward in changed.items():
             if forward is None:
                 del cls.forward
@@ -114,7 +114,7 @@ def own_backwards(model: torch.nn.Module) -> Iterator[Functions]:
                 cls.forward = forward
 
 
-def _marked(cls: Any, forward: Callable, with_context: bool, found: Functions, thread: int) -> Callable:
+def _marked(cls: Any, forward: Callable, with_context: bool, functions: Functions, thread: int) -> Callable:
     """A function's forward with markers around it, where it is being traced."""
 
     def marked(*given):
@@ -123,11 +123,11 @@ def _marked(cls: Any, forward: Callable, with_context: bool, found: Functions, t
         if threading.get_ident() != thread or not any(isinstance(a, FakeTensor) for a in tensors):
             return forward(*given)
         if not all(isinstance(leaf, _PLAIN) for a in args if not isinstance(a, Tensor) for leaf in pytree.tree_leaves(a)):
-            found.lose(cls.__qualname__)
+            functions.lose(cls.__qualname__)
             return forward(*given)
-        number = len(found.calls)
-        call = FunctionCall(cls.__qualname__, _applied(cls, args, found))
-        found.calls.append(call)
+        number = len(functions.calls)
+        call = FunctionCall(cls.__qualname__, _applied(cls, args, functions))
+        functions.calls.append(call)
         inputs = [torch.ops.depthpass.function_in(a, number) if isinstance(a, Tensor) else a for a in args]
         result = forward(*given[: int(with_context)], *inputs)
         if getattr(ctx, "dirty_tensors", None):
@@ -145,14 +145,14 @@ def _marked(cls: Any, forward: Callable, with_context: bool, found: Functions, t
     return marked
 
 
-def _applied(cls: Any, args: tuple, found: Functions) -> Callable:
+def _applied(cls: Any, args: tuple, functions: Functions) -> Callable:
     """``cls.apply`` as a function of its tensors, with a name of its own: equal code of two graphs then means equal calls."""
     template = tuple(None if isinstance(a, Tensor) else a for a in args)
     places = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
     leaves, tree = pytree.tree_flatten(template)
     key = (cls, tuple(places), str(tree), tuple(id(x) if callable(x) else repr(x) for x in leaves))
-    if key in found.applied:
-        return found.applied[key]
+    if key in functions.applied:
+        return functions.applied[key]
 
     def apply(*tensors: Tensor):
         given = list(template)
@@ -161,7 +161,7 @@ def _applied(cls: Any, args: tuple, found: Functions) -> Callable:
         return cls.apply(*given)
 
     apply.__name__ = apply.__qualname__ = f"{cls.__name__}_{abs(hash(key)):x}"
-    return found.applied.setdefault(key, apply)
+    return functions.applied.setdefault(key, apply)
 
 
 def number_of(marker: fx.Node) -> int:
@@ -178,13 +178,13 @@ def interior(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
             first.setdefault(number_of(node), i)
         elif node.target is OUT:
             last[number_of(node)] = i
-    found: dict[fx.Node, int] = {}
+    calls: dict[fx.Node, int] = {}
     for call, end in last.items():
         for node in nodes[first[call] : end]:
             marker = node.target in (IN, OUT) and number_of(node) == call
             if not marker and not isinstance(node.meta.get("val"), torch.SymInt):
-                found.setdefault(node, call)
-    return found
+                calls.setdefault(node, call)
+    return calls
 
 
 def splits(call: FunctionCall, inputs: Sequence[object], batch: sympy.Expr, tokens: sympy.Expr) -> bool:
@@ -207,7 +207,7 @@ _PARTS = 3
 
 def _splits(call: FunctionCall, values: Sequence[Tensor], sizes: dict[Any, int], symbol: sympy.Expr) -> bool:
     generator = torch.Generator().manual_seed(0)
-    axes, given = [], []
+    axes, examples = [], []
     for value in values:
         shape = [sympy.sympify(s.node.expr if isinstance(s, torch.SymInt) else s) for s in value.shape]
         along = [d for d, s in enumerate(shape) if symbol in s.free_symbols]
@@ -215,10 +215,10 @@ def _splits(call: FunctionCall, values: Sequence[Tensor], sizes: dict[Any, int],
         size = [int(s.subs(sizes)) for s in shape]
         x = torch.randn(size, generator=generator, dtype=torch.float64).to(value.device)
         smooth = value.is_floating_point() or value.is_complex()
-        given.append(x.to(value.dtype) if smooth else torch.ones_like(x, dtype=value.dtype))
+        examples.append(x.to(value.dtype) if smooth else torch.ones_like(x, dtype=value.dtype))
     state = torch.random.get_rng_state()
     try:
-        whole, parts = _gradients(call, given, axes, generator)
+        whole, parts = _gradients(call, examples, axes, generator)
     except Exception:  # the function's own code: what it cannot do here is not known to be right
         return False
     finally:
@@ -226,7 +226,7 @@ def _splits(call: FunctionCall, values: Sequence[Tensor], sizes: dict[Any, int],
     return all(_close(a, b) for a, b in zip(whole, parts))
 
 
-def _gradients(call: FunctionCall, given: Sequence[Tensor], axes: Sequence[int | None], generator: torch.Generator):
+def _gradients(call: FunctionCall, inputs: Sequence[Tensor], axes: Sequence[int | None], generator: torch.Generator):
     """Gradients of one run over everything, and of runs over its parts put together."""
 
     def run(tensors: Sequence[Tensor], grads: Callable[[int, Tensor], Tensor]) -> list[Tensor]:
@@ -237,8 +237,8 @@ def _gradients(call: FunctionCall, given: Sequence[Tensor], axes: Sequence[int |
         trained = [x for x in leaves if x.requires_grad]
         if not pairs or not trained:
             return []
-        found = torch.autograd.grad([y for y, _ in pairs], trained, [g for _, g in pairs], allow_unused=True)
-        return [torch.zeros_like(x) if g is None else g for x, g in zip(trained, found)]
+        gradients = torch.autograd.grad([y for y, _ in pairs], trained, [g for _, g in pairs], allow_unused=True)
+        return [torch.zeros_like(x) if g is None else g for x, g in zip(trained, gradients)]
 
     def cut(x: Tensor, axis: int | None, part: int) -> Tensor:
         return x if axis is None else x.chunk(_PARTS, axis)[part]
@@ -253,14 +253,14 @@ def _gradients(call: FunctionCall, given: Sequence[Tensor], axes: Sequence[int |
 
         return grads
 
-    parts = [run([cut(x, a, p) for x, a in zip(given, axes)], part_of(p)) for p in range(_PARTS)]
+    parts = [run([cut(x, a, p) for x, a in zip(inputs, axes)], part_of(p)) for p in range(_PARTS)]
 
     def whole_grads(i: int, y: Tensor) -> Tensor:
         grown = [d for d, (a, b) in enumerate(zip(y.shape, drawn[i][0].shape)) if a != b]
         return torch.cat(drawn[i], grown[0]) if grown else torch.stack(drawn[i]).sum(0)
 
-    whole = run(given, whole_grads)
-    trained = [a for x, a in zip(given, axes) if x.is_floating_point()]
+    whole = run(inputs, whole_grads)
+    trained = [a for x, a in zip(inputs, axes) if x.is_floating_point()]
     together = [sum(ps) if a is None else torch.cat(ps, a) for a, ps in zip(trained, zip(*parts))]
     return whole, together
 

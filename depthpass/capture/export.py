@@ -37,8 +37,8 @@ def sharing_copy(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
     Args:
         shared: further objects that the copy keeps.
     """
-    made = (x for m in module.modules() for x in m.__dict__.values() if isinstance(x, torch.Tensor) and x.grad_fn is not None)
-    memo = {id(t): t for t in (*module.parameters(), *module.buffers(), *made, *shared)}
+    results = (x for m in module.modules() for x in m.__dict__.values() if isinstance(x, torch.Tensor) and x.grad_fn is not None)
+    memo = {id(t): t for t in (*module.parameters(), *module.buffers(), *results, *shared)}
     return copy.deepcopy(module, memo)
 
 

@@ -140,10 +140,10 @@ def _screen_attention(model: nn.Module, layers: str) -> None:
     for i, block in enumerate(block_list(model, layers)):
         if any(dispatches(type(m)) for m in block.modules()):
             continue
-        found = [(f"{layers}.{i}.{path}", m) for path, m in block.named_modules()
-                 if path and type(m).__module__.startswith(_LIBRARY) and computes_attention(type(m))]
-        if found:
-            raise attends_by_itself(name, *found[0])
+        attending = [(f"{layers}.{i}.{path}", m) for path, m in block.named_modules()
+                     if path and type(m).__module__.startswith(_LIBRARY) and computes_attention(type(m))]
+        if attending:
+            raise attends_by_itself(name, *attending[0])
 
 
 def _mixers(model: nn.Module, layers: str) -> list[str]:

@@ -87,7 +87,7 @@ class _Copier:
 
     def __init__(self) -> None:
         self.twins: dict[int, Any] = {}
-        self.kept: list[Any] = []  # what is in `made`: an id must not be given to another object meanwhile
+        self.kept: list[Any] = []  # what is in `twins`: an id must not be given to another object meanwhile
         self.leave: tuple[nn.Module | None, tuple[str, ...]] = (None, ())
         self.room: dict[tuple[torch.dtype, torch.device], Tensor] = {}
         self.dtypes: Mapping[int, torch.dtype] = {}
@@ -124,7 +124,7 @@ class _Copier:
         return new
 
     def parameter(self, old: Tensor | None) -> Tensor | None:
-        # A functional call puts plain tensors in the place of parameters, which a trace refuses.
+        # A functional call puts plain tensors in place of parameters, which a trace refuses.
         if old is None or (isinstance(old, nn.Parameter) and self.fits(old)):
             return old
         if id(old) not in self.twins:

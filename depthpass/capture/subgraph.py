@@ -81,7 +81,7 @@ class Subgraph:
         return expression
 
     def call(self, fn: Callable, args: tuple[Argument, ...], like: fx.Node) -> fx.Node:
-        """Call a function in the place of a node."""
+        """Call a function in place of a node."""
         node = self.graph.call_function(fn, args)
         node.meta = dict(like.meta)
         return node
@@ -121,8 +121,8 @@ class Subgraph:
         if number not in self._called:
             inputs = tuple(self.env[node_of(x)] for x in cast("list[Argument]", n.args[1]))
             self._called[number] = self.call(call.apply, inputs, n)
-        made = self._called[number]
-        return made if call.single else self.call(operator.getitem, (made, n.args[3]), n)
+        called = self._called[number]
+        return called if call.single else self.call(operator.getitem, (called, n.args[3]), n)
 
     def _copied(self, a: fx.Node) -> Argument:
         """What stands for a node; attributes are copied where they are first read."""

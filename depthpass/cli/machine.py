@@ -26,15 +26,15 @@ def calibrate(args: argparse.Namespace) -> int:
 
     check_outputs(args.out)
     with working("measuring"):
-        found = ceilings(args.device, dtype_of(args.dtype))
-    data = json.dumps({name: value for name, value, _ in found.rows()}, indent=2)
+        measured = ceilings(args.device, dtype_of(args.dtype))
+    data = json.dumps({name: value for name, value, _ in measured.rows()}, indent=2)
     if args.out:
         write_text(args.out, data + "\n")
     if args.form == "json":
         print(data)
     else:
         print("\n".join(f"{name:<12} {value if isinstance(value, str) else f'{value:.4g}'} {unit}".rstrip()
-                        for name, value, unit in found.rows()))
+                        for name, value, unit in measured.rows()))
     return 0
 
 

@@ -51,17 +51,17 @@ def search(args: argparse.Namespace) -> int:
     from depthpass.hf.checkpoints.folders import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
-    found = search(
+    result = search(
         load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method, budget=args.budget,
         seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
     )
     if args.out:
-        found.save(args.out)
+        result.save(args.out)
     if args.plot:
-        write_text(args.plot, found.to_svg())
+        write_text(args.plot, result.to_svg())
     if args.heat_map:
-        write_text(args.heat_map, found.heat_map().to_svg())
-    show(found, args.form)
+        write_text(args.heat_map, result.heat_map().to_svg())
+    show(result, args.form)
     return 0
 
 

@@ -23,17 +23,17 @@ def passes(args: argparse.Namespace) -> int:
         short = [a for a, name in ALIASES.items() if name == cls.name]
         return {"pass": cls.name, "aliases": short, "what": (cls.__doc__ or "").strip().partition("\n")[0], "options": options}
 
-    found = [listed(pass_class(name)) for name in ([args.name] if args.name else pass_names())]
+    rows = [listed(pass_class(name)) for name in ([args.name] if args.name else pass_names())]
     if args.form == "json":
-        print(json.dumps(found, indent=2))
+        print(json.dumps(rows, indent=2))
     elif args.name:
-        print(f"{found[0]['pass']}: {pass_class(args.name).__doc__}\nOptions")
-        for name, option in found[0]["options"].items():
+        print(f"{rows[0]['pass']}: {pass_class(args.name).__doc__}\nOptions")
+        for name, option in rows[0]["options"].items():
             default = f", default {option['default']}" if "default" in option else ", required"
             print(f"  {name:<16} {option['type']}{default}")
     else:
-        room = max(len(_title(p)) for p in found)
-        print("\n".join(f"{_title(p):<{room}}  {p['what']}" for p in found))
+        room = max(len(_title(p)) for p in rows)
+        print("\n".join(f"{_title(p):<{room}}  {p['what']}" for p in rows))
         print("\nOptions of one: depthpass passes NAME. In a spec: --spec mor, or --spec '{pass: loop, start: 1, end: 3}'.")
     return 0
 
@@ -48,12 +48,12 @@ def presets(args: argparse.Namespace) -> int:
     from depthpass.passes.turboconn_layout import PRESETS
     from depthpass.search.space import PRESETS as SPACES
 
-    found = [{"name": name, "for": "--preset", "what": TurboConn(preset=name).describe()} for name in PRESETS]  # type: ignore[arg-type]
-    found += [{"name": name, "for": "search --space", "what": str(space)} for name, space in SPACES.items()]
+    rows = [{"name": name, "for": "--preset", "what": TurboConn(preset=name).describe()} for name in PRESETS]  # type: ignore[arg-type]
+    rows += [{"name": name, "for": "search --space", "what": str(space)} for name, space in SPACES.items()]
     if args.form == "json":
-        print(json.dumps(found, indent=2))
+        print(json.dumps(rows, indent=2))
     else:
-        print("\n".join(f"{p['name']:<10}  {p['for']:<14}  {p['what']}" for p in found))
+        print("\n".join(f"{p['name']:<10}  {p['for']:<14}  {p['what']}" for p in rows))
     return 0
 
 

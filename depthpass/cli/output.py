@@ -13,16 +13,16 @@ from depthpass.log import Bar, working
 __all__ = ["Bar", "check_outputs", "show", "working", "write_text"]
 
 
-def show(made: Any, form: str | None) -> None:
+def show(result: Any, form: str | None) -> None:
     """Print a report or a table: a chosen form, rich text on a terminal, plain text elsewhere."""
     if sys.stdout.isatty() and form in (None, "text"):
         from rich.console import Console
 
-        Console().print(made.to_rich() if form else made)
+        Console().print(result.to_rich() if form else result)
     elif form is not None:
-        print(getattr(made, f"to_{form}")())
+        print(getattr(result, f"to_{form}")())
     else:
-        print(made)
+        print(result)
 
 
 def write_text(path: str, text: str) -> None:

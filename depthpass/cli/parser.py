@@ -38,8 +38,8 @@ class Parser(argparse.ArgumentParser):
     @property
     def commands(self) -> dict[str, Parser]:
         """Parsers of commands by their names."""
-        return {name: made for action in self._actions if isinstance(action, argparse._SubParsersAction)
-                for name, made in action.choices.items()}
+        return {name: subparser for action in self._actions if isinstance(action, argparse._SubParsersAction)
+                for name, subparser in action.choices.items()}
 
     def meant(self, word: str) -> str:
         """What may have been meant by a word that stands where none is taken."""

@@ -25,10 +25,10 @@ def report(args: argparse.Namespace) -> int:
     options = options_of(args) | {"task": task_of(args.task, args.seq_len)}
     subject = subject_of(args)
     with working("capturing and counting" if options["cost"] else "analysing"):
-        made = subject.report(passes, program=program, **options)
+        result = subject.report(passes, program=program, **options)
     if args.html:
-        write_text(args.html, made.to_html())
-    show_result(made, "text" if args.full and args.form is None else args.form)
+        write_text(args.html, result.to_html())
+    show_result(result, "text" if args.full and args.form is None else args.form)
     return 0
 
 

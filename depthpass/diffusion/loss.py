@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from depthpass.diffusion.model import checked_ids, maskable, new_cache, predictions, settings
+from depthpass.diffusion.inputs import checked_ids, maskable, new_cache, predictions, settings
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 
@@ -49,33 +49,33 @@ def diffusion_loss(
     Raises:
         SpecError: the model has no masked diffusion. InputError: shapes, values or padding that do not fit; nothing to mask.
     """
-    who, given = "diffusion_loss", settings(model, "diffusion_loss")
+    who, diffusion = "diffusion_loss", settings(model, "diffusion_loss")
     valid = checked_ids(input_ids, attention_mask, who)
     if schedule not in SCHEDULES:
         raise InputError(f"{who}: schedule: expected one of {', '.join(SCHEDULES)}, got {schedule!r}.")
-    may = maskable(input_ids, valid, labels, given.mask_token, who)
-    if given.block is not None and valid is not None and not bool((valid.long().diff(dim=1) <= 0).all()):
-        raise InputError(f"{who}: expected pads on the right with block={given.block}, got others: blocks are counted from a "
+    may = maskable(input_ids, valid, labels, diffusion.mask_token, who)
+    if diffusion.block is not None and valid is not None and not bool((valid.long().diff(dim=1) <= 0).all()):
+        raise InputError(f"{who}: expected pads on the right with block={diffusion.block}, got others: blocks are counted from a "
                          "row's first token and run together. Set tokenizer.padding_side = 'right'.")
-    time = _times(input_ids, given, time, eps, generator, who)
+    time = _times(input_ids, diffusion, time, eps, generator, who)
     chance, weight = _noise(time, schedule)
     if masked is None:
         masked = torch.rand(input_ids.shape, generator=generator, device=input_ids.device) < chance
     elif masked.shape != input_ids.shape:
         raise InputError(f"{who}: masked: expected shape {tuple(input_ids.shape)}, got {tuple(masked.shape)}.")
     masked = masked.bool() & may
-    noised = input_ids.masked_fill(masked, given.mask_token)
-    run = _blocks if given.block is not None else _whole
-    logits = run(model, given, input_ids, noised, attention_mask if valid is not None else None, arguments)
-    picked = predictions(logits, given)[masked]
+    noised = input_ids.masked_fill(masked, diffusion.mask_token)
+    run = _blocks if diffusion.block is not None else _whole
+    logits = run(model, diffusion, input_ids, noised, attention_mask if valid is not None else None, arguments)
+    picked = predictions(logits, diffusion)[masked]
     each = cross_entropy(picked, input_ids[masked], reduction="none")
     return (each * weight.expand_as(masked)[masked].to(each)).sum() / may.sum()
 
 
-def _times(ids: Tensor, given: MaskedDiffusion, time: Tensor | None, eps: float, generator, who: str) -> Tensor:
+def _times(ids: Tensor, diffusion: MaskedDiffusion, time: Tensor | None, eps: float, generator, who: str) -> Tensor:
     """t of every token, ``[batch, tokens]``."""
     rows, tokens = ids.shape
-    blocks = 1 if given.block is None else -(-tokens // given.block)
+    blocks = 1 if diffusion.block is None else -(-tokens // diffusion.block)
     if time is None:
         if not 0 < eps < 1:
             raise InputError(f"{who}: eps: expected a number between 0 and 1, got {eps}.")
@@ -88,29 +88,30 @@ def _times(ids: Tensor, given: MaskedDiffusion, time: Tensor | None, eps: float,
     elif not bool(((time > 0) & (time <= 1)).all()):
         raise InputError(f"{who}: time: expected values in (0, 1], got {time.min().item()} to {time.max().item()}.")
     time = time.view(rows, blocks).to(ids.device)
-    return time.repeat_interleave(tokens if given.block is None else given.block, 1)[:, :tokens]
+    return time.repeat_interleave(tokens if diffusion.block is None else diffusion.block, 1)[:, :tokens]
 
 
 def _noise(time: Tensor, schedule: str) -> tuple[Tensor, Tensor]:
     """Chance m(t) of a mask and weight m'(t) / m(t)."""
     if schedule == "linear":
         return time, 1 / time
-    angle = math.pi / 2 * time
-    return 1 - angle.cos(), math.pi / 2 * angle.sin() / (1 - angle.cos())
+    # By half the angle: 1 - cos loses every digit at early times, whose weights are the largest.
+    half = math.pi / 4 * time
+    return 2 * half.sin().square(), math.pi / 2 / half.tan()
 
 
-def _whole(model, given, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
+def _whole(model, diffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
     return model(input_ids=noised, attention_mask=mask, **arguments).logits
 
 
-def _blocks(model, given: MaskedDiffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
+def _blocks(model, diffusion: MaskedDiffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
     """Logits of noised blocks, each behind the clean blocks before it."""
-    cache, found, size = new_cache(model), [], given.block or 0
+    cache, logits, size = new_cache(model), [], diffusion.block or 0
     for start in range(0, ids.shape[1], size):
         end = min(start + size, ids.shape[1])
         seen = None if mask is None else mask[:, :end]
         same = {"attention_mask": seen, "past_key_values": cache, **arguments}
-        found.append(model(input_ids=noised[:, start:end], use_cache=False, **same).logits)
+        logits.append(model(input_ids=noised[:, start:end], use_cache=False, **same).logits)
         if end < ids.shape[1]:
             model(input_ids=ids[:, start:end], use_cache=True, **same)
-    return torch.cat(found, 1)
+    return torch.cat(logits, 1)

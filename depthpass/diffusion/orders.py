@@ -79,10 +79,10 @@ def planned(planner: Planner, logits: Tensor, ids: Tensor, masked: Tensor, step:
     Raises:
         InputError: another shape, or numbers that are none.
     """
-    found = planner(logits, ids, masked, step)
-    if not isinstance(found, Tensor) or found.shape != ids.shape:
-        got = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+    plan = planner(logits, ids, masked, step)
+    if not isinstance(plan, Tensor) or plan.shape != ids.shape:
+        got = tuple(plan.shape) if isinstance(plan, Tensor) else type(plan).__name__
         raise InputError(f"denoise: planner: expected scores or choices of shape {tuple(ids.shape)}, got {got}.")
-    if found.is_floating_point() and bool(found.isnan().any()):
+    if plan.is_floating_point() and bool(plan.isnan().any()):
         raise InputError("denoise: planner: expected scores, got NaN.")
-    return found
+    return plan

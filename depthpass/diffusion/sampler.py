@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.diffusion.model import checked_prompts, new_cache, predictions, settings
+from depthpass.diffusion.inputs import checked_prompts, new_cache, predictions, settings
 from depthpass.diffusion.orders import Planner, check_draws, highest, planned, scores
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
@@ -67,18 +67,18 @@ def denoise(
         InputError: a number out of range, more steps than masks, pads that are not on the left, a prompt with masks, a planner
             that leaves masks.
     """
-    given = settings(model, "denoise")
-    steps, order = given.steps if steps is None else steps, given.unmask if unmask is None else unmask
-    valid = checked_prompts(input_ids, attention_mask, given.mask_token, "denoise", new_tokens, steps)
-    _check(given, new_tokens, steps, order, planner, temperature)
-    canvas = torch.cat((input_ids, input_ids.new_full((len(input_ids), new_tokens), given.mask_token)), 1)
+    diffusion = settings(model, "denoise")
+    steps, order = diffusion.steps if steps is None else steps, diffusion.unmask if unmask is None else unmask
+    valid = checked_prompts(input_ids, attention_mask, diffusion.mask_token, "denoise", new_tokens, steps)
+    _check(diffusion, new_tokens, steps, order, planner, temperature)
+    canvas = torch.cat((input_ids, input_ids.new_full((len(input_ids), new_tokens), diffusion.mask_token)), 1)
     seen = None if valid is None else torch.cat((valid, valid.new_ones(len(valid), new_tokens)), 1)
     open_ = torch.arange(canvas.shape[1], device=canvas.device)[None] >= input_ids.shape[1]
-    run = _Run(model, given, steps, order, planner, temperature, generator, canvas, seen, open_.expand_as(canvas), reuse)
+    run = _Run(model, diffusion, steps, order, planner, temperature, generator, canvas, seen, open_.expand_as(canvas), reuse)
     training = model.training
     model.eval()
     try:
-        if given.block is None:
+        if diffusion.block is None:
             run.fill(0, canvas.shape[1], run.whole)
         else:
             run.blocks(input_ids.shape[1], eos_token)

@@ -39,10 +39,10 @@ def modulated_forward(blocks: Sequence[nn.Module], attention: str) -> str:
         raise _unfit(cls, "a forward with **kwargs")
     edits: dict[tuple[int, int, int, int], str] = {}
     for block in blocks:
-        found = _Reader(block, attention, tree).edits()
-        if missing := set(FACTORS) - set(found.values()):
+        own = _Reader(block, attention, tree).edits()
+        if missing := set(FACTORS) - set(own.values()):
             raise _unfit(cls, "two residual branches, each added to the stream", f"no place for {', '.join(sorted(missing))}")
-        edits |= found
+        edits |= own
     lines = text.splitlines()
     for (first, start, last, end), factor in sorted(edits.items(), reverse=True):
         # Columns of the tree count bytes; what is inserted behind comes first, so earlier columns stay as they are.
@@ -70,7 +70,7 @@ class _Reader:
     def __init__(self, block: nn.Module, attention: str, tree: ast.FunctionDef):
         self.block, self.attention, self.tree = block, attention, tree
         self.kinds: dict[str, str | None] = {}
-        self.found: dict[tuple[int, int, int, int], str] = {}
+        self.factors: dict[tuple[int, int, int, int], str] = {}
         self.result: str | None = None
 
     def edits(self) -> dict[tuple[int, int, int, int], str]:
@@ -79,7 +79,7 @@ class _Reader:
         self._statements(self.tree.body)
         if self.result != STREAM:
             raise _unfit(type(self.block), "a result that is the stream with its branches added", self.result or "none")
-        return self.found
+        return self.factors
 
     def _statements(self, body: Sequence[ast.stmt]) -> bool:
         """Whether the forward goes on behind them."""
@@ -149,10 +149,10 @@ class _Reader:
 
     def _of(self, e: ast.expr, kinds: Sequence[str | None]) -> str | None:
         """What an elementwise function of values is."""
-        found = {k for k in kinds if k is not None}
-        if len(found) > 1:
+        present = {k for k in kinds if k is not None}
+        if len(present) > 1:
             raise _unfit(type(self.block), "branches that meet in sums only", ast.unparse(e))
-        kind = next(iter(found), None)
+        kind = next(iter(present), None)
         return READ if kind == STREAM else kind
 
     def _call(self, e: ast.Call) -> str | None:
@@ -178,12 +178,12 @@ class _Reader:
                 self._scale(value, "read_attention" if attends else "read_mlp")
         if attends:
             return ATTENTION
-        made = {k for k in kinds if k in (ATTENTION, MLP)}
-        return ATTENTION if ATTENTION in made else MLP
+        branches = {k for k in kinds if k in (ATTENTION, MLP)}
+        return ATTENTION if ATTENTION in branches else MLP
 
     def _scale(self, e: ast.expr, factor: str) -> None:
         assert e.end_lineno is not None and e.end_col_offset is not None
-        self.found[e.lineno, e.col_offset, e.end_lineno, e.end_col_offset] = factor
+        self.factors[e.lineno, e.col_offset, e.end_lineno, e.end_col_offset] = factor
 
 
 def _unfit(cls: type, wanted: str, got: str = "another one") -> UnsupportedModelError:

@@ -33,7 +33,7 @@ def decoder_class(s: Subject) -> str:
         s.cache = forward.cache
         s.body = body_of(s.program, forward.norm, forward.cache)
         s.used |= s.body.parts
-        lines += _flags(s, s.body)
+        lines += s.flags()
         if s.body.attends:
             classes.append(_attention(s))
         if s.body.modulated:
@@ -49,16 +49,6 @@ def decoder_class(s: Subject) -> str:
     return "\n\n\n".join([*classes, "\n".join(lines)])
 
 
-def _flags(s: Subject, body: Body) -> list[str]:
-    """What tools must not try with it."""
-    lines = ["    supports_gradient_checkpointing = False"] if body.chunk is not None else []
-    if s.stateful:
-        lines.append("    _supports_attention_backend = False")
-    if body.routed or any(o["gate"] for o in s.program.visits):
-        lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
-    return lines
-
-
 def _attention(s: Subject) -> str:
     path, cls = s.attention()
     check_handed_on(type(s.block(0)), path)
@@ -69,14 +59,14 @@ def _attention(s: Subject) -> str:
 
 def _layers(s: Subject, body: Body) -> list[str]:
     """A class for every class of blocks that has modulated visits."""
-    attention, made = s.attention()[0], {}
+    attention, modulated = s.attention()[0], {}
     for place in body.modulated:
         block = s.block(s.blocks[place])
-        made.setdefault(type(block), {})[s.blocks[place]] = block
+        modulated.setdefault(type(block), {})[s.blocks[place]] = block
     return [f"class {PREFIX}{cls.__name__}({cls.__name__}):\n"
             f'    """{cls.__name__} whose two branches a visit scales: what they read, and what they add."""\n\n'
             + "\n".join(indented(modulated_forward(list(blocks.values()), attention), 4))
-            for cls, blocks in made.items()]
+            for cls, blocks in modulated.items()]
 
 
 def _again(s: Subject) -> list[str]:
@@ -86,7 +76,7 @@ def _again(s: Subject) -> list[str]:
     attends = s.body.attends if s.body is not None else ()
     modulated = s.body.modulated if s.body is not None else ()
     attention = s.attention()[0] if attends else None
-    found: dict[str, None] = {}
+    classes: dict[str, None] = {}
     for place, index in enumerate(s.blocks):
         if s.blocks.index(index) == place:
             continue
@@ -95,8 +85,8 @@ def _again(s: Subject) -> list[str]:
             below = path + "." if path else ""
             if any(hasattr(m, "layer_idx") for m in module.modules()) or any(u.startswith(below) for u in updated):
                 changed = place in modulated if not path else place in attends and path == attention
-                found[(PREFIX if changed else "") + type(module).__name__] = None
-    return list(found)
+                classes[(PREFIX if changed else "") + type(module).__name__] = None
+    return list(classes)
 
 
 def _updated(s: Subject, o: Op) -> list[str]:
@@ -109,11 +99,11 @@ def _updated(s: Subject, o: Op) -> list[str]:
 
 def _init(s: Subject, again: list[str]) -> list[str]:
     program, body = s.program, s.body
-    made = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
+    modules = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
     ranks = {p: o for p, o in enumerate(program.visits) if o["lora"]}
     shared = body.attends if body is not None else ()
     scaled = body.modulated if body is not None else ()
-    if not (made or ranks or shared or scaled or again):
+    if not (modules or ranks or shared or scaled or again):
         return []
     lines = ["", "    def __init__(self, config):", "        super().__init__(config)"]
     if shared:
@@ -123,7 +113,7 @@ def _init(s: Subject, again: list[str]) -> list[str]:
     for kind in dict.fromkeys(type(s.block(s.blocks[p])) for p in scaled):
         places = [p for p in scaled if type(s.block(s.blocks[p])) is kind]
         lines += [f"        for place in {places}:", f"            self.{s.layers}[place].__class__ = {PREFIX}{kind.__name__}"]
-    for name, (expression, used) in made.items():
+    for name, (expression, used) in modules.items():
         s.used |= {"attach", *used}
         lines.append(f'        attach(self, "depth.{name}", {expression})')
     for p, o in ranks.items():
@@ -170,6 +160,12 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
     if s.stateful:
         s.used.add("check_backend")
         code.append("check_backend(self.config, kwargs)")
+    if body.chunk is not None:
+        s.used.add("check_recomputed")
+        code.append(f"check_recomputed(self.{s.layers})")
+    if any(o["memory"] for o in s.program.visits):
+        s.used.add("check_units")
+        code.append(f"check_units(self.{s.layers})")
     if body.taps:
         code.append('taps = kwargs.pop("taps", None)')
     if body.past:

@@ -169,13 +169,13 @@ def load_module(file: Path, name: str) -> Any:
 def config_of(loaded: Any, written: Module, config: Any, stock: Any, name: str) -> Any:
     own = ("model_type", "depthpass", "auto_map", "transformers_version")
     fields = {k: v for k, v in config.to_dict().items() if k not in own}
-    made = getattr(loaded, written.config)(**fields)
-    made.architectures = [written.outer]
+    emitted = getattr(loaded, written.config)(**fields)
+    emitted.architectures = [written.outer]
     file = f"modeling_{name}"
-    made.auto_map = {"AutoConfig": f"{file}.{written.config}", "AutoModel": f"{file}.{written.base}"}
+    emitted.auto_map = {"AutoConfig": f"{file}.{written.config}", "AutoModel": f"{file}.{written.base}"}
     if (kind := _auto_class(type(stock))) is not None and kind != "AutoModel":
-        made.auto_map[kind] = f"{file}.{written.outer}"
-    return made
+        emitted.auto_map[kind] = f"{file}.{written.outer}"
+    return emitted
 
 
 def _auto_class(stock: type) -> str | None:
@@ -194,7 +194,7 @@ def weights_of(stock: Any, inner: Any, program: Program, copies: bool) -> dict[s
     places: dict[int, list[int]] = {}
     for place, visit in enumerate(program.visits):
         places.setdefault(visit["index"], []).append(place)
-    found: dict[str, torch.Tensor] = {}
+    tensors: dict[str, torch.Tensor] = {}
     kept = {id(t): n for n, t in stock.state_dict(keep_vars=True).items()}
     for key, tensor in (*stock.named_parameters(), *stock.named_buffers()):
         if id(tensor) not in kept:  # rotary tables and other buffers that are made again
@@ -203,23 +203,23 @@ def weights_of(stock: Any, inner: Any, program: Program, copies: bool) -> dict[s
             number, _, rest = key[len(layers) + 1 :].partition(".")
             visits = places.get(int(number), [])
             for place in visits if copies else visits[:1]:
-                found[f"{layers}.{place}.{_held(inner, program.visits[place], rest)}"] = tensor.detach()
+                tensors[f"{layers}.{place}.{_held(inner, program.visits[place], rest)}"] = tensor.detach()
         else:
-            found[key] = tensor.detach()
+            tensors[key] = tensor.detach()
     head = decoder + "." if decoder else ""
     owners = {o["lora"]: p for p, o in enumerate(program.visits) if o["lora"]}
     for key, tensor in depth_module(inner).state_dict().items():
         owner = next((s for s in owners if key.startswith(s + ".")), None)
         if owner is None:
-            found[f"{head}depth.{key}"] = tensor.detach()
+            tensors[f"{head}depth.{key}"] = tensor.detach()
         else:
-            found[f"{layers}.{owners[owner]}.{key[len(owner) + 1 :]}"] = tensor.detach()
+            tensors[f"{layers}.{owners[owner]}.{key[len(owner) + 1 :]}"] = tensor.detach()
     # Tensors that share memory would be stored once, under one of their names.
     seen: set[int] = set()
-    for key, tensor in found.items():
-        found[key] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
+    for key, tensor in tensors.items():
+        tensors[key] = tensor.clone() if tensor.data_ptr() in seen else tensor.contiguous()
         seen.add(tensor.data_ptr())
-    return found
+    return tensors
 
 
 def _held(inner: Any, visit: Op, name: str) -> str:
@@ -246,9 +246,9 @@ def _check(loaded: Any, written: Module, config: Any, weights: dict[str, torch.T
         UnsupportedModelError: they differ, so the folder would not load.
     """
     with torch.device("meta"):
-        made = getattr(loaded, written.outer)(config)
-    tied = made.get_expanded_tied_weights_keys(all_submodels=True)
-    wanted = {k: tuple(t.shape) for k, t in made.state_dict().items() if k not in tied}
+        emitted = getattr(loaded, written.outer)(config)
+    tied = emitted.get_expanded_tied_weights_keys(all_submodels=True)
+    wanted = {k: tuple(t.shape) for k, t in emitted.state_dict().items() if k not in tied}
     got = {k: tuple(t.shape) for k, t in weights.items() if k in wanted or k not in tied}
     if wanted != got:
         key = next(iter(sorted(set(wanted.items()) ^ set(got.items()))))[0]

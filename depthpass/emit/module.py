@@ -56,8 +56,8 @@ def module_of(
     pieces = [_constants(s), _config(s), decoder_class(s), *(outer_class(s, i) for i in s.around())]
     if s.cache:
         pieces.insert(1, _guard(s))
-    whole = s.name(s.modules[-1])
-    pieces.append(f"known_to_tools({whole})")
+    outer = s.name(s.modules[-1])
+    pieces.append(f"known_to_tools({outer})")
     s.used.add("known_to_tools")
     body = "\n\n\n".join(_library(s) + pieces) + "\n"
     homes = dict.fromkeys([*(type(m).__module__ for m in s.modules), config.__module__,
@@ -66,7 +66,7 @@ def module_of(
     given = {a.asname or a.name for line in imports for n in ast.parse(line).body for a in n.names}  # type: ignore[attr-defined]
     more = imports_for(body, (*homes, "transformers.modeling_outputs", "transformers"), given)
     text = _docstring(s) + "\n\n" + "\n".join(_sorted(imports + more)) + "\n\n\n" + body
-    return Module(text, s.config, whole, s.name(s.modules[min(_base(s), len(s.modules) - 1)]), s.stateful,
+    return Module(text, s.config, outer, s.name(s.modules[min(_base(s), len(s.modules) - 1)]), s.stateful,
                   () if s.body is None else s.body.lost)
 
 

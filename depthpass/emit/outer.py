@@ -17,7 +17,7 @@ def outer_class(s: Subject, i: int) -> str:
         UnsupportedModelError: its code does not say where it makes that, or a tap's logits cannot be made as it makes its own.
     """
     module, inner, path = s.modules[i], s.modules[i - 1], s.inner_path(i)
-    lines = [f"class {s.name(module)}({type(module).__name__}):", f"    config_class = {s.config}"]
+    lines = [f"class {s.name(module)}({type(module).__name__}):", f"    config_class = {s.config}", *s.flags()]
     first: list[str] = []
     if makes_by_config(type(module)):
         # Its decoder is whatever AutoModel makes of its config.

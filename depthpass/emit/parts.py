@@ -108,9 +108,9 @@ class Balance(nn.Module):
         self.bias = nn.Parameter(torch.zeros(width), requires_grad=False)
 
 
-def scaled(made: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def scaled(factors: Tensor, base: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a visit multiplies with: what its attention reads, what that adds, what its MLP reads, what that adds."""
-    add_attention, add_mlp, read_attention, read_mlp = made.unbind(0)
+    add_attention, add_mlp, read_attention, read_mlp = factors.unbind(0)
     return 1 + read_attention, base + add_attention, 1 + read_mlp, base + add_mlp
 
 
@@ -145,6 +145,20 @@ def check_backend(config: Any, kwargs: dict[str, Any]) -> None:
     if engine or kwargs.get("attention_instances") is not None:
         raise NotImplementedError("this model reads streams or keys of other layers, which stand in transformers' caches; an "
                                   "engine with attention of its own (vLLM) cannot run it.")
+
+
+def check_recomputed(layers: nn.ModuleList) -> None:
+    """Refuse activation checkpoints in training: a layer that runs again puts its keys into the cache of the chunks again."""
+    if torch.is_grad_enabled() and any("_checkpoint_wrapped_module" in layer._modules for layer in layers):
+        raise NotImplementedError("checkpoint_wrapper: this model runs chunks of tokens behind the keys of those before, which a "
+                                  "layer that is computed again would keep twice. Train it without activation checkpoints.")
+
+
+def check_units(layers: nn.ModuleList) -> None:
+    """Refuse FSDP2 units in training where a layer runs for its keys alone: units gather weights for gradients of results."""
+    if torch.is_grad_enabled() and any(hasattr(type(m), "_get_fsdp_state") for m in layers.modules()):
+        raise NotImplementedError("fully_shard: layers of this model also run for their keys alone, whose gradients come when a "
+                                  "unit has given its weights back. Call fully_shard on the whole model only.")
 
 
 def ages(attention_mask: Tensor | None, past: Any, count: int, device: torch.device) -> Tensor:
@@ -203,12 +217,12 @@ def kept_tokens(x: Tensor, keep: Any) -> Tensor:
 
 def leave(states: list[Tensor], gates: list[Tensor], limit: float) -> Tensor:
     """Of several states of a token the first whose cumulative exit probability reaches ``limit``, else the last."""
-    found, chosen = torch.zeros_like(gates[0], dtype=torch.bool), states[-1]
+    done, chosen = torch.zeros_like(gates[0], dtype=torch.bool), states[-1]
     left, reached = torch.ones_like(gates[0]), torch.zeros_like(gates[0])
     for state, gate in zip(states[:-1], gates, strict=False):
         reached, left = reached + left * gate, left * (1 - gate)
-        now = (reached >= limit) & ~found
-        chosen, found = torch.where(now, state, chosen), found | now
+        now = (reached >= limit) & ~done
+        chosen, done = torch.where(now, state, chosen), done | now
     return chosen
 
 
@@ -275,6 +289,23 @@ def attend(attention, module, query, key, value, mask, *, slots=None, reads=None
     near, _ = attention(module, query, key, value, near_mask(mask, query, key, window, past), **kwargs)
     g = torch.sigmoid(gate(query, hidden))[..., None]
     return g * far[0] + (1 - g) * near, None
+
+
+class Slots:
+    """Keys and values of one call's visits, by ``layer_idx``: no dict, which what shards layers would copy on its way to them."""
+
+    def __init__(self) -> None:
+        self.held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.graded = torch.is_grad_enabled()
+
+    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
+        if self.graded and not torch.is_grad_enabled():
+            raise NotImplementedError("use_reentrant=True: layers of this model read other layers' keys, and a reentrant "
+                                      "checkpoint loses their gradients. Checkpoint with use_reentrant=False.")
+        return self.held[place]
+
+    def __setitem__(self, place: int, pair: tuple[Tensor, Tensor]) -> None:
+        self.held[place] = pair
 
 
 def places(query: Tensor, key: Tensor, past: Any) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,8 @@ _WHY = {
     "denoise": "it runs several times to fill tokens in",
 }
 _ACTIVATIONS = {"sigmoid": "torch.sigmoid({})", "silu": "nn.functional.silu({})", "tanh": "torch.tanh({})",
-                "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)"}
+                "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)",
+                "sqrt": "torch.sqrt({})"}
 
 
 def check_expressible(program: Program) -> None:
@@ -106,8 +107,8 @@ class _Writer:
         body.attends = tuple(sorted(self.sharing))
         body.modulated = tuple(p for p, o in enumerate(self.program.visits) if o["modulate"])
         if body.attends:
-            body.parts |= {"attend", "near_mask"}
-            self._say("slots = {}", "keys and values of this call's visits")
+            body.parts |= {"attend", "near_mask", "Slots"}
+            self._say("slots = Slots()", "keys and values of this call's visits")
         early = [o["tokens"] for o in self.program if o.kind == "delay" and self._later(o)]
         body.chunk = min(early) if early else None
         if self.lines_at:
@@ -259,31 +260,31 @@ class _Writer:
         return f"earlier({line}, {o['tokens']}, past, {count})"
 
     def _visit(self, o: Op, args: Sequence[str]) -> str:
-        place, more = self.places[o.name], []
+        place, arguments = self.places[o.name], []
         if place in self.sharing:
-            more.append("slots=slots")
+            arguments.append("slots=slots")
         if o["memory"]:
-            more = ["None", *more, f"reads={place}"]
+            arguments = ["None", *arguments, f"reads={place}"]
         elif o["keys"] is not None:
-            more.append(f"reads={self.slots[o['keys']]}")
+            arguments.append(f"reads={self.slots[o['keys']]}")
             if o["update"]:
-                more.append("update=True")
+                arguments.append("update=True")
             elif o["gate"] is None:
                 # It has no keys of its own to keep.
-                more.insert(0, "None")
+                arguments.insert(0, "None")
             else:
                 self.body.past = True
-                more += [f"gate=self.depth.{o['gate']}", f"window={o['window']}", f"hidden={args[0]}", "past=past"]
-        more += self._some_keys(o)
+                arguments += [f"gate=self.depth.{o['gate']}", f"window={o['window']}", f"hidden={args[0]}", "past=past"]
+        arguments += self._some_keys(o)
         if o["modulate"]:
             self.body.parts.add("scaled")
             time = f"self.depth.{o['clock']}({o['step']})" if o["clock"] else ""
-            more.append(f"factors=scaled(self.depth.{o['modulate']}({time}), {o['base']!r})")
+            arguments.append(f"factors=scaled(self.depth.{o['modulate']}({time}), {o['base']!r})")
         if o["memory"]:
             # The layer runs on the memory first, for its keys alone.
-            first = [m for m in more if m != "None" and not m.startswith("reads=")]
+            first = [m for m in arguments if m != "None" and not m.startswith("reads=")]
             self._say(f"visit({', '.join([str(place), args[1], *first])})")
-        return f"visit({', '.join([str(place), args[0], *more])})"
+        return f"visit({', '.join([str(place), args[0], *arguments])})"
 
 
     def _some_keys(self, o: Op) -> list[str]:
@@ -318,22 +319,22 @@ def new_modules(program: Program, sizes: dict[str, Sequence[int]]) -> dict[str, 
     Args:
         sizes: shapes of the transformed model's new parameters, by name.
     """
-    types, found = infer(program), {}
+    types, modules = infer(program), {}
     for o in program:
         if o.kind == "block" and o["gate"]:
             heads, width = sizes[f"{o['gate']}.weight"]
             kind = "QueryGate" if o["gate_input"] == "query" else "HiddenGate"
-            found[o["gate"]] = f"{kind}({heads}, {width})", {kind} | ({"Weigh", "rms"} if kind == "HiddenGate" else set())
+            modules[o["gate"]] = f"{kind}({heads}, {width})", {kind} | ({"Weigh", "rms"} if kind == "HiddenGate" else set())
         if o.kind == "block" and o["modulate"]:
-            found |= _modulating(o, program.width)
+            modules |= _modulating(o, program.width)
         elif o.kind == "linear":
             wide = sum(types[a].width for a in o.args)
-            found[o["name"]] = f"nn.Linear({wide}, {o['out']}{'' if o['bias'] else ', bias=False'})", set()
+            modules[o["name"]] = f"nn.Linear({wide}, {o['out']}{'' if o['bias'] else ', bias=False'})", set()
         elif o.kind == "route" and o["bias"]:
-            found[o["bias"]] = f"Balance({types[o.args[0]].width})", {"Balance"}
+            modules[o["bias"]] = f"Balance({types[o.args[0]].width})", {"Balance"}
         elif o.kind in ("weigh", "rms") and o["name"]:
-            found[o["name"]] = f"Weigh({types[o.args[0]].width})", {"Weigh"}
-    return found
+            modules[o["name"]] = f"Weigh({types[o.args[0]].width})", {"Weigh"}
+    return modules
 
 
 def _modulating(o: Op, width: int) -> dict[str, tuple[str, set[str]]]:

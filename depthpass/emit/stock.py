@@ -94,10 +94,10 @@ def forward_of(cls: type, layers: str) -> Forward:
     else:
         place, block = "place", ast.unparse(target)
     body = "\n".join(lines[loop.body[0].lineno - 1 : loop.end_lineno])
-    made = {n.id for s in loop.body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    written = {n.id for s in loop.body for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     read = {n.id for s in tree.body[at + 1 :] for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
-    if "hidden_states" not in made or (made & read) - {"hidden_states"}:
-        raise _unfit(cls, "a loop that changes hidden_states alone", f"{', '.join(sorted(made))}")
+    if "hidden_states" not in written or (written & read) - {"hidden_states"}:
+        raise _unfit(cls, "a loop that changes hidden_states alone", f"{', '.join(sorted(written))}")
     arguments = [a.arg for a in (*tree.args.args, *tree.args.kwonlyargs)]
     cache = next((n for n in ("cache", "past_key_values") if n in arguments), "")
     if not cache or tree.args.kwarg is None or tree.args.kwarg.arg != "kwargs":
@@ -177,35 +177,35 @@ def logits_of(cls: type, path: str) -> list[str]:
         UnsupportedModelError: there are none such.
     """
     text, tree = source_of(cls.forward)
-    lines, found, inside = text.splitlines(), [], False
+    lines, statements, inside = text.splitlines(), [], False
     for s in tree.body:
         line = "\n".join(lines[s.lineno - 1 : s.end_lineno])
         if inside and ("loss" in line or "labels" in line or isinstance(s, ast.Return)):
             break
         if inside:
-            found += line.splitlines()
+            statements += line.splitlines()
         if re.search(rf"= self\.{path}(\.\w+)*\(", line):
             inside = True
             name = ast.unparse(s.targets[0] if isinstance(s, ast.Assign) else s.target)  # type: ignore[attr-defined]
             if name != "outputs":
-                found.append(f"    {name} = outputs")
-    if not any(re.match(r"\s*logits = ", line) for line in found):
+                statements.append(f"    {name} = outputs")
+    if not any(re.match(r"\s*logits = ", line) for line in statements):
         raise _unfit(cls, "a forward that makes logits of its decoder's outputs", "none")
-    return _dedented(found)
+    return _dedented(statements)
 
 
-def imports_for(text: str, modules: Iterable[str], given: Iterable[str]) -> list[str]:
+def imports_for(text: str, modules: Iterable[str], defined: Iterable[str]) -> list[str]:
     """Import lines for the names that a file reads and does not define.
 
     Args:
         modules: names of modules whose globals may be imported, the first that has one is taken.
-        given: names that stand in the file already.
+        defined: names that stand in the file already.
 
     Raises:
         UnsupportedModelError: a name is in none of them.
     """
-    tree, wanted = ast.parse(text), {}
-    known = set(given) | set(dir(builtins))
+    tree, unknown = ast.parse(text), {}
+    known = set(defined) | set(dir(builtins))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             known.add(node.name)
@@ -215,9 +215,9 @@ def imports_for(text: str, modules: Iterable[str], given: Iterable[str]) -> list
             known.add(node.id)
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in known:
-            wanted[node.id] = None
+            unknown[node.id] = None
     lines: dict[str, list[str]] = {}
-    for name in sorted(wanted):
+    for name in sorted(unknown):
         home = next((m for m in modules if hasattr(sys.modules[m], name)), None)
         if home is None:
             raise UnsupportedModelError(f"emit: expected names that the stock module knows, got {name!r}.")

@@ -83,6 +83,18 @@ class Subject:
         """Whether layers need more of earlier tokens than each its own keys."""
         return self.body is not None and bool(self.body.attends or self.body.past)
 
+    def flags(self) -> list[str]:
+        """Lines of a class body: what tools must not try with a model, from the decoder to the whole one."""
+        body = self.body
+        if body is None:
+            return []
+        lines = ["    supports_gradient_checkpointing = False"] if body.chunk is not None else []
+        if self.stateful:
+            lines.append("    _supports_attention_backend = False")
+        if body.routed or any(o["gate"] for o in self.program.visits):
+            lines += ["    _supports_flash_attn = False", "    _supports_flex_attn = False"]
+        return lines
+
     @property
     def config(self) -> str:
         """Name of the emitted config's class."""
@@ -102,10 +114,10 @@ class Subject:
             UnsupportedModelError: there is no one.
         """
         block = self.block(0)
-        found = [(n, type(m)) for n, m in block.named_children() if "attention_interface" in _source(type(m))]
-        if len(found) != 1:
-            raise UnsupportedModelError(f"emit: expected one attention module in a {type(block).__name__}, got {len(found)}.")
-        return found[0]
+        sites = [(n, type(m)) for n, m in block.named_children() if "attention_interface" in _source(type(m))]
+        if len(sites) != 1:
+            raise UnsupportedModelError(f"emit: expected one attention module in a {type(block).__name__}, got {len(sites)}.")
+        return sites[0]
 
     def inner_path(self, i: int) -> str:
         """Where module ``i`` holds the one inside it."""

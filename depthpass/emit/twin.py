@@ -47,22 +47,22 @@ def twin(model: Any, who: str) -> nn.Module:
     made_config = config_of(loaded, written, config, stock, "depth_twin")
     made_config._attn_implementation = stock.config._attn_implementation
     with torch.device("meta"):
-        made = getattr(loaded, written.outer)(made_config)
-    made.load_state_dict(weights_of(stock, model, model.depth_program, False), strict=False, assign=True)
-    made.tie_weights()
-    _share_buffers(made, stock, model)
-    made.generation_config = stock.generation_config
-    return made.train(model.training)
+        emitted = getattr(loaded, written.outer)(made_config)
+    emitted.load_state_dict(weights_of(stock, model, model.depth_program, False), strict=False, assign=True)
+    emitted.tie_weights()
+    _share_buffers(emitted, stock, model)
+    emitted.generation_config = stock.generation_config
+    return emitted.train(model.training)
 
 
-def _share_buffers(made: nn.Module, stock: nn.Module, model: Any) -> None:
+def _share_buffers(emitted: nn.Module, stock: nn.Module, model: Any) -> None:
     """Buffers that no file holds: rotary tables and the like."""
     layers = model._depth.layers + "."
-    for key, buffer in list(made.named_buffers()):
+    for key, buffer in list(emitted.named_buffers()):
         if buffer.is_meta:
             theirs = key
             if key.startswith(layers):
                 place, _, rest = key[len(layers) :].partition(".")
                 theirs = f"{layers}{model.depth_program.visits[int(place)]['index']}.{rest}"
             parent, _, leaf = key.rpartition(".")
-            made.get_submodule(parent)._buffers[leaf] = stock.get_buffer(theirs)
+            emitted.get_submodule(parent)._buffers[leaf] = stock.get_buffer(theirs)

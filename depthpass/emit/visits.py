@@ -12,21 +12,22 @@ class Again(nn.Module):
     """A later visit of a block, or a module of one: its place, and so its keys, are its own.
 
     Weights and sub-modules are those of the block's first visit, looked up there whenever they are asked for: whatever puts
-    another module in the place of one (adapters, quantisers, engines) does so for every visit.
+    another module in place of one (adapters, quantisers, engines) does so for every visit.
     """
 
     borrowed: dict[str, str] = {}
     """Where in the first visit's block each of them stands."""
 
-    def borrow(self, block: nn.Module, path: str, borrowed: dict[str, str]) -> None:
-        # In a tuple, it is no sub-module.
-        self.first, self.path, self.borrowed = (block,), path, borrowed
+    def borrow(self, layers: nn.ModuleList, first: int, path: str, borrowed: dict[str, str]) -> None:
+        # In a tuple, they are no sub-modules. Whatever wraps the first visit does so in the list.
+        self.first, self.path, self.borrowed = (layers, first), path, borrowed
 
     def lent(self, path: str) -> Any:
-        found = self.first[0]
+        layers, first = self.first
+        module = layers[first]
         for name in path.split(".") if path else ():
-            found = getattr(found, name)
-        return found
+            module = getattr(module, name)
+        return module
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -41,20 +42,39 @@ class Again(nn.Module):
                                   "at its first visit. Run a process per device (torchrun, accelerate), or emit(copies=True).")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hook = self.lent(self.path).__dict__.get("_hf_hook")
+        first, run = self.lent(self.path), super().forward
+        while not hasattr(type(first), "_get_fsdp_state") and "_checkpoint_wrapped_module" in first._modules:
+            first = first._modules["_checkpoint_wrapped_module"]
+        if hasattr(type(first), "_get_fsdp_state"):
+            # FSDP2 gathers weights in hooks of the unit that holds them: this visit is a call of that one.
+            return through(first, run, *args, **kwargs)
+        hook = first.__dict__.get("_hf_hook")
         if hook is None:
-            return super().forward(*args, **kwargs)
+            return run(*args, **kwargs)
         # accelerate moves what the first visit reads, or loads its weights: so here.
-        args, kwargs = hook.pre_forward(self.lent(self.path), *args, **kwargs)
-        return hook.post_forward(self.lent(self.path), super().forward(*args, **kwargs))
+        args, kwargs = hook.pre_forward(first, *args, **kwargs)
+        return hook.post_forward(first, run(*args, **kwargs))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         # A copy of the model has copied the first visit by now; a copy of this one alone stays with the one that there is.
         if self.borrowed:
             memo.setdefault(id(self.first[0]), self.first[0])
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return made
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def through(unit: nn.Module, run: Any, *args: Any, **kwargs: Any) -> Any:
+    """A call of a module, with its hooks, that runs another forward."""
+    own = unit.__dict__.pop("forward", None)
+    unit.forward = run
+    try:
+        # Not by a layer's own __call__: a later visit's has put an activation checkpoint around this already.
+        return nn.Module.__call__(unit, *args, **kwargs)
+    finally:
+        del unit.forward
+        if own is not None:
+            unit.forward = own
 
 
 class LowRankLinear(Again):
@@ -85,21 +105,21 @@ def own(block: nn.Module) -> bool:
 def share(layers: nn.ModuleList, blocks: list[int], kinds: dict[type, type]) -> None:
     """Leave the weights of every block to its first visit; ``kinds``: the classes of later ones."""
     for place, block in enumerate(blocks):
-        if blocks.index(block) < place:
-            lend(layers[blocks.index(block)], layers[place], "", kinds)
+        if (first := blocks.index(block)) < place:
+            lend(layers, first, layers[place], "", kinds)
 
 
-def lend(block: nn.Module, later: Any, path: str, kinds: dict[type, type]) -> None:
-    """Let a module of a later visit have nothing that the first visit has at ``path``, but what differs between them."""
-    first, borrowed = block.get_submodule(path), {}
+def lend(layers: nn.ModuleList, number: int, later: Any, path: str, kinds: dict[type, type]) -> None:
+    """Let a module of a later visit have nothing that the first one, of that number, has at ``path``, but what differs."""
+    first, borrowed = layers[number].get_submodule(path), {}
     for name, child in list(later.named_children()):
         at, theirs = f"{path}.{name}".lstrip("."), getattr(first, name)
         base = f"{at}.base" if isinstance(theirs, Again) else at
         if isinstance(child, Again):
-            child.borrow(block, at, {"base": base})
+            child.borrow(layers, number, at, {"base": base})
             del child.base
         elif own(child) or (own(theirs) and base == at):
-            lend(block, child, at, kinds)
+            lend(layers, number, child, at, kinds)
         else:
             borrowed[name] = base
             delattr(later, name)
@@ -107,4 +127,4 @@ def lend(block: nn.Module, later: Any, path: str, kinds: dict[type, type]) -> No
         borrowed[name] = f"{path}.{name}".lstrip(".")
         delattr(later, name)
     later.__class__ = kinds[type(later)]
-    later.borrow(block, path, borrowed)
+    later.borrow(layers, number, path, borrowed)

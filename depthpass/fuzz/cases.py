@@ -56,24 +56,24 @@ def levels(rng: random.Random, compiled: float) -> Case:
 def checks(rng: random.Random, case: Case) -> list[Case]:
     """What is done with the model, in this order."""
     ahead = next((s for s in case["spec"] if s["pass"] in ("bidirectional", "masked_diffusion")), None)
-    made: list[Case] = [{"do": "forward", "loss": rng.random() < 0.4 and ahead is None}]
+    drawn: list[Case] = [{"do": "forward", "loss": rng.random() < 0.4 and ahead is None}]
     if rng.random() < 0.4:
-        made.append({"do": "gradients"})
+        drawn.append({"do": "gradients"})
     if rng.random() < 0.5 and (ahead is None or "block" in ahead):
-        made.append(calls(rng, case))
+        drawn.append(calls(rng, case))
     if rng.random() < 0.4:
-        made.extend(generation(rng, case, ahead))
+        drawn.extend(generation(rng, case, ahead))
     if rng.random() < 0.1:
-        made.append({"do": "save", "auto": rng.random() < 0.5})
+        drawn.append({"do": "save", "auto": rng.random() < 0.5})
     if rng.random() < 0.02:
-        made.append({"do": "emit"})
+        drawn.append({"do": "emit"})
     if rng.random() < 0.3:
-        made.append({"do": "door", "which": rng.choice(DOORS)})
+        drawn.append({"do": "door", "which": rng.choice(DOORS)})
     if rng.random() < 0.25 and case["arch"] in RECORDED:
-        made.append({"do": "depth"})
+        drawn.append({"do": "depth"})
     if rng.random() < 0.25:
-        made.append(packed(rng, ahead))
-    return made
+        drawn.append(packed(rng, ahead))
+    return drawn
 
 
 def generation(rng: random.Random, case: Case, ahead: Case | None) -> list[Case]:
@@ -82,7 +82,7 @@ def generation(rng: random.Random, case: Case, ahead: Case | None) -> list[Case]
     if ahead is not None:
         return [{"do": "denoise", "new": new}] if ahead["pass"] == "masked_diffusion" else []
     looped = any(s["pass"] in LOOPED and not isinstance(s.get("times"), str) for s in case["spec"])
-    made: Case = {"do": "generate", "new": new, "beams": rng.choice((1, 1, 2, 3))}
+    check: Case = {"do": "generate", "new": new, "beams": rng.choice((1, 1, 2, 3))}
     chance = rng.random()
     if looped and chance < 0.2:
         return [{"do": "drafted", "new": new + 2, "tokens": rng.choice((1, 2, "auto"))}]
@@ -92,7 +92,7 @@ def generation(rng: random.Random, case: Case, ahead: Case | None) -> list[Case]
         return [{"do": "assisted", "new": new + 2}]
     if chance > 0.75:
         return [{"do": "residual", "sizes": [rng.randint(1, 3) for _ in range(2)], "bits": rng.choice((4, 2))}]
-    return [made]
+    return [check]
 
 
 def packed(rng: random.Random, ahead: Case | None) -> Case:

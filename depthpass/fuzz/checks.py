@@ -56,16 +56,16 @@ class Checks(Decoding, Doors):
             batch |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
         pieces = [(s, 0, (r, slice(sum(map(len, row[:i])), sum(map(len, row[: i + 1])))))
                   for r, row in enumerate(cut) for i, s in enumerate(row)]
-        more = {}
+        options = {}
         if check["loss"]:
-            more["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
-        out = self.call(batch, use_cache=False, **more)
+            options["labels"] = batch["input_ids"].masked_fill(batch["position_ids"] == 0, -100)
+        out = self.call(batch, use_cache=False, **options)
         for n, (piece, start, at) in enumerate(pieces):
-            want = self.want(piece, start, 1 if more else None)
+            want = self.want(piece, start, 1 if options else None)
             self.same(f"logits of sequence {n}", out.logits[at], want["logits"])
             for name, tap in getattr(out, "taps", {}).items():
                 self.same(f"tap {name} of sequence {n}", tap[at], want[name])
-        if more:
+        if options:
             self.loss(out, [(piece, start) for piece, start, _ in pieces])
         if check["gradients"]:
             self.same_gradients(batch, pieces)
@@ -80,11 +80,11 @@ class Checks(Decoding, Doors):
 
         from depthpass.analysis.depth import depth
 
-        made, tokens = record(self.model, self.rows[0][:5]), len(self.rows[0][:5])
+        recorded, tokens = record(self.model, self.rows[0][:5]), len(self.rows[0][:5])
         for name in (None, *(o["name"] for o in program.taps)):
-            if name is not None and name not in made.outputs:
+            if name is not None and name not in recorded.outputs:
                 continue
-            got, want = made.depth(name), depth(program, name).at(tokens)
+            got, want = recorded.depth(name), depth(program, name).at(tokens)
             # A gate that is shut is a path of the text, and none of the record.
             if got > want if any(s.get("interval", 1) > 1 for s in self.case["spec"]) else got != want:
                 raise Mismatch(f"depth of {name or 'the output'} at {tokens} tokens: derived {want}, recorded {got}")

@@ -22,15 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{len(done)} cases of seed {options.seed} are in {options.out} already; {len(todo)} to run.")
     faults: list[dict[str, Any]] = []
     with _out(options.out) as out:
-        for number, found in _bar(_results(todo, options), len(todo), counts):
-            counts[found["result"]] += 1
-            kinds.update([found["kind"]] if "kind" in found else [])
-            print(json.dumps({"seed": options.seed, "number": number, **found}), file=out, flush=True)
-            if found["result"] == "fault":
-                faults.append({"number": number, **found})
+        for number, result in _bar(_results(todo, options), len(todo), counts):
+            counts[result["result"]] += 1
+            kinds.update([result["kind"]] if "kind" in result else [])
+            print(json.dumps({"seed": options.seed, "number": number, **result}), file=out, flush=True)
+            if result["result"] == "fault":
+                faults.append({"number": number, **result})
     _summary(counts, kinds)
-    for found in faults[: options.shrink]:
-        _show(found, options)
+    for result in faults[: options.shrink]:
+        _show(result, options)
     return 1 if counts["fault"] else 0
 
 
@@ -100,12 +100,12 @@ def _summary(counts: Counter, kinds: Counter) -> None:
         print(f"{n:6} {kind}")
 
 
-def _show(found: dict[str, Any], options: argparse.Namespace) -> None:
+def _show(result: dict[str, Any], options: argparse.Namespace) -> None:
     from depthpass.fuzz import make_case, run_case
     from depthpass.fuzz.shrink import script, shrink
 
-    case = make_case(number=found["number"], **_drawn(options))
-    small = shrink(case, found, run_case)
-    again = run_case(small) if small != case else found
-    print(f"\n# Case {found['number']} of seed {options.seed}, made smaller:\n{script(small, again)}")
+    case = make_case(number=result["number"], **_drawn(options))
+    small = shrink(case, result, run_case)
+    again = run_case(small) if small != case else result
+    print(f"\n# Case {result['number']} of seed {options.seed}, made smaller:\n{script(small, again)}")
 

@@ -53,10 +53,10 @@ class Decoding(Subject):
     def generate(self, check: Case) -> None:
         if self.case["side"] == "right":
             return
-        given, width = self._prompts()
+        prompts, width = self._prompts()
         options = {"max_new_tokens": check["new"], "num_beams": check["beams"], "do_sample": False, "eos_token_id": None,
                    "return_dict_in_generate": True, "output_logits": True}
-        out = self.model.generate(**given, **options)
+        out = self.model.generate(**prompts, **options)
         logits = torch.stack(out.logits, 1)
         calls = self.model.depth_program.reads_calls
         if check["beams"] == 1:
@@ -67,7 +67,7 @@ class Decoding(Subject):
                 want = self.want(whole[:-1], 0, len(row), history)["logits"]
                 self.same(f"generated logits of row {r}", logits[r], want[-check["new"] :])
         if not calls:
-            again = self.model.generate(**given, **options, use_cache=False)
+            again = self.model.generate(**prompts, **options, use_cache=False)
             if not torch.equal(out.sequences, again.sequences):
                 raise Mismatch(f"generated {out.sequences.tolist()}, without a cache {again.sequences.tolist()}")
             self.same("logits without a cache", logits, torch.stack(again.logits, 1))
@@ -133,11 +133,11 @@ class Decoding(Subject):
             return
         given, width = self._prompts()
         spec = next(s for s in self.case["spec"] if s["pass"] == "masked_diffusion")
-        found = self.model.generate(**given, max_new_tokens=check["new"])
+        filled = self.model.generate(**given, max_new_tokens=check["new"])
         for r, row in enumerate(self.rows):
             wanted = self._filled(row.tolist() + [MASK] * check["new"], len(row), spec, self.start(self.rows, r, given=False))
-            if found[r].tolist()[width:] not in [w[len(row) :] for w in wanted]:
-                raise Mismatch(f"row {r}: filled in {found[r, width:].tolist()}, the oracle says {wanted}")
+            if filled[r].tolist()[width:] not in [w[len(row) :] for w in wanted]:
+                raise Mismatch(f"row {r}: filled in {filled[r, width:].tolist()}, the oracle says {wanted}")
 
     def _filled(self, row: list[int], prompt: int, spec: Case, begin: int) -> list[list[int]]:
         """The rows that may come of one with masks behind its prompt: several where places are equally sure."""

@@ -39,29 +39,29 @@ class Doors(Subject):
 
         with tempfile.TemporaryDirectory() as folder:
             dp.emit(self.model, f"{folder}/out")
-            made = AutoModelForCausalLM.from_pretrained(
+            emitted = AutoModelForCausalLM.from_pretrained(
                 f"{folder}/out", trust_remote_code=True, dtype=torch.float64,
                 attn_implementation=self.model.config._attn_implementation).eval()
-        if hasattr(made, "set_experts_implementation"):
-            made.set_experts_implementation("eager")
+        if hasattr(emitted, "set_experts_implementation"):
+            emitted.set_experts_implementation("eager")
         mine = dict(self.model.named_buffers())
-        for name, buffer in made.named_buffers():  # rotary tables are made in float32 and were cast
+        for name, buffer in emitted.named_buffers():  # rotary tables are made in float32 and were cast
             if ".layers." not in name and name in mine:
                 buffer.data = mine[name].clone()
         with torch.no_grad():
             # Stock Gemma 2 has no numbers behind pads in float64, nor has the stock code in the file: there, each row alone.
             lost = bool(self.base(**self.batch(self.rows)).logits.isnan().any())
             for rows in [[row] for row in self.rows] if lost else [self.rows]:
-                self.compare(made(**self.batch(rows)), rows, self.real(rows))
+                self.compare(emitted(**self.batch(rows)), rows, self.real(rows))
 
     def door(self, check: Case) -> None:
         """The program behind another entrance than ``model(ids)``."""
         batch, real = self.batch(self.rows), self.real(self.rows)
         getattr(self, f"_{check['which']}")(batch, real)
 
-    def _hidden(self, found: Tensor, real: Tensor) -> None:
+    def _hidden(self, hidden: Tensor, real: Tensor) -> None:
         for r, row in enumerate(self.rows):
-            self.same(f"hidden state of row {r}", found[r, real[r]], self.want(row, self.start(self.rows, r))["hidden"])
+            self.same(f"hidden state of row {r}", hidden[r, real[r]], self.want(row, self.start(self.rows, r))["hidden"])
 
     def _decoder(self, batch, real) -> None:
         decoder = self.model.get_submodule(self.model._depth.decoder)  # get_decoder() of llama4_text gives the whole model
@@ -99,20 +99,20 @@ class Doors(Subject):
     def _checkpointing(self, batch, real) -> None:
         model = self.transformed()
         model.gradient_checkpointing_enable()
-        found = []
-        for made in (self.model, model):
-            made.train()
+        gradients = []
+        for subject in (self.model, model):
+            subject.train()
             try:
-                made.zero_grad()
+                subject.zero_grad()
                 torch.manual_seed(0)
-                out = made(**batch, use_cache=False)
+                out = subject(**batch, use_cache=False)
                 out.logits[real].square().sum().backward()
             finally:
-                made.eval()
-            found.append({n: p.grad.clone() for n, p in made.depth.named_parameters() if p.grad is not None})
-            made.zero_grad(set_to_none=True)
-        for n, g in found[0].items():
-            self.same(f"checkpointed gradient of {n}", found[1][n], g, 1e-6)
+                subject.eval()
+            gradients.append({n: p.grad.clone() for n, p in subject.depth.named_parameters() if p.grad is not None})
+            subject.zero_grad(set_to_none=True)
+        for n, g in gradients[0].items():
+            self.same(f"checkpointed gradient of {n}", gradients[1][n], g, 1e-6)
 
     def _using(self, batch, real) -> None:
         """Another program for a while: nothing of it stays."""

@@ -26,7 +26,7 @@ from depthpass.ir import Op, parse_program
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu,
-    "softmax": lambda x: torch.softmax(x, -1),
+    "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
 }
 
 
@@ -67,7 +67,7 @@ class Meaning:
 
     def handed_out(self) -> dict[str, Tensor]:
         """The stream before the head as ``output``, and every tap, for the real tokens."""
-        found = {}
+        outputs = {}
         for o in self.program:
             if o.kind in ("output", "tap"):
                 name = o["name"] if o.kind == "tap" else "output"
@@ -77,12 +77,12 @@ class Meaning:
                 ]
                 kept = kept[: self.columns - self.pads]
                 if isinstance(values[0], bool):
-                    found[name] = torch.tensor(kept)
+                    outputs[name] = torch.tensor(kept)
                 elif o.kind == "tap" and o["head"]:
-                    found[name] = self.row.head(torch.stack(kept))
+                    outputs[name] = self.row.head(torch.stack(kept))
                 else:
-                    found[name] = torch.stack(kept)
-        return found
+                    outputs[name] = torch.stack(kept)
+        return outputs
 
     def trimmed(self, name: str) -> bool:
         """Whether a value is counted by real tokens; what is handed out is, be it trimmed by an op or at the end."""
@@ -237,8 +237,8 @@ class Meaning:
         begin = self.begin(i)
         if o["past"] is not None:
             return self.keys(o["past"], 0, begin) + self.keys(o["slot"], begin, i)
-        found = self.keys(o["slot"], 0, i)
-        return found if self.bits is None else [self.kept(o, key) if key[2] < begin else key for key in found]
+        keys = self.keys(o["slot"], 0, i)
+        return keys if self.bits is None else [self.kept(o, key) if key[2] < begin else key for key in keys]
 
     def begin(self, i: int) -> int:
         """The column at which the call with column i begins."""
@@ -266,7 +266,7 @@ class Meaning:
 
     def keys(self, slot: int, begin: int, end: int) -> list[Key]:
         """Keys in a slot of the columns ``begin .. end - 1`` whose tokens its visit ran for."""
-        o, found = self.writers[slot], []
+        o, keys = self.writers[slot], []
         for j in range(begin, end):
             x = self.value(o.args[1] if o["memory"] else o.args[0], j)
             if x is None:
@@ -278,8 +278,8 @@ class Meaning:
 
                 with suppress(_Enough):
                     self.run(o, x, j, take)
-            found.append(self.stored[slot, j])
-        return found
+            keys.append(self.stored[slot, j])
+        return keys
 
     def gate(self, o: Op, q: Tensor, x: Tensor) -> Tensor:
         name = o["gate"]

@@ -47,10 +47,10 @@ def run_case(case: Case) -> dict[str, Any]:
                 refusals.append(f"{check['do']}: {kind_of(error)}")
             except Exception as error:
                 return fault(error, check["do"], done)
-    found: dict[str, Any] = {"result": "ok" if done else "refused", "done": done, "error": subject.worst}
+    result: dict[str, Any] = {"result": "ok" if done else "refused", "done": done, "error": subject.worst}
     if refusals:
-        found |= {"kind": refusals[0], "refusals": refusals}
-    return found
+        result |= {"kind": refusals[0], "refusals": refusals}
+    return result
 
 
 def fault(error: Exception, check: str, done: list[str]) -> dict[str, Any]:

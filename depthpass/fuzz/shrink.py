@@ -21,11 +21,11 @@ NEEDED = {
 LISTS = ("bridges", "layers", "at", "blocks")
 
 
-def shrink(case: Case, found: dict[str, Any], run: Callable[[Case], dict[str, Any]], tries: int = 80) -> Case:
+def shrink(case: Case, fault: dict[str, Any], run: Callable[[Case], dict[str, Any]], tries: int = 80) -> Case:
     """The smallest case that fails with the same kind of fault.
 
     Args:
-        found: what ``run`` says of ``case``.
+        fault: what ``run`` says of ``case``.
         tries: largest number of runs.
     """
     best, left = case, tries
@@ -37,7 +37,7 @@ def shrink(case: Case, found: dict[str, Any], run: Callable[[Case], dict[str, An
             if left < 0:
                 break
             got = run(smaller)
-            if got["result"] == "fault" and got["kind"] == found["kind"]:
+            if got["result"] == "fault" and got["kind"] == fault["kind"]:
                 best, again = smaller, True
                 break
     return best
@@ -97,10 +97,10 @@ def _put(items: list, i: int, item: Any) -> list:
     return [*items[:i], item, *items[i + 1 :]]
 
 
-def script(case: Case, found: dict[str, Any]) -> str:
+def script(case: Case, fault: dict[str, Any]) -> str:
     """A Python script that runs a case and prints what it finds."""
     text = json.dumps(case, indent=4)
     for word, name in (("null", "None"), ("true", "True"), ("false", "False")):
         text = text.replace(f": {word}", f": {name}").replace(f" {word},", f" {name},").replace(f" {word}\n", f" {name}\n")
-    return (f"# {found['kind']}\n# {found['message'].splitlines()[0]}\nfrom depthpass.fuzz import run_case\n\n"
-            f"found = run_case({text})\nprint(found['result'], found.get('trace', found.get('kind', '')))\n")
+    return (f"# {fault['kind']}\n# {fault['message'].splitlines()[0]}\nfrom depthpass.fuzz import run_case\n\n"
+            f"result = run_case({text})\nprint(result['result'], result.get('trace', result.get('kind', '')))\n")

@@ -50,42 +50,42 @@ def some(rng: random.Random, chance: float = 0.3, **options: Any) -> Case:
 
 def turboconn(rng: random.Random, arch: str) -> Case:
     pairs = [[s, d] for s in range(LAYERS) for d in range(s)]
-    made: Case = {
+    drawn: Case = {
         "pass": "turboconn", "bridges": sorted(rng.sample(pairs, rng.randint(1, 3))), "group": rng.randint(1, 4),
         "rank": rng.choice((3, 3, None)), **some(rng, 0.25, write=["input"], alpha=[30.0]),
     }
-    if made["rank"] and "write" not in made:
-        made |= some(rng, 0.2, wiring=["code"])
-    return made
+    if drawn["rank"] and "write" not in drawn:
+        drawn |= some(rng, 0.2, wiring=["code"])
+    return drawn
 
 
 def loop(rng: random.Random, arch: str) -> Case:
     start, end = span(rng)
-    made: Case = {"pass": "loop", "start": start, "end": end, "times": rng.choice((1, 2, 2, 3, rng.choice(LENGTHS)))}
-    made |= some(rng, 0.2, damped=[True, 0.4], kv=["first", "last", "mod:2"], taps=[True], normalize=["loop"], out_norm=[True],
-                 bptt=[1], inject=["add", "concat", "bounded"])
+    drawn: Case = {"pass": "loop", "start": start, "end": end, "times": rng.choice((1, 2, 2, 3, rng.choice(LENGTHS)))}
+    drawn |= some(rng, 0.2, damped=[True, 0.4], kv=["first", "last", "mod:2"], taps=[True], normalize=["loop"], out_norm=[True],
+                  bptt=[1], inject=["add", "concat", "bounded"])
     if rng.random() < 0.15:
-        made |= {"inject": rng.choice(("add", "concat", "bounded")), "state": rng.choice(("zeros", "noise"))}
-        made |= some(rng, 0.4, noise_cut=[2.0]) if made["state"] == "noise" else {}
+        drawn |= {"inject": rng.choice(("add", "concat", "bounded")), "state": rng.choice(("zeros", "noise"))}
+        drawn |= some(rng, 0.4, noise_cut=[2.0]) if drawn["state"] == "noise" else {}
     if rng.random() < 0.2:
-        made |= {"times": max(made["times"], 2) if isinstance(made["times"], int) else 3, "exit": rng.choice((0.3, 0.7)),
-                 "criterion": rng.choice(("cdf", "state", "cosine", "kl", "entropy", "argmax"))}
-        made |= {"exit": 1} if made["criterion"] == "argmax" else {}
-        made |= some(rng, 0.3, skip=[False]) if made["criterion"] == "cdf" else {}
-        made |= some(rng, 0.3, kv=["latest"]) if "skip" not in made else {}
+        drawn |= {"times": max(drawn["times"], 2) if isinstance(drawn["times"], int) else 3, "exit": rng.choice((0.3, 0.7)),
+                  "criterion": rng.choice(("cdf", "state", "cosine", "kl", "entropy", "argmax"))}
+        drawn |= {"exit": 1} if drawn["criterion"] == "argmax" else {}
+        drawn |= some(rng, 0.3, skip=[False]) if drawn["criterion"] == "cdf" else {}
+        drawn |= some(rng, 0.3, kv=["latest"]) if "skip" not in drawn else {}
     if rng.random() < 0.15:
-        made["lora_rank"] = 2
+        drawn["lora_rank"] = 2
     if rng.random() < 0.2 and arch in MODULATED:
-        made |= rng.choice(({"timestep": "identity"}, {"timestep": "zero"}, {"scales": True}, {"residual": "1/n"},
-                            {"residual": "1/n", "scales": True}))
-    return made
+        drawn |= rng.choice(({"timestep": "identity"}, {"timestep": "zero"}, {"scales": True}, {"residual": "1/n"},
+                             {"residual": "1/n", "scales": True}))
+    return drawn
 
 
 def parallel_loop(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "parallel_loop", "loops": rng.choice((2, 2, 3)), "kv": rng.choice(("gated", "gated", "first", "own"))}
-    if made["kv"] == "gated":
-        made |= {"window": rng.randint(1, 4)} | some(rng, 0.4, gate=["hidden"], gate_init=[1.0])
-    return made | some(rng, 0.3, mix=[[0.7, 0.3], [1.0, 0.5]], normalize=["loop"], shift=[0, 2])
+    drawn: Case = {"pass": "parallel_loop", "loops": rng.choice((2, 2, 3)), "kv": rng.choice(("gated", "gated", "first", "own"))}
+    if drawn["kv"] == "gated":
+        drawn |= {"window": rng.randint(1, 4)} | some(rng, 0.4, gate=["hidden"], gate_init=[1.0])
+    return drawn | some(rng, 0.3, mix=[[0.7, 0.3], [1.0, 0.5]], normalize=["loop"], shift=[0, 2])
 
 
 def layer_program(rng: random.Random, arch: str) -> Case:
@@ -109,31 +109,31 @@ def skip(rng: random.Random, arch: str) -> Case:
 
 
 def mixture_of_depths(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "mixture_of_depths", "mode": rng.choice(("topk", "threshold", "threshold"))}
-    if made["mode"] == "topk":
-        made["capacity"] = rng.choice((0.25, 0.5, 0.7, 1.0))
-    return made | some(rng, 0.3, blocks=[[1, 2], [0, 3], [0, 1, 2, 3]], combine=["delta"], weight=["sigmoid"], taps=[True])
+    drawn: Case = {"pass": "mixture_of_depths", "mode": rng.choice(("topk", "threshold", "threshold"))}
+    if drawn["mode"] == "topk":
+        drawn["capacity"] = rng.choice((0.25, 0.5, 0.7, 1.0))
+    return drawn | some(rng, 0.3, blocks=[[1, 2], [0, 3], [0, 1, 2, 3]], combine=["delta"], weight=["sigmoid"], taps=[True])
 
 
 def mixture_of_recursions(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "mixture_of_recursions", "recursions": rng.choice((2, 2, 3))}
+    drawn: Case = {"pass": "mixture_of_recursions", "recursions": rng.choice((2, 2, 3))}
     if rng.random() < 0.6:
-        made |= {"start": 1, "end": 3}
+        drawn |= {"start": 1, "end": 3}
     else:
-        made |= {"recursions": 2, "sharing": rng.choice(("middle_cycle", "cycle", "middle_sequence", "sequence")),
-                 "init": rng.choice(("stepwise", "first", "last", "average"))}
+        drawn |= {"recursions": 2, "sharing": rng.choice(("middle_cycle", "cycle", "middle_sequence", "sequence")),
+                  "init": rng.choice(("stepwise", "first", "last", "average"))}
     if rng.random() < 0.3:
-        made |= {"router": "token"} | some(rng, 0.4, kv=["shared"], balancing=["loss_free"])
+        drawn |= {"router": "token"} | some(rng, 0.4, kv=["shared"], balancing=["loss_free"])
     else:
-        made |= {"mode": rng.choice(("topk", "threshold", "threshold"))}
-        made |= some(rng, 0.3, kv=["shared"], combine=["delta"])
-    return made | some(rng, 0.3, taps=[True])
+        drawn |= {"mode": rng.choice(("topk", "threshold", "threshold"))}
+        drawn |= some(rng, 0.3, kv=["shared"], combine=["delta"])
+    return drawn | some(rng, 0.3, taps=[True])
 
 
 def inner_thinking(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "inner_thinking", "steps": rng.choice((2, 3)), "mode": rng.choice(("topk", "threshold", "threshold"))}
-    return made | some(rng, 0.3, blocks=[[1], [0, 3], [2, 3]], weight=["tanh", "symmetric"], bypass=["literal"],
-                       keys=["routed"], taps=[True])
+    drawn: Case = {"pass": "inner_thinking", "steps": rng.choice((2, 3)), "mode": rng.choice(("topk", "threshold", "threshold"))}
+    return drawn | some(rng, 0.3, blocks=[[1], [0, 3], [2, 3]], weight=["tanh", "symmetric"], bypass=["literal"],
+                        keys=["routed"], taps=[True])
 
 
 def pad(rng: random.Random, arch: str) -> Case:
@@ -151,19 +151,20 @@ def feedback(rng: random.Random, arch: str) -> Case:
 
 def t2mlr(rng: random.Random, arch: str) -> Case:
     start, end = span(rng)
-    made: Case = {"pass": "t2mlr", "start": start, "end": end - 1, "gate": rng.choice(("learned", "constant"))}
-    return made | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5])
+    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat"))
+    drawn: Case = {"pass": "t2mlr", "start": start, "end": end - 1, "gate": gate}
+    return drawn | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5])
 
 
 def recurrent_loop(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "recurrent_loop", "encoder": rng.randrange(LAYERS), "interval": rng.choice((1, 1, 2, 3))}
-    return made | some(rng, 0.4, gate=["token", "none"], normed=[False], alpha=[0.8])
+    drawn: Case = {"pass": "recurrent_loop", "encoder": rng.randrange(LAYERS), "interval": rng.choice((1, 1, 2, 3))}
+    return drawn | some(rng, 0.4, gate=["token", "none"], normed=[False], alpha=[0.8])
 
 
 def relaxed_recursion(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "relaxed_recursion", "rank": rng.choice((0, 2, 3))}
-    made |= {"init": rng.choice(("average", "first", "stepwise"))}
-    return made | rng.choice(({"times": 2}, {"times": 4}, {"times": 2, "start": 1, "end": 3}, {"times": 3, "start": 1}))
+    drawn: Case = {"pass": "relaxed_recursion", "rank": rng.choice((0, 2, 3))}
+    drawn |= {"init": rng.choice(("average", "first", "stepwise"))}
+    return drawn | rng.choice(({"times": 2}, {"times": 4}, {"times": 2, "start": 1, "end": 3}, {"times": 3, "start": 1}))
 
 
 def coconut(rng: random.Random, arch: str) -> Case:
@@ -175,9 +176,9 @@ def bidirectional(rng: random.Random, arch: str) -> Case:
 
 
 def masked_diffusion(rng: random.Random, arch: str) -> Case:
-    made: Case = {"pass": "masked_diffusion", "steps": rng.randint(1, 2), "mask_token": MASK,
-                  "unmask": rng.choice(("confidence", "margin", "entropy", "left"))}
-    return made | rng.choice(({}, {"shift": True}, {"block": 2}, {"block": 4}))
+    drawn: Case = {"pass": "masked_diffusion", "steps": rng.randint(1, 2), "mask_token": MASK,
+                   "unmask": rng.choice(("confidence", "margin", "entropy", "left"))}
+    return drawn | rng.choice(({}, {"shift": True}, {"block": 2}, {"block": 4}))
 
 
 def identity(rng: random.Random, arch: str) -> Case:

@@ -46,13 +46,13 @@ AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
 @contextmanager
 def list_attention(model: Any):
     """The stock model with attention over lists for the time of a ``with``."""
-    found = model.config._attn_implementation
-    _softmax.append(torch.float32 if found == "eager" and model.config.model_type == "gemma2" else None)
+    style = model.config._attn_implementation
+    _softmax.append(torch.float32 if style == "eager" and model.config.model_type == "gemma2" else None)
     model.set_attn_implementation(NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(found)
+        model.set_attn_implementation(style)
         _softmax.pop()
 
 
@@ -83,14 +83,14 @@ def averaged(model: nn.Module, program: Program) -> nn.Module:
     """The stock model, or a copy with the means that a program starts from."""
     if all(o.kind != "average" for o in program):
         return model
-    made = copy.deepcopy(model)
+    mean = copy.deepcopy(model)
     with torch.no_grad():
         for o in program:
             if o.kind == "average":
                 of = [dict(blocks_of(model)[b].named_parameters()) for b in o["blocks"]]
-                for name, p in blocks_of(made)[o["index"]].named_parameters():
+                for name, p in blocks_of(mean)[o["index"]].named_parameters():
                     p.copy_(torch.stack([block[name] for block in of]).mean(0))
-    return made
+    return mean
 
 
 def _first(calls: Sequence[tuple[tuple, dict]]) -> Tensor:
@@ -125,7 +125,7 @@ class Row:
         return self.model(**given, position_ids=self.positions[None], use_cache=False)
 
     def fed(self, x: Tensor, i: int) -> Tensor:
-        """What the first block gets at column i where x stands in the place of the token's embedding, ``[width]``."""
+        """What the first block gets at column i where x stands in place of the token's embedding, ``[width]``."""
         calls: list[tuple[tuple, dict]] = []
         row = torch.stack([x if j == i else torch.zeros_like(x) for j in range(len(self.ids))])
         self._recorded(calls, inputs_embeds=row[None])

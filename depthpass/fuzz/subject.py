@@ -48,9 +48,9 @@ class Subject:
     def transformed(self) -> dp.DepthModel:
         c = self.case
         options = {k: c[k] for k in ("chunk", "lowering", "stack", "schedule")}
-        made = dp.transform(self.stock, c["spec"], **options)
-        models.enliven(made.depth, seed=c["seed"] + 1, std=0.3, least=1)
-        return made.eval()
+        model = dp.transform(self.stock, c["spec"], **options)
+        models.enliven(model.depth, seed=c["seed"] + 1, std=0.3, least=1)
+        return model.eval()
 
     @staticmethod
     def tokens(count: int, generator: torch.Generator) -> Tensor:
@@ -67,12 +67,12 @@ class Subject:
         for r, row in enumerate(rows):
             at = slice(width - len(row), width) if side == "left" else slice(0, len(row))
             ids[r, at], valid[r, at] = row, 1
-        made = {"input_ids": ids}
+        arguments = {"input_ids": ids}
         if self.case["mask"] if mask is None else mask:
-            made["attention_mask"] = valid
+            arguments["attention_mask"] = valid
         if self.case["positions"]:
-            made["position_ids"] = (valid.cumsum(1) - 1).clamp(0)
-        return made
+            arguments["position_ids"] = (valid.cumsum(1) - 1).clamp(0)
+        return arguments
 
     def real(self, rows: Sequence[Tensor]) -> Tensor:
         return self.batch(rows, True)["attention_mask"].bool()
@@ -131,10 +131,10 @@ class Subject:
                 text, row, p or self.p, end, lambda number, count, width: noise(number, torch.arange(count), width), calls, bits
             ).handed_out()
             hidden = given.pop("output")
-            found = {"hidden": hidden, "logits": row.head(hidden), **given}
+            answer = {"hidden": hidden, "logits": row.head(hidden), **given}
         if p is None:
-            self.meaning_of[key] = found
-        return found
+            self.meaning_of[key] = answer
+        return answer
 
     def same(self, what: str, got: Tensor, want: Tensor, limit: float | None = None) -> None:
         """Raise Mismatch unless two tensors are equal to the tolerance, relative to the largest value."""
@@ -194,19 +194,19 @@ class Subject:
 
 def _pads(text: str, ids: Tensor, end: int) -> tuple[int, int]:
     """How many pads a program has, and after how many of a row's tokens."""
-    found = re.search(r"= pad (\d+) [^#\n]*", text)
-    if found is None:
+    pad = re.search(r"= pad (\d+) [^#\n]*", text)
+    if pad is None:
         return 0, end
-    if placed := re.search(r" at (\d+)", found[0]):
+    if placed := re.search(r" at (\d+)", pad[0]):
         end = int(placed[1])
-    if behind := re.search(r" behind (\d+)", found[0]):
+    if behind := re.search(r" behind (\d+)", pad[0]):
         end = ids.tolist().index(int(behind[1])) + 1
-    return int(found[1]), end
+    return int(pad[1]), end
 
 
 def _evaluated(times: str, n: int) -> int:
-    found: dict[str, Callable[[], int]] = {
+    counts: dict[str, Callable[[], int]] = {
         "ceil(log2(n))": lambda: math.ceil(math.log2(n)), "ceil(n/3)": lambda: -(-n // 3),
         "floor(sqrt(n))+1": lambda: math.isqrt(n) + 1,
     }
-    return max(1, found[times]())
+    return max(1, counts[times]())

@@ -337,8 +337,8 @@ class DepthModel(Shown, _Stock):
         return (full_state(self) if any(p.is_meta for p in self.parameters()) else None), is_main_process
 
     def __reduce_ex__(self, protocol):
-        made = super().__reduce_ex__(protocol)
-        return (rebuilt, (depth_class, type(self)._stock_class), *made[2:])
+        reduced = super().__reduce_ex__(protocol)
+        return (rebuilt, (depth_class, type(self)._stock_class), *reduced[2:])
 
 
 @functools.cache

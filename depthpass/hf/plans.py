@@ -106,12 +106,12 @@ class Plans:
 
         A count that is drawn is drawn once per call, for all rows.
         """
-        now = self.current
-        if not now.varies:
-            return [(now, None)]
-        drawn = [p.settled(drawn=model.training) if p.varies == "drawn" else p for p in now.passes]
-        if "length" not in now.varies:
-            return [(self.of(model, drawn, now.chunk), None)]
+        current = self.current
+        if not current.varies:
+            return [(current, None)]
+        drawn = [p.settled(drawn=model.training) if p.varies == "drawn" else p for p in current.passes]
+        if "length" not in current.varies:
+            return [(self.of(model, drawn, current.chunk), None)]
         tokens = call.tensors["input_ids" if "input_ids" in call.tensors else "inputs_embeds"]
         columns = call.past + tokens.shape[1]
         if call.packing is not None:
@@ -121,7 +121,7 @@ class Plans:
         groups: dict[Plan, list[int]] = {}
         for row, n in enumerate(counts):
             passes = [p.settled(tokens=n) for p in drawn]
-            groups.setdefault(self.of(model, passes, now.chunk), []).append(row)
+            groups.setdefault(self.of(model, passes, current.chunk), []).append(row)
         if len(groups) == 1:
             return [(next(iter(groups)), None)]
         return [(plan, torch.tensor(rows, device=tokens.device)) for plan, rows in groups.items()]

@@ -89,6 +89,6 @@ class Runtime:
 
 def _runtime(home: Plan, default: Plan, *rest) -> Runtime:
     """A runtime with plans of its own: what is in force for one model says nothing about its copies."""
-    made = Runtime(Plans(home), *rest)
-    made.plans.default = made.plans.kept[default.key] = default
-    return made
+    runtime = Runtime(Plans(home), *rest)
+    runtime.plans.default = runtime.plans.kept[default.key] = default
+    return runtime

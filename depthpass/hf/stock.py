@@ -30,22 +30,22 @@ def drop_wrapped_forward(model: nn.Module) -> None:
 
 def stock_copy(model: DepthModel) -> nn.Module:
     """A stock model that shares every stock parameter of a transformed one."""
-    made = copied(model)
-    made.__class__ = type(model)._stock_class
-    drop_wrapped_forward(made)
-    decoder: Any = made.get_submodule(model._depth.decoder)
+    stock = copied(model)
+    stock.__class__ = type(model)._stock_class
+    drop_wrapped_forward(stock)
+    decoder: Any = stock.get_submodule(model._depth.decoder)
     if isinstance(decoder, DepthDecoder):
         decoder.__class__ = type(decoder)._stock_class
         del decoder._depth_door
     # A wrapper that was put around a forward calls the transformed model.
-    for module in (made, decoder, *map(unwrapped, block_list(made, model._depth.layers))):
+    for module in (stock, decoder, *map(unwrapped, block_list(stock, model._depth.layers))):
         set_forward(module, None)
-    del made._depth
-    del made.depth
-    unmark(made.config)
-    if hasattr(made.config, "depthpass"):
-        del made.config.depthpass
-    return made
+    del stock._depth
+    del stock.depth
+    unmark(stock.config)
+    if hasattr(stock.config, "depthpass"):
+        del stock.config.depthpass
+    return stock
 
 
 def stock_decoder(model: DepthModel, device: torch.device | None = None) -> nn.Module:
@@ -55,15 +55,15 @@ def stock_decoder(model: DepthModel, device: torch.device | None = None) -> nn.M
         device: where its tensors are; None = where they are now.
     """
     path, layers = model._depth.decoder, model._depth.layers
-    made: Any = structural_copy(
+    decoder: Any = structural_copy(
         model.get_submodule(path), leave=("_depth", "_depth_door"), dtypes=sharded_dtypes(model.modules()), device=device
     )
-    made.__class__ = type(made)._stock_class
-    made._modules.pop(PREFIX, None)
+    decoder.__class__ = type(decoder)._stock_class
+    decoder._modules.pop(PREFIX, None)
     # What was put around these forwards runs at each call.
-    for module in (made, *block_list(made, layers[len(path) + 1 if path else 0 :])):
+    for module in (decoder, *block_list(decoder, layers[len(path) + 1 if path else 0 :])):
         module.__dict__.pop("forward", None)
-    for module in made.modules():
+    for module in decoder.modules():
         if is_controlled(module):
             del module.forward
-    return made
+    return decoder

@@ -111,8 +111,8 @@ def transform(
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
     runtime.lowering, runtime.fixed_point = check_level(lowering), policy
-    whole = copied(model)
-    turbo = inner_model(whole)
+    new_model = copied(model)
+    turbo = inner_model(new_model)
     turbo.__class__ = depth_class(type(inner))
     drop_wrapped_forward(turbo)
     install(turbo, runtime)
@@ -120,7 +120,7 @@ def transform(
     turbo.config.depthpass = runtime.config() | own_class(type(turbo)._stock_class)
     mark(turbo.config, depth_class)
     check_blocks(turbo, runtime.plan)
-    return whole
+    return new_model
 
 
 @overload

@@ -190,7 +190,7 @@ class OpDef:
     accepts: Callable[[Program, Op, Sequence[Type]], None] = _accepted
     width: Callable[[Op, Sequence[int], int], int] = _widest
     pads: Callable[[Op, int], int] = lambda o, before: before
-    absent: Callable[[Sequence[int]], int] = lambda found: max(found, default=0)
+    absent: Callable[[Sequence[int]], int] = lambda absences: max(absences, default=0)
     typed: Callable[[Program, Op, Sequence[Type]], Type] | None = None
     lag: Callable[[Op], int] = lambda o: 0
     begins: Callable[[Op, int], int] = lambda o, first: first

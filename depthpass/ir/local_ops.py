@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
 
-ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax")
+ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax", "sqrt")
 
 
 # What they compute.
@@ -55,7 +55,7 @@ def _functions() -> Mapping[str, Callable[[Tensor], Tensor]]:
 
     return {
         "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu,
-        "softmax": lambda x: torch.softmax(x, -1),
+        "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
     }
 
 
@@ -176,9 +176,9 @@ def _linear_module(declared: Mapping[str, Param], like: Tensor) -> nn.Module:
 
     weight = declared["weight"]
     out, into = weight.shape
-    made = torch.nn.Linear(into, out, bias="bias" in declared, device=like.device)
-    initialise_linear(made, weight.init, weight.identity)
-    return made.to(dtype=like.dtype)
+    module = torch.nn.Linear(into, out, bias="bias" in declared, device=like.device)
+    initialise_linear(module, weight.init, weight.identity)
+    return module.to(dtype=like.dtype)
 
 
 def initialise_linear(module: nn.Linear, std: float, identity: bool = False) -> None:

@@ -21,7 +21,7 @@ block        one *visit* of a physical block. ``slot`` is its own KV cache; ``ke
              token of the stream; the result holds the routed ones. ``memory``: the second argument is a stream, which keys and
              values come from instead of the first, at the same positions (Feedback Transformer). ``part attention``: the
              stream plus what the attention branch adds, without the feed-forward network. ``update``: of routed tokens, whose
-             own keys stand in the place of theirs among those of ``keys``, for this visit's own eyes (MoR)
+             own keys stand in place of theirs among those of ``keys``, for this visit's own eyes (MoR)
 point        (x, a), a the attention part of a block and x its input: the stream that its feed-forward branch reads, which is a,
              or x where the two branches run beside each other
 ffn          (a, y) of a physical block: a plus what its feed-forward branch makes of y; of y = the point the rest of a visit

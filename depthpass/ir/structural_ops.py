@@ -317,7 +317,7 @@ STRUCTURAL_OPS = (
     ),
     OpDef(
         "add", None, (2, None), dict(lands=AttrDef(str, "output", choices=("output", "input"))),
-        accepts=broadcast("equal widths"), absent=lambda found: min(found, default=0),
+        accepts=broadcast("equal widths"), absent=lambda absences: min(absences, default=0),
         work=lambda o, widths, out, hidden: Work(elementwise=out * (len(o.args) - 1)), runs=frozenset({CHUNK, STEP, SWEEP}),
     ),
     OpDef(

@@ -46,7 +46,7 @@ class LoweredOp:
 
     Attributes:
         op: what it computes: an op of programs, or a part of a visit (:mod:`depthpass.ir.visit_parts`).
-        reads: slots it attends to; of two the second is its own: within the op's window, or in the place of the first's entries.
+        reads: slots it attends to; of two the second is its own: within the op's window, or in place of the first's entries.
         writes: the slot it puts the keys and values of its tokens into.
         past: the slot whose entries of earlier calls it starts from.
         line: the delay line it reads.

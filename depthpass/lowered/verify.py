@@ -63,37 +63,37 @@ class _Checker:
         place = _PLACES.get(region.level) if region.serial else None
         if place and (reason := unfit(region.program_ops, place)):
             raise VerifyError(f"{where}: expected ops that level {region.level!r} can run, got {reason}.")
-        here = set(region.inputs)
+        defined = set(region.inputs)
         sources = {line.name: line for line in region.lines}
         for o in region.ops:
-            self._op(where, region, o, here, sources)
+            self._op(where, region, o, defined, sources)
         for line in region.lines:
-            self._need(line.source in here, f"{where}: line %{line.name} takes in %{line.source}, which is not there.")
+            self._need(line.source in defined, f"{where}: line %{line.name} takes in %{line.source}, which is not there.")
             self._need(line.name not in self.lines, f"{where}: line %{line.name} is kept twice.")
             self.lines.add(line.name)
         for name in region.outputs:
-            self._need(name in here, f"{where}: hands out %{name}, which it does not have.")
+            self._need(name in defined, f"{where}: hands out %{name}, which it does not have.")
         for name in region.last:
             self._need(name in region.inputs or name in region.outputs, f"{where}: lets go of %{name}, which it does not hold.")
         self.values = (self.values | set(region.outputs)) - set(region.last)
 
-    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, here: set[str], lines: dict[str, Line]) -> None:
+    def _op(self, where: str, region: LoweredRegion, o: LoweredOp, defined: set[str], lines: dict[str, Line]) -> None:
         at = f"{where}: {f'%{o.name} = ' if o.name else ''}{o.kind}"
         if o.line is not None:
             line = Line(o.line, o.op.args[0], OPS[o.op.kind].lag(o.op))
             self._need(lines.get(o.line) == line, f"{at}: reads line %{o.line}, which the region does not keep so.")
-            if line.source not in here:
+            if line.source not in defined:
                 self._need(region.chunk is not None and region.chunk <= line.tokens,
                            f"{at}: reads {line.tokens} tokens back what {region.chunk or 'all'} tokens run together compute "
                            "later: a future read.")
         else:
             for a in o.op.args:
-                self._need(a in here, f"{at}: reads %{a} before it is there.")
+                self._need(a in defined, f"{at}: reads %{a} before it is there.")
         self._slots(at, region, o)
         if o.name:
             self._need(o.name not in self.defined, f"{at}: %{o.name} is defined twice.")
             self.defined.add(o.name)
-            here.add(o.name)
+            defined.add(o.name)
 
     def _visits(self, where: str, region: LoweredRegion) -> None:
         """The parts of a visit, or of the visits that are rows of one call, stand next to each other and belong together."""

@@ -35,7 +35,7 @@ class Coconut(Pass):
     Args:
         latents: k.
         after: where they go: after the ``prompt`` (see :class:`Pad`); an integer: after so many real tokens of the row;
-            ``token:7``: after the row's first token 7. A row without that place is an error.
+            ``token:7``: after the row's first token 7. A row without that position is an error.
     """
 
     name: ClassVar[str] = "coconut"

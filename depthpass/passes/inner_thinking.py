@@ -19,7 +19,7 @@ _NEUTRAL = {"sigmoid": 0.5, "tanh": 0.0, "symmetric": 0.0}
 class InnerThinking(Pass):
     """Give chosen blocks K steps: one over all tokens, then K - 1 that only routed tokens take.
 
-    For a block f with input X; every step routes all tokens anew (nobody leaves for good):
+    For a block f with input X; every step routes all tokens anew (no token leaves for good):
 
         Y = f(X);  acc = phi_0 Y;  cur = Y
         step t: w = sigmoid(R_t cur);  acc[sel] += phi_t alpha_t w[sel] f(cur, queries=sel, keys=all);  cur = acc
@@ -50,7 +50,7 @@ class InnerThinking(Pass):
         weight: w = sigmoid(s), tanh(s), or ``symmetric``, 2 sigmoid(s) - 1.
         bypass: tokens that a step does not take get ``none`` of it, or, read ``literally``, phi_t cur.
         keys: queries see the keys of ``all`` current states, or of the ``routed`` tokens only (cheaper).
-        taps: hand out the scores, ``{scope}.v{visit}.t{t}``, and who is taken, ``{scope}.v{visit}.t{t}.taken``.
+        taps: return the scores, ``{scope}.v{visit}.t{t}``, and which tokens are taken, ``{scope}.v{visit}.t{t}.taken``.
         scope: first part of the parameter and tap names; ratios are set at run time by ``{scope}.t{t}``.
     """
 

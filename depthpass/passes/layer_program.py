@@ -27,7 +27,7 @@ class LayerProgram(Pass):
         layers: positions in the program's list of visits, which are block numbers in a stock model; any order, any
             number of times.
         scales: give every visit a learned scale of what its attention and MLP read and a gate on what they add, all
-            starting as 1; parameters ``{scope}.p{place in the list}.scale``.
+            starting as 1; parameters ``{scope}.p{index in the list}.scale``.
         scope: first part of the parameter names.
     """
 

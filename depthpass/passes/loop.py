@@ -62,7 +62,7 @@ class Loop(Pass):
             block (k of them, k + 1) then outlives a call. These score a whole row as ``own`` does, and decode another
             function. ``latest``, beside an exit that skips: those of iteration t, and of tokens that left before it
             those of the last one that they took (Huginn's latest and available).
-        taps: hand out what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
+        taps: return what the model would give after 1, 2, .. T iterations, as logits called ``{scope}.t{t}``; the
             coda runs again for each. (With ``damped`` iteration t of this T, which is not a run with T = t.)
         exit: let tokens leave the loop early, at this value of ``criterion``.
         criterion: ``cdf``: a learned gate gives an exit probability after each iteration; a token leaves when their
@@ -74,7 +74,7 @@ class Loop(Pass):
             sees the earlier tokens that took the same iteration.)
         skip: tokens that left take no further iteration: no work, and no keys in it, so that in iteration t (with
             ``kv="own"``) a token sees the earlier tokens that ran iteration t. False (``cdf`` only): run all iterations
-            with all keys and pick states afterwards; with ``taps`` also hand out the gates' probabilities
+            with all keys and pick states afterwards; with ``taps`` also return the gates' probabilities
             ``{scope}.t{t}.exit``, to train them.
         lora_rank: rank of a LoRA of its own for every visit of the core.
         timestep: modulate the visits of the core by the iteration number t (adaLN): what attention and MLP read is

@@ -91,18 +91,18 @@ class Iterations:
                     self.build.set(name, past=self.build.slot_of(keeper))
 
     def _operands(self, t: int, visit: int) -> dict[str, Any]:
-        loop, found = self.loop, dict[str, Any]()
+        loop, operands = self.loop, dict[str, Any]()
         if loop.lora_rank is not None:
-            found |= {"lora": f"{loop.scope}.t{t}.v{visit}.lora", "lora_rank": loop.lora_rank}
+            operands |= {"lora": f"{loop.scope}.t{t}.v{visit}.lora", "lora_rank": loop.lora_rank}
         if loop.timestep:
             base = 0.0 if t or loop.timestep == "zero" else 1.0
-            found |= {"modulate": f"{loop.scope}.v{visit}.time", "clock": f"{loop.scope}.clock", "step": t, "base": base}
+            operands |= {"modulate": f"{loop.scope}.v{visit}.time", "clock": f"{loop.scope}.clock", "step": t, "base": base}
         if loop.scales:
-            found |= {"modulate": f"{loop.scope}.t{t}.v{visit}.scale"}
+            operands |= {"modulate": f"{loop.scope}.t{t}.v{visit}.scale"}
         if loop.residual == "1/n":
-            named = found.get("modulate", f"{loop.scope}.v{visit}.scale")
-            found |= {"modulate": named, "base": 1.0 / cast(int, loop.times)}
-        return found
+            named = operands.get("modulate", f"{loop.scope}.v{visit}.scale")
+            operands |= {"modulate": named, "base": 1.0 / cast(int, loop.times)}
+        return operands
 
     def gate(self, state: str) -> str:
         score = self.build.emit("linear", self.build.norm(state), parameter=f"{self.loop.scope}.exit", out=1)

@@ -21,7 +21,7 @@ class MaskedDiffusion(Pass):
         x = prompt, MASK .. MASK
         for s in 1 .. T:  S = plan(x);  x[S] = predict(x)[S]
 
-    A step hands on token ids only: log2 of the vocabulary in bits for each position of S, whatever the width. Train with
+    A step passes on token ids only: log2 of the vocabulary in bits for each position of S, whatever the width. Train with
     :func:`depthpass.diffusion_loss`, sample with :func:`depthpass.denoise` or ``model.generate``. No new parameters.
 
     rewrite:

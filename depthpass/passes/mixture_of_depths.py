@@ -38,9 +38,9 @@ class MixtureOfDepths(Pass):
         threshold: one number, or one for every routed block (``depthpass.calibrate`` sets them). Mode ``threshold``.
         combine: ``paper``: f is the whole block, its residual included; ``delta``: what the block adds, f(x) - x.
         weight: ``linear``: r itself; ``sigmoid``: sigmoid(r).
-        aux: coefficient of the loss ``{scope}.aux``, the router's cross-entropy against who was taken, which prepares it
+        aux: coefficient of the loss ``{scope}.aux``, the router's cross-entropy against the choice, which prepares it
             for ``threshold``. Mode ``topk``.
-        taps: hand out the scores, ``{scope}.v{visit}``, and who is taken, ``{scope}.v{visit}.taken``.
+        taps: return the scores, ``{scope}.v{visit}``, and which tokens are taken, ``{scope}.v{visit}.taken``.
         scope: first part of the parameter, loss and tap names; the capacity is set at run time by this name.
     """
 

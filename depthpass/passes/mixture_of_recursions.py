@@ -65,7 +65,7 @@ class MixtureOfRecursions(Pass):
         alpha: factor of the expert router's sigmoid.
         combine: ``paper`` as above; ``delta``: H = Stack(H) in recursion 1 and H + w (Stack(H) - H) after it, with a
             learned strength that starts from 0 in place of alpha. Expert choice.
-        aux: coefficient of the loss ``{scope}.aux``: every expert router's cross-entropy against who was taken, over
+        aux: coefficient of the loss ``{scope}.aux``: every expert router's cross-entropy against the choice, over
             those it chose from, summed over r. Mode ``topk``: a threshold chooses by itself.
         balance: coefficient of the token router's loss ``{scope}.balance``, R sum_j f_j mean(p_j).
         balancing: ``loss`` as above, or ``loss_free``: a bias for the choice alone, moved by ``rate`` after each
@@ -73,7 +73,7 @@ class MixtureOfRecursions(Pass):
         rate: step of that bias.
         z: coefficient of the loss ``{scope}.z``, the squared logsumexp of the scores, for every expert router over the
             tokens that it chose from, summed over r; None = 0 (expert), 1e-5 (token).
-        taps: hand out scores, ``{scope}.r{r}`` (token choice: the probabilities ``{scope}.p``), and who is taken,
+        taps: return scores, ``{scope}.r{r}`` (token choice: the probabilities ``{scope}.p``), and which tokens are taken,
             ``{scope}.r{r}.taken``.
         scope: first part of the parameter, loss and tap names.
     """

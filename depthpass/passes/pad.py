@@ -34,7 +34,7 @@ class Pad(Pass):
         token: the token whose embedding the pads have; None = the model's ``pad_token_id``. (Many models keep that one's
             embedding at zero and do not train it; a reserved token is trained.)
         after: where they go: after the ``prompt``; an integer: after so many real tokens of the row; ``token:7``: after the
-            row's first token 7. A row without that place is an error.
+            row's first token 7. A row without that position is an error.
     """
 
     name: ClassVar[str] = "pad"

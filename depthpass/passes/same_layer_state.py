@@ -82,15 +82,15 @@ class SameLayerState(Pass):
         if visit["part"] != "whole" or visit["lora"] or visit["modulate"]:
             raise PassError(f"{self.name}: expected visits of whole blocks without a LoRA or scales of their own, got "
                             f"%{visit.name}. Leave lora_rank, timestep and scales out.")
-        found: list[Op] = []
+        ops: list[Op] = []
 
         def emit(kind: str, *args: str, name: str = "", parameter: str = "", **attrs) -> str:
-            made = op(kind, *args, name=name or next(names), **attrs)
-            found.append(made.with_attrs(name=parameter) if parameter else made)
-            return made.name
+            emitted = op(kind, *args, name=name or next(names), **attrs)
+            ops.append(emitted.with_attrs(name=parameter) if parameter else emitted)
+            return emitted.name
 
         a = next(names)
-        found.append(replace(visit, name=a).with_attrs(part="attention"))
+        ops.append(replace(visit, name=a).with_attrs(part="attention"))
         point = emit("point", visit.args[0], a, index=visit["index"])
         kept = visit.name if self.state == "stream" else next(names)
         back = emit("delay", kept, tokens=1)
@@ -100,7 +100,7 @@ class SameLayerState(Pass):
         y = emit("ffn", base, blend, name=visit.name, index=visit["index"])
         if self.state == "ffn":
             emit("add", y, emit("scale", base, by=-1.0), name=kept)
-        return found
+        return ops
 
     def _alpha(self, emit, back: str, position: int) -> str:
         """The blend, absent where the state is: a stream of zeros through a sigmoid is a half everywhere."""

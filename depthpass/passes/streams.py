@@ -76,18 +76,18 @@ def straight(program: Program, who: str) -> tuple[Op, ...]:
     visits = program.visits
     if not visits:
         raise PassError(f"{who}: expected a program with visits, got one without a block.")
-    for here, after in zip(visits, (*visits[1:], None)):
-        if here["keys"] is not None or here["past"] is not None:
-            slot = here["past"] if here["keys"] is None else here["keys"]
-            raise PassError(f"{who}: expected visits with their own keys, got %{here.name}, which reads slot "
+    for visit, after in zip(visits, (*visits[1:], None)):
+        if visit["keys"] is not None or visit["past"] is not None:
+            slot = visit["past"] if visit["keys"] is None else visit["keys"]
+            raise PassError(f"{who}: expected visits with their own keys, got %{visit.name}, which reads slot "
                             f"{slot}. Put {who} before the pass that shares keys.")
-        if len(here.args) > 1 or here["part"] != "whole":
-            what = ("keys from a memory" if here["memory"] else "queries of routed tokens only" if len(here.args) > 1 else
+        if len(visit.args) > 1 or visit["part"] != "whole":
+            what = ("keys from a memory" if visit["memory"] else "queries of routed tokens only" if len(visit.args) > 1 else
                     "its attention alone")
-            raise PassError(f"{who}: expected visits of one stream, got %{here.name} = block {here['index']} with {what}. "
+            raise PassError(f"{who}: expected visits of one stream, got %{visit.name} = block {visit['index']} with {what}. "
                             f"Put {who} before the pass that adds it.")
-        others = [o for o in program.users(here.name) if o is not after] if after else []
-        if after is not None and (after.args != (here.name,) or others):
+        others = [o for o in program.users(visit.name) if o is not after] if after else []
+        if after is not None and (after.args != (visit.name,) or others):
             other = others[0] if others else program.defs[after.args[0]]
             raise PassError(
                 f"{who}: expected a straight stack of visits, got {'%' + other.name + ' = ' if other.name else ''}"

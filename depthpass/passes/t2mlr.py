@@ -9,6 +9,7 @@ from depthpass.errors import PassError
 from depthpass.ir.program import Program
 from depthpass.passes.base import Context, Numerics, Pass, require
 from depthpass.passes.streams import Builder, check_scope, straight
+from depthpass.passes.t2mlr_mixing import Mixing
 
 
 @dataclass(frozen=True)
@@ -28,14 +29,20 @@ class T2MLR(Pass):
         end: its last visit.
         gate: ``learned``: r and i are sigmoids of linear maps of (x, R), per channel; ``rezero``: the same, and the mixture is
             added, ``x + tanh(a) i x + tanh(b) r R`` with two learned numbers that start as zero (the public code's default: the
-            model starts as the stock model); ``constant``: two numbers.
+            model starts as the stock model); ``coupled``: i = 1 - r; ``variance``: sqrt(r) and sqrt(1 - r); ``concat``: a linear
+            map of (R, x) that starts as x; ``constant``: two numbers.
         recurrent: r; of learned gates where it starts.
         input: i, likewise. r = 0 and i = 1 with constant gates leave the program as it is.
+        added: the mixture of ``coupled`` and ``variance`` is added to x by a learned share, ``x + tanh(a) (..)``, from zero on.
+        project: R passes a learned linear map, which starts as the identity, before it is mixed in.
         init: standard deviation of the learned gates' weights.
         residual: share of the last R in the next one.
         rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through; not the first token's,
             as in the public code.
         limit: most that rescaling multiplies or divides by.
+        into: what the residual is part of: R alone (``memory``), or the stream behind visit ``end``, which R is then
+            (``stream``: the public code's skip to the last layer; rescaled is the residual alone).
+        detached: what no gradient flows through: ``residual``: the last R in the next one; ``all``: any R.
         scope: first part of the names of the new parameters.
     """
 
@@ -44,13 +51,17 @@ class T2MLR(Pass):
 
     start: int
     end: int
-    gate: Literal["learned", "rezero", "constant"] = "learned"
+    gate: Literal["learned", "rezero", "coupled", "variance", "concat", "constant"] = "learned"
     recurrent: float = 0.2
     input: float = 0.8
+    added: bool = False
+    project: bool = False
     init: float = 0.001
     residual: float = 0.0
     rescaled: bool = False
     limit: float = 5.0
+    into: Literal["memory", "stream"] = "memory"
+    detached: Literal["none", "residual", "all"] = "none"
     scope: str = "t2mlr"
 
     def validate(self) -> None:
@@ -59,6 +70,12 @@ class T2MLR(Pass):
             value = getattr(self, key)
             inside = 0 <= value <= 1 if self.gate == "constant" else 0 < value < 1
             require(inside, f"t2mlr.{key}", f"a share in {'[0, 1]' if self.gate == 'constant' else '(0, 1)'}", value)
+        require(self.gate in ("coupled", "variance") or not self.added, "t2mlr.added", "False with this gate", self.added,
+                "gate='rezero' adds the mixture of two gates.")
+        require(self.into == "memory" or self.residual != 0, "t2mlr.residual", "a share that is not 0 with into='stream'",
+                self.residual)
+        require(self.detached != "residual" or self.residual != 0, "t2mlr.residual", "a share that is not 0 with "
+                "detached='residual'", self.residual)
         require(self.init >= 0, "t2mlr.init", "a standard deviation of at least 0", self.init)
         require(self.limit >= 1, "t2mlr.limit", "a factor of at least 1", self.limit)
         require(self.scope.isidentifier(), "t2mlr.scope", "a plain name of letters, digits and _", self.scope)
@@ -68,19 +85,33 @@ class T2MLR(Pass):
         visits = straight(program, self.name)
         if self.end >= len(visits):
             raise PassError(f"t2mlr.end: expected a position in 0..{len(visits) - 1}, got {self.end}.")
-        if self.gate == "constant" and (self.recurrent, self.input) == (0, 1):
+        if self.gate == "constant" and (self.recurrent, self.input) == (0, 1) and self.into == "memory":
             return program
         stack = visits[self.start : self.end + 1]
         build, x = Builder(program), stack[0].args[0]
-        back = build.emit("delay", x, tokens=1)
-        h = self._mix(build, x, back)
+        last = build.emit("delay", x, tokens=1)
+        back = build.emit("detach", last) if self.detached == "all" else last
+        h = Mixing(self, build, x, self._projected(build, back)).emit()
         for visit in stack:
             h = build.visit(visit, h)
-        kept = h if not self.residual else build.emit("add", h, build.emit("scale", back, by=self.residual))
-        if self.rescaled:
+        kept = h
+        if self.residual:
+            kept = build.emit("add", h, self._residual(build, back))
+        if self.into == "stream":
+            h = kept
+        elif self.rescaled:
             kept = self._rescaled(build, h, kept, back)
         # The delay reads what is made after it.
-        return build.splice(stack, h).map_ops(lambda o: replace(o, args=(kept,)) if o.name == back else o)
+        return build.splice(stack, h).map_ops(lambda o: replace(o, args=(kept,)) if o.name == last else o)
+
+    def _projected(self, build: Builder, back: str) -> str:
+        if not self.project:
+            return back
+        return build.emit("linear", back, parameter=f"{self.scope}.project", out=build.program.width, bias=False, identity=True)
+
+    def _residual(self, build: Builder, back: str) -> str:
+        old = build.emit("scale", build.emit("detach", back) if self.detached == "residual" else back, by=self.residual)
+        return build.emit("rescale", old, limit=self.limit) if self.rescaled and self.into == "stream" else old
 
     def _rescaled(self, build: Builder, h: str, kept: str, back: str) -> str:
         """``kept`` brought back to 1 where R is there: h - h + rescaled. The first token's is h, as in the public code."""
@@ -88,37 +119,3 @@ class T2MLR(Pass):
         scaled = build.emit("mul", build.emit("rescale", kept, limit=self.limit), one)
         gone = build.emit("scale", build.emit("mul", h, one), by=-1.0)
         return build.emit("add", h, gone, scaled)
-
-    def _mix(self, build: Builder, x: str, back: str) -> str:
-        """``i * x + r * R``; where R is absent x alone, so i is written as 1 minus what is taken away."""
-        if self.gate == "constant":
-            half = build.emit("act", build.emit("scale", back, by=0.0), fn="sigmoid")
-            taken = build.emit("scale", build.emit("mul", x, half), by=2.0 * (self.input - 1.0))
-            return build.emit("add", x, taken, build.emit("scale", back, by=self.recurrent))
-        if self.gate == "rezero":
-            parts = (("recurrent", back, self.recurrent), ("input", x, self.input))
-            return build.emit("add", x, *(self._rezero(build, name, of, self._gate(build, name, x, back, start))
-                                          for name, of, start in parts))
-        gates = [self._gate(build, name, x, back, start) for name, start in (
-            ("recurrent", self.recurrent), ("forget", 1.0 - self.input))]
-        taken = build.emit("scale", build.emit("mul", x, gates[1]), by=-1.0)
-        return build.emit("add", x, taken, build.emit("mul", back, gates[0]))
-
-    def _rezero(self, build: Builder, name: str, of: str, gate: str) -> str:
-        """``tanh(a) gate of``, a being one learned number that starts as zero."""
-        half = build.emit("act", build.emit("zeros", width=1, pads=build.pads), fn="sigmoid")
-        share = build.emit("weigh", build.emit("scale", half, by=2.0), parameter=f"{self.scope}.{name}.share", init=0.0)
-        return build.emit("mul", build.emit("mul", of, gate), build.emit("act", share, fn="tanh"))
-
-    def _gate(self, build: Builder, name: str, x: str, back: str, start: float) -> str:
-        """A sigmoid of a linear map of (x, R) that begins near ``start``."""
-        width = build.program.width
-        score = build.emit("linear", x, back, parameter=f"{self.scope}.{name}", out=width, init=self.init)
-        return build.emit("act", build.emit("add", score, self._offset(build, score, start)), fn="sigmoid")
-
-    def _offset(self, build: Builder, score: str, start: float) -> str:
-        """The logit of ``start`` as a stream that is there where ``score`` is: twice the half that a sigmoid gives of 0."""
-        from math import log
-
-        half = build.emit("act", build.emit("scale", score, by=0.0), fn="sigmoid")
-        return build.emit("scale", half, by=2.0 * log(start / (1.0 - start)))

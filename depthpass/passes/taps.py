@@ -1,4 +1,4 @@
-"""Named inner streams, handed out with the outputs."""
+"""Named inner streams, returned with the outputs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from depthpass.passes.streams import check_whole, stream_after
 
 @dataclass(frozen=True)
 class Taps(Pass):
-    """Hand out the stream after given visits (and after bridges that land there) with the outputs.
+    """Return the stream after given visits (and after bridges that land there) with the outputs.
 
     rewrite:
         taps(at=[1])
@@ -22,7 +22,7 @@ class Taps(Pass):
 
     Args:
         at: positions in the program's list of visits.
-        head: hand out logits (the stock final norm and head applied) instead of the stream.
+        head: return logits (the stock final norm and head applied) instead of the stream.
         scope: first part of the tap names ``{scope}.v{position}``.
     """
 

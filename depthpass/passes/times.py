@@ -33,16 +33,16 @@ def count_at(text: str, n: int) -> int:
 def _count(text: str, n: int) -> int:
     try:
         check_size(_tree(text), text, n)
-        found = _exact(_tree(text), n)
+        value = _exact(_tree(text), n)
     except (ArithmeticError, ValueError, TypeError, AttributeError) as error:
         if isinstance(error, SpecError):
             raise
         raise SpecError(f"loop.times: {text!r} has no value at n = {n}: {error}.") from None
-    if found.is_finite is False or found.is_real is False:
-        raise SpecError(f"loop.times: {text!r} has no value at n = {n}: it gives {found}.")
-    whole = found if found.is_Integer else found.round()
-    if not found.is_Integer and not (whole - found).equals(0):
-        raise SpecError(f"loop.times: expected a whole number from {text!r}, got {shown(float(found))} at n = {n}. Wrap it in "
+    if value.is_finite is False or value.is_real is False:
+        raise SpecError(f"loop.times: {text!r} has no value at n = {n}: it gives {value}.")
+    whole = value if value.is_Integer else value.round()
+    if not value.is_Integer and not (whole - value).equals(0):
+        raise SpecError(f"loop.times: expected a whole number from {text!r}, got {shown(float(value))} at n = {n}. Wrap it in "
                         "ceil(), floor() or round().")
     if whole > INTEGER:
         raise SpecError(f"loop.times: expected a count of at most {INTEGER} from {text!r}, got more at n = {n}.")

@@ -30,23 +30,23 @@ def check_size(node: ast.expr, text: str, n: int) -> float:
     """
     match node:
         case ast.Constant(value=int() | float() as number) if not isinstance(number, bool):
-            found = float(number)
+            size = float(number)
         case ast.Name(id="n"):
-            found = float(n)
+            size = float(n)
         case ast.UnaryOp(op=ast.USub(), operand=inner):
-            found = -check_size(inner, text, n)
+            size = -check_size(inner, text, n)
         case ast.BinOp(left=left, op=op, right=right) if type(op) in OPERATORS:
-            found = _about(op, check_size(left, text, n), check_size(right, text, n), text, n)
+            size = _about(op, check_size(left, text, n), check_size(right, text, n), text, n)
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in _CALLS:
-            found = _CALLS[name](*(check_size(a, text, n) for a in args))
+            size = _CALLS[name](*(check_size(a, text, n) for a in args))
         case _:
             name = node.func if isinstance(node, ast.Call) else node
             near = did_you_mean(name.id, (*_CALLS, "n")) if isinstance(name, ast.Name) else ""
             raise SpecError(f"loop.times: {ast.unparse(node)!r} in {text!r} is not understood.{near} Known: n, numbers, + - * "
                             f"/ // **, {', '.join(_CALLS)}.")
-    if isinstance(found, complex) or not abs(found) < LARGEST:
-        raise SpecError(f"loop.times: expected numbers below {LARGEST:g}, got {found:g} from {ast.unparse(node)!r} at n = {n}.")
-    return float(found)
+    if isinstance(size, complex) or not abs(size) < LARGEST:
+        raise SpecError(f"loop.times: expected numbers below {LARGEST:g}, got {size:g} from {ast.unparse(node)!r} at n = {n}.")
+    return float(size)
 
 
 def _about(op: ast.operator, left: float, right: float, text: str, n: int) -> float:

@@ -72,7 +72,7 @@ def resolve(spec: TurboConn, visits: int) -> tuple[tuple[int, int], ...]:
         return resolve(replace(spec, preset=None, **layout), visits)
     if spec.bridges is None:
         return _rule(spec, visits)
-    found: list[tuple[int, int]] = []
+    bridges: list[tuple[int, int]] = []
     for given in spec.bridges:
         for position in given:
             if not -visits <= position < visits:
@@ -83,10 +83,10 @@ def resolve(spec: TurboConn, visits: int) -> tuple[tuple[int, int], ...]:
             raise PassError(f"turboconn.bridges: expected a source above its destination, got {given}"
                             f"{f', that is {(source, destination)}' if min(given) < 0 else ''}. "
                             "A bridge leads from a higher to a lower block.")
-        if (source, destination) in found:
+        if (source, destination) in bridges:
             raise PassError(f"turboconn.bridges: {(source, destination)} is given twice. Remove one of them.")
-        found.append((source, destination))
-    return tuple(found)
+        bridges.append((source, destination))
+    return tuple(bridges)
 
 
 def _rule(spec: TurboConn, visits: int) -> tuple[tuple[int, int], ...]:
@@ -99,15 +99,15 @@ def _rule(spec: TurboConn, visits: int) -> tuple[tuple[int, int], ...]:
     spans = [s - d for s in sources for d in destinations if s > d]
     least = spec.min_span if spec.min_span is not None else min(MIN_SPAN, max(spans, default=MIN_SPAN))
     check_program(visits, 5 * sum(span >= least for span in spans), "turboconn")
-    found = tuple((s, d) for s in sources for d in destinations if s - d >= least)
-    if not found:
+    bridges = tuple((s, d) for s in sources for d in destinations if s - d >= least)
+    if not bridges:
         raise PassError(
             f"turboconn: the rule (stride {spec.stride}, min_span {least}, sources {list(sources)}, destinations "
             f"{list(destinations)}) gives no bridge on {visits} visits. Lower min_span"
             + (f" to at most {max(spans)}," if spans else " or stride,")
             + (" or give bridges such as [(-1, 0)]." if visits > 1 else " but a bridge needs at least two visits.")
         )
-    return found
+    return bridges
 
 
 def feeds(spec: TurboConn, bridges: tuple[tuple[int, int], ...]) -> dict[tuple[int, int], tuple[int, int]]:
@@ -120,7 +120,7 @@ def feeds(spec: TurboConn, bridges: tuple[tuple[int, int], ...]) -> dict[tuple[i
         return {b: b for b in bridges}
     last = bridges[-1][0]
     downs = [b for b in bridges if b[0] == last]
-    found = {}
+    fed_by = {}
     for i, b in enumerate(bridges):
         order = sum(other[0] == b[0] for other in bridges[:i])
         if order >= len(downs) or b[1] > last:
@@ -128,5 +128,5 @@ def feeds(spec: TurboConn, bridges: tuple[tuple[int, int], ...]) -> dict[tuple[i
                    f"{b} is bridge {order + 1} of its source, the last one's source {last} has {len(downs)}")
             raise PassError(f"turboconn.wiring: expected bridges that the public code can run, got {why}. Put a source with "
                             "as many bridges as any other, above every destination, last; or use wiring='paper'.")
-        found[b] = downs[order]
-    return found
+        fed_by[b] = downs[order]
+    return fed_by

@@ -11,8 +11,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from depthpass.report.model import Report, Segment, build_report
 from depthpass.report.numbers import Number, Section
+from depthpass.report.report import Report, Segment, build_report
 from depthpass.report.subject import Subject, proven
 
 if TYPE_CHECKING:
@@ -65,8 +65,8 @@ def report(
     Example:
         >>> config = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 64, "intermediate_size": 128,
         ...           "num_attention_heads": 4, "vocab_size": 100}
-        >>> made = report(config, "{pass: turboconn, group: 4, bridges: [[6, 0]]}", seq_len=155, cost=False)
-        >>> made.depth_at(155), made.serial_blocks
+        >>> result = report(config, "{pass: turboconn, group: 4, bridges: [[6, 0]]}", seq_len=155, cost=False)
+        >>> result.depth_at(155), result.serial_blocks
         (236, 6)
     """
     return Subject.of(model_or_config).report(

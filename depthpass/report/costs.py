@@ -10,7 +10,7 @@ from depthpass.analysis.kv import BITS, bytes_per_token, later_slots
 from depthpass.report.numbers import Number, Section
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 SHOWN_ABOVE = {"parameters new", "KV slots", "KV bytes", "delay line bytes", "serial block calls", "serial steps"}
 """Quantities of the cost analysis that other sections show."""
@@ -20,20 +20,20 @@ def state_section(report: Report) -> Section:
     """What a cache holds after n tokens."""
     p, n = report.program, report.seq_len
     values = report.delay_line_values
-    found = [Number("cache_slots", "cache slots", len(p.slots), "slots", "one per visit that keeps keys and values",
-                    stock=p.blocks)]
+    numbers = [Number("cache_slots", "cache slots", len(p.slots), "slots", "one per visit that keeps keys and values",
+                      stock=p.blocks)]
     if report.kv_bytes is not None:
         note = f"keys and values of {report.batch} row{'s' * (report.batch != 1)}"
         if report.cost is not None:
             note += ", as far as windows and chunks still see them"
-        found.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=stock_kv_bytes(report)))
-    found += _per_token(report)
-    found.append(Number("delay_line_values", "values in delay lines", values, "values per row",
-                        f"delayed streams: {len(report.delay_lines)}"))
+        numbers.append(Number("kv_bytes", "KV cache", report.kv_bytes, "bytes", note, stock=stock_kv_bytes(report)))
+    numbers += _per_token(report)
+    numbers.append(Number("delay_line_values", "values in delay lines", values, "values per row",
+                          f"delayed streams: {len(report.delay_lines)}"))
     if report.facts is not None:
-        found.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",
-                            f"{report.batch} row{'s' * (report.batch != 1)}, independent of n"))
-    return Section(f"State after n = {n} tokens", tuple(found))
+        numbers.append(Number("delay_line_bytes", "delay lines", values * report.facts.itemsize * report.batch, "bytes",
+                              f"{report.batch} row{'s' * (report.batch != 1)}, independent of n"))
+    return Section(f"State after n = {n} tokens", tuple(numbers))
 
 
 def _per_token(report: Report) -> list[Number]:

@@ -10,7 +10,7 @@ from depthpass.report.numbers import Number, as_json
 
 if TYPE_CHECKING:
     from depthpass.analysis.depth import Depth
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 SCHEMA = "depthpass.report"
 VERSION = 1
@@ -19,7 +19,7 @@ VERSION = 1
 
 def to_dict(report: Report) -> dict[str, Any]:
     """Everything a report says; every number stands beside its unit."""
-    found: dict[str, Any] = {
+    data: dict[str, Any] = {
         "schema": SCHEMA,
         "version": VERSION,
         "model": report.model,
@@ -51,20 +51,20 @@ def to_dict(report: Report) -> dict[str, Any]:
         "not_counted": list(report.not_counted),
     }
     if report.complexity is not None:
-        found["complexity"] = [
+        data["complexity"] = [
             {"claim": s.claim, "premises": list(s.premises), "citation": s.citation, "status": s.status}
             for s in report.complexity
         ]
     if report.cost is not None:
-        found["cost_formulas"] = {
+        data["cost_formulas"] = {
             q.name: {"formula": str(q.expr), "unit": q.unit, "note": q.note} for q in report.cost.quantities
         }
-        found["cost_regions"] = report.cost.region_rows(report.seq_len, report.batch)
+        data["cost_regions"] = report.cost.region_rows(report.seq_len, report.batch)
     if report.ceilings is not None:
-        found["ceilings"] = {**asdict(report.ceilings), "dtype": str(report.ceilings.dtype).removeprefix("torch.")}
+        data["ceilings"] = {**asdict(report.ceilings), "dtype": str(report.ceilings.dtype).removeprefix("torch.")}
     if report.sufficiency is not None:
-        found["task"] = asdict(report.sufficiency)
-    return found
+        data["task"] = asdict(report.sufficiency)
+    return data
 
 
 def _depth(report: Report, name: str | None, d: Depth) -> dict[str, Any]:
@@ -84,13 +84,13 @@ def _depth(report: Report, name: str | None, d: Depth) -> dict[str, Any]:
 
 
 def _number(x: Number, section: str) -> dict[str, Any]:
-    found = {"label": x.label, "value": as_json(x.value), "unit": x.unit, "section": section}
+    data = {"label": x.label, "value": as_json(x.value), "unit": x.unit, "section": section}
     if x.stock is not None:
-        found |= {"stock": as_json(x.stock), "ratio": x.ratio}
+        data |= {"stock": as_json(x.stock), "ratio": x.ratio}
     if x.out_of is not None:
-        found["out_of"] = x.out_of
+        data["out_of"] = x.out_of
     if x.least:
-        found["at_least"] = True
+        data["at_least"] = True
     if x.note:
-        found["note"] = x.note
-    return found
+        data["note"] = x.note
+    return data

@@ -10,7 +10,7 @@ from depthpass.analysis.depth import WEIGHTS, depth
 from depthpass.report.numbers import Number, Section
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 FORMULA_LIMIT = 160
 """Longest closed form that is printed in full, in characters."""
@@ -19,27 +19,27 @@ FORMULA_LIMIT = 160
 def model_section(report: Report) -> Section:
     """The model and the program's visits."""
     p, facts = report.program, report.facts
-    found = [
+    numbers = [
         Number("blocks", "physical blocks", p.blocks, "blocks"),
         Number("width", "width of the hidden stream", p.width, "values"),
         Number("visits", "block visits per token", report.visits, "visits", stock=p.blocks),
     ]
     retired = sum(o.kind == "retire" for o in p)
     if retired:
-        found.append(Number("retired_blocks", "retired blocks", retired, "blocks",
-                            "no visit runs them; in the state dict under their stock names, frozen"))
+        numbers.append(Number("retired_blocks", "retired blocks", retired, "blocks",
+                              "no visit runs them; in the state dict under their stock names, frozen"))
     if facts is not None:
-        found += [
+        numbers += [
             Number("stock_parameters", "parameters of the stock model", facts.parameters, "parameters",
                    "tied ones count once"),
             Number("dtype", "weights", facts.dtype, "", f"{facts.itemsize} bytes each"),
         ]
-    found.append(
+    numbers.append(
         Number("new_parameters", "new parameters", report.new_parameters, "parameters",
                f"plus those of {', '.join(report.unsized_parameters)}" if report.unsized_parameters else "",
                least=bool(report.unsized_parameters))
     )
-    return Section("Model", tuple(found))
+    return Section("Model", tuple(numbers))
 
 
 def depth_section(report: Report) -> Section:
@@ -49,10 +49,10 @@ def depth_section(report: Report) -> Section:
     varying = report.lengths
     whole = varying is None or varying.formula is not None or not varying.follows_length
     exact = "exact for every n of at least 1" if whole else f"at the loop count of n = {n} only"
-    found = [
+    numbers = [
         Number(f"loops.{name}", f"iterations of {name}", rule, "") for name, rule in (varying.rules if varying else ())
     ]
-    found += [
+    numbers += [
         Number("depth", "depth", formula_of(report, None), "block visits", "; ".join((exact, *main.notes))),
         Number("depth_at_n", f"depth at n = {n}", main.at(n), "block visits", stock=blocks),
         Number("depth_rate", "growth", main.rate, "block visits per token",
@@ -62,16 +62,16 @@ def depth_section(report: Report) -> Section:
     for weight, unit in counted:
         alike = sum(WEIGHTS[weight]) == 1 and all(o.kind != "ffn" for o in report.program)
         weighed = main if alike else depth(report.program, weight=weight)
-        found.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
+        numbers.append(Number(f"depth_{weight}_at_n", f"longest path through {unit}", weighed.at(n), unit, stock=blocks))
     if report.program.reads_calls:
-        found.append(depth_of_calls(report))
+        numbers.append(depth_of_calls(report))
     for tap, d in report.depths.items():
         if tap is not None:
-            found += [
+            numbers += [
                 Number(f"depth.{tap}", f"depth of tap {tap}", formula_of(report, tap), "block visits"),
                 Number(f"depth_at_n.{tap}", f"depth of tap {tap} at n = {n}", d.at(n), "block visits"),
             ]
-    return Section("Depth", tuple(found))
+    return Section("Depth", tuple(numbers))
 
 
 def depth_of_calls(report: Report) -> Number:
@@ -98,12 +98,12 @@ def ahead_sections(report: Report) -> list[Section]:
     if p.ahead is None:
         return []
     sees = "the whole row" if not p.ahead else f"earlier blocks and the own one, of {p.ahead} tokens"
-    found = [Number("attention_sees", "attention sees", sees, "",
-                    "no cache: every pass runs the whole row" if not p.ahead else "a cache holds finished blocks")]
+    numbers = [Number("attention_sees", "attention sees", sees, "",
+                      "no cache: every pass runs the whole row" if not p.ahead else "a cache holds finished blocks")]
     if p.denoise is None:
-        return [Section("Attention to later tokens", tuple(found))]
+        return [Section("Attention to later tokens", tuple(numbers))]
     steps, each = p.denoise["steps"], len(p.visits)
-    found += [
+    numbers += [
         Number("denoising_steps", "denoising steps", steps, "steps", "for every block" if p.ahead else "at most one per mask"),
         Number("denoising_order", "positions are written by", p.denoise["order"], ""),
         Number("denoising_depth", f"depth of all steps at n = {n} masks", report.depth_at(n), "block visits",
@@ -111,12 +111,12 @@ def ahead_sections(report: Report) -> list[Section]:
     ]
     size = None if facts is None else facts.vocabulary
     if size is not None:
-        found.append(Number("denoising_bits", "handed from step to step", round(math.log2(size), 3), "bits per written token",
-                            f"log2 of a vocabulary of {size}: " + ("ids pass" if p.denoise["carry"] else "only ids pass")))
+        numbers.append(Number("denoising_bits", "handed from step to step", round(math.log2(size), 3), "bits per written token",
+                              f"log2 of a vocabulary of {size}: " + ("ids pass" if p.denoise["carry"] else "only ids pass")))
     if p.denoise["carry"]:
-        found.append(Number("denoising_carry", "continuous state beside them", p.denoise["carry"], "values per token",
-                            "no bottleneck; nothing is proven about programs with one"))
-    return [Section("Denoising", tuple(found))]
+        numbers.append(Number("denoising_carry", "continuous state beside them", p.denoise["carry"], "values per token",
+                              "no bottleneck; nothing is proven about programs with one"))
+    return [Section("Denoising", tuple(numbers))]
 
 
 def formula_of(report: Report, output: str | None) -> str:

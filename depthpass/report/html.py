@@ -15,7 +15,7 @@ from depthpass.report.text import ahead_line, heading, path_lines, size_line, sp
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
     from depthpass.report.tables import Comparison
 
 CHART_POINTS = 240
@@ -75,11 +75,11 @@ def _content(report: Report, classes: str) -> dict[str, Any]:
 def _charts(report: Report) -> list[tuple[str, str]]:
     """Charts with their titles; none where what draws them is not installed."""
     try:
-        found = [("Depth against the length of a row", _depth_chart(report))]
+        charts = [("Depth against the length of a row", _depth_chart(report))]
     except InputError as error:
         fallback(f"a page has no charts: {error}", asked=True)
         return []
-    return found + (_group_charts(report) if report.serial_blocks else [])
+    return charts + (_group_charts(report) if report.serial_blocks else [])
 
 
 def _depth_chart(report: Report) -> str:
@@ -102,10 +102,10 @@ def _group_charts(report: Report) -> list[tuple[str, str]]:
         return []
     n, rest = report.seq_len, report.visits - report.serial_blocks
     calls = tuple((g, report.serial_blocks * -(-(n + report.serial_pads) // g) + rest) for g in groups)
-    found = [("Serial block calls against the chunk size",
-              line_chart([Series("calls", calls)], "chunk (tokens)", "block calls per row", doubling=True))]
+    charts = [("Serial block calls against the chunk size",
+               line_chart([Series("calls", calls)], "chunk (tokens)", "block calls per row", doubling=True))]
     if report.cost is not None:
         moved = tuple((g, report.cost.at("weight bytes forward", n, report.batch, g)) for g in groups)
-        found.append(("Weights read in one forward pass against the chunk size",
-                      line_chart([Series("bytes", moved)], "chunk (tokens)", "bytes", doubling=True)))
-    return found
+        charts.append(("Weights read in one forward pass against the chunk size",
+                       line_chart([Series("bytes", moved)], "chunk (tokens)", "bytes", doubling=True)))
+    return charts

@@ -65,10 +65,10 @@ def key_of(config: Mapping[str, Any]) -> str | None:
     kind = config.get("model_type")
     if not usable() or not isinstance(kind, str) or "auto_map" in config:
         return None
-    found = importlib.util.find_spec("transformers")
-    if found is None or found.origin is None:
+    module = importlib.util.find_spec("transformers")
+    if module is None or module.origin is None:
         return None
-    library, name = Path(found.origin).parent, kind.replace("-", "_")
+    library, name = Path(module.origin).parent, kind.replace("-", "_")
     # The text half of a model for images and text stands in the folder of the whole.
     code = next((f for n in (name, name.removesuffix("_text")) if (f := library / "models" / n).is_dir()), None)
     if code is None:
@@ -86,10 +86,10 @@ def _own_code() -> str:
 
 
 def _digest(files: Iterable[Path]) -> str:
-    made = hashlib.sha256()
+    digest = hashlib.sha256()
     for file in sorted(files):
-        made.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
-    return made.hexdigest()
+        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def read(key: str) -> Kept | None:
@@ -101,14 +101,14 @@ def read(key: str) -> Kept | None:
     try:
         if not _is_ours(file):
             raise ValueError("it belongs to another user, or others may write to it")
-        found = _Reader(json.loads(file.read_text(encoding="utf-8"))).value()
-        if not isinstance(found, Kept):
-            raise ValueError(f"it holds a {type(found).__name__}")
+        stored = _Reader(json.loads(file.read_text(encoding="utf-8"))).value()
+        if not isinstance(stored, Kept):
+            raise ValueError(f"it holds a {type(stored).__name__}")
     except Exception as error:  # a file that cannot be used must never be in the way of a report
         fallback(f"{file} is not used, so the config is counted anew: {type(error).__name__}: {error}", asked=False)
         return None
     logger.debug("counts of the stock model are from %s", file)
-    return found
+    return stored
 
 
 def write(key: str, kept: Kept) -> None:
@@ -139,7 +139,7 @@ def _is_ours(file: Path) -> bool:
 def _classes() -> dict[str, type]:
     from depthpass.analysis.cost.flops import Count
     from depthpass.analysis.cost.memory import Memory
-    from depthpass.analysis.cost.model import ModelCost, PartCost, Weights
+    from depthpass.analysis.cost.stock import ModelCost, PartCost, Weights
     from depthpass.analysis.cost.symbols import AttentionSite
     from depthpass.hf.facts import ModelFacts
 
@@ -162,8 +162,8 @@ class _Writer:
         self.places: dict[int, int] = {}
 
     def whole(self, value: Any) -> dict[str, Any]:
-        made = self.value(value)
-        return {"shared": self.shared, "value": made}
+        written = self.value(value)
+        return {"shared": self.shared, "value": written}
 
     def value(self, value: Any) -> Any:
         import sympy as sp
@@ -184,11 +184,11 @@ class _Writer:
             raise TypeError(f"a {name} cannot be kept")
         if name == "Count" and id(value) in self.places:
             return ["shared", self.places[id(value)]]
-        made = ["is", name, {f.name: self.value(getattr(value, f.name)) for f in fields(value) if f.name != "config"}]
+        written = ["is", name, {f.name: self.value(getattr(value, f.name)) for f in fields(value) if f.name != "config"}]
         if name != "Count":
-            return made
+            return written
         self.places[id(value)] = len(self.shared)
-        self.shared.append(made)
+        self.shared.append(written)
         return ["shared", self.places[id(value)]]
 
     def term(self, value: Any) -> Any:
@@ -233,8 +233,8 @@ class _Reader:
                 return {k: self.of(v) for k, v in items.items()}
             case ["shared", place]:
                 return self.shared[place]
-            case ["dtype", str(name)] if isinstance(found := getattr(torch, name, None), torch.dtype):
-                return found
+            case ["dtype", str(name)] if isinstance(dtype := getattr(torch, name, None), torch.dtype):
+                return dtype
             case ["is", name, items]:
                 return _classes()[name](**{k: self.of(v) for k, v in items.items()})
         raise ValueError(f"{data[:1]} means nothing")

@@ -74,12 +74,12 @@ def _formula(passes: Sequence[Pass], apply: Callable[[Sequence[Pass]], Program])
     if len(following) != 1:
         return None
     i = following[0]
-    found = []
+    formulas = []
     for t in (1, 2, 3, 4):
         fixed = [p.settled() for p in passes]
         fixed[i] = replace(passes[i], **{str(passes[i].loop_field): t})
-        found.append(depth(apply(fixed)).formula)
-    if any(f.free_symbols for f in found) or len({b - a for a, b in pairwise(found)}) != 1:
+        formulas.append(depth(apply(fixed)).formula)
+    if any(f.free_symbols for f in formulas) or len({b - a for a, b in pairwise(formulas)}) != 1:
         return None
     times = formula(getattr(passes[i], str(passes[i].loop_field)))
-    return found[0] + (found[1] - found[0]) * (times - 1)
+    return formulas[0] + (formulas[1] - formulas[0]) * (times - 1)

@@ -17,7 +17,7 @@ from depthpass.report.brackets import brackets
 from depthpass.report.critical import Segment, segments
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 MAX_ROWS, PHONE_ROWS = 20, 9
 """Tokens drawn one by one at most; wider chunks get one row each."""
@@ -49,11 +49,11 @@ class Edge:
 def delay_edges(program: Program) -> tuple[Edge, ...]:
     """Where each delay reads and where its value first arrives, in columns of visits."""
     column = _columns(program)
-    found = []
+    edges = []
     for o in program.ops:
         if o.kind == "delay":
-            found.append(Edge(_source(program, o.args[0], column), _target(program, o, column), o["tokens"]))
-    return tuple(dict.fromkeys(found))
+            edges.append(Edge(_source(program, o.args[0], column), _target(program, o, column), o["tokens"]))
+    return tuple(dict.fromkeys(edges))
 
 
 def _columns(program: Program) -> dict[str, int]:
@@ -168,8 +168,8 @@ def picture(report: Report, narrow: bool = False) -> str:
 
 def _turned(text: str, grid: _Grid) -> str:
     """The picture mirrored at its diagonal, with words that stay upright and an arrow of its own."""
-    def word(found: re.Match[str]) -> str:
-        kind, x, y, anchor = found[1], float(found[2]), float(found[3]), found[4]
+    def word(match: re.Match[str]) -> str:
+        kind, x, y, anchor = match[1], float(match[2]), float(match[3]), match[4]
         x, y = (x, y - 4) if anchor == "end" else (x + 4, y)
         anchor = "end" if anchor == "middle" and kind != "dp-word" else "middle"
         return f'<text class="{kind}" transform="matrix(0 1 1 0 0 0)" x="{y:.1f}" y="{x:.1f}" text-anchor="{anchor}">'
@@ -214,10 +214,10 @@ def _drawn(report: Report, grid: _Grid) -> list[str]:
 
 def _path(report: Report, grid: _Grid) -> tuple[Segment, ...]:
     """What is drawn of a longest path. One that stays at its token is as long at any other, if that one is not drawn."""
-    found = segments(report.depths[None].critical_path(grid.real))
-    if len({s.token for s in found}) == 1:
-        return tuple(replace(s, token=min(s.token, grid.tokens - 1)) for s in found)
-    return tuple(s for s in found if s.token < grid.tokens)
+    steps = segments(report.depths[None].critical_path(grid.real))
+    if len({s.token for s in steps}) == 1:
+        return tuple(replace(s, token=min(s.token, grid.tokens - 1)) for s in steps)
+    return tuple(s for s in steps if s.token < grid.tokens)
 
 
 def _shade(report: Report, grid: _Grid, serial: set[str]) -> list[str]:

@@ -14,7 +14,7 @@ from depthpass.report.numbers import Number, Section, plain
 from depthpass.schedule.regions import schedule
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 STACKS = 8
 """Stacked sets that are named in text; JSON has them all."""
@@ -27,36 +27,36 @@ def routing_sections(report: Report) -> list[Section]:
     if not routes:
         return []
     future = reads_future(p)
-    found = [Number(
+    numbers = [Number(
         "causal", "causal", "no" if future else "yes", "",
         f"{future} chooses with scores of later tokens: it scores whole rows, generate() refuses it" if future else
         "no token depends on later ones: it decodes as it scores",
     )]
-    given = by_route(p, report.ratios)
+    ratios = by_route(p, report.ratios)
     shares: dict[str, Number] = {}
     for o in routes:
-        label, share = o["label"] or f"%{o.name}", route_share(o, given)
-        expected = o.name in given or o["rule"] == "topk"
+        label, share = o["label"] or f"%{o.name}", route_share(o, ratios)
+        expected = o.name in ratios or o["rule"] == "topk"
         note = f"rule {o['rule']}" + ("" if expected else "; depends on the data, every token at most: give ratios")
         shares[label] = Number(f"share.{label}", f"share that {label} takes", float(share), "of the tokens", note)
-    found += shares.values()
+    numbers += shares.values()
     least, lowest = unrouted_visits(p), without_routes(p)
     if lowest is not None:
-        found.append(Number("depth_min_at_n", f"least depth at n = {n}", depth(lowest).at(n), "block visits",
-                            "no route takes a token", stock=p.blocks))
-    found += [
+        numbers.append(Number("depth_min_at_n", f"least depth at n = {n}", depth(lowest).at(n), "block visits",
+                              "no route takes a token", stock=p.blocks))
+    numbers += [
         Number("depth_max_at_n", f"largest depth at n = {n}", report.depth_at(n), "block visits",
                "over all choices that routes may make", stock=p.blocks),
         Number("token_visits_min", "visits of a token, at least", least, "block visits", "no route takes it"),
-        Number("token_visits_expected", "visits of a token, expected", float(visit_equivalents(p, given)), "block visits",
+        Number("token_visits_expected", "visits of a token, expected", float(visit_equivalents(p, ratios)), "block visits",
                "at these shares"),
         Number("token_visits_max", "visits of a token, at most", len(p.visits), "block visits", "every route takes it"),
     ]
     losses = {o["name"]: o["coefficient"] for o in p.losses}
     if losses:
         words = ", ".join(f"{name} ({plain(c)})" for name, c in losses.items())
-        found.append(Number("training_losses", "training losses", words, "", "added to outputs.loss; also outputs.losses"))
-    return [Section("Routing", tuple(found))]
+        numbers.append(Number("training_losses", "training losses", words, "", "added to outputs.loss; also outputs.losses"))
+    return [Section("Routing", tuple(numbers))]
 
 
 def schedule_section(report: Report) -> Section:
@@ -98,20 +98,20 @@ def _levels(report: Report) -> list[Number]:
 
 def _stacks(report: Report) -> list[Number]:
     """What an incremental step runs as one call; nothing where it stacks nothing."""
-    found = []
+    numbers = []
     for i, step in enumerate(report.schedule.stacked):
         # The first step is the one that decoding takes.
         key = f".{step.tokens}" if i else ""
         up_to = "a step of 1 token" if step.tokens == 1 else f"a step of up to {step.tokens} tokens"
         sets = [f"block {s.index}: {' '.join(f'%{n}' for n in s.names)}" for s in step.stacks]
         shown = sets if len(sets) <= STACKS else [*sets[: STACKS - 1], f"{len(sets) - STACKS + 1} more"]
-        found += [
+        numbers += [
             Number(f"step_block_calls{key}", f"block calls of {up_to}", step.calls, "block calls",
                    "visits without a path between them run as rows of one call", stock=report.program.blocks),
             Number(f"stacked_visits{key}", f"stacked in {up_to}", sum(len(s.visits) for s in step.stacks),
                    "block visits", "; ".join(shown), out_of=report.visits),
         ]
-    return found
+    return numbers
 
 
 def recursion_note(report: Report) -> str:

@@ -11,7 +11,7 @@ from depthpass.report.numbers import Number, Section
 from depthpass.report.runs import routing_sections, schedule_section
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 NOT_COUNTED = (
     "Depth counts block visits; embedding, norms, head and new linear maps, gates and routers weigh 0. It is the "
@@ -35,24 +35,24 @@ IDLE = {"delay_line_values": 0, "delay_line_bytes": 0, "cost_weight_bytes_per_se
 
 def sections(report: Report) -> tuple[Section, ...]:
     """All sections in the order in which they are shown."""
-    found = [model_section(report), depth_section(report), *ahead_sections(report), *routing_sections(report),
-             schedule_section(report), state_section(report)]
+    ordered = [model_section(report), depth_section(report), *ahead_sections(report), *routing_sections(report),
+               schedule_section(report), state_section(report)]
     if report.cost is not None:
-        found += cost_sections(report)
+        ordered += cost_sections(report)
     if report.sufficiency is not None:
-        found.append(task_section(report))
-    return _without_repeats(found)
+        ordered.append(task_section(report))
+    return _without_repeats(ordered)
 
 
-def _without_repeats(found: list[Section]) -> tuple[Section, ...]:
+def _without_repeats(ordered: list[Section]) -> tuple[Section, ...]:
     """Mark what people need not read twice."""
-    values = {x.key: x.value for s in found for x in s.numbers}
+    values = {x.key: x.value for s in ordered for x in s.numbers}
 
     def repeats(x: Number) -> bool:
         said = x.key in REPEATS and str(x.value) == str(values.get(REPEATS[x.key]))
         return said or IDLE.get(x.key) == x.value
 
-    return tuple(replace(s, numbers=tuple(replace(x, repeats=repeats(x)) for x in s.numbers)) for s in found)
+    return tuple(replace(s, numbers=tuple(replace(x, repeats=repeats(x)) for x in s.numbers)) for s in ordered)
 
 
 def task_section(report: Report) -> Section:
@@ -72,24 +72,24 @@ def task_section(report: Report) -> Section:
 
 def not_counted(report: Report) -> tuple[str, ...]:
     """What the numbers of this report leave out."""
-    found = [*NOT_COUNTED]
+    notes = [*NOT_COUNTED]
     if any(o.kind == "route" for o in report.program):
-        found.append("Routes choose tokens by their data; depth is the longest over all choices.")
+        notes.append("Routes choose tokens by their data; depth is the longest over all choices.")
     if report.program.denoise is not None:
-        found.append("Work, bytes and times are those of one denoising step; depth is that of all steps.")
+        notes.append("Work, bytes and times are those of one denoising step; depth is that of all steps.")
     if report.program.reads_calls:
-        found.append("Depth and work are those of one call: with kv='last' or 'mod:k' a cached token reads keys of later "
+        notes.append("Depth and work are those of one call: with kv='last' or 'mod:k' a cached token reads keys of later "
                      "iterations, so the function itself changes with the split into calls.")
     if report.unsized_parameters:
-        found.append("New parameters leave out attention gates and per-visit LoRA: no model or config says how large they are.")
+        notes.append("New parameters leave out attention gates and per-visit LoRA: no model or config says how large they are.")
     if report.cost is None:
-        found.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")
-        found.append("No FLOPs, weight traffic, activations or times: ask for the cost analysis.")
+        notes.append("KV bytes hold every token in every slot: sliding windows of the stock layers are not taken off.")
+        notes.append("No FLOPs, weight traffic, activations or times: ask for the cost analysis.")
     else:
-        found += report.cost.notes
+        notes += report.cost.notes
     if report.kv_bytes is None:
-        found.append("KV bytes: the head counts of this model are not known.")
+        notes.append("KV bytes: the head counts of this model are not known.")
     facts = report.facts
     if facts is not None and facts.max_positions is not None and report.seq_len > facts.max_positions:
-        found.append(f"n = {report.seq_len} is beyond the {facts.max_positions} positions that the config is made for.")
-    return tuple(found)
+        notes.append(f"n = {report.seq_len} is beyond the {facts.max_positions} positions that the config is made for.")
+    return tuple(notes)

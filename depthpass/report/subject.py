@@ -13,7 +13,7 @@ from depthpass.ir.shares import Ratios, by_route, checked_ratios
 from depthpass.passes.base import Context
 from depthpass.plan import compile_spec
 from depthpass.prompt import at_prompt
-from depthpass.report.model import Report, build_report
+from depthpass.report.report import Report, build_report
 from depthpass.schedule import schedule
 
 if TYPE_CHECKING:
@@ -117,12 +117,12 @@ class Subject:
             return self.kept.cost
         from depthpass.analysis.cost import model_cost
 
-        found = None if self.model is None else model_cost(self.model)
+        cost = None if self.model is None else model_cost(self.model)
         if self.key is not None and self.facts is not None:
             from depthpass.report import kept
 
-            kept.write(self.key, kept.Kept(self.facts, self.context, found))
-        return found
+            kept.write(self.key, kept.Kept(self.facts, self.context, cost))
+        return cost
 
     @cached_property
     def context(self) -> Context:
@@ -135,17 +135,17 @@ class Subject:
             raise SpecError("report: expected a model or a config, got a program alone.")
         return context_of(self.model)
 
-    def program(self, spec: SpecLike | None, given: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
+    def program(self, spec: SpecLike | None, program: Program | str | None) -> tuple[Program, dict[str, Any] | None]:
         """The program to report on, and its passes as plain data."""
-        if spec is not None and given is not None:
+        if spec is not None and program is not None:
             raise SpecError("program: expected a spec or a program, got both.")
         if self.own is not None:
-            if spec is not None or given is not None:
+            if spec is not None or program is not None:
                 raise SpecError("spec: expected none, the model is already transformed and has its own. Report on the "
                                 "stock model, dp.restore(model), to try another spec.")
             return self.own[0], self.own[1]
-        if given is not None:
-            return verify(parse_program(given) if isinstance(given, str) else given), None
+        if program is not None:
+            return verify(parse_program(program) if isinstance(program, str) else program), None
         if self.nothing:
             raise SpecError("report: expected a model, a config or a program, got none of them.")
         if spec is None:
@@ -170,22 +170,22 @@ class Subject:
         for name, value in (("seq_len", seq_len), ("batch", batch)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise SpecError(f"{name}: expected an integer of at least 1, got {value!r}.")
-        made, plan = self.program(spec, program)
+        program, plan = self.program(spec, program)
         varying = None if plan is None or self.nothing else self._lengths(plan)
         if varying is not None:
-            made = varying.at(seq_len)
+            program = varying.at(seq_len)
         chunk = chunk if chunk is not None or self.own is None else self.own[2]
-        regions, counted = schedule(made, chunk), None
-        chosen = dict(self.ratios) if ratios is None else checked_ratios(made, ratios, expected=True)
+        regions, counted = schedule(program, chunk), None
+        chosen = dict(self.ratios) if ratios is None else checked_ratios(program, ratios, expected=True)
         if cost and self.cost is not None:
             from depthpass.analysis.cost import cost as count
 
-            counted = count(made, self.cost, chunk=chunk, capacities=by_route(made, chosen))
+            counted = count(program, self.cost, chunk=chunk, capacities=by_route(program, chosen))
         precision = self.facts.dtype if self.facts is not None else "fixed"
-        claims = proven(made, precision, 1 if varying is None else varying.loops)
+        claims = proven(program, precision, 1 if varying is None else varying.loops)
         return build_report(
-            made, regions, self.facts, seq_len, batch, counted, claims, spec=plan, ceilings=ceilings, task=task,
-            lengths=varying, fixed_point=self.fixed_point, ratios=chosen, added=self._added(made, plan),
+            program, regions, self.facts, seq_len, batch, counted, claims, spec=plan, ceilings=ceilings, task=task,
+            lengths=varying, fixed_point=self.fixed_point, ratios=chosen, added=self._added(program, plan),
         )
 
     def _added(self, program: Program, plan: dict[str, Any] | None) -> int | None:

@@ -10,14 +10,14 @@ from depthpass.report.numbers import Number
 from depthpass.report.runs import recursion_note
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 
 def summary(report: Report) -> tuple[Number, ...]:
     """The six numbers that a reader asks for first, each beside the stock model's."""
     n, cost = report.seq_len, report.cost
     formula = formula_of(report, None)
-    found = [
+    numbers = [
         Number("depth", "depth", report.depth_at(n), "", "; ".join([
             f"block visits{'' if formula.isdigit() else ': ' + formula}",
             *([_calls_note(depth_of_calls(report))] if report.program.reads_calls else []),
@@ -26,14 +26,14 @@ def summary(report: Report) -> tuple[Number, ...]:
         _all_parameters(report),
     ]
     if cost is None:
-        found.append(Number("flops", "FLOPs", "-", "", "not counted: ask for the cost analysis"))
+        numbers.append(Number("flops", "FLOPs", "-", "", "not counted: ask for the cost analysis"))
     else:
         stock = (cost.stock or cost).at("FLOPs forward", n, report.batch)
-        found.append(Number("flops", "FLOPs", cost.at("FLOPs forward", n, report.batch), "FLOP", "forward", stock=stock))
+        numbers.append(Number("flops", "FLOPs", cost.at("FLOPs forward", n, report.batch), "FLOP", "forward", stock=stock))
     kv = report.kv_bytes
-    found.append(Number("kv", "KV cache", "-" if kv is None else kv, "bytes", "" if kv is not None else "head counts not known",
-                        stock=None if kv is None else stock_kv_bytes(report)))
-    return (*found, _floor(report))
+    numbers.append(Number("kv", "KV cache", "-" if kv is None else kv, "bytes", "" if kv is not None else "head counts not known",
+                          stock=None if kv is None else stock_kv_bytes(report)))
+    return (*numbers, _floor(report))
 
 
 def _calls_note(x: Number) -> str:
@@ -56,6 +56,6 @@ def _floor(report: Report) -> Number:
     """The least time of a forward pass, where a machine was named."""
     if report.ceilings is None or report.cost is None:
         return Number("floor", "time floor", "-", "", "no machine named: --ceilings h200")
-    found = report.cost.floor(report.ceilings, report.seq_len, report.batch).rows()[0]
+    forward = report.cost.floor(report.ceilings, report.seq_len, report.batch).rows()[0]
     stock = (report.cost.stock or report.cost).floor(report.ceilings, report.seq_len, report.batch).rows()[0]
-    return Number("floor", "time floor", found[1], "s", f"forward on {report.ceilings.device}", stock=stock[1])
+    return Number("floor", "time floor", forward[1], "s", f"forward on {report.ceilings.device}", stock=stock[1])

@@ -11,8 +11,8 @@ from depthpass.errors import SpecError
 from depthpass.passes import Pass
 from depthpass.prompt import at_prompt
 from depthpass.report.chart import Series, chart_file
-from depthpass.report.model import Report
 from depthpass.report.numbers import Value, as_json, plain, short, times
+from depthpass.report.report import Report
 from depthpass.report.text import size_line
 from depthpass.spec import SpecLike, load_spec
 
@@ -168,13 +168,13 @@ def _has_group(p: Pass) -> bool:
 def _table(
     title: str, names: tuple[str, ...], reports: tuple[Report, ...], keys: Sequence[str] | None = None
 ) -> Comparison:
-    found = [{x.key: x for s in r.sections for x in s.numbers} for r in reports]
-    order = dict.fromkeys(key for numbers in found for key in numbers)
+    columns = [{x.key: x for s in r.sections for x in s.numbers} for r in reports]
+    order = dict.fromkeys(key for numbers in columns for key in numbers)
     rows = []
     for key in order:
         if keys is not None and key not in keys:
             continue
-        cells = [numbers.get(key) for numbers in found]
+        cells = [numbers.get(key) for numbers in columns]
         there = [c for c in cells if c is not None]
         if keys is None and all(c.repeats for c in there):
             continue

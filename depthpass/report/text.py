@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from depthpass.report.numbers import Number, plain, short, times
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report, Segment
+    from depthpass.report.report import Report, Segment
 
 SHOWN_SEGMENTS = 6
 """Segments of the critical path in text; the others are summed up."""
@@ -79,22 +79,22 @@ def ahead_line(report: Report) -> list[str]:
 
 def _wrapped(text: str) -> list[str]:
     """At most two lines of 120 characters: a long spec is cut in the summary, the full report has all of it."""
-    found = wrap(text, 120)
-    return found if len(found) <= 2 else [found[0], found[1][:116] + " ..."]
+    lines = wrap(text, 120)
+    return lines if len(lines) <= 2 else [lines[0], lines[1][:116] + " ..."]
 
 
 def summary_rows(report: Report) -> list[tuple[Number, str, str, str]]:
     """The summary: what is counted, the stock model's number, this program's, and their ratio."""
     from depthpass.report.summary import summary
 
-    found = []
+    rows = []
     for x in summary(report):
         figure = short(x.value, x.unit) if not isinstance(x.value, str) else x.value
-        found.append((
+        rows.append((
             x, "" if x.stock is None else short(x.stock, x.unit), ("at least " if x.least else "") + figure,
             "" if x.ratio is None else times(x.ratio),
         ))
-    return found
+    return rows
 
 
 def to_text(report: Report) -> str:

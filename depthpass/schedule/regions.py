@@ -107,23 +107,23 @@ class Schedule:
     def reads(self) -> tuple[tuple[str, ...], ...]:
         """Per region, the values its ops read, with the routes that say which tokens they hold."""
         types = infer(self.program)
-        found = []
+        reads = []
         for region in self.regions:
             names = {a for o in region.ops for a in o.args}
             # The cross-entropy of a router is taken over the tokens that its route chose from.
             names |= {a for o in region.ops if o.kind == "loss" for r in o.args[1:] for a in self.program.defs[r].args[1:]}
-            found.append(tuple(sorted(names | {t for a in names if (t := types[a].tokens)})))
-        return tuple(found)
+            reads.append(tuple(sorted(names | {t for a in names if (t := types[a].tokens)})))
+        return tuple(reads)
 
     @cached_property
     def results(self) -> tuple[frozenset[str], ...]:
         """Per region, the values that later regions read."""
-        found: list[frozenset[str]] = []
+        results: list[frozenset[str]] = []
         later: frozenset[str] = frozenset()
         for region, read in zip(reversed(self.regions), reversed(self.reads)):
-            found.append(later & {o.name for o in region.ops if o.name})
+            results.append(later & {o.name for o in region.ops if o.name})
             later |= frozenset(read)
-        return tuple(reversed(found))
+        return tuple(reversed(results))
 
     @cached_property
     def lowered(self) -> dict[tuple, Any]:

@@ -47,20 +47,20 @@ class Stack:
     @cached_property
     def readers(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """Slots read in full, with the places of their readers."""
-        found: dict[int, tuple[int, ...]] = {}
+        readers: dict[int, tuple[int, ...]] = {}
         for i, o in enumerate(self.visits):
             slot = o["slot"] if o["keys"] is None else o["keys"]
-            found[slot] = (*found.get(slot, ()), i)
-        return tuple(found.items())
+            readers[slot] = (*readers.get(slot, ()), i)
+        return tuple(readers.items())
 
     @cached_property
     def gated(self) -> tuple[tuple[int, ...], ...]:
         """Places of the visits that also read a window of their own keys, those with one gate together."""
-        found: dict[str, tuple[int, ...]] = {}
+        gated: dict[str, tuple[int, ...]] = {}
         for i, o in enumerate(self.visits):
             if o["gate"] is not None:
-                found[o["gate"]] = (*found.get(o["gate"], ()), i)
-        return tuple(found.values())
+                gated[o["gate"]] = (*gated.get(o["gate"], ()), i)
+        return tuple(gated.values())
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def steps(program: Program) -> tuple[StepOrder, ...]:
     if any(o.kind in ("pad", "trim") for o in program.ops):
         return ()
     delays = {min(o["tokens"], MAX_TOKENS) for o in program.ops if o.kind == "delay"}
-    found = [step for m in sorted(delays | {MAX_TOKENS}) if (step := _Planner(program, m).step()) and step.stacks]
+    planned = [step for m in sorted(delays | {MAX_TOKENS}) if (step := _Planner(program, m).step()) and step.stacks]
     # Where a larger step allows the same sets, one order serves both.
     return tuple(
-        s for i, s in enumerate(found) if i + 1 == len(found) or _names(s) != _names(found[i + 1])
+        s for i, s in enumerate(planned) if i + 1 == len(planned) or _names(s) != _names(planned[i + 1])
     )
 
 
@@ -151,13 +151,13 @@ class _Planner:
 
     def _sets(self, ready: Sequence[int], done: set[int]) -> list[list[int]]:
         """The ready visits by block; readers of keys that are not there yet only together with their writer."""
-        found: dict[object, list[int]] = {}
+        sets: dict[object, list[int]] = {}
         for i in ready:
-            members = found.setdefault(self.group[i], [])
+            members = sets.setdefault(self.group[i], [])
             writer = self.keys.get(i)
             if writer is None or writer in done or writer in members:
                 members.append(i)
-        return [members for members in found.values() if members]
+        return [members for members in sets.values() if members]
 
     def _missed(self, chosen: list[int], done: set[int]) -> int:
         """Visits of the same block that could stand in one call with the chosen ones if those waited."""

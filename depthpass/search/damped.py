@@ -32,9 +32,9 @@ class Damped(tuple[int, ...]):
 
     def __new__(cls, blocks: int, start: int, end: int, times: int, step: float | None = None) -> Damped:
         stack = tuple(range(blocks))
-        made = super().__new__(cls, stack[:start] + stack[start:end] * times + stack[end:])
-        made.start, made.end, made.times, made.step = start, end, times, step
-        return made
+        program = super().__new__(cls, stack[:start] + stack[start:end] * times + stack[end:])
+        program.start, program.end, program.times, program.step = start, end, times, step
+        return program
 
     @property
     def _key(self) -> tuple[Any, ...]:

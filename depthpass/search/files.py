@@ -32,17 +32,17 @@ def read_samples(text: str, where: str, tokenizer: Callable[[], Any]) -> list[tu
 
 def _entries(text: str, where: str) -> list[Any]:
     try:
-        found = json.loads(text)
+        entries = json.loads(text)
     except json.JSONDecodeError:
         try:
-            found = [json.loads(line) for line in text.splitlines() if line.strip()]
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
         except json.JSONDecodeError as error:
             raise InputError(f"{where}: expected JSON or JSON lines, {FORM}; {error}.") from None
-    if isinstance(found, dict):
-        found = [found]
-    if not isinstance(found, list):
-        raise InputError(f"{where}: expected {FORM}, got {shown(found)}.")
-    return found
+    if isinstance(entries, dict):
+        entries = [entries]
+    if not isinstance(entries, list):
+        raise InputError(f"{where}: expected {FORM}, got {shown(entries)}.")
+    return entries
 
 
 def _pair(entry: Any, where: str) -> tuple[Any, Any]:

@@ -70,5 +70,5 @@ def heat_map(result: SearchResult, times: int) -> HeatMap:
 
 def _score(known: dict[Layers, float], plain: Layers, start: int, end: int, times: int) -> float | None:
     """Of the range repeated as it is, else in damped steps of 1 / times."""
-    found = known.get(plain[:start] + plain[start:end] * times + plain[end:])
-    return known.get(Damped(len(plain), start, end, times)) if found is None and times else found
+    score = known.get(plain[:start] + plain[start:end] * times + plain[end:])
+    return known.get(Damped(len(plain), start, end, times)) if score is None and times else score

@@ -106,7 +106,7 @@ class Judge:
         return min(self.trials.values(), key=lambda t: (-self.bench.score.gain(t.score), t.visits, t.layers))
 
     def _run(self, layers: Layers) -> Trial:
-        found = self.trials.get(layers)
-        if found is None:
-            found = self.trials[layers] = self.bench.trial(layers, self.rows, self.sample)
-        return found
+        trial = self.trials.get(layers)
+        if trial is None:
+            trial = self.trials[layers] = self.bench.trial(layers, self.rows, self.sample)
+        return trial

@@ -59,8 +59,8 @@ class Sweep(Method):
     complete: ClassVar[bool] = True
 
     def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
-        found = space.children(judge.root, len(judge.root), 0)
-        judge.run(found if len(found) <= judge.left else rng.sample(found, judge.left))
+        programs = space.children(judge.root, len(judge.root), 0)
+        judge.run(programs if len(programs) <= judge.left else rng.sample(programs, judge.left))
 
     def check(self, space: AnySpace, blocks: int, budget: int | None) -> None:
         return
@@ -77,9 +77,9 @@ class Exhaustive(Method):
         judge.run(listing(space, len(judge.root))[0])
 
     def check(self, space: AnySpace, blocks: int, budget: int | None) -> None:
-        found, complete = listing(space, blocks, *(() if budget is None else (budget + 1,)))
+        programs, complete = listing(space, blocks, *(() if budget is None else (budget + 1,)))
         if not complete:
-            raise InputError(f"budget: exhaustive scores every program of the space, which has more than {len(found) - 1} "
+            raise InputError(f"budget: exhaustive scores every program of the space, which has more than {len(programs) - 1} "
                              "besides the stock one. Give a larger budget, a smaller space (edits=, longest=), or "
                              "method='random'.")
 
@@ -108,11 +108,11 @@ class Beam(Method):
         beam, edits, blocks = [judge.root], 0, len(judge.root)
         rounds = min(self.rounds, space.edits or self.rounds)
         while judge.left > 0:
-            found = dict.fromkeys(c for p in beam for c in space.children(p, blocks, edits) if c not in judge.trials)
-            if not found:
+            programs = dict.fromkeys(c for p in beam for c in space.children(p, blocks, edits) if c not in judge.trials)
+            if not programs:
                 return
             count = -(-judge.left // max(1, rounds - edits))
-            chosen = list(found) if len(found) <= count else rng.sample(list(found), count)
+            chosen = list(programs) if len(programs) <= count else rng.sample(list(programs), count)
             judge.run(chosen)
             # Programs of fewer edits may stay, unless edits are counted.
             held = {*beam, *chosen} if space.edits is None else chosen

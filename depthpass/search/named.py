@@ -16,10 +16,10 @@ def load_method(method: str | Method) -> Method:
     """
     if isinstance(method, Method):
         return method
-    found = methods()
-    if not isinstance(method, str) or method not in found:
-        raise InputError(f"method: expected one of {', '.join(found)}, got {shown(method)}.{did_you_mean(str(method), found)}")
-    return found[method]()
+    known = methods()
+    if not isinstance(method, str) or method not in known:
+        raise InputError(f"method: expected one of {', '.join(known)}, got {shown(method)}.{did_you_mean(str(method), known)}")
+    return known[method]()
 
 
 def methods() -> dict[str, type[Method]]:

@@ -55,14 +55,14 @@ def front_svg(result: SearchResult) -> str:
     return _file(max(WIDTH, legend), HEIGHT, parts)
 
 
-def heat_svg(found: HeatMap) -> str:
+def heat_svg(heat: HeatMap) -> str:
     """One cell per range: blue above stock, orange below (numbers on hover)."""
-    cell, blocks, left, top = 22, len(found.scores), 60, 44
-    scores = [(s, e, v) for s, row in enumerate(found.scores) for e, v in enumerate(row) if v is not None and math.isfinite(v)]
-    most = max((abs(v - found.stock) for _, _, v in scores), default=0.0) or 1.0
+    cell, blocks, left, top = 22, len(heat.scores), 60, 44
+    scores = [(s, e, v) for s, row in enumerate(heat.scores) for e, v in enumerate(row) if v is not None and math.isfinite(v)]
+    most = max((abs(v - heat.stock) for _, _, v in scores), default=0.0) or 1.0
     parts = []
     for start, end, value in scores:
-        share = (value - found.stock) / most
+        share = (value - heat.stock) / most
         colour = "11,107,184" if share >= 0 else "217,72,15"
         parts.append(f'<rect x="{left + cell * end}" y="{top + cell * start}" width="{cell - 1}" height="{cell - 1}" '
                      f'fill="rgb({colour})" fill-opacity="{max(0.05, abs(share)):.2f}"><title>{start}:{end + 1} '
@@ -73,8 +73,8 @@ def heat_svg(found: HeatMap) -> str:
     side = cell * blocks
     parts.append(f'<text x="{left + side / 2}" y="{top - 24}" text-anchor="middle">end</text>')
     parts.append(f'<text transform="translate(24 {top + side / 2}) rotate(-90)" text-anchor="middle">start</text>')
-    said = (f"Blocks start .. end - 1 run {found.times} times in a row.",
-            f"Blue: better than stock ({found.stock:.3g}), orange: worse; full colour: by {most:.2g}.")
+    said = (f"Blocks start .. end - 1 run {heat.times} times in a row.",
+            f"Blue: better than stock ({heat.stock:.3g}), orange: worse; full colour: by {most:.2g}.")
     parts += [f'<text x="{left}" y="{top + side + 20 + 16 * i}">{escape(text)}</text>' for i, text in enumerate(said)]
     return _file(left + max(side, *map(_width, said)) + EDGE, top + side + 20 + 16 * len(said), parts)
 

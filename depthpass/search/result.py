@@ -240,8 +240,8 @@ class SearchResult:
 
     def _named(self) -> Iterator[tuple[str, Layers]]:
         yield "best", self.best.layers
-        for found in self.front:
-            yield f"front-{found.visits}", found.layers
+        for program in self.front:
+            yield f"front-{program.visits}", program.layers
         for trial in () if self.per_sample is None else self.per_sample.best:
             yield f"sample-{trial.sample}", trial.layers
 
@@ -249,11 +249,11 @@ class SearchResult:
 def pareto(trials: Sequence[Trial], lower: bool) -> list[Trial]:
     """Trials that no other beats, shortest first: each has a better score than all shorter ones."""
     sign = -1 if lower else 1
-    found: list[Trial] = []
+    best: list[Trial] = []
     for t in sorted(trials, key=lambda t: (t.visits, -sign * t.score, t.layers)):
-        if not found or sign * t.score > sign * found[-1].score:
-            found.append(t)
-    return found
+        if not best or sign * t.score > sign * best[-1].score:
+            best.append(t)
+    return best
 
 
 def _spec_text(layers: Layers, suffix: str) -> str:

@@ -84,8 +84,8 @@ def search(
         told = bar if on_trial is None else on_trial
         room = (1 << 30) * memo if isinstance(memo, bool) else memo
         bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most))
-        made = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
-        return made.result(type(inner).__name__, per_sample)
+        run = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
+        return run.result(type(inner).__name__, per_sample)
 
 
 class Search:
@@ -101,19 +101,19 @@ class Search:
         self.rows, self.held = tuple(range(searched)), tuple(range(searched, len(samples)))
 
     def result(self, name: str, per_sample: bool) -> SearchResult:
-        oracle, trials, found = self._oracle() if per_sample else (None, (), None)
-        if found is None:
-            found = self._judge(self.method)
+        oracle, trials, judge = self._oracle() if per_sample else (None, (), None)
+        if judge is None:
+            judge = self._judge(self.method)
             blind_method = Beam() if isinstance(self.method, Sweep) else Sweep()
             what = f"the best single program by another way ({blind_method.name}), same budget"
             blind = self._judge(blind_method, "input_blind")
-            singles = found.trials
-            trials = tuple(found.trials.values())
+            singles = judge.trials
+            trials = tuple(judge.trials.values())
         else:
             what = f"the best single program for all samples ({self.method.name}), same budget"
             blind = self._judge(self.method, "input_blind")
-            singles = {**found.trials, **blind.trials}
-        best = found.best()
+            singles = {**judge.trials, **blind.trials}
+        best = judge.best()
         controls = (
             self._control("random", "random programs of the space, same budget", self._judge(RandomSearch(), "random"), best),
             self._control("input_blind", what, blind, best),
@@ -126,12 +126,12 @@ class Search:
         settings = {
             "method": self.method.name, "options": {f.name: getattr(self.method, f.name) for f in fields(self.method)},
             "space": self.space.to_dict(), "score": score.name, "budget": self.budget, "seed": self.seed,
-            "samples": len(self.rows), "held_out": len(self.held), "scored": len(found.trials) - 1,
-            "programs": len(found.trials) - 1 if oracle is None else self.budget, "per_sample": per_sample,
+            "samples": len(self.rows), "held_out": len(self.held), "scored": len(judge.trials) - 1,
+            "programs": len(judge.trials) - 1 if oracle is None else self.budget, "per_sample": per_sample,
         }
         front = tuple(self._found(t) for t in pareto(list(singles.values()), score.lower))
         return SearchResult(
-            name, len(self.root), settings, score.lower, self._found(found.trials[self.root]), self._found(best), front, trials,
+            name, len(self.root), settings, score.lower, self._found(judge.trials[self.root]), self._found(best), front, trials,
             {c.name: c for c in controls}, oracle, Saved(memo.asked, memo.ran),
         )
 
@@ -153,7 +153,7 @@ class Search:
         everywhere = Judge(self.bench, self.rows, len(winners), self.root)
         everywhere.run(t.layers for t in winners)
         score, samples = self.bench.score, self._samples(self.rows)
-        values, random_values = ([t.values[0] for t in found] for found in (winners, others))
+        values, random_values = ([t.values[0] for t in bests] for bests in (winners, others))
         shorter = fixed = None
         if score.share:
             plain = everywhere.trials[self.root].values
@@ -226,5 +226,5 @@ def _budget(budget: int | None, method: Method, space: AnySpace, blocks: int) ->
 
 
 def _mean(values: Any) -> float:
-    found = list(values)
-    return sum(found) / len(found) if found else float("nan")
+    numbers = list(values)
+    return sum(numbers) / len(numbers) if numbers else float("nan")

@@ -39,10 +39,10 @@ def load_samples(samples: SamplesLike, seed: int, what: str = "samples") -> tupl
     if isinstance(samples, str | bytes | Tensor) or not isinstance(samples, Iterable):
         raise InputError(f"{what}: expected (prompt ids, answer ids) pairs or a callable that returns them, got "
                          f"{type(samples).__name__}.")
-    found = tuple(s if isinstance(s, Sample) else _pair(s, f"{what}[{i}]") for i, s in enumerate(samples))
-    if not found:
+    loaded = tuple(s if isinstance(s, Sample) else _pair(s, f"{what}[{i}]") for i, s in enumerate(samples))
+    if not loaded:
         raise InputError(f"{what}: expected at least one (prompt ids, answer ids) pair, got none.")
-    return found
+    return loaded
 
 
 def _takes_seed(function: Callable[..., Any]) -> bool:

@@ -88,23 +88,23 @@ def check_values(name: str, layers: Layers, values: Sequence[float]) -> None:
 
 
 def _exact(forward: Forward, layers: Layers, rows: Sequence[int]) -> list[float]:
-    found = {r: float(new == forward.samples[r].answer) for r, new in forward.generated(layers, rows)}
-    return [found[r] for r in rows]
+    scores = {r: float(new == forward.samples[r].answer) for r, new in forward.generated(layers, rows)}
+    return [scores[r] for r in rows]
 
 
 def _greedy(forward: Forward, layers: Layers, rows: Sequence[int]) -> list[float]:
-    found = {r: float(tuple(x.argmax(-1).tolist()) == forward.samples[r].answer)
-             for r, x in forward.answer_logits(layers, rows)}
-    return [found[r] for r in rows]
+    scores = {r: float(tuple(x.argmax(-1).tolist()) == forward.samples[r].answer)
+              for r, x in forward.answer_logits(layers, rows)}
+    return [scores[r] for r in rows]
 
 
 def _log_prob(forward: Forward, layers: Layers, rows: Sequence[int]) -> list[float]:
-    found = {}
+    scores = {}
     for r, x in forward.answer_logits(layers, rows):
         answer = torch.tensor(forward.samples[r].answer, device=x.device)
         x = x if x.dtype == torch.float64 else x.float()
-        found[r] = float(x.log_softmax(-1).gather(-1, answer[:, None]).sum())
-    return [found[r] for r in rows]
+        scores[r] = float(x.log_softmax(-1).gather(-1, answer[:, None]).sum())
+    return [scores[r] for r in rows]
 
 
 def _own(score: Own) -> Callable[[Forward, Layers, Sequence[int]], list[float]]:

@@ -81,12 +81,12 @@ class Space:
         """Programs that one more edit makes of a program of so many edits, each once."""
         if self.edits is not None and edits >= self.edits:
             return []
-        most, n, found = int(self.longest * blocks), len(layers), {}
+        most, n, programs = int(self.longest * blocks), len(layers), {}
         double = {b for b in layers if layers.count(b) > 1} if self.once else set()
         for length in _spans(self.skip, n - self.shortest):
             for start in range(n - length + 1):
                 if double.isdisjoint(layers[start : start + length]):
-                    found[layers[:start] + layers[start + length :]] = None
+                    programs[layers[:start] + layers[start + length :]] = None
         for length in _spans(self.repeat, min(n, most - n)):
             for start in range(n - length + 1):
                 span = layers[start : start + length]
@@ -94,9 +94,9 @@ class Space:
                     continue
                 for times in self.times:
                     if n + times * length <= most:
-                        found[layers[:start] + span * (times + 1) + layers[start + length :]] = None
-        found.pop(layers, None)
-        return list(found)
+                        programs[layers[:start] + span * (times + 1) + layers[start + length :]] = None
+        programs.pop(layers, None)
+        return list(programs)
 
     def programs(self, blocks: int) -> Iterator[Layers]:
         """Every program, each once, those of fewer edits first; the stock program leads."""
@@ -116,10 +116,10 @@ class Space:
         """A random program: one edit, and another one with probability 1/2, and so on; each uniform over what is legal."""
         layers, edits = stock(blocks), 0
         while edits == 0 or rng.random() < 0.5:
-            found = self.children(layers, blocks, edits)
-            if not found:
+            programs = self.children(layers, blocks, edits)
+            if not programs:
                 break
-            layers, edits = rng.choice(found), edits + 1
+            layers, edits = rng.choice(programs), edits + 1
         return layers
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,15 +138,15 @@ class Listed:
     edits: int | None = field(default=1, init=False)
 
     def __post_init__(self):
-        made = []
+        programs = []
         for i, layers in enumerate(self.listed):
             layers = getattr(layers, "layers", layers)
             good = isinstance(layers, list | tuple) and layers and all(type(b) is int and b >= 0 for b in layers)
             if not good:
                 raise InputError(f"space[{i}]: expected a layer program, a list of block numbers of at least 0, got "
                                  f"{shown(layers)}.")
-            made.append(tuple(layers))
-        object.__setattr__(self, "listed", tuple(dict.fromkeys(made)))
+            programs.append(tuple(layers))
+        object.__setattr__(self, "listed", tuple(dict.fromkeys(programs)))
 
     def check(self, blocks: int) -> None:
         for i, layers in enumerate(self.listed):
@@ -223,12 +223,12 @@ def stock(blocks: int) -> Layers:
 
 def listing(space: AnySpace, blocks: int, most: int = MOST) -> tuple[list[Layers], bool]:
     """At most so many programs of a space, and whether that is all of them."""
-    found: list[Layers] = []
+    programs: list[Layers] = []
     for layers in space.programs(blocks):
-        if len(found) == most:
-            return found, False
-        found.append(layers)
-    return found, True
+        if len(programs) == most:
+            return programs, False
+        programs.append(layers)
+    return programs, True
 
 
 def _spans(lengths: Lengths, most: int) -> Iterable[int]:

@@ -44,12 +44,12 @@ def _table(result: SearchResult) -> list[str]:
     return _columns(rows)
 
 
-def _row(name: str, found: Found, programs: int, mean: float | None) -> tuple[str, ...]:
-    return (name, str(found.visits), str(found.searched), _held(found), str(programs), "" if mean is None else f"{mean:.4g}")
+def _row(name: str, entry: Found, programs: int, mean: float | None) -> tuple[str, ...]:
+    return (name, str(entry.visits), str(entry.searched), _held(entry), str(programs), "" if mean is None else f"{mean:.4g}")
 
 
-def _held(found: Found) -> str:
-    return "none" if found.held_out is None else str(found.held_out)
+def _held(entry: Found) -> str:
+    return "none" if entry.held_out is None else str(entry.held_out)
 
 
 def _reading(difference: Estimate, lower: bool) -> str:
@@ -63,16 +63,16 @@ def _reading(difference: Estimate, lower: bool) -> str:
 
 
 def _oracle(result: SearchResult) -> list[str]:
-    found = result.per_sample
-    assert found is not None
+    oracle = result.per_sample
+    assert oracle is not None
     lines = [
         "a program for each sample, chosen with its answer in sight (an oracle, not a method):",
-        f"  searched {found.score} with {found.visits:.3g} visits; random programs, same budget {found.random} with "
-        f"{found.random_visits:.3g}",
-        f"  searched minus random: {found.difference}{_reading(found.difference, result.lower)}",
+        f"  searched {oracle.score} with {oracle.visits:.3g} visits; random programs, same budget {oracle.random} with "
+        f"{oracle.random_visits:.3g}",
+        f"  searched minus random: {oracle.difference}{_reading(oracle.difference, result.lower)}",
     ]
-    for share, text in ((found.shorter, "of the samples that stock has right, a shorter program is right, too"),
-                        (found.fixed, "of the samples that stock has wrong, some program is right")):
+    for share, text in ((oracle.shorter, "of the samples that stock has right, a shorter program is right, too"),
+                        (oracle.fixed, "of the samples that stock has wrong, some program is right")):
         if share is not None:
             lines.append(f"  {100 * share:.0f} % {text}")
     return lines

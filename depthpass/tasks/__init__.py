@@ -41,8 +41,8 @@ __all__ = [
 
 def __getattr__(name: str):
     if name in _PUBLIC:
-        found = globals()[name] = getattr(import_module(f"depthpass.tasks.{_PUBLIC[name]}"), name)
-        return found
+        public = globals()[name] = getattr(import_module(f"depthpass.tasks.{_PUBLIC[name]}"), name)
+        return public
     raise AttributeError(f"module 'depthpass.tasks' has no attribute {name!r}")
 
 

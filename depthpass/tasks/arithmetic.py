@@ -43,13 +43,13 @@ def zero() -> int:
 
 def add_on_tape(tape: Tape, a: list[Cell], b: list[Cell], name: str = "") -> list[Cell]:
     """Sum of two numbers given from the lowest digit on: its digits, lowest first, one more than the longer number's."""
-    nothing, last, found = tape.step(f"{name}c", zero), None, []
+    nothing, last, digits = tape.step(f"{name}c", zero), None, []
     last = nothing
     for i in range(max(len(a), len(b))):
         pair = [x[i] if i < len(x) else nothing for x in (a, b)]
-        found.append(tape.step(f"{name}s{i}", unit, *pair, last))
+        digits.append(tape.step(f"{name}s{i}", unit, *pair, last))
         last = tape.step(f"{name}c{i}", carry, *pair, last)
-    return [*found, last]
+    return [*digits, last]
 
 
 def _words(problem: tuple[str, str], sign: str, reverse: bool) -> str:
@@ -310,10 +310,10 @@ class PrefixSums(Task):
         return tuple(map(int, numbers.split()))
 
     def run(self, problem: tuple[int, ...], tape: Tape) -> str:
-        modulus, found = tape.read("m", self.modulus), []
+        modulus, sums = tape.read("m", self.modulus), []
         for i, x in enumerate(tape.row("x", problem)):
-            found.append(tape.step(f"s{i}", add, modulus, *found[-1:], x))
-        return " ".join(str(c.value) for c in found)
+            sums.append(tape.step(f"s{i}", add, modulus, *sums[-1:], x))
+        return " ".join(str(c.value) for c in sums)
 
     def shape(self, n: int, form: str = "chain") -> TaskDAG:
         """Left to right, or by doubling strides (Hillis and Steele): depth ceil(log2 n)."""

@@ -59,11 +59,11 @@ class PalindromePermutations(Task):
         counts = Counter(problem)
         letters = {x: tape.read(f"x{x}", x) for x in sorted(counts)}
         middle = tape.read("mid", next((x for x, n in counts.items() if n % 2), "-"))
-        left, found = Counter({x: n // 2 for x, n in counts.items()}), []
+        left, leaves = Counter({x: n // 2 for x, n in counts.items()}), []
 
         def search(prefix: Cell) -> None:
             if not +left:
-                found.append(tape.step(f"leaf{len(found)}", mirror, prefix, middle))
+                leaves.append(tape.step(f"leaf{len(leaves)}", mirror, prefix, middle))
                 return
             for x in sorted(+left):
                 left[x] -= 1
@@ -71,4 +71,4 @@ class PalindromePermutations(Task):
                 left[x] += 1
 
         search(tape.step("p_", root))
-        return " ".join(str(c.value) for c in found)
+        return " ".join(str(c.value) for c in leaves)

@@ -43,18 +43,18 @@ def check(response: str, trace: Trace, answer: str) -> Check:
     first mistake is named by its kind: linear transition, memory fetch or atomic state, after arXiv 2507.13332.
     """
     *lines, last = [line.strip() for line in response.strip().splitlines()] or [""]
-    given = last.removeprefix("answer ").strip()
-    right = given == answer
+    stated = last.removeprefix("answer ").strip()
+    right = stated == answer
     if not lines:
-        return Check(right, None, message="" if right else f"expected the answer {answer}, got {given or 'nothing'}")
+        return Check(right, None, message="" if right else f"expected the answer {answer}, got {stated or 'nothing'}")
     for i, step in enumerate(trace.steps):
         if i >= len(lines):
             return Check(right, False, i, "missing", f"the trace ends before the state {step.cell.name}")
-        if found := _fault(lines[i], step):
-            return Check(right, False, i, *found)
+        if fault := _fault(lines[i], step):
+            return Check(right, False, i, *fault)
     if len(lines) > len(trace.steps):
         return Check(right, False, len(trace.steps), "extra", f"expected the answer, got {lines[len(trace.steps)]!r}")
-    return Check(right, True, message="" if right else f"expected the answer {answer}, got {given or 'nothing'}")
+    return Check(right, True, message="" if right else f"expected the answer {answer}, got {stated or 'nothing'}")
 
 
 def _fault(line: str, step: Step) -> tuple[Kind, str] | None:

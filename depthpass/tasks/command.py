@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> int:
     task, lengths = get(args.name, **dict(map(_option, args.option))), _lengths(args.lengths)
     task.span(lengths)
     for i in range(args.count):
-        found = draw(task, lengths, i, seed=args.seed)
+        instance = draw(task, lengths, i, seed=args.seed)
         if args.json:
-            print(json.dumps(found.record(trace=not args.answer_only)))
+            print(json.dumps(instance.record(trace=not args.answer_only)))
             continue
-        print(f"# {task.name}, length {found.length}" + ("" if args.answer_only else
-              f": {found.dag.size} states, depth {found.dag.depth}, width {found.dag.width}"))
-        print(f"{found.prompt}\nanswer {found.answer}" if args.answer_only else found.text)
+        print(f"# {task.name}, length {instance.length}" + ("" if args.answer_only else
+              f": {instance.dag.size} states, depth {instance.dag.depth}, width {instance.dag.width}"))
+        print(f"{instance.prompt}\nanswer {instance.answer}" if args.answer_only else instance.text)
     return 0
 
 

@@ -36,9 +36,9 @@ def draw(task: Task, lengths: Lengths, index: int, *, seed: int = 0, split: Spli
         raise InputError(f"split: expected 'train', 'test' or None, got {split!r}.")
     for attempt in range(1000):
         key = f"{seed}:{index}:{attempt}"
-        found = task.instance(random.Random(f"length {task.name} {key}").randint(low, high), key)
-        if split is None or split == ("train" if _hash(found.prompt) % 10 else "test"):
-            return found
+        instance = task.instance(random.Random(f"length {task.name} {key}").randint(low, high), key)
+        if split is None or split == ("train" if _hash(instance.prompt) % 10 else "test"):
+            return instance
     raise InputError(f"task {task.name!r}: no prompt of the split {split!r} in 1000 draws of lengths {low} to {high}: there are "
                      "too few problems of these lengths. Use longer ones, or split=None.")
 
@@ -89,10 +89,10 @@ class _Rows:
         return draw(self.task, self.lengths, index, seed=self.seed, split=self.split)
 
     def row(self, index: int) -> dict[str, Any]:
-        found = self.instance(index)
+        instance = self.instance(index)
         if self.tokenizer is None:
-            return found.record(trace=self.trace)
-        return encode(found, self.tokenizer, trace=self.trace)
+            return instance.record(trace=self.trace)
+        return encode(instance, self.tokenizer, trace=self.trace)
 
 
 class TaskDataset(_Rows, Dataset):

@@ -44,10 +44,10 @@ class CountLetters(Task):
         return letter, text
 
     def run(self, problem: tuple[str, str], tape: Tape) -> str:
-        asked, found = tape.read("x", problem[0]), tape.step("c", zero)
+        asked, total = tape.read("x", problem[0]), tape.step("c", zero)
         for i, letter in enumerate(tape.row("w", problem[1])):
-            found = tape.step(f"c{i}", count, found, letter, asked)
-        return str(found.value)
+            total = tape.step(f"c{i}", count, total, letter, asked)
+        return str(total.value)
 
 
 def minus(rest: int, a: int) -> int:
@@ -89,11 +89,11 @@ class Diophantine(Task):
     def run(self, problem: tuple[int, int, int], tape: Tape) -> str:
         a, b, c = (tape.read(k, v) for k, v in zip("abc", problem))
         rest = tape.step("r0", keep, c)
-        found = tape.step("n0", divides, tape.step("n", zero), rest, b)
+        total = tape.step("n0", divides, tape.step("n", zero), rest, b)
         for x in range(1, problem[2] // problem[0] + 1):
             rest = tape.step(f"r{x}", minus, rest, a)
-            found = tape.step(f"n{x}", divides, found, rest, b)
-        return str(found.value)
+            total = tape.step(f"n{x}", divides, total, rest, b)
+        return str(total.value)
 
 
 def next_number(before: int, has_divisor: int) -> int:
@@ -134,14 +134,14 @@ class PrimeSearch(Task):
     def run(self, problem: int, tape: Tape) -> str:
         candidate, divisors = tape.step("k0", keep, tape.read("n", problem)), {}
         for turn in range(problem + 3):  # there is a prime below 2 n
-            found = tape.step(f"f{turn}", at_most_one, candidate)
+            divided = tape.step(f"f{turn}", at_most_one, candidate)
             for d in range(2, math.isqrt(int(candidate.value)) + 1):
                 if d not in divisors:
                     divisors[d] = tape.read(f"d{d}", d)
-                found = tape.step(f"f{turn}_{d}", divisor, candidate, divisors[d], found)
-                if found.value:
+                divided = tape.step(f"f{turn}_{d}", divisor, candidate, divisors[d], divided)
+                if divided.value:
                     break
-            if not found.value:
+            if not divided.value:
                 return str(candidate.value)
-            candidate = tape.step(f"k{turn + 1}", next_number, candidate, found)
+            candidate = tape.step(f"k{turn + 1}", next_number, candidate, divided)
         raise AssertionError("no prime found")

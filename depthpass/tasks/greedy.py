@@ -69,10 +69,10 @@ class Dijkstra(Task):
     def parse(self, prompt: str) -> tuple[int, tuple[tuple[int, int, int], ...]]:
         head, _, edges = prompt.partition(" : ")
         word, n, nodes = head.split()
-        found = tuple((*map(int, e.split("=")[0].split("-")), int(e.split("=")[1])) for e in edges.split())
-        if (word, nodes) != ("shortest", "nodes") or any(not 0 <= v < int(n) for a, b, _ in found for v in (a, b)):
+        arcs = tuple((*map(int, e.split("=")[0].split("-")), int(e.split("=")[1])) for e in edges.split())
+        if (word, nodes) != ("shortest", "nodes") or any(not 0 <= v < int(n) for a, b, _ in arcs for v in (a, b)):
             raise ValueError(prompt)
-        return int(n), found  # type: ignore[return-value]
+        return int(n), arcs  # type: ignore[return-value]
 
     def run(self, problem: tuple[int, tuple[tuple[int, int, int], ...]], tape: Tape) -> str:
         n, edges = problem

@@ -66,10 +66,10 @@ class AnySubstring(Task):
             for j in reversed(range(len(pattern))):
                 fits = tape.step(f"fits{i}_{j}", agree, text[i + j], pattern[j], fits)
             here.append(fits)
-        found = tape.step("find", none)
+        place = tape.step("find", none)
         for i in reversed(range(len(here))):
-            found = tape.step(f"find{i}", first, here[i], places[i], found)
-        return str(found.value)
+            place = tape.step(f"find{i}", first, here[i], places[i], place)
+        return str(place.value)
 
 
 def combine(i: int, modulus: int, last: int, before: int) -> int:
@@ -108,7 +108,7 @@ class Derangement(Task):
 
     def run(self, problem: tuple[int, int], tape: Tape) -> str:
         n, modulus = problem[0], tape.read("m", problem[1])
-        found = [tape.step("D0", one, modulus), tape.step("D1", zero)]
+        values = [tape.step("D0", one, modulus), tape.step("D1", zero)]
         for i in range(2, n + 1):
-            found.append(tape.step(f"D{i}", combine, tape.read(f"i{i}", i), modulus, found[-1], found[-2]))
-        return str(found[n].value)
+            values.append(tape.step(f"D{i}", combine, tape.read(f"i{i}", i), modulus, values[-1], values[-2]))
+        return str(values[n].value)

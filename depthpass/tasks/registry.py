@@ -79,11 +79,11 @@ def get(name: str, **options: Any) -> Task:
     if name not in TASKS:
         raise InputError(f"unknown task {name!r}.{did_you_mean(name, TASKS)} Known: {', '.join(sorted(TASKS))}.")
     module, _, cls = TASKS[name].partition(":")
-    made = getattr(import_module(f"depthpass.tasks.{module}"), cls)
+    task = getattr(import_module(f"depthpass.tasks.{module}"), cls)
     try:
-        return made(**options)
+        return task(**options)
     except TypeError:
-        known = ", ".join(f.name for f in fields(made)) or "none"
+        known = ", ".join(f.name for f in fields(task)) or "none"
         raise InputError(f"task {name!r}: expected options among {known}, got {', '.join(options)}.") from None
 
 
@@ -104,8 +104,8 @@ def dag(name: str, *sizes: int, form: str | None = None, seed: int = 0) -> TaskD
         if name == FORMULA or len(sizes) != 1:
             raise InputError(f"task {name!r}: expected one size ({'' if name == FORMULA else get(name).unit}) for the DAG of a "
                              f"trace, got {list(sizes)}.")
-        found = get(name).instance(sizes[0], seed).dag
-        return TaskDAG(f"{name}({sizes[0]}, seed {seed})", found.graph, inputs_are_nodes=False, note=found.note)
+        trace = get(name).instance(sizes[0], seed).dag
+        return TaskDAG(f"{name}({sizes[0]}, seed {seed})", trace.graph, inputs_are_nodes=False, note=trace.note)
     from depthpass.tasks import shapes
 
     task: Any = None if name == FORMULA else get(name)

@@ -84,20 +84,20 @@ class RelayArithmetic(Task):
         """The expression after each reduction."""
         modulus = tape.read("m", self.modulus)
         line: list[str | Cell] = [tape.read(f"x{i}", int(x)) if x.isdigit() else x for i, x in enumerate(problem)]
-        found: list[list[str]] = []
+        lines: list[list[str]] = []
         while len(line) > 1:
             at = next((i for i in range(1, len(line) - 1) if isinstance(line[i], str) and line[i] in OPERATORS
                        and isinstance(line[i - 1], Cell) and isinstance(line[i + 1], Cell)), None)
             if at is None:
                 raise ValueError("expected an expression whose operations stand in brackets")
             a, operator, b = line[at - 1 : at + 2]
-            value = tape.step(f"s{len(found)}", OPERATORS[operator], modulus, a, b)  # type: ignore[arg-type, index]
+            value = tape.step(f"s{len(lines)}", OPERATORS[operator], modulus, a, b)  # type: ignore[arg-type, index]
             left, right = at - 1, at + 2
             if left and line[left - 1] == "(" and line[right : right + 1] == [")"]:
                 left, right = left - 1, right + 1
             line[left:right] = [value]
-            found.append([str(x.value) if isinstance(x, Cell) else x for x in line])
-        return found or [[str(line[0].value)]]  # type: ignore[union-attr]
+            lines.append([str(x.value) if isinstance(x, Cell) else x for x in line])
+        return lines or [[str(line[0].value)]]  # type: ignore[union-attr]
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,9 @@ class RelayEditDistance(Task):
         return tuple(" ".join(str(c.value) for c in row[1:]) for row in rows[1:])
 
 
-def longer(a: int, b: int, here: int, found: int) -> int:
+def longer(a: int, b: int, here: int, best: int) -> int:
     """Length of an increasing subsequence that ends here, with what stands in front of it."""
-    return max(found, here + 1) if a < b else found
+    return max(best, here + 1) if a < b else best
 
 
 def one() -> int:
@@ -202,13 +202,13 @@ class RelaySubsequence(Task):
 
     def _ends(self, problem: tuple[int, ...], tape: Tape) -> list[Cell]:
         """Lengths of the longest increasing subsequences that end at each place."""
-        numbers, found = tape.row("x", problem), []
+        numbers, lengths = tape.row("x", problem), []
         for i, x in enumerate(numbers):
             ends = tape.step(f"e{i}", one)
             for j in range(i):
-                ends = tape.step(f"e{i}_{j}", longer, numbers[j], x, found[j], ends)
-            found.append(ends)
-        return found
+                ends = tape.step(f"e{i}_{j}", longer, numbers[j], x, lengths[j], ends)
+            lengths.append(ends)
+        return lengths
 
 
 def aligned(task: Any) -> bool:

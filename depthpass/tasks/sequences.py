@@ -53,8 +53,8 @@ class Copy(Task):
         return "".join(str(tape.step(f"o{i}", keep, x).value) for i, x in enumerate(tape.row("x", problem)))
 
 
-def match(query: str, key: str, value: int, found):
-    return value if query == key else found
+def match(query: str, key: str, value: int, earlier):
+    return value if query == key else earlier
 
 
 def nothing() -> str:
@@ -90,22 +90,22 @@ class AssociativeRecall(Task):
 
     def parse(self, prompt: str) -> tuple[tuple[tuple[str, int], ...], str]:
         pairs, _, query = prompt.partition(" ? ")
-        found = tuple((p[0], int(p[1:])) for p in pairs.split())
-        if query not in dict(found):
+        items = tuple((p[0], int(p[1:])) for p in pairs.split())
+        if query not in dict(items):
             raise ValueError(f"{query!r} is not among the keys")
-        return found, query
+        return items, query
 
     def run(self, problem: tuple[tuple[tuple[str, int], ...], str], tape: Tape) -> str:
         pairs, query = problem
-        asked, found = tape.read("q", query), tape.step("f", nothing)
+        asked, value = tape.read("q", query), tape.step("f", nothing)
         for i, (k, v) in enumerate(pairs):
-            found = tape.step(f"f{i}", match, asked, tape.read(f"k{i}", k), tape.read(f"v{i}", v), found)
-        return str(found.value)
+            value = tape.step(f"f{i}", match, asked, tape.read(f"k{i}", k), tape.read(f"v{i}", v), value)
+        return str(value.value)
 
 
-def before(at: int, symbol: str, i: int, other: str, found: int) -> int:
+def before(at: int, symbol: str, i: int, other: str, place: int) -> int:
     """Right to left: the first place before ``at`` that holds its symbol, one further."""
-    return i + 1 if found < 0 and i < at and other == symbol else found
+    return i + 1 if place < 0 and i < at and other == symbol else place
 
 
 def at(position: int, symbol: str) -> str:
@@ -168,14 +168,14 @@ class PHop(Task):
         place: Cell = places[-1]
         symbol = tape.step("h0", at, place, cells[-1])
         for hop in range(1, hops + 1):
-            found = tape.step(f"p{hop}", none)
+            target = tape.step(f"p{hop}", none)
             for i in range(int(place.value) - 1, -1, -1):
-                found = tape.step(f"p{hop}_{i}", before, place, symbol, places[i], cells[i], found)
-                if int(found.value) >= 0:
+                target = tape.step(f"p{hop}_{i}", before, place, symbol, places[i], cells[i], target)
+                if int(target.value) >= 0:
                     break
-            if int(found.value) < 0:
+            if int(target.value) < 0:
                 raise ValueError(f"there is no hop {hop} in {text}")
-            place = found
+            place = target
             symbol = tape.step(f"h{hop}", at, place, cells[int(place.value)])
         return str(symbol.value)
 

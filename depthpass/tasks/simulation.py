@@ -84,12 +84,12 @@ class LargeDiv(Task):
 
     def run(self, problem: tuple[str, int], tape: Tape) -> str:
         digits, divisor = tape.row("a", map(int, problem[0])), tape.read("b", problem[1])
-        left, found = tape.step("r", zero), []
+        left, quotients = tape.step("r", zero), []
         for i, digit in enumerate(digits):
             now = tape.step(f"d{i}", bring, left, digit)
-            found.append(tape.step(f"q{i}", quotient, now, divisor))
-            left = tape.step(f"r{i}", rest, now, divisor, found[-1])
-        return f"{int(''.join(str(q.value) for q in found))} rest {left.value}"
+            quotients.append(tape.step(f"q{i}", quotient, now, divisor))
+            left = tape.step(f"r{i}", rest, now, divisor, quotients[-1])
+        return f"{int(''.join(str(q.value) for q in quotients))} rest {left.value}"
 
 
 def lower(a: int, b: int) -> int:
@@ -208,7 +208,7 @@ class CompareNumbers(Task):
         parts = [x.partition(".")[::2] for x in problem]
         whole, after = (max(len(p[i]) for p in parts) for i in (0, 1))
         a, b = (tape.row(name, map(int, p[0].rjust(whole, "0") + p[1].ljust(after, "0"))) for name, p in zip("ab", parts))
-        found: Cell = tape.step("c", same)
+        order: Cell = tape.step("c", same)
         for i, pair in enumerate(zip(a, b)):
-            found = tape.step(f"c{i}", sign, found, *pair)
-        return str(found.value)
+            order = tape.step(f"c{i}", sign, order, *pair)
+        return str(order.value)

@@ -164,9 +164,9 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
     """
     from depthpass.hf.switching.switch import loops_of, set_loops
 
-    given = list(instances)
+    items = list(instances)
     groups: dict[int, list[int]] = defaultdict(list)
-    for i, x in enumerate(given):
+    for i, x in enumerate(items):
         groups[len(x.rounds)].append(i)
     device, before, training = next(model.parameters()).device, loops_of(model, scope=scope), model.training
     chains: dict[int, Chain] = {}
@@ -176,20 +176,20 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
             set_loops(model, loops, scope=scope)
             for at in range(0, len(rows), batch):
                 part = rows[at : at + batch]
-                made = relay_batch([given[i] for i in part], tokenizer, iterations=loops).to(device)
+                inputs = relay_batch([items[i] for i in part], tokenizer, iterations=loops).to(device)
                 with torch.no_grad():
-                    output = model(input_ids=made.input_ids, attention_mask=made.attention_mask, use_cache=False)
+                    output = model(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, use_cache=False)
                 taps = [output.taps[f"{scope}.t{t}"] for t in range(1, loops + 1)]
                 said = [(t if head is None else head(t)).argmax(-1) for t in taps]
                 final = (taps[-1] if answer_head is None else answer_head(taps[-1])).argmax(-1)
                 for row, i in enumerate(part):
-                    real = made.attention_mask[row].bool()
+                    real = inputs.attention_mask[row].bool()
                     texts = [_read(x[row][real].tolist(), tokenizer) for x in (*said, final)]
-                    chains[i] = Chain(given[i], tuple(texts[:-1]), texts[-1])
+                    chains[i] = Chain(items[i], tuple(texts[:-1]), texts[-1])
     finally:
         set_loops(model, before, scope=scope)
         model.train(training)
-    return [chains[i] for i in range(len(given))]
+    return [chains[i] for i in range(len(items))]
 
 
 def chain_texts(chains: Iterable[Chain | Instance]) -> list[str]:

@@ -31,15 +31,15 @@ def only(side: int, *seen: int) -> int:
 
 def singles(grid: list[int], box: int) -> list[list[int]]:
     """Rounds of empty cells whose peers leave one number; each round sees earlier rounds only. Fills the grid in."""
-    side, found = box * box, []
+    side, rounds = box * box, []
     while True:
         ready = {i: set(range(1, side + 1)) - {grid[p] for p in peers(box)[i]} for i, v in enumerate(grid) if not v}
         now = {i: left for i, left in ready.items() if len(left) == 1}
         if not now:
-            return found
+            return rounds
         for i, left in now.items():
             grid[i] = left.pop()
-        found.append(list(now))
+        rounds.append(list(now))
 
 
 @dataclass(frozen=True)

@@ -69,10 +69,10 @@ class Instance:
 
     def record(self, *, trace: bool = True) -> dict[str, Any]:
         """Plain data, for files and ``datasets``."""
-        found = {"task": self.task.name, "length": self.length, "prompt": self.prompt, "answer": self.answer}
+        record = {"task": self.task.name, "length": self.length, "prompt": self.prompt, "answer": self.answer}
         if trace:
-            found |= {"trace": str(self.trace), "size": self.dag.size, "depth": self.dag.depth, "width": self.dag.width}
-        return found
+            record |= {"trace": str(self.trace), "size": self.dag.size, "depth": self.dag.depth, "width": self.dag.width}
+        return record
 
 
 @in_notebooks

@@ -32,24 +32,24 @@ def title(c: Settings) -> str:
 
 def arms(c: Settings) -> list[Arm]:
     k = c.model.blocks
-    found = [Arm(f"stock, {n} block{'s' * (n > 1)}", model={"blocks": n}, control=True) for n in c.arms.stock]
-    made = {
+    baselines = [Arm(f"stock, {n} block{'s' * (n > 1)}", model={"blocks": n}, control=True) for n in c.arms.stock]
+    systems = {
         f"loop, {k} blocks x {c.times}": dp.Loop(times=c.times),
         "TurboConn g=1": dp.TurboConn(bridges=[(k - 1, 0)], group=1, rank=c.rank),
         "TurboConn g=2": dp.TurboConn(bridges=[(k - 1, 0)], group=2, rank=c.rank),
         "Feedback Transformer": dp.FeedbackTransformer(),
         "T2MLR": dp.T2MLR(start=0, end=k - 1),
     }
-    chosen = {name: s for name, s in made.items() if any(part in name for part in c.arms.systems)}
-    return found + [Arm(name, [s], facts={"system": True}) for name, s in chosen.items()]
+    chosen = {name: s for name, s in systems.items() if any(part in name for part in c.arms.systems)}
+    return baselines + [Arm(name, [s], facts={"system": True}) for name, s in chosen.items()]
 
 
 def measured(model, c: Settings, arm: Arm) -> dict:
     device = c.get("device", "cpu")
     depth = dp.report(model, seq_len=c.train.length, cost=False)
-    found = {n: measure(model, problem(c), n, c.test_rows, device=device) for n in c.lengths}
+    by_length = {n: measure(model, problem(c), n, c.test_rows, device=device) for n in c.lengths}
     return {
-        "at": {str(n): m | {"depth": depth.depth_at(n)} for n, m in found.items()},
+        "at": {str(n): m | {"depth": depth.depth_at(n)} for n, m in by_length.items()},
         "score": measure(model, problem(c), c.train.length, c.test_rows, device=device, seed=8)["accuracy"],
     }
 

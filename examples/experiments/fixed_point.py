@@ -33,13 +33,13 @@ def spec(c: Settings, name: str, g: int) -> Any:
 
 
 def arms(c: Settings) -> list[Arm]:
-    found = []
+    all_arms = []
     for task, name, g in c.arms.tasks:
         train = c.growing if task == "parity" else {}
         model = {"window": max(2, g)} if task == "parity" else {}
         title = f"{task}, {name}" + ("" if name == "T2MLR" else f" g={g}")
-        found.append(Arm(title, [spec(c, name, g)], model, train, facts={"task": task, "g": g}))
-    return found
+        all_arms.append(Arm(title, [spec(c, name, g)], model, train, facts={"task": task, "g": g}))
+    return all_arms
 
 
 def before(c: Settings, arm: Arm) -> Problem | None:
@@ -71,22 +71,22 @@ def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     score = measure(model, task, c.train.length, c.test_rows, device=device, seed=8)
     ids, _ = task.draw(4, c.hops, torch.Generator().manual_seed(5))
     region = dp.contraction(model, {"input_ids": ids.to(device)}, eps=c.eps).regions[0]
-    made: dict[str, Any] = {"score": -score["loss"], "accuracy": score["accuracy"], "used": region.used(c.eps),
-                            "available": region.available, "rate": region.rate(c.eps),
-                            "errors": [h.output_error for h in region.hops]}
+    measures: dict[str, Any] = {"score": -score["loss"], "accuracy": score["accuracy"], "used": region.used(c.eps),
+                                "available": region.available, "rate": region.rate(c.eps),
+                                "errors": [h.output_error for h in region.hops]}
     for name, tol in (("exact", None), ("near", c.tol)):
-        made[name] = swept(model, arm, ids[:1].to(device), tol, device)
-    return made
+        measures[name] = swept(model, arm, ids[:1].to(device), tol, device)
+    return measures
 
 
 def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
-    found: dict[str, str | tuple[str, str]] = {
+    headings: dict[str, str | tuple[str, str]] = {
         "accuracy": ("accuracy", "{:.1%}"), f"hops used, n = {c.hops}": ("used", "{:.0f}"), "available": ("available", "{:.0f}"),
         "rho": ("rate", "{:.2f}"), "token loop, ms": ("exact.loop_ms", "{:.0f}")}
     for name, key in (("to rounding", "exact"), (f"to {c.tol:g}", "near")):
-        found |= {f"sweeps {name}": (f"{key}.sweeps", "{:.0f}"), f"then in the loop, {name}": (f"{key}.sequential", "{:.0f}"),
-                  f"time of the loop's, {name}": (f"{key}.share", "{:.2f}")}
-    return found | {f"error of logits, to {c.tol:g}": ("near.error", "{:.0e}")}
+        headings |= {f"sweeps {name}": (f"{key}.sweeps", "{:.0f}"), f"then in the loop, {name}": (f"{key}.sequential", "{:.0f}"),
+                     f"time of the loop's, {name}": (f"{key}.share", "{:.2f}")}
+    return headings | {f"error of logits, to {c.tol:g}": ("near.error", "{:.0e}")}
 
 
 def draw(figure, summary) -> None:

@@ -58,15 +58,15 @@ class Responses:
         slow = [ids(f"{item.trace}|{item.answer};") for item in items]
         wrong = [next(ids(f"{o.answer};") for o in items[i + 1 :] + items[:i] if o.answer != item.answer)
                  for i, item in enumerate(items)]
-        return {kind: list(zip(prompts, made, strict=True)) for kind, made in zip(KINDS, (fast, slow, wrong), strict=True)}
+        return {kind: list(zip(prompts, texts, strict=True)) for kind, texts in zip(KINDS, (fast, slow, wrong), strict=True)}
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
         """Rows no longer than ``length``; what is longer is drawn again."""
         ids = torch.zeros(rows, length, dtype=torch.long)
         labels, row = torch.full_like(ids, IGNORED), 0
         while row < rows:
-            found = self.pairs(rows, int(torch.randint(1 << 30, (), generator=generator)))
-            for i, pair in enumerate(zip(found["fast"], found["slow"], strict=True)):
+            pairs = self.pairs(rows, int(torch.randint(1 << 30, (), generator=generator)))
+            for i, pair in enumerate(zip(pairs["fast"], pairs["slow"], strict=True)):
                 prompt, response = pair[i % 2]
                 whole = (prompt + response)[:-1]
                 if row < rows and len(whole) <= length:
@@ -87,27 +87,27 @@ def arms(c: Settings) -> list[Arm]:
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     sets = problem(c).pairs(c.responses, 17)
     device = c.get("device", "cpu")
-    found = dp.gradients(model, {k: [(torch.tensor(p, device=device), torch.tensor(r, device=device)) for p, r in v]
-                                 for k, v in sets.items()}, projections=PROJECTIONS)
+    gradients = dp.gradients(model, {k: [(torch.tensor(p, device=device), torch.tensor(r, device=device)) for p, r in v]
+                                     for k, v in sets.items()}, projections=PROJECTIONS)
     norms = {k: [[m.nuclear for m in report.layers if m.block == b] for b in range(report.blocks)]
-             for k, report in found.sets.items()}
-    made: dict[str, Any] = {}
-    for kind, report in found.sets.items():
+             for k, report in gradients.sets.items()}
+    measures: dict[str, Any] = {}
+    for kind, report in gradients.sets.items():
         by_block = [sum(row) / len(row) for row in norms[kind]]
-        mad = found.mad()[kind]
-        made[kind] = {"loss": report.loss, "norm": sum(by_block) / len(by_block), "by_block": by_block,
-                      "mad": sum(mad.values()) / len(mad)}
+        mad = gradients.mad()[kind]
+        measures[kind] = {"loss": report.loss, "norm": sum(by_block) / len(by_block), "by_block": by_block,
+                          "mad": sum(mad.values()) / len(mad)}
     for kind in KINDS[1:]:
-        rd = found.rd_table("fast", kind)["all"]
-        made[kind]["rd"] = sum(rd.values()) / len(rd)
-    return made | {"score": -made["fast"]["loss"] - made["slow"]["loss"]}
+        rd = gradients.rd_table("fast", kind)["all"]
+        measures[kind]["rd"] = sum(rd.values()) / len(rd)
+    return measures | {"score": -measures["fast"]["loss"] - measures["slow"]["loss"]}
 
 
 def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
-    found: dict[str, str | tuple[str, str]] = {}
+    headings: dict[str, str | tuple[str, str]] = {}
     for heading, key in (("loss", "loss"), ("norm", "norm"), ("MAD", "mad"), ("RD against fast", "rd")):
-        found |= {f"{heading}, {kind}": f"{kind}.{key}" for kind in KINDS if key != "rd" or kind != "fast"}
-    return found
+        headings |= {f"{heading}, {kind}": f"{kind}.{key}" for kind in KINDS if key != "rd" or kind != "fast"}
+    return headings
 
 
 def draw(figure, summary) -> None:

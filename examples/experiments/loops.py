@@ -33,8 +33,8 @@ def systems(c: Settings) -> dict[str, tuple[Mapping[str, Any], Mapping[str, Any]
 
 
 def arms(c: Settings) -> list[Arm]:
-    made = systems(c)
-    return [Arm(name, [dp.Loop(times=c.times, **made[name][0])], train=made[name][1], control=name == "always")
+    table = systems(c)
+    return [Arm(name, [dp.Loop(times=c.times, **table[name][0])], train=table[name][1], control=name == "always")
             for name in c.arms.systems]
 
 
@@ -49,9 +49,9 @@ def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
 
 
 def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
-    found: dict[str, str | tuple[str, str]] = {
+    headings: dict[str, str | tuple[str, str]] = {
         f"T = {t}" + (" (trained)" if t == c.times else ""): f"times.{t}.accuracy" for t in c.shown_times}
-    return found | {f"FLOPs to loss {loss}": (f"flops_to.{loss}", "{:.2g}") for loss in c.targets}
+    return headings | {f"FLOPs to loss {loss}": (f"flops_to.{loss}", "{:.2g}") for loss in c.targets}
 
 
 def draw(figure, summary) -> None:

@@ -24,29 +24,29 @@ def blocks(k: int) -> str:
 def arms(c: Settings) -> list[Arm]:
     k, times = c.model.blocks, c.arms.times
     looped, facts = f"{blocks(k)} x {times}", {"times": times}
-    found = [Arm(looped, [dp.Loop(times=times, **c.loop)], facts=facts)]
+    all_arms = [Arm(looped, [dp.Loop(times=times, **c.loop)], facts=facts)]
     if c.arms.timestep:
-        found.append(Arm(f"{looped}, timestep", [dp.Loop(times=times, timestep=True, **c.loop)], facts=facts))
-    found.append(Arm(f"{blocks(k)} (equal parameters)", control=True))
+        all_arms.append(Arm(f"{looped}, timestep", [dp.Loop(times=times, timestep=True, **c.loop)], facts=facts))
+    all_arms.append(Arm(f"{blocks(k)} (equal parameters)", control=True))
     for by in c.arms.longer:
-        found.append(Arm(f"{blocks(k)}, longer (equal {by})", twin=looped, by=by, control=True))
+        all_arms.append(Arm(f"{blocks(k)}, longer (equal {by})", twin=looped, by=by, control=True))
     if c.arms.deep:
-        found.append(Arm(f"{blocks(k * times)} (equal FLOPs)", twin=looped, by="flops", control=True))
-    return found
+        all_arms.append(Arm(f"{blocks(k * times)} (equal FLOPs)", twin=looped, by="flops", control=True))
+    return all_arms
 
 
 def measured(model, c: Settings, arm: Arm) -> dict:
     device, problem = c.get("device", "cpu"), PHop(c.hops, c.alphabet)
-    made = {
+    measures = {
         "at": {str(n): measure(model, problem, n, c.test_rows, device=device) for n in c.lengths},
         "score": measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)["accuracy"],
     }
     if arm.spec is not None:
-        made["times"] = {}
+        measures["times"] = {}
         for t in c.test_times:
             with dp.using(model, [dataclasses.replace(arm.spec[0], times=t)]):
-                made["times"][str(t)] = measure(model, problem, c.train.length, c.test_rows, device=device)
-    return made
+                measures["times"][str(t)] = measure(model, problem, c.train.length, c.test_rows, device=device)
+    return measures
 
 
 def columns(c: Settings) -> dict[str, str]:

@@ -24,8 +24,8 @@ SHOWN = {"own program": "stock", "found": "found", "random": "random", "input-bl
 
 
 def arms(c: Settings) -> list[Arm]:
-    found = [Arm(f"stock, {c.model.blocks} blocks")] if c.arms.stock else []
-    return found + [Arm(f"{k} blocks x {t}", [dp.Loop(times=t)], {"blocks": k}) for k, t in c.arms.loops]
+    all_arms = [Arm(f"stock, {c.model.blocks} blocks")] if c.arms.stock else []
+    return all_arms + [Arm(f"{k} blocks x {t}", [dp.Loop(times=t)], {"blocks": k}) for k, t in c.arms.loops]
 
 
 def samples(problem: PHop, count: int, length: int, seed: int) -> list[tuple[list[int], list[int]]]:
@@ -37,31 +37,31 @@ def samples(problem: PHop, count: int, length: int, seed: int) -> list[tuple[lis
 
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     device, problem = c.get("device", "cpu"), PHop(c.hops, c.alphabet)
-    made: dict[str, Any] = {"score": measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)["accuracy"]}
+    measures: dict[str, Any] = {"score": measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)["accuracy"]}
     # A search begins with every block once, in order: of a loop its visits as blocks.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="materialize")  # that they hold copies of the weights
         base = model if arm.spec is None else dp.materialize(model)
     for method, space in c.methods:
-        found = dp.search(base, samples(problem, c.samples, c.train.length, 11), method=method, space=space,
-                          score="greedy_match", budget=c.budget)
-        held = {"stock": found.stock, "found": found.best, **{name: control.best for name, control in found.controls.items()}}
-        made[method] = {
+        result = dp.search(base, samples(problem, c.samples, c.train.length, 11), method=method, space=space,
+                           score="greedy_match", budget=c.budget)
+        held = {"stock": result.stock, "found": result.best, **{name: control.best for name, control in result.controls.items()}}
+        measures[method] = {
             "held_out": {name: f.held_out.value for name, f in held.items() if f.held_out is not None},
             "searched": {name: f.searched.value for name, f in held.items()},
             "programs": {name: str(f.layers) for name, f in held.items()},
             "visits": {name: len(f.layers) for name, f in held.items()},
         }
-    return made
+    return measures
 
 
 def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
-    found: dict[str, str | tuple[str, str]] = {"own program": f"{c.methods[0][0]}.held_out.stock"}
+    headings: dict[str, str | tuple[str, str]] = {"own program": f"{c.methods[0][0]}.held_out.stock"}
     for method, space in c.methods:
-        found |= {f"{space} by {method}: {k}": f"{method}.held_out.{v}" for k, v in SHOWN.items() if v != "stock"}
-        found[f"{method}: visits"] = f"{method}.visits.found", "{:.0f}"
-        found[f"{method}: where it searched"] = f"{method}.searched.found"
-    return found
+        headings |= {f"{space} by {method}: {k}": f"{method}.held_out.{v}" for k, v in SHOWN.items() if v != "stock"}
+        headings[f"{method}: visits"] = f"{method}.visits.found", "{:.0f}"
+        headings[f"{method}: where it searched"] = f"{method}.searched.found"
+    return headings
 
 
 def draw(figure, summary) -> None:

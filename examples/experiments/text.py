@@ -27,8 +27,8 @@ def systems(c: Settings) -> Mapping[str, Any]:
     k = c.model.blocks
     stack = {"start": 1, "end": k - 1}
     every = tuple(range(1, k, 2))
-    found: dict[str, Any] = {f"ILR {''.join(map(str, m))}": dp.IntraLayerRecurrence(m) for m in c.maps}
-    return found | {
+    named: dict[str, Any] = {f"ILR {''.join(map(str, m))}": dp.IntraLayerRecurrence(m) for m in c.maps}
+    return named | {
         "loop-2": dp.Loop(times=2),
         "PLT-2": dp.ParallelLoop(loops=2, window=c.window),
         "loop 1+2x3+1": dp.Loop(**stack, times=3),
@@ -49,11 +49,11 @@ def causal(spec: Any) -> Any:
 
 def arms(c: Settings) -> list[Arm]:
     first = f"stock, {c.model.blocks} blocks"
-    found = [Arm(first, control=True)]
+    all_arms = [Arm(first, control=True)]
     equal = {"twin": first, "by": "training FLOPs"}
-    found += [Arm(f"stock, {n} blocks", model={"blocks": n}, control=True, **equal) for n in c.arms.stock]
-    made = systems(c)
-    return found + [Arm(name, [made[name]], **equal) for name in c.arms.systems]
+    all_arms += [Arm(f"stock, {n} blocks", model={"blocks": n}, control=True, **equal) for n in c.arms.stock]
+    table = systems(c)
+    return all_arms + [Arm(name, [table[name]], **equal) for name in c.arms.systems]
 
 
 def decode_ms(model: Any, device: str, tokens: int = 48) -> float:
@@ -72,16 +72,16 @@ def decode_ms(model: Any, device: str, tokens: int = 48) -> float:
 
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     device, text, n = c.get("device", "cpu"), Text(held_out=True), c.train.length
-    made = {"loss": measure(model, text, n, c.test_rows, device=device)["loss"]}
-    made["score"] = -measure(model, text, n, c.test_rows, device=device, seed=8)["loss"]
+    measures = {"loss": measure(model, text, n, c.test_rows, device=device)["loss"]}
+    measures["score"] = -measure(model, text, n, c.test_rows, device=device, seed=8)["loss"]
     spec = arm.spec[0] if arm.spec else None
     other = causal(spec)
     if other is not None:
         with dp.using(model, other):
-            made["causal"] = measure(model, text, n, c.test_rows, device=device)["loss"]
+            measures["causal"] = measure(model, text, n, c.test_rows, device=device)["loss"]
     elif c.decode:
-        made["decode_ms"] = decode_ms(model, device)
-    return made
+        measures["decode_ms"] = decode_ms(model, device)
+    return measures
 
 
 def columns(c: Settings) -> dict[str, str]:

@@ -18,14 +18,14 @@ from examples.harness.training import measure
 
 
 def arms(c: Settings) -> list[Arm]:
-    last, found = c.model.blocks - 1, []
+    last, all_arms = c.model.blocks - 1, []
     for g in c.arms.groups:
-        found.append(Arm(f"TurboConn g={g}", [dp.TurboConn(bridges=[(last, 0)], group=g, rank=c.rank)]))
+        all_arms.append(Arm(f"TurboConn g={g}", [dp.TurboConn(bridges=[(last, 0)], group=g, rank=c.rank)]))
     if c.arms.stock:
-        found.append(Arm(f"stock, {c.model.blocks} blocks", control=True))
+        all_arms.append(Arm(f"stock, {c.model.blocks} blocks", control=True))
     if c.arms.parameters:
-        found.append(Arm("stock, equal parameters", twin=found[0].name, by="params", control=True))
-    return found + [Arm(f"stock, {n} blocks", model={"blocks": n}, control=True) for n in c.arms.deeper]
+        all_arms.append(Arm("stock, equal parameters", twin=all_arms[0].name, by="params", control=True))
+    return all_arms + [Arm(f"stock, {n} blocks", model={"blocks": n}, control=True) for n in c.arms.deeper]
 
 
 def measured(model: Any, c: Settings, arm: Arm) -> dict[str, Any]:

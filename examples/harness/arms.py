@@ -43,8 +43,8 @@ class Arm:
 
     def plain(self) -> dict[str, Any]:
         """Plain data, for fingerprints and files."""
-        made = asdict(self) | {"spec": None if self.spec is None else dp.dump_spec(self.spec)}
-        return made
+        fields = asdict(self) | {"spec": None if self.spec is None else dp.dump_spec(self.spec)}
+        return fields
 
 
 def config(given: Mapping[str, Any], vocabulary: int) -> PreTrainedConfig:
@@ -60,10 +60,10 @@ def config(given: Mapping[str, Any], vocabulary: int) -> PreTrainedConfig:
     return LlamaConfig(**common) if window is None else MistralConfig(**common, sliding_window=window)
 
 
-def stock(made: PreTrainedConfig, seed: int) -> PreTrainedModel:
+def stock(stock_config: PreTrainedConfig, seed: int) -> PreTrainedModel:
     """A stock model with the random weights of a seed."""
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(made)
+    return AutoModelForCausalLM.from_config(stock_config)
 
 
 def config_of(arm: Arm, arms: Mapping[str, Arm], settings: Settings, vocabulary: int) -> PreTrainedConfig:

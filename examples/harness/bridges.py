@@ -33,46 +33,46 @@ def before(state: State, c: Settings, arm: Arm) -> Problem | None:
 
 
 def arms(c: Settings) -> list[Arm]:
-    found, wanted, last = [], c.arms, c.model.blocks - 1
+    all_arms, wanted, last = [], c.arms, c.model.blocks - 1
     for g in wanted.groups:
         model, facts = {"window": max(g, c.least_window)}, {"g": g}
         name = f"TurboConn g={g}"
         bridge = {"bridges": [(last, 0)], "group": g, "rank": c.rank}
-        found.append(Arm(name, [dp.TurboConn(**bridge)], model, facts=facts))
+        all_arms.append(Arm(name, [dp.TurboConn(**bridge)], model, facts=facts))
         if g in wanted.weak:
-            found.append(Arm(f"{name}, alpha 1", [dp.TurboConn(**bridge, alpha=1.0)], model, facts=facts))
+            all_arms.append(Arm(f"{name}, alpha 1", [dp.TurboConn(**bridge, alpha=1.0)], model, facts=facts))
         if g in wanted.stock:
-            found.append(Arm(f"stock, window {model['window']}", None, model, facts=facts, control=True))
+            all_arms.append(Arm(f"stock, window {model['window']}", None, model, facts=facts, control=True))
         if g in wanted.parameters:
-            found.append(Arm(f"stock, window {model['window']}, parameters of g={g}", None, model, twin=name, by="params",
-                             facts=facts, control=True))
+            all_arms.append(Arm(f"stock, window {model['window']}, parameters of g={g}", None, model, twin=name, by="params",
+                                facts=facts, control=True))
     if wanted.no_window:
-        found.append(Arm("stock, no window", facts={"g": wanted.groups[0]}, control=True))
-    return found
+        all_arms.append(Arm("stock, no window", facts={"g": wanted.groups[0]}, control=True))
+    return all_arms
 
 
 def measured(problem: Problem, model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     """Accuracy at every length; of a model with bridges also the hops that it uses."""
     device = c.get("device", "cpu")
-    found = {str(n): measure(model, problem, n, c.test_rows, device=device) for n in c.lengths}
+    by_length = {str(n): measure(model, problem, n, c.test_rows, device=device) for n in c.lengths}
     valid = measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)
-    made = {"at": found, "score": valid["accuracy"]}
+    measures = {"at": by_length, "score": valid["accuracy"]}
     if arm.spec is not None and c.hops:
         ids, _ = problem.draw(16, c.hops, torch.Generator().manual_seed(5))
         region = dp.contraction(model, {"input_ids": ids.to(device)}, eps=1e-2).regions[0]
-        made["hops"] = {"available": region.available, "used": region.used(1e-2), "rate": region.rate(1e-2)}
-    return made
+        measures["hops"] = {"available": region.available, "used": region.used(1e-2), "rate": region.rate(1e-2)}
+    return measures
 
 
 def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
-    found: dict[str, str | tuple[str, str]] = {}
+    headings: dict[str, str | tuple[str, str]] = {}
     for n in c.lengths:
         times = n // c.train.length
-        found[f"n = {n}" + (" (trained)" if times == 1 else f" ({times}x)" if times > 1 else "")] = f"at.{n}.accuracy"
-    found[f"last token, n = {c.lengths[-1]}"] = f"at.{c.lengths[-1]}.last"
+        headings[f"n = {n}" + (" (trained)" if times == 1 else f" ({times}x)" if times > 1 else "")] = f"at.{n}.accuracy"
+    headings[f"last token, n = {c.lengths[-1]}"] = f"at.{c.lengths[-1]}.last"
     if c.hops:
-        found |= {f"hops used, n = {c.hops}": ("hops.used", "{:.0f}"), "available": ("hops.available", "{:.0f}")}
-    return found
+        headings |= {f"hops used, n = {c.hops}": ("hops.used", "{:.0f}"), "available": ("hops.available", "{:.0f}")}
+    return headings
 
 
 def draw(figure, summary) -> None:

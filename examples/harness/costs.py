@@ -24,8 +24,8 @@ def costs(model: Any, length: int) -> dict[str, Any]:
     """Parameters, depth, and FLOPs and bytes of one row of ``length`` tokens."""
     report = dp.report(model, seq_len=length)
     assert report.cost is not None
-    found = {column: report.cost.at(name, length) for column, name in QUANTITIES.items()}
+    totals = {column: report.cost.at(name, length) for column, name in QUANTITIES.items()}
     return {
         "parameters": sum(p.numel() for p in model.parameters()), "depth": report.depth_at(length),
-        "visits": report.visits, "length": length, **found,
+        "visits": report.visits, "length": length, **totals,
     }

@@ -108,21 +108,21 @@ class Runner:
             more = [self.one(arm, seed, best, missing) for seed in range(1, self.seeds)]
             runs[arm.name] = [tried[best], *(r for r in more if r is not None)]
             others += [r for lr, r in tried.items() if lr != best]
-            made = [*tried.values(), *runs[arm.name][1:]]
-            spent += sum(r.get("cpu", r["seconds"]) for r in made)
-        found = [a for a in self.wanted() if a.name in runs]
-        return Summary(self.name, self.experiment.title, self.settings, found, runs, sweep, spent / 60, others)
+            records = [*tried.values(), *runs[arm.name][1:]]
+            spent += sum(r.get("cpu", r["seconds"]) for r in records)
+        finished = [a for a in self.wanted() if a.name in runs]
+        return Summary(self.name, self.experiment.title, self.settings, finished, runs, sweep, spent / 60, others)
 
     def one(self, arm: Arm, seed: int, lr: float, missing: bool = True) -> dict[str, Any] | None:
         """A finished run, from the store or, if it is ``missing`` there, made now."""
         print_ = self.fingerprint(arm)
-        found = self.store.find(arm.name, seed, lr, print_)
-        if found is None and missing:
-            found = self.make(arm, seed, lr) | {"arm": arm.name, "seed": seed, "lr": lr, "settings": print_}
-            self.store.add(found)
-            self.say(f"{arm.name}, seed {seed}, lr {lr:g}: score {found['measures']['score']:.4f}, {found['steps']} steps, "
-                     f"{found['seconds']:.0f} s")
-        return found
+        record = self.store.find(arm.name, seed, lr, print_)
+        if record is None and missing:
+            record = self.make(arm, seed, lr) | {"arm": arm.name, "seed": seed, "lr": lr, "settings": print_}
+            self.store.add(record)
+            self.say(f"{arm.name}, seed {seed}, lr {lr:g}: score {record['measures']['score']:.4f}, {record['steps']} steps, "
+                     f"{record['seconds']:.0f} s")
+        return record
 
     def fingerprint(self, arm: Arm) -> str:
         """Of all that decides a run beside its rate: other arms and other learning rates leave it as it is."""
@@ -154,17 +154,17 @@ class Runner:
 
     def base(self, arm: Arm, seed: int, vocabulary: int, device: str) -> Any:
         """The stock model below an arm, pre-trained where the experiment does so; equal bases are trained once."""
-        made = config_of(arm, self.arms, self.settings, vocabulary)
-        model = stock(made, seed).to(device)
+        stock_config = config_of(arm, self.arms, self.settings, vocabulary)
+        model = stock(stock_config, seed).to(device)
         plan = self.settings.get("pretrain")
         problem = self.experiment.before(self.settings, arm) if plan and self.experiment.before else None
         if problem is None:
             return model
         if "model" in plan:  # other attention than later, with the same weights
-            made = config(merge(merge(self.settings.model, arm.model), plan.model | _size(made)), vocabulary)
-        key = fingerprint(made.to_dict(), seed, repr(problem), plan)
+            stock_config = config(merge(merge(self.settings.model, arm.model), plan.model | _size(stock_config)), vocabulary)
+        key = fingerprint(stock_config.to_dict(), seed, repr(problem), plan)
         if key not in self.pretrained:
-            self.pretrained[key] = self.pretrain(key, stock(made, seed).to(device), problem, plan, seed, device)
+            self.pretrained[key] = self.pretrain(key, stock(stock_config, seed).to(device), problem, plan, seed, device)
         model.load_state_dict(self.pretrained[key])
         return model
 
@@ -194,18 +194,18 @@ class Runner:
         return {"seconds": best["seconds"]} if arm.by == "seconds" else {"flops": best["flops"]}
 
 
-def _size(made: Any) -> dict[str, int]:
+def _size(stock_config: Any) -> dict[str, int]:
     """Of a twin: its blocks and its feed-forward width."""
-    return {"blocks": made.num_hidden_layers, "feedforward": made.intermediate_size}
+    return {"blocks": stock_config.num_hidden_layers, "feedforward": stock_config.intermediate_size}
 
 
 def value(record: Mapping[str, Any], path: str) -> float:
     """``a.b`` of a run's measures; a key with a dot in it may stand last."""
-    found: Any = record["measures"]
-    while path not in found and "." in path:
+    measures: Any = record["measures"]
+    while path not in measures and "." in path:
         key, _, path = path.partition(".")
-        found = found[key]
-    return found[path]
+        measures = measures[key]
+    return measures[path]
 
 
 def folder(out: Path, name: str, overlay: str | None) -> Path:

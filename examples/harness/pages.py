@@ -17,8 +17,8 @@ def put(page: Path, name: str, text: str) -> None:
     held = page.read_text(encoding="utf-8") if page.exists() else "# Results\n"
     if begin not in held:
         held += f"\n## {name}\n\n{begin}\n{end}\n\n![{name}](images/results_{name}.png)\n"
-    made = re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _: f"{begin}\n{text.strip()}\n{end}", held, flags=re.DOTALL)
-    page.write_text(made, encoding="utf-8")
+    body = re.sub(re.escape(begin) + r".*?" + re.escape(end), lambda _: f"{begin}\n{text.strip()}\n{end}", held, flags=re.DOTALL)
+    page.write_text(body, encoding="utf-8")
 
 
 def thinned(held: dict[str, Any], points: int = 30) -> dict[str, Any]:

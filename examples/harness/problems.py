@@ -63,11 +63,11 @@ class Words:
     elements: tuple[tuple[int, ...], ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        made = {tuple(range(len(self.generators[0])))}
+        elements = {tuple(range(len(self.generators[0])))}
         steps = [tuple(map(int, g)) for g in self.generators]
-        while more := {tuple(e[i] for i in g) for e in made for g in steps} - made:
-            made |= more
-        object.__setattr__(self, "elements", tuple(sorted(made)))
+        while more := {tuple(e[i] for i in g) for e in elements for g in steps} - elements:
+            elements |= more
+        object.__setattr__(self, "elements", tuple(sorted(elements)))
 
     @property
     def vocabulary(self) -> int:
@@ -222,21 +222,21 @@ class Trees:
             values[len(text) - 1] = value_of(text[:-1]) % self.modulus
             first = length - len(text)
             ids[row, first:] = torch.tensor([self.characters.index(x) for x in text])
-            for i, found in values.items():
-                labels[row, first + i] = found
+            for i, answer in values.items():
+                labels[row, first + i] = answer
             row += 1
         return ids, labels
 
 
 def bracket_values(text: str, modulus: int) -> dict[int, int]:
     """Place of every closing bracket -> value of what it closes."""
-    found, opened = {}, []
+    values, opened = {}, []
     for i, x in enumerate(text):
         if x == "(":
             opened.append(i)
         elif x == ")":
-            found[i] = value_of(text[opened.pop() : i + 1]) % modulus
-    return found
+            values[i] = value_of(text[opened.pop() : i + 1]) % modulus
+    return values
 
 
 def value_of(text: str) -> int:

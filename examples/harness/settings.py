@@ -32,16 +32,16 @@ def settings(name: str, overlay: str | None = None, changes: tuple[str, ...] = (
         overlay: ``quick`` or ``gpu``: what the file says under that key goes over the rest, key by key.
         changes: more of the same as ``train.steps=100``, values in YAML.
     """
-    found = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    laid = {o: found.pop(o, {}) for o in OVERLAYS}
+    read = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    laid = {o: read.pop(o, {}) for o in OVERLAYS}
     if overlay is not None:
-        found = merge(found, laid[overlay])
+        read = merge(read, laid[overlay])
     for change in changes:
         path, mark, value = change.partition("=")
         if not mark:
             raise ValueError(f"--set: expected key.key=value, got {change!r}")
-        assign(found, path.split("."), yaml.safe_load(value))
-    return _wrapped(found)
+        assign(read, path.split("."), yaml.safe_load(value))
+    return _wrapped(read)
 
 
 def assign(into: dict, path: list[str], value: Any) -> None:
@@ -56,11 +56,11 @@ def assign(into: dict, path: list[str], value: Any) -> None:
 
 def merge(under: Mapping, over: Mapping) -> Settings:
     """``over`` laid over ``under`` key by key, as a new mapping."""
-    found = {k: v for k, v in under.items() if k not in over}
+    merged = {k: v for k, v in under.items() if k not in over}
     for key, value in over.items():
         below = under.get(key)
-        found[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
-    return _wrapped(found)
+        merged[key] = merge(below, value) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return _wrapped(merged)
 
 
 def fingerprint(*parts: Any) -> str:

@@ -24,13 +24,13 @@ class Store:
         """All runs; a line that was cut off by a crash is left out."""
         if not self.path.exists():
             return []
-        found = []
+        records = []
         for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
-                found.append(json.loads(line))
+                records.append(json.loads(line))
             except json.JSONDecodeError:
                 continue
-        return found
+        return records
 
     def find(self, arm: str, seed: int, lr: float, print_: str) -> dict[str, Any] | None:
         return next((r for r in self.records() if (r["arm"], r["seed"], r["lr"], r["settings"]) == (arm, seed, lr, print_)), None)

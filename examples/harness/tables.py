@@ -21,7 +21,7 @@ def written(values: list[float], form: str) -> str:
 def results(summary: Summary, experiment: Experiment) -> list[list[str]]:
     """Heading and a row for each arm."""
     columns = experiment.columns(summary.settings)
-    found = [["arm", "lr (tried)", *columns]]
+    rows = [["arm", "lr (tried)", *columns]]
     for arm in summary.arms:
         runs = summary.runs[arm.name]
         cells = []
@@ -31,8 +31,8 @@ def results(summary: Summary, experiment: Experiment) -> list[list[str]]:
             some = "" if len(held) in (0, len(runs)) else f", {len(held)} of {len(runs)} seeds"
             cells.append(written(held, form) + some if held else "-")
         tried = ", ".join(f"{lr:g}" for lr in sorted(summary.sweep[arm.name]))
-        found.append([arm.name, f"{runs[0]['lr']:g} ({tried})", *cells])
-    return found
+        rows.append([arm.name, f"{runs[0]['lr']:g} ({tried})", *cells])
+    return rows
 
 
 def _get(record: dict, path: str) -> float | None:
@@ -44,19 +44,19 @@ def _get(record: dict, path: str) -> float | None:
 
 def cost_table(summary: Summary) -> list[list[str]]:
     """Parameters, FLOPs, bytes, ms and KV of every arm."""
-    found = [["arm", "parameters", "depth", "FLOPs forward", "weight bytes", "KV bytes", "line bytes", "ms / step", "steps",
-              "training FLOPs", "seconds"]]
+    rows = [["arm", "parameters", "depth", "FLOPs forward", "weight bytes", "KV bytes", "line bytes", "ms / step", "steps",
+             "training FLOPs", "seconds"]]
     for arm in summary.arms:
         runs = summary.runs[arm.name]
         c = runs[0]["costs"]
         ms = [r["step_ms"] for r in runs if r["step_ms"] is not None]
-        found.append([
+        rows.append([
             arm.name, f"{c['parameters']:,}", str(c["depth"]), *(_short(c[k]) for k in (
                 "FLOPs forward", "weight bytes", "KV bytes", "line bytes")),
             f"{min(ms):.0f}" if ms else "-", written([r["steps"] for r in runs], "{:.0f}"),
             written([r["flops"] for r in runs], "{:.2g}"), written([r["seconds"] for r in runs], "{:.0f}"),
         ])
-    return found
+    return rows
 
 
 def _short(number: float) -> str:
@@ -73,12 +73,12 @@ def markdown(rows: list[list[str]]) -> str:
 
 
 def table(rows: list[list[str]], title: str) -> Table:
-    made = Table(title=title)
+    grid = Table(title=title)
     for i, head in enumerate(rows[0]):
-        made.add_column(head, justify="left" if i == 0 else "right")
+        grid.add_column(head, justify="left" if i == 0 else "right")
     for row in rows[1:]:
-        made.add_row(*row)
-    return made
+        grid.add_row(*row)
+    return grid
 
 
 def page(summary: Summary, experiment: Experiment, command: str) -> str:

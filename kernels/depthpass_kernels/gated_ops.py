@@ -97,8 +97,8 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[An
         raise NotImplementedError("gated_attention: only the mixture carries a gradient")
     if grad is None:
         return (None,) * (7 + len(ctx.options))
-    found = gated_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return (*found, None, *(None,) * len(ctx.options))
+    gradients = gated_attention_backward(grad, *ctx.saved_tensors, *ctx.options)
+    return (*gradients, None, *(None,) * len(ctx.options))
 
 
 gated_attention.register_autograd(_backward, setup_context=_setup)

@@ -22,10 +22,10 @@ def rows() -> tuple[dict, ...]:
 @functools.lru_cache(maxsize=4096)
 def fastest(op: str, what: str, capability: tuple[int, int], batch: int, queries: int, keys: int) -> str:
     """`"triton"` or `"naive"`: the faster one in the nearest measured case; `"triton"` where there is none."""
-    found = [r for r in rows() if r["op"] == op and r["what"] == what and {"naive", "triton"} <= r["microseconds"].keys()]
-    if not found:
+    cases = [r for r in rows() if r["op"] == op and r["what"] == what and {"naive", "triton"} <= r["microseconds"].keys()]
+    if not cases:
         return "triton"
-    nearest = min(found, key=lambda r: (
+    nearest = min(cases, key=lambda r: (
         abs(r["capability"][0] - capability[0]), abs(r["capability"][1] - capability[1]),
         sum(abs(math.log(max(a, 1) / max(b, 1))) for a, b in zip((r["batch"], r["queries"], r["keys"]), (batch, queries, keys))),
     ))

@@ -46,7 +46,7 @@ def compiled_of(model) -> list[CompiledChunk]:
 def compilations(model) -> list[Joint]:
     """All compiled segments of a model's regions."""
     segments = {s for made in compiled_of(model) for s in made.segments}
-    return [joint for segment in segments for joint in segment.made.values()]
+    return [joint for segment in segments for joint in segment.joints.values()]
 
 
 def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(models):

@@ -139,6 +139,15 @@ def test_loss_and_gradients_by_hand(stock, diffusers, block, schedule):
         torch.testing.assert_close(a, b, **tight)
 
 
+def test_early_times_keep_their_weight_in_single_precision(diffusers):
+    """m'(t) / m(t) is 1/t and 2/t there; 1 - cos(pi t / 2) is 0 in float32."""
+    ids, masked = rows(6, 6)[0], torch.ones(2, 6, dtype=torch.bool)
+    with torch.no_grad():
+        linear, cosine = (dp.diffusion_loss(diffusers[None], ids, time=torch.full((2,), 1e-4), masked=masked, schedule=s)
+                          for s in ("linear", "cosine"))
+    torch.testing.assert_close(cosine / linear, torch.full_like(linear, 2.0), rtol=1e-6, atol=0)
+
+
 def test_right_pads_count_for_nothing_in_the_loss(diffusers):
     ids, seen = rows(10, 7, side="right")
     for block, model in diffusers.items():

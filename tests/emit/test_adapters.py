@@ -93,6 +93,35 @@ def test_copies_and_modules_of_ones_own(tmp_path):
     assert layers[3].self_attn.layer_idx == 3
 
 
+def test_activation_checkpoints(tmp_path):
+    """Of visits that read each other's keys: the gradients, or an error that says what to do."""
+    made = emitted(transformed("llama", dp.ParallelLoop(loops=2, window=3)), tmp_path / "out").train()
+    ids = zoo.batch([9, 9])["input_ids"]
+
+    def gradients():
+        made.zero_grad()
+        made(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {n: p.grad.clone() for n, p in made.named_parameters()}
+
+    want = gradients()
+    made.gradient_checkpointing_enable({"use_reentrant": False})
+    for name, grad in gradients().items():
+        assert grad.any()
+        close(grad, want[name])
+    made.gradient_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(NotImplementedError, match="use_reentrant=False"):
+        gradients()
+    chunks = emitted(transformed("llama", dp.TurboConn(bridges=((3, 0),), group=3, rank=4)), tmp_path / "chunks")
+    with pytest.raises(ValueError, match="does not support"):
+        chunks.gradient_checkpointing_enable()
+    apply = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper").apply_activation_checkpointing
+    apply(chunks, check_fn=lambda m: m in set(chunks.model.layers))
+    with pytest.raises(NotImplementedError, match="checkpoint_wrapper"):
+        chunks(input_ids=ids)
+    with torch.no_grad():
+        assert chunks(input_ids=ids).logits.isfinite().all()
+
+
 def test_offloaded_weights(tmp_path):
     """Sinks are parameters of the attention itself, which accelerate loads when that is called."""
     pytest.importorskip("accelerate")

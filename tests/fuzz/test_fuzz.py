@@ -166,8 +166,8 @@ def test_finds_a_planted_fault_and_makes_it_small(what, monkeypatch):
     assert len(small["spec"][0].get("bridges", [0])) == 1
     text = script(small, run_case(small))
     printed = {}
-    exec(text.replace("print(", "printed.update(found=found) or print("), {"printed": printed})
-    assert printed["found"]["result"] == "fault" and kind in text
+    exec(text.replace("print(", "printed.update(result=result) or print("), {"printed": printed})
+    assert printed["result"]["result"] == "fault" and kind in text
 
 
 def test_shrinking_only_takes_away():

@@ -37,7 +37,8 @@ def found(tmp_path_factory):
 
 
 CASES = ["turboconn root", "turboconn parts", "turboconn accelerate, wrapped", "loop ddp, enabled", "loop accelerate, wrapped",
-         "feedback decoder", "t2mlr and latents enabled", "relaxed blocks", "diffusion ddp, enabled"]
+         "feedback decoder", "t2mlr and latents enabled", "relaxed blocks", "diffusion ddp, enabled",
+         "emitted loop", "emitted plt"]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -51,6 +52,11 @@ def test_gradients_are_those_of_one_process(found, case):
 def test_sharded_models_generate_and_save(found, case):
     one = found[case]
     assert one["tokens"] and one["decoder"] < 1e-12 and one["saved"] < 1e-12
+
+
+@pytest.mark.parametrize("case", ["emitted loop", "emitted plt"])
+def test_sharded_emitted_models_generate(found, case):
+    assert found[case]["tokens"]
 
 
 def test_gradients_of_the_decoder_alone_and_accumulated(found):

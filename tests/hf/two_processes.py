@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as checkpoints
 import zoo
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -126,6 +127,34 @@ UNITS = {
     "ddp, enabled": lambda m: torch.nn.parallel.DistributedDataParallel(enabled(m), static_graph=True),
 }
 
+
+def emitted(spec):
+    """The written model, without depthpass: later visits are calls of the units of the first ones."""
+    import transformers
+
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = f"modules {RANK}"
+    path = f"emitted_{len(os.listdir())}_{RANK}"
+    dp.emit(made(spec), path)
+    return transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float64).train()
+
+
+def wrapped(model):
+    kinds = {type(layer) for layer in model.model.layers}
+    apply_activation_checkpointing(model, check_fn=lambda m: type(m) in kinds)
+    return blocks(model)
+
+
+for name, spec in {"loop": dp.Loop(1, 2, 3, lora_rank=2, timestep=True), "plt": dp.ParallelLoop(loops=2, window=3)}.items():
+    wanted = emitted(spec)
+    wanted(input_ids=IDS, labels=IDS).loss.backward()
+    model = (wrapped if name == "plt" else blocks)(emitted(spec))
+    for _ in range(2):
+        model.zero_grad()
+        model(input_ids=MINE, labels=MINE, use_cache=False).loss.backward()
+    more = gradients(model, wanted)
+    options = {"max_new_tokens": 3, "do_sample": False}
+    more["tokens"] = torch.equal(model.eval().generate(MINE, **options), wanted.eval().generate(MINE, **options))
+    say(f"emitted {name}", **more)
 
 for program, spec in SPECS.items():
     wanted = made(spec)

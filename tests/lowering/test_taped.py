@@ -198,3 +198,26 @@ def test_weights_of_several_visits_follow_autograd():
     assert found[0][1].keys() == found[1][1].keys()
     for name, g in found[0][1].items():
         torch.testing.assert_close(found[1][1][name], g, rtol=1e-8, atol=1e-11, msg=name)
+
+
+def test_what_leaves_a_chunk_is_an_ordinary_tensor(monkeypatch):
+    """Chunks run in inference mode, whose tensors may never be recorded or written afterwards; none of them may get out."""
+    modes = []
+    mode = taped.TapedChunks.mode
+    monkeypatch.setattr(taped.TapedChunks, "mode", lambda self: modes.append(mode(self)) or modes[-1])
+    turbo = dp.transform(zoo.model("llama", layers=3), dp.TurboConn(bridges=[(2, 0)], group=2), lowering="scheduled").train()
+    with torch.no_grad():
+        for i, p in enumerate(turbo.depth.parameters()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) * 0.3)
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    embeds = turbo.get_input_embeddings()(ids).detach().requires_grad_()
+    out = turbo(inputs_embeds=embeds, labels=ids, output_hidden_states=True, use_cache=True)
+    out.loss.backward()
+    assert any(isinstance(m, torch.inference_mode) for m in modes)
+    grads = [p.grad for p in turbo.parameters() if p.grad is not None]
+    cached = [t for layer in out.past_key_values.layers for t in (layer.keys, layer.values)]
+    leaving = [out.logits, *out.hidden_states, embeds.grad, *grads, *cached]
+    assert len(grads) > 20 and len(cached) == 6 and not any(t.is_inference() for t in leaving)
+    with torch.no_grad():
+        for tensor in leaving:
+            tensor.mul_(0.5)

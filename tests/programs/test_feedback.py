@@ -45,28 +45,46 @@ def t2mlr(row, depth, spec):
     """The paper's recurrence, gates as the public code has them: x <- i x + r R, the first token as it is."""
     slots, out, last = [oracle.Keys() for _ in row.blocks], [], None
 
-    def gate(name, start, x):
+    def gate(name, start, x, r):
         bias = torch.logit(torch.tensor(start, dtype=torch.float64))
-        return torch.sigmoid(depth[f"t2mlr.{name}.weight"] @ torch.cat((x, last)) + depth[f"t2mlr.{name}.bias"] + bias)
+        return torch.sigmoid(depth[f"t2mlr.{name}.weight"] @ torch.cat((x, r)) + depth[f"t2mlr.{name}.bias"] + bias)
+
+    def mixed(x, r):
+        r = depth["t2mlr.project.weight"] @ r if spec.project else r
+        if spec.gate == "constant":
+            return spec.input * x + spec.recurrent * r
+        if spec.gate == "concat":
+            return depth["t2mlr.concat.weight"] @ torch.cat((r, x))
+        a = gate("recurrent", spec.recurrent, x, r)
+        if spec.gate in ("coupled", "variance"):
+            a = a.clamp(1e-4, 1 - 1e-4)
+            y = a * r + (1 - a) * x if spec.gate == "coupled" else a.sqrt() * r + (1 - a).sqrt() * x
+            return x + torch.tanh(depth["t2mlr.recurrent.share.weight"]) * y if spec.added else y
+        if spec.gate == "rezero":
+            i = gate("input", spec.input, x, r)
+            own, back = (torch.tanh(depth[f"t2mlr.{name}.share.weight"]) for name in ("input", "recurrent"))
+            return x + own * i * x + back * a * r
+        return (1 - gate("forget", 1 - spec.input, x, r)) * x + a * r
+
+    def rescaled(y):
+        rms = (y.detach().square().mean() + 1e-6).sqrt()
+        return y * torch.clamp(1 / rms, 1 / spec.limit, spec.limit)
 
     for i in range(row.tokens):
         x = row.embed[i]
+        if last is not None and spec.detached == "all":
+            last = last.detach()
         for b in range(len(row.blocks)):
             if b == spec.start and last is not None:
-                if spec.gate == "constant":
-                    x = spec.input * x + spec.recurrent * last
-                elif spec.gate == "rezero":
-                    own, back = (torch.tanh(depth[f"t2mlr.{name}.share.weight"]) * gate(name, start, x)
-                                 for name, start in (("input", spec.input), ("recurrent", spec.recurrent)))
-                    x = x + own * x + back * last
-                else:
-                    x = (1 - gate("forget", 1 - spec.input, x)) * x + gate("recurrent", spec.recurrent, x) * last
+                x = mixed(x, last)
             x = row.block(b, x, i, oracle.own(slots[b]))
             if b == spec.end:
-                kept = x if last is None else x + spec.residual * last
-        if spec.rescaled and last is not None:
-            rms = (kept.detach().square().mean() + 1e-6).sqrt()
-            kept = kept * torch.clamp(1 / rms, 1 / spec.limit, spec.limit)
+                kept = x
+                if last is not None:
+                    old = spec.residual * (last.detach() if spec.detached == "residual" else last)
+                    kept = x + (rescaled(old) if spec.into == "stream" and spec.rescaled else old)
+                    kept = rescaled(kept) if spec.into == "memory" and spec.rescaled else kept
+                    x = kept if spec.into == "stream" else x
         last = kept
         out.append(x)
     return torch.stack(out)
@@ -108,17 +126,21 @@ FEEDBACK, MIDDLE = dp.FeedbackTransformer(), dp.FeedbackTransformer(start=1, end
 LEARNED = dp.T2MLR(start=1, end=2, init=0.3)
 REZERO = dp.T2MLR(start=1, end=2, gate="rezero", init=0.3)
 CONSTANT = dp.T2MLR(start=0, end=1, gate="constant", recurrent=0.7, input=0.4, residual=0.5, rescaled=True, limit=1.5)
+COUPLED = dp.T2MLR(start=1, end=2, gate="coupled", added=True, project=True, init=0.3, residual=0.5, rescaled=True, limit=1.5,
+                   detached="residual")
+VARIANCE = dp.T2MLR(start=0, end=1, gate="variance", init=0.3, residual=0.5, rescaled=True, into="stream")
+CONCAT = dp.T2MLR(start=1, end=1, gate="concat", detached="all")
 STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", into="stream", share=0.6)
 BESIDE = dp.SameLayerState(start=1, end=2, blend="constant", share=0.7)
 WHOLE = dp.SameLayerState(end=2, into="stream", share=0.3)
 WANT = {
     **{s: lambda row, depth, s=s: same_layer(row, depth, s) for s in (STATE, ADDED, BESIDE, WHOLE)},
     FEEDBACK: lambda row, depth: feedback(row, depth, 0, 3), MIDDLE: lambda row, depth: feedback(row, depth, 1, 3),
-    LEARNED: lambda row, depth: t2mlr(row, depth, LEARNED), CONSTANT: lambda row, depth: t2mlr(row, depth, CONSTANT),
-    REZERO: lambda row, depth: t2mlr(row, depth, REZERO),
+    **{s: lambda row, depth, s=s: t2mlr(row, depth, s) for s in (LEARNED, CONSTANT, REZERO, COUPLED, VARIANCE, CONCAT)},
 }
 CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDLE, "mistral", "scheduled"),
          (REZERO, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
+         (COUPLED, "exaone4", "scheduled"), (VARIANCE, "starcoder2", "scheduled"), (CONCAT, "phi3", "eager"),
          (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"),
          (WHOLE, "gemma3_text", "scheduled")]
 
@@ -224,6 +246,8 @@ def test_identity_and_what_does_not_fit():
         assert apply_spec(stock, same, Context.of(stock)) == stock
     for make, message in (
         (lambda: dp.T2MLR(start=2, end=1), "start <= end"), (lambda: dp.T2MLR(start=0, end=1, input=1.0), r"in \(0, 1\)"),
+        (lambda: dp.T2MLR(start=0, end=1, added=True), "False with this gate"),
+        (lambda: dp.T2MLR(start=0, end=1, into="stream"), "not 0"),
         (lambda: dp.FeedbackTransformer(start=2, end=2), "above 2"), (lambda: dp.SameLayerState(share=0.0), r"in \(0, 1\)"),
     ):
         with pytest.raises(SpecError, match=message):

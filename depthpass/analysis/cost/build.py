@@ -8,9 +8,9 @@ from functools import cached_property
 import sympy as sp
 
 from depthpass.analysis.cost.flops import CLASSES
-from depthpass.analysis.cost.model import ModelCost, PartCost
 from depthpass.analysis.cost.newops import new_ops
 from depthpass.analysis.cost.program import TRAINABLE, Cost, Quantity, RegionCost, Trainable
+from depthpass.analysis.cost.stock import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import CONVENTIONS, B, Convention, at_tokens, g, n
 from depthpass.analysis.cost.visits import VisitCost, check_capacities, stacks, stream_tokens, visit_costs
 from depthpass.analysis.dependence import dependences
@@ -81,8 +81,8 @@ def _add(where: dict[str, sp.Expr], new: Mapping[str, sp.Expr], times: sp.Expr |
         where[c] = where.get(c, sp.Integer(0)) + times * e
 
 
-def _ordered(found: Mapping[str, sp.Expr]) -> dict[str, sp.Expr]:
-    return {c: sp.expand(found[c]) for c in CLASSES if c in found and found[c] != 0}
+def _ordered(flops: Mapping[str, sp.Expr]) -> dict[str, sp.Expr]:
+    return {c: sp.expand(flops[c]) for c in CLASSES if c in flops and flops[c] != 0}
 
 
 class _Builder:
@@ -118,13 +118,13 @@ class _Builder:
     # FLOPs ---------------------------------------------------------------------------------------------------
 
     def _forward(self) -> dict[str, sp.Expr]:
-        found: dict[str, sp.Expr] = {"new": self.new.flops + _sum(self._fixed().values())}
+        flops: dict[str, sp.Expr] = {"new": self.new.flops + _sum(self._fixed().values())}
         for part, times in self.around:
-            _add(found, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times)
+            _add(flops, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times)
         for v in self.visits:
-            _add(found, v.gemm_flops())
-            _add(found, {"attention": v.attention_flops(self.attention)})
-        return _ordered(found)
+            _add(flops, v.gemm_flops())
+            _add(flops, {"attention": v.attention_flops(self.attention)})
+        return _ordered(flops)
 
     def _backward(self) -> dict[str, sp.Expr]:
         """Twice forward where weights train (input and weight gradient), once where the gradient only passes."""
@@ -133,15 +133,15 @@ class _Builder:
         times = 2 if self.trainable == "all" else 1
         stopped = self.program.stopped
         new = [*self.new.by_op.items(), *self._fixed().items()]
-        found: dict[str, sp.Expr] = {"new": 2 * _sum(e for k, e in new if k not in stopped)}
+        flops: dict[str, sp.Expr] = {"new": 2 * _sum(e for k, e in new if k not in stopped)}
         for part, repeats in self.around[1:]:
-            _add(found, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times * repeats)
+            _add(flops, {c: at_tokens(e, self.total) for c, e in part.count.gemm_flops.items()}, times * repeats)
         for v in self.visits:
             if v.op.name in self.graded:
                 # A LoRA of the visit gets its gradient through that of the weight it is added to.
-                _add(found, v.gemm_flops(), 2 if v.op.kind == "block" and v.op["lora"] else times)
-                _add(found, {"attention": v.attention_flops(self.attention)}, 2)
-        return _ordered(found)
+                _add(flops, v.gemm_flops(), 2 if v.op.kind == "block" and v.op["lora"] else times)
+                _add(flops, {"attention": v.attention_flops(self.attention)}, 2)
+        return _ordered(flops)
 
     def _fixed(self) -> dict[str, sp.Expr]:
         """FLOPs by visit name of what it does in every call, over all its calls."""
@@ -179,14 +179,14 @@ class _Builder:
         return frozenset(seen) - self.program.stopped
 
     def _decode(self, expected: bool) -> dict[str, sp.Expr]:
-        found: dict[str, sp.Expr] = {"new": self.new.decode_flops(expected)}
+        flops: dict[str, sp.Expr] = {"new": self.new.decode_flops(expected)}
         for part, times in self.around:
-            _add(found, {c: at_tokens(e, _ONE) for c, e in part.count.gemm_flops.items()}, times)
+            _add(flops, {c: at_tokens(e, _ONE) for c, e in part.count.gemm_flops.items()}, times)
         for v in self.visits:
             times = v.tokens.share if expected else _ONE
-            _add(found, v.decode_gemm_flops(expected))
-            _add(found, {"attention": v.decode_attention_flops()}, times)
-        return _ordered(found)
+            _add(flops, v.decode_gemm_flops(expected))
+            _add(flops, {"attention": v.decode_attention_flops()}, times)
+        return _ordered(flops)
 
     # Bytes ---------------------------------------------------------------------------------------------------
 
@@ -243,10 +243,10 @@ class _Builder:
     def _peak_bytes(self, regions: tuple[RegionCost, ...]) -> sp.Expr:
         """Largest sum of values alive inside one call, and the streams that wait between regions."""
         calls = {at_tokens(e, self.total) for p, _ in self.around for e in p.count.memory.peak_bytes}
-        for region, found in zip(self.schedule.regions, regions):
+        for region, region_cost in zip(self.schedule.regions, regions):
             for o in region.visits:
                 v = self.by_name[o.name]
-                rows = v.tokens.total if found.chunk is None else v.tokens.share * found.chunk
+                rows = v.tokens.total if region_cost.chunk is None else v.tokens.share * region_cost.chunk
                 calls |= {at_tokens(e, rows) for e in v.part.count.memory.peak_bytes}
         home = {o.name: i for i, r in enumerate(self.schedule.regions) for o in r.ops if o.name}
         waiting = {a for i, r in enumerate(self.schedule.regions) for o in r.ops for a in o.args
@@ -274,7 +274,7 @@ class _Builder:
         serial = [r for r in regions if r.serial]
         moved = _sum(r.weight_bytes_per_step * r.steps for r in regions) + self._outer_elements(self.total) * size
         kv = sp.expand(_sum(v.slot_elements() for v in self.visits) * size)
-        held = sp.expand(_sum(v.held_elements() for v in self.visits) * size)
+        kv_bytes = sp.expand(_sum(v.held_elements() for v in self.visits) * size)
         lines = self._delay_bytes()
         table: tuple[tuple[str, str, sp.Expr | int, str], ...] = (
             ("FLOPs forward", "FLOP", _sum(forward.values()), "matrix multiplies and attention"),
@@ -293,7 +293,7 @@ class _Builder:
              "weights read per decoded token; visits that run as rows of one call read once"),
             ("KV slots", "slot", len(self.program.slots), "one per visit that keeps keys and values"),
             ("KV bytes", "byte", kv, "needed after n tokens: windows keep what can still be seen"),
-            ("KV bytes, whole slots", "byte", held, "when slots are not cut to their windows"),
+            ("KV bytes, whole slots", "byte", kv_bytes, "when slots are not cut to their windows"),
             ("KV bytes read, decode", "byte",
              _sum(v.tokens.share * v.decode_read_elements() for v in self.visits) * size,
              "one token per row at position n, expected over routes"),
@@ -302,7 +302,7 @@ class _Builder:
             ("delay line bytes", "byte", lines, "the last tokens of every delayed stream"),
             ("activation bytes kept", "byte", self._saved_bytes(),
              "from forward to backward without checkpointing; an estimate"),
-            ("activation bytes peak, forward", "byte", self._peak_bytes(regions) + held + lines,
+            ("activation bytes peak, forward", "byte", self._peak_bytes(regions) + kv_bytes + lines,
              "with KV and delay lines, without gradients; an estimate"),
             ("serial block calls", "call", _sum(r.visits * r.steps for r in regions),
              "of one forward pass, one after the other"),
@@ -314,7 +314,7 @@ class _Builder:
     def _work(self) -> tuple[Work, ...]:
         trained = self.trainable == "all"
         stack_of = {name: i for i, s in enumerate(self.stacks) for name in s}
-        found = []
+        work = []
         for region in self.schedule.regions:
             for o in region.ops:
                 if o.kind not in ("block", "ffn") and not (o.name in self.new.elements and o.name in self.new.by_op):
@@ -323,17 +323,17 @@ class _Builder:
                 graded = o.name in self.graded
                 if o.kind in ("block", "ffn"):
                     v = self.by_name[o.name]
-                    found.append(Work(f"%{o.name} block {o['index']}", self._active(v), v.part.weights, region.chunk,
-                                      share, pads, graded, trained, stack_of[o.name]))
+                    work.append(Work(f"%{o.name} block {o['index']}", self._active(v), v.part.weights, region.chunk,
+                                     share, pads, graded, trained, stack_of[o.name]))
                 else:
                     size = self.new.elements[o.name]
-                    found.append(Work(f"%{o.name} {OPS[o.kind].scope(o)}", size, Dense(size), region.chunk, share, pads, graded,
-                                      self.trainable != "none"))
+                    work.append(Work(f"%{o.name} {OPS[o.kind].scope(o)}", size, Dense(size), region.chunk, share, pads, graded,
+                                     self.trainable != "none"))
         head, repeats = self.around[2]
         active = float(sp.cancel(_sum(head.count.gemm_flops.values()) / (2 * B * n)))
         pads = self.types[self.program.output].pads
         one = Work("head", active, head.weights, None, 1.0, pads, self.trainable != "none", trained)
-        return (*found, *(one for _ in range(repeats)))
+        return (*work, *(one for _ in range(repeats)))
 
     def _active(self, v: VisitCost) -> float:
         """Weights that a visit multiplies each of its tokens with, its share of other tokens' keys included."""

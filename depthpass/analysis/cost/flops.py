@@ -62,11 +62,11 @@ class Count:
 
     def flops(self, convention: Convention = "dense") -> dict[str, sp.Expr]:
         """FLOPs by class when all n tokens of every row run at once."""
-        found = dict(self.gemm_flops)
+        flops = dict(self.gemm_flops)
         if self.sites:
             pairs = sum(s.flops_per_pair * s.pairs(n, n, convention) for s in self.sites)
-            found["attention"] = found.get("attention", sp.Integer(0)) + sp.expand(B * pairs)
-        return {c: found[c] for c in CLASSES if c in found}
+            flops["attention"] = flops.get("attention", sp.Integer(0)) + sp.expand(B * pairs)
+        return {c: flops[c] for c in CLASSES if c in flops}
 
     def total_flops(self, convention: Convention = "dense") -> sp.Expr:
         return sp.expand(sum(self.flops(convention).values()))
@@ -160,10 +160,10 @@ class _Counter:
         return tuple(expression(d, self.names) for d in value.shape)
 
     def _known(self, node: object) -> Shape:
-        found = self.shape(node)
-        if found is None:
+        shape = self.shape(node)
+        if shape is None:
             raise UnsupportedModelError(f"cost: expected a fake tensor on {node!r} (meta['val']), got none.")
-        return found
+        return shape
 
     def run(self, buffers: Collection[str] = ()) -> Count:
         serves_keys = self._key_value_nodes()
@@ -282,13 +282,13 @@ class _Counter:
     def _inner(self, graph: fx.GraphModule) -> None:
         """A region under a higher-order op (set_grad_enabled, autocast): counted like the nodes around it."""
         inner = _Counter(graph, self.part, {}, self.given, self.experts, self.symbols)
-        found = inner.run()
-        for name, flops in found.gemm_flops.items():
+        counted = inner.run()
+        for name, flops in counted.gemm_flops.items():
             self._add(self.gemm, name, flops)
-        for name, flops in found.elementwise_flops.items():
+        for name, flops in counted.elementwise_flops.items():
             self._add(self.element, name, flops)
-        self.sites += found.sites
-        self.uncounted |= dict.fromkeys(found.uncounted)
+        self.sites += counted.sites
+        self.uncounted |= dict.fromkeys(counted.uncounted)
 
     def _key_value_nodes(self) -> frozenset[fx.Node]:
         """Nodes whose results reach nothing but the keys and values of captured attention calls."""

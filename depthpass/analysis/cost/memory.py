@@ -143,18 +143,18 @@ class _Run:
         return []
 
     def saved(self) -> sp.Expr:
-        kept: dict[fx.Node, None] = {}
+        nodes: dict[fx.Node, None] = {}
         extra = sp.Integer(0)
         for node in self.graph.nodes:
             if node not in self.differentiable or node.op != "call_function":
                 continue
             for value in self._saves(node):
-                kept[self.base[value]] = None
+                nodes[self.base[value]] = None
             if node.target is calls.attend or node.target in table.SDPA:
                 out = self.shape(node)
                 extra += 4 * table.numel(out[:3]) if out else 0
         # Side inputs of a block (rotary tables) are shared by all blocks: whoever made them counts them.
-        own = (v for v in kept if v.op != "placeholder" or v.name == "hidden")
+        own = (v for v in nodes if v.op != "placeholder" or v.name == "hidden")
         return sp.expand(sum((self.bytes(v) for v in own), extra))
 
     def peaks(self) -> tuple[sp.Expr, ...]:
@@ -163,16 +163,16 @@ class _Run:
         for i, node in enumerate(order):
             for a in (*node.all_input_nodes, node):
                 last[self.base[a]] = i
-        alive, found = sp.Integer(0), set()
+        alive, peaks = sp.Integer(0), set()
         held: dict[fx.Node, sp.Expr] = {}
         for i, node in enumerate(order):
             if self.base[node] is node and not _is_parameter(node) and node.op != "output":
                 held[node] = self.bytes(node)
                 alive += held[node]
-            found.add(sp.expand(alive))
+            peaks.add(sp.expand(alive))
             for dead in [v for v in held if last[v] <= i]:
                 alive -= held.pop(dead)
-        return _undominated(found)
+        return _undominated(peaks)
 
     def results(self) -> sp.Expr:
         output = next(x for x in self.graph.nodes if x.op == "output")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import sympy as sp
 
-from depthpass.analysis.cost.model import ModelCost
+from depthpass.analysis.cost.stock import ModelCost
 from depthpass.analysis.cost.symbols import B
 from depthpass.analysis.cost.visits import Tokens
 from depthpass.ir.definitions import Type
@@ -110,7 +110,7 @@ def new_ops(program: Program, model: ModelCost, types: Mapping[str, Type], token
 
 def _gates(o: Op, model: ModelCost) -> list[tuple[str, int, int]]:
     """(name, elements, FLOPs per token) of a visit's gate."""
-    part, found = model.blocks[o["index"]], []
+    part, gates = model.blocks[o["index"]], []
     if o["gate"] is not None:
         # One sigmoid gate per head: from the query itself, or from a norm and a linear map of the block's input.
         heads = sum(s.heads for s in part.count.sites)
@@ -120,5 +120,5 @@ def _gates(o: Op, model: ModelCost) -> list[tuple[str, int, int]]:
             )
         else:
             size, flops = heads * (model.width + 1) + model.width, 2 * heads * model.width
-        found.append((f"gate {o['gate']}", size, flops))
-    return found
+        gates.append((f"gate {o['gate']}", size, flops))
+    return gates

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from depthpass.analysis.cost.model import ModelCost, PartCost
+from depthpass.analysis.cost.stock import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.definitions import Type
@@ -77,9 +77,9 @@ class VisitCost:
     def gemm_flops(self) -> dict[str, sp.Expr]:
         """Matrix multiplies outside attention, by class, in B and n; keys and values nobody reads are left out."""
         asked, keys = self._split()
-        found = {c: at_tokens(e, self.tokens.total) for c, e in asked.items()}
-        found["projection"] = found.get("projection", sp.Integer(0)) + at_tokens(keys, self.sources.total)
-        return found
+        flops = {c: at_tokens(e, self.tokens.total) for c, e in asked.items()}
+        flops["projection"] = flops.get("projection", sp.Integer(0)) + at_tokens(keys, self.sources.total)
+        return flops
 
     def _split(self) -> tuple[dict[str, sp.Expr], sp.Expr]:
         """FLOPs of what the queries run, by class, and of the keys and values that are computed."""
@@ -90,10 +90,10 @@ class VisitCost:
     def gemm_flops_per_token(self) -> dict[str, sp.Expr]:
         """The same for one token of the visit, as expected over routes."""
         asked, keys = self._split()
-        found = {c: sp.cancel(e / (B * n)) for c, e in asked.items()}
+        flops = {c: sp.cancel(e / (B * n)) for c, e in asked.items()}
         share = self.sources.share / self.tokens.share if self.tokens.share else sp.Integer(0)
-        found["projection"] += sp.cancel(keys / (B * n)) * share
-        return found
+        flops["projection"] += sp.cancel(keys / (B * n)) * share
+        return flops
 
     def attention_flops(self, convention: Convention) -> sp.Expr:
         return sum(
@@ -106,9 +106,9 @@ class VisitCost:
         """The same for one token per row: as expected over routes, or when it takes this visit."""
         asked, keys = self._split()
         one = sp.Integer(1)
-        found = {c: at_tokens(e, one) * (self.tokens.share if expected else 1) for c, e in asked.items()}
-        found["projection"] += at_tokens(keys, one) * (self.sources.share if expected else 1)
-        return found
+        flops = {c: at_tokens(e, one) * (self.tokens.share if expected else 1) for c, e in asked.items()}
+        flops["projection"] += at_tokens(keys, one) * (self.sources.share if expected else 1)
+        return flops
 
     def decode_attention_flops(self) -> sp.Expr:
         """One query at the end of n tokens."""
@@ -138,19 +138,19 @@ class VisitCost:
 
 def stream_tokens(program: Program, types: Mapping[str, Type], capacities: Mapping[str, float]) -> dict[str, Tokens]:
     """Tokens of every value. Routed streams hold the route's share; see :func:`route_share`."""
-    found = {}
+    tokens = {}
     for o in program.ops:
         if not o.name:
             continue
         kind = types[o.name]
         total = n + kind.pads
         if kind.tokens is None:
-            found[o.name] = Tokens(total, sp.Integer(1))
+            tokens[o.name] = Tokens(total, sp.Integer(1))
             continue
         route = program.defs[kind.tokens]
         share = route_share(route, capacities)
-        found[o.name] = Tokens(_routed(route, share, total), share)
-    return found
+        tokens[o.name] = Tokens(_routed(route, share, total), share)
+    return tokens
 
 
 def _routed(route: Op, share: sp.Expr, total: sp.Expr) -> sp.Expr:
@@ -189,11 +189,11 @@ def check_capacities(program: Program, capacities: Mapping[str, float]) -> None:
 def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]) -> tuple[VisitCost, ...]:
     """The visits, and feed-forward networks that run by themselves, in program order."""
     writers = {writes_slot(o): o for o in program.visits}
-    found = []
+    costs = []
     for o in program.ops:
         if o.kind == "ffn":
             part = model.blocks[o["index"]].parts()[1]
-            found.append(VisitCost(o, part, tokens[o.name], tokens[o.name], (), False))
+            costs.append(VisitCost(o, part, tokens[o.name], tokens[o.name], (), False))
         if o.kind != "block":
             continue
         reads = tuple(
@@ -203,8 +203,8 @@ def visit_costs(program: Program, model: ModelCost, tokens: Mapping[str, Tokens]
         writes = writes_slot(o) is not None
         block = model.blocks[o["index"]]
         part = block if o["part"] == "whole" else block.parts()[0]
-        found.append(VisitCost(o, part, tokens[o.name], tokens[o.args[0]], reads, writes, program.ahead))
-    return tuple(found)
+        costs.append(VisitCost(o, part, tokens[o.name], tokens[o.args[0]], reads, writes, program.ahead))
+    return tuple(costs)
 
 
 def stacks(program: Program) -> tuple[tuple[str, ...], ...]:

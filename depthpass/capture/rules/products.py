@@ -87,10 +87,10 @@ def _spelled(equation: str, ranks: Sequence[int]) -> tuple[list[list[str]], list
         before, dots, after = text.partition("...")
         return [*before, *(f"...{i}" for i in range(count if dots else 0, 0, -1)), *after]
 
-    found = [names(text, count) for text, count in zip(texts, hidden, strict=True)]
+    operands = [names(text, count) for text, count in zip(texts, hidden, strict=True)]
     if not arrow:
         right = "..." * ("..." in left) + "".join(sorted(c for c in set(left) - set(".,") if left.count(c) == 1))
-    return found, names(right, max(hidden))
+    return operands, names(right, max(hidden))
 
 
 def convolution(call: OpCall) -> Axes:

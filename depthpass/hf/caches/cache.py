@@ -37,10 +37,10 @@ def take_cache(arguments: dict[str, Any]) -> tuple[str, Any]:
     Raises:
         InputError: two caches were given.
     """
-    found = {n: c for n in NAMES if (c := arguments.pop(n, None)) is not None}
-    if len({id(c) for c in found.values()}) > 1:
-        raise InputError(f"{' and '.join(found)}: expected one cache, got two; both are names of the same argument. Pass one.")
-    return next(iter(found.items()), (NAMES[0], None))
+    caches = {n: c for n in NAMES if (c := arguments.pop(n, None)) is not None}
+    if len({id(c) for c in caches.values()}) > 1:
+        raise InputError(f"{' and '.join(caches)}: expected one cache, got two; both are names of the same argument. Pass one.")
+    return next(iter(caches.items()), (NAMES[0], None))
 
 
 @in_notebooks
@@ -168,15 +168,15 @@ class DepthCache(Cache):
         return self
 
     def __copy__(self) -> DepthCache:
-        made = type(self).__new__(type(self))
-        made.__dict__.update(self.__dict__)
-        return made
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        return copied
 
     def __deepcopy__(self, memo: dict) -> DepthCache:
-        made = self.__copy__()
-        memo[id(self)] = made
-        made.state = copy.deepcopy(self.state, memo)
-        return made
+        copied = self.__copy__()
+        memo[id(self)] = copied
+        copied.state = copy.deepcopy(self.state, memo)
+        return copied
 
     def __getstate__(self) -> dict[str, Any]:
         # A file holds the state and what filled it: not the model, nor the room that slots grow into.

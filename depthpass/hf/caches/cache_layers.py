@@ -46,11 +46,11 @@ class SlotLayer:
         slot = self._slot
         if slot is None:
             return None
-        found = getattr(slot, name)
-        if len(found) != 1:
-            raise CacheError(f"layers[{self.number}].{name}: this block has {len(found)} attention calls; read "
+        tensors = getattr(slot, name)
+        if len(tensors) != 1:
+            raise CacheError(f"layers[{self.number}].{name}: this block has {len(tensors)} attention calls; read "
                              f"cache.state.slots[{self.number}].{name}, one tensor for each.")
-        return found[0]
+        return tensors[0]
 
     def _assign(self, name: str, value: Tensor) -> None:
         old = self._one(name)

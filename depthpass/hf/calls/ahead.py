@@ -53,21 +53,21 @@ def generate(model: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     """
     from depthpass.diffusion.sampler import denoise
 
-    given = {k: v for k, v in kwargs.items() if v is not None and v is not False}
-    if unknown := [k for k in given if k not in _KNOWN]:
+    options = {k: v for k, v in kwargs.items() if v is not None and v is not False}
+    if unknown := [k for k in options if k not in _KNOWN]:
         raise InputError(f"generate: {unknown[0]} means nothing to a masked diffusion model, which fills in all new tokens "
                          f"together.{did_you_mean(unknown[0], _KNOWN)} Known: {', '.join(_KNOWN)}; dp.denoise has more.")
-    prompt = args[0] if args else given.get("input_ids", given.get("inputs"))
-    config = given.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config
+    prompt = args[0] if args else options.get("input_ids", options.get("inputs"))
+    config = options.get("generation_config", args[1] if len(args) > 1 else None) or model.generation_config
     if not isinstance(prompt, Tensor) or prompt.dim() != 2:
         raise InputError("generate: expected input_ids [batch, tokens], got none.")
-    new = given.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    new = options.get("max_new_tokens", getattr(config, "max_new_tokens", None))
     if new is None:
         raise InputError("generate: expected max_new_tokens, the number of masks that are filled in, got none.")
-    sample = given.get("do_sample", getattr(config, "do_sample", False))
-    heat = given.get("temperature", getattr(config, "temperature", None) or 1.0) if sample else 0.0
+    sample = options.get("do_sample", getattr(config, "do_sample", False))
+    heat = options.get("temperature", getattr(config, "temperature", None) or 1.0) if sample else 0.0
     with torch.no_grad():
-        return denoise(model, prompt, given.get("attention_mask"), new_tokens=new, temperature=heat)
+        return denoise(model, prompt, options.get("attention_mask"), new_tokens=new, temperature=heat)
 
 
 def refuse_shifted_loss(program: Program) -> None:

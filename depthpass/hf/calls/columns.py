@@ -91,18 +91,18 @@ def told_positions(given: Mapping[str, object], batch: int, new: int, device: to
 
 
 def packing_of(
-    given: Mapping[str, object], positions: Tensor | None, valid: Tensor | None, past: int, shape: tuple[int, int],
+    arguments: Mapping[str, object], positions: Tensor | None, valid: Tensor | None, past: int, shape: tuple[int, int],
     device: torch.device,
 ) -> Packing | None:
     """Where sequences start inside the rows of a call."""
-    gaps = given.get("attention_mask") is not None or past > 0
+    gaps = arguments.get("attention_mask") is not None or past > 0
     if positions is not None and is_batchedtensor(positions):
         check_batched(positions, gaps)
         positions = None
     real = None if valid is None else valid[:, past:]
     if real is not None and (real.is_meta or is_batchedtensor(real)):
         return None
-    return find_packing({n: given[n] for n in WORDS if n in given}, positions, real, gaps, shape, device)
+    return find_packing({n: arguments[n] for n in WORDS if n in arguments}, positions, real, gaps, shape, device)
 
 
 def positions_of(

@@ -30,20 +30,20 @@ def validity_of(masks: Mapping[str, Any], config: Any, batch: int, past: int, ne
         InputError: a mask is not causal, a window or chunks over the row's real tokens.
     """
     seen = {kind: _seen(kind, m, past, new) for kind, m in masks.items()}
-    given = {kind: m for kind, m in seen.items() if m is not None}
-    if not given:
+    by_kind = {kind: m for kind, m in seen.items() if m is not None}
+    if not by_kind:
         return None
-    columns = torch.arange(past + new, device=next(iter(given.values())).device)
+    columns = torch.arange(past + new, device=next(iter(by_kind.values())).device)
     queries = columns[past:, None]
     # The last query sees every real token that its kind of layer lets it see: of all, in a layer without window.
     if _FULL in seen:
         full = seen[_FULL]
         valid = None if full is None else full[:, -1].expand(batch, -1)
     else:
-        valid = torch.stack([m.any(1).expand(batch, -1) for m in given.values()]).any(0)
+        valid = torch.stack([m.any(1).expand(batch, -1) for m in by_kind.values()]).any(0)
     if valid is None:
         valid = torch.ones(batch, past + new, dtype=torch.bool, device=columns.device)
-    for kind, mask in given.items():
+    for kind, mask in by_kind.items():
         # Padding sees nothing of its own, or everything (a softmax over nothing is no number).
         odd = mask[:, :, past:].diagonal(dim1=1, dim2=2) & ~valid[:, past:] & ~mask.all(-1)
         wanted = (columns <= queries) & _near(kind, config, queries, columns)
@@ -76,8 +76,8 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     seen = {kind: _seen(kind, m, 0, new) for kind, m in masks.items()}
     if not seen or any(m is None for m in seen.values()):
         return None
-    found: dict[str, Tensor] = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
-    widest = torch.stack([*found.values()]).any(0)
+    expanded: dict[str, Tensor] = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
+    widest = torch.stack([*expanded.values()]).any(0)
     real = widest.diagonal(dim1=1, dim2=2)
     columns = torch.arange(new, device=real.device).expand_as(real)
     last = torch.nn.functional.pad(torch.where(real, columns, -1).cummax(1).values, (1, -1), value=-1)
@@ -86,7 +86,7 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     place = real.cumsum(1) - 1
     place = place - torch.where(real & ~goes_on, place, 0).cummax(1).values
     inside = (number[:, :, None] == number[:, None]) & real[:, None] & (columns[:, None] <= columns[:, :, None])
-    for kind, m in found.items():
+    for kind, m in expanded.items():
         wanted = inside & _near(kind, config, place[:, :, None], place[:, None])
         if bool(((m != wanted) & real[:, :, None]).any()):
             return None

@@ -123,8 +123,8 @@ class DepthDecoder(_Stock):
                         f"{type(self.depth_model).__name__}, which holds the new parameters. Save the whole model.")
 
     def __reduce_ex__(self, protocol):
-        made = super().__reduce_ex__(protocol)
-        return (rebuilt, (decoder_class, type(self)._stock_class), *made[2:])
+        reduced = super().__reduce_ex__(protocol)
+        return (rebuilt, (decoder_class, type(self)._stock_class), *reduced[2:])
 
     def _answer(self, arguments: dict[str, object]):
         frame = _frame.get()
@@ -241,15 +241,15 @@ def decoder_path(model: nn.Module, layers: str) -> str:
 @functools.cache
 def call_names(cls: type) -> tuple[str, ...]:
     """Names of the arguments of a class's forward: its own, and its parents' as far as it passes unknown ones on."""
-    found: dict[str, None] = {}
+    names: dict[str, None] = {}
     for signature in _forwards(cls):
         kinds = [p.kind for p in signature.parameters.values()]
-        found |= dict.fromkeys(
+        names |= dict.fromkeys(
             n for n, p in signature.parameters.items() if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and n != "self"
         )
         if inspect.Parameter.VAR_KEYWORD not in kinds:
             break
-    return tuple(found)
+    return tuple(names)
 
 
 def _forwards(cls: type) -> list[inspect.Signature]:
@@ -271,8 +271,8 @@ def bind(cls: type, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
     A cache may have either of its two names; the stock forward gets it under its own.
     """
     signature = _named(cls)
-    held = {n: kwargs[n] for n in NAMES if n in kwargs}
-    rest = {n: v for n, v in kwargs.items() if n not in held or n in signature.parameters}
+    named_caches = {n: kwargs[n] for n in NAMES if n in kwargs}
+    rest = {n: v for n, v in kwargs.items() if n not in named_caches or n in signature.parameters}
     arguments = dict(signature.bind_partial(model, *args, **rest).arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -280,10 +280,10 @@ def bind(cls: type, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tu
         elif parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name, ()):
             raise InputError(f"{cls.__name__}: expected arguments by name, got some by position that no forward names.")
     arguments.pop(next(iter(signature.parameters)), None)
-    given = {n: v for n, v in kwargs.items() if n not in held}
-    if caches := [c for c in held.values() if c is not None]:
+    given = {n: v for n, v in kwargs.items() if n not in named_caches}
+    if caches := [c for c in named_caches.values() if c is not None]:
         given[next((n for n in NAMES if n in call_names(cls)), STOCK_NAME)] = caches[0]
-    return arguments | held, given
+    return arguments | named_caches, given
 
 
 def replaced(cls: type, args: tuple, kwargs: dict[str, Any], name: str, value: object) -> tuple[tuple, dict[str, Any]]:

@@ -23,8 +23,8 @@ class HeadInput(Tensor):
             if func is Tensor.__getitem__ and not given:
                 return plain(args[0])[args[1]].as_subclass(cls)
             args, given = tuple(map(plain, args)), {n: plain(v) for n, v in given.items()}
-            if func is F.linear and (made := _product(*args, **given)) is not None:
-                return made
+            if func is F.linear and (product := _product(*args, **given)) is not None:
+                return product
             return func(*args, **given)
 
 

@@ -35,5 +35,5 @@ def with_states(model: Any, groups: Sequence[tuple[Plan, Tensor | None]]) -> Pla
 def take_states(streams: dict[str, Tensor], last: Tensor) -> tuple[Tensor, ...]:
     """Take the states out of a call's streams: embedding, after every visit but the last, and after the final norm."""
     names = [n for n in streams if n.startswith(f"{SCOPE}.v")]
-    found = [streams.pop(n) for n in sorted(names, key=lambda n: int(n.rpartition("v")[2]))]
-    return (streams.pop(EMBEDDED), *found[:-1], last)
+    states = [streams.pop(n) for n in sorted(names, key=lambda n: int(n.rpartition("v")[2]))]
+    return (streams.pop(EMBEDDED), *states[:-1], last)

@@ -110,7 +110,7 @@ class StockHost:
         self.style = attention_style(model)
         self.training = model.training
         self.depth: nn.Module | None = None
-        self.found = model._depth.watches[-1].found
+        self.submodules = model._depth.watches[-1].submodules
         self.hooked = with_tables(model._depth.watches[-1].live, self.decoder, captured, len(self.layers))
         self.live: Live | None = None
         self.counts: Counter[int] = Counter()
@@ -130,15 +130,15 @@ class StockHost:
     def readers(self, owner: Block | Part, module: nn.Module) -> list[Callable[[], Tensor]]:
         """What reads the live tensors of a block or part."""
         bindings = self.model._depth.bindings
-        found = bindings.get(id(owner))
-        if found is None:
+        readers = bindings.get(id(owner))
+        if readers is None:
             names = owner.params if isinstance(owner, Part) else owner.template.params
-            found = bindings[id(owner)] = [
+            readers = bindings[id(owner)] = [
                 functools.partial(owner.constants.__getitem__, p) if p in owner.constants else
                 Binding(self.decoder, p[1:]) if p.startswith("/") else Binding(module, p)
                 for p in names
             ]
-        return found
+        return readers
 
     def part(self, part: Part, inputs: dict[str, Tensor], *streams: Tensor, visit=None):
         extras = [self.extras[e] for e in part.extras]
@@ -171,22 +171,22 @@ class StockHost:
         return self.part(self.captured.norm, {}, hidden)
 
     def logits(self, normed: Tensor) -> Tensor:
-        found = logits_of(apply_head(self.model, self.captured, normed), "the op 'logits'", "an exit criterion of the state")
-        if found.shape[:2] != normed.shape[:2] or found.dim() != 3:
+        logits = logits_of(apply_head(self.model, self.captured, normed), "the op 'logits'", "an exit criterion of the state")
+        if logits.shape[:2] != normed.shape[:2] or logits.dim() != 3:
             raise UnsupportedModelError(
-                f"the op 'logits': expected the head to give logits of every token, got shape {tuple(found.shape)} for "
+                f"the op 'logits': expected the head to give logits of every token, got shape {tuple(logits.shape)} for "
                 f"{tuple(normed.shape[:2])} tokens. Use an exit criterion of the state."
             )
-        return found
+        return logits
 
     def module(self, name: str) -> nn.Module:
         depth = self.depth
         if depth is None:
             depth = self.depth = depth_module(self.model)
-        found = self.found.get((id(depth), name))
-        if found is None:
-            found = self.found[id(depth), name] = depth.get_submodule(name)
-        return found
+        module = self.submodules.get((id(depth), name))
+        if module is None:
+            module = self.submodules[id(depth), name] = depth.get_submodule(name)
+        return module
 
     def submodule(self, index: int, path: str, *args: Tensor) -> Tensor:
         return self.stock_module(index, path)(*args)

@@ -149,10 +149,10 @@ def normalise(
 def _flatten_masks(
     given: dict[str, Any], told: Tensor | None, config: Any, past: int, shape: tuple[int, int], device: torch.device
 ) -> None:
-    """Put a 2-D mask, and the sequences of packed rows, in the place of dense masks."""
+    """Put a 2-D mask, and the sequences of packed rows, in place of dense masks."""
     mask = given.get("attention_mask")
-    if _dense(mask) and not past and (made := sequences_of(mask, config, *shape)) is not None:
-        given["attention_mask"], numbers = made
+    if _dense(mask) and not past and (flat := sequences_of(mask, config, *shape)) is not None:
+        given["attention_mask"], numbers = flat
         if bool((numbers.amax(1) > 1).any()):
             given.setdefault("seq_idx", numbers)
     elif isinstance(mask, Mapping):

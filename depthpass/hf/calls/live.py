@@ -36,22 +36,22 @@ from depthpass.ir.program import writes_slot
 from depthpass.lowered.ops import of_one_stream
 
 
-class _Asking:
+class _LiveVisit:
     """A visit that a stock block asks for attention, call by call."""
 
     def __init__(self, visit: Any):
         self.visit, self.count = visit, 0
 
 
-_asking: ContextVar[_Asking | None] = ContextVar("depthpass_asking", default=None)
+_live_visit: ContextVar[_LiveVisit | None] = ContextVar("depthpass_live_visit", default=None)
 
 
 def _visit_attention(module, query, key, value, attention_mask, *args, **kwargs):
     """The attention function of a live block; scale, softcap and window are those of the captured site."""
-    asking = _asking.get()
-    assert asking is not None
-    number, asking.count = asking.count, asking.count + 1
-    return asking.visit.attend(number, query, key, value, kwargs.get("s_aux")), None
+    live_visit = _live_visit.get()
+    assert live_visit is not None
+    number, live_visit.count = live_visit.count, live_visit.count + 1
+    return live_visit.visit.attend(number, query, key, value, kwargs.get("s_aux")), None
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _install() -> None:
     @functools.wraps(stock)
     def get_interface(self, *args, **kwargs):
         # Dynamo cannot read context variables, and never traces a live block.
-        if torch.compiler.is_compiling() or _asking.get() is None:
+        if torch.compiler.is_compiling() or _live_visit.get() is None:
             return stock(self, *args, **kwargs)
         return _visit_attention
 
@@ -100,10 +100,10 @@ class _BlockForward(nn.Module):
 
 def _forward(block: nn.Module):
     """A block's stock forward without the checkpoint that newer transformers wrap it in: the visit is inside one already."""
-    found = type(block).forward
-    while getattr(getattr(found, "__code__", None), "co_name", "") == "forward_with_checkpointing":
-        found = found.__wrapped__
-    return found
+    forward = type(block).forward
+    while getattr(getattr(forward, "__code__", None), "co_name", "") == "forward_with_checkpointing":
+        forward = forward.__wrapped__
+    return forward
 
 
 class Live:
@@ -125,9 +125,9 @@ class Live:
         self.decoder, self.layers, self.captured, self.hooked, self.past = decoder, layers, captured, hooked, past
         self.names = call_names(type(decoder)._stock_class)
         self.calls: list[tuple[tuple, dict[str, Any]]] = []
-        given: dict[str, Any] = {n: t for n, t in tensors.items() if n in self.names}
+        inputs: dict[str, Any] = {n: t for n, t in tensors.items() if n in self.names}
         if "position_ids" not in self.names and past:
-            given[next(n for n in ("cache", "past_key_values") if n in self.names)] = cache
+            inputs[next(n for n in ("cache", "past_key_values") if n in self.names)] = cache
         blocks = block_list(decoder, layers)
 
         def seen(args, kwargs):
@@ -139,22 +139,22 @@ class Live:
             return self.hidden
 
         with contextlib.suppress(_Stop):
-            self._shell([seen] * len(blocks), given)
+            self._shell([seen] * len(blocks), inputs)
         self.count = self.hidden.shape[1]
         after = _paths(captured.norm) - {""}
         self.norms = any(has_hooks(m) for n, m in decoder.named_modules() if n in after)
 
     def of_rows(self, rows: Tensor) -> Live:
         """The same for some of the rows."""
-        batch, made = len(self.hidden), copy.copy(self)
+        batch, picked = len(self.hidden), copy.copy(self)
 
         def pick(x):
             return x.index_select(0, rows) if isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] == batch else x
 
-        made.hidden, made.calls = pick(self.hidden), pytree.tree_map(pick, self.calls)
-        return made
+        picked.hidden, picked.calls = pick(self.hidden), pytree.tree_map(pick, self.calls)
+        return picked
 
-    def _shell(self, seen: Sequence, given: Mapping[str, Any], quiet: frozenset[nn.Module] = frozenset()):
+    def _shell(self, seen: Sequence, inputs: Mapping[str, Any], quiet: frozenset[nn.Module] = frozenset()):
         """Run the stock decoder's forward with recorders for its blocks.
 
         Args:
@@ -172,7 +172,7 @@ class Live:
         blocks = block_list(self.decoder, self.layers)
         owner._modules[name] = nn.ModuleList(map(_Recorder, blocks, seen))
         off = {"use_cache": False} if "use_cache" in self.names else {}
-        return stock.forward(shell, **given, **off)
+        return stock.forward(shell, **inputs, **off)
 
     def block(self, layer: nn.Module, visit: Any, params: Sequence[Tensor], bound: Sequence[Tensor], hidden: Tensor) -> Tensor:
         """Run a block as a module; the visit's own parameters stand in for those it is bound to.
@@ -202,8 +202,8 @@ class Live:
         if op["modulate"] is not None:
             factored = Factored(layer, template, visit)
             layer = factored.block
-        asking = _Asking(visit)
-        before = _asking.set(asking)
+        live_visit = _LiveVisit(visit)
+        before = _live_visit.set(live_visit)
         try:
             changed = {f"block.{n}": p for n, p, old in zip(template.params, params, bound) if p is not old}
             if changed:
@@ -211,14 +211,14 @@ class Live:
             else:
                 out = _forward(layer)(layer, *args, **kwargs)
         finally:
-            _asking.reset(before)
+            _live_visit.reset(before)
         if factored is not None:
             factored.check()
         sites = len(template.sites)
-        if asking.count != sites:
+        if live_visit.count != sites:
             raise UnsupportedModelError(
                 f"block {index} ({type(layer).__name__}) has hooks on modules inside it, but as a module it does not find its "
-                f"attention through transformers' AttentionInterface ({asking.count} of {sites} calls). Register the hooks "
+                f"attention through transformers' AttentionInterface ({live_visit.count} of {sites} calls). Register the hooks "
                 "on the block or on the model."
             )
         return out[0] if isinstance(out, tuple | list) else out
@@ -232,16 +232,16 @@ class Live:
             return None
         axis = self._token_axis(x, index)
         members = getattr(visit, "members", None)
-        one = visit if members is None else members[0]
+        first = visit if members is None else members[0]
         if axis is not None:
-            x = x.narrow(axis, one.span.start - self.past, one.span.count)
-            if (route := getattr(one, "route", None)) is not None:
+            x = x.narrow(axis, first.span.start - self.past, first.span.count)
+            if (route := getattr(first, "route", None)) is not None:
                 if axis == 0:
                     raise UnsupportedModelError(f"block {index} reads a per-token table without a batch dimension, so its "
                                                 "tokens cannot be routed where it runs as a module.")
                 x = route.table(x, axis)
-                if one.rows is not None:
-                    x = x.index_select(0, one.rows)
+                if first.rows is not None:
+                    x = x.index_select(0, first.rows)
         if members is not None and axis not in (None, 0) and x.shape[0] not in (1, rows):
             x = torch.cat([x] * len(members))
         return x

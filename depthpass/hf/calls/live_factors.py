@@ -68,7 +68,7 @@ def _edges(graph: fx.Graph) -> Iterator[Edge]:
     for name, branch in named.items():
         readers = _entered(branch.read, branch.readers, block)
         # A module that both branches leave through (one dropout for both) is called twice.
-        others = {p for other, found in ends.items() if other != name for p in found}
+        others = {p for other, paths in ends.items() if other != name for p in paths}
         result = next((p for p in ends[name] if p not in others), None)
         if result is None or not readers:
             raise LoweringError(f"its {name} branch does not begin and end at the edges of modules")
@@ -87,22 +87,22 @@ def _entered(read: fx.Node, readers: tuple[fx.Node, ...], block: list[str]) -> l
     node: Any = read
     while isinstance(node, fx.Node):
         outside = {*module_paths(node), *block}
-        found = [next((p for p in module_paths(reader) if p not in outside), None) for reader in readers]
-        if None not in found:
-            return [p for p in found if p is not None]
+        outermost = [next((p for p in module_paths(reader) if p not in outside), None) for reader in readers]
+        if None not in outermost:
+            return [p for p in outermost if p is not None]
         node = node.args[0] if node.target in _KEEP else None
     return []
 
 
 def _ends(result: fx.Node, outside: set[str]) -> list[str]:
     """Modules that a branch's result leaves, the last one first."""
-    found: list[str] = []
+    paths: list[str] = []
     node: Any = result
     while isinstance(node, fx.Node):
-        found += [p for p in module_paths(node) if p not in outside][:1]
+        paths += [p for p in module_paths(node) if p not in outside][:1]
         constant = node.target is aten.mul.Tensor and not isinstance(node.args[1], fx.Node)
         node = node.args[0] if node.target in _KEEP or constant else None
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(paths))
 
 
 class Factored:
@@ -164,10 +164,10 @@ class Factored:
 
 def twin(module: nn.Module) -> nn.Module:
     """A module of the same class with the same tensors and submodules, whose tables of submodules and hooks are its own."""
-    made = empty(type(module))
-    made.__dict__.update(module.__dict__)
-    made.__dict__["_depth_twin"] = True
+    copied = empty(type(module))
+    copied.__dict__.update(module.__dict__)
+    copied.__dict__["_depth_twin"] = True
     for name, value in module.__dict__.items():
         if name == "_modules" or name.endswith("_hooks") or name.endswith("_hooks_with_kwargs"):
-            made.__dict__[name] = value.copy() if hasattr(value, "copy") else value
-    return made
+            copied.__dict__[name] = value.copy() if hasattr(value, "copy") else value
+    return copied

@@ -45,10 +45,10 @@ class Rows:
         Args:
             fill: what stands where there is no token; None = anything.
         """
-        found = x.flatten(0, 1).index_select(0, self.source.flatten()).unflatten(0, self.source.shape)
+        taken = x.flatten(0, 1).index_select(0, self.source.flatten()).unflatten(0, self.source.shape)
         if fill is None or self.valid is None:
-            return found
-        return found.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (found.dim() - 2)), fill)
+            return taken
+        return taken.masked_fill(~self.valid.view(*self.valid.shape, *[1] * (taken.dim() - 2)), fill)
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +151,11 @@ class Packing:
             width[rows.segments], offset = columns, offset + count * columns
         whole = torch.cat([x.flatten(0, 1) for _, x in parts])
         index = at[self.number] + self.place.clamp_min(0).minimum(width[self.number] - 1)
-        found = whole.index_select(0, index)
+        joined = whole.index_select(0, index)
         if not bool(self.inside.all()):
-            inside = self.inside.view(-1, *[1] * (found.dim() - 1))
-            found = torch.where(inside, found, found.new_zeros(()))
-        return found.unflatten(0, self.starts.shape)
+            inside = self.inside.view(-1, *[1] * (joined.dim() - 1))
+            joined = torch.where(inside, joined, joined.new_zeros(()))
+        return joined.unflatten(0, self.starts.shape)
 
 
 def _similar(segments: list[int], widths: Sequence[int]) -> list[list[int]]:
@@ -266,10 +266,10 @@ def _told(words: Mapping[str, object], shape: tuple[int, int], device: torch.dev
 
 def _by_lengths(given: Mapping[str, object], shape: tuple[int, int], device: torch.device) -> Tensor:
     """Boundaries from cumulative lengths over all rows laid end to end."""
-    found = [_numbers(n, given[n], 1, device) for n in LENGTHS if n in given]
-    if len(found) == 2 and not torch.equal(*found):
+    lengths = [_numbers(n, given[n], 1, device) for n in LENGTHS if n in given]
+    if len(lengths) == 2 and not torch.equal(*lengths):
         raise InputError("cu_seq_lens_k: differs from cu_seq_lens_q; expected keys of the same sequences as the queries.")
-    ends, total = found[0], shape[0] * shape[1]
+    ends, total = lengths[0], shape[0] * shape[1]
     name = next(n for n in LENGTHS if n in given)
     listed = ends.tolist()
     if len(listed) < 2 or listed[0] != 0 or listed[-1] != total or listed != sorted(listed):
@@ -304,11 +304,11 @@ def _check_longest(given: Mapping[str, object], starts: Tensor | None, shape: tu
 
 
 def _numbers(name: str, value: object, dims: int, device: torch.device) -> Tensor:
-    found = torch.as_tensor(value, device=device)
-    if found.is_meta or found.dim() != dims or found.is_floating_point() or found.dtype == torch.bool:
-        raise InputError(f"{name}: expected integers in {dims} dimension{'s' * (dims > 1)}, got {found.dtype} of shape "
-                         f"{tuple(found.shape)} on {found.device}.")
-    return found.long()
+    numbers = torch.as_tensor(value, device=device)
+    if numbers.is_meta or numbers.dim() != dims or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise InputError(f"{name}: expected integers in {dims} dimension{'s' * (dims > 1)}, got {numbers.dtype} of shape "
+                         f"{tuple(numbers.shape)} on {numbers.device}.")
+    return numbers.long()
 
 
 def _short(numbers: list[int]) -> str:

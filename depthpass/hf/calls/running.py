@@ -242,14 +242,14 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
         the decoder's flat outputs; all streams by name.
     """
     model, call, captured = now.model, now.call, now.captured
-    whole, now.pool.asked = now.host(), now.trains
+    call_host, now.pool.asked = now.host(), now.trains
     gather_new(depth_module(model))
-    if whole.dispatched:
+    if call_host.dispatched:
         for plan, _ in now.groups:
-            check_devices(whole.layers, plan.program)
+            check_devices(call_host.layers, plan.program)
     # Modules with hooks (FSDP's among them) are called as often for packed rows as for others.
-    together = bool(whole.hooked.live) or any(
-        whole.refuses_schedule(i) is not None for i in {o["index"] for plan, _ in now.groups for o in plan.program.visits}
+    together = bool(call_host.hooked.live) or any(
+        call_host.refuses_schedule(i) is not None for i in {o["index"] for plan, _ in now.groups for o in plan.program.visits}
     )
     parts: list[tuple[Rows, Streams]] = []
     for plan, segments in now.groups:
@@ -257,14 +257,14 @@ def _advance_packed(now: DecoderCall, packing: Packing) -> tuple[list[Tensor], S
         compiled = model._depth.lowering in ("inductor", "cudagraph") and bool(plan.schedule.serial_regions)
         for rows in packing.rows(segments, together, powers=compiled):
             host = now.host()
-            host.counts = whole.counts
+            host.counts = call_host.counts
             parts.append((rows, _sequences(now, plan, host, rows)))
             now.ran.append((plan.program, rows.source.shape[0], rows.source.shape[1]))
-    warn_parts(model, whole.counts)
+    warn_parts(model, call_host.counts)
     streams = {name: packing.join([(rows, one[name]) for rows, one in parts]) for name in parts[0][1]}
     if captured.head.extras:
-        embedded(model, whole, call)
-    return list(whole.part(captured.head, call.tensors, streams["output"])), streams
+        embedded(model, call_host, call)
+    return list(call_host.part(captured.head, call.tensors, streams["output"])), streams
 
 
 def _sequences(now: DecoderCall, plan: Plan, host: StockHost, rows: Rows) -> Streams:
@@ -278,7 +278,7 @@ def _sequences(now: DecoderCall, plan: Plan, host: StockHost, rows: Rows) -> Str
     return streams if layout is None else {name: layout.trim(x) for name, x in streams.items()}
 
 
-def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, side_inputs: list[Tensor], valid: Tensor | None) -> Streams:
+def _by_rows(now: DecoderCall, call_host: StockHost, hidden: Tensor, side_inputs: list[Tensor], valid: Tensor | None) -> Streams:
     """The streams of rows with different loop counts: every group of rows runs its own program, then all are joined."""
     from depthpass_lowering.executors.eager import run
     from depthpass_lowering.state import State
@@ -288,7 +288,7 @@ def _by_rows(now: DecoderCall, whole: StockHost, hidden: Tensor, side_inputs: li
     groups = [(plan, rows) for plan, rows in now.groups if rows is not None]
     for plan, rows in groups:
         group = now.host()
-        group.live, group.counts = whole.live and whole.live.of_rows(rows), whole.counts
+        group.live, group.counts = call_host.live and call_host.live.of_rows(rows), call_host.counts
         mine = [s.index_select(0, rows) if axis and s.shape[0] == len(hidden) else s for s, axis in zip(side_inputs, axes)]
         group.extras = mine
         ran = run(

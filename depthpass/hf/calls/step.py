@@ -80,12 +80,12 @@ def advance_token(
         if record_steps is not None:
             step = replace(step, run=record_steps(step.run, len(moving)))
         runtime.tokens[key] = step
-    made = iter(step.run(*inputs))
+    results = iter(step.run(*inputs))
     record.ran(step.lowered)
     rooms.used = length + 1
-    parts = [next(made) for _ in range(step.parts)]
-    streams = {name: next(made) for name in step.streams}
-    new_lines = dict(zip(lines, made, strict=True))
+    parts = [next(results) for _ in range(step.parts)]
+    streams = {name: next(results) for name in step.streams}
+    new_lines = dict(zip(lines, results, strict=True))
     slots = cast("dict[int, Slot]", StepSlots(rooms, length + 1))  # made on demand, read only
     return parts, streams, State(length + 1, call.valid, slots, new_lines, pads=state.longer_pads(1))
 
@@ -120,7 +120,7 @@ def _exempt(call: Call) -> str | None:
     if more := sorted(set(call.tensors) - {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}):
         return f"the call has {', '.join(more)}"
     # A token that is padding in some row leaves that row's delay lines as they are.
-    return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in the place of the token"
+    return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in place of the token"
 
 
 def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:
@@ -193,11 +193,11 @@ def _ready(model: DepthModel, plan: Plan, captured: Capture) -> Ready:
 
 def _reads(model: DepthModel, plan: Plan, captured: Capture) -> list[Callable[[], Tensor]]:
     host = StockHost(model, captured, ())
-    found: dict[int, Callable[[], Tensor]] = {}
+    readers: dict[int, Callable[[], Tensor]] = {}
 
     def take(reads: Iterable[Callable[[], Tensor]]) -> None:
         for read in reads:
-            found.setdefault(id(read()), read)
+            readers.setdefault(id(read()), read)
 
     def below(module: nn.Module) -> Iterator[Callable[[], Tensor]]:
         for m in module.modules():
@@ -212,7 +212,7 @@ def _reads(model: DepthModel, plan: Plan, captured: Capture) -> list[Callable[[]
         for path in host.submodules_of(index):
             take(below(host.stock_module(index, path)))
     take(below(depth_module(model)))
-    return list(found.values())
+    return list(readers.values())
 
 
 class _StepHost(StockHost):

@@ -47,16 +47,16 @@ def holding(folder: Path, key: str) -> str | None:
 def _json(file: Path) -> tuple[Any, str | None]:
     again = "Restore the file, or save the model again."
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None, f"{file}: expected the file, there is none: it was removed, or a save has not finished. {again}"
     except (OSError, UnicodeDecodeError) as error:
         return None, f"{file}: cannot be read: {error}. {again}"
     except (ValueError, RecursionError) as error:
         return None, f"{file}: expected JSON, got text that is none ({str(error)[:200]}). {again}"
-    if not isinstance(found, dict):
-        return None, f"{file}: expected a JSON object, got {type(found).__name__}. {again}"
-    return found, None
+    if not isinstance(data, dict):
+        return None, f"{file}: expected a JSON object, got {type(data).__name__}. {again}"
+    return data, None
 
 
 def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
@@ -66,10 +66,10 @@ def _weight_files(folder: Path) -> tuple[list[Path], str | None]:
         return [single], None
     if not index.exists():
         return [], f"{single}: expected the file or {index.name} beside it, there is neither. Copy the weights into the folder."
-    found, damage = _json(index)
+    listing, damage = _json(index)
     if damage:
         return [], damage
-    shards = found.get("weight_map")
+    shards = listing.get("weight_map")
     if not isinstance(shards, dict) or not all(isinstance(v, str) for v in shards.values()):
         return [], f"{index}: expected a mapping 'weight_map' of file names, got none. Save the model again."
     return [folder / name for name in sorted(set(shards.values()))], None

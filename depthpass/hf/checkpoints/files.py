@@ -118,7 +118,7 @@ def _host() -> str:
 
 
 def _swap(stage: Path, target: Path) -> None:
-    """Put the new files in the place of the old ones; undone where anything fails."""
+    """Put the new files in place of the old ones; undone where anything fails."""
     new, old = stage / "new", stage / "old"
     names = _files(new)
     leaving = [n for n in names if _there(target / n)]

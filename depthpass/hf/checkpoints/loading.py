@@ -102,7 +102,7 @@ def load(
         SpecError, CheckpointError: as :func:`depthpass.from_pretrained`.
     """
     folder = Path(where := "the given state_dict" if path is None else str(path))
-    wanted = kwargs.pop("output_loading_info", False)
+    with_info = kwargs.pop("output_loading_info", False)
     lenient = kwargs.pop("ignore_mismatched_sizes", False)
     try:
         # Sizes that differ are reported with the rest of what is wrong, once.
@@ -117,7 +117,7 @@ def load(
     whole = stock.__name__ in _names(settings) and settings.get("quantization_config") is None
     _check_keys(info, folder, where, model.base_model_prefix, whole=whole, lenient=lenient)
     retire(model.get_submodule(model._depth.layers), model.depth_program, frozen=True)
-    return (model, info) if wanted else model
+    return (model, info) if with_info else model
 
 
 def _names(settings: Mapping[str, Any]) -> list[str]:
@@ -153,9 +153,9 @@ def stock_class(settings: Mapping[str, Any], where: str) -> type:
     if kind in CONFIG_MAPPING and (config := CONFIG_MAPPING[kind]) in MODEL_FOR_CAUSAL_LM_MAPPING:
         mapped = MODEL_FOR_CAUSAL_LM_MAPPING[config]
     for name in names if kind in CONFIG_MAPPING else ():
-        for found in (getattr(transformers, name, None), mapped):
-            if isinstance(found, type) and issubclass(found, PreTrainedModel) and found.__name__ == name:
-                return found
+        for cls in (getattr(transformers, name, None), mapped):
+            if isinstance(cls, type) and issubclass(cls, PreTrainedModel) and cls.__name__ == name:
+                return cls
     if mapped is not None and not settings.get("architectures"):
         return mapped
     raise SpecError(
@@ -168,13 +168,13 @@ def stock_class(settings: Mapping[str, Any], where: str) -> type:
 def _imported(own: object, where: str) -> type:
     """A class that has been imported, by ``module:name``. A config must not be able to import anything."""
     module, _, name = own.partition(":") if isinstance(own, str) else ("", "", "")
-    found: Any = sys.modules.get(module)
+    value: Any = sys.modules.get(module)
     for part in name.split("."):
-        found = getattr(found, part, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        value = getattr(value, part, None)
+    if not (isinstance(value, type) and issubclass(value, PreTrainedModel)):
         raise SpecError(f"{where}: the model was saved from a class of its own, {name!r} of module {module!r}, which is not "
                         "imported here. Import it first, or give it: dp.from_pretrained(path, model_class=YourClass).")
-    return getattr(found, "_stock_class", found)
+    return getattr(value, "_stock_class", value)
 
 
 def _check_keys(info: Mapping[str, Any], folder: Path, where: str, base: str, *, whole: bool, lenient: bool) -> None:
@@ -193,14 +193,14 @@ def _check_keys(info: Mapping[str, Any], folder: Path, where: str, base: str, *,
         ("mismatched_keys", "weights do not have the shapes of the spec",
          "weights do not have the shapes of its config"),
     ):
-        found = {str(k if isinstance(k, str) else k[0]): k for k in info.get(kind, ())}
-        found.pop(NOTICE, None)
-        depth = sorted(k for k in found if k.startswith(PREFIX + "."))
+        differing = {str(k if isinstance(k, str) else k[0]): k for k in info.get(kind, ())}
+        differing.pop(NOTICE, None)
+        depth = sorted(k for k in differing if k.startswith(PREFIX + "."))
         others = [] if lenient and kind == "mismatched_keys" else sorted(
-            k for k in found if k not in depth and (whole or k.startswith(base + "."))
+            k for k in differing if k not in depth and (whole or k.startswith(base + "."))
         )
         if keys := depth or others:
-            names = ", ".join(_described(found[k]) for k in keys[:3])
+            names = ", ".join(_described(differing[k]) for k in keys[:3])
             more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
             file = holding(folder, keys[0]) or "the weight files"
             raise CheckpointError(

@@ -60,9 +60,9 @@ def marked(settings: dict[str, Any]) -> dict[str, Any]:
         return settings
     # Custom code (auto_map) of the base would be loaded in place of the transformed model.
     stock = {k: settings[k] for k in ("model_type", GUARD, "auto_map") if k in settings}
-    found = {k: v for k, v in settings.items() if k != "auto_map"} | {GUARD: REFUSAL}
+    written = {k: v for k, v in settings.items() if k != "auto_map"} | {GUARD: REFUSAL}
     names = [PREFIX + n.removeprefix(PREFIX) for n in settings.get("architectures") or ()]
-    return found | {"model_type": MARK, "architectures": names or None, "depthpass": {**held, "stock": stock}}
+    return written | {"model_type": MARK, "architectures": names or None, "depthpass": {**held, "stock": stock}}
 
 
 def unmarked(settings: dict[str, Any], where: str = "config") -> dict[str, Any]:
@@ -150,9 +150,9 @@ def marked_class(stock: Any) -> Any:
 @functools.cache
 def known_class(stock: type, depth_class: Callable[[type], type]) -> Any:
     """The same, once the Auto classes know it and the models that ``depth_class`` makes for it."""
-    made = marked_class(stock)
-    _register_models(made._stock_config, made, depth_class)
-    return made
+    config_class = marked_class(stock)
+    _register_models(config_class._stock_config, config_class, depth_class)
+    return config_class
 
 
 def mark(config: Any, depth_class: Callable[[type], type]) -> None:
@@ -165,7 +165,7 @@ def unmark(config: Any) -> None:
     config.__class__ = getattr(type(config), "_stock_config", type(config))
 
 
-def _register_models(stock: type, made: type, depth_class: Callable[[type], type]) -> None:
+def _register_models(stock: type, config_class: type, depth_class: Callable[[type], type]) -> None:
     """Let every Auto class that has a model for a stock config have the transformed one for its marked class."""
     from transformers.models.auto import modeling_auto
     from transformers.models.auto.auto_factory import _LazyAutoMapping
@@ -174,11 +174,11 @@ def _register_models(stock: type, made: type, depth_class: Callable[[type], type
         if not isinstance(mapping, _LazyAutoMapping) or stock not in mapping:
             continue
         try:
-            found = mapping[stock]
+            models = mapping[stock]
         except (ImportError, AttributeError, KeyError):  # a head with requirements that are not installed
             continue
-        classes: Any = found if isinstance(found, tuple | list) else (found,)
+        classes: Any = models if isinstance(models, tuple | list) else (models,)
         depth = tuple(depth_class(c) for c in classes if hasattr(c, "forward"))
         if depth:
             # Not `register`: before 5.24 it leaves out classes that say they are transformers' own.
-            mapping._extra_content[made] = depth if isinstance(found, tuple | list) else depth[0]
+            mapping._extra_content[config_class] = depth if isinstance(models, tuple | list) else depth[0]

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from depthpass.analysis.cost.model import _signature
+from depthpass.analysis.cost.stock import _signature
 from depthpass.capture.export import find_layers
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.switching.switch import transformed
@@ -120,19 +120,19 @@ def _own(model: nn.Module, held: Any, config: Any) -> Any:
 def rewrite_lists(config: Any, layers: Sequence[int], blocks: int) -> None:
     """Depth and per-layer lists of a config after a layer program."""
     common = vars(PreTrainedConfig())
-    for held in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
-        if getattr(held, "num_hidden_layers", None) != blocks:
+    for settings in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
+        if getattr(settings, "num_hidden_layers", None) != blocks:
             continue
         lists = {
-            k: v for k, v in vars(held).items()
+            k: v for k, v in vars(settings).items()
             if isinstance(v, list | tuple) and k not in common and not k.endswith("token_id") and not k.startswith("_")
         }
-        held.num_hidden_layers = len(layers)
+        settings.num_hidden_layers = len(layers)
         for name, values in lists.items():
             if name in _NUMBERS:
-                setattr(held, name, [p for p, i in enumerate(layers) if i in values])
+                setattr(settings, name, [p for p, i in enumerate(layers) if i in values])
             elif len(values) == blocks:
-                setattr(held, name, [values[i] for i in layers])
+                setattr(settings, name, [values[i] for i in layers])
 
 
 def same_kinds(stock: type, config: Any, path: str, blocks: Sequence[nn.Module], layers: Sequence[int], who: str) -> None:

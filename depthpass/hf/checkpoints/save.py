@@ -71,23 +71,23 @@ def spec_of(config: PreTrainedConfig | dict, where: str) -> tuple[dict, int | No
     Raises:
         SpecError: it holds none, or something this version does not know.
     """
-    held = config.get("depthpass") if isinstance(config, dict) else getattr(config, "depthpass", None)
-    if held is None:
+    entry = config.get("depthpass") if isinstance(config, dict) else getattr(config, "depthpass", None)
+    if entry is None:
         raise SpecError(
             f"{where}: expected a config with a depthpass spec, got one without: this is a stock model. Load it with "
             "its stock class (AutoModelForCausalLM.from_pretrained) and call dp.transform(model, spec)."
         )
-    if not isinstance(held, dict) or "spec" not in held:
-        raise SpecError(f"{where}: config.depthpass: expected a mapping with 'spec', got {shown(held)}.")
-    for key in held:
+    if not isinstance(entry, dict) or "spec" not in entry:
+        raise SpecError(f"{where}: config.depthpass: expected a mapping with 'spec', got {shown(entry)}.")
+    for key in entry:
         if key not in _FIELDS:
             raise SpecError(f"{where}: config.depthpass: unknown field {key!r}.{did_you_mean(key, _FIELDS)} "
                             f"Fields: {', '.join(_FIELDS)}. A newer depthpass may have written it: update depthpass.")
-    chunk = held.get("chunk")
+    chunk = entry.get("chunk")
     if chunk is not None and (type(chunk) is not int or chunk < 1):
         raise SpecError(f"{where}: config.depthpass.chunk: expected an integer of at least 1, got {shown(chunk)}.")
     try:
-        policy = load_schedule(held["schedule"]) if "schedule" in held else None
+        policy = load_schedule(entry["schedule"]) if "schedule" in entry else None
     except SpecError as error:
         raise SpecError(f"{where}: config.depthpass.schedule: {error}") from error
-    return held["spec"], chunk, held.get("parameters"), policy
+    return entry["spec"], chunk, entry.get("parameters"), policy

@@ -21,16 +21,16 @@ def build(kind: str, words: Sequence[str], padding_side: str) -> Any:
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys([*SPECIAL.values(), *words]))}
     if kind == "symbol":
         # Without a prefix for continuations, WordPiece is the longest match from the left.
-        made = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="",
-                                          max_input_chars_per_word=100_000))
+        tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="",
+                                               max_input_chars_per_word=100_000))
         # Metaspace as a pre-tokenizer would take a space at the start for the one that it puts there.
-        made.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(" ", "▁")])
-        made.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\d+|▁?[A-Za-z]+|▁?[^\s▁\dA-Za-z]|\n|▁"), "isolated")
-        made.decoder = decoders.Metaspace(prepend_scheme="always")
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(" ", "▁")])
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?\d+|▁?[A-Za-z]+|▁?[^\s▁\dA-Za-z]|\n|▁"), "isolated")
+        tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
     else:
-        made = Tokenizer(models.BPE(vocabulary, [], unk_token=None if kind == "byte" else "<unk>"))
+        tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=None if kind == "byte" else "<unk>"))
         if kind == "byte":
-            made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        made.decoder = decoders.ByteLevel() if kind == "byte" else decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=made, padding_side=padding_side, clean_up_tokenization_spaces=False,
+            tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel() if kind == "byte" else decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side=padding_side, clean_up_tokenization_spaces=False,
                                    **SPECIAL)

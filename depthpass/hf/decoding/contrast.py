@@ -83,8 +83,8 @@ class LoopContrast(LogitsProcessor, AbstractContextManager):
 
     def _keep(self, module: Any, args: Any, output: Any) -> None:
         taps = getattr(output, "taps", None) or {}
-        found = [taps[name][:, -1].detach() for name in (self.last, self.earlier) if name in taps]
-        self._held = (found[0], found[1]) if len(found) == 2 else None
+        logits = [taps[name][:, -1].detach() for name in (self.last, self.earlier) if name in taps]
+        self._held = (logits[0], logits[1]) if len(logits) == 2 else None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._held is None or self._held[0].shape != scores.shape:

@@ -74,8 +74,8 @@ def cropped(state: State, length: int) -> State:
 
     if state.length == length:
         return state
-    made = crop(state, length)
-    for number, slot in made.slots.items():
+    shorter = crop(state, length)
+    for number, slot in shorter.slots.items():
         places = state.slots[number].places
         if places is None or any(p is None for p in places):
             continue
@@ -83,5 +83,5 @@ def cropped(state: State, length: int) -> State:
         ends = tuple(Place(p.room, p.end - drop) for p in places if p is not None)
         for place in ends:
             place.room.used = min(place.room.used, place.end)
-        made.slots[number] = replace(slot, places=ends)
-    return made
+        shorter.slots[number] = replace(slot, places=ends)
+    return shorter

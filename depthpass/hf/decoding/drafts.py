@@ -45,7 +45,7 @@ class Draft:
     Attributes:
         model: the whole program.
         draft: the shallower one; with ``rest`` it taps the stream that ``rest`` starts from.
-        rest: what the whole program still computes behind the draft, on that stream in the place of the embedding; None =
+        rest: what the whole program still computes behind the draft, on that stream in place of the embedding; None =
             the whole program runs again, for more than one stream of the draft's would be needed.
         slots, lines: slots and delay lines of the draft that hold what those of the whole program hold, by their numbers and
             names there.
@@ -68,28 +68,28 @@ def draft_of(model: Any, spec: Any) -> Draft:
     Raises:
         InputError: it is no draft of this model; the message says why.
     """
-    now: Plan = model._depth.plans.current
-    _check_program(now)
+    current: Plan = model._depth.plans.current
+    _check_program(current)
     if isinstance(spec, nn.Module):
         raise InputError(f"draft: expected 'loop:N' or a spec of this model's own blocks, got a {type(spec).__name__}. A model "
                          "of its own, with its own tokenizer and cache, is an assistant_model.")
     if isinstance(spec, Program):
         raise InputError("draft: expected 'loop:N' or a spec (passes, or their YAML), got a program. Pass what made it.")
-    made = _plan(model, now, spec)
-    if made.varies:
-        raise InputError(f"draft: expected fixed loop counts, got {_label(made)}, whose counts vary. Give a number.")
-    _check_program(made)
-    deep, shallow = len(now.program.visits), len(made.program.visits)
+    plan = _plan(model, current, spec)
+    if plan.varies:
+        raise InputError(f"draft: expected fixed loop counts, got {_label(plan)}, whose counts vary. Give a number.")
+    _check_program(plan)
+    deep, shallow = len(current.program.visits), len(plan.program.visits)
     # Tokens that leave a loop early take fewer visits than stand in the program.
-    leaves = any(o.kind == "route" for o in made.program) and made.program.without_notes() != now.program.without_notes()
+    leaves = any(o.kind == "route" for o in plan.program) and plan.program.without_notes() != current.program.without_notes()
     if shallow > deep or (shallow == deep and not leaves):
-        raise InputError(f"draft: expected a program shallower than the model's {deep} visits per token, got {_label(made)} with "
+        raise InputError(f"draft: expected a program shallower than the model's {deep} visits per token, got {_label(plan)} with "
                          f"{shallow}. A draft pays only where it is cheaper.")
-    return split(now.program, made.program, now.chunk, now.stack)
+    return split(current.program, plan.program, current.chunk, current.stack)
 
 
-def _label(made: Plan) -> str:
-    return "; ".join(p.label for p in made.passes)
+def _label(plan: Plan) -> str:
+    return "; ".join(p.label for p in plan.passes)
 
 
 def _fewer(loop: Any, count: int) -> Any:
@@ -122,23 +122,23 @@ def _plan(model: Any, now: Plan, spec: Any) -> Plan:
         raise InputError(f"draft: expected 'loop:N' or a spec that this model can run as it is. {error}") from error
 
 
-def _check_program(made: Plan) -> None:
+def _check_program(plan: Plan) -> None:
     reasons = {
-        "its loop counts vary": bool(made.varies),
-        "its KV policy makes a token's logits depend on how tokens are split into calls": made.program.reads_calls,
-        "it inserts pads after the prompt": pad_op(made.program) is not None,
-        f"{reads_future(made.program)} chooses tokens with scores of later ones": bool(reads_future(made.program)),
+        "its loop counts vary": bool(plan.varies),
+        "its KV policy makes a token's logits depend on how tokens are split into calls": plan.program.reads_calls,
+        "it inserts pads after the prompt": pad_op(plan.program) is not None,
+        f"{reads_future(plan.program)} chooses tokens with scores of later ones": bool(reads_future(plan.program)),
         "it starts from random states, which a draft and its check would draw apart":
-            any(o.kind == "noise" for o in made.program),
+            any(o.kind == "noise" for o in plan.program),
     }
-    if reason := next((r for r, found in reasons.items() if found), None):
-        raise InputError(f"draft: self-speculation is not possible with {_label(made)}: {reason}. Leave draft out.")
+    if reason := next((r for r, holds in reasons.items() if holds), None):
+        raise InputError(f"draft: self-speculation is not possible with {_label(plan)}: {reason}. Leave draft out.")
 
 
 def split(whole: Program, shallow: Program, chunk: int | None = None, stack: bool = True) -> Draft:
     """Find what two programs of one model have in common."""
-    same, slots, lines = common(whole, shallow)
-    theirs = {mine: name for name, mine in same.items()}
+    twins, slots, lines = common(whole, shallow)
+    theirs = {mine: name for name, mine in twins.items()}
     left = [o for o in whole if o.name not in theirs and o.kind not in ("embed", "tap", "loss", "average", "retire")]
     entries = dict.fromkeys(a for o in left for a in o.args if a in theirs)
     model = Part.of(whole, chunk, stack)
@@ -156,7 +156,7 @@ def split(whole: Program, shallow: Program, chunk: int | None = None, stack: boo
 
 def common(whole: Program, shallow: Program) -> tuple[dict[str, str], dict[int, int], dict[str, str]]:
     """Values, slots and delay lines of ``shallow`` that are those of ``whole``, by their names there."""
-    same: dict[str, str] = {}
+    twins: dict[str, str] = {}
     slots: dict[int, int] = {}
     lines: dict[str, str] = {}
     known: dict[tuple, Op] = {}
@@ -164,17 +164,17 @@ def common(whole: Program, shallow: Program) -> tuple[dict[str, str], dict[int, 
         if o.name:
             known.setdefault(_key(o, o.args, lambda slot: slot), o)
     for o in shallow:
-        if not o.name or any(a not in same for a in o.args):  # what is defined later is not known to be the same
+        if not o.name or any(a not in twins for a in o.args):  # what is defined later is not known to be the same
             continue
-        found = known.get(_key(o, tuple(same[a] for a in o.args), slots.get))
-        if found is None or found.name in same.values():
+        twin = known.get(_key(o, tuple(twins[a] for a in o.args), slots.get))
+        if twin is None or twin.name in twins.values():
             continue
-        same[o.name] = found.name
+        twins[o.name] = twin.name
         if o.kind == "block":
-            slots[o["slot"]] = found["slot"]
+            slots[o["slot"]] = twin["slot"]
         if o.kind == "delay":
-            lines[o.name] = found.name
-    return same, slots, lines
+            lines[o.name] = twin.name
+    return twins, slots, lines
 
 
 def _key(o: Op, args: tuple[str, ...], place: Any) -> tuple:

@@ -31,8 +31,8 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     Raises:
         InputError: a cache implementation of transformers, continuous batching, or drafts by the model's own first blocks.
     """
-    given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
-    configs = [c for c in (given, None if given else getattr(model, "generation_config", None)) if c is not None]
+    config = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+    configs = [c for c in (config, None if config else getattr(model, "generation_config", None)) if c is not None]
 
     def value(name: str):
         return next((v for v in (kwargs.get(name), *(getattr(c, name, None) for c in configs)) if v is not None), None)
@@ -40,7 +40,7 @@ def check_generation(model: Any, args: tuple, kwargs: dict[str, Any]) -> None:
     implementation = value("cache_implementation")
     if implementation is not None and str(implementation).startswith("paged"):
         model._paged("generate_batch")
-    if value("use_cache") is not False and (given or kwargs.get("cache_implementation") or implementation not in LAYOUTS):
+    if value("use_cache") is not False and (config or kwargs.get("cache_implementation") or implementation not in LAYOUTS):
         check_implementation(implementation)
     if value("assistant_early_exit") is not None:
         raise InputError("assistant_early_exit: the draft would come from the model's own first blocks with their stock wiring, "

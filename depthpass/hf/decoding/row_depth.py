@@ -67,14 +67,14 @@ def ladder_of(model: Any, counts: Sequence[int]) -> Ladder:
     passes = list(plans.current.passes)
     try:
         at = loop_of(passes, None)
-        made: list[Plan] = []
+        variants: list[Plan] = []
         for count in counts:
             some = list(passes)
             some[at] = passes[at].with_loops(count)
-            made.append(plans.of(model, some, None))
+            variants.append(plans.of(model, some, None))
     except DepthpassError as error:
         raise InputError(f"loops={list(counts)}: {error}") from error
-    programs = [p.program for p in made]
+    programs = [p.program for p in variants]
     for program in programs:
         if bad := next((o.kind for o in program if o.kind in ("delay", "route", "noise", "pad", "select", "ffn")), None):
             raise _unfit(f"{bad} of {plans.current.passes[at].label}")
@@ -100,12 +100,12 @@ def cut(programs: Sequence[Program], counts: tuple[int, ...]) -> Ladder:
     for program, after in zip(programs, (*programs[1:], None)):
         body = [o for o in program if o.kind not in _ASIDE and o.name not in taken]
         if after is not None:
-            same, _, _ = common(after, program)
-            inside = [o for o in body if o.name in same]
+            twins, _, _ = common(after, program)
+            inside = [o for o in body if o.name in twins]
         elif ending is None:  # one count for all rows: cut behind the last visit
-            same, inside = {}, body[: max(i for i, o in enumerate(body) if o.kind == "block") + 1]
+            twins, inside = {}, body[: max(i for i, o in enumerate(body) if o.kind == "block") + 1]
         else:
-            same, inside = {}, body[: len(body) - len(ending)]
+            twins, inside = {}, body[: len(body) - len(ending)]
         rest = body[len(inside) :]
         names = {o.name for o in rest}
         exits = dict.fromkeys(a for o in rest for a in o.args if a not in names)
@@ -116,8 +116,8 @@ def cut(programs: Sequence[Program], counts: tuple[int, ...]) -> Ladder:
             ending, last = rest, _piece(program, left, rest)
         pieces.append(_piece(program, entry, [*inside, op("output", left)]))
         if after is not None:
-            taken = {same[o.name] for o in program if o.name in same}
-            entry = same[left]
+            taken = {twins[o.name] for o in program if o.name in twins}
+            entry = twins[left]
     first, *steps = [Part.of(p) for p in pieces]
     return Ladder(first, tuple(steps), Part.of(last), counts[1:])
 
@@ -128,13 +128,13 @@ def _piece(program: Program, entry: str, ops: list[Op]) -> Program:
     Raises:
         InputError: they read more.
     """
-    made = replace(program, ops=(op("embed", name=entry), *ops))
-    if any(a not in made.defs for o in ops for a in o.args):
+    piece = replace(program, ops=(op("embed", name=entry), *ops))
+    if any(a not in piece.defs for o in ops for a in o.args):
         raise _unfit("iterations that read more than one stream")
     try:
-        if infer(made)[made.output] != Type(program.width):
+        if infer(piece)[piece.output] != Type(program.width):
             raise _unfit("a stream that not every token has")
-        return verify(made)
+        return verify(piece)
     except DepthpassError as error:
         if isinstance(error, InputError):
             raise
@@ -170,13 +170,13 @@ def rows_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any]
         loops = loops.tolist()
     if not isinstance(loops, Sequence) or isinstance(loops, str) or any(type(n) is not int or n < 1 for n in loops):
         raise InputError(f"loops: expected one number of at least 1 for every row, got {loops!r}.")
-    made, streamer = ladder_of(model, sorted(set(loops))), kwargs.get("streamer")
+    ladder, streamer = ladder_of(model, sorted(set(loops))), kwargs.get("streamer")
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         if len(loops) != len(input_ids):
             raise InputError(f"loops: expected a number for each of {len(input_ids)} rows, got {len(loops)}.")
         mask = real_tokens(model_kwargs, "loops")
-        run = _Rows(model, made, loops, logits_processor, stopping_criteria, generation_config, streamer)
+        run = _Rows(model, ladder, loops, logits_processor, stopping_criteria, generation_config, streamer)
         return run.decode(input_ids, mask)
 
     return generate(model, custom_generate=decode, **kwargs)
@@ -227,17 +227,17 @@ class _Rows(Tokens):
                 given["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
         call = normalise(model, self.decoder, self.names, given, None)
         captured = model._captured(call, self.names)
-        whole = StockHost(model, captured, ())
-        x, side_inputs = embedded(model, whole, call)
+        call_host = StockHost(model, captured, ())
+        x, side_inputs = embedded(model, call_host, call)
         rung = model._depth.lowering
         rung = "auto" if rung in ("inductor", "cudagraph") else rung
         parts = (ladder.first, *ladder.steps, ladder.last)
         for place, (part, count) in enumerate(zip(parts, (len(ids), *self.takes, len(ids)))):
-            host, mine, valid = whole, side_inputs, call.valid
+            host, mine, valid = call_host, side_inputs, call.valid
             if count < len(ids):
                 rows = torch.arange(count, device=ids.device)
                 host = StockHost(model, captured, ())
-                host.live, host.counts = whole.live and whole.live.of_rows(rows), whole.counts
+                host.live, host.counts = call_host.live and call_host.live.of_rows(rows), call_host.counts
                 mine = [s[:count] if axis and s.shape[0] == len(ids) else s for s, axis in zip(side_inputs, captured.side_axes)]
                 host.extras = mine
                 valid = None if valid is None else valid[:count]

@@ -43,12 +43,12 @@ def draft_generate(model: Any, generate: Any, args: tuple, kwargs: dict[str, Any
     kwargs = named(generate, args, kwargs)
     check_combined(model, kwargs, cache, tokens)
     kwargs = with_stop_strings(model, kwargs)
-    made, streamer = draft_of(model, spec), kwargs.get("streamer")
-    report = DraftReport(shared=made.rest is not None)
+    draft, streamer = draft_of(model, spec), kwargs.get("streamer")
+    report = DraftReport(shared=draft.rest is not None)
 
     def decode(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
         mask = real_tokens(model_kwargs, "draft")
-        run = _Decoding(model, made, tokens, logits_processor, stopping_criteria, generation_config, streamer, report)
+        run = _Decoding(model, draft, tokens, logits_processor, stopping_criteria, generation_config, streamer, report)
         return run.decode(input_ids, mask)
 
     out = generate(model, custom_generate=decode, **kwargs)
@@ -155,7 +155,7 @@ class _Decoding(Tokens):
                        lines={k: t for k, t in self.whole.lines.items() if k not in lines})
 
     def _with_draft(self, state: State) -> State:
-        """A state with the draft's slots and lines in the place of the same ones; no memory is taken twice."""
+        """A state with the draft's slots and lines in place of the same ones; no memory is taken twice."""
         held = self.ahead
         return replace(state, slots=state.slots | {there: held.slots[here] for here, there in self.draft.slots.items()
                                                    if here in held.slots},
@@ -163,7 +163,7 @@ class _Decoding(Tokens):
                                             if here in held.lines})
 
     def _with_whole(self) -> State:
-        """The draft's state, with the whole program's slots in the place of the same ones."""
+        """The draft's state, with the whole program's slots in place of the same ones."""
         held = self.whole
         return replace(self.ahead, slots=self.ahead.slots | {here: held.slots[there]
                                                              for here, there in self.draft.slots.items() if there in held.slots})
@@ -203,7 +203,7 @@ class _Decoding(Tokens):
         self._take_back(before_whole, before_ahead, row[:, :length], length)
 
     def _judge(self, logits: Tensor, guesses: Sequence[Tensor], chances: Sequence[Tensor | None]) -> None:
-        """Append drafted tokens while every row keeps them, and the model's own in the place of the first that one does not.
+        """Append drafted tokens while every row keeps them, and the model's own in place of the first that one does not.
 
         Rows go on together: the first token that any row does not keep ends the round for all. That is a stopping time of each
         row's own tokens, so what the others keep stays distributed as it should. So is a row's end: what follows it are pads,
@@ -243,7 +243,7 @@ class _Decoding(Tokens):
 
 
 def _redrawn(p: Tensor, q: Tensor, guess: Tensor) -> tuple[Tensor, Tensor]:
-    """What to put in the place of a drafted token, and whether it is kept.
+    """What to put in place of a drafted token, and whether it is kept.
 
     Args:
         p, q: the model's and the draft's distributions, ``[batch, vocabulary]``.

@@ -19,16 +19,16 @@ _OURS = (*NAMES, "attention_mask", "position_ids", "cache_position", "use_cache"
 """Arguments of the model that :func:`real_tokens` has looked at, or that say nothing about the tokens."""
 
 
-def real_tokens(given: Mapping[str, Any], who: str) -> Tensor | None:
+def real_tokens(arguments: Mapping[str, Any], who: str) -> Tensor | None:
     """The mask of real tokens among the model's arguments; None = all are real.
 
     Raises:
         InputError: there are arguments that this decoding would leave out.
     """
-    for name, value in given.items():
+    for name, value in arguments.items():
         if value is not None and name not in _OURS:
             raise InputError(f"{who}: expected no {name} beside it, got a {type(value).__name__}. Leave one of them out.")
-    mask, positions = given.get("attention_mask"), given.get("position_ids")
+    mask, positions = arguments.get("attention_mask"), arguments.get("position_ids")
     if mask is not None and mask.dim() != 2:
         raise InputError(f"{who}: expected an attention_mask of real tokens, [batch, tokens], got {list(mask.shape)}.")
     mask = None if mask is None or bool(mask.all()) else mask
@@ -71,7 +71,7 @@ class Tokens:
         return torch.ones_like(self.running) if self.pad is None else self.running
 
     def padded(self, token: Tensor) -> Tensor:
-        """Pads in the place of tokens of rows that have stopped."""
+        """Pads in place of tokens of rows that have stopped."""
         return token if self.pad is None else torch.where(self.running, token, self.pad.to(token))
 
     def pick(self, logits: Tensor, row: Tensor, processors: Any = None) -> tuple[Tensor, Tensor | None, Tensor]:

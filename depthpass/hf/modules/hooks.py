@@ -1,6 +1,6 @@
 """Where the hooks of a model are, as far as its decoder runs captured graphs instead of modules.
 
-A tool may also put an object of its own in the place of a module's ``forward`` (nnsight does). Functions there are part of
+A tool may also put an object of its own in place of a module's ``forward`` (nnsight does). Functions there are part of
 what a model computes, and traced; such an object acts at run time, like a hook.
 """
 
@@ -37,7 +37,7 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_controlled(module: nn.Module) -> bool:
-    """Whether a tool's object stands in the place of a module's forward."""
+    """Whether a tool's object stands in place of a module's forward."""
     if "_hf_hook" in module.__dict__ and not is_placed(module):
         return True
     forward = own_forward(module)

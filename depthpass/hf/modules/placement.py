@@ -47,8 +47,8 @@ def is_reentrant(module: nn.Module) -> bool:
 def align_hooks(module: nn.Module) -> list[Any]:
     """accelerate's hooks on a module that move tensors between devices."""
     hook = module.__dict__.get("_hf_hook")
-    found = [] if hook is None else getattr(hook, "hooks", [hook])
-    return [h for h in found if hasattr(h, "execution_device") and hasattr(h, "io_same_device")]
+    hooks = [] if hook is None else getattr(hook, "hooks", [hook])
+    return [h for h in hooks if hasattr(h, "execution_device") and hasattr(h, "io_same_device")]
 
 
 def is_placed(module: nn.Module) -> bool:
@@ -79,14 +79,14 @@ def set_forward(module: nn.Module, forward: Callable | None) -> None:
 
 def copied(model: nn.Module) -> Any:
     """A copy of a module tree that shares its tensors, and where accelerate keeps those that are not loaded."""
-    made = sharing_copy(model, _weights(model))
-    for old, new in zip(model.modules(), made.modules(), strict=True):
+    new_model = sharing_copy(model, _weights(model))
+    for old, new in zip(model.modules(), new_model.modules(), strict=True):
         if "_hf_hook" in old.__dict__:
             # accelerate warns in these that a dispatched model should not be moved; they know the old model.
             for name in ("to", "cuda", "npu", "xpu", "mlu", "sdaa", "musa", "neuron"):
                 if isinstance(held := new.__dict__.get(name), types.FunctionType):
                     new.__dict__[name] = _of(held, old, new)
-    return made
+    return new_model
 
 
 def _of(function: Any, old: nn.Module, new: nn.Module) -> Any:
@@ -97,9 +97,9 @@ def _of(function: Any, old: nn.Module, new: nn.Module) -> Any:
         return types.MethodType(value.__func__, new) if getattr(value, "__self__", None) is old else value
 
     cells = tuple(types.CellType(mapped(c.cell_contents)) for c in function.__closure__ or ())
-    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
-    made.__dict__.update(function.__dict__)
-    return made
+    rebound = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
+    rebound.__dict__.update(function.__dict__)
+    return rebound
 
 
 def _weights(model: nn.Module) -> Iterator[object]:

@@ -18,7 +18,7 @@ def loop_of(passes: Sequence[Pass], scope: str | int | None) -> int:
         if len(loops) > 1:
             names = ", ".join(repr(_names(passes[i])[0]) for i in loops)
             raise SpecError(f"set_loops: the spec has {len(loops)} loops ({spec}). Say which with scope=, one of {names}, "
-                            f"or its place in the spec, one of {', '.join(map(str, loops))}.")
+                            f"or its index in the spec, one of {', '.join(map(str, loops))}.")
         return loops[0]
     if isinstance(scope, int) and not isinstance(scope, bool):
         if scope not in loops:

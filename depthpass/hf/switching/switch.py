@@ -80,7 +80,7 @@ def set_loops(model: Model, times: int | Sequence[int] | str, *, scope: str | in
         model: a transformed model, inside a PEFT wrapper or not.
         times: T, at least 1, or whatever else the pass takes there. For ``intra_layer_recurrence`` one count per visit, or
             one number for all of them.
-        scope: which pass, when the spec has several: its ``scope``, its name, or its place in the spec (from 0).
+        scope: which pass, when the spec has several: its ``scope``, its name, or its index in the spec (from 0).
 
     Raises:
         SpecError: the model is not transformed, its spec has no loop or several, the count is not possible, or its
@@ -107,10 +107,10 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
 
 
 def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:
-    found = _of_chunk(inner, plans, spec, chunk)
-    if found is not plans.current:
-        check_blocks(inner, found)
-    return found
+    plan = _of_chunk(inner, plans, spec, chunk)
+    if plan is not plans.current:
+        check_blocks(inner, plan)
+    return plan
 
 
 def _of_chunk(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:

@@ -77,7 +77,7 @@ def calibrate(
     inner = transformed(model, "calibrate")
     passes = list(inner._depth.plans.current.passes)
     at = _routed(passes)
-    given = _batches(batches)
+    inputs = _batches(batches)
     open_: Any = replace(passes[at], **_threshold_mode(passes[at]), taps=True)
     plans = inner._depth.plans
 
@@ -91,15 +91,15 @@ def calibrate(
     inner.eval()
     try:
         usual = tuple(o["threshold"] for o in routes)
-        before, tokens = _shares(model, planned(None), open_.scope, given)
+        before, tokens = _shares(model, planned(None), open_.scope, inputs)
         thresholds = list(usual)
         for i in range(len(routes)):
             plan = planned(tuple(thresholds))
             # Everyone is everyone, whatever the scores of other tokens will be.
             all_in = 0.0 if isinstance(open_, MixtureOfRecursions) else _LOWEST
             thresholds[i] = all_in if wanted[i] == 1 else _cut(
-                _scores(model, plan, i, open_.scope, given), round(wanted[i] * tokens))
-        now, _ = _shares(model, planned(tuple(thresholds)), open_.scope, given)
+                _scores(model, plan, i, open_.scope, inputs), round(wanted[i] * tokens))
+        now, _ = _shares(model, planned(tuple(thresholds)), open_.scope, inputs)
     finally:
         for part, training in modes.items():
             part.training = training

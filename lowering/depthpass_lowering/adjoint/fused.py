@@ -29,7 +29,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, half: int) -> Tensor:
 
 
 def fuse_pass(gm: fx.GraphModule, dtype: torch.dtype) -> None:
-    """Drop casts that change nothing, and put :func:`rms` and :func:`rope` in the place of their parts.
+    """Drop casts that change nothing, and put :func:`rms` and :func:`rope` in place of their parts.
 
     Numerics: exact up to the order of a product's factors.
 
@@ -162,10 +162,10 @@ def _rotation(graph: fx.Graph, node: fx.Node) -> None:
         if not (_only(straight, (aten.mul.Tensor,)) and _only(turned, (aten.mul.Tensor,))):
             continue
         for whole, sin in (turned.args, turned.args[::-1]):
-            found = _halves(whole)
-            if found is None or found[0] not in straight.args or not isinstance(sin, fx.Node):
+            halves = _halves(whole)
+            if halves is None or halves[0] not in straight.args or not isinstance(sin, fx.Node):
                 continue
-            x, half = found
+            x, half = halves
             cos = next((a for a in straight.args if a is not x), None)
             same = isinstance(cos, fx.Node) and node.meta["dtype"] == x.meta["dtype"] == cos.meta["dtype"] == sin.meta["dtype"]
             if same:
@@ -200,6 +200,6 @@ def _halves(n: Any) -> tuple[fx.Node, int] | None:
 
 def _replace(graph: fx.Graph, node: fx.Node, target, args: tuple) -> None:
     with graph.inserting_before(node):
-        made = graph.call_function(target, args)
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+        replacement = graph.call_function(target, args)
+    replacement.meta = dict(node.meta)
+    node.replace_all_uses_with(replacement)

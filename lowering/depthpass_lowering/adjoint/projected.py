@@ -41,7 +41,7 @@ def projected(visit, number: int, weights, biases, gain, x: Tensor, dim: int, ro
 
 
 def join_attention_pass(graph: fx.Graph, own: set[fx.Node]) -> int:
-    """Put :func:`projected` in the place of attention calls whose q, k and v come straight from one product.
+    """Put :func:`projected` in place of attention calls whose q, k and v come straight from one product.
 
     Numerics: exact.
 
@@ -62,10 +62,10 @@ def _join(graph: fx.Graph, node: Any) -> bool:
     visit, number, *sides, sinks = (*node.args, *([None] if len(node.args) == 5 else []))
     if sinks is not None or node.kwargs.get("sinks") is not None:
         return False
-    found = [_origin(x) for x in sides]
-    if any(f is None for f in found):
+    origins = [_origin(x) for x in sides]
+    if any(f is None for f in origins):
         return False
-    whole, places, dims, rotations = zip(*found)
+    whole, places, dims, rotations = zip(*origins)
     source = whole[0]
     if len({*whole}) != 1 or places != (0, 1, 2) or len({*dims}) != 1 or len(source.users) != 3:
         return False
@@ -73,11 +73,11 @@ def _join(graph: fx.Graph, node: Any) -> bool:
         return False
     _, weights, biases, x, *gain = source.args
     with graph.inserting_before(node):
-        made = graph.call_function(
+        joined = graph.call_function(
             projected, (visit, number, weights, biases, gain[0] if gain else None, x, dims[0], rotations[0])
         )
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
+    joined.meta = dict(node.meta)
+    node.replace_all_uses_with(joined)
     graph.erase_node(node)
     for side in sides:
         _erase_up(side)
@@ -152,8 +152,8 @@ def _tables_of(t: Tape, cos: fx.Node, sin: fx.Node, half: int) -> tuple[fx.Node,
     """Tables of :func:`turn`, once for all visits of a chunk."""
     key = "by token", cos, sin, half
     if key not in t.tables:
-        made = t.emit(_tables, cos, sin, half)
-        t.tables[key] = tuple(t.emit(operator.getitem, made, i) for i in range(3))
+        tables = t.emit(_tables, cos, sin, half)
+        t.tables[key] = tuple(t.emit(operator.getitem, tables, i) for i in range(3))
     return t.tables[key]
 
 

@@ -46,9 +46,9 @@ def other(t: Tape, n: Any) -> None:
     tape = t.emit(operator.getitem, both, 1)
 
     def back(g: fx.Node) -> None:
-        found = t.back(_through, tape, g)
+        gradients = t.back(_through, tape, g)
         for i, a in enumerate(active):
-            t.add(a, t.behind.call_function(operator.getitem, (found, i)), False)
+            t.add(a, t.behind.call_function(operator.getitem, (gradients, i)), False)
 
     t.on_back(n, back)
 
@@ -77,8 +77,8 @@ def _through(tape: tuple[Tensor, list[Tensor]], grad: Tensor) -> list[Tensor]:
     y, leaves = tape
     if not y.requires_grad:
         return [torch.zeros_like(x) for x in leaves]
-    found = torch.autograd.grad(y, leaves, grad, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, found)]
+    gradients = torch.autograd.grad(y, leaves, grad, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g for x, g in zip(leaves, gradients)]
 
 
 def direct(n: fx.Node) -> Any:

@@ -173,12 +173,12 @@ class Tape:
             return
         known = self.gradients.get(node)
         if known is None:
-            made = self.back_method("mul_", a, b)
+            total = self.back_method("mul_", a, b)
         elif known.fresh:
-            made = self.back_method("addcmul_", known.node, a, b)
+            total = self.back_method("addcmul_", known.node, a, b)
         else:
-            made = self.back(torch.addcmul, known.node, a, b)
-        self.gradients[node] = Gradient(made, True)
+            total = self.back(torch.addcmul, known.node, a, b)
+        self.gradients[node] = Gradient(total, True)
 
     def fitted(self, node: fx.Node, like: fx.Node, gradient: fx.Node, fresh: bool) -> None:
         """As :meth:`add`, of a gradient with the shape of ``like``, to which ``node`` was broadcast or promoted."""

@@ -176,10 +176,10 @@ def _layer_norm(t: Tape, n: Any) -> None:
     wanted = [p in t.active for p in (x, weight, bias)]
 
     def back(g: fx.Node) -> None:
-        found = t.back(_layer_norm_backward, g, x, shape, mean, rstd, weight, bias, wanted)
+        gradients = t.back(_layer_norm_backward, g, x, shape, mean, rstd, weight, bias, wanted)
         for i, p in enumerate((x, weight, bias)):
             if p in t.active:
-                t.add(p, t.behind.call_function(operator.getitem, (found, i)), True)
+                t.add(p, t.behind.call_function(operator.getitem, (gradients, i)), True)
 
     t.on_back(n, back)
 
@@ -213,16 +213,16 @@ def _attend(t: Tape, n: Any) -> None:
     writes_keys = visit in t.writers
 
     def back(g: fx.Node) -> None:
-        found = t.back(attend_back, tape, g)
+        gradients = t.back(attend_back, tape, g)
         for i, x in enumerate((q, k, v, sinks)):
             if x in t.active and (writes_keys or i in (0, 3)):
-                t.add(x, t.behind.call_function(operator.getitem, (found, i)), i == 0)
+                t.add(x, t.behind.call_function(operator.getitem, (gradients, i)), i == 0)
 
     def unread() -> None:
         # Others may read the keys of a visit whose result nobody does.
-        found = t.back(keys_back, tape)
+        gradients = t.back(keys_back, tape)
         for i, x in enumerate((k, v)):
-            t.add(x, t.behind.call_function(operator.getitem, (found, i)), False)
+            t.add(x, t.behind.call_function(operator.getitem, (gradients, i)), False)
 
     t.on_back(n, back, unread if writes_keys else None)
 
@@ -257,13 +257,13 @@ def _absorbed(t: Tape, n: Any) -> None:
     if not isinstance(t, Reverse):
         raise Unsupported("a product that is computed again")
     inside = operator.attrgetter(str(steps.target))(t.gm).graph
-    given = [m for m in inside.nodes if m.op == "placeholder"]
+    inputs = [m for m in inside.nodes if m.op == "placeholder"]
     result = inside.output_node().args[0]
 
     def run(ahead: fx.Graph, values: Sequence[Any]) -> Tape:
         tape = Tape(ahead, t.behind, t.rules)
-        tape.env.update(zip(given, values))
-        tape.active |= {p for p, leaf in zip(given, leaves) if ahead is t.behind and leaf in t.active}
+        tape.env.update(zip(inputs, values))
+        tape.active |= {p for p, leaf in zip(inputs, leaves) if ahead is t.behind and leaf in t.active}
         for m in inside.nodes:
             if m.op == "call_function":
                 tape.run(m)
@@ -278,7 +278,7 @@ def _absorbed(t: Tape, n: Any) -> None:
             return
         again.add(result, t.back_method("back", site, g), True)
         again.unwind()
-        for p, leaf in zip(given, leaves):
+        for p, leaf in zip(inputs, leaves):
             if p in again.gradients:
                 t.add(leaf, again.gradients[p].node, again.gradients[p].fresh)
 

@@ -65,8 +65,8 @@ class Site:
     def whole(self, grads: Sequence[Tensor | None]) -> Tensor:
         """Gradients of the parts as one of the whole result."""
         known = next(g for g in grads if g is not None)
-        found = [known.new_zeros(*known.shape[:-1], size) if g is None else g for g, size in zip(grads, self.sizes)]
-        return torch.cat(found, -1)
+        parts = [known.new_zeros(*known.shape[:-1], size) if g is None else g for g, size in zip(grads, self.sizes)]
+        return torch.cat(parts, -1)
 
     def back(self, g: Tensor) -> Tensor:
         """Gradient of what the product read."""
@@ -94,11 +94,11 @@ class Site:
 
 def sites_of(specs: Sequence[SiteSpec], params: Sequence[Tensor], sink: Sink, like: Tensor) -> list[Site]:
     """The products of a chunk's graph with these parameters."""
-    made = []
+    sites = []
     for spec in specs:
         weights = Weights(
             tuple(params[i] for i in spec.weights), tuple(None if i is None else params[i] for i in spec.biases),
             spec.joined, spec.transposed, None if spec.gain is None else params[spec.gain],
         )
-        made.append(Site(sink, weights, like))
-    return made
+        sites.append(Site(sink, weights, like))
+    return sites

@@ -60,10 +60,10 @@ def _cat(t: Tape, n: Any) -> None:
         sizes = [t.emit(_size, p, axis) for p in parts]
 
         def back(g: fx.Node) -> None:
-            found = t.back(torch.split, g, sizes, axis)
+            pieces = t.back(torch.split, g, sizes, axis)
             for i, p in enumerate(parts):
                 if p in t.active:
-                    t.add(p, _as(t, p, n, t.behind.call_function(operator.getitem, (found, i))), False)
+                    t.add(p, _as(t, p, n, t.behind.call_function(operator.getitem, (pieces, i))), False)
 
         t.on_back(n, back)
 
@@ -84,11 +84,11 @@ def _size(x: Tensor, axis: int) -> int:
 def _split(t: Tape, n: Any) -> None:
     x = n.args[0]
     axis = n.args[2] if len(n.args) > 2 else n.kwargs.get("dim", 0)
-    made = t.emit(n.target, *n.args, **n.kwargs)
+    pieces = t.emit(n.target, *n.args, **n.kwargs)
     parts = {u.args[1]: u for u in n.users if u.target is operator.getitem}
     for i, u in parts.items():
-        t.env[u] = t.emit(operator.getitem, made, i)
-    t.env[n] = made
+        t.env[u] = t.emit(operator.getitem, pieces, i)
+    t.env[n] = pieces
     if x not in t.active:
         return
     t.active.update(parts.values())
@@ -96,7 +96,7 @@ def _split(t: Tape, n: Any) -> None:
     def step() -> None:
         grads = {i: t.gradients[u].node for i, u in parts.items() if u in t.gradients}
         if grads:
-            t.add(x, t.back(_side_by_side, made, grads, axis), True)
+            t.add(x, t.back(_side_by_side, pieces, grads, axis), True)
 
     t.steps.append(step)
 

@@ -1,4 +1,4 @@
-"""``torch.compile(model, backend="depthpass", options={"spec": spec})``: run a depth program in the place of the graph."""
+"""``torch.compile(model, backend="depthpass", options={"spec": spec})``: run a depth program in place of the graph."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def depthpass_backend(
 
 
 class _Compiled:
-    """What runs in the place of the graph: same arguments, same flat results."""
+    """What runs in place of the graph: same arguments, same flat results."""
 
     def __init__(self, captured, plan: Plan, owner: nn.Module, depth: nn.Module, inner):
         self.captured, self.plan, self.depth, self.inner = captured, plan, depth, inner

@@ -52,7 +52,7 @@ def model_of(gm: fx.GraphModule, arguments: Sequence[object]) -> tuple[nn.Module
     return model, next((a for a in attached if any(m is model for m in a.modules())), model)
 
 
-def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[nn.Module]:
+def _models_in_scope(gm: fx.GraphModule, weights: Sequence[nn.Parameter]) -> list[nn.Module]:
     """Decoders found at the variables of the compiled frame that Dynamo lifted the parameters from."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
@@ -70,7 +70,7 @@ def _models_in_scope(gm: fx.GraphModule, held: Sequence[nn.Parameter]) -> list[n
         root = _root(source_name(node), scopes)
         if isinstance(root, nn.Module) and not any(root is r for r in roots):
             roots.append(root)
-    wanted = {id(p) for p in held}
+    wanted = {id(p) for p in weights}
     return [m for m in map(_outermost_decoder, roots) if m is not None and any(id(p) in wanted for p in m.parameters())]
 
 
@@ -119,13 +119,13 @@ def scoring_parameters(model: nn.Module, key: str, program: Program, arguments: 
             "optimizer could train them. Call dp.attach(model, spec) before making the optimizer and compiling; for scoring "
             "call the compiled model under torch.no_grad()."
         )
-    kept = _SCORING.setdefault(model, {})
-    if key not in kept:
-        kept[key] = build(program, next(model.parameters()), model).requires_grad_(False)
+    cached = _SCORING.setdefault(model, {})
+    if key not in cached:
+        cached[key] = build(program, next(model.parameters()), model).requires_grad_(False)
         if names:
             warnings.warn(
                 f"the {len(names)} new parameters of the spec exist only inside the compiled function, at their initial "
                 "values; call dp.attach(model, spec) to hold, train and save them on the model.",
                 UserWarning, stacklevel=2,
             )
-    return kept[key]
+    return cached[key]

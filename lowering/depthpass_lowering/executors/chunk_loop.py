@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Site
+from depthpass.capture.captured import Site
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion
@@ -165,21 +165,21 @@ class Loop:
         for i, span in enumerate(cut):
             chunk = _Chunk(self, span, [t[i] for t in tables], job.executor.chunk_runner(job, span.count))
             lines = {d.name: self._differentiable(run.line(d.name, d.tokens)) for d in job.region.lines}
-            given = [*(parts[i] for parts in streams), *(parts[i] for parts in known)]
+            tensors = [*(parts[i] for parts in streams), *(parts[i] for parts in known)]
             if taped is None and job.recompute:
                 *values, chain = Recomputed.apply(
-                    chunk, tuple(lines), len(lines) + len(given), *lines.values(), *given,
+                    chunk, tuple(lines), len(lines) + len(tensors), *lines.values(), *tensors,
                     chain, *self.host.leaves.values(),
                 )
             elif taped is not None:
                 self.lines, self.span = lines, span
-                delays = {name: self.delayed(name, None) for name in taped.made.delays}
+                delays = {name: self.delayed(name, None) for name in taped.graph.delays}
                 count = len(graph.streams)
                 values, chain = taped.run(
-                    (None, *chunk.visits), given[:count], (*chunk.masks, *chunk.tables), given[count:], delays, chain
+                    (None, *chunk.visits), tensors[:count], (*chunk.masks, *chunk.tables), tensors[count:], delays, chain
                 )
             else:
-                values = chunk.run(lines, given)
+                values = chunk.run(lines, tensors)
             results = dict(zip(graph.results, values, strict=True))
             for d in job.region.lines:
                 source = results[d.source] if d.source in results else inputs[d.source].split(sizes, 1)[i]
@@ -199,11 +199,11 @@ class Loop:
         if any(type(p) not in (Tensor, nn.Parameter) for p in self.params):
             return None  # quantised or sharded: what such a weight can do is its own affair
         grad = torch.is_grad_enabled()
-        made = taped_graph(job.graph, self.params, [grad and t.requires_grad for t in known], hidden.dtype, grad)
-        if made is None:
+        taped = taped_graph(job.graph, self.params, [grad and t.requires_grad for t in known], hidden.dtype, grad)
+        if taped is None:
             return None
         like = hidden.new_empty(hidden.shape[0] * min(job.region.size, hidden.shape[1]), 1)
-        return TapedChunks(made, self.params, job.sink, like, job.recompute, job.draws)
+        return TapedChunks(taped, self.params, job.sink, like, job.recompute, job.draws)
 
     @staticmethod
     def _differentiable(line: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ class Loop:
 
     def absences(self, span: Span) -> list[Tensor | None]:
         """Per mask of the graph where its values are present, ``[batch or 1, tokens, 1]``; None = everywhere."""
-        found, compiled, hidden = [], self.job.executor.compiled, self.run.hidden
+        masks, compiled, hidden = [], self.job.executor.compiled, self.run.hidden
         for absent in self.job.graph.absents:
             if span.rank is not None:
                 there = span.rank >= absent
@@ -240,8 +240,8 @@ class Loop:
             if there is not None:
                 there = there[..., None]
                 there = there.expand(hidden.shape[0], -1, -1).contiguous() if compiled else there
-            found.append(there)
-        return found
+            masks.append(there)
+        return masks
 
     # Calls of the graph.
 
@@ -276,20 +276,20 @@ class _Chunk:
         # Every visit of a chunk shares its masks.
         self.visits, self.masks = loop.visits(span), loop.absences(span)
 
-    def run(self, lines: Mapping[str, Tensor], given: Sequence[Tensor]) -> Sequence[Tensor]:
+    def run(self, lines: Mapping[str, Tensor], tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         """The graph's results.
 
         Args:
             lines: delay lines by name.
-            given: the chunk of each stream, then of what is known before the loop.
+            tensors: the chunk of each stream, then of what is known before the loop.
         """
         loop, streams = self.loop, len(self.loop.job.graph.streams)
         loop.lines, loop.span = dict(lines), self.span
-        found = self.runner(
-            loop, *self.visits, *given[:streams], *self.masks, *self.tables, *loop.params, *given[streams:]
+        results = self.runner(
+            loop, *self.visits, *tensors[:streams], *self.masks, *self.tables, *loop.params, *tensors[streams:]
         )
         loop.lines = {}
-        return found
+        return results
 
 
 class Recomputed(torch.autograd.Function):
@@ -313,19 +313,19 @@ class Recomputed(torch.autograd.Function):
     def backward(ctx, *grads):
         chunk, names, count = ctx.chunk, ctx.names, ctx.count
         tensors = ctx.saved_tensors
-        given = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
+        inputs = [t.detach().requires_grad_(t.requires_grad) for t in tensors[:count]]
         chunk.loop.job.forget_tokens()
         device, dtype, enabled = ctx.autocast
         again = contextlib.nullcontext() if ctx.random is None else ctx.random.again()
         with torch.enable_grad(), torch.autocast(device, dtype, enabled=enabled), again:
-            values = chunk.run(dict(zip(names, given)), given[len(names) :])
+            values = chunk.run(dict(zip(names, inputs)), inputs[len(names) :])
         pairs = [(v, g) for v, g in zip(values, grads) if v.requires_grad and g is not None]
         leaves = tensors[count + 1 :]
-        wanted = [t for t in (*given, *leaves) if t.requires_grad]
-        found = iter(torch.autograd.grad([v for v, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True))
+        trained = [t for t in (*inputs, *leaves) if t.requires_grad]
+        computed = iter(torch.autograd.grad([v for v, _ in pairs], trained, [g for _, g in pairs], allow_unused=True))
         chunk.loop.job.forget_tokens()
-        made = [next(found) if t.requires_grad else None for t in (*given, *leaves)]
-        return (None, None, None, *made[:count], grads[-1].new_zeros(0), *made[count:])
+        gradients = [next(computed) if t.requires_grad else None for t in (*inputs, *leaves)]
+        return (None, None, None, *gradients[:count], grads[-1].new_zeros(0), *gradients[count:])
 
 
 class _BufferedVisit(RunningVisit):

@@ -102,16 +102,16 @@ class _Measured(JacobiExecutor):
 
     def _sweeps(self, jacobi: JacobiSweep, inputs: dict[str, Tensor], before: State, values: dict[str, Tensor]):
         count = jacobi.run.context.count
-        whole = jacobi.span(0, count)
+        span = jacobi.span(0, count)
         inner = jacobi.inner(before.fork())
-        right = jacobi.inject(inner, {s: values[s] for s in jacobi.sources}, whole)
-        c = jacobi.first(inner, whole)
+        right = jacobi.inject(inner, {s: values[s] for s in jacobi.sources}, span)
+        c = jacobi.first(inner, span)
         chunks = -(-count // jacobi.size)
         sweeps: list[MeasuredSweep] = []
         floor = 8 * max(torch.finfo(x.dtype).eps for x in right.values())
         for hops in range(min(chunks, self.limit or chunks)):
-            local = jacobi.sweep(jacobi.inner(before.fork()), inputs, c, whole)
-            after = jacobi.inject(inner, {s: local[s] for s in jacobi.sources}, whole)
+            local = jacobi.sweep(jacobi.inner(before.fork()), inputs, c, span)
+            after = jacobi.inject(inner, {s: local[s] for s in jacobi.sources}, span)
             results = {n: local[n] for n in jacobi.wanted} or {s: local[s] for s in jacobi.sources}
             sweeps.append(MeasuredSweep(
                 hops, *(_distance(jacobi.run.context, x, y) for x, y in ((c, after), (c, right), (results, values)))

@@ -97,7 +97,7 @@ class JacobiExecutor(Executor):
     def _trained(self, jacobi: JacobiSweep, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Solve without a graph, then one sweep with one."""
         policy, run, region = self.policy, jacobi.run, jacobi.region
-        whole = jacobi.span(0, run.context.count)
+        span = jacobi.span(0, run.context.count)
         with torch.no_grad():
             # The recording sweeps are the last ones.
             recorded = policy.backward or 1
@@ -107,10 +107,10 @@ class JacobiExecutor(Executor):
             inner = jacobi.inner(run.state.fork())
             sources = None
             if budget == 0:
-                c = jacobi.first(inner, whole)
+                c = jacobi.first(inner, span)
             elif solver.solve(inputs, run.state.fork()):
                 sources = {s: torch.cat(solver.pieces[s], 1) for s in jacobi.sources}
-                c = jacobi.inject(inner, sources, whole)
+                c = jacobi.inject(inner, sources, span)
             else:
                 solver.record.sequential = solver.record.chunks
                 c = None
@@ -183,7 +183,7 @@ class _Job:
 
         jacobi, run = self.jacobi, self.jacobi.run
         host, side_inputs = LeafHost(run.host, leaf), tuple(map(leaf, run.context.side_inputs))
-        inputs, whole = {n: leaf(x) for n, x in self.inputs.items()}, jacobi.span(0, run.context.count)
+        inputs, span = {n: leaf(x) for n, x in self.inputs.items()}, jacobi.span(0, run.context.count)
         first = after = {n: x.detach().requires_grad_() for n, x in self.c.items()}
         for number in range(self.policy.backward or 1):
             state = self.state.fork()
@@ -191,16 +191,16 @@ class _Job:
             state.lines = {k: leaf(t) for k, t in state.lines.items()}
             inner = jacobi.inner(state, host, side_inputs)
             if number == 0:
-                before = first if self.constant is None else jacobi.inject(inner, self.constant, whole)
+                before = first if self.constant is None else jacobi.inject(inner, self.constant, span)
             else:
                 before = after
-            local = jacobi.sweep(inner, inputs, before, self.reading(whole, number))
+            local = jacobi.sweep(inner, inputs, before, self.reading(span, number))
             sources = {s: local[s] for s in jacobi.sources}
-            after = jacobi.inject(inner, sources, whole)
+            after = jacobi.inject(inner, sources, span)
         # With the sources, not only with c: a delay line handed on has a gradient of its own.
         outs = [local[n] for n in jacobi.region.outputs]
         if run.context.keep:
-            outs += jacobi.push(inner, sources, whole).values()
+            outs += jacobi.push(inner, sources, span).values()
         for o in jacobi.region.visits:
             if (ring := run.ring(o)) is not None:
                 state.slots[o["slot"]] = state.slots[o["slot"]].last(ring)
@@ -208,7 +208,7 @@ class _Job:
         self.firsts = [state.slots[s].first for s in self.handed_on]
         if not self.policy.exact:
             was = {n: x.detach() for n, x in before.items()}
-            self.record.residuals.append(max(jacobi.changes(was, {n: x.detach() for n, x in after.items()}, whole)))
+            self.record.residuals.append(max(jacobi.changes(was, {n: x.detach() for n, x in after.items()}, span)))
             self.record.converged = self.record.residuals[-1] <= self.tol
         return outs, list(first.values()), list(after.values())
 

@@ -63,11 +63,11 @@ class Graphed(Compiled):
         context = padded(run.context, self.padding(run, region))
         parameters = region_parameters(region, run.host)
         streams = {n: _longer(t, 1, context.padded) for n, t in inputs.items()}
-        given = [*streams.values(), *context.side_inputs, *parameters.values()]
+        tensors = [*streams.values(), *context.side_inputs, *parameters.values()]
         if context.valid is not None:
-            given.append(context.valid)
+            tensors.append(context.valid)
         key = (
-            tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in given), context.valid is None,
+            tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors), context.valid is None,
             # A graph reads the storage of the parameters it was recorded with.
             tuple(p.data_ptr() for p in parameters.values()), recomputes(run.host, region),
         )
@@ -75,8 +75,8 @@ class Graphed(Compiled):
         if key not in kept:
             if len(kept) >= MOST:
                 kept.pop(next(iter(kept)))
-            kept[key] = _record(context, run.state, region, list(streams), list(parameters), given)
-        out = kept[key](*given)
+            kept[key] = _record(context, run.state, region, list(streams), list(parameters), tensors)
+        out = kept[key](*tensors)
         # The memory of a replay is written again by the next one.
         return {name: t[:, : run.context.count].clone() for name, t in zip(region.outputs, out)}
 
@@ -98,7 +98,7 @@ def _longer(t: Tensor, axis: int, columns: int) -> Tensor:
 
 
 def _record(
-    context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], given: list[Tensor]
+    context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], tensors: list[Tensor]
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Record a region's training pass: ``(*streams, *side_inputs, *weights[, valid])`` -> what it hands out."""
     side_inputs, executor = len(context.side_inputs), Compiled()
@@ -113,7 +113,7 @@ def _record(
 
     samples = tuple(
         t if i >= len(names) + side_inputs and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
-        for i, t in enumerate(given)
+        for i, t in enumerate(tensors)
     )
     recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
     return recorded

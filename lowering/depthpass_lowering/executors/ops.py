@@ -79,19 +79,19 @@ class Ops:
             self.push(region, local, span)
             for name, parts in done.items():
                 parts.append(self._whole(name, local))
-        found = self._joined(done)
-        return self._tied(region, local, found) if len(cut) == 1 and region.lines else found
+        outputs = self._joined(done)
+        return self._tied(region, local, outputs) if len(cut) == 1 and region.lines else outputs
 
     @staticmethod
-    def _tied(region: LoweredRegion, local: Mapping, found: dict[str, Any]) -> dict[str, Any]:
+    def _tied(region: LoweredRegion, local: Mapping, outputs: dict[str, Any]) -> dict[str, Any]:
         """The outputs of one chunk, through which what its delay lines keep gets gradients of zero.
 
         In a row that ends with its first chunk nobody reads the lines. Parameters before and behind a delay then have the same
         gradient, zero, on every level; torch would have None for some, which stops data-parallel ranks with longer rows.
         """
         held = [x.narrow(1, 0, 0).sum() for line in region.lines if (x := local[line.source]).requires_grad]
-        name = next((n for n, x in found.items() if isinstance(x, Tensor)), None)
-        return found | {name: found[name] + sum(held)} if held and name else found
+        name = next((n for n, x in outputs.items() if isinstance(x, Tensor)), None)
+        return outputs | {name: outputs[name] + sum(held)} if held and name else outputs
 
     def one(self, o: Op, local: dict, span: Span, masks: Masks, tables, keep: bool) -> None:
         """Run one op on a span; ``local`` holds the span's values."""

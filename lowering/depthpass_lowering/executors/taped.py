@@ -118,12 +118,12 @@ class TapedChunks:
     """
 
     def __init__(
-        self, made: TapedGraph, params: Sequence[Tensor], sink: Sink, like: Tensor, recompute: bool = False, draws: bool = False
+        self, graph: TapedGraph, params: Sequence[Tensor], sink: Sink, like: Tensor, recompute: bool = False, draws: bool = False
     ):
-        self.made, self.params, self.sink, self.recompute, self.draws = made, list(params), sink, recompute, draws
-        self.sites = sites_of(made.code.sites, params, sink, like)
-        self.forward = direct(made.code.forward)
-        self.backward = None if made.code.backward is None else direct(made.code.backward)
+        self.graph, self.params, self.sink, self.recompute, self.draws = graph, list(params), sink, recompute, draws
+        self.sites = sites_of(graph.code.sites, params, sink, like)
+        self.forward = direct(graph.code.forward)
+        self.backward = None if graph.code.backward is None else direct(graph.code.backward)
 
     def run(
         self, opaque: Sequence[Any], streams: Sequence[Tensor], tables: Sequence[Any], known: Sequence[Tensor],
@@ -132,11 +132,11 @@ class TapedChunks:
         """Results of one chunk.
 
         Args:
-            opaque: in the place of the loop, which no such graph asks, None; the running visits.
+            opaque: in place of the loop, which no such graph asks, None; the running visits.
             tables: masks and side inputs.
             chain: of the chunk before: makes later chunks go back first.
         """
-        moving = [*streams, *known, *(delays[name] for name in self.made.delays)]
+        moving = [*streams, *known, *(delays[name] for name in self.graph.delays)]
         call = _ChunkInputs(self, opaque, tables, len(streams))
         if torch.is_grad_enabled() and self.backward is not None:
             *results, chain = _TapedChunk.apply(call, chain, *moving)
@@ -146,7 +146,7 @@ class TapedChunks:
     def mode(self) -> contextlib.AbstractContextManager:
         """What a chunk runs in: no op of it is recorded, so none goes through autograd's part of the dispatcher, which costs more
         than a view. Ops that have no rule are differentiated by autograd itself."""
-        return contextlib.nullcontext() if self.made.code.islands else torch.inference_mode()
+        return contextlib.nullcontext() if self.graph.code.islands else torch.inference_mode()
 
     def release(self) -> None:
         """Let go of the weights of the forward pass."""
@@ -168,9 +168,9 @@ class _ChunkInputs:
         return [*self.opaque, *moving[: self.streams], *self.tables, *self.chunks.params, *moving[self.streams :]]
 
 
-def ordinary(found: Sequence[Tensor]) -> list[Tensor]:
+def ordinary(tensors: Sequence[Tensor]) -> list[Tensor]:
     """What leaves a chunk, as tensors that autograd may record."""
-    return [t.clone() if t.is_inference() else t for t in found]
+    return [t.clone() if t.is_inference() else t for t in tensors]
 
 
 class _TapedChunk(torch.autograd.Function):
@@ -189,12 +189,12 @@ class _TapedChunk(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        chunks, made, saved = ctx.chunks, ctx.chunks.made, ctx.saved
+        chunks, graph, saved = ctx.chunks, ctx.chunks.graph, ctx.saved
         ctx.saved = None
         with chunks.mode():
             if chunks.recompute:
                 with contextlib.nullcontext() if ctx.random is None else ctx.random.again():
                     _, saved = chunks.forward(*ctx.call.inputs(ctx.saved_tensors), *chunks.sites)
-            found = chunks.backward(chunks.sink, saved, *grads[:-1])
-        given = dict(zip(made.code.wants, ordinary(found)))
-        return (None, grads[-1], *(given.get(i) for i in made.moving))
+            gradients = chunks.backward(chunks.sink, saved, *grads[:-1])
+        given = dict(zip(graph.code.wants, ordinary(gradients)))
+        return (None, grads[-1], *(given.get(i) for i in graph.moving))

@@ -62,9 +62,9 @@ class StaticCache:
     @classmethod
     def of(cls, state: State, columns: int) -> StaticCache:
         """StaticCache of a state with space for so many columns: its own where it has them, else copies."""
-        held = state.slots
-        if isinstance(held, StepSlots) and held.rooms.used == state.length and held.rooms.columns == columns:
-            return held.rooms
+        slots = state.slots
+        if isinstance(slots, StepSlots) and slots.rooms.used == state.length and slots.rooms.columns == columns:
+            return slots.rooms
 
         def room(t: Tensor, first: int) -> Tensor:
             wide = t.new_zeros(*t.shape[:2], columns, t.shape[3])
@@ -74,7 +74,7 @@ class StaticCache:
         return cls(
             {
                 number: tuple((room(k, slot.first), room(v, slot.first)) for k, v in zip(slot.keys, slot.values))
-                for number, slot in held.items()
+                for number, slot in slots.items()
             },
             state.length,
         )

@@ -48,7 +48,7 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
     Numerics: exact.
     """
     twins: dict[object, fx.Node] = {}
-    same: dict[fx.Node, fx.Node] = {}
+    first: dict[fx.Node, fx.Node] = {}
     movable: set[fx.Node] = set()
     ready = set(known)
     for n in gm.graph.nodes:
@@ -56,16 +56,16 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
             continue
         movable.add(n)
         # Blocks ask for the same tables: one of equal nodes is enough.
-        args, kwargs = map_arg((n.args, n.kwargs), lambda a: same.get(a, a))
-        same[n] = twins.setdefault((n.target, _frozen(args), _frozen(kwargs)), n)
-    read = [n for n in dict.fromkeys(same[m] for m in gm.graph.nodes if m in movable) if _leaves(n, same, movable)]
+        args, kwargs = map_arg((n.args, n.kwargs), lambda a: first.get(a, a))
+        first[n] = twins.setdefault((n.target, _frozen(args), _frozen(kwargs)), n)
+    read = [n for n in dict.fromkeys(first[m] for m in gm.graph.nodes if m in movable) if _leaves(n, first, movable)]
     if not read:
         return Distributed(None, (), gm, 0)
     before, loop = fx.Graph(), fx.Graph()
     env: dict[fx.Node, fx.Node] = {n: before.node_copy(n) for n in known}
     for n in gm.graph.nodes:
-        if (n in movable and same[n] is n) or n.op == "get_attr":
-            env[n] = before.node_copy(n, lambda a: env[same.get(a, a)])
+        if (n in movable and first[n] is n) or n.op == "get_attr":
+            env[n] = before.node_copy(n, lambda a: env[first.get(a, a)])
     before.output(tuple(env[n] for n in read))
     before.eliminate_dead_code()
     inside: dict[fx.Node, fx.Node] = {}
@@ -75,7 +75,7 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
     for n in read:
         value = loop.placeholder(f"known_{n.name}")
         value.meta = dict(n.meta)
-        inside.update({m: value for m in movable if same[m] is n})
+        inside.update({m: value for m in movable if first[m] is n})
     for n in gm.graph.nodes:
         if n.op != "placeholder" and n not in movable:
             inside[n] = loop.node_copy(n, inside.__getitem__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.errors import LoweringError
 from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.fx_passes.modulate import Branch, branches
@@ -53,21 +53,21 @@ def _attention(gm: fx.GraphModule, mlp: Branch) -> fx.GraphModule:
 
 def _ffn(gm: fx.GraphModule, mlp: Branch, params: int) -> fx.GraphModule:
     graph, nodes = fx.Graph(), list(gm.graph.nodes)
-    given = [n for n in nodes if n.op == "placeholder"]
+    inputs = [n for n in nodes if n.op == "placeholder"]
     visit, hidden = graph.placeholder("visit"), graph.placeholder("hidden")
     read = graph.placeholder("read")
     for stream in (hidden, read):
-        stream.meta = dict(given[1].meta)
-    env = {given[0]: visit, given[1]: hidden}
-    env |= {n: graph.node_copy(n) for n in given[len(given) - params :]} | {mlp.source: read}
+        stream.meta = dict(inputs[1].meta)
+    env = {inputs[0]: visit, inputs[1]: hidden}
+    env |= {n: graph.node_copy(n) for n in inputs[len(inputs) - params :]} | {mlp.source: read}
     inside = reached([mlp.result], lambda n: () if n is mlp.source else n.all_input_nodes)
-    if lost := [n for n in given if n in inside and n not in env]:
+    if lost := [n for n in inputs if n in inside and n not in env]:
         raise LoweringError(f"expected a feed-forward network that reads no table of its tokens, got one that reads %{lost[0]}.")
     for n in nodes:
         if n in inside and n not in env:
             env[n] = graph.node_copy(n, env.__getitem__)
     total = graph.call_function(torch.ops.aten.add.Tensor, (hidden, _shaped(graph, env[mlp.result], hidden)))
-    total.meta = dict(given[1].meta)
+    total.meta = dict(inputs[1].meta)
     graph.output(total)
     return _made(gm, graph)
 

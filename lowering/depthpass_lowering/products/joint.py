@@ -1,7 +1,7 @@
 """Compile a segment of a block, forward and backward, with its weight gradients left for after the token loop.
 
 A segment is a token-local piece of a block's graph between attention calls. Its forward and backward passes are traced
-into one graph in which every product with a parameter, ``y = x W``, hands out x and the gradient of y in the place of the
+into one graph in which every product with a parameter, ``y = x W``, hands out x and the gradient of y in place of the
 weight's gradient; the graph is cut in two where recomputing is cheaper than keeping, and both halves go to Inductor.
 """
 
@@ -74,11 +74,11 @@ class Product:
         if self.packed:
             rows, columns = w.shape()
             like = w.weights[0].new_empty((), dtype=dtype)
-            found = [like.new_empty(rows, columns)]
+            operands = [like.new_empty(rows, columns)]
             if self.trained:
                 # A view of W where there are no blocks: a compiled graph relies on its strides.
-                found.append(like.new_empty(columns, rows) if blocked(like.new_empty(1, 1), like) else found[0].t())
-            return [*found, *([like.new_empty(rows)] if biases else [])]
+                operands.append(like.new_empty(columns, rows) if blocked(like.new_empty(1, 1), like) else operands[0].t())
+            return [*operands, *([like.new_empty(rows)] if biases else [])]
         return [] if self.dtype is None else [torch.empty_like(t, dtype=dtype) for t in (*w.weights, *biases)]
 
 
@@ -173,25 +173,25 @@ class _Recorder(fx.Interpreter):
             tuple(self.place[t] for t in weights), tuple(None if b is None else self.place[b] for b in biases), joined,
             transposed, dtype, packed, self.trained,
         )
-        given = [] if self.operands is None else [self.operands.pop(0) for _ in product.examples(own)]
-        if given and packed:
-            bias = given.pop() if given[-1].dim() == 1 else None
+        operands = [] if self.operands is None else [self.operands.pop(0) for _ in product.examples(own)]
+        if operands and packed:
+            bias = operands.pop() if operands[-1].dim() == 1 else None
             whole = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
-            y = _PackedProduct.apply(whole, given[0], given[1] if self.trained else None, bias)
+            y = _PackedProduct.apply(whole, operands[0], operands[1] if self.trained else None, bias)
             self.y.append(y)
-            made = [y] if joined or len(weights) == 1 else list(y.split(own.sizes(), -1))
+            outs = [y] if joined or len(weights) == 1 else list(y.split(own.sizes(), -1))
         else:
-            if given:
-                rest = iter(given[len(weights) :])
+            if operands:
+                rest = iter(operands[len(weights) :])
                 cast = Weights(
-                    tuple(given[: len(weights)]), tuple(None if b is None else next(rest) for b in biases), joined, transposed
+                    tuple(operands[: len(weights)]), tuple(None if b is None else next(rest) for b in biases), joined, transposed
                 )
-            made = plain(cast, xs)
-            self.y += made
+            outs = plain(cast, xs)
+            self.y += outs
         flat = [x.reshape(-1, x.shape[-1]) for x in xs]
         self.x.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
         self.products.append(product)
-        return made
+        return outs
 
 
 def trace(
@@ -239,13 +239,13 @@ def trace(
         kept = [x for x, p in zip(recorder.x, recorder.products) if _is_sunk(p, trains)]
         return [*outs, *kept], flat
 
-    made = tuple(p for p in probe.products if _is_sunk(p, trains))
+    to_sink = tuple(p for p in probe.products if _is_sunk(p, trains))
     tangents = [torch.empty_like(results[i]) for i in differentiable]
     graph = make_fx(joint, decomposition_table=select_decomp_table(), tracing_mode="fake")(examples, tangents)
     if any(writes(n) for n in graph.graph.nodes):
         graph = _functional(graph, examples, tangents)
     _flatten(graph)
-    forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(results) + len(made))
+    forward, backward = min_cut_rematerialization_partition(graph, None, num_fwd_outputs=len(results) + len(to_sink))
     return Joint(
         _inductor(forward), _inductor(backward), len(results), differentiable, wants, tuple(probe.products),
         tuple(t.stride() for t in tangents),
@@ -308,7 +308,7 @@ class Segment:
 
     def __init__(self, gm: fx.GraphModule):
         self.gm = gm
-        self.made: dict[tuple, Joint] = {}
+        self.joints: dict[tuple, Joint] = {}
 
     def __call__(self, sink: Sink, *inputs: Tensor) -> tuple[Tensor, ...]:
         inputs = tuple(_plain(t) for t in inputs)
@@ -316,11 +316,11 @@ class Segment:
         device = inputs[0].device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
         key = (trains, dtype, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
-        joint = self.made.get(key)
+        joint = self.joints.get(key)
         if joint is None:
             # A backward pass runs without autocast, and so do the casts that are in the trace already.
             with torch.autocast(device, enabled=False):
-                joint = self.made[key] = trace(self.gm, inputs, trains, sink, dtype)
+                joint = self.joints[key] = trace(self.gm, inputs, trains, sink, dtype)
         if any(trains):
             return _Segment.apply(joint, sink, trains, *inputs)
         return tuple(joint.forward([*inputs, *_operands(joint, sink, inputs)])[: joint.results])
@@ -335,13 +335,13 @@ class _Segment(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, joint: Joint, sink: Sink, trains: tuple[bool, ...], *inputs: Tensor):
-        made = joint.forward([*(t.detach() for t in inputs), *_operands(joint, sink, inputs)])
+        results = joint.forward([*(t.detach() for t in inputs), *_operands(joint, sink, inputs)])
         ctx.joint, ctx.sink = joint, sink
         ctx.products = [(p, p.of(inputs)) for p in joint.products if _is_sunk(p, trains)]
         count = joint.results + len(ctx.products)
-        ctx.operands = made[joint.results : count]
-        ctx.saved = made[count:]
-        outs = tuple(made[: joint.results])
+        ctx.operands = results[joint.results : count]
+        ctx.saved = results[count:]
+        outs = tuple(results[: joint.results])
         ctx.mark_non_differentiable(*(t for i, t in enumerate(outs) if i not in joint.differentiable))
         return outs
 
@@ -349,13 +349,13 @@ class _Segment(torch.autograd.Function):
     def backward(ctx, *grads):
         joint, sink = ctx.joint, ctx.sink
         tangents = [_strided(grads[i], s) for i, s in zip(joint.differentiable, joint.strides)]
-        found = joint.backward([*ctx.saved, *tangents])
-        rest = iter(found[len(joint.wants) :])
+        gradients = joint.backward([*ctx.saved, *tangents])
+        rest = iter(gradients[len(joint.wants) :])
         for (product, w), x in zip(ctx.products, ctx.operands):
             sink.add(w, [x], [next(rest) for _ in range(product.grads)])
         ctx.saved = ctx.operands = ctx.products = None
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for i, g in zip(joint.wants, found):
+        for i, g in zip(joint.wants, gradients):
             out[3 + i] = g
         return tuple(out)
 

@@ -86,10 +86,10 @@ class Weights:
     def matrix(self) -> Tensor:
         """W, ``[out, in]``."""
         if self.transposed:
-            found = self.weights[0].t()
+            matrix = self.weights[0].t()
         else:
-            found = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
-        return found if self.gain is None else found * self.gain
+            matrix = self.weights[0] if len(self.weights) == 1 else torch.cat(self.weights, 1 if self.joined else 0)
+        return matrix if self.gain is None else matrix * self.gain
 
     def bias(self) -> Tensor | None:
         """b, ``[out]``; None = without."""
@@ -97,8 +97,8 @@ class Weights:
             return None
         if self.joined:
             return functools.reduce(torch.add, [b for b in self.biases if b is not None])
-        found = [w.new_zeros(size) if b is None else b for w, b, size in zip(self.weights, self.biases, self.sizes())]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        biases = [w.new_zeros(size) if b is None else b for w, b, size in zip(self.weights, self.biases, self.sizes())]
+        return biases[0] if len(biases) == 1 else torch.cat(biases)
 
 
 class Products:
@@ -134,10 +134,10 @@ class Products:
             return [grads[0] @ weight for weight in w.weights]
         if w.transposed:
             return [F.linear(grads[0], w.weights[0])]
-        found = grads[0] @ w.weights[0]
+        total = grads[0] @ w.weights[0]
         for g, weight in zip(grads[1:], w.weights[1:]):
-            found = found + g @ weight
-        return [found]
+            total = total + g @ weight
+        return [total]
 
     def packed(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """W in oneDNN's format (on CUDA as it is), and b."""

@@ -115,8 +115,8 @@ class Segmented:
 
     def _needed(self, outs: list[fx.Node], own: set[fx.Node]) -> list[fx.Node]:
         """What a segment runs, in order: its own nodes, and the sizes and constants they read."""
-        found = reached(outs, lambda n: [a for a in n.all_input_nodes if a in own or a in self.again])
-        return [n for n in self.nodes if n in found]
+        needed = reached(outs, lambda n: [a for a in n.all_input_nodes if a in own or a in self.again])
+        return [n for n in self.nodes if n in needed]
 
     def __call__(self, *args, lead: tuple = ()):
         """Run the graph; ``lead`` goes in front of the inputs of every compiled segment."""
@@ -135,10 +135,10 @@ class Segmented:
 
 def _repeatable(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """Sizes and constants: cheaper to work out in every segment than to hand on as numbers, which would be fixed."""
-    found: set[fx.Node] = set()
+    repeatable: set[fx.Node] = set()
     for n in nodes:
         if n.op == "get_attr" or n.target is torch.ops.aten.sym_size.int or (
-            n.target in (operator.add, operator.mul) and all(a in found for a in n.all_input_nodes)
+            n.target in (operator.add, operator.mul) and all(a in repeatable for a in n.all_input_nodes)
         ):
-            found.add(n)
-    return found
+            repeatable.add(n)
+    return repeatable

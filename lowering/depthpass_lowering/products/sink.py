@@ -98,7 +98,7 @@ class Sink:
 
     def finish(self) -> dict[int, Tensor]:
         """Gradients by id of the weight or bias; empties the sink."""
-        found: dict[int, Tensor] = {}
+        gradients: dict[int, Tensor] = {}
         for key, held in self._waiting.items():
             self._flush(held)
             w = held.weights
@@ -106,16 +106,16 @@ class Sink:
                 parts = self._sums[key].split(w.sizes(), 1 if w.joined or w.transposed else 0)
                 for t, part in zip(w.weights, parts):
                     if w.gain is not None:
-                        part = _through_gain(found, w, t, part)
+                        part = _through_gain(gradients, w, t, part)
                     if t.requires_grad:
-                        _gather(found, t, part.contiguous())
+                        _gather(gradients, t, part.contiguous())
             for b in w.biases:
                 if b is not None and id(b) in self._bias_sums:
-                    found[id(b)] = self._bias_sums[id(b)]
+                    gradients[id(b)] = self._bias_sums[id(b)]
         for key, g in self._others.items():
-            found[key] = found[key] + g if key in found else g
+            gradients[key] = gradients[key] + g if key in gradients else g
         self.__init__(self.products.uses)
-        return found
+        return gradients
 
     @outer_mode()
     def _flush(self, held: _Operands) -> None:
@@ -158,10 +158,10 @@ def _trains(weight: Tensor, bias: Tensor | None) -> bool:
     return weight.requires_grad or (bias is not None and bias.requires_grad)
 
 
-def _gather(found: dict[int, Tensor], weight: Tensor, part: Tensor) -> None:
+def _gather(gradients: dict[int, Tensor], weight: Tensor, part: Tensor) -> None:
     """Add to a weight's gradient: it may stand in several products (tied, or visited in other company)."""
-    known = found.get(id(weight))
-    found[id(weight)] = part if known is None else known + part
+    known = gradients.get(id(weight))
+    gradients[id(weight)] = part if known is None else known + part
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
@@ -170,12 +170,12 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return whole.reshape(-1, whole.shape[-1])
 
 
-def _through_gain(found: dict[int, Tensor], w: Weights, weight: Tensor, part: Tensor) -> Tensor:
+def _through_gain(gradients: dict[int, Tensor], w: Weights, weight: Tensor, part: Tensor) -> Tensor:
     """The gradient of a weight from that of the weight with its gain taken in, and the gain's own."""
     gain = w.gain
     assert gain is not None
     if gain.requires_grad:
-        _gather(found, gain, (part * weight.detach()).sum(1 if w.transposed else 0))
+        _gather(gradients, gain, (part * weight.detach()).sum(1 if w.transposed else 0))
     return part * (gain.detach()[:, None] if w.transposed else gain.detach())
 
 

@@ -84,7 +84,7 @@ class Route:
         return x.reshape(-1, x.shape[2]).index_select(0, self.flat).view(x.shape[0], self.count, x.shape[2])
 
     def scatter(self, base: Tensor, update: Tensor, mode: str) -> Tensor:
-        """The base with the update added to (``add``) or put in the place of (``replace``) the chosen tokens."""
+        """The base with the update added to (``add``) or put in place of (``replace``) the chosen tokens."""
         if not self.count:
             return base
         update = update.to(base.dtype)

@@ -8,7 +8,7 @@ import torch
 from depthpass_kernels.gated_attention.naive import mix
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.host import Host
@@ -235,7 +235,7 @@ def updates(o: Op, lora: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.
     """
     # PEFT moves a wrapped weight one level down.
     place = {name.replace(".base_layer.", "."): i for i, name in enumerate(names)}
-    found = []
+    placed = []
     for path, update in lora.named_modules():
         if not hasattr(update, "low_rank"):
             continue
@@ -245,5 +245,5 @@ def updates(o: Op, lora: nn.Module, names: Sequence[str]) -> list[tuple[int, nn.
                 f"per-visit LoRA {o['lora']!r}: {path} of block {o['index']} is not read by its graph (it belongs to an "
                 "experts layer, which runs as a whole). Leave lora_rank out for this model."
             )
-        found.append((i, update))
-    return found
+        placed.append((i, update))
+    return placed

@@ -84,8 +84,8 @@ class Report:
 
         Where the loop count follows n and the depth is not affine in it: the form at the loop count of ``seq_len``.
         """
-        found = None if self.lengths is None else self.lengths.formula
-        return self.depths[None].formula if found is None else found
+        formula = None if self.lengths is None else self.lengths.formula
+        return self.depths[None].formula if formula is None else formula
 
     def depth_at(self, n: int) -> int:
         """Depth of the final output for a row of n tokens, in block visits."""
@@ -133,11 +133,11 @@ class Report:
     @cached_property
     def _passes(self) -> dict[int, int]:
         """Calls of each block over the whole row."""
-        found: dict[int, int] = {}
+        passes: dict[int, int] = {}
         for r in self.schedule.regions:
             for o in r.counted:
-                found[o["index"]] = found.get(o["index"], 0) + self._steps(r)
-        return found
+                passes[o["index"]] = passes.get(o["index"], 0) + self._steps(r)
+        return passes
 
     @property
     def serial_block_calls(self) -> int:

@@ -19,11 +19,11 @@ def settings(model: Any, who: str) -> MaskedDiffusion:
     """
     inner = _inner(model)
     passes = inner._depth.plan.passes if hasattr(inner, "_depth") else ()
-    found = [p for p in passes if isinstance(p, MaskedDiffusion)]
-    if len(found) != 1:
+    diffusions = [p for p in passes if isinstance(p, MaskedDiffusion)]
+    if len(diffusions) != 1:
         raise SpecError(f"{who}: expected a model transformed with dp.MaskedDiffusion, got {type(inner).__name__} with "
                         f"{'; '.join(p.label for p in passes) or 'no spec'}.")
-    return found[0]
+    return diffusions[0]
 
 
 def new_cache(model: Any) -> Any:

@@ -199,11 +199,11 @@ def block_kinds(model: nn.Module, layers: str) -> tuple[int, ...]:
     blocks = _block_list(model, layers)
     lists = [values for values in _per_layer_lists(model, len(blocks)).values()]
     seen: dict[object, int] = {}
-    found = []
+    kinds = []
     for i, block in enumerate(blocks):
         key = (*_signature(block), tuple(repr(values[i]) for values in lists))
-        found.append(seen.setdefault(key, len(seen)))
-    return tuple(found)
+        kinds.append(seen.setdefault(key, len(seen)))
+    return tuple(kinds)
 
 
 def _signature(block: nn.Module) -> tuple:
@@ -229,7 +229,7 @@ def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
     """Keep some blocks of a private copy: the list of blocks, the number of blocks and every per-layer list."""
     blocks = _block_list(model, layers)
     total = len(blocks)
-    kept = nn.ModuleList([blocks[i] for i in keep])
+    shorter = nn.ModuleList([blocks[i] for i in keep])
     lists = {k: [v[i] for i in keep] for k, v in _per_layer_lists(model, total).items()}
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
     texts = {id(t): t for c in configs.values() if (t := c.get_text_config(decoder=True)).num_hidden_layers == total}
@@ -238,8 +238,8 @@ def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
         for name, values in lists.items():
             setattr(text, name, values)
     parent, _, name = layers.rpartition(".")
-    setattr(model.get_submodule(parent), name, kept)
-    for i, block in enumerate(kept):
+    setattr(model.get_submodule(parent), name, shorter)
+    for i, block in enumerate(shorter):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 cast(Any, module).layer_idx = i
@@ -260,30 +260,30 @@ def _count_block(block: Any, module: nn.Module, tensors: Mapping[str, torch.Tens
 
 
 def _inputs(
-    params: Sequence[str], held: Mapping[str, torch.Tensor], width: int
+    params: Sequence[str], tensors: Mapping[str, torch.Tensor], width: int
 ) -> tuple[dict[str, Sequence[object]], list[str]]:
     """Shapes of the placeholders of a captured graph, and which of them are no parameters."""
     shapes: dict[str, Sequence[object]] = {"hidden": (B, n, width)}
     buffers = []
     for name in params:
-        if name not in held:
+        if name not in tensors:
             raise UnsupportedModelError(f"cost: a graph reads {name!r}, expected a parameter or buffer of the model.")
         placeholder = "p_" + name.replace(".", "_").replace("/", "root_")
-        shapes[placeholder] = tuple(held[name].shape)
-        if not isinstance(held[name], nn.Parameter):
+        shapes[placeholder] = tuple(tensors[name].shape)
+        if not isinstance(tensors[name], nn.Parameter):
             buffers.append(placeholder)
     return shapes, buffers
 
 
 def expert_sizes(module: nn.Module) -> dict[str, Experts]:
     """Expert layers below a module: those that hold their matrices stacked, ``[experts, in, out]``."""
-    found = {}
+    sizes = {}
     for path, inner in module.named_modules():
         stacked = [p for p in inner.parameters(recurse=False) if p.dim() == 3]
         if stacked:
             experts = stacked[0].shape[0]
-            found[path] = Experts(sum(p.numel() for p in stacked) // experts, experts)
-    return found
+            sizes[path] = Experts(sum(p.numel() for p in stacked) // experts, experts)
+    return sizes
 
 
 def _matrices(block: nn.Module) -> tuple[tuple[str, int, int], ...]:
@@ -305,6 +305,6 @@ def _count_part(part: str, captured: Any, tensors: Mapping[str, torch.Tensor], w
     held = {**tensors, **captured.constants}
     shapes, buffers = _inputs(captured.params, held, width)
     shapes |= {"in_" + name: (B, n) for name in captured.inputs}
-    found = count(captured.graph, part=part, inputs=shapes, buffers=buffers)
+    counted = count(captured.graph, part=part, inputs=shapes, buffers=buffers)
     weights = [held[p] for p in captured.params if isinstance(held[p], nn.Parameter)]
-    return PartCost(part, found, Weights(sum(w.numel() for w in weights)))
+    return PartCost(part, counted, Weights(sum(w.numel() for w in weights)))
