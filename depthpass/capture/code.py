@@ -51,13 +51,8 @@ def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...
         seen.add(function.__code__)
         for _, value in _looked_up(function, tables):
             todo += [f for f in _functions(value) if f.__module__ == function.__module__]
-<<<<<<< HEAD:depthpass/capture/code.py
     for function in _functions(getattr(cls, "forward", None)):  # of torch's own classes: F.linear may have been replaced, too
-        for _ in _looked_up(function, found):
-=======
-    for function in _functions(cls.forward):  # of torch's own classes: F.linear may have been replaced, too
         for _ in _looked_up(function, tables):
->>>>>>> main:depthpass/hf/modules/code.py
             pass
     return tuple((table, tuple(sorted(names))) for table, names in tables.values() if names)
 

@@ -86,7 +86,7 @@ class Watch:
         key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
             part in it.
         written: names of what traces have changed, with the identity of its owner; no part of the key.
-        found: submodules looked up by (identity of their root, path).
+        submodules: those looked up by (identity of their root, path).
         live: where hooks are.
         dispatched: whether accelerate moves tensors of the model between devices.
     """
@@ -135,7 +135,7 @@ class Watch:
         self.dtype = torch.get_default_dtype()
         self.dtypes = sharded_dtypes(self.modules)
         self.key = Key(self._meaning(captured, classes, called))
-        self.found: dict[tuple[int, str], nn.Module] = {}
+        self.submodules: dict[tuple[int, str], nn.Module] = {}
         self.dispatched = is_dispatched(model)
         self.live = find_hooks(captured[0], block_list(model, layers), getattr(model, "depth", None))
 
@@ -271,10 +271,10 @@ class Watch:
         if isinstance(value, FunctionType):
             parts += [(n, t[n]) for t, names in function_globals(value) for n in names
                       if n in t and (id(t), n) not in self.written]
-        frozen = [(self._frozen(n, met), self._frozen(v, met)) for n, v in parts]
-        content = (what.kind, frozenset(frozen) if isinstance(value, set) else tuple(frozen))
-        met[id(value)] = made = content if what.exact else (same, content)
-        return made
+        pairs = [(self._frozen(n, met), self._frozen(v, met)) for n, v in parts]
+        content = (what.kind, frozenset(pairs) if isinstance(value, set) else tuple(pairs))
+        met[id(value)] = frozen = content if what.exact else (same, content)
+        return frozen
 
 
 _CODE = FunctionType | MethodType | functools.partial
@@ -307,9 +307,9 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
             return known
     check_hooks()
     check_wrappers(model)
-    made = Watch(model, decoder, layers, watches[-1].written if watches else None)
-    watches[:] = [*watches[1 - KEPT :], made]
-    return made
+    new = Watch(model, decoder, layers, watches[-1].written if watches else None)
+    watches[:] = [*watches[1 - KEPT :], new]
+    return new
 
 
 def check_hooks() -> None:
