@@ -15,14 +15,15 @@ GROUP = 32
 def later_slots(program: Program) -> dict[int, int]:
     """Slots of visits that run a block again, with the slot of its first visit: their keys resemble those.
 
-    Slots that only some tokens write, that calls hand on to another slot, or that a gate cuts to a window are left out.
+    Slots that only some tokens write, that hand keys on to calls of other visits, or that a gate cuts to a window are left out.
     """
     first: dict[int, int] = {}
     later: dict[int, int] = {}
     routed = any(o.kind == "route" for o in program)
+    handed = {o["past"] for o in program.visits}
     for o in program.visits:
         slot = writes_slot(o)
-        if slot is None or o["past"] is not None or o["gate"] is not None or routed:
+        if slot is None or o["past"] is not None or slot in handed or o["gate"] is not None or routed:
             continue
         if o["index"] in first and slot not in first.values():
             later[slot] = first[o["index"]]
@@ -42,19 +43,21 @@ def group_of(width: int) -> int:
 
 
 def bytes_per_token(program: Program, heads: Sequence[Sequence[int]], itemsize: int, bits: int | None = None) -> int:
-    """Bytes that one more token of a row takes in all slots.
+    """Bytes that one more token of a row takes in all slots; where routes choose it, one that takes every visit.
+
+    Slots that a gate cuts to its window have their size and are left out.
 
     Args:
         heads: by block, the width of every head's keys and values that are kept, one entry for each.
         bits: of the residuals of later visits; None = as they are.
     """
     later: Mapping[int, int] = later_slots(program) if bits is not None else {}
-    writers = {writes_slot(o): o["index"] for o in program.visits}
+    writers = {writes_slot(o): o for o in program.visits}
     read = {s for o in program.visits for s in reads_slots(o)}
     total = 0
     for slot in program.slots:
-        if slot not in read:
+        if slot not in read or writers[slot]["gate"] is not None:
             continue
-        for width in heads[writers[slot]]:
+        for width in heads[writers[slot]["index"]]:
             total += residual_bytes(width, bits or 0, itemsize) if slot in later else width * itemsize
     return total

@@ -9,8 +9,8 @@ from transformers.pytorch_utils import Conv1D
 
 from depthpass.emit.branches import modulated_forward
 from depthpass.emit.statements import Body, body_of, new_modules
-from depthpass.emit.stock import Forward, attention_forward, check_handed_on, forward_of
-from depthpass.emit.subject import AGAIN, PREFIX, Subject, indented
+from depthpass.emit.stock import Forward, attention_forward, forward_of, handing_on, hands_on, source_of
+from depthpass.emit.subject import AGAIN, OPEN, PREFIX, Subject, indented
 from depthpass.emit.templates import CHUNKS, CUT
 from depthpass.errors import UnsupportedModelError
 from depthpass.ir.program import Op
@@ -36,11 +36,10 @@ def decoder_class(s: Subject) -> str:
         lines += s.flags()
         if s.body.attends:
             classes.append(_attention(s))
-        if s.body.modulated:
-            if not forward.hands_on:
-                raise UnsupportedModelError(f"emit: expected a {type(module).__name__} that hands **kwargs to its blocks, which "
-                                            "timesteps and scales come in, got one that does not.")
-            classes += _layers(s, s.body)
+        if (s.body.modulated or s.body.attends) and not forward.hands_on:
+            raise UnsupportedModelError(f"emit: expected a {type(module).__name__} that hands **kwargs to its blocks, in which "
+                                        "timesteps, scales and what a visit reads come, got one that does not.")
+        classes += _layers(s)
     again = _again(s)
     lines += _init(s, again)
     classes += [f"class {AGAIN}{name}(Again, {name}):\n    \"\"\"{name} of a later visit.\"\"\"" for name in again]
@@ -50,23 +49,40 @@ def decoder_class(s: Subject) -> str:
 
 
 def _attention(s: Subject) -> str:
-    path, cls = s.attention()
-    check_handed_on(type(s.block(0)), path)
+    _, cls = s.attention()
     return (f"class {PREFIX}{cls.__name__}({cls.__name__}):\n"
             f'    """{cls.__name__} of a visit whose keys others read, or that reads another\'s."""\n\n'
             + "\n".join(indented(attention_forward(cls), 4)))
 
 
-def _layers(s: Subject, body: Body) -> list[str]:
-    """A class for every class of blocks that has modulated visits."""
-    attention, modulated = s.attention()[0], {}
-    for place in body.modulated:
-        block = s.block(s.blocks[place])
-        modulated.setdefault(type(block), {})[s.blocks[place]] = block
-    return [f"class {PREFIX}{cls.__name__}({cls.__name__}):\n"
-            f'    """{cls.__name__} whose two branches a visit scales: what they read, and what they add."""\n\n'
-            + "\n".join(indented(modulated_forward(list(blocks.values()), attention), 4))
-            for cls, blocks in modulated.items()]
+def _layer_class(s: Subject, place: int) -> str:
+    """Name of the class of a visit's layer, where stock code does not do."""
+    cls, body = type(s.block(s.blocks[place])), s.body
+    if body is None or place not in (*body.modulated, *body.attends):
+        return ""
+    if place in body.modulated:
+        return PREFIX + cls.__name__
+    return "" if hands_on(cls, s.attention()[0]) else OPEN + cls.__name__
+
+
+def _layers(s: Subject) -> list[str]:
+    """A class for every class of blocks that has modulated visits, or that keeps from its attention what a visit reads."""
+    named: dict[str, dict[int, nn.Module]] = {}
+    for place, index in enumerate(s.blocks):
+        if name := _layer_class(s, place):
+            named.setdefault(name, {})[index] = s.block(index)
+    return [_layer(s, name, list(blocks.values())) for name, blocks in named.items()]
+
+
+def _layer(s: Subject, name: str, blocks: list[nn.Module]) -> str:
+    cls, attention = type(blocks[0]), s.attention()[0]
+    if name.startswith(PREFIX):
+        text, what = modulated_forward(blocks, attention), "whose two branches a visit scales: what they read, and what they add"
+    else:
+        text, what = source_of(cls.forward)[0], "whose attention is told what a visit reads"
+    if not hands_on(cls, attention):
+        text = handing_on(cls, attention, text)
+    return f"class {name}({cls.__name__}):\n    \"\"\"{cls.__name__} {what}.\"\"\"\n\n" + "\n".join(indented(text, 4))
 
 
 def _again(s: Subject) -> list[str]:
@@ -74,7 +90,6 @@ def _again(s: Subject) -> list[str]:
     if not s.repeats:
         return []
     attends = s.body.attends if s.body is not None else ()
-    modulated = s.body.modulated if s.body is not None else ()
     attention = s.attention()[0] if attends else None
     classes: dict[str, None] = {}
     for place, index in enumerate(s.blocks):
@@ -84,8 +99,8 @@ def _again(s: Subject) -> list[str]:
         for path, module in s.block(index).named_modules():
             below = path + "." if path else ""
             if any(hasattr(m, "layer_idx") for m in module.modules()) or any(u.startswith(below) for u in updated):
-                changed = place in modulated if not path else place in attends and path == attention
-                classes[(PREFIX if changed else "") + type(module).__name__] = None
+                changed = PREFIX + type(module).__name__ if place in attends and path == attention else ""
+                classes[(changed if path else _layer_class(s, place)) or type(module).__name__] = None
     return list(classes)
 
 
@@ -102,17 +117,17 @@ def _init(s: Subject, again: list[str]) -> list[str]:
     modules = new_modules(program, {n: p.shape for n, p in s.new.named_parameters()})
     ranks = {p: o for p, o in enumerate(program.visits) if o["lora"]}
     shared = body.attends if body is not None else ()
-    scaled = body.modulated if body is not None else ()
-    if not (modules or ranks or shared or scaled or again):
+    layers = [_layer_class(s, p) for p in range(len(s.blocks))]
+    if not (modules or ranks or shared or any(layers) or again):
         return []
     lines = ["", "    def __init__(self, config):", "        super().__init__(config)"]
     if shared:
         path, cls = s.attention()
         lines += [f"        for place in {list(shared)}:",
                   f"            self.{s.layers}[place].{path}.__class__ = {PREFIX}{cls.__name__}"]
-    for kind in dict.fromkeys(type(s.block(s.blocks[p])) for p in scaled):
-        places = [p for p in scaled if type(s.block(s.blocks[p])) is kind]
-        lines += [f"        for place in {places}:", f"            self.{s.layers}[place].__class__ = {PREFIX}{kind.__name__}"]
+    for kind in dict.fromkeys(filter(None, layers)):
+        places = [p for p, name in enumerate(layers) if name == kind]
+        lines += [f"        for place in {places}:", f"            self.{s.layers}[place].__class__ = {kind}"]
     for name, (expression, used) in modules.items():
         s.used |= {"attach", *used}
         lines.append(f'        attach(self, "depth.{name}", {expression})')

@@ -11,10 +11,10 @@ from depthpass.ir.structural_ops import TIME_WIDTH
 from depthpass.ir.verify import infer
 
 _WHY = {
-    "pad": "it inserts tokens into every row",
-    "trim": "it inserts tokens into every row",
-    "ffn": "its blocks run in two parts",
-    "point": "its blocks run in two parts",
+    "pad": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
+    "trim": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
+    "ffn": "it changes what a block's network reads after its attention, and a stock layer runs both in one forward",
+    "point": "it changes what a block's network reads after its attention, and a stock layer runs both in one forward",
     "logits": "it decides by the logits of unfinished states",
     "ahead": "its attention sees later tokens",
     "denoise": "it runs several times to fill tokens in",

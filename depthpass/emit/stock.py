@@ -135,16 +135,36 @@ def attention_forward(cls: type) -> str:
     return re.sub(r"= attention_interface\(", "= attend(\n            attention_interface,", text, count=1)
 
 
-def check_handed_on(cls: type, path: str) -> None:
-    """Refuse blocks that keep arguments they do not know from their attention: what a visit reads is said in such.
+def hands_on(cls: type, path: str) -> bool:
+    """Whether blocks give their attention the arguments they do not know: what a visit reads is said in such."""
+    return any(k.arg is None for k in _call_of(cls, path).keywords)
+
+
+def handing_on(cls: type, path: str, text: str) -> str:
+    """The forward of a class of blocks, which gives its attention the arguments that it does not know."""
+    call = ast.unparse(_call_of(cls, path).func)
+    at = text.index(call + "(") + len(call) + 1
+    depth, end = 1, at
+    while depth:
+        depth += {"(": 1, ")": -1}.get(text[end], 0)
+        end += 1
+    given = text[at : end - 1].rstrip()
+    last = given.splitlines()[-1]
+    more = "\n" + last[: len(last) - len(last.lstrip())] + "**kwargs," if given.endswith(",") else ", **kwargs"
+    return text[:at] + given + more + text[at + len(given) :]
+
+
+def _call_of(cls: type, path: str) -> ast.Call:
+    """Where a class of blocks calls its attention.
 
     Raises:
-        UnsupportedModelError: naming the block.
+        UnsupportedModelError: naming the class, whose forward is of another form.
     """
     _, tree = source_of(cls.forward)
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == f"self.{path}"]
-    if len(calls) != 1 or not any(k.arg is None for k in calls[0].keywords):
-        raise _unfit(cls, f"one call of self.{path} with **kwargs", f"{len(calls)} without" if calls else "none")
+    if len(calls) != 1 or tree.args.kwarg is None or tree.args.kwarg.arg != "kwargs":
+        raise _unfit(cls, f"a forward with **kwargs and one call of self.{path}", f"{len(calls)} of them")
+    return calls[0]
 
 
 def makes_by_config(cls: type) -> bool:

@@ -16,6 +16,8 @@ from depthpass.ir.program import Program
 
 PREFIX = "Depth"
 """Before the stock names of emitted classes."""
+OPEN = "Open"
+"""Before those of layers that hand more to their attention."""
 AGAIN = "Again"
 """Before the names of those of later visits."""
 

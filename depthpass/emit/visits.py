@@ -33,9 +33,12 @@ class Again(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name not in self.borrowed:
-                raise
-            return self.lent(self.borrowed[name])
+            if name in self.borrowed:
+                return self.lent(self.borrowed[name])
+            # What an engine has put there beside: one map in the place of several.
+            if self.borrowed and name in (held := self.lent(self.path)._modules):
+                return held[name]
+            raise
 
     def _replicate_for_data_parallel(self) -> Any:
         raise NotImplementedError("nn.DataParallel copies modules one by one, and later visits of a block look their weights up "
@@ -48,7 +51,10 @@ class Again(nn.Module):
         if hasattr(type(first), "_get_fsdp_state"):
             # FSDP2 gathers weights in hooks of the unit that holds them: this visit is a call of that one.
             return through(first, run, *args, **kwargs)
-        hook = first.__dict__.get("_hf_hook")
+        hook, own = first.__dict__.get("_hf_hook"), first.__dict__.get("forward")
+        if getattr(own, "__self__", None) is first:
+            # An engine has written another forward for the first visit's modules, which it has fused.
+            run = own.__func__.__get__(self)
         if hook is None:
             return run(*args, **kwargs)
         # accelerate moves what the first visit reads, or loads its weights: so here.

@@ -38,13 +38,19 @@ def state_section(report: Report) -> Section:
 
 def _per_token(report: Report) -> list[Number]:
     """Bytes that one more token takes, whole and with residuals of later visits, where a block is visited again."""
-    facts = report.facts
-    if facts is None or facts.kv_widths is None or not facts.head_dim or not later_slots(report.program):
+    facts, program = report.facts, report.program
+    again = len(program.visits) > len({o["index"] for o in program.visits})
+    if facts is None or facts.kv_widths is None or not facts.head_dim or not again:
         return []
     heads = [(facts.head_dim,) * (w // facts.head_dim) for w in facts.kv_widths]
-    whole = bytes_per_token(report.program, heads, facts.itemsize)
-    small = ", ".join(f"{bytes_per_token(report.program, heads, facts.itemsize, b):,} with residual_bits={b}" for b in BITS)
-    return [Number("kv_bytes_per_token", "KV of one more token", whole, "bytes", f"one row, no windows; {small} (DepthCache)",
+    whole = bytes_per_token(program, heads, facts.itemsize)
+    note = "one row, no windows"
+    if any(o.kind == "route" for o in program):
+        note += ", a token that takes every visit"
+    if later_slots(program):
+        small = ", ".join(f"{bytes_per_token(program, heads, facts.itemsize, b):,} with residual_bits={b}" for b in BITS)
+        note += f"; {small} (DepthCache)"
+    return [Number("kv_bytes_per_token", "KV of one more token", whole, "bytes", note,
                    stock=facts.itemsize * sum(facts.kv_widths))]
 
 

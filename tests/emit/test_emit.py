@@ -56,6 +56,7 @@ CASES = {
     "exaone4": dp.InnerThinking(steps=2, mode="threshold", taps=True),
     "glm4": dp.Loop(start=1, end=3, times=3, exit=0.5),
     "gemma": dp.Loop.huginn(1, 3),
+    "stablelm": dp.Loop(start=1, end=3, times=2, kv="first", timestep=True),  # blocks that keep arguments from their attention
 }
 
 
@@ -239,9 +240,10 @@ def test_the_model_in_force_and_the_bare_model(tmp_path):
         (dp.Bidirectional(), "sees later tokens"),
         (dp.Loop(start=1, end=3, times=2, kv="last"), "split into calls"),
         (dp.Loop(start=1, end=3, times=(1, 3)), "dp.set_loops"),
-        (dp.Pad(tokens=2), "pad"),
+        (dp.Pad(tokens=2), "pad.* inserts tokens"),
+        (dp.SameLayerState(), "same_layer_state.* after its attention"),
     ],
-    ids=["topk", "logits", "ahead", "past", "varies", "pad"],
+    ids=["topk", "logits", "ahead", "past", "varies", "pad", "parts"],
 )
 def test_what_no_plain_forward_can_express(spec, words, tmp_path):
     model = transformed("llama", spec, torch.float32)
@@ -277,12 +279,6 @@ def test_bad_folders_names_and_models(tmp_path):
     fixed = transformed("gpt2", dp.LayerProgram([0, 0, 1]), torch.float32, scale_attn_by_inverse_layer_idx=True)
     with pytest.raises(dp.UnsupportedModelError, match="depend on its place"):
         dp.emit(fixed, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
-def test_blocks_that_keep_arguments_from_their_attention(tmp_path):
-    with pytest.raises(dp.UnsupportedModelError, match=r"self_attn with \*\*kwargs"):
-        dp.emit(transformed("stablelm", CASES["mistral"], torch.float32), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

@@ -1,11 +1,16 @@
 """What vLLM's Transformers modeling backend asks of a model, acted out on emitted folders.
 
 The facts are those of its public source and of its page on custom models: AutoModel makes the decoder from the config on the
-meta device, with the attention implementation "vllm"; every linear map is replaced by one of vLLM's own and every other
-parameter made anew; every weight has to be in the file; attention module number ``layer_idx`` finds its
-own paged cache in ``attention_instances``; a batch is one row of tokens of several requests, with positions and no mask.
+meta device, with the attention implementation "vllm"; every linear map is replaced by one of vLLM's own, those of queries,
+keys and values by one of all three with a forward bound to their module, and every other parameter made anew; every weight has
+to be in the file; attention module number ``layer_idx`` finds its own paged cache in ``attention_instances``; a batch is one row
+of tokens of several requests, with positions and no mask.
 vLLM itself is not run here.
 """
+
+import inspect
+import textwrap
+import types
 
 import pytest
 import torch
@@ -55,6 +60,30 @@ def engine_attention(module, query, key, value, attention_mask, scaling=None, at
     return pages.forward(query, key, value, kwargs["requests"]), None
 
 
+class Stacked(nn.Linear):
+    """Three maps of one input in one."""
+
+    def part(self, number, x):
+        return self(x).split(self.sizes, -1)[number]
+
+
+def fuse(attention):
+    """Put one map in the place of those of queries, keys and values, and bind a forward to the module that calls it."""
+    cls, names = type(attention), ("q_proj", "k_proj", "v_proj")
+    maps = [attention._modules.pop(n) for n in names]
+    sizes = [m.out_features for m in maps]
+    attention.qkv_proj = Stacked(maps[0].in_features, sum(sizes), maps[0].bias is not None)
+    attention.qkv_proj.sizes = sizes
+    function = inspect.unwrap(cls.forward)
+    source = textwrap.dedent(inspect.getsource(function))
+    source = "from __future__ import annotations\n" + source[source.index("def forward") :]
+    for number, name in enumerate(names):
+        assert source.count(f"self.{name}(") == 1
+        source = source.replace(f"self.{name}(", f"self.qkv_proj.part({number}, ")
+    exec(compile(source, "fused", "exec", dont_inherit=True), space := dict(function.__globals__))
+    attention.forward = types.MethodType(space["forward"], attention)
+
+
 class Engine:
     def __init__(self, folder):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=True)
@@ -70,6 +99,9 @@ class Engine:
                 if isinstance(child, nn.Linear):
                     setattr(module, name, nn.Linear(child.in_features, child.out_features, child.bias is not None))
         for module in self.model.modules():
+            if {"q_proj", "k_proj", "v_proj"} <= module._modules.keys():
+                fuse(module)
+        for module in self.model.modules():
             for name, p in list(module.named_parameters(recurse=False)):
                 if p.is_meta:
                     setattr(module, name, nn.Parameter(torch.empty_like(p, device="cpu")))
@@ -83,6 +115,9 @@ class Engine:
 
     def _load(self, folder):
         weights = load_file(folder / "model.safetensors")
+        for key in [k for k in weights if ".q_proj." in k]:
+            found = [weights.pop(key.replace("q_proj", n)) for n in ("q_proj", "k_proj", "v_proj")]
+            weights[key.replace("q_proj", "qkv_proj")] = torch.cat(found)
         wanted = {f"model.{n}": p for n, p in self.model.named_parameters()}
         missing = wanted.keys() - weights.keys()
         if missing:

@@ -102,6 +102,17 @@ def test_bytes_of_a_token_are_reported_as_they_are_kept():
         assert kept == bytes_per_token(model.depth_program, [(8,) * 4] * 4, 4, bits)
     text = dp.report(model, seq_len=8, cost=False).to_text()
     assert "KV of one more token" in text and "with residual_bits=2" in text
+    for name, spec in {
+        "gpt_oss": dp.Loop(start=1, end=3, times=3, kv="last"), "gpt2": dp.ParallelLoop(loops=2, window=3),
+        "olmo2": dp.Loop(start=1, end=3, times=3, exit=1e-9, kv="latest"),
+    }.items():
+        model, sizes = transformed(name, spec, torch.float32), []
+        cache = dp.DepthCache(model)
+        with torch.no_grad():
+            for token in BATCH["input_ids"][:1, :6].split(1, 1):
+                model(input_ids=token, **{zoo.CACHE: cache}, use_cache=True)
+                sizes.append(cache.state.nbytes()[0])
+        assert dp.report(model, seq_len=8).number("kv_bytes_per_token").value == sizes[-1] - sizes[-2]
     assert "KV of one more token" not in dp.report(dp.restore(model), dp.Skip(1), seq_len=8, cost=False).to_text()
 
 
@@ -109,6 +120,7 @@ def test_bad_input():
     model = transformed("llama", LOOP, torch.float32)
     with pytest.raises(dp.InputError, match="residual_bits: expected 4 or 2"):
         dp.DepthCache(model, residual_bits=3)
-    turbo = transformed("llama", dp.TurboConn(bridges=((3, 0),), group=2, rank=4), torch.float32)
-    with pytest.raises(dp.InputError, match="visits a block with keys of its own again"):
-        turbo.generate(**BATCH, max_new_tokens=2, **{zoo.CACHE: dp.DepthCache(turbo, residual_bits=4)})
+    for spec in (dp.TurboConn(bridges=((3, 0),), group=2, rank=4), dp.Loop(start=1, end=3, times=4, kv="mod:2")):
+        one = transformed("llama", spec, torch.float32)
+        with pytest.raises(dp.InputError, match="visits a block with keys of its own again"):
+            one(**BATCH, use_cache=True, **{zoo.CACHE: dp.DepthCache(one, residual_bits=4)})
