@@ -12,7 +12,7 @@ from depthpass.log import logger
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 BY = ("flops", "params")
 _STEP = 8

@@ -25,7 +25,7 @@ from depthpass_lowering.state import State
 from torch import Tensor, nn
 
 import depthpass as dp
-from depthpass.capture.model import Site
+from depthpass.capture.captured import Site
 from depthpass.ir import plain
 from depthpass.passes import Context, apply_spec
 from depthpass.schedule import schedule

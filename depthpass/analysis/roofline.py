@@ -169,7 +169,7 @@ def _best(device: torch.device, x: torch.Tensor, weights: Sequence[torch.Tensor]
 
 
 class Weights(Protocol):
-    """Weights of a piece of work; see :class:`depthpass.analysis.cost.model.Weights`."""
+    """Weights of a piece of work; see :class:`depthpass.analysis.cost.stock.Weights`."""
 
     def read(self, rows: float) -> float:
         """Elements that a run of so many rows reads."""

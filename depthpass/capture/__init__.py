@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from depthpass.capture.model import Block, Capture, Part, Site, Template
+from depthpass.capture.captured import Block, Capture, Part, Site, Template
 
 __all__ = ["Block", "Capture", "Part", "Site", "Template", "capture"]
 

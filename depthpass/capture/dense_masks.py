@@ -32,7 +32,7 @@ class DenseMask:
     """What a dense mask says.
 
     Attributes:
-        window, chunk: as in :class:`~depthpass.capture.model.Site`.
+        window, chunk: as in :class:`~depthpass.capture.captured.Site`.
         valid: the argument that says which tokens are real; None = all.
         positions: an argument that starts a new sequence wherever it does not count up by one; None = no such.
     """

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
 from depthpass.capture import attention as _ops  # noqa: F401  (defines the marker ops)
+from depthpass.capture.captured import Capture
 from depthpass.capture.dense_masks import DenseMask, evaluate, recognise
 from depthpass.capture.functional import functionalise
-from depthpass.capture.model import Capture
 from depthpass.capture.outline import outline
 from depthpass.capture.ports import CACHE, block_of, mark_ports
 from depthpass.capture.retrace import argument_names, relative_stacks, retrace

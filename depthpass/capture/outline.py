@@ -17,8 +17,8 @@ from torch.fx.node import Argument
 
 from depthpass.capture import calls, derivatives
 from depthpass.capture.attention import NOTHING, sees_nothing
+from depthpass.capture.captured import Block, Capture, Part, Site, Template
 from depthpass.capture.legality import check_token_local
-from depthpass.capture.model import Block, Capture, Part, Site, Template
 from depthpass.capture.nodes import node_of
 from depthpass.capture.sections import HEAD, PROLOGUE, Ports, Section, Sections, is_size, size_of
 from depthpass.capture.subgraph import MASK, Subgraph, module_path

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.diffusion.model import checked_prompts, new_cache, predictions, settings
+from depthpass.diffusion.inputs import checked_prompts, new_cache, predictions, settings
 from depthpass.diffusion.orders import Planner, check_draws, highest, planned, scores
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order

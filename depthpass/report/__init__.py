@@ -11,8 +11,8 @@ import sys
 import types
 from typing import TYPE_CHECKING, Any
 
-from depthpass.report.model import Report, Segment, build_report
 from depthpass.report.numbers import Number, Section
+from depthpass.report.report import Report, Segment, build_report
 from depthpass.report.subject import Subject, proven
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from depthpass.analysis.kv import BITS, bytes_per_token, later_slots
 from depthpass.report.numbers import Number, Section
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 SHOWN_ABOVE = {"parameters new", "KV slots", "KV bytes", "delay line bytes", "serial block calls", "serial steps"}
 """Quantities of the cost analysis that other sections show."""

@@ -10,7 +10,7 @@ from depthpass.report.numbers import Number, as_json
 
 if TYPE_CHECKING:
     from depthpass.analysis.depth import Depth
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 SCHEMA = "depthpass.report"
 VERSION = 1

@@ -10,7 +10,7 @@ from depthpass.analysis.depth import WEIGHTS, depth
 from depthpass.report.numbers import Number, Section
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 FORMULA_LIMIT = 160
 """Longest closed form that is printed in full, in characters."""

@@ -11,7 +11,7 @@ from depthpass.ir.program import Op
 from depthpass.ir.text import format_attr
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 FILL = {"block": "#dbe9f6", "delay": "#fde8c8", "route": "#e6dcf2", "tap": "#e2f0d9", "output": "#e2f0d9"}
 

@@ -15,7 +15,7 @@ from depthpass.report.text import ahead_line, heading, path_lines, size_line, sp
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
     from depthpass.report.tables import Comparison
 
 CHART_POINTS = 240

@@ -139,7 +139,7 @@ def _is_ours(file: Path) -> bool:
 def _classes() -> dict[str, type]:
     from depthpass.analysis.cost.flops import Count
     from depthpass.analysis.cost.memory import Memory
-    from depthpass.analysis.cost.model import ModelCost, PartCost, Weights
+    from depthpass.analysis.cost.stock import ModelCost, PartCost, Weights
     from depthpass.analysis.cost.symbols import AttentionSite
     from depthpass.hf.facts import ModelFacts
 

@@ -17,7 +17,7 @@ from depthpass.report.brackets import brackets
 from depthpass.report.critical import Segment, segments
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 MAX_ROWS, PHONE_ROWS = 20, 9
 """Tokens drawn one by one at most; wider chunks get one row each."""

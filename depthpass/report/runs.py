@@ -14,7 +14,7 @@ from depthpass.report.numbers import Number, Section, plain
 from depthpass.schedule.regions import schedule
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 STACKS = 8
 """Stacked sets that are named in text; JSON has them all."""

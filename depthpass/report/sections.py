@@ -11,7 +11,7 @@ from depthpass.report.numbers import Number, Section
 from depthpass.report.runs import routing_sections, schedule_section
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 NOT_COUNTED = (
     "Depth counts block visits; embedding, norms, head and new linear maps, gates and routers weigh 0. It is the "

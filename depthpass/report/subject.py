@@ -13,7 +13,7 @@ from depthpass.ir.shares import Ratios, by_route, checked_ratios
 from depthpass.passes.base import Context
 from depthpass.plan import compile_spec
 from depthpass.prompt import at_prompt
-from depthpass.report.model import Report, build_report
+from depthpass.report.report import Report, build_report
 from depthpass.schedule import schedule
 
 if TYPE_CHECKING:

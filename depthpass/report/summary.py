@@ -10,7 +10,7 @@ from depthpass.report.numbers import Number
 from depthpass.report.runs import recursion_note
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 
 def summary(report: Report) -> tuple[Number, ...]:

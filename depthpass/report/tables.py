@@ -11,8 +11,8 @@ from depthpass.errors import SpecError
 from depthpass.passes import Pass
 from depthpass.prompt import at_prompt
 from depthpass.report.chart import Series, chart_file
-from depthpass.report.model import Report
 from depthpass.report.numbers import Value, as_json, plain, short, times
+from depthpass.report.report import Report
 from depthpass.report.text import size_line
 from depthpass.spec import SpecLike, load_spec
 

@@ -15,7 +15,7 @@ from depthpass.report.text import MORE, heading, path_lines, size_line, spec_lin
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from depthpass.report.model import Report
+    from depthpass.report.report import Report
 
 KEY_NUMBERS = {"depth", "depth_at_n", "serial_blocks", "new_parameters"}
 

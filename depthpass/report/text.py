@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from depthpass.report.numbers import Number, plain, short, times
 
 if TYPE_CHECKING:
-    from depthpass.report.model import Report, Segment
+    from depthpass.report.report import Report, Segment
 
 SHOWN_SEGMENTS = 6
 """Segments of the critical path in text; the others are summed up."""

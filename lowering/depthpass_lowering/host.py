@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor, nn
 
-from depthpass.capture.model import Capture, Site, Template
+from depthpass.capture.captured import Capture, Site, Template
 
 if TYPE_CHECKING:
     from depthpass_lowering.executors.losses import Pool

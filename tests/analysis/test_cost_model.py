@@ -6,7 +6,7 @@ from cost_models import llama_1b, llama_on_meta, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from depthpass.analysis.cost import AttentionSite, Experts, cost, count, model_cost
-from depthpass.analysis.cost.model import block_kinds, example_inputs, shortened
+from depthpass.analysis.cost.stock import block_kinds, example_inputs, shortened
 from depthpass.analysis.cost.symbols import B, n
 from depthpass.capture.export import find_layers, sharing_copy
 from depthpass.errors import UnsupportedModelError
@@ -96,7 +96,7 @@ def test_a_shortened_model_gives_the_numbers_of_the_full_one(name):
     kinds = block_kinds(model, layers)
     assert len(set(kinds)) < len(kinds), "nothing was shared"
     short = model_cost(model)
-    import depthpass.analysis.cost.model as module
+    import depthpass.analysis.cost.stock as module
 
     original = module.block_kinds
     module.block_kinds = lambda model, layers: tuple(range(len(kinds)))  # every block is its own kind

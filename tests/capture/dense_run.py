@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 
 from depthpass.capture import Capture, capture
 from depthpass.capture.attention import signature_names
-from depthpass.capture.model import Block, Part, Site
+from depthpass.capture.captured import Block, Part, Site
 
 LAYERS = {"smollm3": 4, "cohere2": 4, "olmo3": 4, "exaone4": 4, "llama4_text": 4}
 """Blocks of a test model, where two do not show every kind of block the architecture has."""

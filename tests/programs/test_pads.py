@@ -197,7 +197,7 @@ def test_bad_input():
     ids = zoo.batch([4, 4])["input_ids"]
     with pytest.raises(dp.InputError, match="only a model with workspace pads"):
         plain(ids, prompt_length=2)
-    for wrong in (0, 5, torch.tensor([2, 9])):
+    for wrong in (0, 5, torch.tensor([2, 9]), [1, 1, 1]):
         with pytest.raises(dp.InputError, match="prompt_length: expected between 1 and"):
             model(ids, prompt_length=wrong)
     with pytest.raises(dp.InputError, match="prompt_length: expected an integer"):
@@ -206,6 +206,8 @@ def test_bad_input():
     model(ids, past_key_values=cache, use_cache=True)
     with pytest.raises(dp.InputError, match="an earlier call"):
         model(ids[:, :1], past_key_values=cache, prompt_length=2)
+    with pytest.raises(dp.InputError, match="guidance_scale: without a cache"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), guidance_scale=1.5, use_cache=False, max_new_tokens=2)
     with pytest.raises(dp.InputError, match="prefill_chunk_size"):
         model.generate(ids, prefill_chunk_size=2, max_new_tokens=2)
     with pytest.raises(dp.SpecError, match=r"pad\.token: expected a token below the vocabulary's 97, got 97"):

@@ -217,7 +217,7 @@ def test_decoding_equals_teacher_forcing(name, spec):
                 torch.testing.assert_close(got[:, 0], want[:, i], rtol=1e-9, atol=1e-9)
 
 
-def test_only_asking_tokens_pay_for_queries_and_mlp():
+def test_only_routed_tokens_pay_for_queries_and_mlp():
     _, model = made(dp.InnerThinking(steps=2, ratios=(0.5,), blocks=[1]))
     sizes = []
     attention = model.model.layers[1].self_attn

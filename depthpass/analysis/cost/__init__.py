@@ -2,8 +2,8 @@
 
 from depthpass.analysis.cost.build import cost, visit_equivalents
 from depthpass.analysis.cost.flops import CLASSES, Count, Experts, count
-from depthpass.analysis.cost.model import ModelCost, PartCost, model_cost
 from depthpass.analysis.cost.program import Cost, Quantity, RegionCost, Row
+from depthpass.analysis.cost.stock import ModelCost, PartCost, model_cost
 from depthpass.analysis.cost.symbols import CONVENTIONS, AttentionSite
 
 __all__ = [

@@ -8,9 +8,9 @@ from functools import cached_property
 import sympy as sp
 
 from depthpass.analysis.cost.flops import CLASSES
-from depthpass.analysis.cost.model import ModelCost, PartCost
 from depthpass.analysis.cost.newops import new_ops
 from depthpass.analysis.cost.program import TRAINABLE, Cost, Quantity, RegionCost, Trainable
+from depthpass.analysis.cost.stock import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import CONVENTIONS, B, Convention, at_tokens, g, n
 from depthpass.analysis.cost.visits import VisitCost, check_capacities, stacks, stream_tokens, visit_costs
 from depthpass.analysis.dependence import dependences

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import sympy as sp
 
-from depthpass.analysis.cost.model import ModelCost
+from depthpass.analysis.cost.stock import ModelCost
 from depthpass.analysis.cost.symbols import B
 from depthpass.analysis.cost.visits import Tokens
 from depthpass.ir.definitions import Type

@@ -9,7 +9,7 @@ from typing import Literal
 import sympy as sp
 
 from depthpass.analysis.cost.flops import CLASSES
-from depthpass.analysis.cost.model import ModelCost
+from depthpass.analysis.cost.stock import ModelCost
 from depthpass.analysis.cost.symbols import B, Convention, g, n
 from depthpass.analysis.roofline import Ceilings, Floor, Work, floor
 from depthpass.errors import InputError, SpecError, did_you_mean

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import sympy as sp
 
-from depthpass.analysis.cost.model import ModelCost, PartCost
+from depthpass.analysis.cost.stock import ModelCost, PartCost
 from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.definitions import Type

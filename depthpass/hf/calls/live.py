@@ -36,22 +36,22 @@ from depthpass.ir.program import writes_slot
 from depthpass.lowered.ops import of_one_stream
 
 
-class _Asking:
+class _LiveVisit:
     """A visit that a stock block asks for attention, call by call."""
 
     def __init__(self, visit: Any):
         self.visit, self.count = visit, 0
 
 
-_asking: ContextVar[_Asking | None] = ContextVar("depthpass_asking", default=None)
+_live_visit: ContextVar[_LiveVisit | None] = ContextVar("depthpass_live_visit", default=None)
 
 
 def _visit_attention(module, query, key, value, attention_mask, *args, **kwargs):
     """The attention function of a live block; scale, softcap and window are those of the captured site."""
-    asking = _asking.get()
-    assert asking is not None
-    number, asking.count = asking.count, asking.count + 1
-    return asking.visit.attend(number, query, key, value, kwargs.get("s_aux")), None
+    live_visit = _live_visit.get()
+    assert live_visit is not None
+    number, live_visit.count = live_visit.count, live_visit.count + 1
+    return live_visit.visit.attend(number, query, key, value, kwargs.get("s_aux")), None
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def _install() -> None:
     @functools.wraps(stock)
     def get_interface(self, *args, **kwargs):
         # Dynamo cannot read context variables, and never traces a live block.
-        if torch.compiler.is_compiling() or _asking.get() is None:
+        if torch.compiler.is_compiling() or _live_visit.get() is None:
             return stock(self, *args, **kwargs)
         return _visit_attention
 
@@ -202,8 +202,8 @@ class Live:
         if op["modulate"] is not None:
             factored = Factored(layer, template, visit)
             layer = factored.block
-        asking = _Asking(visit)
-        before = _asking.set(asking)
+        live_visit = _LiveVisit(visit)
+        before = _live_visit.set(live_visit)
         try:
             changed = {f"block.{n}": p for n, p, old in zip(template.params, params, bound) if p is not old}
             if changed:
@@ -211,14 +211,14 @@ class Live:
             else:
                 out = _forward(layer)(layer, *args, **kwargs)
         finally:
-            _asking.reset(before)
+            _live_visit.reset(before)
         if factored is not None:
             factored.check()
         sites = len(template.sites)
-        if asking.count != sites:
+        if live_visit.count != sites:
             raise UnsupportedModelError(
                 f"block {index} ({type(layer).__name__}) has hooks on modules inside it, but as a module it does not find its "
-                f"attention through transformers' AttentionInterface ({asking.count} of {sites} calls). Register the hooks "
+                f"attention through transformers' AttentionInterface ({live_visit.count} of {sites} calls). Register the hooks "
                 "on the block or on the model."
             )
         return out[0] if isinstance(out, tuple | list) else out

@@ -177,8 +177,8 @@ def _split(o: Op, call: Call) -> Tensor:
         return _said(o, call, real, rank, total)
     length = total
     if call.prompt is not None:
-        length = call.prompt.expand(len(real))
-        if bool(((length < 1) | (length > total)).any()):
+        length = call.prompt.expand(len(real)) if len(call.prompt) == 1 else call.prompt
+        if length.shape != total.shape or bool(((length < 1) | (length > total)).any()):
             raise InputError(f"prompt_length: expected between 1 and the row's number of real tokens {total.tolist()}, got "
                              f"{length.tolist()}.")
     elif call.labels is not None and call.labels.shape == real.shape:

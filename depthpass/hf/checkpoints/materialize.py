@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from depthpass.analysis.cost.model import _signature
+from depthpass.analysis.cost.stock import _signature
 from depthpass.capture.export import find_layers
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.switching.switch import transformed

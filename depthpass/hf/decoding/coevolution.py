@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm
 
-from depthpass.diffusion.model import checked_ids, checked_prompts, maskable, predictions, settings
+from depthpass.diffusion.inputs import checked_ids, checked_prompts, maskable, predictions, settings
 from depthpass.diffusion.noise import WEIGHTS, continuous, moved, weight_of
 from depthpass.diffusion.orders import check_step, highest, scores
 from depthpass.errors import InputError, did_you_mean

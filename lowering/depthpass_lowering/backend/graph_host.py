@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Capture, Part, Site, Template
+from depthpass.capture.captured import Capture, Part, Site, Template
 from depthpass.errors import LoweringError
 from depthpass_lowering.executors.losses import Pool
 from depthpass_lowering.visits.attention import sdpa_attention

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Site
+from depthpass.capture.captured import Site
 from depthpass.ir.ops import OPS
 from depthpass.ir.program import Op, writes_slot
 from depthpass.lowered.program import LoweredRegion

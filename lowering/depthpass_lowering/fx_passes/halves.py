@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.errors import LoweringError
 from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.fx_passes.modulate import Branch, branches

@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from depthpass.capture import calls
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.errors import LoweringError
 from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.memo import Once

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from depthpass.capture import calls
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.ir.definitions import Type
 from depthpass.ir.holders import Held
 from depthpass.ir.ops import OPS

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from depthpass.capture import calls
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass.ir.structural_ops import asks

@@ -8,7 +8,7 @@ import torch
 from depthpass_kernels.gated_attention.naive import mix
 from torch import Tensor, fx, nn
 
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass_lowering.host import Host

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.capture.model import Template
+from depthpass.capture.captured import Template
 from depthpass.schedule.stacking import Stack
 from depthpass_lowering.visits.cut import cut_for
 from depthpass_lowering.visits.running import RunningVisit
