@@ -59,10 +59,10 @@ def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...
 
 def function_globals(function: types.FunctionType) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
     """The globals that a function itself reads, by the dictionary they are in."""
-    found: dict[int, tuple[dict[str, Any], set[str]]] = {}
-    for _ in _looked_up(function, found):
+    tables: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    for _ in _looked_up(function, tables):
         pass
-    return [(table, tuple(names)) for table, names in found.values()]
+    return [(table, tuple(names)) for table, names in tables.values()]
 
 
 def _looked_up(

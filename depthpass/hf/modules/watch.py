@@ -97,7 +97,7 @@ class Watch:
         self.types = list(map(type, self.modules))
         self.owners: list[object] = []
         self.tables: list[object] = []
-        self.copies: list[object] = []
+        self.copies: list[Any] = []
         self.empty: list[object] = []
         self.functions: list[FunctionType] = []
         self.looked: dict[int, tuple[dict, set[str]]] = {}
@@ -114,13 +114,13 @@ class Watch:
                     self._inside(value, data=not isinstance(value, _CODE) or (name in _AROUND and id(module) in called))
         self._classes(classes)
         pieces = [*map(mentions, classes), mentioned(self.functions)]
-        self.names, self.pieces = (frozenset().union(*found) for found in zip(*pieces))
+        self.names, self.pieces = (frozenset().union(*sets) for sets in zip(*pieces))
         for module in captured:
             for name, value in [*module.__dict__.items()]:
                 if self._counts(name, id(module) in called):
                     self._inside(value)
-        self.globals = [(itemgetter(*names, *names[:1]), table) for table, found in self.looked.values()
-                        if (names := sorted(found))]
+        self.globals = [(itemgetter(*names, *names[:1]), table) for table, known in self.looked.values()
+                        if (names := sorted(known))]
         self.read = [get(table) for get, table in self.globals]
         self.states = list(map(function_state, self.functions))
         self.tensors = [
