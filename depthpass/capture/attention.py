@@ -91,7 +91,10 @@ def capture_attention(module, query, key, value, attention_mask, scaling=None, d
             "They may change the result, so they are refused rather than dropped."
         )
     if attention_mask is None:
-        raise UnsupportedModelError(f"{name}: expected a mask made by transformers' mask interface, got none.")
+        raise UnsupportedModelError(
+            f"{name}: expected a mask made by transformers' mask interface from a 2-D attention_mask [batch, tokens] of the "
+            "captured call (all ones where nothing is padding), got none."
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = torch.ops.depthpass.attend(
         query, key, value, attention_mask, sinks, scale, float(softcap or 0.0), float(dropout)
@@ -105,10 +108,8 @@ def capture_mask(*_, mask_function: Callable, attention_mask=None, local_size: i
         if not isinstance(kwargs.get(offset, 0), int) or kwargs.get(offset, 0) != 0:
             raise UnsupportedModelError(f"masks with a {offset} are not supported: caching is done by depthpass.")
     if attention_mask is None:
-        raise UnsupportedModelError(
-            "a mask is built without an attention_mask: expected a 2-D attention_mask [batch, tokens] in the captured call "
-            "(all ones where nothing is padding)."
-        )
+        # Decoders of encoder-decoders make one for an encoder that is not there; a layer that reads it is refused.
+        return None
     if local_size is not None and local_size < 1:
         # Models make masks of kinds that none of their layers has; a layer that reads this one is refused.
         return torch.ops.depthpass.mask(attention_mask, NOTHING, NOTHING)

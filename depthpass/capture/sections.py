@@ -75,7 +75,10 @@ class Ports:
         self.final: fx.Node = finals[0]
         hidden = self.enters[0].meta["val"]
         if hidden.dim() != 3:
-            raise UnsupportedModelError(f"expected a hidden stream [batch, tokens, width], got {tuple(hidden.shape)}.")
+            raise UnsupportedModelError(
+                f"{layers}: expected one hidden stream [batch, tokens, width] between its blocks, got {tuple(hidden.shape)}; "
+                "a model whose blocks pass on several streams cannot be rewired."
+            )
         self.batch, self.tokens = expression(hidden.shape[0]), expression(hidden.shape[1])
         self.width: int = hidden.shape[2]
 

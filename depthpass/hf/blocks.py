@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from depthpass.capture.tried import TRIED
 from depthpass.hf.calls.doors import call_names
 from depthpass.hf.calls.host import depth_module
 from depthpass.hf.calls.inputs import normalise
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 def check_blocks(model: DepthModel, plan: Plan) -> None:
     """Refuse a program whose visits run parts of blocks, scale branches or have a LoRA, where the blocks do not let them.
 
-    Only a capture tells; the one of a plain call is made, and kept for the first call.
+    Only a capture tells; the one of a plain call is made, and kept for the first call. So is that of an architecture of
+    transformers that is not known to work, whatever the program: what it refuses is refused before anything runs.
 
     Raises:
         LoweringError: naming the block and what was expected of it.
@@ -28,10 +30,12 @@ def check_blocks(model: DepthModel, plan: Plan) -> None:
     """
     from depthpass_lowering.visits.checked import asks_of_blocks, check_visits
 
-    if not (ops := asks_of_blocks(plan.largest)):
-        return
     decoder: Any = model.get_submodule(model._depth.decoder)
-    names = call_names(type(decoder)._stock_class)
+    stock = type(decoder)._stock_class
+    ops, known = asks_of_blocks(plan.largest), decoder.config.model_type in TRIED
+    if not ops and (known or not stock.__module__.startswith("transformers.")):
+        return
+    names = call_names(stock)
     ids = torch.zeros(1, 2, dtype=torch.long, device=home(model))
     call = normalise(model, decoder, names, {"input_ids": ids}, None)
     if feeds(model.depth_program):

@@ -239,6 +239,8 @@ class DepthModel(Shown, _Stock):
                 config.use_cache = config.output_hidden_states = False
             with working(f"capturing {type(self).__name__}"):
                 captured = capture(stock, tensors, static)
+            if not self._depth.watches[-1].current():
+                self._depth.watches[-1].settle()
         if len(captured.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
                 f"the program is for {self._depth.program.blocks} blocks, the model now has {len(captured.blocks)}."

@@ -17,6 +17,10 @@ _LLAMA = _BASE | {"num_key_value_heads": 2, "head_dim": 8}
 _GPT = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128}
 FURTHER: dict[str, dict] = {
     "arcee": _LLAMA,
+    # The decoder of an encoder-decoder, which makes a mask for an encoder that is not there.
+    "bart": {"vocab_size": 97, "d_model": 32, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
+             "encoder_attention_heads": 4, "decoder_ffn_dim": 48, "encoder_ffn_dim": 48, "is_decoder": True,
+             "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
     "biogpt": _BASE,
     "ctrl": _GPT | {"dff": 48},
     # Keys are written in two halves into an empty tensor, and the first block has no experts.

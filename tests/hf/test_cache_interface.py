@@ -79,6 +79,8 @@ def test_caches_move_and_are_saved(filled):
     with pytest.raises(dp.CacheError, match="of another program"):
         following(other, copy.deepcopy(loaded))
     following(turbo, loaded)
+    with pytest.raises(dp.CacheError, match=r"move it with cache.to"):
+        loaded.offload(0)
     with pytest.raises(dp.CacheError, match="belongs to another model"):  # it has found its model
         following(turbo_of(pair("llama")[0]), loaded)
 

@@ -104,6 +104,69 @@ def in_a_container(model):
     model.config.layer_types[0] = "full_attention"
 
 
+FACTORS, GLOBAL, COUNTED = {"list": [1.0], "dict": {"x": 1.0}}, 1.0, 0
+
+
+class Held:
+    factor = 1.0
+
+    def __init__(self):
+        self.own, self.tensor, self.asked = 1.0, torch.ones(()), 0
+
+    def __call__(self, x):
+        global COUNTED
+        self.asked, COUNTED = self.asked + 1, COUNTED + 1
+        return x * self.own * self.factor * self.tensor
+
+
+def factor(x, by=(lambda: FACTORS["dict"]["x"], [1.0])):
+    return x * FACTORS["list"][0] * by[0]() * by[1][0] * GLOBAL
+
+
+def closed_over():
+    state = {"by": 1.0}
+    return lambda x: state["by"] * x
+
+
+class HeldMlp(importlib.import_module("transformers.models.llama.modeling_llama").LlamaMLP):
+    """Reads everything that Python lets a forward read."""
+
+    by_class = [1.0]
+
+    def forward(self, x):
+        return factor(self.closed(self.held(super().forward(x)))) * self.by_class[0] * self.names.k * self.loose
+
+
+def held_model():
+    stock = enliven(zoo.model("llama", 2), least=1)
+    for layer in stock.model.layers:
+        layer.mlp.__class__ = HeldMlp
+        layer.mlp.held, layer.mlp.closed, layer.mlp.names = Held(), closed_over(), types.SimpleNamespace(k=1.0)
+        layer.mlp.loose = torch.ones(())
+    return dp.transform(stock, dp.Identity())
+
+
+def test_what_a_forward_reads_through_objects_and_globals_counts(captures, monkeypatch):
+    made = held_model()
+    mlp, held = made.model.layers[1].mlp, made.model.layers[0].mlp.held
+    call(made)
+    call(made)
+    assert len(captures) == 1  # what the forward itself counts up is no change
+    changes = [
+        lambda: HeldMlp.by_class.__setitem__(0, 2.0), lambda: FACTORS["list"].__setitem__(0, 2.0), lambda: mlp.loose.mul_(2),
+        lambda: FACTORS["dict"].__setitem__("x", 2.0), lambda: factor.__defaults__[0][1].__setitem__(0, 2.0),
+        lambda: mlp.closed.__closure__[0].cell_contents.__setitem__("by", 2.0), lambda: setattr(mlp.names, "k", 2.0),
+        lambda: setattr(Held, "factor", 2.0), lambda: held.tensor.mul_(2), lambda: monkeypatch.setitem(globals(), "GLOBAL", 2.0),
+        lambda: setattr(mlp, "forward", functools.partial(lambda f, x: f(x) * GLOBAL * FACTORS["list"][0], mlp.forward)),
+        lambda: FACTORS["list"].__setitem__(0, 0.5),
+    ]
+    for change in changes:
+        before = call(made).logits
+        change()
+        agrees(made)
+        assert not torch.allclose(call(made).logits, before, atol=1e-4)
+
+
 CHANGES = {
     "llama": {
         "another class": class_swap,

@@ -206,6 +206,8 @@ def test_bad_input():
     model(ids, past_key_values=cache, use_cache=True)
     with pytest.raises(dp.InputError, match="an earlier call"):
         model(ids[:, :1], past_key_values=cache, prompt_length=2)
+    with pytest.raises(dp.InputError, match="guidance_scale: without a cache"):
+        model.generate(ids, attention_mask=torch.ones_like(ids), guidance_scale=1.5, use_cache=False, max_new_tokens=2)
     with pytest.raises(dp.InputError, match="prefill_chunk_size"):
         model.generate(ids, prefill_chunk_size=2, max_new_tokens=2)
     with pytest.raises(dp.SpecError, match=r"pad\.token: expected a token below the vocabulary's 97, got 97"):

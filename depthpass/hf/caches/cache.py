@@ -225,6 +225,14 @@ class DepthCache(Cache):
             "use it."
         )
 
+    def offload(self, *args, **kwargs):
+        raise CacheError(
+            "a DepthCache stays whole, its delay lines beside its keys and values: move it with cache.to(device), or keep later "
+            "visits' keys in few bits with dp.DepthCache(model, residual_bits=4)."
+        )
+
+    prefetch = offload
+
     def reset(self) -> None:
         """Forget everything."""
         self.state = type(self.state)(record=self.state.record)

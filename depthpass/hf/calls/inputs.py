@@ -80,7 +80,8 @@ def _dense(mask: object) -> bool:
 def refuse_flags(given: dict[str, Any], config) -> None:
     for flag in _REFUSED_FLAGS:
         if given.pop(flag, getattr(config, flag, False)):
-            raise InputError(f"{flag}: not available on a transformed model; only the hidden stream leaves a block.")
+            raise InputError(f"{flag}: not available on a transformed model; only the hidden stream leaves a block. Set it to "
+                             "False (in TRL's trainers of experts router_aux_loss_coef=0.0).")
 
 
 def refuse_unknown(model: nn.Module, given: dict[str, Any], known: Collection[str]) -> None:

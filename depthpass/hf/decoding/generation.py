@@ -121,6 +121,9 @@ def _say_prompt(placed: Op, generation_config: Any, model_kwargs: dict[str, Any]
                          "it unset.")
     if placed["at"] is not None or placed["behind"] is not None:
         return
+    if generation_config.use_cache is False and generation_config.guidance_scale not in (None, 1):
+        raise InputError("guidance_scale: without a cache the row without its prompt cannot be told where that would end, which "
+                         "the workspace pads follow. Leave use_cache on, or guidance_scale out.")
     if generation_config.use_cache is False and "prompt_length" not in model_kwargs:
         mask, positions = model_kwargs.get("attention_mask"), model_kwargs.get("position_ids")
         # generate drops a mask of ones.

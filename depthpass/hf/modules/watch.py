@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from operator import eq, itemgetter
-from types import MethodType
+from types import FunctionType, MethodType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from depthpass.capture.code import class_items, function_globals, globals_read, mentioned, mentions, own_bases
+from depthpass.capture.held import function_state, held
 from depthpass.capture.quiet import global_hook_tables
 from depthpass.capture.screen import block_list
 from depthpass.capture.structure import is_config, own_class
 from depthpass.errors import UnsupportedModelError
-from depthpass.hf.modules.code import class_items, globals_read, mentions, own_bases
 from depthpass.hf.modules.hooks import find_hooks, hook_tables
 from depthpass.hf.modules.placement import is_dispatched, is_flattened, is_reentrant, sharded_dtypes, unwrapped
 
@@ -83,30 +85,44 @@ class Watch:
     Attributes:
         key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
             part in it.
+        written: names of what traces have changed, with the identity of its owner; no part of the key.
         submodules: those looked up by (identity of their root, path).
         live: where hooks are.
         dispatched: whether accelerate moves tensors of the model between devices.
     """
 
-    def __init__(self, model: nn.Module, decoder: str, layers: str):
+    def __init__(self, model: nn.Module, decoder: str, layers: str, written: dict[tuple, object] | None = None):
+        self.written = {} if written is None else written
         self.modules = list(model.modules())  # kept alive, so that no id below is ever reused
         self.types = list(map(type, self.modules))
+        self.owners: list[object] = []
         self.tables: list[object] = []
-        self.copies: list[object] = []
+        self.copies: list[Any] = []
         self.empty: list[object] = []
-        seen: set[int] = set()
-        for module in self.modules:
-            self._table(module.__dict__, seen)
-            if module._modules:
-                self._table(module._modules, seen)
+        self.functions: list[FunctionType] = []
+        self.looked: dict[int, tuple[dict, set[str]]] = {}
+        self.seen: set[object] = set()
         captured = list(model.get_submodule(decoder).modules())
+        called = {id(captured[0]), *map(id, block_list(model, layers))}
         classes = dict.fromkeys(map(type, captured))
-        for base in dict.fromkeys(b for cls in classes for b in own_bases(cls)):
-            self._table(base.__dict__, seen, deep=False)
-        self.globals = [
-            (itemgetter(*names, names[0]), table) for table, names in _merged(globals_read(cls) for cls in classes)
-        ]
+        for module in self.modules:
+            self._table(module, module.__dict__)
+            if module._modules:
+                self._table(module._modules, module._modules)
+            for name, value in module.__dict__.items():
+                if name not in _HOOKS:
+                    self._inside(value, data=not isinstance(value, _CODE) or (name in _AROUND and id(module) in called))
+        self._classes(classes)
+        pieces = [*map(mentions, classes), mentioned(self.functions)]
+        self.names, self.pieces = (frozenset().union(*sets) for sets in zip(*pieces))
+        for module in captured:
+            for name, value in [*module.__dict__.items()]:
+                if self._counts(name, id(module) in called):
+                    self._inside(value)
+        self.globals = [(itemgetter(*names, *names[:1]), table) for table, known in self.looked.values()
+                        if (names := sorted(known))]
         self.read = [get(table) for get, table in self.globals]
+        self.states = list(map(function_state, self.functions))
         self.tensors = [
             (table, name, _form(t), len(table))
             for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
@@ -118,26 +134,77 @@ class Watch:
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
         self.dtypes = sharded_dtypes(self.modules)
-        self.key = Key(self._meaning(captured, classes, {id(captured[0]), *map(id, block_list(model, layers))}))
+        self.key = Key(self._meaning(captured, classes, called))
         self.submodules: dict[tuple[int, str], nn.Module] = {}
         self.dispatched = is_dispatched(model)
         self.live = find_hooks(captured[0], block_list(model, layers), getattr(model, "depth", None))
 
-    def _table(self, table: Any, seen: set[int], deep: bool = True) -> None:
-        """Watch a table and the containers and configs in it."""
-        if id(table) in seen:
+    def _table(self, owner: object, table: Any) -> None:
+        """Watch the dictionary, list or set of a module, class, object or container."""
+        if (id(owner), "table") not in self.seen:
+            self.seen.add((id(owner), "table"))
+            self.owners.append(owner)
+            self.tables.append(table)
+            self.copies.append(_copied(table))
+
+    def _inside(self, value: Any, data: bool = False) -> None:
+        """Watch what a value holds; with ``data``, containers and configs alone."""
+        what = held(value)
+        if what is None or (data and not what.exact) or (id(value), data) in self.seen:
             return
-        seen.add(id(table))
-        self.tables.append(table)
-        self.copies.append(dict(table) if isinstance(table, Mapping) else copy.copy(table))
-        if not deep:
-            return
-        for name, value in table.items() if isinstance(table, Mapping) else enumerate(table):
-            if is_config(value):
-                self._table(value.__dict__, seen)
-            elif isinstance(value, dict | list | set) and name not in _HOOKS:
-                # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
-                self._table(value, seen) if value else self.empty.append(value)
+        self.seen.add((id(value), data))
+        if isinstance(value, FunctionType):
+            self.functions.append(value)
+            self._globals(function_globals(value))
+        elif isinstance(value, type):
+            self._classes((value,))
+        elif what.table is not None:
+            # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
+            self._table(value, what.table) if what.table else self.empty.append(what.table)
+        for _, part in what.parts:
+            self._inside(part, data)
+
+    def _classes(self, classes: Iterable[type]) -> None:
+        """Watch what classes define, and what their methods look up."""
+        for cls in classes:
+            self._globals(globals_read(cls))
+        for base in dict.fromkeys(b for cls in classes for b in own_bases(cls)):
+            self._table(base, base.__dict__)
+            for value in class_items(base).values():
+                self._inside(value)
+
+    def _globals(self, groups: Iterable[tuple[dict[str, Any], Iterable[str]]]) -> None:
+        for table, names in groups:
+            known = self.looked.setdefault(id(table), (table, set()))[1]
+            for name in [n for n in names if n in table and n not in known]:
+                known.add(name)
+                self._inside(table[name])
+
+    def _counts(self, name: str, called: bool) -> bool:
+        """Whether an attribute of a module is one that code of the tree mentions.
+
+        Args:
+            called: whether the module is called as one: what is put around its forward runs at each call.
+        """
+        if name in _ALWAYS or (name in _AROUND and called):
+            return False
+        return name in self.names or any(p in name for p in self.pieces)
+
+    def settle(self) -> None:
+        """Leave out of later keys what a trace has written, as counters are: it would ask for a capture at every call."""
+        for at, (owner, table) in enumerate(zip(self.owners, self.tables)):
+            if table != (before := self.copies[at]):
+                named = isinstance(table, Mapping)
+                changed = [n for n in table if n not in before or table[n] is not before[n]] if named else [None]
+                self.written |= {(id(owner), name): owner for name in changed}
+                self.copies[at] = _copied(table)
+        for at, function in enumerate(self.functions):
+            if (state := function_state(function)) != self.states[at]:
+                self.written[id(function), "cell"], self.states[at] = function, state
+        for at, (get, table) in enumerate(self.globals):
+            names = sorted(self.looked[id(table)][1])
+            self.written |= {(id(table), n): table for n, v in zip(names, self.read[at]) if table[n] is not v}
+            self.read[at] = get(table)
 
     def current(self) -> bool:
         """Whether nothing has changed since this watch was made."""
@@ -149,17 +216,19 @@ class Watch:
             for (get, table), values in zip(self.globals, self.read):
                 if get(table) != values:
                     return False
+            if list(map(function_state, self.functions)) != self.states:
+                return False
             if torch.get_default_dtype() is not self.dtype:
                 return False
         except (ValueError, RuntimeError, TypeError, KeyError):  # tables with tensors or arrays: their equality is none
             return False
-        for table, name, held, count in self.tensors:
+        for table, name, form, count in self.tensors:
             t = table.get(name)
-            if t is None or held is None:
-                if t is not held or len(table) != count:
+            if t is None or form is None:
+                if t is not form or len(table) != count:
                     return False
                 continue
-            dtype, device, shape = held
+            dtype, device, shape = form
             if t.dtype is not dtype or t.device != device or t.shape != shape or len(table) != count:
                 return False
         return True
@@ -168,73 +237,60 @@ class Watch:
         """What of all this a capture of these modules depends on.
 
         Args:
-            called: ids of those that are called as modules: what is put around their forward runs at each call.
+            called: ids of those that are called as modules.
         """
-        names = frozenset().union(*(mentions(cls)[0] for cls in classes))
-        pieces = tuple(frozenset().union(*(mentions(cls)[1] for cls in classes)))
-
-        def counts(name: str, module: nn.Module) -> bool:
-            if name in _ALWAYS or (name in _AROUND and id(module) in called):
-                return False
-            return name in names or any(p in name for p in pieces)
-
         met: dict[int, object] = {}
         return (
             tuple((Same(m), own_class(type(m)), tuple(m._modules), tuple(
-                (n, _frozen(v, met)) for n, v in m.__dict__.items() if counts(n, m)
+                (n, self._frozen(v, met)) for n, v in m.__dict__.items() if self._counts(n, id(m) in called)
             )) for m in modules),
             tuple(
                 tuple((n, _form(t), self.dtypes.get(id(t))) for n, t in table.items())
                 for m in modules for table in (m._parameters, m._buffers)
             ),
             tuple(
-                (base, tuple((n, Same(v)) for n, v in class_items(base).items()))
+                (base, tuple((n, self._frozen(v, met)) for n, v in class_items(base).items()
+                             if (id(base), n) not in self.written))
                 for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
             ),
-            tuple(Same(v) for values in self.read for v in values), self.dtype,
+            tuple(self._frozen(t[n], met) for t, names in self.looked.values() for n in sorted(names)
+                  if (id(t), n) not in self.written), self.dtype,
         )
+
+    def _frozen(self, value: Any, met: dict[int, object]) -> object:
+        """A value as part of a key: by content where that is plain data or a config, else itself with what it holds."""
+        if value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device):
+            return value
+        if id(value) in met:
+            return met[id(value)]
+        met[id(value)] = same = Same(value)  # of what holds itself
+        what, known = held(value), _SETTINGS if is_config(value) else ()
+        if what is None or (id(value), None) in self.written:
+            return same
+        parts = [(n, v) for n, v in what.parts if n not in known and (id(value), n) not in self.written]
+        if isinstance(value, FunctionType):
+            parts += [(n, t[n]) for t, names in function_globals(value) for n in names
+                      if n in t and (id(t), n) not in self.written]
+        pairs = [(self._frozen(n, met), self._frozen(v, met)) for n, v in parts]
+        content = (what.kind, frozenset(pairs) if isinstance(value, set) else tuple(pairs))
+        met[id(value)] = frozen = content if what.exact else (same, content)
+        return frozen
+
+
+_CODE = FunctionType | MethodType | functools.partial
+
+
+def _copied(table: Any) -> object:
+    """A plain copy of a container, past what a subclass makes of its entries."""
+    return dict(dict.items(table)) if isinstance(table, dict) else dict(table) if isinstance(table, Mapping) else copy.copy(table)
 
 
 def _form(tensor: Tensor | None) -> tuple | None:
     return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape)
 
 
-def _merged(tables: Iterable[tuple[tuple[dict[str, Any], tuple[str, ...]], ...]]) -> list[tuple[dict, tuple[str, ...]]]:
-    """Names by dictionary, each dictionary once."""
-    merged: dict[int, tuple[dict, set[str]]] = {}
-    for group in tables:
-        for table, names in group:
-            merged.setdefault(id(table), (table, set()))[1].update(n for n in names if n in table)
-    return [(table, tuple(sorted(names))) for table, names in merged.values() if names]
-
-
 _HOOKS = frozenset(n for n, v in nn.Module().__dict__.items() if isinstance(v, OrderedDict))
 """Tables of hooks of a module: looked at by themselves."""
-
-
-def _frozen(value: Any, met: dict[int, object]) -> object:
-    """A value as part of a key: by content where that is plain data or a config, else the object itself."""
-    if value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device | type | MethodType):
-        return value
-    if id(value) in met:
-        return met[id(value)]
-    if is_config(value):
-        met[id(value)] = Same(value)  # a config that holds itself
-        met[id(value)] = frozen = (type(value), tuple(
-            (n, _frozen(v, met)) for n, v in sorted(value.__dict__.items()) if n not in _SETTINGS
-        ))
-        return frozen
-    if isinstance(value, dict | list | tuple | set):
-        met[id(value)] = Same(value)
-        if isinstance(value, dict):
-            frozen = (dict, tuple((_frozen(k, met), _frozen(v, met)) for k, v in value.items()))
-        elif isinstance(value, set):
-            frozen = (set, frozenset(_frozen(v, met) for v in value))
-        else:
-            frozen = (type(value), tuple(_frozen(v, met) for v in value))
-        met[id(value)] = frozen
-        return frozen
-    return Same(value)
 
 
 def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> Watch:
@@ -251,7 +307,7 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
             return known
     check_hooks()
     check_wrappers(model)
-    new = Watch(model, decoder, layers)
+    new = Watch(model, decoder, layers, watches[-1].written if watches else None)
     watches[:] = [*watches[1 - KEPT :], new]
     return new
 

@@ -7,13 +7,24 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 _NAME = re.compile(r"\w+")
 _BASES = ("transformers.modeling_utils", "transformers.generation", "transformers.utils", "transformers.integrations",
           "transformers.distributed", "contextlib", "torch")
 """Modules under the classes of all models: what their functions look up decides nothing about a forward."""
+
+
+_LIBRARIES = frozenset(sys.stdlib_module_names) | {
+    "torch", "transformers", "accelerate", "peft", "numpy", "depthpass", "depthpass_lowering", "depthpass_kernels", "torchao",
+    "triton", "sympy", "trl", "nnsight",
+}
+
+
+def is_own(module: object) -> bool:
+    """Whether code of a module is a user's, which may keep what it reads anywhere; no library's, which keeps it in modules."""
+    return isinstance(module, str) and (module == "__main__" or module.partition(".")[0] not in _LIBRARIES)
 
 
 def own_bases(cls: type) -> tuple[type, ...]:
@@ -40,10 +51,18 @@ def globals_read(cls: type) -> tuple[tuple[dict[str, Any], tuple[str, ...]], ...
         seen.add(function.__code__)
         for _, value in _looked_up(function, tables):
             todo += [f for f in _functions(value) if f.__module__ == function.__module__]
-    for function in _functions(cls.forward):  # of torch's own classes: F.linear may have been replaced, too
+    for function in _functions(getattr(cls, "forward", None)):  # of torch's own classes: F.linear may have been replaced, too
         for _ in _looked_up(function, tables):
             pass
     return tuple((table, tuple(sorted(names))) for table, names in tables.values() if names)
+
+
+def function_globals(function: types.FunctionType) -> list[tuple[dict[str, Any], tuple[str, ...]]]:
+    """The globals that a function itself reads, by the dictionary they are in."""
+    tables: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    for _ in _looked_up(function, tables):
+        pass
+    return [(table, tuple(names)) for table, names in tables.values()]
 
 
 def _looked_up(
@@ -66,16 +85,18 @@ def _looked_up(
 @functools.cache
 def mentions(cls: type) -> tuple[frozenset[str], frozenset[str]]:
     """Attribute names that the code of a class mentions, and pieces of names that it may put together (f-strings)."""
+    return mentioned(f for base in cls.__mro__[:-1] for v in vars(base).values() for f in _functions(v))
+
+
+def mentioned(functions: Iterable[types.FunctionType]) -> tuple[frozenset[str], frozenset[str]]:
+    """As :func:`mentions`, of functions."""
     names: set[str] = set()
     pieces: set[str] = set()
-    for base in cls.__mro__[:-1]:
-        for value in vars(base).values():
-            for function in _functions(value):
-                for code in _codes(function.__code__):
-                    names |= {*code.co_names, *code.co_freevars}
-                    texts = [t for c in code.co_consts for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, str)]
-                    names |= {t for t in texts if _NAME.fullmatch(t)}
-                    pieces |= {t for t in texts if _NAME.fullmatch(t) and (t[0] == "_" or t[-1] == "_") and len(t) > 2}
+    for code in (c for f in functions for c in _codes(f.__code__)):
+        names |= {*code.co_names, *code.co_freevars}
+        texts = [t for c in code.co_consts for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, str)]
+        names |= {t for t in texts if _NAME.fullmatch(t)}
+        pieces |= {t for t in texts if _NAME.fullmatch(t) and (t[0] == "_" or t[-1] == "_") and len(t) > 2}
     return frozenset(names), frozenset(pieces)
 
 
