@@ -25,12 +25,14 @@ class Held:
         table: where the parts are kept: a dictionary, list or set that changes in place; None = they are looked up.
         parts: the values by name or place.
         exact: whether a value with equal parts is as good (plain data), so that it need not be the same object.
+        attributes: whether the parts are attributes of an object, which are read by name.
     """
 
     kind: object
     table: Any
     parts: tuple[tuple[object, Any], ...]
     exact: bool = False
+    attributes: bool = False
 
 
 def held(value: Any) -> Held | None:
@@ -59,7 +61,7 @@ def held(value: Any) -> Held | None:
     if is_own(type(value).__module__) or type(value) is types.SimpleNamespace:
         parts = getattr(value, "__dict__", None)
         if isinstance(parts, dict) and not isinstance(value, types.ModuleType):
-            return Held(type(value), parts, (("class", type(value)), *parts.items()))
+            return Held(type(value), parts, (("class", type(value)), *parts.items()), attributes=True)
     return None
 
 

@@ -7,7 +7,7 @@ import torch
 from capture.dense_run import captured
 from transformers import masking_utils as mu
 
-from depthpass.capture.attention import capture_mask, recognise_mask
+from depthpass.capture.attention import capture_attention, capture_mask, recognise_mask
 from depthpass.errors import UnsupportedModelError
 
 CAUSAL = mu.causal_mask_function
@@ -102,5 +102,7 @@ def test_other_masks_are_refused_by_name(what):
 def test_offsets_and_missing_masks_are_refused():
     with pytest.raises(UnsupportedModelError, match="q_offset"):
         capture_mask(mask_function=CAUSAL, attention_mask=torch.ones(2, 3), q_offset=2)
-    with pytest.raises(UnsupportedModelError, match="expected a 2-D attention_mask"):
-        capture_mask(mask_function=CAUSAL, attention_mask=None)
+    # Decoders of encoder-decoders make a mask that nobody reads; the layer that reads one is refused.
+    missing = capture_mask(mask_function=CAUSAL, attention_mask=None)
+    with pytest.raises(UnsupportedModelError, match="2-D attention_mask .* got none"):
+        capture_attention(torch.nn.Identity(), *torch.ones(3, 1, 2, 3, 4), missing)

@@ -111,12 +111,13 @@ class Held:
     factor = 1.0
 
     def __init__(self):
-        self.own, self.tensor, self.asked = 1.0, torch.ones(()), 0
+        self.own, self.tensor, self.asked, self.inner = 1.0, torch.ones(()), 0, types.SimpleNamespace(by=1.0, seen=[])
+        self.log, self.steps = [], {}
 
     def __call__(self, x):
         global COUNTED
         self.asked, COUNTED = self.asked + 1, COUNTED + 1
-        return x * self.own * self.factor * self.tensor
+        return x * self.own * self.factor * self.tensor * self.inner.by
 
 
 def factor(x, by=(lambda: FACTORS["dict"]["x"], [1.0])):
@@ -158,13 +159,19 @@ def test_what_a_forward_reads_through_objects_and_globals_counts(captures, monke
         lambda: mlp.closed.__closure__[0].cell_contents.__setitem__("by", 2.0), lambda: setattr(mlp.names, "k", 2.0),
         lambda: setattr(Held, "factor", 2.0), lambda: held.tensor.mul_(2), lambda: monkeypatch.setitem(globals(), "GLOBAL", 2.0),
         lambda: setattr(mlp, "forward", functools.partial(lambda f, x: f(x) * GLOBAL * FACTORS["list"][0], mlp.forward)),
-        lambda: FACTORS["list"].__setitem__(0, 0.5),
+        lambda: FACTORS["list"].__setitem__(0, 0.5), lambda: setattr(held.inner, "by", 2.0),
     ]
     for change in changes:
         before = call(made).logits
         change()
         agrees(made)
         assert not torch.allclose(call(made).logits, before, atol=1e-4)
+    counted = len(captures)
+    held.log.append(call(made).loss)  # beside what is read; no code of the model mentions them
+    held.inner.seen.append(1)
+    held.steps["now"], held.note = 1, "new"
+    call(made)
+    assert len(captures) == counted
 
 
 CHANGES = {

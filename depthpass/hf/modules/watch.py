@@ -102,6 +102,7 @@ class Watch:
         self.functions: list[FunctionType] = []
         self.looked: dict[int, tuple[dict, set[str]]] = {}
         self.seen: set[object] = set()
+        self.waiting: list[tuple[str, Any]] = []
         captured = list(model.get_submodule(decoder).modules())
         called = {id(captured[0]), *map(id, block_list(model, layers))}
         classes = dict.fromkeys(map(type, captured))
@@ -113,12 +114,12 @@ class Watch:
                 if name not in _HOOKS:
                     self._inside(value, data=not isinstance(value, _CODE) or (name in _AROUND and id(module) in called))
         self._classes(classes)
-        pieces = [*map(mentions, classes), mentioned(self.functions)]
-        self.names, self.pieces = (frozenset().union(*sets) for sets in zip(*pieces))
+        self._attributes(classes)
         for module in captured:
             for name, value in [*module.__dict__.items()]:
                 if self._counts(name, id(module) in called):
                     self._inside(value)
+        self._attributes(classes)
         self.globals = [(itemgetter(*names, *names[:1]), table) for table, known in self.looked.values()
                         if (names := sorted(known))]
         self.read = [get(table) for get, table in self.globals]
@@ -161,8 +162,22 @@ class Watch:
         elif what.table is not None:
             # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
             self._table(value, what.table) if what.table else self.empty.append(what.table)
-        for _, part in what.parts:
-            self._inside(part, data)
+        for name, part in what.parts:
+            if what.attributes and name != "class":
+                self.waiting.append((str(name), part))
+            else:
+                self._inside(part, data)
+
+    def _attributes(self, classes: Iterable[type]) -> None:
+        """Watch what attributes of objects hold, of those that code mentions: a log beside a setting may grow at every call."""
+        ready = True
+        while ready:
+            pieces = [*map(mentions, classes), mentioned(self.functions)]
+            self.names, self.pieces = (frozenset().union(*sets) for sets in zip(*pieces))
+            ready = [(n, v) for n, v in self.waiting if self._mentioned(n)]
+            self.waiting = [(n, v) for n, v in self.waiting if not self._mentioned(n)]
+            for _, value in ready:
+                self._inside(value)
 
     def _classes(self, classes: Iterable[type]) -> None:
         """Watch what classes define, and what their methods look up."""
@@ -188,6 +203,9 @@ class Watch:
         """
         if name in _ALWAYS or (name in _AROUND and called):
             return False
+        return self._mentioned(name)
+
+    def _mentioned(self, name: str) -> bool:
         return name in self.names or any(p in name for p in self.pieces)
 
     def settle(self) -> None:
@@ -268,6 +286,8 @@ class Watch:
         if what is None or (id(value), None) in self.written:
             return same
         parts = [(n, v) for n, v in what.parts if n not in known and (id(value), n) not in self.written]
+        if what.attributes:
+            parts = [(n, v) for n, v in parts if n == "class" or self._mentioned(str(n))]
         if isinstance(value, FunctionType):
             parts += [(n, t[n]) for t, names in function_globals(value) for n in names
                       if n in t and (id(t), n) not in self.written]
