@@ -17,9 +17,9 @@ from depthpass.hf.calls.pads import check_pads, pad_op
 from depthpass.hf.calls.table import position_table
 from depthpass.hf.modules.checkpointing import not_reentrant
 from depthpass.hf.modules.context import context_of
+from depthpass.hf.modules.hooks import drop_capturing_hooks
 from depthpass.hf.modules.parameters import build
 from depthpass.hf.modules.placement import home, is_dispatched, own_forward, set_forward, unwrapped
-from depthpass.hf.modules.watch import drop_capturing_hooks
 from depthpass.hf.modules.weights import check_weights
 from depthpass.hf.plans import Plans, check_runnable
 from depthpass.hf.runtime import PREFIX, Runtime

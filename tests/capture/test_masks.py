@@ -104,5 +104,5 @@ def test_offsets_and_missing_masks_are_refused():
         capture_mask(mask_function=CAUSAL, attention_mask=torch.ones(2, 3), q_offset=2)
     # Decoders of encoder-decoders make a mask that nobody reads; the layer that reads one is refused.
     missing = capture_mask(mask_function=CAUSAL, attention_mask=None)
-    with pytest.raises(UnsupportedModelError, match="2-D attention_mask .* got none"):
+    with pytest.raises(UnsupportedModelError, match=r"2-D attention_mask .* got none"):
         capture_attention(torch.nn.Identity(), *torch.ones(3, 1, 2, 3, 4), missing)

@@ -112,3 +112,26 @@ def find_hooks(decoder: nn.Module, layers: nn.ModuleList, depth: nn.Module | Non
     new = set() if depth is None else set(depth.modules())
     outer = any(has_hooks(m) for m in decoder.modules() if m not in within and m not in new and m is not decoder)
     return Hooked(frozenset(inside), outer, any(map(has_hooks, new)), frozenset(own))
+
+
+def drop_capturing_hooks(model: nn.Module) -> None:
+    """Remove the hooks that transformers leaves on a model after one call with ``output_hidden_states=True``.
+
+    They only fill those outputs, which a transformed model does not hand out. The model must be a copy: the stock model
+    keeps its own, and installs them again when it is asked for the outputs.
+    """
+    for module in model.modules():
+        for key in [k for k, h in module._forward_hooks.items() if getattr(h, "__name__", "") == "output_capturing_hook"]:
+            del module._forward_hooks[key]
+        module.__dict__.pop("_output_capturing_hooks_installed", None)
+
+
+def without_hooks(model: nn.Module) -> nn.Module:
+    """Make a private copy traceable: no hooks (a block's own run when it is called) and no checkpoints."""
+    for module in model.modules():
+        for table in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks,
+                      module._backward_pre_hooks):
+            table.clear()
+        if getattr(module, "gradient_checkpointing", False):
+            module.__dict__["gradient_checkpointing"] = False
+    return model

@@ -102,7 +102,7 @@ class Counter:
 
     def __init__(self, model: Any, trainable: Trainable = "all"):
         from depthpass.hf.model import DepthModel
-        from depthpass.hf.modules.watch import without_hooks
+        from depthpass.hf.modules.hooks import without_hooks
         from depthpass.hf.stock import stock_copy
 
         self.model = model
