@@ -21,7 +21,7 @@ from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
 from depthpass.capture.tidy import tidy
 from depthpass.capture.traced import Traced, from_export
-from depthpass.errors import InputError
+from depthpass.errors import InputError, UnsupportedModelError
 
 __all__ = ["find_layers", "sharing_copy", "trace"]
 
@@ -36,10 +36,33 @@ def sharing_copy(module: nn.Module, shared: Iterable[object] = ()) -> nn.Module:
 
     Args:
         shared: further objects that the copy keeps.
+
+    Raises:
+        UnsupportedModelError: naming an attribute that cannot be copied (a lock, a generator, an open file).
     """
     results = (x for m in module.modules() for x in m.__dict__.values() if isinstance(x, torch.Tensor) and x.grad_fn is not None)
     memo = {id(t): t for t in (*module.parameters(), *module.buffers(), *results, *shared)}
-    return copy.deepcopy(module, memo)
+    try:
+        return copy.deepcopy(module, dict(memo))
+    except Exception as e:
+        known = memo | {id(m): m for m in module.modules()}
+        for path, part in module.named_modules():
+            for name, value in part.__dict__.items():
+                if name not in ("_modules", "_parameters", "_buffers") and not _copies(value, dict(known)):
+                    raise UnsupportedModelError(
+                        f"{path or type(module).__name__}.{name}: a transformed model is a copy that shares the weights, and "
+                        f"copy.deepcopy does not copy this {type(value).__name__} ({e}). Put it on the copy instead, keep it in "
+                        "a global, or give its class a __deepcopy__."
+                    ) from e
+        raise
+
+
+def _copies(value: object, memo: dict) -> bool:
+    try:
+        copy.deepcopy(value, memo)
+    except Exception:
+        return False
+    return True
 
 
 @contextmanager

@@ -1,12 +1,16 @@
 """Structural copies: the classes, attributes and tensors of a tree, none of its hooks, and no tie to the old one."""
 
 import functools
+import threading
 
+import pytest
 import torch
 import zoo
 from torch import nn
 
+import depthpass as dp
 from depthpass.capture.structure import structural_copy
+from depthpass.errors import UnsupportedModelError
 
 
 def tree():
@@ -53,3 +57,11 @@ def test_stand_ins_have_the_shape_and_no_values_of_their_own():
     assert stand_in is made.model.embed_tokens.weight and isinstance(stand_in, nn.Parameter) and not stand_in.is_inference()
     assert stand_in.shape == model.lm_head.weight.shape and stand_in.stride() == model.lm_head.weight.stride()
     assert stand_in is not model.lm_head.weight
+
+
+def test_what_cannot_be_copied_is_named():
+    stock = zoo.model("llama", layers=2)
+    stock.model.layers[0].__dict__["owner"] = stock.model  # leads to the lock, and can be copied
+    stock.model.layers[1].mlp.state = {"lock": threading.Lock()}
+    with pytest.raises(UnsupportedModelError, match=r"model\.layers\.1\.mlp\.state: .* does not copy this dict"):
+        dp.transform(stock, dp.Identity())
