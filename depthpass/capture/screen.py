@@ -23,6 +23,11 @@ _CACHES = {"past_key_values", "past_key_value", "cache", "cache_params", "state"
 _FLAGS = ("output_router_logits", "output_attentions", "output_hidden_states")
 
 
+def depth_field(config: Any) -> str:
+    """The field of a config that counts the decoder's blocks; ``num_hidden_layers`` of BART's kind counts the encoder's."""
+    return "decoder_layers" if getattr(config, "decoder_layers", None) else "num_hidden_layers"
+
+
 def find_layers(model: nn.Module) -> str:
     """Module path of the list of decoder blocks: the outermost module list with ``num_hidden_layers`` entries.
 
@@ -42,14 +47,14 @@ def find_layers(model: nn.Module) -> str:
             "flow from block to block. Use a decoder-only model."
         )
     text = config.get_text_config(decoder=True)
-    count = getattr(text, "decoder_layers", None) or getattr(text, "num_hidden_layers", None)
+    count = getattr(text, depth_field(text), None)
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = [n for n, m in lists.items() if len(m) == count]
     outer = [n for n in fitting if not any(n.startswith(o + ".") for o in fitting)]
     if len(outer) != 1:
         have = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
         raise UnsupportedModelError(
-            f"{name}: expected one list of {count} blocks (config.num_hidden_layers), found "
+            f"{name}: expected one list of {count} blocks (config.{depth_field(text)}), found "
             f"{' and '.join(outer) or 'none'}; module lists of the model: {have}."
         )
     return outer[0]

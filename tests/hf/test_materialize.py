@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import zoo
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from turbos import enliven
 
 import depthpass as dp
@@ -48,6 +48,22 @@ def test_a_materialised_program_is_a_stock_checkpoint(name, tmp_path):
         for p in made.parameters():
             p.add_(1.0)
     assert all(torch.equal(v, before[k]) for k, v in stock.state_dict().items())
+
+
+def test_a_decoder_whose_config_counts_an_encoder_too():
+    """BART's ``num_hidden_layers`` are the encoder's; caches of transformers go by it, the decoder by ``decoder_layers``."""
+    sizes = {"d_model": 32, "encoder_layers": 3, "decoder_layers": 3, "decoder_attention_heads": 4, "decoder_ffn_dim": 48}
+    config = AutoConfig.for_model("bart", vocab_size=97, is_decoder=True, is_encoder_decoder=False, pad_token_id=0, **sizes)
+    stock = enliven(AutoModelForCausalLM.from_config(config).eval(), std=0.2)
+    model = dp.transform(stock, dp.LayerProgram([0, 1, 1, 2, 2]))
+    made = dp.materialize(model)
+    assert made.config.decoder_layers == 5 and stock.config.decoder_layers == 3
+    ids = torch.arange(3, 17).view(2, 7)
+    with torch.no_grad():
+        torch.testing.assert_close(made(ids).logits, model(ids).logits)
+        assert (model(ids).logits - stock(ids).logits).abs().max() > 1e-3
+    reports = [dp.report(x, dp.LayerProgram([0, 1, 1, 2, 2]), seq_len=8) for x in (config, stock)]
+    assert [r.depth for r in reports] == [5, 5]
 
 
 def test_loops_and_lists_follow(tmp_path):

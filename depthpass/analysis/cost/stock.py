@@ -19,6 +19,7 @@ from torch import nn
 
 from depthpass.analysis.cost.flops import Count, Experts, count, in_attention
 from depthpass.analysis.cost.symbols import AttentionSite, B, n
+from depthpass.capture.screen import depth_field
 from depthpass.errors import UnsupportedModelError
 from depthpass.prompt import at_prompt
 
@@ -232,9 +233,9 @@ def shortened(model: nn.Module, layers: str, keep: Sequence[int]) -> nn.Module:
     shorter = nn.ModuleList([blocks[i] for i in keep])
     lists = {k: [v[i] for i in keep] for k, v in _per_layer_lists(model, total).items()}
     configs: dict[int, Any] = {id(c): c for m in model.modules() if (c := getattr(m, "config", None)) is not None}
-    texts = {id(t): t for c in configs.values() if (t := c.get_text_config(decoder=True)).num_hidden_layers == total}
-    for text in texts.values():
-        text.num_hidden_layers = len(keep)
+    texts = {id(t): t for t in (c.get_text_config(decoder=True) for c in configs.values())}
+    for text in (t for t in texts.values() if getattr(t, depth_field(t), None) == total):
+        setattr(text, depth_field(text), len(keep))
         for name, values in lists.items():
             setattr(text, name, values)
     parent, _, name = layers.rpartition(".")

@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from depthpass.analysis.cost.stock import _signature
 from depthpass.capture.export import find_layers
+from depthpass.capture.screen import depth_field
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.switching.switch import transformed
 from depthpass.hf.transform import restore
@@ -121,13 +122,15 @@ def rewrite_lists(config: Any, layers: Sequence[int], blocks: int) -> None:
     """Depth and per-layer lists of a config after a layer program."""
     common = vars(PreTrainedConfig())
     for settings in {id(c): c for c in (config, config.get_text_config(decoder=True))}.values():
-        if getattr(settings, "num_hidden_layers", None) != blocks:
+        if getattr(settings, depth_field(settings), None) != blocks:
             continue
         lists = {
             k: v for k, v in vars(settings).items()
             if isinstance(v, list | tuple) and k not in common and not k.endswith("token_id") and not k.startswith("_")
         }
-        settings.num_hidden_layers = len(layers)
+        # Caches of transformers go by num_hidden_layers, also where it counts the blocks of an encoder that is not there.
+        for field in {depth_field(settings), "num_hidden_layers"}:
+            setattr(settings, field, len(layers))
         for name, values in lists.items():
             if name in _NUMBERS:
                 setattr(settings, name, [p for p, i in enumerate(layers) if i in values])
