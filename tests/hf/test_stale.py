@@ -174,6 +174,22 @@ def test_what_a_forward_reads_through_objects_and_globals_counts(captures, monke
     assert len(captures) == counted
 
 
+@pytest.mark.parametrize("read", [
+    lambda held: sum(vars(held).values()), lambda held: getattr(held, "yb"[::-1]),
+    lambda held: next(iter(held.__dict__.values())),
+], ids=["vars", "getattr", "dict"])
+def test_attributes_read_without_their_name_count(read, monkeypatch):
+    held = types.SimpleNamespace(by=1.0)
+    stock = enliven(zoo.model("llama", 2), least=1)
+    stock.model.layers[0].mlp.__class__ = type("ReadMlp", (type(stock.model.layers[0].mlp),), {
+        "forward": lambda self, x: super(type(self), self).forward(x) * read(held)})
+    made = dp.transform(stock, dp.Identity())
+    before = call(made).logits
+    held.by = 3.0
+    agrees(made)
+    assert not torch.allclose(call(made).logits, before, atol=1e-4)
+
+
 CHANGES = {
     "llama": {
         "another class": class_swap,

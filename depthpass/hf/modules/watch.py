@@ -46,6 +46,10 @@ _SETTINGS = frozenset({
 """Fields of configs that no capture depends on: asked at each call, or about files and generation."""
 
 
+_ANY_NAME = frozenset({"getattr", "vars", "__dict__", "asdict", "astuple", "fields", "attrgetter", "__getattribute__"})
+"""What code calls that reads attributes without mentioning them."""
+
+
 class Key:
     """A value that is hashed once: it is looked up at every call."""
 
@@ -172,10 +176,11 @@ class Watch:
         """Watch what attributes of objects hold, of those that code mentions: a log beside a setting may grow at every call."""
         ready = True
         while ready:
-            pieces = [*map(mentions, classes), mentioned(self.functions)]
-            self.names, self.pieces = (frozenset().union(*sets) for sets in zip(*pieces))
-            ready = [(n, v) for n, v in self.waiting if self._mentioned(n)]
-            self.waiting = [(n, v) for n, v in self.waiting if not self._mentioned(n)]
+            own = mentioned(self.functions)
+            self.names, self.pieces = (frozenset().union(*sets) for sets in zip(*map(mentions, classes), own))
+            self.by_name = not own[0] & _ANY_NAME
+            ready = [(n, v) for n, v in self.waiting if self._read(n)]
+            self.waiting = [(n, v) for n, v in self.waiting if not self._read(n)]
             for _, value in ready:
                 self._inside(value)
 
@@ -207,6 +212,10 @@ class Watch:
 
     def _mentioned(self, name: str) -> bool:
         return name in self.names or any(p in name for p in self.pieces)
+
+    def _read(self, name: str) -> bool:
+        """Whether an attribute of a user's object may be read: all are where code looks them up by names that it makes."""
+        return not self.by_name or self._mentioned(name)
 
     def settle(self) -> None:
         """Leave out of later keys what a trace has written, as counters are: it would ask for a capture at every call."""
@@ -287,7 +296,7 @@ class Watch:
             return same
         parts = [(n, v) for n, v in what.parts if n not in known and (id(value), n) not in self.written]
         if what.attributes:
-            parts = [(n, v) for n, v in parts if n == "class" or self._mentioned(str(n))]
+            parts = [(n, v) for n, v in parts if n == "class" or self._read(str(n))]
         if isinstance(value, FunctionType):
             parts += [(n, t[n]) for t, names in function_globals(value) for n in names
                       if n in t and (id(t), n) not in self.written]
