@@ -45,10 +45,10 @@ def one_capture(_kept, monkeypatch):
     """
     real = depthpass.hf.model.capture
 
-    def capture(model, tensors, static):
+    def capture(model, tensors, static, *asked):
         key = _signature(model, tensors, static)
         if key not in _kept:
-            _kept[key] = real(model, tensors, static)
+            _kept[key] = real(model, tensors, static, *asked)
         return _kept[key]
 
     monkeypatch.setattr(depthpass.hf.model, "capture", capture)
@@ -60,9 +60,9 @@ def captures(monkeypatch):
     made = []
     real = depthpass.hf.model.capture
 
-    def capture(model, tensors, static):
+    def capture(model, tensors, static, *asked):
         made.append(tuple(tensors))
-        return real(model, tensors, static)
+        return real(model, tensors, static, *asked)
 
     monkeypatch.setattr(depthpass.hf.model, "capture", capture)
     return made

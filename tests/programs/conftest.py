@@ -20,7 +20,7 @@ def one_capture(kept):
     """Capture equal stock models only once; what runs on the captures stays each model's own."""
     real = depthpass.hf.model.capture
 
-    def capture(model, tensors, static):
+    def capture(model, tensors, static, *asked):
         settings = {k: v for k, v in model.config.to_dict().items() if k not in _ABOUT_FILES}
         key = (
             repr(sorted(settings.items(), key=str)), type(model), model.training, next(model.parameters()).dtype,
@@ -28,7 +28,7 @@ def one_capture(kept):
             tuple(n for n, _ in model.named_parameters()),
         )
         if key not in kept:
-            kept[key] = real(model, tensors, static)
+            kept[key] = real(model, tensors, static, *asked)
         return kept[key]
 
     with pytest.MonkeyPatch.context() as patch:

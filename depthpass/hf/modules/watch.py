@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from operator import eq, itemgetter
 from types import FunctionType, MethodType
 from typing import Any, cast
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.capture.code import class_items, function_globals, globals_read, mentioned, mentions, own_bases
-from depthpass.capture.held import function_state, held
+from depthpass.capture.held import ALWAYS_READ, function_state, held
 from depthpass.capture.quiet import global_hook_tables
 from depthpass.capture.screen import block_list
 from depthpass.capture.structure import is_config, own_class
@@ -90,14 +90,17 @@ class Watch:
         key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
             part in it.
         written: names of what traces have changed, with the identity of its owner; no part of the key.
+        asked: tensors beside parameters and buffers whose values a trace has asked for, by their ids.
         submodules: those looked up by (identity of their root, path).
         live: where hooks are.
         dispatched: whether accelerate moves tensors of the model between devices.
     """
 
-    def __init__(self, model: nn.Module, decoder: str, layers: str, written: dict[tuple, object] | None = None):
-        self.written = {} if written is None else written
+    def __init__(self, model: nn.Module, decoder: str, layers: str, before: Watch | None = None):
+        self.written: dict[tuple, object] = {} if before is None else before.written
+        self.asked: dict[int, Tensor] = {} if before is None else before.asked
         self.modules = list(model.modules())  # kept alive, so that no id below is ever reused
+        self.inside = {*map(id, self.modules)}
         self.types = list(map(type, self.modules))
         self.owners: list[object] = []
         self.tables: list[object] = []
@@ -105,6 +108,7 @@ class Watch:
         self.empty: list[object] = []
         self.functions: list[FunctionType] = []
         self.looked: dict[int, tuple[dict, set[str]]] = {}
+        self.lookups: list[tuple[object, Callable[[], Any]]] = []
         self.seen: set[object] = set()
         self.waiting: list[tuple[str, Any]] = []
         captured = list(model.get_submodule(decoder).modules())
@@ -128,6 +132,8 @@ class Watch:
                         if (names := sorted(known))]
         self.read = [get(table) for get, table in self.globals]
         self.states = list(map(function_state, self.functions))
+        self.lookups += [(t, t.tolist) for t in self.asked.values()]
+        self.present = [look() for _, look in self.lookups]
         self.tensors = [
             (table, name, _form(t), len(table))
             for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
@@ -155,19 +161,22 @@ class Watch:
     def _inside(self, value: Any, data: bool = False) -> None:
         """Watch what a value holds; with ``data``, containers and configs alone."""
         what = held(value)
-        if what is None or (data and not what.exact) or (id(value), data) in self.seen:
+        if what is None or (data and not what.exact) or id(value) in self.inside or (id(value), data) in self.seen:
             return
         self.seen.add((id(value), data))
+        if what.now is not None:
+            self.lookups.append((value, what.now))
         if isinstance(value, FunctionType):
             self.functions.append(value)
             self._globals(function_globals(value))
         elif isinstance(value, type):
             self._classes((value,))
+            self._inside(type(value))
         elif what.table is not None:
             # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
             self._table(value, what.table) if what.table else self.empty.append(what.table)
         for name, part in what.parts:
-            if what.attributes and name != "class":
+            if what.attributes and name not in ALWAYS_READ:
                 self.waiting.append((str(name), part))
             else:
                 self._inside(part, data)
@@ -217,8 +226,17 @@ class Watch:
         """Whether an attribute of a user's object may be read: all are where code looks them up by names that it makes."""
         return not self.by_name or self._mentioned(name)
 
-    def settle(self) -> None:
-        """Leave out of later keys what a trace has written, as counters are: it would ask for a capture at every call."""
+    def settle(self, asked: Iterable[Tensor]) -> None:
+        """Leave out of later keys what a trace has written, as counters are: it would ask for a capture at every call.
+
+        Args:
+            asked: tensors beside parameters and buffers whose values the trace has asked for: they count from now on.
+        """
+        self.asked |= (new := {id(t): t for t in asked if id(t) not in self.asked})
+        self.lookups += [(t, t.tolist) for t in new.values()]
+        self.present += [t.tolist() for t in new.values()]
+        if self.current():
+            return
         for at, (owner, table) in enumerate(zip(self.owners, self.tables)):
             if table != (before := self.copies[at]):
                 named = isinstance(table, Mapping)
@@ -228,6 +246,11 @@ class Watch:
         for at, function in enumerate(self.functions):
             if (state := function_state(function)) != self.states[at]:
                 self.written[id(function), "cell"], self.states[at] = function, state
+        for at, (owner, look) in enumerate(self.lookups):
+            if (now := look()) != (before := self.present[at]):
+                changed = [n for n in now if n not in before or now[n] is not before[n]] if isinstance(now, dict) else [None]
+                self.written |= {(id(owner), n): owner for n in changed}
+                self.present[at] = now
         for at, (get, table) in enumerate(self.globals):
             names = sorted(self.looked[id(table)][1])
             self.written |= {(id(table), n): table for n, v in zip(names, self.read[at]) if table[n] is not v}
@@ -244,6 +267,8 @@ class Watch:
                 if get(table) != values:
                     return False
             if list(map(function_state, self.functions)) != self.states:
+                return False
+            if [look() for _, look in self.lookups] != self.present:
                 return False
             if torch.get_default_dtype() is not self.dtype:
                 return False
@@ -281,27 +306,28 @@ class Watch:
                 for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
             ),
             tuple(self._frozen(t[n], met) for t, names in self.looked.values() for n in sorted(names)
-                  if (id(t), n) not in self.written), self.dtype,
+                  if (id(t), n) not in self.written),
+            tuple((at, repr(t.tolist())) for at, t in self.asked.items() if (at, None) not in self.written), self.dtype,
         )
 
     def _frozen(self, value: Any, met: dict[int, object]) -> object:
         """A value as part of a key: by content where that is plain data or a config, else itself with what it holds."""
-        if value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device):
+        what, known = held(value), _SETTINGS if is_config(value) else ()
+        if what is None and (value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device)):
             return value
         if id(value) in met:
             return met[id(value)]
         met[id(value)] = same = Same(value)  # of what holds itself
-        what, known = held(value), _SETTINGS if is_config(value) else ()
-        if what is None or (id(value), None) in self.written:
+        if what is None or (id(value), None) in self.written or id(value) in self.inside:
             return same
         parts = [(n, v) for n, v in what.parts if n not in known and (id(value), n) not in self.written]
         if what.attributes:
-            parts = [(n, v) for n, v in parts if n == "class" or self._read(str(n))]
+            parts = [(n, v) for n, v in parts if n in ALWAYS_READ or self._read(str(n))]
         if isinstance(value, FunctionType):
             parts += [(n, t[n]) for t, names in function_globals(value) for n in names
                       if n in t and (id(t), n) not in self.written]
         pairs = [(self._frozen(n, met), self._frozen(v, met)) for n, v in parts]
-        content = (what.kind, frozenset(pairs) if isinstance(value, set) else tuple(pairs))
+        content = (what.kind, frozenset(pairs) if isinstance(value, set | frozenset) else tuple(pairs))
         met[id(value)] = frozen = content if what.exact else (same, content)
         return frozen
 
@@ -336,7 +362,7 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
             return known
     check_hooks()
     check_wrappers(model)
-    new = Watch(model, decoder, layers, watches[-1].written if watches else None)
+    new = Watch(model, decoder, layers, watches[-1] if watches else None)
     watches[:] = [*watches[1 - KEPT :], new]
     return new
 
