@@ -178,7 +178,7 @@ def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     examples: dict[str, torch.Tensor] = {}
     dims: dict[str, object] = {}
     for name, t in tensors.items():
-        if t.dim() > 2 and name != "inputs_embeds":
+        if t.dim() > 2 and name not in ("inputs_embeds", "position_ids"):
             raise InputError(
                 f"{name}: expected [batch, tokens], got shape {tuple(t.shape)}. Dense masks are not supported: masks are "
                 "made from the validity of each token."
@@ -248,6 +248,8 @@ def _keyword_forward(model: nn.Module, names: tuple[str, ...], asked: list[torch
     replaced = model.__dict__.get("forward")
 
     def forward(**given):
+        if (places := given.get("position_ids")) is not None and places.dim() == 3:  # [batch, tokens, 3], see ``grid_of``
+            given["position_ids"] = places.permute(2, 0, 1)
         try:
             with _DataSeen(asked):
                 return stock(**given)

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from depthpass.errors import CacheError, InputError, did_you_mean
-from depthpass.hf.caches.cache import NAMES, DepthCache, take_cache
+from depthpass.hf.caches.cache import NAMES, DepthCache, adopted, take_cache
 from depthpass.hf.calls.ahead import cached
-from depthpass.hf.calls.columns import packing_of, positions_of, told_positions, validity
+from depthpass.hf.calls.columns import grid_of, packing_of, positions_of, told_positions, validity
 from depthpass.hf.calls.dense import made_of_packed_rows, sequences_of, validity_of
 from depthpass.hf.calls.packing import WORDS, Packing, Rows, find_packing
 from depthpass.hf.calls.pads import IGNORED_LABEL, pad_op
@@ -123,7 +124,8 @@ def normalise(
     _flatten_masks(given, told, config, past, (batch, new), device)
     valid = validity(given.get("attention_mask"), batch, past, new, device, cache)
     packing = packing_of(given, told, valid, past, (batch, new), device)
-    positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
+    if (positions := grid_of(given, config, batch, new, device)) is None:
+        positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
     tensors = {source: tokens} | ({"position_ids": positions} if "position_ids" in names else {})
     tensors["attention_mask"] = (
         torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
@@ -196,6 +198,8 @@ def _cache(model: DepthModel, given: dict[str, Any], frame: Frame | None, batch:
         name = frame.cache_name
     if cache is None:
         return name, None
+    if _is_made_inside(model, cache, frame):
+        cache = adopted(cache, model)
     if not isinstance(cache, DepthCache):
         raise CacheError(
             f"{name}: expected a DepthCache made for this model, got {type(cache).__name__}. A transformed "
@@ -205,6 +209,19 @@ def _cache(model: DepthModel, given: dict[str, Any], frame: Frame | None, batch:
     if cache.state.length and cache.batch_size not in (-1, batch):
         raise CacheError(f"{name}: holds {cache.batch_size} rows, the call has {batch}.")
     return name, cache
+
+
+def _is_made_inside(model: DepthModel, cache: object, frame: Frame | None) -> bool:
+    """Whether a cache is an empty one that a stock class around the decoder has made, which nobody told it to."""
+    if type(cache) is not DynamicCache or cache.get_seq_length():
+        return False
+    if frame is not None:
+        return take_cache(dict(frame.arguments))[1] is None
+    path = model._depth.decoder
+    while path := path.rpartition(".")[0]:
+        if isinstance(model.get_submodule(path), PreTrainedModel):
+            return True
+    return False
 
 
 def _others(decoder: nn.Module, names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Tensor]:
