@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _open_streams()
     try:
         from depthpass.cli.parser import parser
 
@@ -66,6 +67,14 @@ def command() -> NoReturn:
         with suppress(OSError):  # main has said so
             stream.flush()
     os._exit(code)
+
+
+def _open_streams() -> None:
+    """Give a process that was started with closed streams (``>&-``) some that take everything and hold nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Closed when the process ends.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 SELDOM, NEVER = 200_000, 0
