@@ -59,6 +59,9 @@ def command() -> NoReturn:
     It ends without taking the modules of torch and transformers apart one by one, a quarter of the time of a report: functions
     registered with ``atexit`` run, what was printed is written, and the system takes the memory back.
     """
+    if sys.stderr is None or not sys.stderr.isatty():
+        # Bars of transformers are for a terminal alone, as ours are.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = main()
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
         sys.exit(code)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from depthpass.cli.inputs import read_text
-from depthpass.cli.output import bars_of_transformers, check_outputs, show, write_text
+from depthpass.cli.output import check_outputs, show, write_text
 from depthpass.errors import InputError
 
 
@@ -22,8 +22,7 @@ def contraction(args: argparse.Namespace) -> int:
     rows = None if args.ids is None else _rows(args.ids)
     if not Path(args.checkpoint).is_dir():
         raise InputError(f"contraction: expected a folder that save_pretrained wrote, got {args.checkpoint!r}.")
-    with bars_of_transformers():
-        model: Any = from_pretrained(args.checkpoint)
+    model: Any = from_pretrained(args.checkpoint)
     size = model.config.get_text_config(decoder=True).vocab_size
     if rows is None:
         ids = torch.randint(size, (args.batch, args.seq_len), generator=torch.Generator().manual_seed(0))
@@ -52,13 +51,12 @@ def search(args: argparse.Namespace) -> int:
     from depthpass.hf.checkpoints.folders import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
-    with bars_of_transformers():
-        result = search(
-            load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method, budget=args.budget,
-            seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
-        )
-        if args.out:
-            result.save(args.out)
+    result = search(
+        load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method, budget=args.budget,
+        seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
+    )
+    if args.out:
+        result.save(args.out)
     if args.plot:
         write_text(args.plot, result.to_svg())
     if args.heat_map:
@@ -103,13 +101,12 @@ def emit(args: argparse.Namespace) -> int:
     from depthpass.emit import emit
     from depthpass.hf.checkpoints.pretrained import from_pretrained
 
-    with bars_of_transformers():
-        try:
-            model = from_pretrained(args.checkpoint)
-        except OSError as error:
-            raise InputError(f"emit: expected a folder that save_pretrained wrote, got {args.checkpoint!r}, which cannot be "
-                             f"loaded: {error}") from None
-        emit(model, out, name=args.name, copies=args.copies, source=args.checkpoint)
+    try:
+        model = from_pretrained(args.checkpoint)
+    except OSError as error:
+        raise InputError(f"emit: expected a folder that save_pretrained wrote, got {args.checkpoint!r}, which cannot be loaded: "
+                         f"{error}") from None
+    emit(model, out, name=args.name, copies=args.copies, source=args.checkpoint)
     if args.form == "json":
         print(json.dumps({"folder": args.out, "files": sorted(p.name for p in out.iterdir())}, indent=2))
     else:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from depthpass.errors import InputError
 from depthpass.log import Bar, working
 
-__all__ = ["Bar", "bars_of_transformers", "check_outputs", "show", "working", "write_text"]
+__all__ = ["Bar", "check_outputs", "show", "working", "write_text"]
 
 
 def show(result: Any, form: str | None) -> None:
@@ -24,21 +22,6 @@ def show(result: Any, form: str | None) -> None:
         print(getattr(result, f"to_{form}")())
     else:
         print(result)
-
-
-@contextmanager
-def bars_of_transformers() -> Iterator[None]:
-    """Show the bars with which transformers loads and saves weights on a terminal alone, as ours."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def write_text(path: str, text: str) -> None:
