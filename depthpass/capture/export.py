@@ -20,6 +20,7 @@ from depthpass.capture.code import is_own
 from depthpass.capture.derivatives import own_backwards
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
+from depthpass.capture.places import as_given
 from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
 from depthpass.capture.tidy import tidy
@@ -248,8 +249,8 @@ def _keyword_forward(model: nn.Module, names: tuple[str, ...], asked: list[torch
     replaced = model.__dict__.get("forward")
 
     def forward(**given):
-        if (places := given.get("position_ids")) is not None and places.dim() == 3:  # [batch, tokens, 3], see ``grid_of``
-            given["position_ids"] = places.permute(2, 0, 1)
+        if "position_ids" in given:
+            given["position_ids"] = as_given(given["position_ids"])
         try:
             with _DataSeen(asked):
                 return stock(**given)

@@ -160,11 +160,10 @@ def function_parts(function: types.FunctionType) -> tuple[tuple[object, Any], ..
     return (("defaults", function.__defaults__), ("keywords", function.__kwdefaults__), ("attributes", vars(function)), *cells)
 
 
-def function_state(function: types.FunctionType) -> tuple:
-    """What may be put in the place of a part of a function: compared at every call."""
-    cells = function.__closure__
-    state = (function.__code__, function.__defaults__, function.__kwdefaults__)
-    return state if cells is None else (*state, *map(_content, cells))
+def function_state(function: types.FunctionType) -> dict[str, Any]:
+    """What may be put in the place of a part of a function, by the names of :func:`function_parts`."""
+    state = {"code": function.__code__, "defaults": function.__defaults__, "keywords": function.__kwdefaults__}
+    return state if (cells := function.__closure__) is None else {**state, "cell": tuple(map(_content, cells))}
 
 
 def _content(cell: types.CellType) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from depthpass.capture.places import counted_positions, is_places
 from depthpass.errors import DepthpassError, InputError
 from depthpass.hf.caches.cache import DepthCache
 from depthpass.hf.calls.packing import WORDS, Packing, check_batched, find_packing
@@ -17,10 +18,6 @@ from depthpass.hf.calls.table import table_size
 
 if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel
-
-
-_GRID = 3
-"""Axes of a token's place in a film: time, height, width."""
 
 
 def validity(
@@ -81,40 +78,19 @@ def check_rows(valid: Tensor) -> None:
 
 
 def told_positions(given: Mapping[str, object], batch: int, new: int, device: torch.device) -> Tensor | None:
-    """``position_ids`` as given, for every row; None where only places in images are told (see :func:`grid_of`)."""
+    """``position_ids`` as given, for every row; None where only places in images are told."""
     value = given.get("position_ids")
+    if is_places(value):
+        value = counted_positions(value)
     if value is None:
         return None
     if not isinstance(value, Tensor):
         raise InputError(f"position_ids: expected a tensor {(batch, new)}, got {type(value).__name__}.")
-    if value.dim() == 3 and value.shape[0] in (_GRID, _GRID + 1):
-        value = value[0] if value.shape[0] > _GRID else None
-        if value is None:
-            return None
     if value.dim() == 1:
         value = value[None]
     if value.dim() != 2 or value.shape[1] != new or value.shape[0] not in (1, batch):
         raise InputError(f"position_ids: expected shape {(batch, new)} (new tokens only), got {tuple(value.shape)}.")
     return value.to(device).expand(batch, -1)
-
-
-def grid_of(given: Mapping[str, object], config: Any, batch: int, new: int, device: torch.device) -> Tensor | None:
-    """Places in time, height and width of a model that turns its keys by all three (Qwen's vision models).
-
-    Returns:
-        ``[batch, new, 3]``; None = one position per token.
-
-    Raises:
-        InputError: places were given to another model.
-    """
-    value = given.get("position_ids")
-    if not isinstance(value, Tensor) or value.dim() != 3:
-        return None
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "mrope_section" not in rope or value.shape[0] not in (_GRID, _GRID + 1) or value.shape[1] not in (1, batch) or (
-            value.shape[2] != new):
-        raise InputError(f"position_ids: expected shape {(batch, new)} (new tokens only), got {tuple(value.shape)}.")
-    return value[-_GRID:].to(device).expand(-1, batch, -1).permute(1, 2, 0).contiguous()
 
 
 def packing_of(

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
+from depthpass.capture.places import places_of
 from depthpass.errors import CacheError, InputError, did_you_mean
 from depthpass.hf.caches.cache import NAMES, DepthCache, adopted, take_cache
 from depthpass.hf.calls.ahead import cached
-from depthpass.hf.calls.columns import grid_of, packing_of, positions_of, told_positions, validity
+from depthpass.hf.calls.columns import packing_of, positions_of, told_positions, validity
 from depthpass.hf.calls.dense import made_of_packed_rows, sequences_of, validity_of
 from depthpass.hf.calls.packing import WORDS, Packing, Rows, find_packing
 from depthpass.hf.calls.pads import IGNORED_LABEL, pad_op
@@ -124,9 +125,9 @@ def normalise(
     _flatten_masks(given, told, config, past, (batch, new), device)
     valid = validity(given.get("attention_mask"), batch, past, new, device, cache)
     packing = packing_of(given, told, valid, past, (batch, new), device)
-    if (positions := grid_of(given, config, batch, new, device)) is None:
+    if (positions := places_of(given.get("position_ids"), config, batch, new)) is None:
         positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
-    tensors = {source: tokens} | ({"position_ids": positions} if "position_ids" in names else {})
+    tensors = {source: tokens} | ({"position_ids": positions.to(device)} if "position_ids" in names else {})
     tensors["attention_mask"] = (
         torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
     )
@@ -215,13 +216,7 @@ def _is_made_inside(model: DepthModel, cache: object, frame: Frame | None) -> bo
     """Whether a cache is an empty one that a stock class around the decoder has made, which nobody told it to."""
     if type(cache) is not DynamicCache or cache.get_seq_length():
         return False
-    if frame is not None:
-        return take_cache(dict(frame.arguments))[1] is None
-    path = model._depth.decoder
-    while path := path.rpartition(".")[0]:
-        if isinstance(model.get_submodule(path), PreTrainedModel):
-            return True
-    return False
+    return "." in model._depth.decoder if frame is None else take_cache(dict(frame.arguments))[1] is None
 
 
 def _others(decoder: nn.Module, names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Tensor]:
