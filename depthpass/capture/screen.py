@@ -158,7 +158,8 @@ def _screen_attention(model: nn.Module, layers: str) -> None:
         for module in attention:
             if getattr(module, "is_causal", True) is False and type(module).__module__.startswith(_LIBRARY):
                 raise UnsupportedModelError(
-                    f"{name}: {type(module).__name__}: expected causal attention, got is_causal=False (bidirectional)."
+                    f"{name}: {type(module).__name__}: expected causal attention, got is_causal=False (bidirectional), which "
+                    "lets tokens see later tokens."
                 )
         if attention:
             continue
