@@ -72,7 +72,7 @@ def aligned_targets(
     return targets, mask
 
 
-@checked("relay_loss")
+@checked("relay_loss", but=("weight",))
 def relay_loss(
     taps: Mapping[str, Tensor] | Any,
     targets: Tensor,
@@ -130,7 +130,7 @@ def relay_loss(
     return weight / len(targets) * total
 
 
-@checked("exit_loss")
+@checked("exit_loss", but=("beta",))
 def exit_loss(
     taps: Mapping[str, Tensor] | Any,
     labels: Tensor,
@@ -187,7 +187,7 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(operator.add, terms)
 
 
-@checked("gate_loss")
+@checked("gate_loss", but=("slope", "threshold"))
 def gate_loss(
     taps: Mapping[str, Tensor] | Any,
     labels: Tensor,
@@ -234,7 +234,7 @@ def gate_loss(
 
 def _check_numbers(who: str, **options: float | Tensor) -> None:
     for name, value in options.items():
-        if not isinstance(value, Real | Tensor) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not math.isfinite(value):
             raise InputError(f"{who}: {name}: expected a finite number, got {value!r}.")
 
 

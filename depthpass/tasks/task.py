@@ -192,7 +192,8 @@ class Task(ABC):
                                  f"of lengths, got {lengths!r}.{did_you_mean(lengths, self.ranges)}")
             return self.ranges[lengths]
         given: Any = lengths
-        pair = tuple(given) if isinstance(given, list | tuple) else (given, given) if isinstance(given, Integral) else ()
+        pair: tuple[Any, ...] = (given, given) if isinstance(given, Integral) else ()
+        pair = tuple(given) if isinstance(given, list | tuple) else pair
         if len(pair) != 2 or pair[0] > pair[1]:
             raise InputError(f"task {self.name!r}: lengths: expected S, M, L, a length or a pair (shortest, longest), got "
                              f"{lengths!r}.")
