@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -26,6 +27,17 @@ settings.load_profile("depthpass")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Rare garbage collections: each walks all that torch and transformers hold, and traces make many objects."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # else extension modules find their own objects alive at exit
 
 
 @pytest.fixture
