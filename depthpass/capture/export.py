@@ -20,6 +20,7 @@ from depthpass.capture.code import is_own
 from depthpass.capture.derivatives import own_backwards
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
+from depthpass.capture.lines import innermost_forwards
 from depthpass.capture.places import as_given
 from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
@@ -156,7 +157,7 @@ def trace(
     repeats = Repeats(model, layers)
     with (
         _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings(),
-        own_backwards(model) as functions,
+        own_backwards(model) as functions, _uncached(), innermost_forwards(),
     ):
         warnings.simplefilter("ignore")
         try:
@@ -167,6 +168,11 @@ def trace(
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
     return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, functions)
+
+
+def _uncached():
+    """Without the cache of fake tensors' results: with symbolic sizes, looking one up costs more than computing it."""
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
