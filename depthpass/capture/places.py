@@ -6,7 +6,7 @@ captures hold them as ``[batch, tokens, 3]``, rows and tokens first as everythin
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from depthpass.errors import InputError
 _AXES = 3
 
 
-def is_places(value: object) -> bool:
+def is_places(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] in (_AXES, _AXES + 1)
 
 

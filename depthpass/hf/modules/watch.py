@@ -248,7 +248,7 @@ class Watch:
             t = table.get(name)
             if len(table) != count or (t is None) != (form is None):
                 return False
-            if t is not None and (t.dtype is not form[0] or t.device != form[1] or t.shape != form[2]):
+            if t is not None and form and (t.dtype is not form[0] or t.device != form[1] or t.shape != form[2]):
                 return False
         return True
 
