@@ -59,7 +59,8 @@ def command() -> NoReturn:
     It ends without taking the modules of torch and transformers apart one by one, a quarter of the time of a report: functions
     registered with ``atexit`` run, what was printed is written, and the system takes the memory back.
     """
-    if sys.stderr is None or not sys.stderr.isatty():
+    _open_streams()
+    if not sys.stderr.isatty():
         # Bars of transformers are for a terminal alone, as ours are.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = main()
