@@ -13,8 +13,8 @@ from depthpass.prompt import listing
 
 def passes(args: argparse.Namespace) -> int:
     """All passes with their options, or one of them with its documentation."""
+    from depthpass.fields import describe
     from depthpass.passes.base import Pass, default_of
-    from depthpass.passes.fields import describe
     from depthpass.passes.registry import ALIASES, pass_class, pass_names
 
     def listed(cls: type[Pass]) -> dict[str, Any]:

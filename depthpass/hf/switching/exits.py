@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from depthpass.arguments import checked
 from depthpass.errors import SpecError
 from depthpass.hf.calls.host import depth_module
 from depthpass.hf.switching.loops import loop_of
@@ -15,6 +16,7 @@ from depthpass.hf.switching.switch import _SAME, Model, _adopt, _plan, transform
 from depthpass.passes.base import Pass
 
 
+@checked("set_exit", SpecError)
 def set_exit(
     model: Model, exit: float, *, skip: bool | None = None, kv: str | None = None, scope: str | int | None = None
 ) -> Model:
