@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
@@ -31,6 +32,7 @@ def small(kind: str = "llama", blocks: int = 8, folder: str | None = None) -> st
     import tempfile
 
     import torch
+    from safetensors.torch import save_model
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -49,7 +51,11 @@ def small(kind: str = "llama", blocks: int = 8, folder: str | None = None) -> st
         num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=512, pad_token_id=0, bos_token_id=1,
         eos_token_id=2,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    # Not the model's own save_pretrained: of several processes, each with its folder, it writes in the first one alone.
+    save_model(model, str(Path(folder) / "model.safetensors"), metadata={"format": "pt"})
     return folder
 
 

@@ -15,11 +15,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError
+from depthpass.limits import INTEGER, shown
 
 Rounds = Sequence[Sequence[Sequence[int] | Tensor]]
 
 
+@checked("aligned_targets")
 def aligned_targets(
     rounds: Rounds, columns: int, *, pad: int = 0, attention_mask: Tensor | None = None, iterations: int | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -41,6 +44,11 @@ def aligned_targets(
     Raises:
         InputError: more rounds than iterations, an empty round, or one longer than its row.
     """
+    for name, value in (("columns", columns), ("iterations", 1 if iterations is None else iterations)):
+        if not 1 <= value <= INTEGER:
+            raise InputError(f"aligned_targets: {name}: expected an integer from 1 to {INTEGER}, got {value}.")
+    if not 0 <= pad < 1 << 63:
+        raise InputError(f"aligned_targets: pad: expected a token, got {shown(pad)}.")
     most = max((len(r) for r in rounds), default=0)
     times = most if iterations is None else iterations
     if most == 0 or most > times:
@@ -64,12 +72,13 @@ def aligned_targets(
     return targets, mask
 
 
+@checked("relay_loss", but=("weight",))
 def relay_loss(
     taps: Mapping[str, Tensor] | Any,
     targets: Tensor,
     mask: Tensor,
     *,
-    weight: float = 1.0,
+    weight: float | Tensor = 1.0,
     head: Callable[[Tensor], Tensor] | None = None,
     scope: str | None = None,
     reduction: Literal["sum", "mean"] = "sum",
@@ -121,12 +130,13 @@ def relay_loss(
     return weight / len(targets) * total
 
 
+@checked("exit_loss", but=("beta",))
 def exit_loss(
     taps: Mapping[str, Tensor] | Any,
     labels: Tensor,
     *,
     form: Literal["mixture", "expected"] = "mixture",
-    beta: float = 0.0,
+    beta: float | Tensor = 0.0,
     scope: str = "loop",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
@@ -177,12 +187,13 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return functools.reduce(operator.add, terms)
 
 
+@checked("gate_loss", but=("slope", "threshold"))
 def gate_loss(
     taps: Mapping[str, Tensor] | Any,
     labels: Tensor,
     *,
-    slope: float = 50.0,
-    threshold: float = 0.005,
+    slope: float | Tensor = 50.0,
+    threshold: float | Tensor = 0.005,
     scope: str = "loop",
     num_items_in_batch: int | Tensor | None = None,
 ) -> Tensor:
@@ -221,9 +232,9 @@ def gate_loss(
     return total / len(losses) / (int(keep.sum()) if num_items_in_batch is None else num_items_in_batch)
 
 
-def _check_numbers(who: str, **options: float) -> None:
+def _check_numbers(who: str, **options: float | Tensor) -> None:
     for name, value in options.items():
-        if not isinstance(value, Real | Tensor) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, Real | Tensor) or not math.isfinite(value):
             raise InputError(f"{who}: {name}: expected a finite number, got {value!r}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from html import escape
@@ -70,3 +71,21 @@ def _brief(value: Any) -> str:
 def as_html(text: str) -> str:
     """Text for a notebook; it takes the notebook's own colours, light or dark."""
     return f'<pre style="{STYLE}">{escape(text)}</pre>'
+
+
+def listing(rows: list[tuple[str, ...]], *, last: str = "") -> None:
+    """Print columns: on a terminal within its width, long texts over several lines; else one line a row."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table.grid(padding=(0, 2, 0, 0))
+        for row in rows:
+            table.add_row(*map(Text, row))
+        Console().print(table, Text(last), end="")
+        return
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    print("\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths)).rstrip() for row in rows))
+    if last:
+        print(last)

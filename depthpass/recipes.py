@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from depthpass.arguments import checked
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.limits import VISITS, shown
 from depthpass.passes.base import Pass
 from depthpass.passes.layer_program import LayerProgram
 from depthpass.passes.loop import Loop
@@ -52,6 +53,7 @@ class Recipe:
         return "\n".join([f"{self.name}: {', '.join(p.label for p in self.spec)}", *self.notes])
 
 
+@checked("recipes.huginn", SpecError)
 def huginn(
     blocks: Any, *, prelude: int = 2, core: int = 4, coda: int = 2, mean: float | None = 32.0, most: int | None = None,
     bptt: int = 8, ramp: float = 0.25, keep: str = "late", **options: Any,
@@ -76,11 +78,9 @@ def huginn(
         SpecError: more blocks than the model has, or options that the loop does not know.
     """
     total = _blocks(blocks)
-    if mean is not None and not (isinstance(mean, int | float) and math.isfinite(mean)):
-        raise SpecError(f"recipes.huginn.mean: expected a number or None, got {mean!r}.")
     _check_options("huginn", options)
     for name, value, least in (("prelude", prelude, 0), ("core", core, 1), ("coda", coda, 0)):
-        if type(value) is not int or value < least:
+        if value < least:
             raise SpecError(f"recipes.huginn.{name}: expected an integer of at least {least}, got {value!r}.")
     if prelude + core + coda > total:
         raise SpecError(f"recipes.huginn: expected at most the model's {total} blocks in prelude, core and coda, got "
@@ -103,6 +103,7 @@ def huginn(
     ))
 
 
+@checked("recipes.ouro", SpecError)
 def ouro(*, times: int = 4, exit: float = 0.5, stage: int = 1, **options: Any) -> Recipe:
     """Ouro / LoopLM (arXiv 2510.25741): the whole stack ``times`` times, the final norm in between, a learned exit gate.
 
@@ -153,8 +154,8 @@ def _check_options(recipe: str, options: dict[str, Any]) -> None:
 def _blocks(source: Any) -> int:
     """Blocks of a model or config, or the number itself."""
     if type(source) is int:
-        if source < 1:
-            raise SpecError(f"recipes: expected at least 1 block, got {source}.")
+        if not 1 <= source <= VISITS:
+            raise SpecError(f"recipes: expected 1 to {VISITS} blocks, got {shown(source)}.")
         return source
     config = getattr(source, "config", source)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config

@@ -18,9 +18,9 @@ from typing import Any
 import yaml
 
 from depthpass.errors import SpecError, did_you_mean
+from depthpass.fields import describe
 from depthpass.limits import TEXT, shown
 from depthpass.passes.base import Pass, default_of, options
-from depthpass.passes.fields import describe
 from depthpass.passes.pipeline import as_passes
 from depthpass.passes.registry import ALIASES, pass_class, pass_names
 

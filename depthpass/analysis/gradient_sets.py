@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.analysis.gradients import GradientReport, gradients_of
+from depthpass.arguments import checked
 from depthpass.errors import InputError, did_you_mean
 from depthpass.prompt import at_prompt
 
@@ -102,6 +103,7 @@ class GradientComparison:
         return "\n".join(lines)
 
 
+@checked("gradients")
 def compare_gradients(
     model: nn.Module,
     sets: Mapping[str, Iterable[Response]],

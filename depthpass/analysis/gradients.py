@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import Tensor, nn
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:
@@ -214,6 +215,7 @@ def gradients(model, batch, *, loss=None, projections=None, keep=False, parts=No
     return gradients_of(model, batch, loss=loss, projections=projections, keep=keep)
 
 
+@checked("gradients")
 def gradients_of(
     model: nn.Module,
     batch: Mapping[str, Tensor],

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError
 from depthpass.prompt import at_prompt
 
@@ -71,6 +72,7 @@ class LogitLens:
         return token if self.text is None else repr(self.text(token))
 
 
+@checked("logit_lens")
 def logit_lens(
     model: nn.Module,
     batch: Mapping[str, Tensor] | Tensor,

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    _open_streams()
     try:
         from depthpass.cli.parser import parser
 
@@ -58,6 +59,10 @@ def command() -> NoReturn:
     It ends without taking the modules of torch and transformers apart one by one, a quarter of the time of a report: functions
     registered with ``atexit`` run, what was printed is written, and the system takes the memory back.
     """
+    _open_streams()
+    if not sys.stderr.isatty():
+        # Bars of transformers are for a terminal alone, as ours are.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     code = main()
     if any(not thread.daemon for thread in threading.enumerate() if thread is not threading.current_thread()):
         sys.exit(code)
@@ -66,6 +71,14 @@ def command() -> NoReturn:
         with suppress(OSError):  # main has said so
             stream.flush()
     os._exit(code)
+
+
+def _open_streams() -> None:
+    """Give a process that was started with closed streams (``>&-``) some that take everything and hold nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            # Closed when the process ends.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 SELDOM, NEVER = 200_000, 0

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,13 +17,37 @@ if TYPE_CHECKING:
     from depthpass.passes import Pass
     from depthpass.tasks.dags import TaskDAG
 
+STDIN = "-"
+
 
 def subject_of(args: argparse.Namespace) -> Any:
-    config = args.config
-    with working(f"reading {config}"):
+    config = given_config(args.config)
+    with working(f"reading {args.config}"):
         from depthpass.report.subject import Subject
 
-        return Subject.of(None) if config is None else Subject.of_config(config, keep=not args.fresh)
+        return Subject.of_config(config, keep=not args.fresh) if isinstance(config, str) else Subject.of(config)
+
+
+def given_config(text: str | None) -> Any:
+    """A config's path or hub id as it is, or the fields that standard input holds for ``-``."""
+    if text != STDIN:
+        return text
+    try:
+        return json.loads(read_text(text, "config"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"config on standard input is not JSON: {error}.") from None
+
+
+def given_spec(text: str) -> str:
+    """A spec's file, text or name as it is, or the text behind ``-`` or a pipe: ``--spec <(...)``."""
+    return read_text(text, "spec") if text == STDIN or stat.S_ISFIFO(_mode(text)) else text
+
+
+def _mode(path: str) -> int:
+    try:
+        return Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return 0
 
 
 def options_of(args: argparse.Namespace) -> dict[str, Any]:
@@ -43,7 +69,7 @@ def passes_of(args: argparse.Namespace) -> list[Pass] | None:
         if group is not None:
             raise SpecError("--group: expected --spec or --preset beside it, got neither.")
         return None
-    passes = list(load_spec(_preset(args.preset) if args.preset is not None else args.spec or ""))
+    passes = list(load_spec(_preset(args.preset) if args.preset is not None else given_spec(args.spec or "")))
     if group is None:
         return passes
     changed = with_group(passes, group)
@@ -68,7 +94,7 @@ def named_spec(text: str) -> Any:
 
     if text == "stock":
         return None
-    return load_spec(_preset(text) if text in PRESETS else text)
+    return load_spec(_preset(text) if text in PRESETS else given_spec(text))
 
 
 def program_text(args: argparse.Namespace) -> str | None:
@@ -133,8 +159,9 @@ def dtype_of(name: str) -> Any:
 
 
 def read_text(path: str, what: str) -> str:
+    """What a file holds, or standard input for ``-``."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return sys.stdin.buffer.read().decode() if path == STDIN else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         folder = Path(path).parent

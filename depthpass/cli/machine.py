@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 
-from depthpass.cli.inputs import dtype_of
+from depthpass.cli.inputs import dtype_of, given_config
 from depthpass.cli.output import Bar, check_outputs, working, write_text
+from depthpass.prompt import listing
 
 
 def doctor(args: argparse.Namespace) -> int:
     from depthpass.doctor import examine
 
-    findings = examine(args.config)
+    findings = examine(given_config(args.config))
     if args.form == "json":
         print(json.dumps([{"topic": f.topic, "result": f.result, "ok": f.ok} for f in findings], indent=2))
     else:
         marks = {True: "ok", False: "NO", None: "  "}
-        print("\n".join(f"{marks[f.ok]}  {f.topic:<20} {f.result}" for f in findings))
+        listing([(marks[f.ok], f.topic, f.result) for f in findings])
     return 1 if any(f.ok is False for f in findings) else 0
 
 
@@ -41,5 +42,10 @@ def calibrate(args: argparse.Namespace) -> int:
 def demo(args: argparse.Namespace) -> int:
     from depthpass.demo import run_demo
 
+    lines: list[str] = []
+    options = {"write": lines.append} if args.form == "json" else {}
     with Bar("training") as bar:
-        return run_demo(steps=args.steps, group=args.group, on_step=bar)
+        code = run_demo(steps=args.steps, group=args.group, on_step=bar, **options)
+    if args.form == "json":
+        print(json.dumps({"ok": code == 0, "lines": "\n".join(lines).splitlines()}, indent=2))
+    return code

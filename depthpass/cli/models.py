@@ -97,6 +97,7 @@ def emit(args: argparse.Namespace) -> int:
     # Before the model is loaded.
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         raise InputError(f"--out: expected a folder that does not exist or is empty, got {args.out!r}. Nothing was written.")
+    check_outputs(args.out.rstrip("/") + "/", folders=True)
     from depthpass.emit import emit
     from depthpass.hf.checkpoints.pretrained import from_pretrained
 
@@ -106,5 +107,8 @@ def emit(args: argparse.Namespace) -> int:
         raise InputError(f"emit: expected a folder that save_pretrained wrote, got {args.checkpoint!r}, which cannot be loaded: "
                          f"{error}") from None
     emit(model, out, name=args.name, copies=args.copies, source=args.checkpoint)
-    print(f"{args.out}: load it with from_pretrained({args.out!r}, trust_remote_code=True); depthpass is not needed.")
+    if args.form == "json":
+        print(json.dumps({"folder": args.out, "files": sorted(p.name for p in out.iterdir())}, indent=2))
+    else:
+        print(f"{args.out}: load it with from_pretrained({args.out!r}, trust_remote_code=True); depthpass is not needed.")
     return 0

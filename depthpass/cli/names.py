@@ -8,12 +8,13 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from depthpass.errors import InputError
+from depthpass.prompt import listing
 
 
 def passes(args: argparse.Namespace) -> int:
     """All passes with their options, or one of them with its documentation."""
+    from depthpass.fields import describe
     from depthpass.passes.base import Pass, default_of
-    from depthpass.passes.fields import describe
     from depthpass.passes.registry import ALIASES, pass_class, pass_names
 
     def listed(cls: type[Pass]) -> dict[str, Any]:
@@ -32,9 +33,8 @@ def passes(args: argparse.Namespace) -> int:
             default = f", default {option['default']}" if "default" in option else ", required"
             print(f"  {name:<16} {option['type']}{default}")
     else:
-        room = max(len(_title(p)) for p in rows)
-        print("\n".join(f"{_title(p):<{room}}  {p['what']}" for p in rows))
-        print("\nOptions of one: depthpass passes NAME. In a spec: --spec mor, or --spec '{pass: loop, start: 1, end: 3}'.")
+        listing([(_title(p), p["what"]) for p in rows], last="\nOptions of one: depthpass passes NAME. In a spec: --spec mor, "
+                "or --spec '{pass: loop, start: 1, end: 3}'.")
     return 0
 
 
@@ -53,7 +53,7 @@ def presets(args: argparse.Namespace) -> int:
     if args.form == "json":
         print(json.dumps(rows, indent=2))
     else:
-        print("\n".join(f"{p['name']:<10}  {p['for']:<14}  {p['what']}" for p in rows))
+        listing([(p["name"], p["for"], p["what"]) for p in rows])
     return 0
 
 
@@ -64,5 +64,8 @@ def completion(args: argparse.Namespace) -> int:
     except ImportError:
         raise InputError("completion: expected shtab, which writes the script, to be installed. Run pip install "
                          "'depthpass[cli]'.") from None
+    if args.shell not in shtab.SUPPORTED_SHELLS:
+        raise InputError(f"completion: expected a newer shtab for {args.shell}, got one for {', '.join(shtab.SUPPORTED_SHELLS)}. "
+                         "Run pip install -U 'depthpass[cli]'.")
     print(shtab.complete(args.parser(), args.shell))
     return 0

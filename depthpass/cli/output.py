@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -42,17 +41,30 @@ def check_outputs(*paths: str | None, folders: bool = False) -> None:
         InputError: the folder of a file is missing or may not be written to, or a folder stands where a file should.
     """
     for path in paths:
-        if path is None:
-            continue
-        place = Path(path)
-        if place.is_dir():
-            reason = None if folders else "it is a folder"
-        elif place.exists():
-            reason = None if os.access(place, os.W_OK) else "permission denied"
-        elif not place.parent.is_dir():
-            # A folder that is asked for is made, with those above it.
-            reason = None if folders and not place.suffix else f"there is no folder {str(place.parent)!r}"
-        else:
-            reason = None if os.access(place.parent, os.W_OK) else "permission denied"
-        if reason:
+        if path is not None and (reason := _why_not(path, folders)):
             raise InputError(f"{path!r} cannot be written: {reason}. Nothing was computed yet.")
+
+
+def _why_not(path: str, folders: bool) -> str | None:
+    """Why a file or folder cannot be written, found out by writing; None = it can."""
+    if not path:
+        return "the name is empty"
+    place = Path(path)
+    if place.is_dir():
+        if not folders:
+            return "it is a folder"
+        place /= ".depthpass"
+    elif not place.parent.is_dir():
+        # A folder that is asked for is made, with those above it.
+        if not folders or (place.suffix and not path.endswith("/")):
+            return f"there is no folder {str(place.parent)!r}"
+        place = next(p for p in place.parents if p.exists()) / ".depthpass"
+    there = place.exists()
+    try:
+        with place.open("ab"):
+            pass
+        if not there:
+            place.unlink()
+    except OSError as error:
+        return (error.strerror or str(error)).lower()
+    return None

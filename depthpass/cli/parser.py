@@ -10,7 +10,7 @@ from typing import Any
 
 from depthpass import __version__
 from depthpass.cli import machine, models, names, reports
-from depthpass.cli.types import positive, positive_list
+from depthpass.cli.types import positive, positive_list, positive_number, python_name, share
 from depthpass.errors import did_you_mean
 
 Run = Callable[[argparse.Namespace], int]
@@ -32,7 +32,8 @@ class Parser(argparse.ArgumentParser):
         known, rest = self.parse_known_args(words, namespace)
         if rest:
             command = self.commands[known.command]
-            command.error(f"unrecognized arguments: {' '.join(rest)}{command.meant(rest[0])}")
+            hint = command.meant(rest[0])
+            command.error(f"unrecognized arguments: {' '.join(rest)}{hint and '.' + hint}")
         return known
 
     @property
@@ -125,15 +126,17 @@ def _checkpoints(add: Add) -> None:
     p.add_argument("--ids", metavar="FILE", help="token ids as JSON: a list of rows of equal length (default: random ids)")
     p.add_argument("--seq-len", type=positive, default=256, metavar="N", help="random tokens per row (default: 256)")
     p.add_argument("--batch", type=positive, default=1, metavar="B", help="random rows (default: 1)")
-    p.add_argument("--eps", type=float, default=1e-3, help="relative error that counts as right (default: 0.001)")
+    p.add_argument("--eps", type=positive_number, default=1e-3, help="relative error that counts as right (default: 0.001)")
     p.add_argument("--max-sweeps", type=positive, metavar="K", help="stop after so many sweeps")
     _form(p, "json")
 
     p = add("emit", models.emit, "A saved transformed model as plain transformers code that needs no depthpass.")
     p.add_argument("checkpoint", metavar="FOLDER", help="what save_pretrained wrote")
     p.add_argument("--out", required=True, metavar="DIR", help="a folder that does not exist or is empty")
-    p.add_argument("--name", metavar="NAME", help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
+    p.add_argument("--name", type=python_name, metavar="NAME",
+                   help="of modeling_NAME.py and the model type (default: depth_ and the stock one)")
     p.add_argument("--copies", action="store_true", help="store repeated blocks once per visit (pipeline parallelism)")
+    _form(p, "json")
 
 
 def _search(add: Add) -> None:
@@ -146,10 +149,10 @@ def _search(add: Add) -> None:
     p.add_argument("--space", default="cola", metavar="NAME|YAML",
                    help="cola, dr_llm, polar, rys, or fields as '{skip: [1, 2], repeat: any, edits: 1}' (default: cola)")
     p.add_argument("--method", default="mcts", help="mcts, beam, random, sweep or exhaustive (default: mcts)")
-    p.add_argument("--budget", type=int, metavar="N", help="programs to score (default: 200, or all for sweep, exhaustive)")
+    p.add_argument("--budget", type=positive, metavar="N", help="programs to score (default: 200, or all for sweep, exhaustive)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of split, search and random control (default: 0)")
     p.add_argument("--per-sample", action="store_true", help="a search for each sample, its answer in sight (an oracle)")
-    p.add_argument("--held-out", type=float, default=0.5, metavar="SHARE", help="samples kept for comparison (default: 0.5)")
+    p.add_argument("--held-out", type=share, default=0.5, metavar="SHARE", help="samples kept for comparison (default: 0.5)")
     p.add_argument("--batch", type=positive, default=32, metavar="B", help="rows of a call (default: 32)")
     p.add_argument("--out", metavar="FILE|FOLDER", help="write the best spec (.yaml, .json), or a folder with everything")
     p.add_argument("--plot", metavar="FILE", help="also write score against visits as SVG")
@@ -169,8 +172,9 @@ def _words(add: Add) -> None:
     p = add("presets", names.presets, "Published layouts and search spaces that have names.")
     _form(p, "json")
 
-    p = add("completion", names.completion, "Shell completion: eval \"$(depthpass completion bash)\".")
-    p.add_argument("shell", choices=("bash", "zsh", "tcsh"))
+    p = add("completion", names.completion, "Shell completion: eval \"$(depthpass completion bash)\"; "
+            "fish: depthpass completion fish | source.")
+    p.add_argument("shell", choices=("bash", "zsh", "fish", "tcsh", "powershell"))
     p.set_defaults(parser=parser)
 
 
@@ -188,18 +192,21 @@ def _machine(add: Add) -> None:
     p = add("demo", machine.demo, "Transform a small model, check it, report on it, train it a little, generate; no download.")
     p.add_argument("--steps", type=positive, default=60, help="training steps (default: 60)")
     p.add_argument("--group", type=positive, default=4, help="group of the bridges (default: 4)")
+    _form(p, "json")
 
 
 def _config(p: argparse.ArgumentParser, *, optional: bool = False, kept: bool = True) -> None:
     p.add_argument("config", nargs="?" if optional else None, metavar="CONFIG",
-                   help="a config.json, a folder that holds one, or a model id of the hub, whose config alone is fetched")
+                   help="a config.json, a folder that holds one, a model id of the hub, whose config alone is fetched, or - for "
+                        "standard input")
     if kept:
         p.add_argument("--fresh", action="store_true", help="count anew, whatever an earlier call has kept of this config")
 
 
 def _spec(p: argparse.ArgumentParser, *, group: bool = True) -> None:
     p.add_argument("--spec", metavar="FILE|YAML|NAME",
-                   help="passes as a .yaml or .json file (a mergekit passthrough config, too), as text, or a pass's name: mor")
+                   help="passes as a .yaml or .json file (a mergekit passthrough config, too), as text, as a pass's name (mor), "
+                        "or - for standard input")
     p.add_argument("--preset", metavar="NAME", help="a published TurboConn layout: llama-1b, llama-8b, sparse")
     if group:
         p.add_argument("--group", type=positive, metavar="N", help="delay in tokens, instead of the spec's own")

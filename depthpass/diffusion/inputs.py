@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from depthpass.errors import InputError, SpecError
+from depthpass.limits import shown
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 
 
@@ -70,8 +71,8 @@ def checked_prompts(
     """
     valid = checked_ids(ids, attention_mask, who)
     for name, value in (("new_tokens", new), ("steps", steps)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"{who}: {name}: expected an integer of at least 1, got {value!r}.")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 1 << 31:
+            raise InputError(f"{who}: {name}: expected an integer of at least 1 and below 2**31, got {shown(value)}.")
     if valid is not None and not bool((valid.long().diff(dim=1) >= 0).all()):
         raise InputError(f"{who}: attention_mask: expected prompts padded on the left, got other pads. Set "
                          "tokenizer.padding_side = 'left'.")

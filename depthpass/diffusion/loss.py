@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from depthpass.arguments import checked
 from depthpass.diffusion.inputs import checked_ids, maskable, new_cache, predictions, settings
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import MaskedDiffusion
@@ -17,6 +18,7 @@ Schedule = Literal["linear", "cosine"]
 SCHEDULES = ("linear", "cosine")
 
 
+@checked("diffusion_loss")
 def diffusion_loss(
     model: Any, input_ids: Tensor, *, attention_mask: Tensor | None = None, labels: Tensor | None = None,
     schedule: Schedule = "linear", time: Tensor | None = None, masked: Tensor | None = None, eps: float = 1e-3,
@@ -76,9 +78,9 @@ def _times(ids: Tensor, diffusion: MaskedDiffusion, time: Tensor | None, eps: fl
     """t of every token, ``[batch, tokens]``."""
     rows, tokens = ids.shape
     blocks = 1 if diffusion.block is None else -(-tokens // diffusion.block)
+    if not 0 < eps < 1:
+        raise InputError(f"{who}: eps: expected a number between 0 and 1, got {eps}.")
     if time is None:
-        if not 0 < eps < 1:
-            raise InputError(f"{who}: eps: expected a number between 0 and 1, got {eps}.")
         # Evenly spread over the batch: less noise in the loss than independent draws.
         spread = torch.arange(rows * blocks, device=ids.device) / (rows * blocks)
         u = (torch.rand((), generator=generator, device=ids.device) + spread) % 1

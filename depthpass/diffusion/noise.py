@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_type_hints
 
 import torch
 from torch import Tensor
 
-from depthpass.errors import InputError
+from depthpass.arguments import check
+from depthpass.errors import InputError, did_you_mean
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform": torch.ones_like,
@@ -21,6 +24,38 @@ WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {
 """Weights of the state's loss by time, with the bounds of the public code."""
 
 SAMPLERS = ("ode", "sde", "renoise")
+
+
+@dataclass(frozen=True)
+class CoevolutionSettings:
+    """What a saved model is built from again.
+
+    Attributes:
+        latent: width of the continuous state.
+        schedule: of its noise, z_t = alpha z_0 + sigma noise: ``vp`` (sqrt(1-t), sqrt(t)) or ``flow`` (1-t, t).
+        weight: of its loss by time.
+        cont_weight, disc_weight: g_c and g_d.
+        clip: bounds of the weight 1/t of the token loss; None = the exact bound of the likelihood.
+        drop: chance that a row trains without its state, for guidance.
+    """
+
+    latent: int
+    schedule: Literal["vp", "flow"] = "vp"
+    weight: str = "uniform"
+    cont_weight: float = 1.0
+    disc_weight: float = 1.0
+    clip: tuple[float, float] | None = None
+    drop: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, annotation in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, check(f"coevolution: {name}", getattr(self, name), annotation))
+        for name, value, known in (("schedule", self.schedule, ("vp", "flow")), ("weight", self.weight, WEIGHTS)):
+            if value not in known:
+                raise InputError(f"coevolution: {name}: expected one of {', '.join(known)}, got {value!r}."
+                                 f"{did_you_mean(str(value), known)}")
+        if self.latent < 1 or not 0 <= self.drop < 1:
+            raise InputError(f"coevolution: expected latent of at least 1 and drop in [0, 1), got {self.latent} and {self.drop}.")
 
 
 def continuous(time: Tensor, schedule: str) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from depthpass.arguments import checked
 from depthpass.diffusion.noise import SAMPLERS
 from depthpass.errors import InputError, did_you_mean
 from depthpass.passes.masked_diffusion import ORDERS
@@ -29,6 +30,7 @@ def check_draws(who: str, order: str, temperature: float, known: Sequence[str], 
         raise InputError(f"{who}: temperature: expected a number of at least 0, got {temperature}.")
 
 
+@checked("sample")
 def check_step(
     sampler: str = "ode", order: str = "ancestral", guidance: float = 1.0, temperature: float = 1.0,
     generator: torch.Generator | None = None,

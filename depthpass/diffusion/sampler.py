@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthpass.arguments import checked
 from depthpass.diffusion.inputs import checked_prompts, new_cache, predictions, settings
 from depthpass.diffusion.orders import Planner, check_draws, highest, planned, scores
 from depthpass.errors import InputError
+from depthpass.limits import shown
 from depthpass.passes.masked_diffusion import ORDERS, MaskedDiffusion, Order
 from depthpass.prompt import at_prompt
 
@@ -34,6 +36,7 @@ class Denoised:
     tokens_run: int
 
 
+@checked("denoise")
 @torch.no_grad()
 def denoise(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, *, new_tokens: int, steps: int | None = None,
@@ -69,6 +72,8 @@ def denoise(
     """
     diffusion = settings(model, "denoise")
     steps, order = diffusion.steps if steps is None else steps, diffusion.unmask if unmask is None else unmask
+    if eos_token is not None and not 0 <= eos_token < 1 << 31:
+        raise InputError(f"denoise: eos_token: expected a token, got {shown(eos_token)}.")
     valid = checked_prompts(input_ids, attention_mask, diffusion.mask_token, "denoise", new_tokens, steps)
     _check(diffusion, new_tokens, steps, order, planner, temperature)
     canvas = torch.cat((input_ids, input_ids.new_full((len(input_ids), new_tokens), diffusion.mask_token)), 1)

@@ -194,8 +194,8 @@ def _local(source: str | Path) -> Path:
         return Path(str(cached_file(source, "config.json")))
     except (OSError, ValueError) as error:
         raise InputError(
-            f"config {source!r}: expected the path of a config.json, a folder that holds one, or the id of a model on the hub; "
-            f"there is no such path here, and no such config could be fetched: {_first_line(error)}"
+            f"config {source!r}: expected the path of a config.json or its folder, or a model id of the hub; no such path here."
+            f"{did_you_mean(source, map(str, Path().iterdir()))} No such config could be fetched: {_first_line(error)}"
         ) from None
 
 

@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 from depthpass.errors import SpecError
+from depthpass.fields import check_field, integers
 from depthpass.ir.program import Program
 from depthpass.limits import INTEGER, shown
-from depthpass.passes.fields import check_field, integers
-from depthpass.passes.options import default_of, options, require, short
+from depthpass.passes.options import Named, default_of, options, require, short
 from depthpass.prompt import in_notebooks
 
 __all__ = ["Context", "Numerics", "Pass", "default_of", "options", "require"]
@@ -47,7 +47,7 @@ class Context:
 
 @in_notebooks
 @dataclass(frozen=True)
-class Pass:
+class Pass(metaclass=Named):
     """Base of every pass.
 
     A subclass is a frozen dataclass. Its fields are its options in Python, YAML and JSON alike; they may be int,

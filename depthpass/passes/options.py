@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import SpecError
+from depthpass.fields import bound
 from depthpass.limits import shown
 
 if TYPE_CHECKING:
@@ -32,3 +34,14 @@ def require(ok: bool, where: str, expected: str, got: object, remedy: str = "") 
     """Raise the one shape of spec error unless ``ok``."""
     if not ok:
         raise SpecError(f"{where}: expected {expected}, got {shown(got)}.{' ' + remedy if remedy else ''}")
+
+
+class Named(type):
+    """Makes passes: an option that is missing or unknown is an error of the spec, as it is in YAML."""
+
+    if not TYPE_CHECKING:  # checkers read the options from the fields
+
+        def __call__(cls, *args, **kwargs):
+            signature = inspect.signature(cls.__init__)
+            bound(cls.name or cls.__name__, signature, (None, *args), kwargs, SpecError)
+            return super().__call__(*args, **kwargs)

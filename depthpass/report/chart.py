@@ -97,6 +97,8 @@ def _figure(series: Sequence[Series], x_label: str, y_label: str, doubling: bool
         axes.set_xticks(sorted({x for s in series for x, _ in s.points}))
         axes.xaxis.set_major_formatter(ScalarFormatter())
         axes.xaxis.set_minor_locator(NullLocator())
+    else:
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     # Visits, calls and bytes are whole numbers; one that does not change is seen against nothing.
     axes.yaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     if len({y for s in series for _, y in s.points}) == 1:

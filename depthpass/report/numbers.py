@@ -154,8 +154,13 @@ def short(value: Value, unit: str) -> str:
 
 
 def times(ratio: float) -> str:
-    """A ratio: ``34.25x``."""
-    return f"{plain(float(f'{ratio:.4g}'))}x"
+    """A ratio.
+
+    >>> times(34.25), times(187_500.0)
+    ('34.25x', '187,500x')
+    """
+    rounded = float(f"{ratio:.4g}")
+    return f"{rounded:,.0f}x" if 1000 <= rounded < 1e12 else f"{plain(rounded)}x"
 
 
 def as_json(value: Value | None) -> int | float | str | None:

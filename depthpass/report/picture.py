@@ -6,14 +6,15 @@ On a phone the same picture lies on its side, where as many visits as there are 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from html import escape
 from typing import TYPE_CHECKING
 
 from depthpass.analysis.cost.visits import route_share
-from depthpass.ir.program import Op, Program
+from depthpass.ir.program import Op
 from depthpass.ir.shares import by_route
 from depthpass.report.brackets import brackets
+from depthpass.report.columns import Edge, columns_of, delay_edges, folded
 from depthpass.report.critical import Segment, segments
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ MAX_ROWS, PHONE_ROWS = 20, 9
 
 CHUNKS = 3
 PLAIN_ROWS = 4
+FOLD = 64
+"""Room for a column that several visits share, and its numbers."""
 WIDEST = 1180
 LEFT, BOTTOM = 92, 26
 HEAD, LEVEL = 50, 22
@@ -32,64 +35,6 @@ HEAD, LEVEL = 50, 22
 SHOWN_EDGES = 60
 """Most lines of delays; where one from every token would be more, they are drawn from the first token only."""
 ROW, CHUNK_ROW = 26, 52
-
-
-@dataclass(frozen=True)
-class Edge:
-    """A delay as it is drawn: from a column to an earlier or later one, some tokens further down.
-
-    Column -1 is the embedding, the column after the last visit is the output.
-    """
-
-    source: int
-    target: int
-    tokens: int
-
-
-def delay_edges(program: Program) -> tuple[Edge, ...]:
-    """Where each delay reads and where its value first arrives, in columns of visits."""
-    column = _columns(program)
-    edges = []
-    for o in program.ops:
-        if o.kind == "delay":
-            edges.append(Edge(_source(program, o.args[0], column), _target(program, o, column), o["tokens"]))
-    return tuple(dict.fromkeys(edges))
-
-
-def _columns(program: Program) -> dict[str, int]:
-    """Columns of visits by the names of their values; a feed-forward network that runs by itself stands in its block's."""
-    column = {o.name: i for i, o in enumerate(program.visits)}
-    return column | {o.name: _source(program, o.args[0], column) for o in program.ops if o.kind == "ffn"}
-
-
-def _source(program: Program, value: str, column: dict[str, int]) -> int:
-    """Last visit that a value comes from within its own token."""
-    todo, seen, last = [value], set(), -1
-    while todo:
-        name = todo.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        if name in column:
-            last = max(last, column[name])
-        elif program.defs[name].kind != "delay":
-            todo += program.defs[name].args
-    return last
-
-
-def _target(program: Program, delay: Op, column: dict[str, int]) -> int:
-    """First visit that a delayed value reaches within its own token."""
-    todo, seen, first = [delay.name], set(), len(program.visits)
-    while todo:
-        for user in program.users(todo.pop()):
-            if not user.name or user.name in seen:
-                continue
-            seen.add(user.name)
-            if user.name in column:
-                first = min(first, column[user.name])
-            elif user.kind != "delay":
-                todo.append(user.name)
-    return first
 
 
 class _Grid:
@@ -119,12 +64,25 @@ class _Grid:
         self.rows = min(self.rows, -(-(self.real + pads) // self.step))
         self.tokens = min(self.rows * self.step, self.real + pads)
         self.hidden = self.real + pads - self.tokens
-        self.pitch = 18.0 if narrow else max(14.0, min(40.0, (WIDEST - LEFT - 60) / max(self.columns, 1)))
-        self.cell = self.pitch - (8 if self.pitch > 24 else 4)
         # A delay from one column to the next (parallel loops) is a diagonal in a gap of its own.
         self.gaps = {e.target for e in delay_edges(report.program) if e.target == e.source + 1}
-        self.gap = 1.5 * self.pitch
-        self.width = round(LEFT + self.pitch * self.columns + self.gap * len(self.gaps) + 70)
+        self.runs = folded(report, self.gaps)
+        folds = sum(len(r) > 1 for r in self.runs)
+        room = WIDEST - LEFT - 60 - (0 if narrow else FOLD * folds)
+        self.pitch = 18.0 if narrow else max(14.0, min(40.0, room / max(len(self.runs) - folds, 1)))
+        self.pad = 4 if self.pitch > 24 else 2
+        self.cell, self.gap = self.pitch - 2 * self.pad, 1.5 * self.pitch
+        self.sides: list[tuple[float, float]] = []
+        at: float = LEFT
+        for run in self.runs:
+            at += self.gap * (run[0] in self.gaps)
+            wide = self.pitch if len(run) == 1 else 1.5 * self.pitch if narrow else FOLD
+            self.sides += [(at, at + wide)] * len(run)
+            at += wide
+        # What leads to the output ends behind the last visit.
+        at += self.gap * (self.columns in self.gaps)
+        self.sides.append((at, at + self.pitch))
+        self.width = round(at + 70)
         self.row = CHUNK_ROW if self.by_chunk else ROW
         self.brackets = brackets([o["index"] for o in report.program.visits])
         shares = _shares(report).values()
@@ -137,7 +95,7 @@ class _Grid:
 
     def x(self, column: int) -> float:
         """Centre of a column."""
-        return round(LEFT + self.pitch * (column + 0.5) + self.gap * sum(g <= column for g in self.gaps), 1)
+        return round(sum(self.sides[column]) / 2, 1)
 
     def y(self, token: int) -> float:
         """Centre of the row that holds a token."""
@@ -184,7 +142,7 @@ def _turned(text: str, grid: _Grid) -> str:
 
 def _drawn(report: Report, grid: _Grid) -> list[str]:
     """The SVG element."""
-    column = _columns(report.program)
+    column = columns_of(report.program)
     serial = {report.program.visits[column[o.name]].name for r in report.schedule.serial_regions for o in r.counted}
     path = _path(report, grid)
     shares = _shares(report)
@@ -203,9 +161,10 @@ def _drawn(report: Report, grid: _Grid) -> list[str]:
         y = grid.y(row * grid.step)
         parts.append(f'<text class="dp-tick" x="{LEFT - 34}" y="{y + 4}" text-anchor="end">{grid.label(row)}</text>')
         parts.append(f'<circle class="dp-embed" cx="{LEFT - 18}" cy="{y}" r="4"/>')
-        for j, o in enumerate(report.program.visits):
-            kind = "dp-hot" if (j, row) in on_path else "dp-serial" if o.name in serial else "dp-parallel"
-            parts += _cell(grid, o, j, row, kind, shares.get(o.name))
+        for run in grid.runs:
+            o = report.program.visits[run[0]]
+            kind = "dp-hot" if (run[0], row) in on_path else "dp-serial" if o.name in serial else "dp-parallel"
+            parts += _cell(grid, o, run, _blocks(report, run), row, kind, shares.get(o.name))
     parts += _faint(report, grid)
     parts += _critical(column, grid, path)
     parts += _delay_words(report, grid)
@@ -224,7 +183,7 @@ def _shade(report: Report, grid: _Grid, serial: set[str]) -> list[str]:
     columns = [j for j, o in enumerate(report.program.visits) if o.name in serial]
     parts = []
     for run in _runs(columns):
-        x0, x1 = grid.x(run[0]) - grid.pitch / 2, grid.x(run[-1]) + grid.pitch / 2
+        x0, x1 = grid.sides[run[0]][0], grid.sides[run[-1]][1]
         parts.append(f'<rect class="dp-region" x="{x0:.1f}" y="{grid.top - 6}" width="{x1 - x0:.1f}" '
                      f'height="{grid.row * grid.rows + 12}" rx="6"/>')
         per_chunk = 1 if grid.by_chunk else report.chunk or 1
@@ -251,10 +210,13 @@ def _shares(report: Report) -> dict[str, float]:
     return {visit: float(route_share(report.program.defs[r], given)) for visit, r in routes.items() if r is not None}
 
 
-def _cell(grid: _Grid, o: Op, column: int, row: int, kind: str, share: float | None) -> list[str]:
-    """A visit of a token; of one that a route thins out the part that is computed is filled."""
-    x, y, width = grid.x(column) - grid.cell / 2, grid.y(row * grid.step) - 7, grid.cell
-    parts, words = [], f"%{o.name}: block {o['index']}, {grid.label(row)}"
+def _cell(grid: _Grid, o: Op, run: range, blocks: str, row: int, kind: str, share: float | None) -> list[str]:
+    """A visit of a token, or a run of them; of what a route thins out the part that is computed is filled."""
+    left, right = grid.sides[run[0]]
+    x, y, width = left + grid.pad, grid.y(row * grid.step) - 7, right - left - 2 * grid.pad
+    parts, words = [], f"%{o.name}: block {blocks}, {grid.label(row)}"
+    if len(run) > 1:
+        words = f"{len(run)} visits: blocks {blocks}, {grid.label(row)}"
     if share is not None:
         parts.append(f'<rect class="dp-part" x="{x:.1f}" y="{y}" width="{width:.1f}" height="14" rx="3"/>')
         words += f", {_percent(share)} of the tokens"
@@ -271,15 +233,21 @@ def _headers(report: Report, grid: _Grid, shares: dict[str, float]) -> list[str]
         parts.append(f'<text class="dp-tick" x="{LEFT - 18}" y="{y}" text-anchor="end">block</text>')
     if shares and not grid.narrow:
         parts.append(f'<text class="dp-tick" x="{LEFT - 18}" y="{grid.shares}" text-anchor="end">tokens</text>')
-    said = None
-    for j, o in enumerate(report.program.visits):
-        if j % every == 0:
-            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{y}" text-anchor="middle">{o["index"]}</text>')
+    said, folds = None, any(len(run) > 1 for run in grid.runs)
+    for j, run in ((run[0], run) for run in grid.runs):
+        o = report.program.visits[j]
+        if folds or j % every == 0:
+            parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{y}" text-anchor="middle">{_blocks(report, run)}</text>')
         share = shares.get(o.name)
         if share is not None and share != said:
             parts.append(f'<text class="dp-tick" x="{grid.x(j)}" y="{grid.shares}" text-anchor="middle">{_percent(share)}</text>')
         said = share
     return parts
+
+
+def _blocks(report: Report, run: range) -> str:
+    first, last = (report.program.visits[j]["index"] for j in (run[0], run[-1]))
+    return f"{first}" if first == last else f"{first}..{last}"
 
 
 def _percent(share: float) -> str:
@@ -290,10 +258,10 @@ def _bracket_lines(grid: _Grid) -> list[str]:
     """A bracket over every repeat, with a tick between iterations and how many there are."""
     parts = []
     for b in grid.brackets:
-        x0, x1 = grid.x(b.first) - grid.cell / 2, grid.x(b.last) + grid.cell / 2
+        x0, x1 = grid.sides[b.first][0] + grid.pad, grid.sides[b.last][1] - grid.pad
         y = grid.top - grid.head + 6 - LEVEL * b.level
         period = (b.last - b.first + 1) // b.times
-        ticks = "".join(f"M{grid.x(b.first + i * period) - grid.pitch / 2:.1f} {y}v5" for i in range(1, b.times))
+        ticks = "".join(f"M{grid.sides[b.first + i * period][0]:.1f} {y}v5" for i in range(1, b.times))
         parts.append(f'<path class="dp-bracket" d="M{x0:.1f} {y + 6}v-6H{x1:.1f}v6{ticks}"/>')
         parts.append(f'<text class="dp-word dp-times" x="{(x0 + x1) / 2:.1f}" y="{y - 4}" text-anchor="middle">'
                      f"x{b.times}</text>")
@@ -302,7 +270,7 @@ def _bracket_lines(grid: _Grid) -> list[str]:
 
 def _faint(report: Report, grid: _Grid) -> list[str]:
     """Delays from every token, or from the first alone where that would be too many lines."""
-    edges = _shown_edges(report, grid)
+    edges = {(grid.sides[e.source], grid.sides[e.target], e.tokens): e for e in _shown_edges(report, grid)}.values()
     starts = range(grid.tokens) if sum(grid.tokens - e.tokens for e in edges) <= SHOWN_EDGES else range(1)
     return [
         f'<path class="dp-delay" d="{_curve(grid, e.source, t, e.target, t + e.tokens)}"/>'
@@ -341,9 +309,8 @@ def _critical(column: dict[str, int], grid: _Grid, path: tuple[Segment, ...]) ->
 
 def _curve(grid: _Grid, source: int, token: int, target: int, later: int) -> str:
     """From the right of one cell down to the left of another."""
-    half = grid.cell / 2
-    x0, y0 = (LEFT - 14, grid.y(token)) if source < 0 else (grid.x(source) + half, grid.y(token))
-    x1, y1 = grid.x(target) - half, grid.y(later)
+    x0, y0 = (LEFT - 14, grid.y(token)) if source < 0 else (grid.sides[source][1] - grid.pad, grid.y(token))
+    x1, y1 = grid.sides[target][0] + grid.pad, grid.y(later)
     bend = 0.5 * grid.pitch + 10
     return f"M{x0:.1f} {y0}C{x0 + bend:.1f} {y0} {x1 - bend:.1f} {y1} {x1:.1f} {y1}"
 
@@ -351,6 +318,8 @@ def _curve(grid: _Grid, source: int, token: int, target: int, later: int) -> str
 def _caption(report: Report, grid: _Grid) -> str:
     rows = f"{grid.rows} chunks of {grid.step} tokens" if grid.by_chunk else _tokens(grid, grid.tokens)
     text = f"Rows are block visits, columns are {rows}. " if grid.narrow else f"Columns are block visits, rows are {rows}. "
+    if any(len(run) > 1 for run in grid.runs):
+        text += "Numbers such as 2..9: the visits of these blocks as one. "
     if grid.brackets:
         text += "Brackets: the same blocks so many times in a row. "
     if any(report.types[o.name].tokens is not None for o in report.program.visits):

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.log import Bar
@@ -26,6 +27,7 @@ BUDGET = 200
 """Programs of a search, as published."""
 
 
+@checked("search", but=("samples", "space", "held_out"))
 def search(
     model: Any, samples: SamplesLike, *, score: str | Own = "exact_match", space: SpaceLike = "cola",
     method: str | Method = "mcts", budget: int | None = None, seed: int = 0, per_sample: bool = False,

@@ -59,6 +59,8 @@ class Space:
                 raise InputError(f"space.{name}: expected integers of at least 1, got {shown(value)}.")
             chosen: Any = value
             object.__setattr__(self, name, tuple(sorted(set(chosen))))
+        if not isinstance(self.once, bool):
+            raise InputError(f"space.once: expected True or False, got {shown(self.once)}.")
         if type(self.shortest) is not int or self.shortest < 1:
             raise InputError(f"space.shortest: expected a number of visits of at least 1, got {shown(self.shortest)}.")
         number = isinstance(self.longest, int | float) and not isinstance(self.longest, bool)
@@ -202,7 +204,7 @@ def load_space(space: SpaceLike) -> AnySpace:
         if isinstance(damped, Mapping) and len(space) == 1:
             return DampedLoops(**_known(DampedLoops, damped))
         return Space(**_known(Space, space))
-    if isinstance(space, Iterable):
+    if isinstance(space, Iterable) and getattr(space, "ndim", 1):  # a tensor without dimensions says it is iterable
         return Listed(tuple(space))
     raise InputError(f"space: expected a name ({', '.join(PRESETS)}), a Space, its fields or a list of layer programs, got "
                      f"{shown(space)}.")

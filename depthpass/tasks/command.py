@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import InputError
+from depthpass.prompt import listing
 
 if TYPE_CHECKING:
     from depthpass.tasks.dags import TaskDAG
@@ -48,12 +49,11 @@ def run(args: argparse.Namespace) -> int:
 def _list(as_json: bool) -> int:
     from depthpass.tasks.registry import TASKS, get
 
-    rows = [(t.name, t.family, t.unit, t.ranges) for t in map(get, TASKS)]
-    for name, family, unit, ranges in rows:
-        if as_json:
-            print(json.dumps({"task": name, "family": family, "unit": unit, "ranges": ranges}))
-        else:
-            print(f"{name:24} {family:20} {'  '.join(f'{k} {a}-{b}' for k, (a, b) in ranges.items()):32} {unit}")
+    tasks = list(map(get, TASKS))
+    if as_json:
+        print("\n".join(json.dumps({"task": t.name, "family": t.family, "unit": t.unit, "ranges": t.ranges}) for t in tasks))
+    else:
+        listing([(t.name, t.family, "  ".join(f"{k} {a}-{b}" for k, (a, b) in t.ranges.items()), t.unit) for t in tasks])
     return 0
 
 

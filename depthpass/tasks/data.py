@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import sys
 from collections.abc import Iterator, Sequence
 from itertools import count as count_up
 from typing import Any, Literal
@@ -12,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError
+from depthpass.limits import shown
 from depthpass.tasks.registry import get
 from depthpass.tasks.task import Instance, Size, Task
 
@@ -20,6 +23,7 @@ Lengths = Size | int | tuple[int, int]
 Split = Literal["train", "test"]
 
 
+@checked("draw", but=("lengths",))
 def draw(task: Task, lengths: Lengths, index: int, *, seed: int = 0, split: Split | None = None) -> Instance:
     """Instance number ``index`` of a seed: a length drawn evenly from the range, then a problem.
 
@@ -47,14 +51,18 @@ def _hash(text: str) -> int:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
 
+@checked("stream", but=("lengths",))
 def stream(task: Task | str, lengths: Lengths = "S", *, seed: int = 0, split: Split | None = None, start: int = 0
            ) -> Iterator[Instance]:
     """Instances without end, from number ``start`` on."""
     task = _task(task)
     task.span(lengths)
+    if start < 0:
+        raise InputError(f"stream: start: expected an integer of at least 0, got {start}.")
     return (draw(task, lengths, i, seed=seed, split=split) for i in count_up(start))
 
 
+@checked("encode")
 def encode(instance: Instance, tokenizer: Any, *, trace: bool = True) -> dict[str, list[int]]:
     """Prompt, trace and answer as ids, closed by the end-of-sequence token; no loss is taken on the prompt.
 
@@ -77,6 +85,8 @@ class _Rows:
     """What data sets by index and streams share."""
 
     def __init__(self, task: Task | str, lengths: Lengths, seed: int, split: Split | None, tokenizer: Any, trace: bool) -> None:
+        if tokenizer is not None:
+            check_tokenizer(type(self).__name__, tokenizer)
         self.task, self.seed = _task(task), seed
         self.lengths: Lengths = lengths
         self.split: Split | None = split
@@ -111,10 +121,11 @@ class TaskDataset(_Rows, Dataset):
         InputError: unknown task, lengths out of range, a count below 1.
     """
 
+    @checked("TaskDataset", but=("lengths",))
     def __init__(self, task: Task | str, count: int, lengths: Lengths = "S", *, seed: int = 0, split: Split | None = None,
                  tokenizer: Any = None, trace: bool = True) -> None:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(f"count: expected an integer of at least 1, got {count!r}.")
+        if not 1 <= count <= sys.maxsize:
+            raise InputError(f"count: expected an integer of at least 1, got {count}.")
         super().__init__(task, lengths, seed, split, tokenizer, trace)
         self.count = count
 
@@ -145,11 +156,12 @@ class TaskStream(_Rows, IterableDataset):
     The other arguments are those of :class:`TaskDataset`.
     """
 
+    @checked("TaskStream", but=("lengths",))
     def __init__(self, task: Task | str, lengths: Lengths = "S", *, seed: int = 0, split: Split | None = None,
                  tokenizer: Any = None, trace: bool = True, start: int = 0, count: int | None = None) -> None:
         super().__init__(task, lengths, seed, split, tokenizer, trace)
         if start < 0 or (count is not None and count < 1):
-            raise InputError(f"expected start of at least 0 and count of at least 1, got {start} and {count}.")
+            raise InputError(f"TaskStream: expected start of at least 0 and count of at least 1, got {start} and {count}.")
         self.start, self.count = start, count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -178,7 +190,9 @@ class Collator:
         side: where the pads go; None = the tokenizer's ``padding_side``.
     """
 
+    @checked("Collator")
     def __init__(self, tokenizer: Any, side: Literal["left", "right"] | None = None) -> None:
+        check_tokenizer("Collator", tokenizer)
         self.pad, self.side = tokenizer.pad_token_id, side or tokenizer.padding_side
         if self.pad is None:
             raise InputError("expected a tokenizer with a pad token, got one without. Set tokenizer.pad_token.")
@@ -193,6 +207,17 @@ class Collator:
     def _padded(self, row: list[int], columns: int, fill: int) -> list[int]:
         pads = [fill] * (columns - len(row))
         return [*pads, *row] if self.side == "left" else [*row, *pads]
+
+
+def check_tokenizer(who: str, tokenizer: Any) -> None:
+    """Refuse what does not work as a Hugging Face tokenizer.
+
+    Raises:
+        InputError: it cannot be called, or has no pad token.
+    """
+    if not callable(tokenizer) or not hasattr(tokenizer, "pad_token_id"):
+        raise InputError(f"{who}: tokenizer: expected one of transformers' or depthpass.tasks.tokenizer(..), got "
+                         f"{shown(tokenizer)} ({type(tokenizer).__name__}).")
 
 
 def _task(task: Task | str) -> Task:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import fields
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
+from depthpass.arguments import check, checked
 from depthpass.errors import InputError, did_you_mean
 from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.task import Task
@@ -67,6 +68,7 @@ FORMULA = "arithmetic_formula"
 """A closed form without a generator of its own; :class:`~depthpass.tasks.arithmetic.ModularTree` draws such formulas."""
 
 
+@checked("tasks.get", but=("name",))
 def get(name: str, **options: Any) -> Task:
     """A task by name, with its options.
 
@@ -76,17 +78,19 @@ def get(name: str, **options: Any) -> Task:
     Raises:
         InputError: an unknown name, or an option that the task does not have.
     """
-    if name not in TASKS:
-        raise InputError(f"unknown task {name!r}.{did_you_mean(name, TASKS)} Known: {', '.join(sorted(TASKS))}.")
+    if not isinstance(name, str) or name not in TASKS:
+        raise InputError(f"unknown task {name!r}.{did_you_mean(str(name), TASKS)} Known: {', '.join(sorted(TASKS))}.")
     module, _, cls = TASKS[name].partition(":")
     task = getattr(import_module(f"depthpass.tasks.{module}"), cls)
-    try:
-        return task(**options)
-    except TypeError:
-        known = ", ".join(f.name for f in fields(task)) or "none"
-        raise InputError(f"task {name!r}: expected options among {known}, got {', '.join(options)}.") from None
+    known, types = [f.name for f in fields(task)], get_type_hints(task)
+    for option in options:
+        if option not in known:
+            raise InputError(f"task {name!r}: expected options among {', '.join(known) or 'none'}, got {', '.join(options)}."
+                             f"{did_you_mean(option, known)}")
+    return task(**{k: check(f"task {name!r}: {k}", v, types[k]) for k, v in options.items()})
 
 
+@checked("tasks.dag")
 def dag(name: str, *sizes: int, form: str | None = None, seed: int = 0) -> TaskDAG:
     """The DAG of a task at a size: its closed form if it has one, else that of the drawn instance of a seed.
 

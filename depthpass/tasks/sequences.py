@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from depthpass.errors import InputError
+from depthpass.limits import INTEGER
 from depthpass.tasks.arithmetic import _at_least
 from depthpass.tasks.tape import Cell, Tape
 from depthpass.tasks.task import Task
@@ -141,6 +142,8 @@ class PHop(Task):
     def __post_init__(self) -> None:
         _letters(self.name, self.alphabet)
         _at_least(self.name, "spread", self.spread, 3)
+        if self.spread > INTEGER:
+            raise InputError(f"task {self.name!r}: spread: expected at most {INTEGER} symbols, got {self.spread}.")
 
     def draw(self, length: int, rng: random.Random) -> tuple[int, str]:
         while True:

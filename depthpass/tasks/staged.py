@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError
 from depthpass.prompt import at_prompt
+from depthpass.tasks.data import check_tokenizer
 from depthpass.tasks.task import Instance
 
 
@@ -57,6 +59,7 @@ class RelayBatch:
         return RelayBatch(*(getattr(self, k).to(device) for k in self.__dataclass_fields__))
 
 
+@checked("relay_batch")
 def relay_batch(instances: Sequence[Instance], tokenizer: Any, *, iterations: int | None = None) -> RelayBatch:
     """Prompts and rounds as tensors.
 
@@ -71,6 +74,7 @@ def relay_batch(instances: Sequence[Instance], tokenizer: Any, *, iterations: in
     """
     from depthpass.losses import aligned_targets
 
+    check_tokenizer("relay_batch", tokenizer)
     if not instances:
         raise InputError("relay_batch: expected at least one instance, got none.")
     prompts = [_ids(tokenizer, x.prompt) for x in instances]
@@ -85,6 +89,7 @@ def relay_batch(instances: Sequence[Instance], tokenizer: Any, *, iterations: in
     return RelayBatch(ids, attention, targets, mask, answers[0], answer_mask[0], last)
 
 
+@checked("relay_total_loss")
 def relay_total_loss(output: Any, batch: RelayBatch, *, weight: float = 0.1, head: Callable[[Tensor], Tensor] | None = None,
                      answer_head: Callable[[Tensor], Tensor] | None = None, scope: str = "loop") -> Tensor:
     """L_answer + weight / T * sum over t of CE(tap t, round t), the published loss of stage 1.
@@ -143,6 +148,7 @@ class Chain:
         return "\n".join([self.instance.prompt, *self.rounds, f"answer {self.answer}"])
 
 
+@checked("write_chains")
 def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, batch: int = 32, scope: str = "loop",
                  head: Callable[[Tensor], Tensor] | None = None, answer_head: Callable[[Tensor], Tensor] | None = None,
                  ) -> list[Chain]:
@@ -164,6 +170,9 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
     """
     from depthpass.hf.switching.switch import loops_of, set_loops
 
+    check_tokenizer("write_chains", tokenizer)
+    if batch < 1:
+        raise InputError(f"write_chains: batch: expected at least 1 row, got {batch}.")
     items = list(instances)
     groups: dict[int, list[int]] = defaultdict(list)
     for i, x in enumerate(items):
@@ -192,6 +201,7 @@ def write_chains(model: Any, instances: Iterable[Instance], tokenizer: Any, *, b
     return [chains[i] for i in range(len(items))]
 
 
+@checked("chain_texts")
 def chain_texts(chains: Iterable[Chain | Instance]) -> list[str]:
     """Training texts of stage 2, for written chains and for given problems alike: prompt, rounds, answer, a line each."""
     return [x.text if isinstance(x, Chain) else Chain(x, x.rounds, x.answer).text for x in chains]

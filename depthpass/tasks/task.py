@@ -6,8 +6,10 @@ import random
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from functools import cached_property
+from numbers import Integral
 from typing import Any, ClassVar, Literal
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError, did_you_mean
 from depthpass.prompt import at_prompt, in_notebooks
 from depthpass.tasks.checker import Check, check
@@ -63,6 +65,7 @@ class Instance:
         """One text per loop for supervision loop by loop; see :meth:`Task.rounds`."""
         return self.task.rounds(self.problem)
 
+    @checked("check")
     def check(self, response: str) -> Check:
         """Judge a response to this prompt; see :func:`depthpass.tasks.checker.check`."""
         return check(response, self.trace, self.answer)
@@ -133,13 +136,14 @@ class Task(ABC):
         """What the program answers."""
         return self.run(problem, Tape())
 
-    def instance(self, length: int, seed: int | str = 0) -> Instance:
+    @checked("instance")
+    def instance(self, length: Any, seed: int | str = 0) -> Instance:
         """The instance of a length and a seed: the same on every machine and in every process.
 
         Raises:
             InputError: a length out of range.
         """
-        self.check_length(length)
+        length = self.check_length(length)
         options = ",".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self))  # type: ignore[arg-type]
         problem = self.draw(length, random.Random(f"{self.name}({options}) {length} {seed}"))
         return self.of(problem, length)
@@ -148,6 +152,7 @@ class Task(ABC):
         """The instance of a given problem."""
         return Instance(self, length, problem, self.show(problem), self.answer(problem))
 
+    @checked("check")
     def check(self, prompt: str, response: str) -> Check:
         """Judge a response to a prompt.
 
@@ -168,12 +173,12 @@ class Task(ABC):
             InputError: it cannot.
         """
         most = self.most or FAR * max((b for _, b in self.ranges.values()), default=FAR)
-        if isinstance(length, bool) or not isinstance(length, int) or not self.least <= length <= most:
+        if isinstance(length, bool) or not isinstance(length, Integral) or not self.least <= length <= most:
             span = f"of at least {self.least} and at most {most}"
             said = ", ".join(f"{k} {a}-{b}" for k, (a, b) in self.ranges.items())
             raise InputError(f"task {self.name!r}: expected a length ({self.unit}) {span}, got {length!r}. Its ranges are "
                              f"{said}.")
-        return length
+        return int(length)
 
     def span(self, lengths: Size | int | tuple[int, int]) -> tuple[int, int]:
         """Shortest and longest length: of a range by name, of one length, or of a pair.
@@ -186,7 +191,9 @@ class Task(ABC):
                 raise InputError(f"task {self.name!r}: lengths: expected one of {', '.join(self.ranges)}, a length or a pair "
                                  f"of lengths, got {lengths!r}.{did_you_mean(lengths, self.ranges)}")
             return self.ranges[lengths]
-        pair = (lengths, lengths) if isinstance(lengths, int) else tuple(lengths) if isinstance(lengths, list | tuple) else ()
+        given: Any = lengths
+        pair: tuple[Any, ...] = (given, given) if isinstance(given, Integral) else ()
+        pair = tuple(given) if isinstance(given, list | tuple) else pair
         if len(pair) != 2 or pair[0] > pair[1]:
             raise InputError(f"task {self.name!r}: lengths: expected S, M, L, a length or a pair (shortest, longest), got "
                              f"{lengths!r}.")

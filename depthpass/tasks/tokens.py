@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError, did_you_mean
+from depthpass.limits import INTEGER
 from depthpass.tasks.registry import get
 from depthpass.tasks.task import Task
 
@@ -17,6 +19,7 @@ SAMPLED = 16
 """Instances of each task whose words a symbol tokenizer looks at."""
 
 
+@checked("tokenizer")
 def tokenizer(
     kind: Literal["char", "byte", "symbol"] = "char", tasks: Task | str | Sequence[Task | str] = (), *, numbers: int = 0,
     symbols: Sequence[str] = (), padding_side: Literal["left", "right"] = "right",
@@ -44,8 +47,8 @@ def tokenizer(
         raise InputError(f"tokenizer: kind: expected one of {', '.join(KINDS)}, got {kind!r}.{did_you_mean(str(kind), KINDS)}")
     if padding_side not in ("left", "right"):
         raise InputError(f"tokenizer: padding_side: expected 'left' or 'right', got {padding_side!r}.")
-    if type(numbers) is not int or numbers < 0:
-        raise InputError(f"tokenizer: numbers: expected an integer of at least 0, got {numbers!r}.")
+    if not 0 <= numbers <= INTEGER:
+        raise InputError(f"tokenizer: numbers: expected an integer from 0 to {INTEGER}, got {numbers}.")
     if kind != "symbol" and (tasks or numbers or symbols):
         raise InputError(f"tokenizer: tasks, numbers and symbols are options of kind='symbol', got kind={kind!r}.")
     from depthpass.hf.checkpoints.task_tokenizer import build

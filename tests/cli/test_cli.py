@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -150,7 +151,7 @@ def test_passes_and_presets_are_listed(run) -> None:
     assert {p["name"] for p in json.loads(run("presets", "--json")[1])} >= {"llama-1b", "llama-8b", "sparse", "rys"}
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh"])
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion(run, shell: str) -> None:
     pytest.importorskip("shtab")
     code, out, _ = run("completion", shell)
@@ -175,6 +176,28 @@ def test_outputs_are_checked_before_the_work(run, config: str, tmp_path: Path, m
     for bad, why in ((tmp_path, "it is a folder"), (tmp_path / "no" / "x.html", "there is no folder")):
         code, _, err = run("report", config, "--no-cost", "--html", bad)
         assert code == 2 and why in err and "Nothing was computed yet" in err
+
+
+def test_dash_is_standard_input(run, config: str, monkeypatch) -> None:
+    text = Path(config).read_bytes()
+    for args, given in ((["report", "-", "--spec", BRIDGE], text), (["report", config, "--spec", "-"], BRIDGE.encode())):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+        code, out, err = run(*args, "--no-cost")
+        assert (code, err) == (0, "") and "turboconn(bridges=[(5, 1)], group=2, rank=3)" in out
+
+
+def test_closed_streams_are_no_error(config: str, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(["report", config, "--no-cost"]) == 0
+    sys.stdout.close()
+
+
+def test_listings_fit_the_terminal(run, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for command in ("passes", "presets", "tasks"):
+        code, out, _ = run(command)
+        assert code == 0 and max(map(len, out.splitlines())) <= 60
 
 
 def test_hub_ids_fetch_the_config_alone(run, config: str, monkeypatch) -> None:
@@ -288,8 +311,12 @@ def test_demo_is_imported_when_asked_for(run, monkeypatch) -> None:
         (["report", "CONFIG", "--task", "parity:0"], "expected an integer of at least 1"),
         (["report", "CONFIG", "--no-cost", "--html", "nowhere/page.html"], "'nowhere/page.html' cannot be written"),
         (["report", "nowhere", "--no-cost", "--html", "nowhere/page.html"], "Nothing was computed yet"),
+        (["report", "CONFIG", "--html", "/proc/page.html"], "Nothing was computed yet"),
+        (["emit", "nowhere", "--out", "/proc/a/b"], "Nothing was computed yet"),
+        (["search", "nowhere", "--samples", "x", "--held-out", "1"], "expected a share of at least 0 and below 1"),
+        (["contraction", "nowhere", "--eps", "nan"], "expected a positive number"),
         (["calibrate", "--out", "nowhere/x.json"], "Nothing was computed yet"),
-        (["completion", "fish"], "invalid choice: 'fish'"),
+        (["completion", "fihs"], "Did you mean 'fish'?"),
         (["sweep", "CONFIG", "--group", "1,2"], "expected --spec or --preset"),
         (["sweep", "CONFIG", "--preset", "sparse", "--group", "1,0"], "got '0'"),
         (["sweep", "CONFIG", "--preset", "sparse", "--group", "2,2", "--no-cost"], "expected different numbers"),

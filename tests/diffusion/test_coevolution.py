@@ -170,10 +170,10 @@ def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, mad
 
 
 @pytest.mark.parametrize(("make", "message"), [
-    (lambda s, t: dp.CoevolutionaryDiffusion(s, None, latent=LATENT), "mask_token"),
-    (lambda s, t: dp.CoevolutionaryDiffusion(s, None, mask_token=3, latent=0), "latent"),
-    (lambda s, t: dp.CoevolutionaryDiffusion(s, None, mask_token=3, latent=2, schedule="flaw"), "Did you mean 'flow'"),
-    (lambda s, t: dp.CoevolutionaryDiffusion(s, None, mask_token=3, latent=2, wieght="snr"), "Options are latent"),
+    (lambda s, t: dp.CoevolutionaryDiffusion(s, len, latent=LATENT), "mask_token"),
+    (lambda s, t: dp.CoevolutionaryDiffusion(s, len, mask_token=3, latent=0), "latent"),
+    (lambda s, t: dp.CoevolutionaryDiffusion(s, len, mask_token=3, latent=2, schedule="flaw"), "Did you mean 'flow'"),
+    (lambda s, t: dp.CoevolutionaryDiffusion(s, len, mask_token=3, latent=2, wieght="snr"), "Known: latent"),
     (lambda s, t: t.loss(torch.ones(1, 3, dtype=torch.long), time=torch.tensor([1.0])), r"values in \(0, 1\)"),
     (lambda s, t: t.loss(torch.ones(1, 3, dtype=torch.long), labels=torch.full((1, 3), -100)), "-100 alone"),
     (lambda s, t: t.loss(torch.full((1, 3), MASK)), "is the mask"),
@@ -183,7 +183,7 @@ def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, mad
     (lambda s, t: t.sample(torch.full((1, 3), MASK), new_tokens=2), "prompts without the mask token 96, got 3"),
     (lambda s, t: t.sample(torch.ones(1, 3, dtype=torch.long), new_tokens=2, temperature=math.nan), "temperature"),
     (lambda s, t: t.sample(torch.ones(1, 2, dtype=torch.long), torch.tensor([[1, 0]]), new_tokens=2), "padded on the left"),
-    (lambda s, t: dp.CoevolutionaryDiffusion(dp.transform(s, dp.MaskedDiffusion(steps=2, mask_token=3)), None, latent=2),
+    (lambda s, t: dp.CoevolutionaryDiffusion(dp.transform(s, dp.MaskedDiffusion(steps=2, mask_token=3)), len, latent=2),
      "carry=2"),
     (lambda s, t: dp.CoevolutionaryDiffusion.from_pretrained(".", None), "expected a folder"),
 ])

@@ -157,3 +157,19 @@ def test_accelerate_reads_the_config_files(tmp_path: Path) -> None:
         found[name] = config_args.load_config_from_file(str(tmp_path / name))
         assert yaml.safe_load(text)["num_processes"] == found[name].num_processes == 8
     assert found["ddp.yaml"].distributed_type == "MULTI_GPU" and found["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
+
+
+def test_every_process_gets_its_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers writes a model in the first of several processes alone; each of them loads a folder of its own."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from depthpass.demo import small
+
+    alone = AutoModelForCausalLM.from_pretrained(small(blocks=2)).state_dict()
+    with monkeypatch.context() as second:
+        second.setattr(torch.distributed, "is_initialized", lambda: True)
+        second.setattr(torch.distributed, "get_rank", lambda *_: 1)
+        small(blocks=2, folder=str(tmp_path))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert loaded.keys() == alone.keys() and all(torch.equal(loaded[k], alone[k]) for k in alone)

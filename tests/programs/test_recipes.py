@@ -116,7 +116,7 @@ def test_bad_input():
         dp.recipes.huginn(8, keep="all")
     with pytest.raises(dp.SpecError, match=r"ouro\.stage"):
         dp.recipes.ouro(stage=3)
-    with pytest.raises(dp.SpecError, match=r"recipes\.huginn\.mean: expected a number or None, got nan"):
+    with pytest.raises(dp.SpecError, match=r"recipes\.huginn: mean: expected a number or null, got nan"):
         dp.recipes.huginn(8, mean=float("nan"))
     for recipe in (lambda **o: dp.recipes.huginn(8, **o), dp.recipes.ouro):
         with pytest.raises(dp.SpecError, match=r"unknown option 'criteron'\. Did you mean 'criterion'"):

@@ -19,8 +19,8 @@ from depthpass.ir import parse_program
 from depthpass.report import Report, build_report
 from depthpass.report.brackets import brackets
 from depthpass.report.chart import Series, chart_file, line_chart
+from depthpass.report.columns import delay_edges, folded
 from depthpass.report.numbers import Number, plain, scaled, short
-from depthpass.report.picture import delay_edges
 from depthpass.report.tables import compare, sweep
 from depthpass.schedule import schedule
 from tests.analysis.systems import bridged, parallel_loops
@@ -249,6 +249,27 @@ def test_where_delays_are_drawn() -> None:
     assert {(e.source, e.target, e.tokens) for e in edges} == {(4, 0, 1)}
     edges = delay_edges(parallel_loops(2, 3))
     assert {(e.source, e.target) for e in edges} == {(1, 2), (3, 4)}
+
+
+def test_deep_programs_fold_the_inside_of_long_stretches() -> None:
+    """Every visit has one column; the ends of stretches, loops and bridges keep their own, so that words keep their size."""
+    program = bridged(96, [(70, 30, 2)])
+    made = build_report(program, schedule(program), None, 40, 1)
+    runs = folded(made, set())
+    assert [j for run in runs for j in run] == list(range(96)) and len(runs) < 48
+    alone = {run[0] for run in runs if len(run) == 1}
+    assert {e for edge in delay_edges(program) for e in (edge.source, edge.target)} | {0, 95} <= alone
+    page = wide(made.to_html())
+    assert float(str(page.of_class("dp-picture")[0]["viewbox"]).split()[2]) <= 1200
+    numbers = [tuple(map(int, w.split(".."))) for w in page.words if re.fullmatch(r"\d+\.\.\d+", w)]
+    assert numbers == [(run[0], run[-1]) for run in runs if len(run) > 1] and numbers
+    looped = "\n".join(["program M blocks=60 width=8", "  %0 = embed", *(
+        f"  %{i + 1} = block {b} (%{i}) slot {i}" for i, b in enumerate([*range(50), *range(10, 50), *range(10, 60)])
+    ), "  %141 = norm (%140)", "  output %141"])
+    made = build_report(parse_program(looped), schedule(parse_program(looped)), None, 40, 1)
+    # Every iteration looks like the others.
+    labels = [made.program.visits[run[0]]["index"] for run in folded(made, set())]
+    assert labels.count(10) == labels.count(49) == 3 and labels.count(12) == 3
 
 
 def test_networks_on_their_own_stand_in_the_columns_of_their_blocks() -> None:

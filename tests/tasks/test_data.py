@@ -104,7 +104,7 @@ def test_datasets_that_are_not_installed(monkeypatch):
 @pytest.mark.parametrize(("call", "message"), [
     (lambda: tokenizer("chars"), "Did you mean 'char'"),
     (lambda: tokenizer("char", numbers=5), "options of kind='symbol'"),
-    (lambda: tokenizer("symbol", numbers=-1), "numbers: expected an integer of at least 0, got -1"),
+    (lambda: tokenizer("symbol", numbers=-1), "numbers: expected an integer from 0 to 65536, got -1"),
     (lambda: tokenizer("char", padding_side="top"), "padding_side"),
     (lambda: TaskDataset("lcs", 0), "count: expected"),
     (lambda: TaskDataset("lcs", 3, "XL"), "lengths"),

@@ -54,6 +54,6 @@ def bare(output: Any) -> Any:
 
 
 def _product(input: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
-    from depthpass_lowering.products.rows import few_rows_product, fits
+    from depthpass_lowering.products.rows import product
 
-    return few_rows_product(input, weight, bias) if isinstance(weight, Tensor) and fits(input, weight, bias) else None
+    return product(input, weight, bias) if isinstance(weight, Tensor) else None

@@ -291,7 +291,7 @@ def compile_step(
 
     with working(f"compiling a decoded token of {type(model).__name__}"), torch.no_grad():
         graph = make_fx(token, tracing_mode="fake", _allow_non_fake_inputs=True)(*inputs)
-        few_rows_pass(graph)
+        few_rows_pass(graph, weights)
         compiled: Any = torch._inductor.compile(graph, cast(Any, inputs))
     return CompiledStep(compiled, counts[0], tuple(streams), plan, programs[0])
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm
 
+from depthpass.arguments import checked
 from depthpass.diffusion.inputs import checked_ids, checked_prompts, maskable, predictions, settings
-from depthpass.diffusion.noise import WEIGHTS, continuous, moved, weight_of
+from depthpass.diffusion.noise import CoevolutionSettings, continuous, moved, weight_of
 from depthpass.diffusion.orders import check_step, highest, scores
-from depthpass.errors import InputError, did_you_mean
+from depthpass.errors import InputError
+from depthpass.fields import bound
 from depthpass.hf.shown import Shown
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 from depthpass.passes.taps import Taps
@@ -25,36 +28,6 @@ Encoder = Callable[[Tensor, Tensor | None], Tensor]
 """``(input_ids, attention_mask)`` -> contextual states ``[batch, tokens, latent]`` of clean text; no gradient is taken."""
 
 SCOPE, FILE = "coevolution", "coevolution"
-
-
-@dataclass(frozen=True)
-class CoevolutionSettings:
-    """What a saved model is built from again.
-
-    Attributes:
-        latent: width of the continuous state.
-        schedule: of its noise, z_t = alpha z_0 + sigma noise: ``vp`` (sqrt(1-t), sqrt(t)) or ``flow`` (1-t, t).
-        weight: of its loss by time.
-        cont_weight, disc_weight: g_c and g_d.
-        clip: bounds of the weight 1/t of the token loss; None = the exact bound of the likelihood.
-        drop: chance that a row trains without its state, for guidance.
-    """
-
-    latent: int
-    schedule: Literal["vp", "flow"] = "vp"
-    weight: str = "uniform"
-    cont_weight: float = 1.0
-    disc_weight: float = 1.0
-    clip: tuple[float, float] | None = None
-    drop: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name, value, known in (("schedule", self.schedule, ("vp", "flow")), ("weight", self.weight, WEIGHTS)):
-            if value not in known:
-                raise InputError(f"coevolution: {name}: expected one of {', '.join(known)}, got {value!r}."
-                                 f"{did_you_mean(str(value), known)}")
-        if self.latent < 1 or not 0 <= self.drop < 1:
-            raise InputError(f"coevolution: expected latent of at least 1 and drop in [0, 1), got {self.latent} and {self.drop}.")
 
 
 class CoevolutionaryDiffusion(Shown, nn.Module):
@@ -79,13 +52,11 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
 
     encoder: Encoder
 
+    @checked("CoevolutionaryDiffusion")
     def __init__(self, model: Any, encoder: Encoder, *, steps: int = 8, mask_token: int | None = None, **options: Any) -> None:
         super().__init__()
-        try:
-            self.settings = CoevolutionSettings(**options)
-        except TypeError as error:
-            raise InputError(f"CoevolutionaryDiffusion: {error}. Options are {', '.join(CoevolutionSettings.__annotations__)}."
-                             ) from None
+        bound("CoevolutionaryDiffusion", inspect.signature(CoevolutionSettings), (), options, InputError)
+        self.settings = CoevolutionSettings(**options)
         if not hasattr(model, "depth_program"):
             if mask_token is None:
                 raise InputError("CoevolutionaryDiffusion: expected mask_token, a token that no text has, got none.")
@@ -132,6 +103,7 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
             raise InputError(f"encoder: expected states {(*ids.shape, self.settings.latent)}, got {tuple(states.shape)}.")
         return layer_norm(states, states.shape[-1:], eps=1e-6)
 
+    @checked("loss")
     def loss(self, input_ids: Tensor, *, attention_mask: Tensor | None = None, labels: Tensor | None = None,
              time: Tensor | None = None, masked: Tensor | None = None, noise: Tensor | None = None, eps: float = 1e-3,
              generator: torch.Generator | None = None) -> Tensor:
@@ -162,6 +134,7 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         error = (restored - clean.to(restored)).square().mean(-1) * weight_of(time, self.settings.weight)[:, None].to(restored)
         return (self.settings.disc_weight * tokens + self.settings.cont_weight * error[may].sum()) / may.sum()
 
+    @checked("step")
     def step(self, ids: Tensor, state: Tensor, now: float, then: float, *, attention_mask: Tensor | None = None,
              fixed: Tensor | None = None, sampler: str = "ode", order: str = "ancestral", guidance: float = 1.0,
              temperature: float = 1.0, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
@@ -197,6 +170,7 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         return torch.where(write, chosen, ids), state
 
     @torch.no_grad()
+    @checked("sample")
     def sample(self, input_ids: Tensor, attention_mask: Tensor | None = None, *, new_tokens: int, steps: int | None = None,
                **options: Any) -> tuple[Tensor, Tensor]:
         """Fill in masks behind prompts (padded on the left): ids ``[batch, prompt + new]`` and the final state.

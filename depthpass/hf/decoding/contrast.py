@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from depthpass.errors import InputError
+from depthpass.arguments import checked
+from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import transformed
 from depthpass.passes.base import require
 from depthpass.prompt import at_prompt
@@ -60,6 +61,7 @@ class LoopContrast(LogitsProcessor, AbstractContextManager):
     hears_model = True
     """Decoding that calls the model otherwise than token by token refuses it."""
 
+    @checked("LoopContrast", SpecError)
     def __init__(
         self, model: Any, loop: int = 1, *, strength: float | None = None, form: Literal["guidance", "penalty"] = "guidance",
         adaptive: bool = False, plausible: float | None = None, scope: str = "loop",
@@ -68,15 +70,13 @@ class LoopContrast(LogitsProcessor, AbstractContextManager):
         tapped = [o["name"] for o in inner.depth_program.taps if o["head"]]
         names = [name for name in tapped if re.fullmatch(rf"{re.escape(scope)}\.t\d+", name)]
         require(len(names) > 1, "LoopContrast", f"a loop of at least 2 iterations with taps=True and scope {scope!r}", tapped)
-        require(type(loop) is int and (1 <= loop < len(names) or -len(names) < loop < 0), "LoopContrast.loop",
+        require(1 <= loop < len(names) or -len(names) < loop < 0, "LoopContrast.loop",
                 f"an iteration in 1..{len(names) - 1}, or a negative one from the last", loop)
-        require(form in DEFAULTS, "LoopContrast.form", "'guidance' or 'penalty'", form)
         require(form == "guidance" or not adaptive, "LoopContrast.adaptive", "False with form='penalty'", adaptive)
         strength, plausible = (x if given is None else given for given, x in zip((strength, plausible), DEFAULTS[form]))
         for name, value, most in (("strength", strength, math.inf), ("plausible", plausible, 1.0)):
-            require(isinstance(value, int | float) and math.isfinite(value) and 0 <= value <= most, f"LoopContrast.{name}",
-                    f"a number from 0 to {most}", value)
-        self.strength, self.plausible, self.form, self.adaptive = float(strength), float(plausible), form, adaptive
+            require(0 <= value <= most, f"LoopContrast.{name}", f"a number from 0 to {most}", value)
+        self.strength, self.plausible, self.form, self.adaptive = strength, plausible, form, adaptive
         self.last, self.earlier = names[-1], names[loop - 1 if loop > 0 else len(names) - 1 + loop]
         self._held: tuple[Tensor, Tensor] | None = None
         self._hook = inner.register_forward_hook(self._keep)

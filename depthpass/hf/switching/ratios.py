@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import transformed
 from depthpass.ir.shares import Ratios, checked_ratios
@@ -31,10 +32,12 @@ def set_ratios(model: nn.Module, ratios: Ratios | None) -> None:
     runtime.ratios = {} if ratios is None else checked_ratios(runtime.program, ratios)
 
 
+@checked("capacity_warmup")
 def capacity_warmup(model: nn.Module, progress: float) -> None:
     """Set the shares of all top-k routes between 1 and the program's own, along half a cosine.
 
     Args:
+        model: a transformed model with top-k routes.
         progress: 0 = every token takes every step, 1 = the program's own shares.
 
     Raises:
@@ -59,8 +62,9 @@ class CapacityWarmup(TrainerCallback):
         steps: of the optimizer, at least 1.
     """
 
+    @checked("CapacityWarmup")
     def __init__(self, steps: int):
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        if steps < 1:
             raise InputError(f"steps: expected an integer of at least 1, got {steps!r}.")
         self.steps = steps
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from depthpass.arguments import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import switch, transformed, using
 from depthpass.ir.program import Op, Program
@@ -53,6 +54,7 @@ class Calibration:
         return "\n".join([head, *(f"{n:<16}{t:>12.6g}{w:>9.3f}{b:>9.3f}{f:>9.3f}" for n, t, w, b, f in rows)])
 
 
+@checked("calibrate")
 @torch.no_grad()
 def calibrate(
     model: nn.Module, batches: Iterable[Batch] | Batch, *, shares: Mapping[str, float] | Sequence[float] | None = None,

@@ -10,6 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from depthpass.analysis.cost.program import Trainable
+from depthpass.arguments import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.modules.context import inner_model
 from depthpass.hf.switching.switch import loops_of, set_loops, transformed
@@ -31,6 +32,7 @@ class FlopsLedger(TrainerCallback, ExportableState):
         ledger: FLOPs per optimizer step.
     """
 
+    @checked("FlopsLedger", SpecError)
     def __init__(self, trainable: Trainable = "all"):
         self.trainable: Trainable = trainable
         self.ledger = Ledger()
@@ -122,9 +124,10 @@ class StopAtFlops(FlopsLedger):
         stopped: step that reached the budget; None = not yet.
     """
 
+    @checked("StopAtFlops", SpecError)
     def __init__(self, budget: float, *, trainable: Trainable = "all"):
         super().__init__(trainable)
-        if isinstance(budget, bool) or not isinstance(budget, int | float) or not 0 < budget < float("inf"):
+        if budget <= 0:
             raise SpecError(f"StopAtFlops.budget: expected a positive number of FLOPs, got {budget!r}.")
         self.budget = budget
         self.stopped: int | None = None
@@ -170,16 +173,14 @@ class ShiftSchedule(FlopsLedger):
         history: (step, evaluation loss, gradient norm) of every evaluation.
     """
 
+    @checked("ShiftSchedule", SpecError)
     def __init__(
         self, loops: int, *, d1: float = 0.01, d2: float = 0.1, patience: int = 3, every: int = 100,
         scope: str | int | None = None, trainable: Trainable = "all",
     ):
         super().__init__(trainable)
-        for name, value, least in (("loops", loops, 1), ("patience", patience, 1), ("every", every, 1)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise SpecError(f"ShiftSchedule.{name}: expected an integer of at least {least}, got {value!r}.")
-        for name, value in (("d1", d1), ("d2", d2)):
-            if not value > 0:
+        for name, value in (("loops", loops), ("patience", patience), ("every", every), ("d1", d1), ("d2", d2)):
+            if value <= 0:
                 raise SpecError(f"ShiftSchedule.{name}: expected a positive number, got {value!r}.")
         self.loops, self.d1, self.d2, self.patience, self.every, self.scope = loops, d1, d2, patience, every, scope
         self.bad = 0
@@ -255,6 +256,7 @@ class RecurrenceCurriculum(FlopsLedger):
         drawn: the count of every step so far.
     """
 
+    @checked("RecurrenceCurriculum", SpecError)
     def __init__(
         self, mean: float, *, start: float = 0.0, ramp: float = 0.25, sigma: float = 0.5, most: int | None = None,
         eval_times: int | None = None, seed: int = 0, scope: str | int | None = None, trainable: Trainable = "all",

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from depthpass.analysis.cost.program import Trainable
-from depthpass.errors import InputError
+from depthpass.arguments import checked
+from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import loops_of
 from depthpass.hf.training.callbacks import FlopsLedger
+from depthpass.limits import INTEGER
 from depthpass.passes.base import require
 from depthpass.prompt import at_prompt
 
@@ -47,13 +49,14 @@ class LatentCurriculum(FlopsLedger):
         stage: the one in force.
     """
 
+    @checked("LatentCurriculum", SpecError)
     def __init__(
         self, per_step: int, stages: int, *, every: int = 1, bot: int | None = None, eot: int | None = None, pad: int = 0,
         reset_optimizer: bool = True, scope: str | int | None = "coconut", trainable: Trainable = "all",
     ):
         super().__init__(trainable)
         for name, value in (("per_step", per_step), ("stages", stages), ("every", every)):
-            require(type(value) is int and value >= 1, f"LatentCurriculum.{name}", "an integer of at least 1", value)
+            require(1 <= value <= INTEGER, f"LatentCurriculum.{name}", "an integer of at least 1", value)
         self.per_step, self.stages, self.every, self.bot, self.eot, self.pad = per_step, stages, every, bot, eot, pad
         self.reset_optimizer, self.scope, self.stage = reset_optimizer, scope, 0
 

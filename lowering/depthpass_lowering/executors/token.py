@@ -10,6 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from depthpass_kernels.few_rows.build import TYPES, obstacle
+from depthpass_kernels.few_rows.ops import few_queries_op
 from torch import Tensor
 
 from depthpass.ir.definitions import STEP
@@ -30,7 +32,7 @@ SMALLEST = 256
 
 
 MOST_QUERIES = 8
-"""Queries of one key head up to which a decoded token's attention is written out."""
+"""Queries of one key head up to which a decoded token's attention on a CPU is a kernel of few queries."""
 
 
 def refusal(program: Program) -> str | None:
@@ -157,13 +159,12 @@ class StepVisit(RunningVisit):
         b, h, count, d = q.shape
         # Several queries where visits are stacked: all stand at the same column.
         seen = mask[0][:, :, :1]
-        if q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and groups * count <= MOST_QUERIES:
-            return _attention(q.reshape(b, h // groups, groups * count, d), k, v, seen, site.scale).reshape(
-                b, h, count, v.shape[-1]
-            ).transpose(1, 2)
-        out = F.scaled_dot_product_attention(
-            q.reshape(b, h // groups, groups * count, d), k.to(q.dtype), v.to(q.dtype), attn_mask=seen, scale=site.scale
-        )
+        q, k, v = q.reshape(b, h // groups, groups * count, d), k.to(q.dtype), v.to(q.dtype)
+        if q.device.type == "cpu" and q.dtype in TYPES and groups * count <= MOST_QUERIES and obstacle(q.dtype) is None:
+            # The library's kernel, made for long rows of queries, costs as much as several products of one row.
+            out = few_queries_op(q, k, v, seen, site.scale)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=site.scale)
         return out.reshape(b, h, count, out.shape[-1]).transpose(1, 2)
 
     def columns(self, device: torch.device) -> Tensor:
@@ -171,15 +172,6 @@ class StepVisit(RunningVisit):
 
     def commit(self) -> None:
         """StaticCache are written by the attention itself."""
-
-
-def _attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Attention of a few queries written out, for the compiler to make its own loops of: q ``[B, Hkv, C, D]``, k and v
-    ``[B, Hkv, N, D or Dv]``, seen ``[B or 1, 1, 1, N]``. On a CPU the library's kernel for long rows of queries costs as much
-    as several products of one row."""
-    logits = (q.float()[:, :, :, None] * k.float()[:, :, None]).sum(-1) * scale
-    p = torch.softmax(logits.masked_fill(~seen, float("-inf")), -1)
-    return (p[..., None] * v.float()[:, :, None]).sum(-2).to(q.dtype)
 
 
 class StepRun(Run):

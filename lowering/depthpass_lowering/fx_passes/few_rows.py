@@ -1,62 +1,55 @@
-"""Products of a few rows in half precision on a CPU, written out so that the compiler makes its own loop of them.
+"""Products of a few rows in half precision on a CPU: one pass over the weight, at the rate of memory.
 
 A decoded token multiplies each weight with one row (or with one per stacked visit), which costs what reading the weight
-costs. The libraries' bfloat16 product of one row reads it at half the rate that memory allows; the plain reduction below,
-compiled, reads it at the full one, once for all rows, and needs no packed copy of the weights.
+costs. The libraries' bfloat16 product of one row reads it at half the rate that memory allows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from depthpass_kernels.few_rows.build import TYPES, obstacle
+from depthpass_kernels.few_rows.ops import few_rows_op
+from depthpass_kernels.few_rows.pages import on_huge_pages
+from depthpass_kernels.few_rows.product import MOST
 from torch import Tensor, fx
+
+from depthpass.log import fallback
 
 aten = torch.ops.aten
 
-MOST = 4
-"""Rows up to which one pass over the weight serves them all."""
 LEAST = 1 << 14
 """Entries of a weight below which nothing is won."""
 
 
-def few_rows_pass(gm: fx.GraphModule) -> int:
-    """Write ``x @ W^T`` out as ``sum(x W)`` where x has few rows and W is a half-precision matrix on a CPU.
+def few_rows_pass(gm: fx.GraphModule, weights: Iterable[Tensor] = ()) -> int:
+    """Write ``x @ W^T`` as the product of few rows where x has few and W is a half-precision matrix on a CPU.
 
     Numerics: reassociated; sums are taken in float32 and rounded once, as the products do.
 
+    Args:
+        weights: what the graph will be given, put on huge pages if a product is replaced.
+
     Returns:
-        how many products were written out.
+        how many products were replaced.
     """
-    count = 0
-    for node in list(gm.graph.nodes):
-        operands = _match(node)
-        if operands is None:
-            continue
-        bias, x, weight = operands
-        rows, dtype = x.meta["val"].shape[0], x.meta["val"].dtype
+    matches = {node: operands for node in gm.graph.nodes if (operands := _match(node)) is not None}
+    for node, (bias, x, weight) in matches.items():
+        if reason := obstacle(x.meta["val"].dtype):
+            fallback(f"products of a decoded token are the library's, at half the speed: {reason}", asked=False)
+            return 0
         with gm.graph.inserting_before(node):
-            call = gm.graph.call_function
-            # A value of its own: worked out once, and not again for every row of the weight.
-            shape = tuple(x.meta["val"].shape)
-            x = call(aten.as_strided.default, (x, shape, (shape[1], 1)))
-            wide = call(aten._to_copy.default, (weight,), {"dtype": torch.float32})
-            sums = []
-            for i in range(rows):
-                row = call(aten._to_copy.default, (call(aten.select.int, (x, 0, i)),), {"dtype": torch.float32})
-                sums.append(call(aten.sum.dim_IntList, (call(aten.mul.Tensor, (wide, row)), [-1])))
-            y = call(aten.stack.default, (sums,))
-            if bias is not None:
-                y = call(aten.add.Tensor, (y, bias))
-            result = call(aten._to_copy.default, (y,), {"dtype": dtype})
+            result = gm.graph.call_function(few_rows_op, (x, weight, bias))
         result.meta = dict(node.meta)
         node.replace_all_uses_with(result)
         gm.graph.erase_node(node)
-        count += 1
-    if count:
+    if matches:
+        on_huge_pages(weights)
         gm.graph.eliminate_dead_code()
         gm.recompile()
-    return count
+    return len(matches)
 
 
 def _match(node: fx.Node) -> tuple[Any, Any, Any] | None:
@@ -70,5 +63,5 @@ def _match(node: fx.Node) -> tuple[Any, Any, Any] | None:
     a, w = x.meta.get("val"), weight.meta.get("val")
     if not isinstance(a, Tensor) or not isinstance(w, Tensor) or a.device.type != "cpu" or not isinstance(a.shape[0], int):
         return None
-    fits = a.dtype == w.dtype and a.dtype in (torch.bfloat16, torch.float16) and 0 < a.shape[0] <= MOST
+    fits = a.dtype == w.dtype and a.dtype in TYPES and 0 < a.shape[0] <= MOST
     return (bias, x, weight) if fits and a.is_contiguous() and w.is_contiguous() and w.numel() >= LEAST else None

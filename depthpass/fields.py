@@ -1,14 +1,15 @@
-"""Checks the fields of a pass against their annotations: one set of messages for Python, YAML and JSON."""
+"""Fields and arguments against their annotations: one set of messages for Python, YAML and JSON."""
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Union
 
-from depthpass.errors import SpecError, did_you_mean
+from depthpass.errors import DepthpassError, SpecError, did_you_mean
 from depthpass.limits import shown
 
 
@@ -128,3 +129,20 @@ def _hint(value: Any, annotation: Any) -> str:
     if isinstance(value, float) and value.is_integer() and int in options:
         return f" Write {int(value)}."
     return ""
+
+
+def bound(
+    who: str, signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any], error: type[DepthpassError]
+) -> inspect.BoundArguments:
+    """The arguments of a call by name.
+
+    Raises:
+        DepthpassError: of the given class: an argument is missing, given twice, or not known.
+    """
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as problem:
+        known = [n for n in signature.parameters if n != "self"]
+        unknown = next((k for k in kwargs if k not in known), None)
+        near = "" if unknown is None else did_you_mean(unknown, known)
+        raise error(f"{who}: {problem}.{near} Known: {', '.join(known) or 'none'}.") from None
