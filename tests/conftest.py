@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # Before anything imports torch: tiny models run fastest on one thread, and CI workers share the cores.
@@ -26,6 +27,28 @@ settings.load_profile("depthpass")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _old_objects_are_no_garbage() -> Iterator[None]:
+    """Rare garbage collections that walk what this module made: all of torch, transformers and kept captures take seconds."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 20)
+    yield
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    gc.unfreeze()  # else extension modules find their own objects alive at exit
+
+
+@pytest.fixture
+def one_capture() -> Iterator[None]:
+    """Equal stock models are captured once in a test run."""
+    from captured_once import captured_once
+
+    with captured_once():
+        yield
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from depthpass.capture import attention
 from depthpass.capture.derivatives import own_backwards
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
+from depthpass.capture.lines import innermost_forwards
 from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
 from depthpass.capture.tidy import tidy
@@ -149,7 +150,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     repeats = Repeats(model, layers)
     with (
         _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings(),
-        own_backwards(model) as functions,
+        own_backwards(model) as functions, _uncached(), innermost_forwards(),
     ):
         warnings.simplefilter("ignore")
         try:
@@ -160,6 +161,11 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     void = drop_void_writes(program.graph_module.graph)
     functionalise(program.graph_module, frozenset(tensors))
     return from_export(program, layers, len(block_list(model, layers)), void, repeats.of, functions)
+
+
+def _uncached():
+    """Without the cache of fake tensors' results: with symbolic sizes, looking one up costs more than computing it."""
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
 
 
 def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

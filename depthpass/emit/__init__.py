@@ -29,3 +29,4 @@ class _CallablePackage(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallablePackage
 __signature__ = inspect.signature(emit)
+__doc__ = f"{__doc__}\nemit{__signature__}\n\n{inspect.getdoc(emit)}"  # help(dp.emit) says what it takes

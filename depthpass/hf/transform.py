@@ -169,5 +169,21 @@ def _replace(root: nn.Module, old: nn.Module, new: nn.Module) -> None:
 
 
 def new_parameters(model: nn.Module) -> list[torch.nn.Parameter]:
-    """The parameters that a transform has added, for an optimizer group of their own."""
-    return list(depth_module(inner_model(model)).parameters())
+    """The parameters that a transform has added, for an optimizer group of their own::
+
+        torch.optim.AdamW([{"params": dp.new_parameters(turbo), "lr": 1e-3}, ...])
+
+    Args:
+        model: a transformed model, also inside the wrappers of PEFT, DDP and ``torch.compile``, or a stock one after
+            :func:`depthpass.attach`.
+
+    Returns:
+        Those of all passes; none where the passes have none.
+
+    Raises:
+        SpecError: a stock model, which has none.
+    """
+    inner = inner_model(getattr(model, "module", model))
+    if getattr(inner, "depth", None) is None:
+        raise SpecError(f"new_parameters: expected a transformed model, got {type(inner).__name__}. Call dp.transform.")
+    return list(depth_module(inner).parameters())

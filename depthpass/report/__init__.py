@@ -87,3 +87,4 @@ class _CallablePackage(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallablePackage
 __signature__ = inspect.signature(report)
+__doc__ = f"{__doc__}\nreport{__signature__}\n\n{inspect.getdoc(report)}"  # help(dp.report) says what it takes

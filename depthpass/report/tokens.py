@@ -57,6 +57,7 @@ def plot_depth(tokens: Sequence[Sequence[str]], routing: Any, title: str = "") -
     Args:
         tokens: the text of every token, per row, pads included.
         routing: from :func:`depthpass.routing_of`; or depths per row and token (pads are not known then).
+        title: above the tokens.
 
     Raises:
         InputError: rows or tokens do not match the depths.

@@ -65,3 +65,4 @@ class _CallablePackage(types.ModuleType):
 
 sys.modules[__name__].__class__ = _CallablePackage
 __signature__ = inspect.signature(_search)
+__doc__ = f"{__doc__}\nsearch{__signature__}\n\n{inspect.getdoc(_search)}"  # help(dp.search) says what it takes

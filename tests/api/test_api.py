@@ -136,3 +136,17 @@ def test_a_callable_package_is_itself_from_the_first_access_on(name):
     function = getattr(getattr(dp, name), name)
     assert callable(getattr(dp, name)) and inspect.signature(getattr(dp, name)) == inspect.signature(function)
     assert pickle.loads(pickle.dumps(getattr(dp, name))) is copy.deepcopy(getattr(dp, name)) is getattr(dp, name)
+
+
+def test_new_parameters_of_a_stock_model_are_refused_by_name():
+    """Also behind the wrapper of data parallelism, whose model stands in ``module``."""
+    with pytest.raises(dp.SpecError, match=r"new_parameters: expected a transformed model, got Linear\. Call dp\.transform"):
+        dp.new_parameters(torch.nn.Linear(2, 2))
+    wrapper, held = torch.nn.Module(), torch.nn.Module()
+    wrapper.module, held.depth = held, torch.nn.ParameterDict({"a": torch.zeros(3)})
+    assert [p.shape for p in dp.new_parameters(wrapper)] == [(3,)]
+
+
+def test_help_says_what_callable_packages_take():
+    for package in (dp.report, dp.search, dp.emit):
+        assert all(name in package.__doc__ for name in inspect.signature(package).parameters)

@@ -48,6 +48,9 @@ def set_exit(
 def only_gates(model: nn.Module, *, scope: str | int | None = None) -> list[nn.Parameter]:
     """Freeze all parameters of a transformed model but those of its exit gate, and return these: Ouro's second stage.
 
+    Args:
+        scope: which loop, where there are several: the pass's ``scope`` or its place among them.
+
     Raises:
         SpecError: the model is not transformed, or its loop has no learned gate.
     """
@@ -57,12 +60,8 @@ def only_gates(model: nn.Module, *, scope: str | int | None = None) -> list[nn.P
     if held.criterion != "cdf":
         raise SpecError(f"only_gates: expected a loop with a learned gate (criterion='cdf'), got {held.label}.")
     gate = depth_module(inner).get_submodule(f"{held.scope}.exit")
-    for p in model.parameters():
-        p.requires_grad_(False)
-    own = list(gate.parameters())
-    for p in own:
-        p.requires_grad_(True)
-    return own
+    model.requires_grad_(False)
+    return list(gate.requires_grad_(True).parameters())
 
 
 def _gated(passes: Sequence[Pass], scope: str | int | None, who: str) -> int:

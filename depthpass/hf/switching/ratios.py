@@ -37,6 +37,7 @@ def capacity_warmup(model: nn.Module, progress: float) -> None:
     """Set the shares of all top-k routes between 1 and the program's own, along half a cosine.
 
     Args:
+        model: a transformed model with top-k routes.
         progress: 0 = every token takes every step, 1 = the program's own shares.
 
     Raises:

@@ -96,7 +96,11 @@ def set_loops(model: Model, times: int | Sequence[int] | str, *, scope: str | in
 
 
 def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Sequence[int] | str:
-    """The loop count in force: an int, or what the pass was given instead of one.
+    """The loop count in force: an int, or what the pass was given instead of one (a list of counts, or a formula in n).
+
+    Args:
+        model: a transformed model with a pass that loops.
+        scope: which loop, where there are several, as for :func:`set_loops`.
 
     Raises:
         SpecError: as :func:`set_loops`.
