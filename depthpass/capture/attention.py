@@ -66,7 +66,7 @@ def _final(hidden):
 _INERT = frozenset({
     "position_ids", "use_cache", "cache_position", "past_key_values", "past_key_value", "cache", "position_embeddings",
     "layer_idx", "return_dict", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "sliding_window",
-    "num_items_in_batch", "attention_instance", "attn_implementation", "return_shared_kv_states",
+    "num_items_in_batch", "attention_instance", "attn_implementation", "return_shared_kv_states", "logits_to_keep",
 })
 
 

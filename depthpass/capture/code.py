@@ -22,6 +22,13 @@ _LIBRARIES = frozenset(sys.stdlib_module_names) | {
 }
 
 
+_ASIDE = frozenset(f"__{n}__" for n in (
+    "init new init_subclass post_init repr str format eq ne hash lt le gt ge setattr delattr set delete set_name reduce "
+    "reduce_ex getstate setstate copy deepcopy dir sizeof del replace"
+).split())
+"""Methods that mention attributes to make, print, compare or copy an object."""
+
+
 def is_own(module: object) -> bool:
     """Whether code of a module is a user's, which may keep what it reads anywhere; no library's, which keeps it in modules."""
     return isinstance(module, str) and (module == "__main__" or module.partition(".")[0] not in _LIBRARIES)
@@ -34,7 +41,7 @@ def own_bases(cls: type) -> tuple[type, ...]:
 
 def class_items(base: type) -> dict[str, Any]:
     """What a class defines that a forward may use."""
-    return {n: v for n, v in base.__dict__.items() if not n.startswith("__") or n in ("__call__", "__getattr__")}
+    return {n: v for n, v in base.__dict__.items() if not n.startswith("__") or (n not in _ASIDE and any(_functions(v)))}
 
 
 @functools.cache
@@ -94,23 +101,26 @@ def mentioned(functions: Iterable[types.FunctionType]) -> tuple[frozenset[str], 
     pieces: set[str] = set()
     for code in (c for f in functions for c in _codes(f.__code__)):
         names |= {*code.co_names, *code.co_freevars}
-        texts = [t for c in code.co_consts for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, str)]
-        names |= {t for t in texts if _NAME.fullmatch(t)}
-        pieces |= {t for t in texts if _NAME.fullmatch(t) and (t[0] == "_" or t[-1] == "_") and len(t) > 2}
+        texts = _texts(code)
+        names |= texts
+        pieces |= {t for t in texts if (t[0] == "_" or t[-1] == "_") and len(t) > 2}
     return frozenset(names), frozenset(pieces)
+
+
+def wrapped(value: object) -> tuple[Any, ...]:
+    """What Python's own wrappers of functions hold: properties, methods of classes, caches."""
+    if isinstance(value, property):
+        return () if value.fget is None else (value.fget,)
+    if isinstance(value, functools.cached_property):
+        return (value.func,)
+    if isinstance(value, classmethod | staticmethod | functools._lru_cache_wrapper):
+        return (value.__wrapped__,)
+    return ()
 
 
 def _functions(value: object) -> Iterator[types.FunctionType]:
     """The Python functions behind what a class or a module defines."""
-    if isinstance(value, property):
-        parts: list[object] = [value.fget]
-    elif isinstance(value, functools.cached_property):
-        parts = [value.func]
-    elif isinstance(value, classmethod | staticmethod):
-        parts = [value.__func__]
-    else:
-        parts = [value]
-    for part in parts:
+    for part in wrapped(value) or (value,):
         if isinstance(part, types.FunctionType):
             yield part
             inner = inspect.unwrap(part)
@@ -126,4 +136,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _names(code: types.CodeType) -> set[str]:
-    return {n for c in _codes(code) for n in c.co_names}
+    names = {n for c in _codes(code) for n in c.co_names}
+    return names | {t for c in _codes(code) for t in _texts(c)} if "globals" in names or "__globals__" in names else names
+
+
+def _texts(code: types.CodeType) -> set[str]:
+    """Strings in code that may be names."""
+    texts = (t for c in code.co_consts for t in (c if isinstance(c, tuple) else (c,)) if isinstance(t, str))
+    return {t for t in texts if _NAME.fullmatch(t)}

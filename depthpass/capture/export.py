@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
@@ -11,13 +12,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 from depthpass.capture import attention
+from depthpass.capture.code import is_own
 from depthpass.capture.derivatives import own_backwards
 from depthpass.capture.explain import explain, watch_sizes
 from depthpass.capture.functional import drop_void_writes, functionalise
 from depthpass.capture.lines import innermost_forwards
+from depthpass.capture.places import as_given
 from depthpass.capture.repeats import Repeats
 from depthpass.capture.screen import block_list, find_layers
 from depthpass.capture.tidy import tidy
@@ -131,7 +135,9 @@ def _passing(wrapper: Any, forward: Callable) -> Callable:
     return passing
 
 
-def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object]) -> Traced:
+def trace(
+    model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object], asked: list[torch.Tensor] | None = None
+) -> Traced:
     """Export ``model.forward(**tensors, **static)`` with symbolic batch and tokens.
 
     Args:
@@ -139,6 +145,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
         tensors: example inputs: ``[batch, tokens, ...]``, or ``[1, tokens, ...]`` for all rows, or numbers. Batch and
             tokens become symbolic whatever their sizes are here.
         static: further keyword arguments, baked in.
+        asked: is filled with the tensors beside parameters and buffers whose values were asked for.
 
     Raises:
         UnsupportedModelError: the model cannot be exported; the cause is attached.
@@ -146,7 +153,7 @@ def trace(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[st
     layers = find_layers(model)
     examples, dims = _examples(tensors)
     dims |= dict.fromkeys(static)
-    forward = _keyword_forward(model, tuple(dims))
+    forward = _keyword_forward(model, tuple(dims), [] if asked is None else asked)
     repeats = Repeats(model, layers)
     with (
         _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings(),
@@ -178,7 +185,7 @@ def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     examples: dict[str, torch.Tensor] = {}
     dims: dict[str, object] = {}
     for name, t in tensors.items():
-        if t.dim() > 2 and name != "inputs_embeds":
+        if t.dim() > 2 and name not in ("inputs_embeds", "position_ids"):
             raise InputError(
                 f"{name}: expected [batch, tokens], got shape {tuple(t.shape)}. Dense masks are not supported: masks are "
                 "made from the validity of each token."
@@ -212,19 +219,33 @@ class _ForwardError(Exception):
 
 
 class _DataSeen(TorchFunctionMode):
-    """``x.data`` as an op: the trace does not see the attribute, and would take what it gives for a constant."""
+    """``x.data`` as an op: the trace does not see the attribute, and would take what it gives for a constant.
+
+    Args:
+        asked: is filled with real tensors whose values a user's code made numbers of Python, constants for the trace.
+    """
+
+    def __init__(self, asked: list[torch.Tensor]):
+        super().__init__()
+        self.asked = asked
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func == _DATA:
             return args[0].detach()
+        if getattr(func, "__name__", "") in _ASKS and is_own(sys._getframe(1).f_globals.get("__name__")):
+            self.asked += [t for t in args[:2] if isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor)]
         return func(*args, **(kwargs or {}))
 
+
+_ASKS = frozenset({"item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "__bool__", "__float__", "__int__", "__index__",
+                   "__contains__", "__complex__", "__array__", "__format__", "__repr__"})
+"""Functions of tensors that give values of Python."""
 
 _DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 @contextmanager
-def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
+def _keyword_forward(model: nn.Module, names: tuple[str, ...], asked: list[torch.Tensor]):
     """Give a model's forward exactly these keyword arguments.
 
     ``torch.export`` cannot give symbolic sizes to arguments that go into ``**kwargs`` (the loss arguments of
@@ -234,8 +255,10 @@ def _keyword_forward(model: nn.Module, names: tuple[str, ...]):
     replaced = model.__dict__.get("forward")
 
     def forward(**given):
+        if "position_ids" in given:
+            given["position_ids"] = as_given(given["position_ids"])
         try:
-            with _DataSeen():
+            with _DataSeen(asked):
                 return stock(**given)
         except Exception as error:
             raise _ForwardError from error

@@ -51,6 +51,8 @@ def find_layers(model: nn.Module) -> str:
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     fitting = [n for n, m in lists.items() if len(m) == count]
     outer = [n for n in fitting if not any(n.startswith(o + ".") for o in fitting)]
+    if len(outer) > 1:  # a tower beside the text decoder may have as many
+        outer = [n for n in outer if isinstance(_config_around(model, n), type(text))] or outer
     if len(outer) != 1:
         have = ", ".join(f"{n} ({len(m)})" for n, m in lists.items()) or "none"
         raise UnsupportedModelError(
@@ -58,6 +60,15 @@ def find_layers(model: nn.Module) -> str:
             f"{' and '.join(outer) or 'none'}; module lists of the model: {have}."
         )
     return outer[0]
+
+
+def _config_around(model: nn.Module, path: str) -> object:
+    """The config of the innermost module around a path that has one."""
+    config = None
+    while path and config is None:
+        path = path.rpartition(".")[0]
+        config = getattr(model.get_submodule(path), "config", None)
+    return config
 
 
 def block_list(model: nn.Module, layers: str) -> nn.ModuleList:
@@ -82,14 +93,6 @@ def screen(model: nn.Module, static: Mapping[str, object]) -> None:
     """
     screen_modules(model)
     config = text_config(model)
-    for path, module in model.named_modules():
-        for kind in _rope_types(module):
-            if kind in _TRACED_ROPE:
-                raise UnsupportedModelError(
-                    f"{path} ({type(module).__name__}): rope type {kind!r} {_TRACED_ROPE[kind]}, so that a token's "
-                    "table depends on later tokens. Expected a fixed table: 'default', 'linear', 'yarn', 'llama3', ... "
-                    "(set config.rope_parameters)."
-                )
     for flag in _FLAGS:
         if static.get(flag, getattr(config, flag, False)):
             raise UnsupportedModelError(
@@ -118,6 +121,14 @@ def screen_modules(model: nn.Module) -> None:
                 f"{name}: config.is_causal=False makes its attention bidirectional; a token that sees later tokens has "
                 "no place in a token loop. Expected a causal decoder."
             )
+    for path, module in model.named_modules():
+        for kind in _rope_types(module):
+            if kind in _TRACED_ROPE:
+                raise UnsupportedModelError(
+                    f"{path} ({type(module).__name__}): rope type {kind!r} {_TRACED_ROPE[kind]}, so that a token's "
+                    "table depends on later tokens. Expected a fixed table: 'default', 'linear', 'yarn', 'llama3', ... "
+                    "(set config.rope_parameters)."
+                )
     # Tracing would find these too, after minutes of unrolled recurrences.
     if mixers := _mixers(model, layers):
         raise UnsupportedModelError(
@@ -143,7 +154,14 @@ def _screen_attention(model: nn.Module, layers: str) -> None:
                 "; a token that sees later tokens has no place in a token loop. Expected a causal decoder."
             )
     for i, block in enumerate(block_list(model, layers)):
-        if any(dispatches(type(m)) for m in block.modules()):
+        attention = [m for m in block.modules() if dispatches(type(m))]
+        for module in attention:
+            if getattr(module, "is_causal", True) is False and type(module).__module__.startswith(_LIBRARY):
+                raise UnsupportedModelError(
+                    f"{name}: {type(module).__name__}: expected causal attention, got is_causal=False (bidirectional), which "
+                    "lets tokens see later tokens."
+                )
+        if attention:
             continue
         attending = [(f"{layers}.{i}.{path}", m) for path, m in block.named_modules()
                      if path and type(m).__module__.startswith(_LIBRARY) and computes_attention(type(m))]

@@ -11,9 +11,9 @@ def captures(monkeypatch):
     made = []
     real = depthpass.hf.model.capture
 
-    def capture(model, tensors, static):
+    def capture(model, tensors, static, *asked):
         made.append(tuple(tensors))
-        return real(model, tensors, static)
+        return real(model, tensors, static, *asked)
 
     monkeypatch.setattr(depthpass.hf.model, "capture", capture)
     return made

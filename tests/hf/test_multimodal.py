@@ -3,11 +3,19 @@
 import pytest
 import torch
 import zoo
-from transformers import AutoModel, AutoModelForImageTextToText, Gemma3Config, LlavaConfig
+from transformers import (
+    AutoModel,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    Gemma3Config,
+    LlavaConfig,
+    Qwen2VLConfig,
+    SmolVLMConfig,
+)
 from turbos import enliven
 
 import depthpass as dp
-from depthpass.errors import InputError
+from depthpass.errors import CacheError, InputError
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
           "patch_size": 4}
@@ -29,6 +37,37 @@ def llava():
     )
     torch.manual_seed(0)
     return enliven(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def qwen():
+    """Keys are turned by a token's place in time, height and width; as many blocks in the tower as in the decoder."""
+    text = zoo.config("qwen2", 3, rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]})
+    config = Qwen2VLConfig(
+        text_config=text.to_dict(), image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92, vision_end_token_id=93,
+        vision_config={"depth": 3, "embed_dim": 16, "hidden_size": 32, "num_heads": 2, "patch_size": 4, "mlp_ratio": 2},
+    )
+    torch.manual_seed(0)
+    return enliven(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def smol():
+    """Its class around the decoder makes a cache of its own."""
+    config = SmolVLMConfig(text_config={**zoo.config("llama", 3).to_dict()}, vision_config={**VISION, "num_hidden_layers": 3},
+                           image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
+    torch.manual_seed(0)
+    return enliven(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def with_small_image(build):
+    """Rows with an image of one token behind padding."""
+    ids = zoo.batch([20, 15])["input_ids"].clamp_max(IMAGE - 1)
+    ids[:, 8] = IMAGE
+    given = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+    draw = torch.Generator().manual_seed(0)
+    if build is smol:
+        return {**given, "pixel_values": torch.randn(2, 1, 3, 8, 8, generator=draw)}
+    return {**given, "pixel_values": torch.randn(8, 96, generator=draw), "image_grid_thw": torch.tensor([[1, 2, 2]] * 2),
+            "mm_token_type_ids": (ids == IMAGE).int()}
 
 
 def inputs(lengths=(20, 14)):
@@ -106,6 +145,35 @@ def test_images_that_are_read_causally():
         assert not torch.allclose(other, made(**given).logits)
         wanted = stock.generate(**given, max_new_tokens=4, do_sample=False)
         assert torch.equal(made.generate(**given, max_new_tokens=4, do_sample=False), wanted)
+
+
+@pytest.mark.parametrize("build", [qwen, smol])
+def test_places_in_images_and_caches_that_outer_classes_make(build):
+    stock = build()
+    made, turbo, given = dp.transform(stock, dp.Identity()), dp.transform(stock, SPEC), with_small_image(build)
+    enliven(turbo.depth, seed=1, least=1)
+    mask = given["attention_mask"].bool()
+    with torch.no_grad():
+        wanted = stock(**given).logits
+        torch.testing.assert_close(made(**given).logits[mask], wanted[mask])
+        torch.testing.assert_close(made.lm_head(made.model(**given).last_hidden_state)[mask], wanted[mask])
+        assert not torch.allclose(wanted, stock(**{**given, "pixel_values": -given["pixel_values"]}).logits)
+        wanted = stock.generate(**given, max_new_tokens=4, do_sample=False)
+        assert torch.equal(made.generate(**given, max_new_tokens=4, do_sample=False), wanted)
+        out = turbo.generate(**given, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        more = {n: torch.cat((given[n], x.to(given[n]).expand(2, 4)), 1) for n, x in (
+            ("attention_mask", torch.ones(())), ("mm_token_type_ids", torch.zeros(()))) if n in given}
+        scored = turbo(**{**given, **more, "input_ids": out.sequences[:, :-1]}, use_cache=False).logits[:, -5:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(scored[:, 0], wanted_logits(stock, given), atol=1e-2)
+    cache = DynamicCache()
+    with pytest.raises(CacheError, match="expected a DepthCache"):  # one that a caller would go on with
+        made(**given, **{zoo.CACHE: cache})
+
+
+def wanted_logits(stock, given):
+    with torch.no_grad():
+        return stock(**given).logits[:, -1]
 
 
 def test_images_that_see_both_ways_are_refused_by_name():

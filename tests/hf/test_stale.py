@@ -2,8 +2,12 @@
 
 import functools
 import importlib
+import os
 import types
+from collections import deque
+from contextvars import ContextVar
 
+import numpy
 import pytest
 import torch
 import zoo
@@ -104,7 +108,42 @@ def in_a_container(model):
     model.config.layer_types[0] = "full_attention"
 
 
-FACTORS, GLOBAL, COUNTED = {"list": [1.0], "dict": {"x": 1.0}}, 1.0, 0
+class Slotted:
+    """What has no ``__dict__``, with a property in front; a counter of its own that is no change."""
+
+    __slots__ = ("_by", "asked")
+
+    def __init__(self):
+        self._by, self.asked = 1.0, 0
+
+    @property
+    def by(self):
+        self.asked += 1
+        return self._by
+
+
+class Outside(nn.Module):
+    """A module that no tree holds."""
+
+    def forward(self, x):
+        return x * self.by
+
+
+SLOTTED, QUEUE, OUTSIDE, ARRAY, CONTEXT = Slotted(), deque([1.0]), Outside(), numpy.ones(2), ContextVar("by", default=1.0)
+SCALE, OUTSIDE.by = torch.ones(()), 1.0
+
+
+@functools.lru_cache
+def cached():
+    return FACTORS["cached"]
+
+
+def tagged(x):
+    return x * tagged.by
+
+
+tagged.by = 1.0
+FACTORS, GLOBAL, COUNTED = {"list": [1.0], "dict": {"x": 1.0}, "cached": 1.0}, 1.0, 0
 
 
 class Held:
@@ -172,6 +211,33 @@ def test_what_a_forward_reads_through_objects_and_globals_counts(captures, monke
     held.steps["now"], held.note = 1, "new"
     call(made)
     assert len(captures) == counted
+
+
+class OddMlp(importlib.import_module("transformers.models.llama.modeling_llama").LlamaMLP):
+    """Reads what keeps its values elsewhere than in a ``__dict__``."""
+
+    def forward(self, x):
+        x = tagged(OUTSIDE(super().forward(x))) * SLOTTED.by * QUEUE[0] * ARRAY[0] * CONTEXT.get() * cached()
+        return x * float(os.environ.get("DEPTHPASS_TEST", "1")) * (2 if SCALE.item() > 1 else 1)
+
+
+def test_what_is_kept_in_slots_arrays_caches_and_the_environment_counts(captures, monkeypatch):
+    stock = enliven(zoo.model("llama", 1), least=1)
+    stock.model.layers[0].mlp.__class__ = OddMlp
+    made = dp.transform(stock, dp.Identity())
+    call(made)
+    call(made)
+    assert len(captures) == 1  # what the forward itself counts up is no change
+    for change in (
+        lambda: monkeypatch.setattr(SLOTTED, "_by", 2.0), lambda: QUEUE.appendleft(2.0), lambda: ARRAY.fill(2.0),
+        lambda: CONTEXT.set(2.0), lambda: (FACTORS.update(cached=2.0), cached.cache_clear()), lambda: SCALE.fill_(2.0),
+        lambda: monkeypatch.setenv("DEPTHPASS_TEST", "2"), lambda: setattr(tagged, "by", 2.0),
+        lambda: setattr(OUTSIDE, "by", 2.0),
+    ):
+        before = call(made).logits
+        change()
+        agrees(made)
+        assert not torch.allclose(call(made).logits, before, atol=1e-4)
 
 
 @pytest.mark.parametrize("read", [

@@ -279,3 +279,11 @@ class DepthCache(Cache):
         """Bind residuals to their slots again after every tensor was replaced."""
         if self.residual_bits is not None and self.program is not None and self.state.slots:
             self.state = self.opened(self.program)
+
+
+def adopted(cache: Any, model: Any) -> DepthCache:
+    """An empty cache of transformers as one of a transformed model: the same object, whoever holds it."""
+    cache.__class__ = DepthCache
+    cache.__dict__.clear()
+    cache.__init__(model)
+    return cache

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
+from depthpass.capture.places import counted_positions, is_places
 from depthpass.errors import DepthpassError, InputError
 from depthpass.hf.caches.cache import DepthCache
 from depthpass.hf.calls.packing import WORDS, Packing, check_batched, find_packing
@@ -77,8 +78,10 @@ def check_rows(valid: Tensor) -> None:
 
 
 def told_positions(given: Mapping[str, object], batch: int, new: int, device: torch.device) -> Tensor | None:
-    """``position_ids`` as given, for every row."""
+    """``position_ids`` as given, for every row; None where only places in images are told."""
     value = given.get("position_ids")
+    if is_places(value):
+        value = counted_positions(value)
     if value is None:
         return None
     if not isinstance(value, Tensor):

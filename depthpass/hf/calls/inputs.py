@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
+from depthpass.capture.places import places_of
 from depthpass.errors import CacheError, InputError, did_you_mean
-from depthpass.hf.caches.cache import NAMES, DepthCache, take_cache
+from depthpass.hf.caches.cache import NAMES, DepthCache, adopted, take_cache
 from depthpass.hf.calls.ahead import cached
 from depthpass.hf.calls.columns import packing_of, positions_of, told_positions, validity
 from depthpass.hf.calls.dense import made_of_packed_rows, sequences_of, validity_of
@@ -123,8 +125,9 @@ def normalise(
     _flatten_masks(given, told, config, past, (batch, new), device)
     valid = validity(given.get("attention_mask"), batch, past, new, device, cache)
     packing = packing_of(given, told, valid, past, (batch, new), device)
-    positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
-    tensors = {source: tokens} | ({"position_ids": positions} if "position_ids" in names else {})
+    if (positions := places_of(given.get("position_ids"), config, batch, new)) is None:
+        positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
+    tensors = {source: tokens} | ({"position_ids": positions.to(device)} if "position_ids" in names else {})
     tensors["attention_mask"] = (
         torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
     )
@@ -196,6 +199,8 @@ def _cache(model: DepthModel, given: dict[str, Any], frame: Frame | None, batch:
         name = frame.cache_name
     if cache is None:
         return name, None
+    if _is_made_inside(model, cache, frame):
+        cache = adopted(cache, model)
     if not isinstance(cache, DepthCache):
         raise CacheError(
             f"{name}: expected a DepthCache made for this model, got {type(cache).__name__}. A transformed "
@@ -205,6 +210,13 @@ def _cache(model: DepthModel, given: dict[str, Any], frame: Frame | None, batch:
     if cache.state.length and cache.batch_size not in (-1, batch):
         raise CacheError(f"{name}: holds {cache.batch_size} rows, the call has {batch}.")
     return name, cache
+
+
+def _is_made_inside(model: DepthModel, cache: object, frame: Frame | None) -> bool:
+    """Whether a cache is an empty one that a stock class around the decoder has made, which nobody told it to."""
+    if type(cache) is not DynamicCache or cache.get_seq_length():
+        return False
+    return "." in model._depth.decoder if frame is None else take_cache(dict(frame.arguments))[1] is None
 
 
 def _others(decoder: nn.Module, names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -134,6 +134,9 @@ def insert(model: DepthModel, program: Program, call: Call) -> tuple[Call, Layou
     if other := call.tensors.keys() - {name, "position_ids", "attention_mask"}:
         raise InputError(f"{min(other)}: a model with workspace pads does not know what to give the pads for it. Leave it "
                          "out.")
+    if call.tensors.get("position_ids", call.tensors["attention_mask"]).dim() > 2:
+        raise InputError("position_ids: a model with workspace pads does not know their places among those of images. Use a "
+                         "program without dp.Pad.")
     new, count = call.tensors[name].shape[1], o["tokens"]
     # Behind a row there may only be nothing where no later call goes on with it: windows count columns.
     aligned = o["feed"] and not call.use_cache

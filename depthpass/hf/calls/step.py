@@ -119,6 +119,8 @@ def _exempt(call: Call) -> str | None:
         return "the cache keeps residuals of few bits"
     if more := sorted(set(call.tensors) - {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}):
         return f"the call has {', '.join(more)}"
+    if (places := call.tensors.get("position_ids")) is not None and places.dim() > 2:
+        return "its tokens have places in images"
     # A token that is padding in some row leaves that row's delay lines as they are.
     return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in place of the token"
 

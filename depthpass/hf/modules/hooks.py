@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from depthpass.capture.quiet import global_hook_tables
 from depthpass.errors import UnsupportedModelError
-from depthpass.hf.modules.placement import is_placed, is_wrapper, own_forward, unwrapped
+from depthpass.hf.modules.placement import is_flattened, is_placed, is_reentrant, is_wrapper, own_forward, unwrapped
 
 _TABLES = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _OF_LIBRARIES = ("torch.", "accelerate.", "transformers.", "depthpass.")
@@ -135,3 +136,39 @@ def without_hooks(model: nn.Module) -> nn.Module:
         if getattr(module, "gradient_checkpointing", False):
             module.__dict__["gradient_checkpointing"] = False
     return model
+
+
+def check_hooks() -> None:
+    """Refuse hooks of all modules: inside the decoder only what has hooks of its own is called as modules.
+
+    Raises:
+        UnsupportedModelError: naming such a hook.
+    """
+    for hook in (h for t in global_hook_tables()[:4] for h in t.values()):
+        # Torch's own count and look: they change nothing.
+        if not getattr(hook, "__module__", "").startswith("torch."):
+            raise UnsupportedModelError(
+                f"{getattr(hook, '__qualname__', repr(hook))} is a hook of all modules (torch.nn.modules.module."
+                "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
+                "captured graphs. Remove it, or register hooks on the modules themselves."
+            )
+
+
+def check_wrappers(model: nn.Module) -> None:
+    """Refuse wrappers that keep values from the program: reentrant ones for activation checkpoints, and FSDP1.
+
+    Raises:
+        UnsupportedModelError: naming the module.
+    """
+    for name, module in model.named_modules():
+        if is_flattened(module):
+            raise UnsupportedModelError(
+                f"{name or type(model).__name__}: FullyShardedDataParallel (FSDP1) flattens parameters into one and hands out "
+                "views of it that end with a module's call; a program reads them between calls as well. Use "
+                "torch.distributed.fsdp.fully_shard, in accelerate fsdp_version: 2 (docs/distributed.md)."
+            )
+        if is_reentrant(module):
+            raise UnsupportedModelError(
+                f"{name}: checkpoint_impl=CheckpointImpl.REENTRANT would lose the gradient through keys, values and delays, "
+                "which leave a block besides its output. Use CheckpointImpl.NO_REENTRANT, the default of checkpoint_wrapper."
+            )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
-from operator import eq, itemgetter
+from collections.abc import Iterable
+from operator import itemgetter
 from types import FunctionType, MethodType
 from typing import Any, cast
 
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.capture.code import class_items, function_globals, globals_read, mentioned, mentions, own_bases
-from depthpass.capture.held import function_state, held
+from depthpass.capture.held import ALWAYS_READ, function_state, held
 from depthpass.capture.quiet import global_hook_tables
 from depthpass.capture.screen import block_list
+from depthpass.capture.snapshot import Snapshot
 from depthpass.capture.structure import is_config, own_class
-from depthpass.errors import UnsupportedModelError
-from depthpass.hf.modules.hooks import find_hooks, hook_tables
-from depthpass.hf.modules.placement import is_dispatched, is_flattened, is_reentrant, sharded_dtypes, unwrapped
+from depthpass.hf.modules.hooks import check_hooks, check_wrappers, find_hooks, hook_tables
+from depthpass.hf.modules.placement import is_dispatched, sharded_dtypes, unwrapped
 
 KEPT = 4
 """Watches that a model remembers: training and evaluation take turns."""
@@ -90,19 +89,19 @@ class Watch:
         key: hashable; equal keys mean that a capture may be reused. Attributes that no code of the tree mentions have no
             part in it.
         written: names of what traces have changed, with the identity of its owner; no part of the key.
+        asked: tensors beside parameters and buffers whose values a trace has asked for, by their ids.
         submodules: those looked up by (identity of their root, path).
         live: where hooks are.
         dispatched: whether accelerate moves tensors of the model between devices.
     """
 
-    def __init__(self, model: nn.Module, decoder: str, layers: str, written: dict[tuple, object] | None = None):
-        self.written = {} if written is None else written
+    def __init__(self, model: nn.Module, decoder: str, layers: str, before: Watch | None = None):
+        self.written: dict[tuple, object] = {} if before is None else before.written
+        self.asked: dict[int, Tensor] = {} if before is None else before.asked
         self.modules = list(model.modules())  # kept alive, so that no id below is ever reused
+        self.inside = {*map(id, self.modules)}
         self.types = list(map(type, self.modules))
-        self.owners: list[object] = []
-        self.tables: list[object] = []
-        self.copies: list[Any] = []
-        self.empty: list[object] = []
+        self.then = Snapshot()
         self.functions: list[FunctionType] = []
         self.looked: dict[int, tuple[dict, set[str]]] = {}
         self.seen: set[object] = set()
@@ -127,15 +126,16 @@ class Watch:
         self.globals = [(itemgetter(*names, *names[:1]), table) for table, known in self.looked.values()
                         if (names := sorted(known))]
         self.read = [get(table) for get, table in self.globals]
-        self.states = list(map(function_state, self.functions))
+        for tensor in self.asked.values():
+            self.then.look(tensor, tensor.tolist)
         self.tensors = [
             (table, name, _form(t), len(table))
             for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
         ]
         hooks = [t for m in self.modules for t in hook_tables(m)]
         self.hooked = [t for t in hooks if t]
-        self.empty += [t for t in hooks if not t]
-        self.world = [t for t in global_hook_tables()]
+        self.then.empty += [t for t in hooks if not t]
+        self.world = list(global_hook_tables())
         self.hooks = [len(t) for t in self.world]
         self.dtype = torch.get_default_dtype()
         self.dtypes = sharded_dtypes(self.modules)
@@ -148,26 +148,27 @@ class Watch:
         """Watch the dictionary, list or set of a module, class, object or container."""
         if (id(owner), "table") not in self.seen:
             self.seen.add((id(owner), "table"))
-            self.owners.append(owner)
-            self.tables.append(table)
-            self.copies.append(_copied(table))
+            self.then.table(owner, table)
 
     def _inside(self, value: Any, data: bool = False) -> None:
         """Watch what a value holds; with ``data``, containers and configs alone."""
         what = held(value)
-        if what is None or (data and not what.exact) or (id(value), data) in self.seen:
+        if what is None or (data and not what.exact) or id(value) in self.inside or (id(value), data) in self.seen:
             return
         self.seen.add((id(value), data))
+        if what.now is not None:
+            self.then.look(value, what.now)
         if isinstance(value, FunctionType):
             self.functions.append(value)
+            self.then.look(value, functools.partial(function_state, value))
             self._globals(function_globals(value))
         elif isinstance(value, type):
             self._classes((value,))
+            self._inside(type(value))
         elif what.table is not None:
-            # What is empty stays so, more often than not: one look at all of them costs less than a comparison of each.
-            self._table(value, what.table) if what.table else self.empty.append(what.table)
+            self._table(value, what.table) if what.table else self.then.empty.append(what.table)
         for name, part in what.parts:
-            if what.attributes and name != "class":
+            if what.attributes and name not in ALWAYS_READ:
                 self.waiting.append((str(name), part))
             else:
                 self._inside(part, data)
@@ -206,9 +207,7 @@ class Watch:
         Args:
             called: whether the module is called as one: what is put around its forward runs at each call.
         """
-        if name in _ALWAYS or (name in _AROUND and called):
-            return False
-        return self._mentioned(name)
+        return name not in _ALWAYS and not (name in _AROUND and called) and self._mentioned(name)
 
     def _mentioned(self, name: str) -> bool:
         return name in self.names or any(p in name for p in self.pieces)
@@ -217,17 +216,18 @@ class Watch:
         """Whether an attribute of a user's object may be read: all are where code looks them up by names that it makes."""
         return not self.by_name or self._mentioned(name)
 
-    def settle(self) -> None:
-        """Leave out of later keys what a trace has written, as counters are: it would ask for a capture at every call."""
-        for at, (owner, table) in enumerate(zip(self.owners, self.tables)):
-            if table != (before := self.copies[at]):
-                named = isinstance(table, Mapping)
-                changed = [n for n in table if n not in before or table[n] is not before[n]] if named else [None]
-                self.written |= {(id(owner), name): owner for name in changed}
-                self.copies[at] = _copied(table)
-        for at, function in enumerate(self.functions):
-            if (state := function_state(function)) != self.states[at]:
-                self.written[id(function), "cell"], self.states[at] = function, state
+    def settle(self, asked: Iterable[Tensor]) -> None:
+        """Leave out of later keys what a trace has written, as counters are: it would ask for a capture at every call.
+
+        Args:
+            asked: tensors beside parameters and buffers whose values the trace has asked for: they count from now on.
+        """
+        for tensor in {id(t): t for t in asked if id(t) not in self.asked}.values():
+            self.asked[id(tensor)] = tensor
+            self.then.look(tensor, tensor.tolist)
+        if self.current():
+            return
+        self.written |= self.then.renew()
         for at, (get, table) in enumerate(self.globals):
             names = sorted(self.looked[id(table)][1])
             self.written |= {(id(table), n): table for n, v in zip(names, self.read[at]) if table[n] is not v}
@@ -236,27 +236,19 @@ class Watch:
     def current(self) -> bool:
         """Whether nothing has changed since this watch was made."""
         try:
-            if not all(map(eq, self.tables, self.copies)) or list(map(type, self.modules)) != self.types:
+            if not self.then.same() or list(map(type, self.modules)) != self.types or not all(self.hooked):
                 return False
-            if any(self.empty) or not all(self.hooked) or list(map(len, self.world)) != self.hooks:
+            if list(map(len, self.world)) != self.hooks or torch.get_default_dtype() is not self.dtype:
                 return False
-            for (get, table), values in zip(self.globals, self.read):
-                if get(table) != values:
-                    return False
-            if list(map(function_state, self.functions)) != self.states:
-                return False
-            if torch.get_default_dtype() is not self.dtype:
+            if any(get(table) != values for (get, table), values in zip(self.globals, self.read)):
                 return False
         except (ValueError, RuntimeError, TypeError, KeyError):  # tables with tensors or arrays: their equality is none
             return False
         for table, name, form, count in self.tensors:
             t = table.get(name)
-            if t is None or form is None:
-                if t is not form or len(table) != count:
-                    return False
-                continue
-            dtype, device, shape = form
-            if t.dtype is not dtype or t.device != device or t.shape != shape or len(table) != count:
+            if len(table) != count or (t is None) != (form is None):
+                return False
+            if t is not None and form and (t.dtype is not form[0] or t.device != form[1] or t.shape != form[2]):
                 return False
         return True
 
@@ -281,37 +273,33 @@ class Watch:
                 for base in dict.fromkeys(b for cls in classes for b in own_bases(own_class(cls)))
             ),
             tuple(self._frozen(t[n], met) for t, names in self.looked.values() for n in sorted(names)
-                  if (id(t), n) not in self.written), self.dtype,
+                  if (id(t), n) not in self.written),
+            tuple((at, repr(t.tolist())) for at, t in self.asked.items() if (at, None) not in self.written), self.dtype,
         )
 
     def _frozen(self, value: Any, met: dict[int, object]) -> object:
         """A value as part of a key: by content where that is plain data or a config, else itself with what it holds."""
-        if value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device):
+        what, known = held(value), _SETTINGS if is_config(value) else ()
+        if what is None and (value is None or isinstance(value, str | int | float | bytes | torch.dtype | torch.device)):
             return value
         if id(value) in met:
             return met[id(value)]
         met[id(value)] = same = Same(value)  # of what holds itself
-        what, known = held(value), _SETTINGS if is_config(value) else ()
-        if what is None or (id(value), None) in self.written:
+        if what is None or (id(value), None) in self.written or id(value) in self.inside:
             return same
         parts = [(n, v) for n, v in what.parts if n not in known and (id(value), n) not in self.written]
         if what.attributes:
-            parts = [(n, v) for n, v in parts if n == "class" or self._read(str(n))]
+            parts = [(n, v) for n, v in parts if n in ALWAYS_READ or self._read(str(n))]
         if isinstance(value, FunctionType):
             parts += [(n, t[n]) for t, names in function_globals(value) for n in names
                       if n in t and (id(t), n) not in self.written]
         pairs = [(self._frozen(n, met), self._frozen(v, met)) for n, v in parts]
-        content = (what.kind, frozenset(pairs) if isinstance(value, set) else tuple(pairs))
+        content = (what.kind, frozenset(pairs) if isinstance(value, set | frozenset) else tuple(pairs))
         met[id(value)] = frozen = content if what.exact else (same, content)
         return frozen
 
 
 _CODE = FunctionType | MethodType | functools.partial
-
-
-def _copied(table: Any) -> object:
-    """A plain copy of a container, past what a subclass makes of its entries."""
-    return dict(dict.items(table)) if isinstance(table, dict) else dict(table) if isinstance(table, Mapping) else copy.copy(table)
 
 
 def _form(tensor: Tensor | None) -> tuple | None:
@@ -336,45 +324,9 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
             return known
     check_hooks()
     check_wrappers(model)
-    new = Watch(model, decoder, layers, watches[-1].written if watches else None)
+    new = Watch(model, decoder, layers, watches[-1] if watches else None)
     watches[:] = [*watches[1 - KEPT :], new]
     return new
-
-
-def check_hooks() -> None:
-    """Refuse hooks of all modules: inside the decoder only what has hooks of its own is called as modules.
-
-    Raises:
-        UnsupportedModelError: naming such a hook.
-    """
-    for hook in (h for t in global_hook_tables()[:4] for h in t.values()):
-        # Torch's own count and look: they change nothing.
-        if not getattr(hook, "__module__", "").startswith("torch."):
-            raise UnsupportedModelError(
-                f"{getattr(hook, '__qualname__', repr(hook))} is a hook of all modules (torch.nn.modules.module."
-                "register_module_*_hook), which a transformed model would run on its blocks but not inside them: these run as "
-                "captured graphs. Remove it, or register hooks on the modules themselves."
-            )
-
-
-def check_wrappers(model: nn.Module) -> None:
-    """Refuse wrappers that keep values from the program: reentrant ones for activation checkpoints, and FSDP1.
-
-    Raises:
-        UnsupportedModelError: naming the module.
-    """
-    for name, module in model.named_modules():
-        if is_flattened(module):
-            raise UnsupportedModelError(
-                f"{name or type(model).__name__}: FullyShardedDataParallel (FSDP1) flattens parameters into one and hands out "
-                "views of it that end with a module's call; a program reads them between calls as well. Use "
-                "torch.distributed.fsdp.fully_shard, in accelerate fsdp_version: 2 (docs/distributed.md)."
-            )
-        if is_reentrant(module):
-            raise UnsupportedModelError(
-                f"{name}: checkpoint_impl=CheckpointImpl.REENTRANT would lose the gradient through keys, values and delays, "
-                "which leave a block besides its output. Use CheckpointImpl.NO_REENTRANT, the default of checkpoint_wrapper."
-            )
 
 
 class Binding:
