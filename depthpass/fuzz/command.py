@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=_positive, default=1, help="processes (default 1)")
     parser.add_argument("--out", type=Path, help="JSON lines, one per case; cases that are in the file are not run again")
     parser.add_argument("--shrink", type=int, default=3, help="faults to make smaller and print as scripts (default 3)")
-    parser.add_argument("--models", nargs="+", type=_architecture, metavar="NAME", help="architectures to draw from (default: all 33)")
+    parser.add_argument("--models", nargs="+", type=_architecture, metavar="NAME", help="architectures (default: all 33)")
     parser.add_argument("--compiled", type=float, default=0.004, help="share of cases that compile with inductor (default 0.004)")
     return parser
 
