@@ -179,9 +179,11 @@ class ShiftSchedule(FlopsLedger):
         scope: str | int | None = None, trainable: Trainable = "all",
     ):
         super().__init__(trainable)
-        for name, value in (("loops", loops), ("patience", patience), ("every", every), ("d1", d1), ("d2", d2)):
+        for name, value, least in (("loops", loops, True), ("patience", patience, True), ("every", every, True),
+                                   ("d1", d1, False), ("d2", d2, False)):
             if value <= 0:
-                raise SpecError(f"ShiftSchedule.{name}: expected a positive number, got {value!r}.")
+                wanted = "an integer of at least 1" if least else "a positive number"
+                raise SpecError(f"ShiftSchedule.{name}: expected {wanted}, got {value!r}.")
         self.loops, self.d1, self.d2, self.patience, self.every, self.scope = loops, d1, d2, patience, every, scope
         self.bad = 0
         self.switched: int | None = None
