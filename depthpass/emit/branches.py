@@ -1,4 +1,5 @@
-"""The stock forward of a block with its two residual branches scaled: what attention and MLP read, and what they add.
+"""The stock forward of a block with its two residual branches scaled (what attention and MLP read, and what they add), or
+run one by one.
 
 The source is read as the captured graph is elsewhere: a chain of sums from the block's input to its result. What is added to the
 stream is a branch; the one that the attention made is the attention branch, the other the MLP branch.
@@ -18,6 +19,7 @@ from depthpass.errors import UnsupportedModelError
 STREAM, READ, ATTENTION, MLP, BOTH = "stream", "read", "attention", "mlp", "both"
 """What a value is: the residual stream, something of it that no linear map has read, a branch's, the sum of both branches."""
 
+HALVES = "Passes between a block's attention and its network"
 FACTORS = ("read_attention", "add_attention", "read_mlp", "add_mlp")
 _SAME = ("view", "reshape", "to", "contiguous", "clone", "flatten", "type_as", "float")
 """Methods that hand a value on."""
@@ -54,6 +56,53 @@ def modulated_forward(blocks: Sequence[nn.Module], attention: str) -> str:
     return "\n".join([*lines[:at], f'    {", ".join(FACTORS)} = kwargs.pop("factors")', *lines[at:]])
 
 
+def halved_forward(blocks: Sequence[nn.Module], attention: str) -> str:
+    """The forward of the blocks' class, which runs one half if ``part`` names it: the stream with what the attention adds, or
+    the stream that it is given with what the network adds, which reads ``read`` in its place.
+
+    Raises:
+        UnsupportedModelError: the code is no attention branch that is added before the network's branch reads the stream.
+    """
+    cls = type(blocks[0])
+    text, tree = source_of(cls.forward)
+    if tree.args.kwarg is None or tree.args.kwarg.arg != "kwargs":
+        raise _unfit(cls, "a forward with **kwargs", what=HALVES)
+    cuts = {_Reader(block, attention, tree).halves() for block in blocks}
+    if len(cuts) != 1:
+        raise _unfit(cls, "blocks that are cut in one place", what=HALVES)
+    (at, reads), stream = cuts.pop(), tree.args.args[1].arg
+    first, second = tree.body[: at + 1], tree.body[at + 1 :]
+    stored = {n.id for s in first for n in ast.walk(s) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    if left := (stored - {stream}) & _free(second)[0]:
+        raise _unfit(cls, f"a second half that reads {stream} alone", ", ".join(sorted(left)), HALVES)
+    # Some blocks lay the tokens of all rows in one line.
+    flat = any(f".{name}(" in ast.unparse(s) for s in second for name in ("reshape", "view", "flatten"))
+    given, lines = f"read.reshape({stream}.shape)" if flat else "read", text.splitlines()
+    for number, start, end in sorted(reads, reverse=True):
+        raw = lines[number - 1].encode()
+        lines[number - 1] = (raw[:start] + given.encode() + raw[end:]).decode()
+    top, cut, tail = tree.body[0].lineno - 1, first[-1].end_lineno, lines[first[-1].end_lineno :]
+    return "\n".join([
+        *lines[:top], '    part, read = kwargs.pop("part", None), kwargs.pop("read", None)', '    if part != "ffn":',
+        *("    " + line if line.strip() else line for line in lines[top:cut]), '    if part == "attention":',
+        f"        return {stream}", f"    read = {stream} if read is None else read", *tail])
+
+
+def _free(statements: Sequence[ast.stmt]) -> tuple[set[str], set[str]]:
+    """Names that statements read before they write them, and those that they write in any case."""
+    free: set[str] = set()
+    written: set[str] = set()
+    for s in statements:
+        if isinstance(s, ast.If):
+            (one, theirs), (other, others) = _free(s.body), _free(s.orelse)
+            read, names = one | other | {n.id for n in ast.walk(s.test) if isinstance(n, ast.Name)}, theirs & others
+        else:
+            every = [n for n in ast.walk(s) if isinstance(n, ast.Name)]
+            read, names = ({n.id for n in every if isinstance(n.ctx, kind)} for kind in (ast.Load, ast.Store))
+        free, written = free | (read - written), written | names
+    return free, written
+
+
 def _at(line: str, column: int, text: str) -> str:
     raw = line.encode()
     return (raw[:column] + text.encode() + raw[column:]).decode()
@@ -71,6 +120,7 @@ class _Reader:
         self.block, self.attention, self.tree = block, attention, tree
         self.kinds: dict[str, str | None] = {}
         self.factors: dict[tuple[int, int, int, int], str] = {}
+        self.reads: set[tuple[int, int, int]] = set()
         self.result: str | None = None
 
     def edits(self) -> dict[tuple[int, int, int, int], str]:
@@ -80,6 +130,23 @@ class _Reader:
         if self.result != STREAM:
             raise _unfit(type(self.block), "a result that is the stream with its branches added", self.result or "none")
         return self.factors
+
+    def halves(self) -> tuple[int, frozenset[tuple[int, int, int]]]:
+        """The statement that adds the attention to the stream, and where the code behind it reads the stream as a network does:
+        line, first and last column."""
+        stream = self.tree.args.args[1].arg
+        self.kinds[stream], at = STREAM, None
+        for i, s in enumerate(self.tree.body):
+            self._statements([s])
+            done = set(self.factors.values())
+            if at is None and "add_attention" in done:
+                whole = "read_mlp" not in done and self.kinds.get(stream) == STREAM
+                if not whole:
+                    raise _unfit(type(self.block), "branches one behind the other", "branches beside each other", HALVES)
+                at, self.reads = i, set()
+        if at is None or self.result != STREAM or not self.reads:
+            raise _unfit(type(self.block), "two residual branches, each added to the stream", what=HALVES)
+        return at, frozenset(self.reads)
 
     def _statements(self, body: Sequence[ast.stmt]) -> bool:
         """Whether the forward goes on behind them."""
@@ -170,6 +237,8 @@ class _Reader:
 
     def _module(self, name: str, module: nn.Module, e: ast.Call, values: Sequence[ast.expr]) -> str | None:
         kinds = [self._kind(v) for v in values]
+        self.reads |= {(v.lineno, v.col_offset, v.end_col_offset or 0) for v, k in zip(values, kinds)
+                       if k == STREAM and isinstance(v, ast.Name)}
         attends = name == self.attention
         if not attends and not any(p.dim() > 1 for p in module.parameters()):
             return self._of(e, kinds)
@@ -186,6 +255,6 @@ class _Reader:
         self.factors[e.lineno, e.col_offset, e.end_lineno, e.end_col_offset] = factor
 
 
-def _unfit(cls: type, wanted: str, got: str = "another one") -> UnsupportedModelError:
-    return UnsupportedModelError(f"emit: expected a {cls.__name__} with {wanted}, got {got}. Timesteps and scales cannot be "
+def _unfit(cls: type, wanted: str, got: str = "another one", what: str = "Timesteps and scales") -> UnsupportedModelError:
+    return UnsupportedModelError(f"emit: expected a {cls.__name__} with {wanted}, got {got}. {what} cannot be "
                                  "written into this architecture's code; leave them out, or serve the model with depthpass.")

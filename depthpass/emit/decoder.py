@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from depthpass.emit.branches import modulated_forward
+from depthpass.emit.branches import halved_forward, modulated_forward
 from depthpass.emit.statements import Body, body_of, new_modules
 from depthpass.emit.stock import Forward, attention_forward, forward_of, handing_on, hands_on, source_of
-from depthpass.emit.subject import AGAIN, OPEN, PREFIX, Subject, indented
+from depthpass.emit.subject import AGAIN, HALVED, OPEN, PREFIX, Subject, indented
 from depthpass.emit.templates import CHUNKS, CUT
 from depthpass.errors import UnsupportedModelError
 from depthpass.ir.program import Op
@@ -36,9 +36,9 @@ def decoder_class(s: Subject) -> str:
         lines += s.flags()
         if s.body.attends:
             classes.append(_attention(s))
-        if (s.body.modulated or s.body.attends) and not forward.hands_on:
+        if (s.body.modulated or s.body.attends or s.body.halved) and not forward.hands_on:
             raise UnsupportedModelError(f"emit: expected a {type(module).__name__} that hands **kwargs to its blocks, in which "
-                                        "timesteps, scales and what a visit reads come, got one that does not.")
+                                        "timesteps, scales, parts and what a visit reads come, got one that does not.")
         classes += _layers(s)
     again = _again(s)
     lines += _init(s, again)
@@ -58,15 +58,17 @@ def _attention(s: Subject) -> str:
 def _layer_class(s: Subject, place: int) -> str:
     """Name of the class of a visit's layer, where stock code does not do."""
     cls, body = type(s.block(s.blocks[place])), s.body
-    if body is None or place not in (*body.modulated, *body.attends):
+    if body is None or place not in (*body.modulated, *body.attends, *body.halved):
         return ""
+    if place in body.halved:
+        return HALVED + cls.__name__
     if place in body.modulated:
         return PREFIX + cls.__name__
     return "" if hands_on(cls, s.attention()[0]) else OPEN + cls.__name__
 
 
 def _layers(s: Subject) -> list[str]:
-    """A class for every class of blocks that has modulated visits, or that keeps from its attention what a visit reads."""
+    """A class for every class of blocks with modulated or halved visits, or that keeps from its attention what a visit reads."""
     named: dict[str, dict[int, nn.Module]] = {}
     for place, index in enumerate(s.blocks):
         if name := _layer_class(s, place):
@@ -76,7 +78,9 @@ def _layers(s: Subject) -> list[str]:
 
 def _layer(s: Subject, name: str, blocks: list[nn.Module]) -> str:
     cls, attention = type(blocks[0]), s.attention()[0]
-    if name.startswith(PREFIX):
+    if name.startswith(HALVED):
+        text, what = halved_forward(blocks, attention), "whose attention and network a visit may run apart"
+    elif name.startswith(PREFIX):
         text, what = modulated_forward(blocks, attention), "whose two branches a visit scales: what they read, and what they add"
     else:
         text, what = source_of(cls.forward)[0], "whose attention is told what a visit reads"
@@ -204,7 +208,7 @@ def _visit(body: Body, f: Forward) -> list[str]:
     """The stock loop's body as a function of its own."""
     first, *visit = f.visit
     place = first.removeprefix("place=")
-    if not (body.attends or body.modulated):
+    if not (body.attends or body.modulated or body.halved):
         return [f"def visit({place}, hidden_states):", *("    " + line for line in visit)]
     cache = f", {f.cache}={f.cache}" if body.attends else ""
     return ["given = kwargs", "", f"def visit({place}, hidden_states{cache}, **reading):", "    kwargs = {**given, **reading}",

@@ -13,8 +13,6 @@ from depthpass.ir.verify import infer
 _WHY = {
     "pad": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
     "trim": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
-    "ffn": "it changes what a block's network reads after its attention, and a stock layer runs both in one forward",
-    "point": "it changes what a block's network reads after its attention, and a stock layer runs both in one forward",
     "logits": "it decides by the logits of unfinished states",
     "ahead": "its attention sees later tokens",
     "denoise": "it runs several times to fill tokens in",
@@ -57,6 +55,7 @@ class Body:
         chunk: tokens that may run at once; None = any number.
         attends: visits whose attention shares keys, by place.
         modulated: visits whose branches are scaled, by place.
+        halved: visits that run their attention and their network apart, by place.
         taps: taps by name: whether they are logits.
         ages: whether they need the tokens' ages.
         past: whether they need to know what a cache holds.
@@ -69,6 +68,7 @@ class Body:
     chunk: int | None = None
     attends: tuple[int, ...] = ()
     modulated: tuple[int, ...] = ()
+    halved: tuple[int, ...] = ()
     taps: dict[str, bool] = field(default_factory=dict)
     ages: bool = False
     past: bool = False
@@ -105,6 +105,7 @@ class _Writer:
     def write(self) -> Body:
         body = self.body
         body.attends = tuple(sorted(self.sharing))
+        body.halved = tuple(p for p, o in enumerate(self.program.visits) if o["part"] != "whole")
         body.modulated = tuple(p for p, o in enumerate(self.program.visits) if o["modulate"])
         if body.attends:
             body.parts |= {"attend", "near_mask", "Slots"}
@@ -159,6 +160,13 @@ class _Writer:
                     f"{_v(self.embed)}.new_zeros(*{_v(self.embed)}.shape[:-1], {width})")
             case "block":
                 return self._visit(o, args)
+            case "point":
+                return args[1]  # blocks whose branches stand beside each other are not halved
+            case "ffn":
+                before = self.program.ops[: self.program.index[o.name]]
+                own = next(p for p in reversed(before) if p.kind == "block" and p["index"] == o["index"])
+                read = "" if args[0] == args[1] else f", read={args[1]}"
+                return f'visit({self.places[own.name]}, {args[0]}, part="ffn"{read})'
             case "delay":
                 return self._delay(o)
             case "route":
@@ -276,6 +284,8 @@ class _Writer:
                 self.body.past = True
                 arguments += [f"gate=self.depth.{o['gate']}", f"window={o['window']}", f"hidden={args[0]}", "past=past"]
         arguments += self._some_keys(o)
+        if o["part"] != "whole":
+            arguments.append(f'part="{o["part"]}"')
         if o["modulate"]:
             self.body.parts.add("scaled")
             time = f"self.depth.{o['clock']}({o['step']})" if o["clock"] else ""

@@ -18,6 +18,8 @@ PREFIX = "Depth"
 """Before the stock names of emitted classes."""
 OPEN = "Open"
 """Before those of layers that hand more to their attention."""
+HALVED = "Halved"
+"""Before those of layers that run in two halves."""
 AGAIN = "Again"
 """Before the names of those of later visits."""
 

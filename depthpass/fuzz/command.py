@@ -6,6 +6,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,8 +14,20 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns 1 when a fault was found."""
+    """Run the command; returns 1 when a fault was found, 2 when the cases cannot be written."""
     options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except OSError as error:
+        print(f"depthpass.fuzz: error: {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("depthpass.fuzz: interrupted" + (f"; the same command goes on from {options.out}" if options.out else ""),
+              file=sys.stderr)
+        return 130
+
+
+def _run(options: argparse.Namespace) -> int:
     done = _done(options.out, options.seed)
     todo = [i for i in range(options.first, options.first + options.cases) if i not in done]
     counts, kinds = Counter(r["result"] for r in done.values()), Counter(r["kind"] for r in done.values() if "kind" in r)
@@ -36,15 +49,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m depthpass.fuzz", description="Random models and programs against an oracle.")
-    parser.add_argument("--cases", type=int, default=1000, help="how many (default 1000)")
+    parser.add_argument("--cases", type=_positive, default=1000, help="how many (default 1000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first case (default 0)")
-    parser.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
+    parser.add_argument("--jobs", type=_positive, default=1, help="processes (default 1)")
     parser.add_argument("--out", type=Path, help="JSON lines, one per case; cases that are in the file are not run again")
     parser.add_argument("--shrink", type=int, default=3, help="faults to make smaller and print as scripts (default 3)")
-    parser.add_argument("--models", nargs="+", default=None, help="architectures to draw from (default: all 33)")
+    parser.add_argument("--models", nargs="+", type=_architecture, metavar="NAME", help="architectures (default: all 33)")
     parser.add_argument("--compiled", type=float, default=0.004, help="share of cases that compile with inductor (default 0.004)")
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
+def _architecture(text: str) -> str:
+    from depthpass.errors import did_you_mean
+    from depthpass.fuzz.models import ARCHITECTURES
+
+    if text not in ARCHITECTURES:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(ARCHITECTURES)}, got {text!r}."
+                                         f"{did_you_mean(text, ARCHITECTURES)}")
+    return text
 
 
 def _done(out: Path | None, seed: int) -> dict[int, dict[str, Any]]:
@@ -83,10 +112,12 @@ def _results(todo: list[int], options: argparse.Namespace) -> Iterator[tuple[int
 
 
 def _bar(results: Iterator, total: int, counts: Counter) -> Iterator:
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("fuzz"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=total)
         for result in results:
             yield result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rich.console import Group
@@ -13,10 +14,12 @@ from depthpass.report.numbers import Section
 from depthpass.report.text import MORE, heading, path_lines, size_line, spec_line, summary_rows, task_line
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
     from depthpass.report.report import Report
 
+NARROW = 90
+"""Columns, below which remarks go under their numbers."""
 KEY_NUMBERS = {"depth", "depth_at_n", "serial_blocks", "new_parameters"}
 
 
@@ -37,7 +40,7 @@ def to_rich(report: Report) -> Group:
     """Everything: the summary, one table per section, then path, statements and what is not counted."""
     parts: list[RenderableType] = [*summary(report).renderables[:-1]]
     for section in report.sections:
-        parts += [_title(section.title), _table(section)]
+        parts += [_title(section.title), _Numbers(section)]
     parts += [_title(f"Critical path (one of the longest, at n = {report.seq_len})"), _list(path_lines(report))]
     if report.complexity is not None:
         parts += [_title("What is proven about such programs"), _list([f"- {s}" for s in report.complexity])]
@@ -49,15 +52,23 @@ def _title(text: str) -> Text:
     return Text(f"\n{text}", style="bold cyan")
 
 
-def _table(section: Section) -> Table:
-    table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(min_width=22, overflow="fold")
-    table.add_column(overflow="fold")
-    table.add_column(style="dim", overflow="fold")
-    for x in section.shown:
-        value = Text(x.text, style="bold green" if x.key in KEY_NUMBERS else "")
-        table.add_row(escape(x.label), value, escape(x.remark))
-    return table
+@dataclass(frozen=True)
+class _Numbers:
+    """A section's numbers with their remarks beside them, or below where the terminal is narrow."""
+
+    section: Section
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        narrow = options.max_width < NARROW
+        table = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
+        table.add_column(min_width=22, overflow="fold")
+        table.add_column(overflow="fold")
+        table.add_column(style="dim", overflow="fold")
+        for x in self.section.shown:
+            value = Text(x.text, style="bold green" if x.key in KEY_NUMBERS else "")
+            below = Group(value, Text(x.remark, style="dim")) if narrow and x.remark else value
+            table.add_row(escape(x.label), below, "" if narrow else escape(x.remark))
+        yield table
 
 
 def _list(lines: list[str], style: str = "") -> Table:

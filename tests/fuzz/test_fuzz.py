@@ -177,6 +177,20 @@ def test_shrinking_only_takes_away():
     assert case == kept and sizes and all(c != case for c in candidates(case))
 
 
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--cases", "0"], "expected an integer of at least 1, got '0'"), (["--models", "lama"], "Did you mean 'llama'?"),
+])
+def test_the_command_refuses_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_names_a_file_that_cannot_be_written(tmp_path, capsys):
+    assert main(["--cases", "1", "--out", str(tmp_path / "no" / "x")]) == 2
+    assert "No such file" in capsys.readouterr().err
+
+
 def test_the_command_counts_and_resumes(tmp_path, capsys):
     out = tmp_path / "cases.jsonl"
     arguments = ["--seed", "3", "--out", str(out), "--compiled", "0"]

@@ -251,6 +251,17 @@ def test_where_delays_are_drawn() -> None:
     assert {(e.source, e.target) for e in edges} == {(1, 2), (3, 4)}
 
 
+@pytest.mark.parametrize("width", [60, 120])
+def test_a_narrow_terminal_has_remarks_below_their_numbers(width: int) -> None:
+    out = io.StringIO()
+    Console(file=out, width=width).print(small().to_rich())
+    lines = [line.rstrip() for line in out.getvalue().splitlines()]
+    assert max(map(len, lines)) <= width
+    row = next(i for i, line in enumerate(lines) if line.startswith("serial blocks"))
+    below = lines[row + 1].strip()
+    assert ("on a delay cycle" in lines[row]) is (width == 120) and below.startswith("on a delay cycle") is (width == 60)
+
+
 def test_deep_programs_fold_the_inside_of_long_stretches() -> None:
     """Every visit has one column; the ends of stretches, loops and bridges keep their own, so that words keep their size."""
     program = bridged(96, [(70, 30, 2)])
