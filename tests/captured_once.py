@@ -45,10 +45,10 @@ def captured_once():
     """Equal stock models that are called while this is open share their captures."""
     real = depthpass.hf.model.capture
 
-    def capture(model, tensors, static, *asked):
+    def capture(model, tensors, static):
         key = signature(model, tensors, static)
         if key not in _KEPT:
-            _KEPT[key] = real(model, tensors, static, *asked)
+            _KEPT[key] = real(model, tensors, static)
         return _KEPT[key]
 
     with pytest.MonkeyPatch.context() as patch:

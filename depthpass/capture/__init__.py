@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,16 +14,13 @@ from depthpass.capture.captured import Block, Capture, Part, Site, Template
 __all__ = ["Block", "Capture", "Part", "Site", "Template", "capture"]
 
 
-def capture(
-    model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object], asked: list | None = None
-) -> Capture:
+def capture(model: nn.Module, tensors: dict[str, torch.Tensor], static: Mapping[str, object]) -> Capture:
     """Capture one call signature of a stock model; the model itself is left untouched.
 
     Args:
         model: a transformers decoder.
         tensors: example tensor inputs; shapes ``[batch, tokens, ...]`` become symbolic.
         static: other keyword arguments, baked into the capture.
-        asked: is filled with the tensors beside parameters and buffers whose values are baked in, too (``item()``).
 
     Raises:
         UnsupportedModelError: the model contains something that cannot be treated soundly; says what and where.
@@ -43,4 +41,5 @@ def capture(
         config: Any = getattr(module, "config", None)
         if hasattr(config, "use_cache"):
             config.use_cache = False
-    return outline(trace(private, tensors, static, asked))
+    asked: list[torch.Tensor] = []
+    return replace(outline(trace(private, tensors, static, asked)), asked=tuple(asked))

@@ -101,6 +101,7 @@ class Capture:
         layers: module path of the list of blocks.
         out_spec: tree of the outputs.
         own_backwards: functions of the model whose gradients the graphs do not have.
+        asked: tensors beside parameters and buffers whose values the graphs hold as numbers (``item()``).
     """
 
     prologue: Part
@@ -112,6 +113,7 @@ class Capture:
     width: int
     out_spec: pytree.TreeSpec
     own_backwards: tuple[str, ...] = ()
+    asked: tuple[torch.Tensor, ...] = ()
 
     @functools.cached_property
     def tables(self) -> Part:

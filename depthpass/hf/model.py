@@ -238,8 +238,8 @@ class DepthModel(Shown, _Stock):
             for config in (stock.config, stock.config.get_text_config(decoder=True)):
                 config.use_cache = config.output_hidden_states = False
             with working(f"capturing {type(self).__name__}"):
-                captured = capture(stock, tensors, static, asked := [])
-            self._depth.watches[-1].settle(asked)
+                captured = capture(stock, tensors, static)
+            self._depth.watches[-1].settle(captured.asked)
         if len(captured.blocks) != self._depth.program.blocks:
             raise UnsupportedModelError(
                 f"the program is for {self._depth.program.blocks} blocks, the model now has {len(captured.blocks)}."

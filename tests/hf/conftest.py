@@ -11,9 +11,9 @@ def captures(monkeypatch):
     made = []
     real = depthpass.hf.model.capture
 
-    def capture(model, tensors, static, *asked):
+    def capture(model, tensors, static):
         made.append(tuple(tensors))
-        return real(model, tensors, static, *asked)
+        return real(model, tensors, static)
 
     monkeypatch.setattr(depthpass.hf.model, "capture", capture)
     return made
