@@ -17,7 +17,9 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers.models.auto import auto_factory, modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from depthpass.arguments import checked
 from depthpass.emit.module import Module, module_of
 from depthpass.emit.statements import check_expressible
 from depthpass.errors import InputError, SpecError, UnsupportedModelError
@@ -32,6 +34,7 @@ _NOT_COPIED = (".safetensors", ".bin", ".pt", ".py", ".index.json", ".lock")
 _OURS = ("config.json", "README.md")
 
 
+@checked("emit")
 def emit(
     model: nn.Module, directory: str | os.PathLike[str], *, name: str | None = None, copies: bool = False,
     source: str | os.PathLike[str] | None = None,
@@ -62,13 +65,15 @@ def emit(
     inner = transformed(model, "emit")
     target, name = Path(directory), _module_name(inner, name)
     _check_empty(target)
+    if source is not None and not Path(source).is_dir():
+        raise InputError(f"emit.source: expected a folder, got {str(source)!r}.")
     stock, config, written = written_of(inner, name, copies)
     program = inner.depth_program
     if copies:
         _warn_size(program, stock, inner._depth.layers)
     if written.lost:
         warnings.warn(f"emit: the losses that train routers ({', '.join(written.lost)}) are not written; the emitted model has "
-                      "its stock loss alone. Train with depthpass, or add them yourself.", UserWarning, stacklevel=2)
+                      "its stock loss alone. Train with depthpass, or add them yourself.", UserWarning, stacklevel=3)
     with replacing(target) as folder:
         file = folder / f"modeling_{name}.py"
         file.write_text(written.text)
@@ -94,14 +99,20 @@ def _module_name(inner: Any, name: str | None) -> str:
     name = name or f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"
     if not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"emit.name: expected a Python name such as 'depth_llama', got {name!r}.")
+    if name in CONFIG_MAPPING_NAMES:  # without trust_remote_code a loader would build the stock model, in silence
+        raise InputError(f"emit.name: expected a name that is no model type of transformers, got {name!r}; take 'depth_{name}'.")
     return name
 
 
 def _check_empty(target: Path) -> None:
     """Refuse a folder that has something in it: nothing of it may be lost."""
-    if target.is_file() or (target.is_dir() and any(target.iterdir())):
-        raise InputError(f"emit: expected a folder that does not exist or is empty, got {str(target)!r}, which is "
-                         f"{'a file' if target.is_file() else 'not empty'}. Nothing was written; choose another one.")
+    above = next((p for p in target.parents if os.path.lexists(p)), target)
+    reasons = {"not empty": target.is_dir() and any(target.iterdir()), "a file": target.exists() and not target.is_dir(),
+               "a link to nothing": target.is_symlink() and not target.exists(),
+               f"below {above}, no folder": not os.path.lexists(target) and not above.is_dir()}
+    if why := next((reason for reason, holds in reasons.items() if holds), None):
+        raise InputError(f"emit: expected a folder that does not exist or is empty, got {str(target)!r}, which is {why}. Nothing "
+                         "was written; choose another one.")
 
 
 def written_of(inner: Any, name: str, copies: bool) -> tuple[Any, Any, Module]:
@@ -236,7 +247,7 @@ def _warn_size(program: Program, stock: Any, layers: str) -> None:
     more, once = sum(sizes[i] for i in visits), sum(sizes[i] for i in set(visits))
     if more > once:
         warnings.warn(f"emit(copies=True): the blocks take {more / 2**20:.1f} MiB instead of {once / 2**20:.1f} MiB, because "
-                      f"{len(visits)} visits of {len(set(visits))} blocks have weights of their own.", UserWarning, stacklevel=3)
+                      f"{len(visits)} visits of {len(set(visits))} blocks have weights of their own.", UserWarning, stacklevel=4)
 
 
 def _check(loaded: Any, written: Module, config: Any, weights: dict[str, torch.Tensor]) -> None:

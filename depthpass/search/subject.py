@@ -47,7 +47,7 @@ def subject(model: Any) -> Iterator[tuple[Any, Any]]:
     if visited != tuple(range(inner.depth_program.blocks)):
         warnings.warn(f"search: this model runs {spec}, while a search starts from each block once, in order: its stock "
                       "score is that of dp.restore(model). To search around the model's own visits, give dp.materialize(model).",
-                      UserWarning, stacklevel=4)
+                      UserWarning, stacklevel=5)
     module: Any = inner
     modes = {m: m.training for m in module.modules()}
     module.eval()

@@ -265,7 +265,9 @@ def test_bad_folders_names_and_models(tmp_path):
     model = transformed("llama", LOOP, torch.float32)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
-    for path, got in ((tmp_path / "full", "not empty"), (tmp_path / "full" / "notes.txt", "a file")):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    for path, got in ((tmp_path / "full", "not empty"), (tmp_path / "full" / "notes.txt", "a file"),
+                      (tmp_path / "full" / "notes.txt" / "below", "below .*no folder"), (tmp_path / "link", "a link to nothing")):
         with pytest.raises(dp.InputError, match=got):
             dp.emit(model, path)
     assert [f.name for f in (tmp_path / "full").iterdir()] == ["notes.txt"]
@@ -273,6 +275,10 @@ def test_bad_folders_names_and_models(tmp_path):
     assert (tmp_path / "full" / "notes.txt").read_text() == "mine"
     with pytest.raises(dp.InputError, match="a Python name"):
         dp.emit(model, tmp_path / "out", name="a-b")
+    for options, words in (({"name": "llama"}, "no model type of transformers"), ({"name": 3}, "name: expected a string"),
+                           ({"source": tmp_path / "gone"}, "source: expected a folder"), ({"copies": 1}, "copies: expected")):
+        with pytest.raises(dp.InputError, match=words):
+            dp.emit(model, tmp_path / "out", **options)
     with pytest.raises(dp.SpecError, match="expected a transformed model"):
         dp.emit(dp.restore(model), tmp_path / "out")
     fixed = transformed("gpt2", dp.LayerProgram([0, 0, 1]), torch.float32, scale_attn_by_inverse_layer_idx=True)

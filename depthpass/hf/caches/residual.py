@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def check_bits(bits: Any) -> None:
     """Raise InputError for a number of bits that residuals cannot be kept in."""
-    if bits is not None and bits not in BITS:
+    if bits is not None and (isinstance(bits, float) or bits not in BITS):
         raise InputError(f"residual_bits: expected {' or '.join(map(str, BITS))}, or None for whole keys, got {bits!r}.")
 
 
