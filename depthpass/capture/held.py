@@ -8,8 +8,8 @@ import threading
 import types
 import weakref
 from array import array
-from collections import ChainMap, deque
-from collections.abc import Callable, Mapping
+from collections import ChainMap, UserDict, deque
+from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -107,8 +107,8 @@ def _of_python(value: Any) -> Held | None:
         return Held(types.MethodType, None, (("self", value.__self__), ("func", value.__func__)), True)
     if inner := wrapped(value):  # properties, methods of classes, caches of functions
         return Held(type(value), None, tuple(("func", f) for f in inner), True)
-    if isinstance(value, Mapping):  # os.environ decodes at each look
-        table = getattr(value, "_data", value) if value is os.environ else value
+    if value is os.environ or isinstance(value, types.MappingProxyType | UserDict):  # others compare slowly
+        table = value if isinstance(value, types.MappingProxyType) else vars(value)["_data" if value is os.environ else "data"]
         return Held(type(value), table, tuple(table.items()), True)
     now: Callable[[], Any]
     if isinstance(value, array | bytearray | memoryview) or (type(value).__module__ == "numpy" and hasattr(value, "tobytes")):
