@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict
 from torch import nn
-from transformers.models.auto import auto_factory, modeling_auto
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 
 from depthpass.arguments import checked
 from depthpass.emit.module import Module, module_of
@@ -99,7 +98,7 @@ def _module_name(inner: Any, name: str | None) -> str:
     name = name or f"depth_{inner.config.model_type.replace('-', '_').replace('.', '_')}"
     if not name.isidentifier() or keyword.iskeyword(name):
         raise InputError(f"emit.name: expected a Python name such as 'depth_llama', got {name!r}.")
-    if name in CONFIG_MAPPING_NAMES:  # without trust_remote_code a loader would build the stock model, in silence
+    if name in vars(configuration_auto)["CONFIG_MAPPING_NAMES"]:  # a loader without remote code would build that
         raise InputError(f"emit.name: expected a name that is no model type of transformers, got {name!r}; take 'depth_{name}'.")
     return name
 
