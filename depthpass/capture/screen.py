@@ -155,12 +155,13 @@ def _screen_attention(model: nn.Module, layers: str) -> None:
             )
     for i, block in enumerate(block_list(model, layers)):
         attention = [m for m in block.modules() if dispatches(type(m))]
-        for module in attention:
-            if getattr(module, "is_causal", True) is False and type(module).__module__.startswith(_LIBRARY):
-                raise UnsupportedModelError(
-                    f"{name}: {type(module).__name__}: expected causal attention, got is_causal=False (bidirectional), which "
-                    "lets tokens see later tokens."
-                )
+        # One that is causal is the block's own; what stands beside it reads an encoder, and is not called without one.
+        both = [m for m in attention if getattr(m, "is_causal", True) is False and type(m).__module__.startswith(_LIBRARY)]
+        if both and len(both) == len(attention):
+            raise UnsupportedModelError(
+                f"{name}: {type(both[0]).__name__}: expected causal attention, got is_causal=False (bidirectional), which "
+                "lets tokens see later tokens."
+            )
         if attention:
             continue
         attending = [(f"{layers}.{i}.{path}", m) for path, m in block.named_modules()
