@@ -19,8 +19,8 @@ from depthpass.search.damped import Damped, data_of
 from depthpass.search.space import Layers
 
 SCHEMA = {"schema": "depthpass.search.journal", "version": 1}
-PASSING = {"_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version"}
-"""What a config says of where it comes from; dtypes are those of the weights."""
+PASSING = {"_name_or_path", "architectures", "depthpass", "dtype", "torch_dtype", "transformers_version"}
+"""What a config says of where it comes from, and what the model runs outside of the search; dtypes are those of the weights."""
 
 
 class Journal:
