@@ -80,6 +80,8 @@ def _looked_up(
     while todo:
         table = todo.pop()
         seen.add(id(table))
+        if table.get("__name__") == "torch.compiler":  # its flags say that something is traced, in whichever thread
+            continue
         names = tables.setdefault(id(table), (table, set()))[1]
         for name in mentioned & table.keys():
             names.add(name)

@@ -133,7 +133,7 @@ def test_the_plain_ledger_counts_counts_that_are_drawn_or_accumulated(tmp_path):
 
 
 def test_bad_settings(tmp_path):
-    with pytest.raises(dp.SpecError, match=r"ShiftSchedule.patience: expected a positive number, got 0"):
+    with pytest.raises(dp.SpecError, match=r"ShiftSchedule.patience: expected an integer of at least 1, got 0"):
         dp.ShiftSchedule(2, patience=0)
     with pytest.raises(dp.SpecError, match="positive number"):
         dp.ShiftSchedule(2, d1=0)

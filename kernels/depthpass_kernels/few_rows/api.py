@@ -56,7 +56,7 @@ def few_queries_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: 
     _check([q, k, v])
     fits = q.dim() == k.dim() == v.dim() == 4 and q.shape[:2] == k.shape[:2] and k.shape[:3] == v.shape[:3]
     fits = fits and q.shape[3] == k.shape[3]
-    if not fits or seen.dtype != torch.bool or tuple(seen.shape) not in ((b, 1, 1, k.shape[2]) for b in (1, q.shape[0])):
+    if not fits or seen.dtype != torch.bool or list(seen.shape) not in ([b, 1, 1, k.shape[2]] for b in (1, q.shape[0])):
         raise ValueError(
             "expected q [B, H, C, D], k [B, H, N, D], v [B, H, N, Dv] and a boolean seen [B or 1, 1, 1, N], got "
             f"{[tuple(t.shape) for t in (q, k, v, seen)]} and {seen.dtype}"
