@@ -64,14 +64,15 @@ def settings_of(path: str | os.PathLike | None, kwargs: dict[str, Any]) -> dict[
 
 
 def _bring_back(folder: Path) -> None:
-    """Undo a save that was killed while it put its files in place."""
-    if not any((stage / "plan.json").exists() for stage in interrupted(folder)):
-        return
+    """Undo a save that was killed while it put its files in place, and remove what one that had not come so far has left."""
+    needed = any((stage / "plan.json").exists() for stage in interrupted(folder))
     try:
         recover(folder)
     except OSError as error:
-        raise CheckpointError(f"{folder}: a save into this folder was interrupted, and its old files cannot be brought back: "
-                              f"{error}. Make the folder writable and load it again, or save the model again.") from error
+        if needed:
+            raise CheckpointError(
+                f"{folder}: a save into this folder was interrupted, and its old files cannot be brought back: {error}. Make the "
+                "folder writable and load it again, or save the model again.") from error
 
 
 @contextmanager
