@@ -37,23 +37,26 @@ def contraction(args: argparse.Namespace) -> int:
 
 def search(args: argparse.Namespace) -> int:
     from depthpass.search.files import read_samples
+    from depthpass.search.journal import Journal
     from depthpass.search.named import load_method
     from depthpass.search.run import search
     from depthpass.search.scores import load_score
     from depthpass.search.space import load_space
 
-    check_outputs(args.plot, args.heat_map)
+    check_outputs(args.plot, args.heat_map, args.resume)
     check_outputs(args.out, folders=True)
     text, space = read_text(args.samples, "samples"), load_space(_space(args.space))
     # Before a model is loaded, which may take long.
     load_method(args.method)
     load_score(args.score)
+    if args.resume:
+        Journal(args.resume)
     from depthpass.hf.checkpoints.folders import load_language_model, load_tokenizer
 
     samples = read_samples(text, args.samples, lambda: load_tokenizer(args.checkpoint))
     result = search(
         load_language_model(args.checkpoint), samples, score=args.score, space=space, method=args.method, budget=args.budget,
-        seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch,
+        seed=args.seed, per_sample=args.per_sample, held_out=args.held_out, batch=args.batch, resume=args.resume,
     )
     if args.out:
         result.save(args.out)

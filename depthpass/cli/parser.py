@@ -154,6 +154,7 @@ def _search(add: Add) -> None:
     p.add_argument("--per-sample", action="store_true", help="a search for each sample, its answer in sight (an oracle)")
     p.add_argument("--held-out", type=share, default=0.5, metavar="SHARE", help="samples kept for comparison (default: 0.5)")
     p.add_argument("--batch", type=positive, default=32, metavar="B", help="rows of a call (default: 32)")
+    p.add_argument("--resume", metavar="FILE", help="keep every scored program in FILE; the same command after a stop goes on")
     p.add_argument("--out", metavar="FILE|FOLDER", help="write the best spec (.yaml, .json), or a folder with everything")
     p.add_argument("--plot", metavar="FILE", help="also write score against visits as SVG")
     p.add_argument("--heat-map", metavar="FILE", help="also write scores by start and end of a range run twice as SVG")

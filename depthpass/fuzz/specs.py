@@ -151,9 +151,10 @@ def feedback(rng: random.Random, arch: str) -> Case:
 
 def t2mlr(rng: random.Random, arch: str) -> Case:
     start, end = span(rng)
-    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat"))
+    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat", "weight"))
     drawn: Case = {"pass": "t2mlr", "start": start, "end": end - 1, "gate": gate}
-    return drawn | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5])
+    return drawn | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5],
+                        normed=["streams", "both"])
 
 
 def recurrent_loop(rng: random.Random, arch: str) -> Case:

@@ -30,11 +30,14 @@ class T2MLR(Pass):
         gate: ``learned``: r and i are sigmoids of linear maps of (x, R), per channel; ``rezero``: the same, and the mixture is
             added, ``x + tanh(a) i x + tanh(b) r R`` with two learned numbers that start as zero (the public code's default: the
             model starts as the stock model); ``coupled``: i = 1 - r; ``variance``: sqrt(r) and sqrt(1 - r); ``concat``: a linear
-            map of (R, x) that starts as x; ``constant``: two numbers.
+            map of (R, x) that starts as x; ``constant``: two numbers; ``weight``: one learned number, (1 - a) x + a R, kept in
+            [0, 1].
         recurrent: r; of learned gates where it starts.
         input: i, likewise. r = 0 and i = 1 with constant gates leave the program as it is.
         added: the mixture of ``coupled`` and ``variance`` is added to x by a learned share, ``x + tanh(a) (..)``, from zero on.
         project: R passes a learned linear map, which starts as the identity, before it is mixed in.
+        normed: ``streams``: x and R are divided by their root mean squares and multiplied by learned gains before gates read and
+            mix them; ``mixture``: the mixture is rescaled, as R is by ``rescaled``, before it is added; ``both``.
         init: standard deviation of the learned gates' weights.
         residual: share of the last R in the next one.
         rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through; not the first token's,
@@ -51,11 +54,12 @@ class T2MLR(Pass):
 
     start: int
     end: int
-    gate: Literal["learned", "rezero", "coupled", "variance", "concat", "constant"] = "learned"
+    gate: Literal["learned", "rezero", "coupled", "variance", "concat", "constant", "weight"] = "learned"
     recurrent: float = 0.2
     input: float = 0.8
     added: bool = False
     project: bool = False
+    normed: Literal["none", "streams", "mixture", "both"] = "none"
     init: float = 0.001
     residual: float = 0.0
     rescaled: bool = False
@@ -85,7 +89,7 @@ class T2MLR(Pass):
         visits = straight(program, self.name)
         if self.end >= len(visits):
             raise PassError(f"t2mlr.end: expected a position in 0..{len(visits) - 1}, got {self.end}.")
-        if self.gate == "constant" and (self.recurrent, self.input) == (0, 1) and self.into == "memory":
+        if (self.gate, self.recurrent, self.input, self.normed, self.into) == ("constant", 0, 1, "none", "memory"):
             return program
         stack = visits[self.start : self.end + 1]
         build, x = Builder(program), stack[0].args[0]

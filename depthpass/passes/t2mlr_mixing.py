@@ -14,12 +14,18 @@ if TYPE_CHECKING:
 LEAST = 1e-4
 """Least share of a coupled gate."""
 
+EPS = 1.1920929e-07
+"""Of learned norms: torch's own for float32."""
+
 
 @dataclass
 class Mixing:
     """Emits the mixture of a stream ``x`` and the memory ``back``, which the first token does not have: there it is x.
 
     So what is mixed is written as x, less what is taken away of it, plus what the memory adds: sums skip what is absent.
+
+    Attributes:
+        base: the stream; ``x`` and ``back`` are what is mixed, normed where that is asked for.
     """
 
     spec: T2MLR
@@ -27,22 +33,35 @@ class Mixing:
     x: str
     back: str
 
+    def __post_init__(self):
+        self.base = self.x
+        self.plain = self.spec.normed == "none"
+        if not self.plain or self.spec.gate == "weight":
+            self.x = self._there()
+        if self.spec.normed in ("streams", "both"):
+            self.x, self.back = (self.build.emit("rms", of, parameter=f"{self.spec.scope}.norm.{name}", eps=EPS)
+                                 for name, of in (("input", self.x), ("recurrent", self.back)))
+
     def emit(self) -> str:
         return getattr(self, f"_{self.spec.gate}")()
 
     def _constant(self) -> str:
+        if not self.plain:
+            return self._instead(self._scaled(self.x, self.spec.input), self._scaled(self.back, self.spec.recurrent))
         taken = self._scaled(self._mul(self.x, self._half(self.back)), 2.0 * (self.spec.input - 1.0))
         return self._add(self.x, taken, self._scaled(self.back, self.spec.recurrent))
 
     def _learned(self) -> str:
         recurrent, forget = (self._act(self._score(name, start), "sigmoid") for name, start in (
             ("recurrent", self.spec.recurrent), ("forget", 1.0 - self.spec.input)))
-        return self._add(self.x, self._scaled(self._mul(self.x, forget), -1.0), self._mul(self.back, recurrent))
+        parts = self.x, self._scaled(self._mul(self.x, forget), -1.0), self._mul(self.back, recurrent)
+        return self._add(*parts) if self.plain else self._instead(*parts)
 
     def _rezero(self) -> str:
         parts = (("recurrent", self.back, self.spec.recurrent), ("input", self.x, self.spec.input))
-        return self._add(self.x, *(self._mul(self._mul(of, self._act(self._score(name, start), "sigmoid")), self._share(name))
-                                   for name, of, start in parts))
+        return self._add(self.base, *self._mixture(*(
+            self._mul(self._mul(of, self._act(self._score(name, start), "sigmoid")), self._share(name))
+            for name, of, start in parts)))
 
     def _coupled(self) -> str:
         """``a R + (1 - a) x``."""
@@ -66,24 +85,45 @@ class Mixing:
 
     def _one_share(self, given: str, kept: str) -> str:
         if self.spec.added:
-            return self._add(self.x, self._mul(self._add(given, kept), self._share("recurrent")))
-        return self._add(self.x, self._scaled(self._there(), -1.0), given, kept)
+            return self._add(self.base, self._mul(self._add(*self._mixture(given, kept)), self._share("recurrent")))
+        return self._instead(given, kept)
 
     def _concat(self) -> str:
         """A linear map of (R, x) that starts as x."""
         width = self.build.program.width
         mixed = self.build.emit("linear", self.back, self.x, parameter=f"{self.spec.scope}.concat", out=width, bias=False,
                                 identity=True)
-        return self._add(self.x, self._scaled(self._there(), -1.0), mixed)
+        return self._instead(mixed)
+
+    def _weight(self) -> str:
+        """``(1 - a) x + a R``, a being one learned number that is cut off at 0 and 1."""
+        one = self._one()
+        free = self.build.emit("weigh", one, parameter=f"{self.spec.scope}.recurrent.share", init=self.spec.recurrent)
+        above = self._act(free, "relu")
+        over = self._act(self._add(free, self._scaled(one, -1.0)), "relu")
+        gate = self._add(above, self._scaled(over, -1.0))
+        return self._instead(self._mul(self.back, gate), self._mul(self.x, self._add(one, self._scaled(gate, -1.0))))
+
+    def _instead(self, *parts: str) -> str:
+        """The mixture in place of the stream, where there is a memory."""
+        return self._add(self.base, self._scaled(self._there(), -1.0), *self._mixture(*parts))
+
+    def _mixture(self, *parts: str) -> tuple[str, ...]:
+        """Parts of a sum, or where the mixture is normed the one rescaled sum of them."""
+        if self.spec.normed not in ("mixture", "both"):
+            return parts
+        return (self.build.emit("rescale", self._add(*parts), limit=self.spec.limit),)
 
     def _there(self) -> str:
-        """x where there is a memory."""
-        return self._mul(self.x, self._scaled(self._half(self.back), 2.0))
+        """The stream where there is a memory."""
+        return self._mul(self.base, self._scaled(self._half(self.back), 2.0))
+
+    def _one(self) -> str:
+        return self._scaled(self._act(self.build.emit("zeros", width=1, pads=self.build.pads), "sigmoid"), 2.0)
 
     def _share(self, name: str) -> str:
         """``tanh(a)``, a being one learned number that starts as zero."""
-        one = self._scaled(self._act(self.build.emit("zeros", width=1, pads=self.build.pads), "sigmoid"), 2.0)
-        return self._act(self.build.emit("weigh", one, parameter=f"{self.spec.scope}.{name}.share", init=0.0), "tanh")
+        return self._act(self.build.emit("weigh", self._one(), parameter=f"{self.spec.scope}.{name}.share", init=0.0), "tanh")
 
     def _score(self, name: str, start: float) -> str:
         """What a gate that begins near ``start`` is the sigmoid of: a linear map of (x, R)."""
@@ -105,4 +145,4 @@ class Mixing:
         return self.build.emit("mul", x, y)
 
     def _add(self, *xs: str) -> str:
-        return self.build.emit("add", *xs)
+        return xs[0] if len(xs) == 1 else self.build.emit("add", *xs)

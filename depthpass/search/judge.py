@@ -9,6 +9,7 @@ from depthpass.passes.base import Pass
 from depthpass.prompt import in_notebooks
 from depthpass.search.damped import spec_of
 from depthpass.search.forward import Forward
+from depthpass.search.journal import Journal
 from depthpass.search.scores import Score, check_values
 from depthpass.search.space import Layers
 
@@ -47,19 +48,31 @@ class Bench:
         forward: the model and all samples.
         score: how they are scored.
         on_trial: called with the number of pairs that have run.
+        journal: has the pairs that ran before a stop, and is given every new one.
     """
 
-    def __init__(self, forward: Forward, score: Score, on_trial: Callable[[int], object] | None = None):
-        self.forward, self.score, self.on_trial = forward, score, on_trial
-        self.known: dict[tuple[Layers, tuple[int, ...]], tuple[float, ...]] = {}
+    def __init__(self, forward: Forward, score: Score, on_trial: Callable[[int], object] | None = None,
+                 journal: Journal | None = None):
+        self.forward, self.score, self.on_trial, self.journal = forward, score, on_trial, journal
+        self.known: dict[tuple[Layers, tuple[int, ...]], tuple[float, ...]] = {} if journal is None else dict(journal.known)
+
+    @property
+    def block_visits(self) -> tuple[int, int]:
+        """Block calls of the programs, and those of them that were made, before a stop too."""
+        memo, before = self.forward.memo, self.journal
+        return memo.asked + (before.asked if before else 0), memo.ran + (before.ran if before else 0)
 
     def trial(self, layers: Layers, rows: tuple[int, ...], sample: int | None = None) -> Trial:
         """A program on the samples at some places."""
         values = self.known.get((layers, rows))
         if values is None:
+            memo = self.forward.memo
+            asked, ran = memo.asked, memo.ran
             values = tuple(self.score.values(self.forward, layers, rows))
             check_values(self.score.name, layers, values)
             self.known[layers, rows] = values
+            if self.journal is not None:
+                self.journal.add(layers, rows, values, memo.asked - asked, memo.ran - ran)
             if self.on_trial is not None:
                 self.on_trial(len(self.known))
         samples = [self.forward.samples[r] for r in rows]

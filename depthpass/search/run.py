@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from depthpass.arguments import checked
@@ -14,6 +15,7 @@ from depthpass.log import Bar
 from depthpass.search.compare import difference, estimate
 from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
+from depthpass.search.journal import Journal, digest, identity, weights
 from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep
 from depthpass.search.named import load_method
@@ -32,7 +34,7 @@ def search(
     model: Any, samples: SamplesLike, *, score: str | Own = "exact_match", space: SpaceLike = "cola",
     method: str | Method = "mcts", budget: int | None = None, seed: int = 0, per_sample: bool = False,
     held_out: float | SamplesLike = 0.5, memo: int | bool = True, batch: int = 32,
-    on_trial: Callable[[int, int], object] | None = None,
+    on_trial: Callable[[int, int], object] | None = None, resume: str | Path | None = None,
 ) -> SearchResult:
     """Search layer programs (which blocks are skipped, which repeated) that answer samples best, beside its controls.
 
@@ -63,10 +65,12 @@ def search(
         batch: most rows of a call.
         on_trial: called after every program that ran, with how many have and how many can at most; left out = a bar on a
             terminal (``dp.progress(False)``: none).
+        resume: a file that keeps every scored program as soon as it is known. A search that was stopped goes on when it is
+            called again with the same file, to the same result; a larger ``budget`` goes on behind the smaller one.
 
     Raises:
-        InputError: an argument cannot be honoured, a sample does not fit the model, or a score is not finite; all but
-            the last before any program runs.
+        InputError: an argument cannot be honoured, a sample does not fit the model, ``resume`` is of another search, or a
+            score is not finite; all but the last before any program runs.
         UnsupportedModelError: the model cannot be treated.
 
     Example:
@@ -76,6 +80,7 @@ def search(
     how, where, judged = load_method(method), load_space(space), load_score(score)
     _check(budget, seed, per_sample, memo, batch)
     given, searched, rest = _samples(samples, held_out, seed)
+    journal = None if resume is None else Journal(resume)
     with subject(model) as (live, inner), Bar("scoring programs") as bar:
         blocks = inner.depth_program.blocks
         where.check(blocks)
@@ -85,7 +90,13 @@ def search(
         most = (budget + 1) * (2 + len(searched) if per_sample else 3)
         told = bar if on_trial is None else on_trial
         room = (1 << 30) * memo if isinstance(memo, bool) else memo
-        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most))
+        if journal is not None:
+            journal.begin({
+                "model": identity(inner, blocks), "weights": weights(live), "samples": digest(given), "seed": seed,
+                "held_out": digest((searched, rest)), "score": judged.name, "space": where.to_dict(), "method": how.name,
+                "options": _options(how), "per_sample": per_sample,
+            })
+        bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most), journal)
         run = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
         return run.result(type(inner).__name__, per_sample)
 
@@ -124,9 +135,9 @@ class Search:
             naive = Judge(self.bench, self.rows, self.budget, self.root)
             naive.run(tuple(layers) for layers in singles if layers != self.root)
             controls += (self._control("naive", "the same ranges and counts, repeated without damping", naive, best),)
-        score, memo = self.bench.score, self.bench.forward.memo
+        score = self.bench.score
         settings = {
-            "method": self.method.name, "options": {f.name: getattr(self.method, f.name) for f in fields(self.method)},
+            "method": self.method.name, "options": _options(self.method),
             "space": self.space.to_dict(), "score": score.name, "budget": self.budget, "seed": self.seed,
             "samples": len(self.rows), "held_out": len(self.held), "scored": len(judge.trials) - 1,
             "programs": len(judge.trials) - 1 if oracle is None else self.budget, "per_sample": per_sample,
@@ -134,7 +145,7 @@ class Search:
         front = tuple(self._found(t) for t in pareto(list(singles.values()), score.lower))
         return SearchResult(
             name, len(self.root), settings, score.lower, self._found(judge.trials[self.root]), self._found(best), front, trials,
-            {c.name: c for c in controls}, oracle, Saved(memo.asked, memo.ran),
+            {c.name: c for c in controls}, oracle, Saved(*self.bench.block_visits),
         )
 
     def _judge(self, method: Method, who: str = "search", sample: int | None = None) -> Judge:
@@ -215,6 +226,10 @@ def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> No
         raise InputError(f"per_sample: expected True or False, got {shown(per_sample)}.")
     if not isinstance(memo, int) or memo < 0:
         raise InputError(f"memo: expected a number of bytes, True or False, got {shown(memo)}.")
+
+
+def _options(method: Method) -> dict[str, Any]:
+    return {f.name: getattr(method, f.name) for f in fields(method)}
 
 
 def _budget(budget: int | None, method: Method, space: AnySpace, blocks: int) -> int:

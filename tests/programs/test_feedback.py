@@ -51,20 +51,27 @@ def t2mlr(row, depth, spec):
 
     def mixed(x, r):
         r = depth["t2mlr.project.weight"] @ r if spec.project else r
+        base = x
+        if spec.normed in ("streams", "both"):
+            x, r = (torch.nn.functional.rms_norm(v, v.shape, depth[f"t2mlr.norm.{n}.weight"], torch.finfo(torch.float32).eps)
+                    for v, n in ((x, "input"), (r, "recurrent")))
+        normed = rescaled if spec.normed in ("mixture", "both") else lambda y: y
         if spec.gate == "constant":
-            return spec.input * x + spec.recurrent * r
+            return normed(spec.input * x + spec.recurrent * r)
+        if spec.gate == "weight":
+            return normed(torch.lerp(x, r, depth["t2mlr.recurrent.share.weight"].clamp(0, 1)))
         if spec.gate == "concat":
-            return depth["t2mlr.concat.weight"] @ torch.cat((r, x))
+            return normed(depth["t2mlr.concat.weight"] @ torch.cat((r, x)))
         a = gate("recurrent", spec.recurrent, x, r)
         if spec.gate in ("coupled", "variance"):
             a = a.clamp(1e-4, 1 - 1e-4)
             y = a * r + (1 - a) * x if spec.gate == "coupled" else a.sqrt() * r + (1 - a).sqrt() * x
-            return x + torch.tanh(depth["t2mlr.recurrent.share.weight"]) * y if spec.added else y
+            return base + torch.tanh(depth["t2mlr.recurrent.share.weight"]) * normed(y) if spec.added else normed(y)
         if spec.gate == "rezero":
             i = gate("input", spec.input, x, r)
             own, back = (torch.tanh(depth[f"t2mlr.{name}.share.weight"]) for name in ("input", "recurrent"))
-            return x + own * i * x + back * a * r
-        return (1 - gate("forget", 1 - spec.input, x, r)) * x + a * r
+            return base + normed(own * i * x + back * a * r)
+        return normed((1 - gate("forget", 1 - spec.input, x, r)) * x + a * r)
 
     def rescaled(y):
         rms = (y.detach().square().mean() + 1e-6).sqrt()
@@ -124,23 +131,27 @@ def same_layer(row, depth, spec):
 
 FEEDBACK, MIDDLE = dp.FeedbackTransformer(), dp.FeedbackTransformer(start=1, end=3)
 LEARNED = dp.T2MLR(start=1, end=2, init=0.3)
-REZERO = dp.T2MLR(start=1, end=2, gate="rezero", init=0.3)
+REZERO = dp.T2MLR(start=1, end=2, gate="rezero", init=0.3, normed="streams")
 CONSTANT = dp.T2MLR(start=0, end=1, gate="constant", recurrent=0.7, input=0.4, residual=0.5, rescaled=True, limit=1.5)
 COUPLED = dp.T2MLR(start=1, end=2, gate="coupled", added=True, project=True, init=0.3, residual=0.5, rescaled=True, limit=1.5,
-                   detached="residual")
+                   detached="residual", normed="mixture")
 VARIANCE = dp.T2MLR(start=0, end=1, gate="variance", init=0.3, residual=0.5, rescaled=True, into="stream")
-CONCAT = dp.T2MLR(start=1, end=1, gate="concat", detached="all")
+CONCAT = dp.T2MLR(start=1, end=1, gate="concat", detached="all", normed="mixture", limit=1.2)
+WEIGHT = dp.T2MLR(start=1, end=2, gate="weight", recurrent=0.3, normed="streams", project=True)
+NORMED = dp.T2MLR(start=0, end=1, gate="learned", normed="both", init=0.3, limit=1.3, residual=0.5)
 STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", into="stream", share=0.6)
 BESIDE = dp.SameLayerState(start=1, end=2, blend="constant", share=0.7)
 WHOLE = dp.SameLayerState(end=2, into="stream", share=0.3)
 WANT = {
     **{s: lambda row, depth, s=s: same_layer(row, depth, s) for s in (STATE, ADDED, BESIDE, WHOLE)},
     FEEDBACK: lambda row, depth: feedback(row, depth, 0, 3), MIDDLE: lambda row, depth: feedback(row, depth, 1, 3),
-    **{s: lambda row, depth, s=s: t2mlr(row, depth, s) for s in (LEARNED, CONSTANT, REZERO, COUPLED, VARIANCE, CONCAT)},
+    **{s: lambda row, depth, s=s: t2mlr(row, depth, s) for s in (LEARNED, CONSTANT, REZERO, COUPLED, VARIANCE, CONCAT, WEIGHT,
+                                                                   NORMED)},
 }
 CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDLE, "mistral", "scheduled"),
          (REZERO, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
          (COUPLED, "exaone4", "scheduled"), (VARIANCE, "starcoder2", "scheduled"), (CONCAT, "phi3", "eager"),
+         (WEIGHT, "qwen3", "scheduled"), (NORMED, "phi3", "scheduled"),
          (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"),
          (WHOLE, "gemma3_text", "scheduled")]
 
@@ -148,6 +159,8 @@ CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDL
 def _alive(stock, spec, options):
     model = dp.transform(stock, spec, **options)
     enliven(model.depth, seed=4, std=0.3, least=1)
+    if spec == WEIGHT:  # between the ends where it is cut off
+        torch.nn.init.constant_(model.depth.get_parameter("t2mlr.recurrent.share.weight"), 0.37)
     return model
 
 
@@ -245,7 +258,9 @@ def test_identity_and_what_does_not_fit():
                  dp.SameLayerState(blend="constant", share=0.0)):
         assert apply_spec(stock, same, Context.of(stock)) == stock
     for make, message in (
-        (lambda: dp.T2MLR(start=2, end=1), "start <= end"), (lambda: dp.T2MLR(start=0, end=1, input=1.0), r"in \(0, 1\)"),
+        (lambda: dp.T2MLR(start=2, end=1), "start <= end"),
+        (lambda: dp.T2MLR(start=0, end=1, gate="weight", recurrent=0.0), r"in \(0, 1\)"),
+        (lambda: dp.T2MLR(start=0, end=1, input=1.0), r"in \(0, 1\)"),
         (lambda: dp.T2MLR(start=0, end=1, added=True), "False with this gate"),
         (lambda: dp.T2MLR(start=0, end=1, into="stream"), "not 0"),
         (lambda: dp.FeedbackTransformer(start=2, end=2), "above 2"), (lambda: dp.SameLayerState(share=0.0), r"in \(0, 1\)"),

@@ -53,16 +53,22 @@ def test_a_sweep_with_everything_written(small, folder, run, tmp_path):
     assert all((tmp_path / name).read_text().startswith("<svg") for name in ("p.svg", "m.svg"))
     code, again, _ = run("search", folder, "--samples", text, *options)
     assert code == 0 and json.loads(again)["trials"] == found["trials"]
-    code, plain, _ = run("search", folder, "--samples", ids, "--method", "beam", "--budget", 3,
-                         "--space", "{skip: [1], edits: 1}")
+    beam = ("search", folder, "--samples", ids, "--method", "beam", "--budget", 3, "--space", "{skip: [1], edits: 1}")
+    code, plain, _ = run(*beam, "--resume", tmp_path / "trials")
     assert code == 0 and "control: random" in plain and "block visits:" in plain
+    kept = (tmp_path / "trials").read_text()
+    assert run(*beam, "--resume", tmp_path / "trials")[1] == plain and (tmp_path / "trials").read_text() == kept
+    code, out, err = run(*beam, "--seed", 1, "--resume", tmp_path / "trials")
+    assert code == 2 and out == "" and "seed: expected 0, got 1" in err
 
 
 @pytest.mark.parametrize("change, words", [
     (("--method", "sweeep"), "Did you mean 'sweep'"), (("--budget", 0), "budget"), (("--space", "{skip: "), "--space"),
     (("--score", "exact"), "exact_match"), (("--samples", "gone.json"), "gone.json"),
+    (("--resume", "samples.json"), "something else"), (("--resume", "gone/trials"), "no folder 'gone'"),
 ])
-def test_what_is_wrong_is_said(folder, run, tmp_path, change, words):
+def test_what_is_wrong_is_said(folder, run, tmp_path, monkeypatch, change, words):
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "samples.json"
     file.write_text("[[[1, 2], [3]], [[2], [3]]]")
     code, out, err = run("search", folder, "--samples", file, *change)

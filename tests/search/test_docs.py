@@ -9,7 +9,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "search.md"
 def test_every_block_of_the_page_runs(tmp_path, capsys):
     page = PAGE.read_text(encoding="utf-8")
     blocks = list(re.finditer(r"^```python\n(.*?)^```", page, re.M | re.S))
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, object] = {"folder": str(tmp_path)}
     for block in blocks:
         exec(compile("\n" * page[: block.start(1)].count("\n") + block.group(1), str(PAGE), "exec"), names)
