@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import zoo
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForQuestionAnswering, AutoModelForSequenceClassification
 from turbos import BRIDGES, GROUP, enliven, pair, spec, stock_of, turbo_of
 
 import depthpass as dp
@@ -223,6 +223,23 @@ def test_losses_of_routers_when_only_the_decoder_is_called():
     assert inner.losses.keys() == whole.losses.keys() and inner.losses
     alone = torch.nn.functional.cross_entropy(turbo.lm_head(inner.last_hidden_state)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     torch.testing.assert_close(alone + inner.losses_total, whole.loss)
+
+
+@pytest.mark.parametrize(("auto", "targets", "count"), [
+    (AutoModelForCausalLM, {"labels": zoo.batch([8, 8])["input_ids"]}, 14),
+    (AutoModelForCausalLM, {"labels": zoo.batch([8, 8])["input_ids"],
+                            "shift_labels": torch.tensor([[3, 4, -100, 5, -100, -100, 6, 7], [-100] * 8])}, 5),
+    (AutoModelForSequenceClassification, {"labels": torch.tensor([1, 2])}, 2),
+    (AutoModelForQuestionAnswering, {"start_positions": torch.tensor([1, 2]), "end_positions": torch.tensor([3, 4])}, 2),
+], ids=["language", "shifted", "classes", "answers"])
+def test_losses_of_routers_weigh_as_much_as_the_calls_labels(auto, targets, count):
+    stock = auto.from_config(zoo.config("llama", 3, num_labels=3)).double()
+    turbo = dp.transform(stock, dp.MixtureOfRecursions(recursions=2, start=1, end=2, aux=0.5))
+    call = {"input_ids": zoo.batch([8, 8])["input_ids"], "num_items_in_batch": 4 * count}
+    got, plain = turbo.train()(**call, **targets), turbo.eval()(**call, **targets)
+    torch.testing.assert_close(got.loss - plain.loss, (got.losses_total / 4).to(plain.loss))
+    with pytest.warns(UserWarning, match="called without labels .* losses .mor.aux. are in no loss. Add outputs.losses_total"):
+        turbo.train()(**call)  # Trainer with label smoothing
 
 
 def test_generation_and_sweeps_go_through_the_decoder():

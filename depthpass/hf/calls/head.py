@@ -13,11 +13,12 @@ from depthpass.capture import Capture
 from depthpass.errors import UnsupportedModelError
 from depthpass.hf.caches.cache import NAMES
 from depthpass.hf.calls.doors import Frame, inside
+from depthpass.hf.calls.pads import FOR_LOSSES
 
 if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel
 
-_NOT_FOR_HEADS = ("labels", "use_cache", "return_dict", "prompt_length", "num_items_in_batch")
+_NOT_FOR_HEADS = ("labels", "use_cache", "return_dict", "prompt_length", *FOR_LOSSES)
 """Arguments of a call that say nothing to its head, or ask it for more than logits."""
 
 

@@ -18,7 +18,7 @@ from depthpass.hf.calls.ahead import cached
 from depthpass.hf.calls.columns import packing_of, positions_of, told_positions, validity
 from depthpass.hf.calls.dense import made_of_packed_rows, sequences_of, validity_of
 from depthpass.hf.calls.packing import WORDS, Packing, Rows, find_packing
-from depthpass.hf.calls.pads import IGNORED_LABEL, pad_op
+from depthpass.hf.calls.pads import FOR_LOSSES, IGNORED_LABEL, pad_op
 
 if TYPE_CHECKING:
     from depthpass.hf.calls.doors import DepthDecoder, Frame
@@ -222,10 +222,10 @@ def _is_made_inside(model: DepthModel, cache: object, frame: Frame | None) -> bo
 def _others(decoder: nn.Module, names: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Further tensors that the captured model takes; whatever else was given is known and says nothing, or is refused."""
     # What stock outer classes hand on to their decoder for the loss and for blocks says nothing here.
-    known = {*names, "num_items_in_batch", *NAMES, *IGNORED, *WORDS}
+    known = {*names, *FOR_LOSSES, *NAMES, *IGNORED, *WORDS}
     tensors: dict[str, Tensor] = {}
     for name, value in given.items():
-        if name in IGNORED or name in EMBEDS or name in WORDS or name == "num_items_in_batch":
+        if name in IGNORED or name in EMBEDS or name in WORDS or name in FOR_LOSSES:
             continue
         if name not in known:
             refuse_unknown(decoder, {name: value}, known)

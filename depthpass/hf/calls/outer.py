@@ -13,7 +13,7 @@ from depthpass.hf.calls.ahead import refuse_shifted_loss
 from depthpass.hf.calls.columns import packing_of, told_positions, validity
 from depthpass.hf.calls.inputs import EMBEDS, IGNORED, prompt_of, refuse_flags, refuse_unknown
 from depthpass.hf.calls.packing import WORDS
-from depthpass.hf.calls.pads import IGNORED_LABEL
+from depthpass.hf.calls.pads import FOR_LOSSES, IGNORED_LABEL
 
 if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel
@@ -33,7 +33,7 @@ def check_outer(model: DepthModel, names: tuple[str, ...], arguments: dict[str, 
     prompt_of(model, given.pop("prompt_length", None))
     refuse_flags(given, model.config)
     take_cache(given)
-    known = {*names, "num_items_in_batch", *NAMES, *IGNORED, *WORDS}
+    known = {*names, *FOR_LOSSES, *NAMES, *IGNORED, *WORDS}
     refuse_unknown(model, {n: v for n, v in given.items() if n not in known}, known)
     tokens = next((given[n] for n in EMBEDS if isinstance(given.get(n), Tensor)), None)
     if tokens is None or tokens.dim() < 2:

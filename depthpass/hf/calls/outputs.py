@@ -20,8 +20,12 @@ if TYPE_CHECKING:
 def finish(model: DepthModel, output: Any, frame: Frame, left: Left) -> Any:
     """The outputs of an outer class with what its decoder's run has left."""
     loss: Tensor | float = 0.0
-    if left.losses is not None and model.training and frame.arguments.get("labels") is not None:
-        loss = _share(frame.arguments) * left.losses[1]
+    if left.losses is not None and model.training:
+        targets = next((x for n in ("labels", "start_positions") if isinstance(x := frame.arguments.get(n), Tensor)), None)
+        if targets is not None:
+            loss = _share(model, frame.arguments, targets) * left.losses[1]
+        elif frame.arguments.get("num_items_in_batch") is not None:  # Trainer with label smoothing or a loss of its user's
+            warn_losses(left, f"a transformed {type(model).__name__} was called without labels by what takes a loss of its own")
     if isinstance(output, tuple):
         return (output[0] + loss, *output[1:]) if isinstance(loss, Tensor) else output
     if isinstance(loss, Tensor) and getattr(output, "loss", None) is not None:
@@ -52,21 +56,24 @@ def decorate(
     return output
 
 
-def _share(arguments: Mapping[str, Any]) -> Tensor | float:
+def _share(model: DepthModel, arguments: Mapping[str, Any], targets: Tensor) -> Tensor | float:
     """Factor of a loss that is a mean over this call, beside a loss that is summed over ``num_items_in_batch`` labels.
 
     Trainer splits a batch into several calls and divides each one's summed loss by the labels of all of them.
     """
     if arguments.get("num_items_in_batch") is None:
         return 1.0
-    return (arguments["labels"][:, 1:] != -100).sum() / arguments["num_items_in_batch"]
+    if (shifted := arguments.get("shift_labels")) is not None:
+        targets = shifted
+    elif getattr(model, "loss_type", None) in (None, "ForCausalLM", "ForConditionalGeneration"):
+        targets = targets[..., 1:]  # the others take theirs where they stand
+    return (targets != arguments.get("ignore_index", -100)).sum() / arguments["num_items_in_batch"]
 
 
-def warn_losses(model: DepthModel, left: Left) -> None:
-    """Losses of routers and exits are added to the loss of the outer class: a decoder has none to add them to."""
-    if left.losses is not None and left.losses[0] and model.training and torch.is_grad_enabled():
+def warn_losses(left: Left, why: str) -> None:
+    """Losses of routers and exits are added to the loss of the outer class: where it takes none, nothing can add them."""
+    if left.losses is not None and left.losses[0] and torch.is_grad_enabled():
         warnings.warn(
-            f"the decoder of a transformed {type(model).__name__} was called by itself, so its losses "
-            f"({', '.join(left.losses[0])}) are in no loss. Add outputs.losses_total to yours: their sum with coefficients.",
-            UserWarning, stacklevel=4,
+            f"{why}, so its losses ({', '.join(left.losses[0])}) are in no loss. Add outputs.losses_total to yours: their sum "
+            "with coefficients.", UserWarning, stacklevel=5,
         )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel
 
 IGNORED_LABEL = -100
+FOR_LOSSES = ("num_items_in_batch", "shift_labels", "ignore_index")  # what stock losses take besides labels
 
 
 @dataclass(frozen=True)

@@ -138,8 +138,8 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
             output["last_hidden_state"] = output.last_hidden_state.as_subclass(HeadInput)
     else:
         decorate(model, output, left)
-        if decoder is not model:
-            warn_losses(model, left)
+        if decoder is not model and model.training:
+            warn_losses(left, f"the decoder of a transformed {type(model).__name__} was called by itself")
     return output if call.return_dict else output.to_tuple()
 
 
