@@ -15,13 +15,13 @@ from depthpass.log import Bar
 from depthpass.search.compare import difference, estimate
 from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
-from depthpass.search.journal import Journal, digest, identity, weights
+from depthpass.search.journal import Journal, digest, identity
 from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep
 from depthpass.search.named import load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
 from depthpass.search.samples import Sample, SamplesLike, check_apart, check_fit, load_samples, split
-from depthpass.search.scores import Own, load_score
+from depthpass.search.scores import Own, Score, load_score
 from depthpass.search.space import AnySpace, Layers, SpaceLike, listing, load_space, stock
 from depthpass.search.subject import subject
 
@@ -91,11 +91,8 @@ def search(
         told = bar if on_trial is None else on_trial
         room = (1 << 30) * memo if isinstance(memo, bool) else memo
         if journal is not None:
-            journal.begin({
-                "model": identity(inner, blocks), "weights": weights(live), "samples": digest(given), "seed": seed,
-                "held_out": digest((searched, rest)), "score": judged.name, "space": where.to_dict(), "method": how.name,
-                "options": _options(how), "per_sample": per_sample,
-            })
+            parts = {"samples": digest(given), "held_out": digest((searched, rest))}
+            journal.begin(identity(live, inner) | {"seed": seed, "per_sample": per_sample} | parts | _asked(how, where, judged))
         bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most), journal)
         run = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
         return run.result(type(inner).__name__, per_sample)
@@ -137,8 +134,7 @@ class Search:
             controls += (self._control("naive", "the same ranges and counts, repeated without damping", naive, best),)
         score = self.bench.score
         settings = {
-            "method": self.method.name, "options": _options(self.method),
-            "space": self.space.to_dict(), "score": score.name, "budget": self.budget, "seed": self.seed,
+            **_asked(self.method, self.space, score), "budget": self.budget, "seed": self.seed,
             "samples": len(self.rows), "held_out": len(self.held), "scored": len(judge.trials) - 1,
             "programs": len(judge.trials) - 1 if oracle is None else self.budget, "per_sample": per_sample,
         }
@@ -228,8 +224,9 @@ def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> No
         raise InputError(f"memo: expected a number of bytes, True or False, got {shown(memo)}.")
 
 
-def _options(method: Method) -> dict[str, Any]:
-    return {f.name: getattr(method, f.name) for f in fields(method)}
+def _asked(method: Method, space: AnySpace, score: Score) -> dict[str, Any]:
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {"method": method.name, "options": options, "space": space.to_dict(), "score": score.name}
 
 
 def _budget(budget: int | None, method: Method, space: AnySpace, blocks: int) -> int:
