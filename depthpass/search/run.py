@@ -81,6 +81,7 @@ def search(
     _check(budget, seed, per_sample, memo, batch)
     given, searched, rest = _samples(samples, held_out, seed)
     journal = None if resume is None else Journal(resume)
+    said = {"seed": seed, "samples": digest(given), "held_out": digest((searched, rest)), "per_sample": per_sample}
     with subject(model) as (live, inner), Bar("scoring programs") as bar:
         blocks = inner.depth_program.blocks
         where.check(blocks)
@@ -88,14 +89,11 @@ def search(
         _check_fit(inner, given, rest)
         budget = _budget(budget, how, where, blocks)
         most = (budget + 1) * (2 + len(searched) if per_sample else 3)
-        told = bar if on_trial is None else on_trial
-        room = (1 << 30) * memo if isinstance(memo, bool) else memo
+        told, room = on_trial or bar, (1 << 30) * memo if isinstance(memo, bool) else memo
         if journal is not None:
-            parts = {"samples": digest(given), "held_out": digest((searched, rest))}
-            journal.begin(identity(live, inner) | {"seed": seed, "per_sample": per_sample} | parts | _asked(how, where, judged))
+            journal.begin(identity(live, inner) | said | _asked(how, where, judged))
         bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most), journal)
-        run = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
-        return run.result(type(inner).__name__, per_sample)
+        return Search(bench, how, where, budget, seed, len(searched), stock(blocks)).result(type(inner).__name__, per_sample)
 
 
 class Search:
