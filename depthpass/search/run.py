@@ -72,10 +72,6 @@ def search(
         InputError: an argument cannot be honoured, a sample does not fit the model, ``resume`` is of another search, or a
             score is not finite; all but the last before any program runs.
         UnsupportedModelError: the model cannot be treated.
-
-    Example:
-        >>> result = dp.search(model, samples, method="beam", budget=100)             # doctest: +SKIP
-        >>> better = dp.transform(model, result.best.spec)                            # doctest: +SKIP
     """
     how, where, judged = load_method(method), load_space(space), load_score(score)
     _check(budget, seed, per_sample, memo, batch)
