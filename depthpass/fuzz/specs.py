@@ -151,7 +151,8 @@ def feedback(rng: random.Random, arch: str) -> Case:
 
 def t2mlr(rng: random.Random, arch: str) -> Case:
     start, end = span(rng)
-    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat", "weight"))
+    # Not "weight": a random number outside of [0, 1] is cut off, and then no depth can be recorded.
+    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat"))
     drawn: Case = {"pass": "t2mlr", "start": start, "end": end - 1, "gate": gate}
     return drawn | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5],
                         normed=["streams", "both"])

@@ -101,14 +101,20 @@ class Journal:
         os.replace(draft, self.path)
 
 
-def identity(model: Any, blocks: int) -> dict[str, Any]:
-    """What tells a model from another one: its class, blocks, config and the bits of its weights."""
+def identity(live: Any, model: Any) -> dict[str, Any]:
+    """What tells a model from another one: its class, blocks, config and the bits of its weights.
+
+    Args:
+        live: the model with what is wrapped around it, adapters for example.
+        model: the transformed one inside of it.
+    """
     config = model.config
     text = json.dumps(_lasting(config.to_dict()), sort_keys=True, default=repr)
     code = hashlib.sha256(f"{text} {getattr(config, '_attn_implementation', None)}".encode())
     said = getattr(model, "generation_config", None)
     code.update(json.dumps(_lasting({} if said is None else said.to_dict()), sort_keys=True, default=repr).encode())
-    return {"class": type(model).__name__, "blocks": blocks, "config": code.hexdigest()}
+    facts = {"class": type(model).__name__, "blocks": model.depth_program.blocks, "config": code.hexdigest()}
+    return {"model": facts, "weights": weights(live)}
 
 
 def weights(model: Any) -> str:

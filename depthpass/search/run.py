@@ -15,13 +15,13 @@ from depthpass.log import Bar
 from depthpass.search.compare import difference, estimate
 from depthpass.search.damped import DampedLoops
 from depthpass.search.forward import Forward
-from depthpass.search.journal import Journal, digest, identity, weights
+from depthpass.search.journal import Journal, digest, identity
 from depthpass.search.judge import Bench, Judge, Trial
 from depthpass.search.methods import Beam, Method, RandomSearch, Sweep
 from depthpass.search.named import load_method
 from depthpass.search.result import Control, Found, PerSample, Saved, SearchResult, pareto
 from depthpass.search.samples import Sample, SamplesLike, check_apart, check_fit, load_samples, split
-from depthpass.search.scores import Own, load_score
+from depthpass.search.scores import Own, Score, load_score
 from depthpass.search.space import AnySpace, Layers, SpaceLike, listing, load_space, stock
 from depthpass.search.subject import subject
 
@@ -72,15 +72,12 @@ def search(
         InputError: an argument cannot be honoured, a sample does not fit the model, ``resume`` is of another search, or a
             score is not finite; all but the last before any program runs.
         UnsupportedModelError: the model cannot be treated.
-
-    Example:
-        >>> result = dp.search(model, samples, method="beam", budget=100)             # doctest: +SKIP
-        >>> better = dp.transform(model, result.best.spec)                            # doctest: +SKIP
     """
     how, where, judged = load_method(method), load_space(space), load_score(score)
     _check(budget, seed, per_sample, memo, batch)
     given, searched, rest = _samples(samples, held_out, seed)
     journal = None if resume is None else Journal(resume)
+    said = {"seed": seed, "samples": digest(given), "held_out": digest((searched, rest)), "per_sample": per_sample}
     with subject(model) as (live, inner), Bar("scoring programs") as bar:
         blocks = inner.depth_program.blocks
         where.check(blocks)
@@ -88,17 +85,11 @@ def search(
         _check_fit(inner, given, rest)
         budget = _budget(budget, how, where, blocks)
         most = (budget + 1) * (2 + len(searched) if per_sample else 3)
-        told = bar if on_trial is None else on_trial
-        room = (1 << 30) * memo if isinstance(memo, bool) else memo
+        told, room = on_trial or bar, (1 << 30) * memo if isinstance(memo, bool) else memo
         if journal is not None:
-            journal.begin({
-                "model": identity(inner, blocks), "weights": weights(live), "samples": digest(given), "seed": seed,
-                "held_out": digest((searched, rest)), "score": judged.name, "space": where.to_dict(), "method": how.name,
-                "options": _options(how), "per_sample": per_sample,
-            })
+            journal.begin(identity(live, inner) | said | _asked(how, where, judged))
         bench = Bench(Forward(live, (*searched, *rest), room, batch), judged, lambda done: told(min(done, most), most), journal)
-        run = Search(bench, how, where, budget, seed, len(searched), stock(blocks))
-        return run.result(type(inner).__name__, per_sample)
+        return Search(bench, how, where, budget, seed, len(searched), stock(blocks)).result(type(inner).__name__, per_sample)
 
 
 class Search:
@@ -137,8 +128,7 @@ class Search:
             controls += (self._control("naive", "the same ranges and counts, repeated without damping", naive, best),)
         score = self.bench.score
         settings = {
-            "method": self.method.name, "options": _options(self.method),
-            "space": self.space.to_dict(), "score": score.name, "budget": self.budget, "seed": self.seed,
+            **_asked(self.method, self.space, score), "budget": self.budget, "seed": self.seed,
             "samples": len(self.rows), "held_out": len(self.held), "scored": len(judge.trials) - 1,
             "programs": len(judge.trials) - 1 if oracle is None else self.budget, "per_sample": per_sample,
         }
@@ -228,8 +218,9 @@ def _check(budget: Any, seed: Any, per_sample: Any, memo: Any, batch: Any) -> No
         raise InputError(f"memo: expected a number of bytes, True or False, got {shown(memo)}.")
 
 
-def _options(method: Method) -> dict[str, Any]:
-    return {f.name: getattr(method, f.name) for f in fields(method)}
+def _asked(method: Method, space: AnySpace, score: Score) -> dict[str, Any]:
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {"method": method.name, "options": options, "space": space.to_dict(), "score": score.name}
 
 
 def _budget(budget: int | None, method: Method, space: AnySpace, blocks: int) -> int:
