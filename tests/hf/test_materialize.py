@@ -154,3 +154,12 @@ def test_peft_replicates_the_layers_that_the_reader_says():
     with torch.no_grad():
         want = theirs(**zoo.batch([9, 6]), use_cache=False).logits
     torch.testing.assert_close(logits(model)[:, 3:], want[:, 3:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_config_that_was_saved_names_its_dtype(tmp_path):
+    """Apertus makes tensors of its config's dtype, which a save leaves as a word."""
+    turbo = dp.transform(zoo.model("apertus", 3), dp.Loop(start=1, end=2, times=2))
+    turbo.save_pretrained(tmp_path / "saved")
+    assert isinstance(turbo.config.dtype, str)
+    dp.emit(turbo, tmp_path / "out")
+    assert (tmp_path / "out" / "model.safetensors").exists()

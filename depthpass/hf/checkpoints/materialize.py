@@ -151,8 +151,11 @@ def same_kinds(stock: type, config: Any, path: str, blocks: Sequence[nn.Module],
     if getattr(config, "scale_attn_by_inverse_layer_idx", False):
         raise UnsupportedModelError(f"{who}: scale_attn_by_inverse_layer_idx makes a block depend on its place; a copy "
                                     "elsewhere would compute something else.")
+    config = copy.deepcopy(config)
+    if isinstance(config.dtype, str):  # as a save leaves it; Apertus makes tensors of it
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"):
-        fresh = stock(copy.deepcopy(config))
+        fresh = stock(config)
     for p, (mine, theirs) in enumerate(zip(blocks, fresh.get_submodule(path), strict=True)):
         a, b = (_shape(m) for m in (mine, theirs))
         if a != b:
