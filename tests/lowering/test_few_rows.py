@@ -9,6 +9,7 @@ from depthpass_kernels.few_rows.pages import HUGE, on_huge_pages
 from depthpass_lowering.fx_passes.few_rows import few_rows_pass
 from depthpass_lowering.products import rows as row_products
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from turbos import transformed
 
 import depthpass as dp
@@ -106,7 +107,7 @@ def test_huge_pages_change_no_value():
     """However many the system grants: none on some."""
     w = torch.arange(3 * HUGE, dtype=torch.int32)
     at, before = w.data_ptr(), w.clone()
-    assert 0 <= on_huge_pages([w, torch.ones(3)]) <= w.nbytes
+    assert 0 <= on_huge_pages([w, torch.ones(3), TwoTensor(torch.ones(2), torch.ones(2)), torch.eye(2).to_sparse()]) <= w.nbytes
     assert w.data_ptr() == at and torch.equal(w, before)
 
 

@@ -6,7 +6,9 @@ import ctypes
 import sys
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 HUGE = 1 << 21
 """Bytes of a huge page, and the smallest stretch that is worth asking for one."""
@@ -25,9 +27,10 @@ def on_huge_pages(tensors: Iterable[Tensor]) -> int:
     libc = ctypes.CDLL(None, use_errno=True)
     moved = 0
     for tensor in tensors:
-        storage = tensor.untyped_storage()
-        if storage.device.type != "cpu":
+        # Others (quantised weights, sharded ones) may have no storage of their own.
+        if type(tensor) not in (Tensor, Parameter) or tensor.device.type != "cpu" or tensor.layout is not torch.strided:
             continue
+        storage = tensor.untyped_storage()
         begin = -(-storage.data_ptr() // HUGE) * HUGE
         size = (storage.data_ptr() + storage.nbytes()) // HUGE * HUGE - begin
         if size > 0 and libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(size), _COLLAPSE) == 0:
