@@ -211,15 +211,20 @@ def blocked(x: Tensor, weight: Tensor) -> bool:
     if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
         return False
     if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        return True
+        # oneDNN packs half precision only for processors that multiply it (not for AVX2 alone).
+        return x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
     fallback("products on the CPU do not pack their weights: this torch has no oneDNN, or it is switched off", asked=False)
     return False
 
 
 def contraction(a: Tensor, b: Tensor) -> Tensor:
     """``a^T b`` of two matrices with the same, long, first dimension: a weight gradient."""
-    if a.numel() + b.numel() < SMALLEST or not blocked(a, b):
+    small = a.numel() + b.numel() < SMALLEST or not blocked(a, b)
+    wide_vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"
+    if not small and (a.shape[1] > b.shape[1] if wide_vectors else a.shape[1] < b.shape[1]):
+        return contraction(b, a).t()
+    if small or not wide_vectors:
+        # Where oneDNN has no wide vectors, torch's own product is faster; the more so with the wider operand in front.
         return a.t() @ b
-    if a.shape[1] > b.shape[1]:
-        return contraction(b, a).t()  # the operand in front is copied: the narrower one
+    # oneDNN copies the operand in front: the narrower one.
     return torch.ops.mkldnn._linear_pointwise(a.t(), b.t(), None, "none", [], "")
