@@ -131,13 +131,13 @@ def slots_of(cls: type) -> tuple[tuple[str, Any], ...]:
 
 
 def _slot_values(slots: tuple[tuple[str, Any], ...], value: Any) -> dict[str, Any]:
-    found = {}
+    values = {}
     for name, descriptor in slots:
         try:
-            found[name] = descriptor.__get__(value)
+            values[name] = descriptor.__get__(value)
         except AttributeError:  # not filled
             continue
-    return found
+    return values
 
 
 def _content_of(value: Any) -> tuple:
