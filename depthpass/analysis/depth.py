@@ -135,7 +135,8 @@ def depth(program: Program, output: str | None = None, weight: Weight = "visits"
     target = _output_value(stages.program, output)
     growth = denoised(program, stages.row(target))
     certificate = _certificate(stages.recurrences(target))
-    routed = any(o.kind == "route" for o in program.ops if o.name in stages.ancestors(target))
+    behind = stages.ancestors(target)
+    routed = any(o.kind == "route" for o in program.ops if o.name in behind)
     notes = ("routes: longest path over all choices of tokens",) if routed else ()
     if program.denoise is not None:
         notes += ("denoising: n masked tokens, of which every step writes at least one; a step reads what those before it wrote",)

@@ -94,6 +94,9 @@ def steps(program: Program) -> tuple[StepOrder, ...]:
     """
     if any(o.kind in ("pad", "trim") for o in program.ops):
         return ()
+    blocks = [o["index"] for o in program.ops if o.kind == "block"]
+    if len(set(blocks)) == len(blocks):  # only visits of one block share a call
+        return ()
     delays = {min(o["tokens"], MAX_TOKENS) for o in program.ops if o.kind == "delay"}
     planned = [step for m in sorted(delays | {MAX_TOKENS}) if (step := _Planner(program, m).step()) and step.stacks]
     # Where a larger step allows the same sets, one order serves both.

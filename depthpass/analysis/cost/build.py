@@ -73,7 +73,7 @@ def visit_equivalents(program: Program, capacities: Mapping[str, float] | None =
 
 
 def _sum(values: Iterable[sp.Expr]) -> sp.Expr:
-    return sum(values, sp.Integer(0))
+    return sp.Add(*values)  # all at once: one by one takes the square of their number
 
 
 def _add(where: dict[str, sp.Expr], new: Mapping[str, sp.Expr], times: sp.Expr | int = 1) -> None:

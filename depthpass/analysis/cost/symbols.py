@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, cast
 
 import sympy as sp
@@ -14,6 +15,9 @@ n = sp.Symbol("n", integer=True, positive=True)
 """Tokens of a row."""
 g = sp.Symbol("g", integer=True, positive=True)
 """Tokens of one chunk of the serial region (the group)."""
+
+KEPT = 1024
+"""Formulas of blocks that are remembered: blocks of one kind have the same, and sympy is slow to make each anew."""
 
 Convention = Literal["visible", "dense"]
 CONVENTIONS: dict[str, str] = {
@@ -55,7 +59,7 @@ class AttentionSite:
     def slot_tokens(self, tokens: sp.Expr) -> sp.Expr:
         """Tokens a KV slot must hold after ``tokens`` tokens: all, or what a later query can still see."""
         bounds = [b for b in (self.window, self.chunk) if b is not None]
-        return sp.Min(tokens, *bounds) if bounds else tokens
+        return _least(tokens, *bounds) if bounds else tokens
 
     def pairs(self, queries: sp.Expr, keys: sp.Expr, convention: Convention) -> sp.Expr:
         """Query-key pairs of one row.
@@ -67,14 +71,14 @@ class AttentionSite:
             return sp.Integer(0)
         if convention == "dense":
             return queries * keys
-        return sp.expand(queries * (self._triangle(keys) + self._later(keys)) / keys)
+        return _visible_pairs(self, queries, keys)
 
     def _triangle(self, tokens: sp.Expr) -> sp.Expr:
         """Visible pairs when every one of ``tokens`` tokens queries."""
         if self.chunk is not None:
             full, rest = sp.floor(tokens / self.chunk), sp.Mod(tokens, self.chunk)
             return full * sp.Rational(self.chunk * (self.chunk + 1), 2) + rest * (rest + 1) / 2
-        reach = tokens if self.window is None else sp.Min(tokens, self.window)
+        reach = tokens if self.window is None else _least(tokens, self.window)
         return reach * (reach + 1) / 2 + (tokens - reach) * reach
 
     def _later(self, tokens: sp.Expr) -> sp.Expr:
@@ -95,12 +99,29 @@ class AttentionSite:
         """Keys that one new query at the end of ``keys`` tokens (itself included) reads."""
         if self.chunk is not None:
             return sp.Mod(keys - 1, self.chunk) + 1
-        return keys if self.window is None else sp.Min(keys, self.window)
+        return keys if self.window is None else _least(keys, self.window)
 
 
+@lru_cache(KEPT)
+def _visible_pairs(site: AttentionSite, queries: sp.Expr, keys: sp.Expr) -> sp.Expr:
+    return sp.expand(queries * (site._triangle(keys) + site._later(keys)) / keys)
+
+
+@lru_cache(KEPT)
+def _least(*tokens: sp.Expr | int) -> sp.Expr:
+    return sp.Min(*tokens)
+
+
+@lru_cache(KEPT)
 def at_tokens(expr: sp.Expr, tokens: sp.Expr) -> sp.Expr:
     """An expression in n, for another number of tokens."""
     return cast(sp.Expr, expr.xreplace({n: tokens}))
+
+
+@lru_cache(KEPT)
+def per_token(expr: sp.Expr) -> sp.Expr:
+    """What one token of one row takes of an expression that grows with both."""
+    return sp.cancel(expr / (B * n))
 
 
 def expression(value: Any, names: Mapping[sp.Expr, sp.Expr]) -> sp.Expr:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import sympy as sp
 
 from depthpass.analysis.cost.stock import ModelCost, PartCost
-from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n
+from depthpass.analysis.cost.symbols import AttentionSite, B, Convention, at_tokens, n, per_token
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.ir.definitions import Type
 from depthpass.ir.program import Op, Program, reads_slots, writes_slot
@@ -90,9 +90,9 @@ class VisitCost:
     def gemm_flops_per_token(self) -> dict[str, sp.Expr]:
         """The same for one token of the visit, as expected over routes."""
         asked, keys = self._split()
-        flops = {c: sp.cancel(e / (B * n)) for c, e in asked.items()}
+        flops = {c: per_token(e) for c, e in asked.items()}
         share = self.sources.share / self.tokens.share if self.tokens.share else sp.Integer(0)
-        flops["projection"] += sp.cancel(keys / (B * n)) * share
+        flops["projection"] += per_token(keys) * share
         return flops
 
     def attention_flops(self, convention: Convention) -> sp.Expr:
