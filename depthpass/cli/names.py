@@ -44,16 +44,21 @@ def _title(listed: dict[str, Any]) -> str:
 
 def presets(args: argparse.Namespace) -> int:
     """The published layouts and search spaces that have names."""
-    from depthpass.passes.turboconn import TurboConn
-    from depthpass.passes.turboconn_layout import PRESETS
-    from depthpass.search.space import PRESETS as SPACES
+    from depthpass.passes import turboconn_layout as layouts
+    from depthpass.search import space as spaces
 
-    rows = [{"name": name, "for": "--preset", "what": TurboConn(preset=name).describe()} for name in PRESETS]  # type: ignore[arg-type]
-    rows += [{"name": name, "for": "search --space", "what": str(space)} for name, space in SPACES.items()]
+    layout = [{"name": name, "for": "--preset", "what": layouts.ABOUT[name], "options": options}
+              for name, options in layouts.PRESETS.items()]
+    space = [{"name": name, "for": "search --space", "what": spaces.ABOUT[name],
+              "options": {f.name: getattr(options, f.name) for f in fields(options) if f.init}}
+             for name, options in spaces.PRESETS.items()]
     if args.form == "json":
-        print(json.dumps(rows, indent=2))
-    else:
-        listing([(p["name"], p["for"], p["what"]) for p in rows])
+        print(json.dumps([*layout, *space], indent=2))
+        return 0
+    print("TurboConn layouts: report CONFIG --preset NAME")
+    listing([(f"  {p['name']}", p["what"]) for p in layout])
+    print("\nSearch spaces: search FOLDER --samples FILE --space NAME")
+    listing([(f"  {p['name']}", p["what"]) for p in space], last="\nOptions of each: depthpass presets --json")
     return 0
 
 

@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from depthpass.passes.turboconn import TurboConn
 
 PRESETS: dict[str, dict[str, Any]] = {
-    # Llama-3.2-1B of the official code: s, d in {0, 2, .., 14}, s - d > 5, 15 bridges.
     "llama-1b": {"sources": (0, 15), "destinations": (0, 15), "min_span": 6},
-    # Llama-3.1-8B: s in {6, 8, .., 30}, d in {7, 9, .., 25}, s - d > 6, 45 bridges.
     "llama-8b": {"sources": (6, 31), "destinations": (7, 26), "min_span": 7},
-    # The sparse control: one bridge from the last block to the first.
     "sparse": {"bridges": ((-1, 0),)},
+}
+ABOUT = {
+    "llama-1b": "Llama-3.2-1B (16 blocks): 15 bridges from blocks 0, 2, .., 14 to 0, 2, .., 14, each over more than 5 blocks",
+    "llama-8b": "Llama-3.1-8B (32 blocks): 45 bridges from blocks 6, 8, .., 30 to 7, 9, .., 25, each over more than 6 blocks",
+    "sparse": "the paper's control, any model: one bridge from the last block to the first",
 }
 MIN_SPAN = 6
 

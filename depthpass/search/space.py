@@ -179,9 +179,14 @@ PRESETS: dict[str, Space | DampedLoops] = {
     "rys": Space(skip=(), repeat="any", times=(1,), edits=1),
     "training_free": DampedLoops(),
 }
-"""Published spaces. ``cola`` (arXiv 2507.07996): skip or repeat spans of 1 to 4, length at most 2L. ``dr_llm``: skip 1 or 2,
-repeat one block. ``polar`` (arXiv 2606.06574): each block skipped, kept or visited twice. ``rys``: one contiguous range twice.
-``training_free`` (arXiv 2605.23872): one range of the middle in damped sub-steps."""
+"""Published spaces."""
+ABOUT = {
+    "cola": "CoLa (arXiv 2507.07996): skip or repeat 1 to 4 blocks in a row, at most twice as many visits as blocks",
+    "dr_llm": "Dr.LLM: skip 1 or 2 blocks in a row, repeat one block",
+    "polar": "PoLar (arXiv 2606.06574): each block skipped, kept or visited twice",
+    "rys": "RYS: one range of blocks twice",
+    "training_free": "arXiv 2605.23872: one range of the middle in damped sub-steps, without training",
+}
 
 AnySpace = Space | Listed | DampedLoops
 SpaceLike = str | AnySpace | Mapping[str, Any] | Sequence[Any]

@@ -148,7 +148,11 @@ def test_passes_and_presets_are_listed(run) -> None:
     assert re.search(r"times +an integer, default 2", run("passes", "repeat")[1])
     assert json.loads(run("passes", "plt", "--json")[1])[0]["options"]["loops"] == {"type": "an integer", "default": 2}
     assert "Did you mean 'loop'?" in run("passes", "lop")[2]
-    assert {p["name"] for p in json.loads(run("presets", "--json")[1])} >= {"llama-1b", "llama-8b", "sparse", "rys"}
+    rows = json.loads(run("presets", "--json")[1])
+    assert {p["name"] for p in rows} >= {"llama-1b", "llama-8b", "sparse", "rys"}
+    out = run("presets")[1]
+    assert all(re.search(rf"^ +{p['name']} +{re.escape(p['what'])}$", out, re.MULTILINE) for p in rows)
+    assert not re.search(r"[a-zA-Z]\(\w+=", out)  # words, not what Python prints of an object
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
