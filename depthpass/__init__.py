@@ -216,9 +216,12 @@ if not TYPE_CHECKING:  # checkers know every name from the imports above, and re
             # `search`, `report` and `emit` are callable packages: the import above put them here, for good.
             return module if module.__name__ == f"{__name__}.{name}" else getattr(module, name)
         from depthpass.errors import did_you_mean
+        from depthpass.passes.registry import ALIASES, BUILTIN
 
         known = {*_PUBLIC, *_PACKAGES, "__version__"}
-        raise AttributeError(f"module 'depthpass' has no attribute {name!r}.{did_you_mean(name, known)}")
+        alias = ALIASES.get(name.lower())
+        near = f" Did you mean {BUILTIN[alias].partition(':')[2]!r}?" if alias else did_you_mean(name, known)
+        raise AttributeError(f"module 'depthpass' has no attribute {name!r}.{near}")
 
 
 def __dir__() -> list[str]:

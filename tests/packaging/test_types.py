@@ -163,7 +163,8 @@ def test_every_public_name_says_what_it_is(name):
     assert name in (dp.__doc__ or "")
 
 
-@pytest.mark.parametrize("name,near", [("transfrom", "transform"), ("TurboCon", "TurboConn"), ("SpecErorr", "SpecError")])
+@pytest.mark.parametrize("name,near", [("transfrom", "transform"), ("TurboCon", "TurboConn"), ("SpecErorr", "SpecError"),
+                                       ("PLT", "ParallelLoop"), ("MoR", "MixtureOfRecursions")])
 def test_a_misspelt_name_gets_the_nearest(name, near):
     with pytest.raises(AttributeError, match=f"no attribute '{name}'. Did you mean '{near}'"):
         getattr(dp, name)
