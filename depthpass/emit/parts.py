@@ -120,6 +120,11 @@ def rescaled(x: Tensor, eps: float, limit: float) -> Tensor:
     return x * factor.clamp(1 / limit, limit)
 
 
+def centred(x: Tensor) -> Tensor:
+    """``x`` less its mean."""
+    return x - x.mean(-1, keepdim=True)
+
+
 def rms(x: Tensor, eps: float) -> Tensor:
     """``x`` over its root mean square."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)

@@ -19,7 +19,8 @@ _WHY = {
 }
 _ACTIVATIONS = {"sigmoid": "torch.sigmoid({})", "silu": "nn.functional.silu({})", "tanh": "torch.tanh({})",
                 "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)",
-                "sqrt": "torch.sqrt({})"}
+                "sqrt": "torch.sqrt({})", "exp": "torch.exp({})", "softplus": "nn.functional.softplus({})",
+                "reciprocal": "torch.reciprocal({})", "centre": "centred({})"}
 
 
 def check_expressible(program: Program) -> None:
@@ -207,6 +208,8 @@ class _Writer:
             case "mul":
                 return f"{args[0]} * {args[1]}"
             case "act":
+                if o["fn"] == "centre":
+                    self.body.parts.add("centred")
                 return _ACTIVATIONS[o["fn"]].format(args[0])
             case "pick":
                 return f"{args[0]}[..., {o['index']} : {o['index'] + 1}]"

@@ -26,7 +26,8 @@ from depthpass.ir import Op, parse_program
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu,
-    "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
+    "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt, "exp": torch.exp, "softplus": lambda x: x.exp().log1p(),
+    "reciprocal": lambda x: 1 / x, "centre": lambda x: x - x.sum() / len(x),
 }
 
 

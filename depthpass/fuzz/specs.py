@@ -151,11 +151,20 @@ def feedback(rng: random.Random, arch: str) -> Case:
 
 def t2mlr(rng: random.Random, arch: str) -> Case:
     start, end = span(rng)
-    # Not "weight": a random number outside of [0, 1] is cut off, and then no depth can be recorded.
-    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat"))
+    gate = rng.choice(("learned", "rezero", "constant", "coupled", "variance", "concat", "weight", "exponential"))
     drawn: Case = {"pass": "t2mlr", "start": start, "end": end - 1, "gate": gate}
-    return drawn | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5],
-                        normed=["streams", "both"])
+    drawn |= some(rng, 0.4, residual=[0.5], rescaled=[True], normed=["streams", "both"], project=[True, 3])
+    if gate != "concat":
+        drawn |= some(rng, 0.4, recurrent=[0.7])
+    if gate in ("learned", "rezero", "constant", "exponential"):
+        drawn |= some(rng, 0.4, input=[0.4])
+    if gate not in ("constant", "weight", "concat"):
+        drawn |= some(rng, 0.3, layers=[2], reads=["stream"])
+    drawn |= some(rng, 0.3, normalized=[True]) if gate in ("learned", "rezero") else {}
+    drawn |= some(rng, 0.5, added=[True]) if gate in ("coupled", "variance") else {}
+    drawn |= some(rng, 0.5, per_channel=[True]) if gate == "rezero" else {}
+    drawn |= some(rng, 0.3, norm=["layer"]) if "normed" in drawn else {}
+    return drawn | (some(rng, 0.4, limit=[1.5]) if "rescaled" in drawn or drawn.get("normed") == "both" else {})
 
 
 def recurrent_loop(rng: random.Random, arch: str) -> Case:
