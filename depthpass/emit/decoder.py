@@ -187,6 +187,9 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
         code.append(f"check_units(self.{s.layers})")
     if body.taps:
         code.append('taps = kwargs.pop("taps", None)')
+    if body.predicts:
+        s.used.add("check_head")
+        code.append('predict = check_head(kwargs.pop("predict", None))')
     if body.past:
         s.used.add("seen_before")
         code.append(f"past = seen_before({f.cache})")

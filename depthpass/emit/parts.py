@@ -152,6 +152,14 @@ def check_backend(config: Any, kwargs: dict[str, Any]) -> None:
                                   "engine with attention of its own (vLLM) cannot run it.")
 
 
+def check_head(predict: Any) -> Any:
+    """Refuse to run without the head: tokens leave by what it makes of unfinished states."""
+    if predict is None:
+        raise ValueError("this decoder lets tokens leave by their logits, which the head of the whole model makes: load it with "
+                         "AutoModelForCausalLM.")
+    return predict
+
+
 def check_recomputed(layers: nn.ModuleList) -> None:
     """Refuse activation checkpoints in training: a layer that runs again puts its keys into the cache of the chunks again."""
     if torch.is_grad_enabled() and any("_checkpoint_wrapped_module" in layer._modules for layer in layers):
@@ -232,10 +240,17 @@ def leave(states: list[Tensor], gates: list[Tensor], limit: float) -> Tensor:
 
 
 def moved(now: Tensor, before: Tensor, rule: str) -> Tensor:
-    """How far a stream has moved, ``[..., 1]``."""
+    """How far a stream or a prediction has moved, ``[..., 1]``."""
     if rule == "cosine":
         return 1 - nn.functional.cosine_similarity(now, before, dim=-1)[..., None]
-    return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    if rule == "state":
+        return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    if rule == "argmax":
+        return (now.argmax(-1, keepdim=True) != before.argmax(-1, keepdim=True)).to(now)
+    now, before = now.log_softmax(-1), before.log_softmax(-1)
+    if rule == "kl":
+        return (before.exp() * (before - now)).sum(-1, keepdim=True)
+    return ((now.exp() * now).sum(-1, keepdim=True) - (before.exp() * before).sum(-1, keepdim=True)).abs()
 
 
 @torch.compiler.disable()

@@ -13,7 +13,6 @@ from depthpass.ir.verify import infer
 _WHY = {
     "pad": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
     "trim": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
-    "logits": "it decides by the logits of unfinished states",
     "ahead": "its attention sees later tokens",
     "denoise": "it runs several times to fill tokens in",
 }
@@ -61,6 +60,7 @@ class Body:
         ages: whether they need the tokens' ages.
         past: whether they need to know what a cache holds.
         routed: whether visits see the keys of some tokens only.
+        predicts: whether they ask the head what it makes of unfinished states.
         lost: losses of the program's own, which emitted code does not have.
     """
 
@@ -74,6 +74,7 @@ class Body:
     ages: bool = False
     past: bool = False
     routed: bool = False
+    predicts: bool = False
     lost: tuple[str, ...] = ()
 
 
@@ -224,6 +225,9 @@ class _Writer:
                 return f"{self.norm}({args[0]})"
             case "detach":
                 return f"{args[0]}.detach()"
+            case "logits":
+                self.body.predicts = True
+                return f"predict({args[0]})"
             case "distance":
                 self.body.parts.add("moved")
                 return f"moved({args[0]}, {args[1]}, {o['rule']!r})"
