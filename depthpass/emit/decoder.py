@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from depthpass.emit.branches import halved_forward, modulated_forward
+from depthpass.emit.branches import beside, halved_forward, modulated_forward
 from depthpass.emit.statements import Body, body_of, new_modules
 from depthpass.emit.stock import Forward, attention_forward, forward_of, handing_on, hands_on, source_of
 from depthpass.emit.subject import AGAIN, HALVED, OPEN, PREFIX, Subject, indented
@@ -31,7 +31,9 @@ def decoder_class(s: Subject) -> str:
     classes: list[str] = []
     if forward is not None:
         s.cache = forward.cache
-        s.body = body_of(s.program, forward.norm, forward.cache)
+        apart = any(o["part"] != "whole" for o in s.program.visits)
+        parallel = apart and beside(s.block(s.blocks[0]), s.attention()[0])
+        s.body = body_of(s.program, forward.norm, forward.cache, parallel)
         s.used |= s.body.parts
         lines += s.flags()
         if s.body.attends:

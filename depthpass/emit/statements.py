@@ -78,19 +78,20 @@ class Body:
     lost: tuple[str, ...] = ()
 
 
-def body_of(program: Program, norm: str, cache: str) -> Body:
+def body_of(program: Program, norm: str, cache: str, beside: bool = False) -> Body:
     """The statements between ``hidden_states`` as the embedding and as what the final norm reads.
 
     Args:
         norm: expression of the stock final norm.
         cache: name of the cache in the stock forward.
+        beside: whether the branches of its blocks run beside each other.
     """
-    return _Writer(program, norm, cache).write()
+    return _Writer(program, norm, cache, beside).write()
 
 
 class _Writer:
-    def __init__(self, program: Program, norm: str, cache: str):
-        self.program, self.norm, self.cache = program, norm, cache
+    def __init__(self, program: Program, norm: str, cache: str, beside: bool):
+        self.program, self.norm, self.cache, self.beside = program, norm, cache, beside
         self.types, self.body = infer(program), Body()
         self.places = {o.name: p for p, o in enumerate(program.visits)}
         self.slots = {writes_slot(o): p for p, o in enumerate(program.visits) if writes_slot(o) is not None}
@@ -163,7 +164,7 @@ class _Writer:
             case "block":
                 return self._visit(o, args)
             case "point":
-                return args[1]  # blocks whose branches stand beside each other are not halved
+                return args[0 if self.beside else 1]
             case "ffn":
                 before = self.program.ops[: self.program.index[o.name]]
                 own = next(p for p in reversed(before) if p.kind == "block" and p["index"] == o["index"])

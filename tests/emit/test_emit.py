@@ -46,6 +46,8 @@ CASES = {
     "gpt_oss": dp.LayerProgram([0, 1, 1, 2, 3, 1]),
     "olmo2": [dp.Loop(start=1, end=3, times=2, residual="1/n", inject="bounded"),  # norms behind the branches
               dp.TurboConn(bridges=((5, 0),), group=2, rank=4)],
+    "gpt_neox beside": dp.SameLayerState(end=2),
+    "phi beside": [dp.Loop(start=1, end=3, times=2), dp.SumNorms()],
     "cohere": dp.Loop(start=1, end=3, times=2, timestep="zero"),  # parallel branches
     "starcoder2": [dp.Loop(start=1, end=3, times=2, scales=True), dp.T2MLR(start=1, end=4, rescaled=True, residual=0.3)],
     "smollm3": dp.FeedbackTransformer(start=1),
@@ -101,7 +103,7 @@ def close(a, b):
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.filterwarnings("ignore:emit. the losses that train routers")
 def test_equals_the_transformed_model(name, tmp_path):
-    model = transformed(name, CASES[name])
+    model = transformed(name.partition(" ")[0], CASES[name])
     dp.emit(model, tmp_path / "out")
     made = loaded(tmp_path / "out", model)
     visits = model.depth_program.visits
