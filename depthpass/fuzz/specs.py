@@ -33,6 +33,7 @@ def specs(rng: random.Random, arch: str) -> list[Case]:
 SCOPED = (
     "turboconn", "loop", "parallel_loop", "layer_program", "repeat", "intra_layer_recurrence", "mixture_of_depths",
     "mixture_of_recursions", "inner_thinking", "taps", "feedback_transformer", "t2mlr", "recurrent_loop", "relaxed_recursion",
+    "same_layer_state", "sum_norms",
 )
 """Passes that have a scope, so that they can be applied twice."""
 STRAIGHT = ("layer_program", "repeat", "intra_layer_recurrence", "skip", "identity")
@@ -172,6 +173,16 @@ def recurrent_loop(rng: random.Random, arch: str) -> Case:
     return drawn | some(rng, 0.4, gate=["token", "none"], normed=[False], alpha=[0.8])
 
 
+def same_layer_state(rng: random.Random, arch: str) -> Case:
+    start, end = span(rng)
+    return {"pass": "same_layer_state", "start": start, "end": end} | some(
+        rng, 0.4, blend=["constant"], share=[0.4], state=["ffn"], into=["stream"])
+
+
+def sum_norms(rng: random.Random, arch: str) -> Case:
+    return {"pass": "sum_norms"} | some(rng, 0.3, eps=[1e-2])
+
+
 def relaxed_recursion(rng: random.Random, arch: str) -> Case:
     drawn: Case = {"pass": "relaxed_recursion", "rank": rng.choice((0, 2, 3))}
     drawn |= {"init": rng.choice(("average", "first", "stepwise"))}
@@ -200,7 +211,7 @@ FIRST = (
     turboconn, turboconn, turboconn, loop, loop, loop, loop, parallel_loop, parallel_loop, layer_program, repeat, recurrence,
     skip, mixture_of_depths, mixture_of_depths, mixture_of_recursions, mixture_of_recursions, inner_thinking, inner_thinking,
     pad, taps, identity, feedback, feedback, t2mlr, t2mlr, recurrent_loop, recurrent_loop, relaxed_recursion, relaxed_recursion,
-    coconut, coconut, bidirectional, masked_diffusion, masked_diffusion,
+    coconut, coconut, bidirectional, masked_diffusion, masked_diffusion, same_layer_state, same_layer_state, sum_norms,
 )
-BEHIND = (turboconn, turboconn, turboconn, pad, coconut, taps, taps, bidirectional)
+BEHIND = (turboconn, turboconn, turboconn, pad, coconut, taps, taps, bidirectional, same_layer_state, sum_norms)
 """What goes with passes that leave no straight stack."""
