@@ -147,8 +147,8 @@ class _Builder:
         if kind == "scale":
             return self.emit("scale", x, by=self.pick(-1.0, 0.25))
         if kind == "act":
-            # There is no real root of what is below zero.
-            return self.emit("act", x, fn=self.pick(*(f for f in ACTIVATIONS if f != "sqrt")))
+            # There is no real root of what is below zero, and what is near it has no reciprocal.
+            return self.emit("act", x, fn=self.pick(*(f for f in ACTIVATIONS if f not in ("sqrt", "reciprocal", "exp"))))
         if kind == "detach":
             return self.emit("detach", x)
         if kind == "gated":

@@ -67,6 +67,8 @@ def halved_forward(blocks: Sequence[nn.Module], attention: str) -> str:
     text, tree = source_of(cls.forward)
     if tree.args.kwarg is None or tree.args.kwarg.arg != "kwargs":
         raise _unfit(cls, "a forward with **kwargs", what=HALVES)
+    if beside(blocks[0], attention):
+        return _beside_forward(blocks, attention)
     cuts = {_Reader(block, attention, tree).halves() for block in blocks}
     if len(cuts) != 1:
         raise _unfit(cls, "blocks that are cut in one place", what=HALVES)
@@ -86,6 +88,46 @@ def halved_forward(blocks: Sequence[nn.Module], attention: str) -> str:
         *lines[:top], '    part, read = kwargs.pop("part", None), kwargs.pop("read", None)', '    if part != "ffn":',
         *("    " + line if line.strip() else line for line in lines[top:cut]), '    if part == "attention":',
         f"        return {stream}", f"    read = {stream} if read is None else read", *tail])
+
+
+def beside(block: nn.Module, attention: str) -> bool:
+    """Whether a block's branches run beside each other: both read what the block is given."""
+    cls = type(block)
+    reader = _Reader(block, attention, source_of(cls.forward)[1])
+    reader.edits()
+    return reader.meets
+
+
+def _beside_forward(blocks: Sequence[nn.Module], attention: str) -> str:
+    """As :func:`halved_forward`, of branches beside each other: the one that does not run adds zeros, and sums take the stream
+    that is given in the place of what the network reads.
+
+    Raises:
+        UnsupportedModelError: a branch is more than one call.
+    """
+    cls = type(blocks[0])
+    text, tree = source_of(cls.forward)
+    lines, stream, edits = text.splitlines(), tree.args.args[1].arg, {}
+    for block in blocks:
+        reader = _Reader(block, attention, tree)
+        reader.edits()
+        if not reader.meets or {k: len(v) for k, v in reader.calls.items()} != {ATTENTION: 1, MLP: 1} or not reader.taken:
+            raise _unfit(cls, "two branches of one call each, added to the stream", what=HALVES)
+        nothing = f"torch.zeros_like({stream})"
+        for kind, part, zeros in ((ATTENTION, "ffn", f"({nothing}, None)"), (MLP, "attention", nothing)):
+            edits[next(iter(reader.calls[kind]))] = (f'({zeros} if part == "{part}" else ', ")")
+        edits |= dict.fromkeys(reader.taken, ("given", None))
+    for (first, start, last, end), (before, behind) in sorted(edits.items(), reverse=True):
+        if behind is None:
+            raw = lines[first - 1].encode()
+            lines[first - 1] = (raw[:start] + before.encode() + raw[end:]).decode()
+        else:
+            lines[last - 1] = _at(lines[last - 1], end, behind)
+            lines[first - 1] = _at(lines[first - 1], start, before)
+    top = tree.body[0].lineno - 1
+    return "\n".join([
+        *lines[:top], '    part, read = kwargs.pop("part", None), kwargs.pop("read", None)',
+        f"    given, {stream} = {stream}, {stream} if read is None else read", *lines[top:]])
 
 
 def _free(statements: Sequence[ast.stmt]) -> tuple[set[str], set[str]]:
@@ -121,6 +163,9 @@ class _Reader:
         self.kinds: dict[str, str | None] = {}
         self.factors: dict[tuple[int, int, int, int], str] = {}
         self.reads: set[tuple[int, int, int]] = set()
+        self.calls: dict[str, set[tuple[int, int, int, int]]] = {ATTENTION: set(), MLP: set()}
+        self.taken: set[tuple[int, int, int, int]] = set()
+        self.meets = False
         self.result: str | None = None
 
     def edits(self) -> dict[tuple[int, int, int, int], str]:
@@ -142,7 +187,7 @@ class _Reader:
             if at is None and "add_attention" in done:
                 whole = "read_mlp" not in done and self.kinds.get(stream) == STREAM
                 if not whole:
-                    raise _unfit(type(self.block), "branches one behind the other", "branches beside each other", HALVES)
+                    raise _unfit(type(self.block), "branches in statements of their own", "both in one", HALVES)
                 at, self.reads = i, set()
         if at is None or self.result != STREAM or not self.reads:
             raise _unfit(type(self.block), "two residual branches, each added to the stream", what=HALVES)
@@ -207,8 +252,10 @@ class _Reader:
             self._scale(e.left, f"add_{left}")
             self._scale(e.right, f"add_{right}")
             return BOTH
-        for kind, branch, value in ((left, right, e.right), (right, left, e.left)):
+        for kind, branch, value, own in ((left, right, e.right, e.left), (right, left, e.left, e.right)):
             if kind == STREAM and branch in (ATTENTION, MLP, BOTH):
+                if isinstance(own, ast.Name):
+                    self.taken.add(_place(own))
                 if branch != BOTH:
                     self._scale(value, f"add_{branch}")
                 return STREAM
@@ -245,14 +292,22 @@ class _Reader:
         for value, kind in zip(values, kinds):
             if kind in (STREAM, READ):
                 self._scale(value, "read_attention" if attends else "read_mlp")
+        if attends or STREAM in kinds or READ in kinds:
+            self.calls[ATTENTION if attends else MLP].add(_place(e))
+            self.meets |= not attends and "add_attention" not in self.factors.values()
         if attends:
             return ATTENTION
         branches = {k for k in kinds if k in (ATTENTION, MLP)}
         return ATTENTION if ATTENTION in branches else MLP
 
     def _scale(self, e: ast.expr, factor: str) -> None:
-        assert e.end_lineno is not None and e.end_col_offset is not None
-        self.factors[e.lineno, e.col_offset, e.end_lineno, e.end_col_offset] = factor
+        self.factors[_place(e)] = factor
+
+
+def _place(e: ast.expr) -> tuple[int, int, int, int]:
+    """Where an expression stands: its first line and column, its last ones."""
+    assert e.end_lineno is not None and e.end_col_offset is not None
+    return e.lineno, e.col_offset, e.end_lineno, e.end_col_offset
 
 
 def _unfit(cls: type, wanted: str, got: str = "another one", what: str = "Timesteps and scales") -> UnsupportedModelError:

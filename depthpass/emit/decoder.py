@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from depthpass.emit.branches import halved_forward, modulated_forward
+from depthpass.emit.branches import beside, halved_forward, modulated_forward
 from depthpass.emit.statements import Body, body_of, new_modules
 from depthpass.emit.stock import Forward, attention_forward, forward_of, handing_on, hands_on, source_of
 from depthpass.emit.subject import AGAIN, HALVED, OPEN, PREFIX, Subject, indented
@@ -31,7 +31,9 @@ def decoder_class(s: Subject) -> str:
     classes: list[str] = []
     if forward is not None:
         s.cache = forward.cache
-        s.body = body_of(s.program, forward.norm, forward.cache)
+        apart = any(o["part"] != "whole" for o in s.program.visits)
+        parallel = apart and beside(s.block(s.blocks[0]), s.attention()[0])
+        s.body = body_of(s.program, forward.norm, forward.cache, parallel)
         s.used |= s.body.parts
         lines += s.flags()
         if s.body.attends:
@@ -187,6 +189,9 @@ def _before(s: Subject, body: Body, f: Forward) -> list[str]:
         code.append(f"check_units(self.{s.layers})")
     if body.taps:
         code.append('taps = kwargs.pop("taps", None)')
+    if body.predicts:
+        s.used.add("check_head")
+        code.append('predict = check_head(kwargs.pop("predict", None))')
     if body.past:
         s.used.add("seen_before")
         code.append(f"past = seen_before({f.cache})")

@@ -58,7 +58,7 @@ def emit(
     Raises:
         InputError: the folder is not empty, or the name is no Python name; nothing is written.
         SpecError: the model is not transformed, or its program has something that no plain forward can express (top-k
-            routing, pads, exits by logits, ...): the message names the pass.
+            routing, pads, latents, ...): the message names the pass.
         UnsupportedModelError: the architecture's code cannot be cut open for this program.
     """
     inner = transformed(model, "emit")

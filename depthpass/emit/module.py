@@ -84,7 +84,7 @@ def _imports(s: Subject) -> list[str]:
         imports.append("import copy")
     if s.body is not None and s.body.chunk is not None:
         imports.append("from transformers.cache_utils import DynamicCache")
-    if s.body is not None and s.body.taps:
+    if s.body is not None and (s.body.taps or s.body.predicts):
         imports.append("from functools import wraps")
     if s.cache:
         imports.append("from inspect import signature")

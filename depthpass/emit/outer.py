@@ -30,16 +30,29 @@ def outer_class(s: Subject, i: int) -> str:
             lines += NO_PAGES.rstrip().splitlines()
         if body.ages:
             lines += MASKS.rstrip().splitlines()
-        if body.taps:
-            lines += _taps(s, module, path, body)
+        if body.taps or body.predicts:
+            lines += _forward(s, module, path, body)
     return "\n".join(first + lines)
 
 
-def _taps(s: Subject, module: nn.Module, path: str, body: Body) -> list[str]:
+def _forward(s: Subject, module: nn.Module, path: str, body: Body) -> list[str]:
+    """A forward that hands its decoder the head, where tokens leave by predictions, and collects its taps."""
     stock, heads = type(module).__name__, sorted(n for n, head in body.taps.items() if head)
-    lines = ["", f"    @wraps({stock}.forward)", "    def forward(self, *args, **kwargs):", "        taps = {}",
-             "        output = super().forward(*args, taps=taps, **kwargs)",
-             '        keep = kwargs.get("logits_to_keep", 0)',
+    given = (["taps=taps"] if body.taps else []) + (["predict=self.logits_of"] if body.predicts else [])
+    call = f"super().forward(*args, {', '.join(given)}, **kwargs)"
+    lines = ["", f"    @wraps({stock}.forward)", "    def forward(self, *args, **kwargs):"]
+    lines += _collected(s, call, heads) if body.taps else [f"        return {call}"]
+    if heads or body.predicts:
+        lines += ["", "    def logits_of(self, hidden_states, logits_to_keep=0):",
+                  '        """Logits of a stream that the final norm has passed."""',
+                  "        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states)",
+                  *indented("\n".join(logits_of(type(module), path)), 8), "        return logits"]
+    return lines
+
+
+def _collected(s: Subject, call: str, heads: list[str]) -> list[str]:
+    """Statements that run the model and put its taps beside its output."""
+    lines = ["        taps = {}", f"        output = {call}", '        keep = kwargs.get("logits_to_keep", 0)',
              "        streams = {name: torch.cat(parts, 1) for name, parts in taps.items()}"]
     if heads:
         lines += [f"        output.taps = {{name: self.logits_of(x, keep) if name in {heads} else kept_tokens(x, keep)",
@@ -47,10 +60,4 @@ def _taps(s: Subject, module: nn.Module, path: str, body: Body) -> list[str]:
     else:
         lines += ["        output.taps = {name: kept_tokens(x, keep) for name, x in streams.items()}"]
     s.used.add("kept_tokens")
-    lines.append("        return output")
-    if heads:
-        lines += ["", "    def logits_of(self, hidden_states, logits_to_keep):",
-                  '        """Logits of a stream that the final norm has passed."""',
-                  "        outputs = BaseModelOutputWithPast(last_hidden_state=hidden_states)",
-                  *indented("\n".join(logits_of(type(module), path)), 8), "        return logits"]
-    return lines
+    return [*lines, "        return output"]

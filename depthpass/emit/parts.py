@@ -120,6 +120,11 @@ def rescaled(x: Tensor, eps: float, limit: float) -> Tensor:
     return x * factor.clamp(1 / limit, limit)
 
 
+def centred(x: Tensor) -> Tensor:
+    """``x`` less its mean."""
+    return x - x.mean(-1, keepdim=True)
+
+
 def rms(x: Tensor, eps: float) -> Tensor:
     """``x`` over its root mean square."""
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
@@ -145,6 +150,14 @@ def check_backend(config: Any, kwargs: dict[str, Any]) -> None:
     if engine or kwargs.get("attention_instances") is not None:
         raise NotImplementedError("this model reads streams or keys of other layers, which stand in transformers' caches; an "
                                   "engine with attention of its own (vLLM) cannot run it.")
+
+
+def check_head(predict: Any) -> Any:
+    """Refuse to run without the head: tokens leave by what it makes of unfinished states."""
+    if predict is None:
+        raise ValueError("this decoder lets tokens leave by their logits, which the head of the whole model makes: load it with "
+                         "AutoModelForCausalLM.")
+    return predict
 
 
 def check_recomputed(layers: nn.ModuleList) -> None:
@@ -227,10 +240,17 @@ def leave(states: list[Tensor], gates: list[Tensor], limit: float) -> Tensor:
 
 
 def moved(now: Tensor, before: Tensor, rule: str) -> Tensor:
-    """How far a stream has moved, ``[..., 1]``."""
+    """How far a stream or a prediction has moved, ``[..., 1]``."""
     if rule == "cosine":
         return 1 - nn.functional.cosine_similarity(now, before, dim=-1)[..., None]
-    return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    if rule == "state":
+        return (now - before).norm(dim=-1, keepdim=True) / now.norm(dim=-1, keepdim=True)
+    if rule == "argmax":
+        return (now.argmax(-1, keepdim=True) != before.argmax(-1, keepdim=True)).to(now)
+    now, before = now.log_softmax(-1), before.log_softmax(-1)
+    if rule == "kl":
+        return (before.exp() * (before - now)).sum(-1, keepdim=True)
+    return ((now.exp() * now).sum(-1, keepdim=True) - (before.exp() * before).sum(-1, keepdim=True)).abs()
 
 
 @torch.compiler.disable()

@@ -13,13 +13,13 @@ from depthpass.ir.verify import infer
 _WHY = {
     "pad": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
     "trim": "it inserts tokens into every row, of which the caches, masks and positions that transformers counts know nothing",
-    "logits": "it decides by the logits of unfinished states",
     "ahead": "its attention sees later tokens",
     "denoise": "it runs several times to fill tokens in",
 }
 _ACTIVATIONS = {"sigmoid": "torch.sigmoid({})", "silu": "nn.functional.silu({})", "tanh": "torch.tanh({})",
                 "gelu": "nn.functional.gelu({})", "relu": "nn.functional.relu({})", "softmax": "torch.softmax({}, -1)",
-                "sqrt": "torch.sqrt({})"}
+                "sqrt": "torch.sqrt({})", "exp": "torch.exp({})", "softplus": "nn.functional.softplus({})",
+                "reciprocal": "torch.reciprocal({})", "centre": "centred({})"}
 
 
 def check_expressible(program: Program) -> None:
@@ -60,6 +60,7 @@ class Body:
         ages: whether they need the tokens' ages.
         past: whether they need to know what a cache holds.
         routed: whether visits see the keys of some tokens only.
+        predicts: whether they ask the head what it makes of unfinished states.
         lost: losses of the program's own, which emitted code does not have.
     """
 
@@ -73,22 +74,24 @@ class Body:
     ages: bool = False
     past: bool = False
     routed: bool = False
+    predicts: bool = False
     lost: tuple[str, ...] = ()
 
 
-def body_of(program: Program, norm: str, cache: str) -> Body:
+def body_of(program: Program, norm: str, cache: str, beside: bool = False) -> Body:
     """The statements between ``hidden_states`` as the embedding and as what the final norm reads.
 
     Args:
         norm: expression of the stock final norm.
         cache: name of the cache in the stock forward.
+        beside: whether the branches of its blocks run beside each other.
     """
-    return _Writer(program, norm, cache).write()
+    return _Writer(program, norm, cache, beside).write()
 
 
 class _Writer:
-    def __init__(self, program: Program, norm: str, cache: str):
-        self.program, self.norm, self.cache = program, norm, cache
+    def __init__(self, program: Program, norm: str, cache: str, beside: bool):
+        self.program, self.norm, self.cache, self.beside = program, norm, cache, beside
         self.types, self.body = infer(program), Body()
         self.places = {o.name: p for p, o in enumerate(program.visits)}
         self.slots = {writes_slot(o): p for p, o in enumerate(program.visits) if writes_slot(o) is not None}
@@ -161,7 +164,7 @@ class _Writer:
             case "block":
                 return self._visit(o, args)
             case "point":
-                return args[1]  # blocks whose branches stand beside each other are not halved
+                return args[0 if self.beside else 1]
             case "ffn":
                 before = self.program.ops[: self.program.index[o.name]]
                 own = next(p for p in reversed(before) if p.kind == "block" and p["index"] == o["index"])
@@ -207,6 +210,8 @@ class _Writer:
             case "mul":
                 return f"{args[0]} * {args[1]}"
             case "act":
+                if o["fn"] == "centre":
+                    self.body.parts.add("centred")
                 return _ACTIVATIONS[o["fn"]].format(args[0])
             case "pick":
                 return f"{args[0]}[..., {o['index']} : {o['index'] + 1}]"
@@ -221,6 +226,9 @@ class _Writer:
                 return f"{self.norm}({args[0]})"
             case "detach":
                 return f"{args[0]}.detach()"
+            case "logits":
+                self.body.predicts = True
+                return f"predict({args[0]})"
             case "distance":
                 self.body.parts.add("moved")
                 return f"moved({args[0]}, {args[1]}, {o['rule']!r})"

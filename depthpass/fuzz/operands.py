@@ -23,6 +23,33 @@ PLACES = {
 """Attention, MLP, and the modules whose results the residual stream takes, where they are not those of Llama."""
 
 
+_ENDS = {"opt": ("self_attn", "fc2")}
+_BESIDE = ("gpt_neox", "phi", "cohere", "cohere2")
+
+
+def beside(model: Any) -> bool:
+    """Whether the branches of a model's blocks run beside each other: both read the block's input."""
+    return model.config.model_type in _BESIDE
+
+
+@contextmanager
+def silent(block: nn.Module, kind: str, network: bool | None):
+    """A stock block whose network (True) or attention (False) adds nothing to the stream."""
+    if network is None:
+        yield
+        return
+    ends: tuple[str, ...] = _ENDS.get(kind) or PLACES.get(kind, PLAIN)[2:]
+
+    def nothing(module: nn.Module, args: Any, out: Any) -> Any:
+        return (0 * out[0], *out[1:]) if isinstance(out, tuple) else 0 * out
+
+    handle = block.get_submodule(ends[1 if network else 0]).register_forward_hook(nothing)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 @contextmanager
 def operands(o: Op, block: nn.Module, p: Mapping[str, Tensor], kind: str):
     """A visit's LoRA and factors on a stock block of a model type."""

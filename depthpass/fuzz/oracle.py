@@ -20,13 +20,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from depthpass.fuzz.models import norm_of
-from depthpass.fuzz.operands import operands
+from depthpass.fuzz.operands import beside, operands, silent
 from depthpass.fuzz.stock_rows import Key, Row, read
 from depthpass.ir import Op, parse_program
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": torch.relu,
-    "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
+    "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt, "exp": torch.exp, "softplus": lambda x: x.exp().log1p(),
+    "reciprocal": lambda x: 1 / x, "centre": lambda x: x - x.sum() / len(x),
 }
 
 
@@ -120,6 +121,11 @@ class Meaning:
                 return base if new is None else new if o["mode"] == "replace" else base + new
             case "block":
                 return self.visit(o, i)
+            case "point":
+                return self.value(o.args[0 if beside(self.row.model) else 1], i)
+            case "ffn":
+                stream, read = (self.value(a, i) for a in o.args)
+                return None if stream is None or read is None else stream + self.network(o, read, i)
             case "zeros":
                 return self.row.embed.new_zeros(o["width"] or self.program.width)
             case "noise":
@@ -261,8 +267,19 @@ class Meaning:
 
     def run(self, o: Op, x: Tensor, i: int, attend: Callable[..., Tensor]) -> Tensor:
         config: Any = self.row.model.config
-        with operands(o, self.row.blocks[o["index"]], self.p, config.model_type):
+        block = self.row.blocks[o["index"]]
+        with operands(o, block, self.p, config.model_type), silent(block, config.model_type, o["part"] == "attention" or None):
             return self.row.block(o["index"], x, i, attend)
+
+    def network(self, o: Op, read: Tensor, i: int) -> Tensor:
+        """What the network of a block adds to a stream, of what it reads: the block on that, without its attention."""
+        config: Any = self.row.model.config
+
+        def nothing(q: Tensor, k: Tensor, v: Tensor, limits: Any) -> Tensor:
+            return q.new_zeros(q.shape[0], v.shape[-1])
+
+        with silent(self.row.blocks[o["index"]], config.model_type, network=False):
+            return self.row.block(o["index"], read, i, nothing) - read
 
     def keys(self, slot: int, begin: int, end: int) -> list[Key]:
         """Keys in a slot of the columns ``begin .. end - 1`` whose tokens its visit ran for."""

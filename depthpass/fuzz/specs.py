@@ -33,6 +33,7 @@ def specs(rng: random.Random, arch: str) -> list[Case]:
 SCOPED = (
     "turboconn", "loop", "parallel_loop", "layer_program", "repeat", "intra_layer_recurrence", "mixture_of_depths",
     "mixture_of_recursions", "inner_thinking", "taps", "feedback_transformer", "t2mlr", "recurrent_loop", "relaxed_recursion",
+    "same_layer_state", "sum_norms",
 )
 """Passes that have a scope, so that they can be applied twice."""
 STRAIGHT = ("layer_program", "repeat", "intra_layer_recurrence", "skip", "identity")
@@ -151,16 +152,35 @@ def feedback(rng: random.Random, arch: str) -> Case:
 
 def t2mlr(rng: random.Random, arch: str) -> Case:
     start, end = span(rng)
-    # Not "weight": a random number outside of [0, 1] is cut off, and then no depth can be recorded.
-    gate = rng.choice(("learned", "constant", "coupled", "variance", "concat"))
+    gate = rng.choice(("learned", "rezero", "constant", "coupled", "variance", "concat", "weight", "exponential"))
     drawn: Case = {"pass": "t2mlr", "start": start, "end": end - 1, "gate": gate}
-    return drawn | some(rng, 0.4, recurrent=[0.7], input=[0.4], residual=[0.5], rescaled=[True], limit=[1.5],
-                        normed=["streams", "both"])
+    drawn |= some(rng, 0.4, residual=[0.5], rescaled=[True], normed=["streams", "both"], project=[True, 3])
+    if gate != "concat":
+        drawn |= some(rng, 0.4, recurrent=[0.7])
+    if gate in ("learned", "rezero", "constant", "exponential"):
+        drawn |= some(rng, 0.4, input=[0.4])
+    if gate not in ("constant", "weight", "concat"):
+        drawn |= some(rng, 0.3, layers=[2], reads=["stream"])
+    drawn |= some(rng, 0.3, normalized=[True]) if gate in ("learned", "rezero") else {}
+    drawn |= some(rng, 0.5, added=[True]) if gate in ("coupled", "variance") else {}
+    drawn |= some(rng, 0.5, per_channel=[True]) if gate == "rezero" else {}
+    drawn |= some(rng, 0.3, norm=["layer"]) if "normed" in drawn else {}
+    return drawn | (some(rng, 0.4, limit=[1.5]) if "rescaled" in drawn or drawn.get("normed") == "both" else {})
 
 
 def recurrent_loop(rng: random.Random, arch: str) -> Case:
     drawn: Case = {"pass": "recurrent_loop", "encoder": rng.randrange(LAYERS), "interval": rng.choice((1, 1, 2, 3))}
     return drawn | some(rng, 0.4, gate=["token", "none"], normed=[False], alpha=[0.8])
+
+
+def same_layer_state(rng: random.Random, arch: str) -> Case:
+    start, end = span(rng)
+    return {"pass": "same_layer_state", "start": start, "end": end} | some(
+        rng, 0.4, blend=["constant"], share=[0.4], state=["ffn"], into=["stream"])
+
+
+def sum_norms(rng: random.Random, arch: str) -> Case:
+    return {"pass": "sum_norms"} | some(rng, 0.3, eps=[1e-2])
 
 
 def relaxed_recursion(rng: random.Random, arch: str) -> Case:
@@ -191,7 +211,7 @@ FIRST = (
     turboconn, turboconn, turboconn, loop, loop, loop, loop, parallel_loop, parallel_loop, layer_program, repeat, recurrence,
     skip, mixture_of_depths, mixture_of_depths, mixture_of_recursions, mixture_of_recursions, inner_thinking, inner_thinking,
     pad, taps, identity, feedback, feedback, t2mlr, t2mlr, recurrent_loop, recurrent_loop, relaxed_recursion, relaxed_recursion,
-    coconut, coconut, bidirectional, masked_diffusion, masked_diffusion,
+    coconut, coconut, bidirectional, masked_diffusion, masked_diffusion, same_layer_state, same_layer_state, sum_norms,
 )
-BEHIND = (turboconn, turboconn, turboconn, pad, coconut, taps, taps, bidirectional)
+BEHIND = (turboconn, turboconn, turboconn, pad, coconut, taps, taps, bidirectional, same_layer_state, sum_norms)
 """What goes with passes that leave no straight stack."""

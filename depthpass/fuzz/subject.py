@@ -50,6 +50,9 @@ class Subject:
         options = {k: c[k] for k in ("chunk", "lowering", "stack", "schedule")}
         model = dp.transform(self.stock, c["spec"], **options)
         models.enliven(model.depth, seed=c["seed"] + 1, std=0.3, least=1)
+        for share in (s.get("scope", s["pass"]) for s in c["spec"] if s.get("gate") == "weight"):
+            # Cut off at 0 and 1: outside, nothing flows, and no depth is recorded.
+            model.depth.get_parameter(f"{share}.recurrent.share.weight").data.sigmoid_()
         return model.eval()
 
     @staticmethod

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 DISTANCES = ("state", "cosine", "kl", "entropy", "argmax")
 
-ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softmax", "sqrt")
+ACTIVATIONS = ("sigmoid", "silu", "tanh", "gelu", "relu", "softplus", "softmax", "centre", "exp", "sqrt", "reciprocal")
+"""Functions of one stream; ``centre`` takes the mean over its channels away."""
 
 
 # What they compute.
@@ -55,7 +56,8 @@ def _functions() -> Mapping[str, Callable[[Tensor], Tensor]]:
 
     return {
         "sigmoid": torch.sigmoid, "silu": F.silu, "tanh": torch.tanh, "gelu": F.gelu, "relu": F.relu,
-        "softmax": lambda x: torch.softmax(x, -1), "sqrt": torch.sqrt,
+        "softplus": F.softplus, "softmax": lambda x: torch.softmax(x, -1), "centre": lambda x: x - x.mean(-1, keepdim=True),
+        "exp": torch.exp, "sqrt": torch.sqrt, "reciprocal": torch.reciprocal,
     }
 
 

@@ -7,9 +7,11 @@ from typing import ClassVar, Literal
 
 from depthpass.errors import PassError
 from depthpass.ir.program import Program
-from depthpass.passes.base import Context, Numerics, Pass, require
+from depthpass.passes.base import Context, Numerics, Pass
 from depthpass.passes.streams import Builder, check_scope, straight
 from depthpass.passes.t2mlr_mixing import Mixing
+from depthpass.passes.t2mlr_options import check_t2mlr
+from depthpass.passes.t2mlr_terms import one
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,21 @@ class T2MLR(Pass):
             added, ``x + tanh(a) i x + tanh(b) r R`` with two learned numbers that start as zero (the public code's default: the
             model starts as the stock model); ``coupled``: i = 1 - r; ``variance``: sqrt(r) and sqrt(1 - r); ``concat``: a linear
             map of (R, x) that starts as x; ``constant``: two numbers; ``weight``: one learned number, (1 - a) x + a R, kept in
-            [0, 1].
+            [0, 1]; ``exponential``: ``a x + sqrt(1 - a^2) i R`` with a = exp(-8 softplus(L) r), L learned for every channel.
         recurrent: r; of learned gates where it starts.
         input: i, likewise. r = 0 and i = 1 with constant gates leave the program as it is.
+        reads: what learned gates read: ``both``, or the ``stream`` x alone.
+        layers: linear maps of a learned gate, one behind the other.
+        hidden: width between them; None = the model's.
+        activation: between them.
+        normalized: r and i are divided by their sum, through which no gradient flows.
         added: the mixture of ``coupled`` and ``variance`` is added to x by a learned share, ``x + tanh(a) (..)``, from zero on.
-        project: R passes a learned linear map, which starts as the identity, before it is mixed in.
-        normed: ``streams``: x and R are divided by their root mean squares and multiplied by learned gains before gates read and
-            mix them; ``mixture``: the mixture is rescaled, as R is by ``rescaled``, before it is added; ``both``.
+        per_channel: learned shares of what is added are one number per channel.
+        project: R passes a learned linear map, which starts as the identity, before it is mixed in; a width: it passes
+            ``R + s V gelu(U R)`` of that width, s starting as 1e-4.
+        normed: ``streams``: x and R are normed with learned gains before gates read and mix them; ``mixture``: the mixture is
+            rescaled, as R is by ``rescaled``, before it is added; ``both``.
+        norm: of the streams: ``rms``, or ``layer`` (less the mean, with a learned shift).
         init: standard deviation of the learned gates' weights.
         residual: share of the last R in the next one.
         rescaled: bring R back to a root mean square of 1, by a factor that no gradient flows through; not the first token's,
@@ -54,12 +64,19 @@ class T2MLR(Pass):
 
     start: int
     end: int
-    gate: Literal["learned", "rezero", "coupled", "variance", "concat", "constant", "weight"] = "learned"
+    gate: Literal["learned", "rezero", "coupled", "variance", "concat", "constant", "weight", "exponential"] = "learned"
     recurrent: float = 0.2
     input: float = 0.8
+    reads: Literal["both", "stream"] = "both"
+    layers: int = 1
+    hidden: int | None = None
+    activation: Literal["gelu", "relu", "silu", "tanh"] = "gelu"
+    normalized: bool = False
     added: bool = False
-    project: bool = False
+    per_channel: bool = False
+    project: bool | int = False
     normed: Literal["none", "streams", "mixture", "both"] = "none"
+    norm: Literal["rms", "layer"] = "rms"
     init: float = 0.001
     residual: float = 0.0
     rescaled: bool = False
@@ -69,20 +86,7 @@ class T2MLR(Pass):
     scope: str = "t2mlr"
 
     def validate(self) -> None:
-        require(0 <= self.start <= self.end, "t2mlr.start", "visits 0 <= start <= end", f"{self.start}..{self.end}")
-        for key in ("recurrent", "input"):
-            value = getattr(self, key)
-            inside = 0 <= value <= 1 if self.gate == "constant" else 0 < value < 1
-            require(inside, f"t2mlr.{key}", f"a share in {'[0, 1]' if self.gate == 'constant' else '(0, 1)'}", value)
-        require(self.gate in ("coupled", "variance") or not self.added, "t2mlr.added", "False with this gate", self.added,
-                "gate='rezero' adds the mixture of two gates.")
-        require(self.into == "memory" or self.residual != 0, "t2mlr.residual", "a share that is not 0 with into='stream'",
-                self.residual)
-        require(self.detached != "residual" or self.residual != 0, "t2mlr.residual", "a share that is not 0 with "
-                "detached='residual'", self.residual)
-        require(self.init >= 0, "t2mlr.init", "a standard deviation of at least 0", self.init)
-        require(self.limit >= 1, "t2mlr.limit", "a factor of at least 1", self.limit)
-        require(self.scope.isidentifier(), "t2mlr.scope", "a plain name of letters, digits and _", self.scope)
+        check_t2mlr(self)
 
     def apply(self, program: Program, ctx: Context) -> Program:
         check_scope(self.name, self.scope, program)
@@ -111,7 +115,14 @@ class T2MLR(Pass):
     def _projected(self, build: Builder, back: str) -> str:
         if not self.project:
             return back
-        return build.emit("linear", back, parameter=f"{self.scope}.project", out=build.program.width, bias=False, identity=True)
+        name, width = f"{self.scope}.project", build.program.width
+        if self.project is True:
+            return build.emit("linear", back, parameter=name, out=width, bias=False, identity=True)
+        # Near orthogonal, as the public code's are.
+        low, high = (dict(out=out, bias=False, init=max(width, self.project) ** -0.5) for out in (self.project, width))
+        inner = build.emit("act", build.emit("linear", back, parameter=f"{name}.down", **low), fn="gelu")
+        share = build.emit("weigh", one(build), parameter=f"{name}.share", init=1e-4)
+        return build.emit("add", back, build.emit("mul", build.emit("linear", inner, parameter=f"{name}.up", **high), share))
 
     def _residual(self, build: Builder, back: str) -> str:
         old = build.emit("scale", build.emit("detach", back) if self.detached == "residual" else back, by=self.residual)

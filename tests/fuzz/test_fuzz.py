@@ -43,7 +43,7 @@ def test_cases(arch):
 def test_the_cases_have_everything():
     cases = [make_case(SEED, i, compiled=0.0) for i in range(COUNT)]
     passes = Counter(p["pass"] for c in cases for p in c["spec"])
-    assert {c["arch"] for c in cases} == set(ARCHITECTURES) and len(passes) == 20 and min(passes.values()) >= 4
+    assert {c["arch"] for c in cases} == set(ARCHITECTURES) and len(passes) == 22 and min(passes.values()) >= 4
     done = Counter(check["do"] for c in cases for check in c["checks"])
     assert set(done) == {"forward", "gradients", "calls", "generate", "save", "door", "depth", "packed", "drafted", "row_loops",
                          "assisted", "residual", "denoise", "emit"}

@@ -46,15 +46,30 @@ def t2mlr(row, depth, spec):
     slots, out, last = [oracle.Keys() for _ in row.blocks], [], None
 
     def gate(name, start, x, r):
+        y = torch.cat((x, r)) if spec.reads == "both" else x
+        for layer in range(1, spec.layers):
+            y = depth[f"t2mlr.hidden.{name}{layer}.weight"] @ y + depth[f"t2mlr.hidden.{name}{layer}.bias"]
+            y = getattr(torch.nn.functional, spec.activation)(y)
         bias = torch.logit(torch.tensor(start, dtype=torch.float64))
-        return torch.sigmoid(depth[f"t2mlr.{name}.weight"] @ torch.cat((x, r)) + depth[f"t2mlr.{name}.bias"] + bias)
+        return torch.sigmoid(depth[f"t2mlr.{name}.weight"] @ y + depth[f"t2mlr.{name}.bias"] + bias)
+
+    def projected(r):
+        if spec.project is True:
+            return depth["t2mlr.project.weight"] @ r
+        inner = torch.nn.functional.gelu(depth["t2mlr.project.down.weight"] @ r)
+        return r + depth["t2mlr.project.share.weight"] * (depth["t2mlr.project.up.weight"] @ inner)
+
+    def norm(v, n):
+        gain = depth[f"t2mlr.norm.{n}.weight"]
+        if spec.norm == "layer":
+            return torch.nn.functional.layer_norm(v, v.shape, gain, depth[f"t2mlr.shift.{n}.weight"])
+        return torch.nn.functional.rms_norm(v, v.shape, gain, torch.finfo(torch.float32).eps)
 
     def mixed(x, r):
-        r = depth["t2mlr.project.weight"] @ r if spec.project else r
+        r = projected(r) if spec.project else r
         base = x
         if spec.normed in ("streams", "both"):
-            x, r = (torch.nn.functional.rms_norm(v, v.shape, depth[f"t2mlr.norm.{n}.weight"], torch.finfo(torch.float32).eps)
-                    for v, n in ((x, "input"), (r, "recurrent")))
+            x, r = norm(x, "input"), norm(r, "recurrent")
         normed = rescaled if spec.normed in ("mixture", "both") else lambda y: y
         if spec.gate == "constant":
             return normed(spec.input * x + spec.recurrent * r)
@@ -67,11 +82,18 @@ def t2mlr(row, depth, spec):
             a = a.clamp(1e-4, 1 - 1e-4)
             y = a * r + (1 - a) * x if spec.gate == "coupled" else a.sqrt() * r + (1 - a).sqrt() * x
             return base + torch.tanh(depth["t2mlr.recurrent.share.weight"]) * normed(y) if spec.added else normed(y)
-        if spec.gate == "rezero":
+        if spec.gate == "exponential":
+            kept = torch.exp(-8.0 * torch.nn.functional.softplus(depth["t2mlr.decay.weight"][:, 0] - 7.43) * a)
+            return normed(kept * x + torch.sqrt(1 - kept**2 + 1e-8) * gate("input", spec.input, x, r) * r)
+        if spec.normalized:
             i = gate("input", spec.input, x, r)
+            total = (a + i).detach()
+            a, i = a / total, i / total
+        if spec.gate == "rezero":
+            i = i if spec.normalized else gate("input", spec.input, x, r)
             own, back = (torch.tanh(depth[f"t2mlr.{name}.share.weight"]) for name in ("input", "recurrent"))
             return base + normed(own * i * x + back * a * r)
-        return normed((1 - gate("forget", 1 - spec.input, x, r)) * x + a * r)
+        return normed(a * r + i * x) if spec.normalized else normed((1 - gate("forget", 1 - spec.input, x, r)) * x + a * r)
 
     def rescaled(y):
         rms = (y.detach().square().mean() + 1e-6).sqrt()
@@ -139,6 +161,11 @@ VARIANCE = dp.T2MLR(start=0, end=1, gate="variance", init=0.3, residual=0.5, res
 CONCAT = dp.T2MLR(start=1, end=1, gate="concat", detached="all", normed="mixture", limit=1.2)
 WEIGHT = dp.T2MLR(start=1, end=2, gate="weight", recurrent=0.3, normed="streams", project=True)
 NORMED = dp.T2MLR(start=0, end=1, gate="learned", normed="both", init=0.3, limit=1.3, residual=0.5)
+DEEP = dp.T2MLR(start=1, end=2, gate="rezero", normalized=True, layers=2, hidden=5, activation="silu", normed="both",
+                norm="layer", init=0.3, per_channel=True)
+SUMMED = dp.T2MLR(start=0, end=1, normalized=True, layers=3, reads="stream", init=0.3, residual=0.5)
+EXPONENTIAL = dp.T2MLR(start=0, end=1, gate="exponential", reads="stream", project=7, init=0.3)
+WIDE = dp.T2MLR(start=1, end=2, gate="exponential", normed="streams", norm="layer", init=0.3)
 STATE, ADDED = dp.SameLayerState(share=0.4), dp.SameLayerState(state="ffn", into="stream", share=0.6)
 BESIDE = dp.SameLayerState(start=1, end=2, blend="constant", share=0.7)
 WHOLE = dp.SameLayerState(end=2, into="stream", share=0.3)
@@ -146,12 +173,14 @@ WANT = {
     **{s: lambda row, depth, s=s: same_layer(row, depth, s) for s in (STATE, ADDED, BESIDE, WHOLE)},
     FEEDBACK: lambda row, depth: feedback(row, depth, 0, 3), MIDDLE: lambda row, depth: feedback(row, depth, 1, 3),
     **{s: lambda row, depth, s=s: t2mlr(row, depth, s) for s in (LEARNED, CONSTANT, REZERO, COUPLED, VARIANCE, CONCAT, WEIGHT,
-                                                                   NORMED)},
+                                                                   NORMED, DEEP, SUMMED, EXPONENTIAL, WIDE)},
 }
 CASES = [(FEEDBACK, "mistral", "eager"), (FEEDBACK, "gpt2", "scheduled"), (MIDDLE, "mistral", "scheduled"),
          (REZERO, "llama", "eager"), (LEARNED, "mistral", "scheduled"), (CONSTANT, "llama", "scheduled"),
          (COUPLED, "exaone4", "scheduled"), (VARIANCE, "starcoder2", "scheduled"), (CONCAT, "phi3", "eager"),
          (WEIGHT, "qwen3", "scheduled"), (NORMED, "phi3", "scheduled"),
+         (DEEP, "granite", "scheduled"), (SUMMED, "olmo2", "scheduled"), (EXPONENTIAL, "gpt2", "scheduled"),
+         (WIDE, "glm", "eager"),
          (STATE, "mistral", "eager"), (ADDED, "gpt2", "scheduled"), (BESIDE, "gpt_neox", "scheduled"),
          (WHOLE, "gemma3_text", "scheduled")]
 
@@ -261,7 +290,13 @@ def test_identity_and_what_does_not_fit():
         (lambda: dp.T2MLR(start=2, end=1), "start <= end"),
         (lambda: dp.T2MLR(start=0, end=1, gate="weight", recurrent=0.0), r"in \(0, 1\)"),
         (lambda: dp.T2MLR(start=0, end=1, input=1.0), r"in \(0, 1\)"),
-        (lambda: dp.T2MLR(start=0, end=1, added=True), "False with this gate"),
+        (lambda: dp.T2MLR(start=0, end=1, added=True), "added: expected False with gate='learned'"),
+        (lambda: dp.T2MLR(start=0, end=1, gate="concat", input=0.3), "input: expected 0.8 with gate='concat'"),
+        (lambda: dp.T2MLR(start=0, end=1, gate="weight", layers=2), "layers: expected 1 with gate='weight'"),
+        (lambda: dp.T2MLR(start=0, end=1, gate="coupled", normalized=True), "normalized: expected False"),
+        (lambda: dp.T2MLR(start=0, end=1, hidden=4), "layers above 1"), (lambda: dp.T2MLR(0, 1, layers=0), "layers: .* least 1"),
+        (lambda: dp.T2MLR(start=0, end=1, norm="layer"), "'streams' or 'both'"), (lambda: dp.T2MLR(0, 1, project=0), "project"),
+        (lambda: dp.T2MLR(start=0, end=1, limit=2.0), "something that is rescaled"),
         (lambda: dp.T2MLR(start=0, end=1, into="stream"), "not 0"),
         (lambda: dp.FeedbackTransformer(start=2, end=2), "above 2"), (lambda: dp.SameLayerState(share=0.0), r"in \(0, 1\)"),
     ):
