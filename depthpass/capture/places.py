@@ -1,41 +1,48 @@
-"""Places in time, height and width of models that turn their keys by all three (Qwen's vision models).
+"""Places in time, height and width of models that turn their keys by all of them (Qwen's vision models).
 
-Their ``position_ids`` are ``[3, batch, tokens]``, or ``[4, ..]`` with the positions that count tokens in front. Calls and
-captures hold them as ``[batch, tokens, 3]``, rows and tokens first as everything else.
+Their ``position_ids`` are ``[axes, batch, tokens]``, or one more in front that counts tokens. Calls and captures hold them as
+``[batch, tokens, axes]``, rows and tokens first as everything else.
 """
 
 from __future__ import annotations
 
-from typing import Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
 from depthpass.errors import InputError
 
-_AXES = 3
+
+def place_axes(decoder: Any) -> int:
+    """How many places every token of a decoder has: one for each part of its keys; 0 = it has one position alone.
+
+    Configs may leave the parts to the rotary module's own default.
+    """
+    config = decoder.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    parts = getattr(getattr(decoder, "rotary_emb", None), "mrope_section", None) or rope.get("mrope_section") or ()
+    return len(next(iter(parts.values())) if isinstance(parts, dict) else parts)
 
 
-def is_places(value: object) -> TypeGuard[Tensor]:
-    return isinstance(value, Tensor) and value.dim() == 3 and value.shape[0] in (_AXES, _AXES + 1)
+def counted_positions(position_ids: object, decoder: Any) -> object:
+    """The positions that count tokens, ``[batch, tokens]``, where they stand in front of places; None where they do not."""
+    if not isinstance(position_ids, Tensor) or position_ids.dim() != 3 or not (axes := place_axes(decoder)):
+        return position_ids
+    return {axes: None, axes + 1: position_ids[0]}.get(position_ids.shape[0], position_ids)
 
 
-def counted_positions(places: Tensor) -> Tensor | None:
-    """The positions that count tokens, ``[batch, tokens]``, where they stand in front of places."""
-    return places[0] if places.shape[0] > _AXES else None
-
-
-def places_of(value: object, config: Any, batch: int, new: int) -> Tensor | None:
-    """Places among ``position_ids``, ``[batch, new, 3]``; None = one position per token.
+def places_of(value: object, decoder: Any, batch: int, new: int) -> Tensor | None:
+    """Places among ``position_ids``, ``[batch, new, axes]``; None = one position per token.
 
     Raises:
         InputError: places of other shapes, or for a model that knows none.
     """
     if not isinstance(value, Tensor) or value.dim() != 3:
         return None
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    if "mrope_section" not in rope or not is_places(value) or value.shape[1] not in (1, batch) or value.shape[2] != new:
+    axes = place_axes(decoder)
+    if not axes or value.shape[0] not in (axes, axes + 1) or value.shape[1] not in (1, batch) or value.shape[2] != new:
         raise InputError(f"position_ids: expected shape {(batch, new)} (new tokens only), got {tuple(value.shape)}.")
-    return value[-_AXES:].expand(-1, batch, -1).permute(1, 2, 0).contiguous()
+    return value[-axes:].expand(-1, batch, -1).permute(1, 2, 0).contiguous()
 
 
 def as_given(position_ids: Tensor) -> Tensor:

@@ -5,11 +5,14 @@ import torch
 import zoo
 from transformers import (
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     DynamicCache,
     Gemma3Config,
     LlavaConfig,
+    Phi4MultimodalConfig,
     Qwen2VLConfig,
+    Qwen3VLConfig,
     SmolVLMConfig,
 )
 from turbos import enliven
@@ -56,6 +59,36 @@ def smol():
                            image_token_id=IMAGE, scale_factor=2, pad_token_id=0)
     torch.manual_seed(0)
     return enliven(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def qwen3():
+    """How many parts of a key turn by which place is the rotary module's default; its config does not say it."""
+    config = Qwen3VLConfig(
+        text_config=zoo.config("qwen3", 3).to_dict(), image_token_id=IMAGE, video_token_id=91, vision_start_token_id=92,
+        vision_end_token_id=93, vision_config={"depth": 2, "hidden_size": 16, "out_hidden_size": 32, "num_heads": 2,
+                                               "intermediate_size": 24, "deepstack_visual_indexes": [0]},
+    )
+    torch.manual_seed(0)
+    return enliven(AutoModelForImageTextToText.from_config(config).eval())
+
+
+def windows():
+    """Every layer has a window, so that the masks of a decoded token show the last columns alone."""
+    return gemma(layer_types=["sliding_attention"] * 3)
+
+
+def phi():
+    """The towers, with their tables of 4 positions, are parts of the decoder's embedding."""
+    audio = {"hidden_size": 16, "intermediate_size": 24, "num_blocks": 1, "num_attention_heads": 2, "input_size": 8,
+             "nemo_conv_channels": 16, "ext_pw_out_channel": 16, "bias_max_distance": 8}
+    config = Phi4MultimodalConfig(
+        vision_config={**VISION, "crop_size": 8}, audio_config=audio, original_max_position_embeddings=128,
+        **{n: getattr(zoo.config("llama", 3), n) for n in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "max_position_embeddings", "pad_token_id", "bos_token_id", "eos_token_id")},
+    )
+    torch.manual_seed(0)
+    return enliven(AutoModelForCausalLM.from_config(config).eval())
 
 
 def with_small_image(build):
@@ -113,6 +146,36 @@ def test_a_padded_row_of_a_program_is_the_row_alone_and_generates_as_it_scores(b
         mask = torch.cat((given["attention_mask"], torch.ones(2, 4, dtype=torch.long)), 1)
         scored = made(input_ids=out.sequences[:, :-1], attention_mask=mask, use_cache=False).logits[:, -5:]
     torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("build", [qwen3, windows, phi])
+def test_text_generates_as_the_stock_model_does(build):
+    stock, given = build(), inputs()
+    made, options = dp.transform(stock, dp.Identity()), dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(made.generate(**given, **options), stock.generate(**given, **options))
+    looped = dp.transform(stock, dp.Loop(start=1, end=2, times=2))
+    out = looped.generate(**given, **options, return_dict_in_generate=True, output_logits=True)
+    mask = torch.cat((given["attention_mask"], torch.ones(2, 3, dtype=torch.long)), 1)
+    with torch.no_grad():
+        scored = looped(input_ids=out.sequences[:, :-1], attention_mask=mask, use_cache=False).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
+
+
+def test_as_many_places_as_a_key_has_parts():
+    """HunYuan's tokens have four places: nothing in front of them counts tokens."""
+    transformers = pytest.importorskip("transformers.models.hunyuan_vl", reason="not in this release")
+    text = zoo.config("llama", 3).to_dict() | {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 1, 1]}}
+    config = transformers.HunYuanVLConfig(text_config=text, vision_config=VISION, image_token_id=IMAGE).text_config
+    torch.manual_seed(0)
+    stock = enliven(AutoModel.from_config(config).eval())
+    places = torch.randint(12, (4, 2, 9), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": inputs((9, 9))["input_ids"], "position_ids": places, "use_cache": False}
+    made = dp.transform(stock, dp.Identity())
+    with torch.no_grad():
+        torch.testing.assert_close(made(**given).last_hidden_state, stock(**given).last_hidden_state)
+    with pytest.raises(InputError, match="position_ids"):
+        made(**{**given, "position_ids": places[:3]})
 
 
 @pytest.mark.parametrize("style", ["sdpa", "eager"])

@@ -558,3 +558,22 @@ def test_dense_masks_that_say_more_are_refused():
     for mask in (_blocks(numbers), _blocks(numbers, 4, ahead=1), windowed.double(), -windowed.double()):
         with pytest.raises(InputError, match="expected a 2-D mask"):
             model(ids, attention_mask=mask[None, None], use_cache=False)
+
+
+def test_dense_masks_about_cached_tokens():
+    """What an outer class hands on while it decodes: the same tokens as a 2-D mask says, or refused."""
+    model = made(PROGRAMS["loop"], "mistral")
+    valid = torch.tensor([[1] * 9, [0] * 2 + [1] * 7]).bool()
+    ids = torch.arange(5, 23).view(2, 9) * valid
+    dense = (valid[:, None] & torch.stack([_blocks(torch.ones(9), window=4)] * 2))[:, None]
+    want = model(ids, attention_mask=valid.long(), use_cache=False).logits[:, 6:]
+    for form in (dense, torch.zeros(dense.shape).double().masked_fill(~dense, torch.finfo(torch.float64).min)):
+        cache = dp.DepthCache(model)
+        model(ids[:, :6], attention_mask=valid[:, :6].long(), past_key_values=cache)
+        more = [model(ids[:, a:b], attention_mask=form[:, :, a:b, :b], past_key_values=cache).logits for a, b in ((6, 8), (8, 9))]
+        assert_close([torch.cat(more, 1)], [want])
+    cache = dp.DepthCache(model)
+    model(ids[:, :8], attention_mask=valid[:, :8].long(), past_key_values=cache)
+    for hidden in (dense & (torch.arange(9) != 6), dense | (torch.arange(9) == 2)):
+        with pytest.raises(InputError, match="not causal"):
+            model(ids[:, 8:], attention_mask=hidden[:, :, 8:], past_key_values=cache)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_batchedtensor
 
-from depthpass.capture.places import counted_positions, is_places
+from depthpass.capture.places import counted_positions
 from depthpass.errors import DepthpassError, InputError
 from depthpass.hf.caches.cache import DepthCache
 from depthpass.hf.calls.packing import WORDS, Packing, check_batched, find_packing
@@ -34,7 +34,7 @@ def validity(
         raise InputError(
             f"attention_mask: expected a 2-D mask [batch, tokens] of 0 and 1, got {shape}. Dense and block masks are taken where "
             "they say no more than rows and packed sequences do: causal inside each sequence, with the windows of the model's "
-            "layers, of booleans or of 0 and the least number of their dtype, and without a cache."
+            "layers, of booleans or of 0 and the least number of their dtype."
         )
     if tuple(mask.shape) != (batch, past + new):
         raise InputError(f"attention_mask: expected shape {(batch, past + new)} (cached and new tokens), "
@@ -77,11 +77,9 @@ def check_rows(valid: Tensor) -> None:
         raise InputError(f"attention_mask: row {empty[0]} is padding only; every row needs at least one real token.")
 
 
-def told_positions(given: Mapping[str, object], batch: int, new: int, device: torch.device) -> Tensor | None:
+def told_positions(given: Mapping[str, object], decoder: Any, batch: int, new: int, device: torch.device) -> Tensor | None:
     """``position_ids`` as given, for every row; None where only places in images are told."""
-    value = given.get("position_ids")
-    if is_places(value):
-        value = counted_positions(value)
+    value = counted_positions(given.get("position_ids"), decoder)
     if value is None:
         return None
     if not isinstance(value, Tensor):

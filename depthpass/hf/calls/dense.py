@@ -18,31 +18,32 @@ from depthpass.errors import InputError
 _FULL = "full_attention"
 
 
-def validity_of(masks: Mapping[str, Any], config: Any, batch: int, past: int, new: int) -> Tensor | None:
+def validity_of(masks: Mapping[str, Any] | Tensor, config: Any, batch: int, new: int, state: Any) -> Tensor | None:
     """The real tokens ``[batch, past + new]`` that masks by kind of layer were made from; None = all.
 
     Args:
         masks: by kind of layer, ``[batch or 1, 1, new, past + new]``: booleans (seen), or numbers to add (0 = seen). None =
-            causal without padding, as transformers leaves it to the attention function.
+            causal without padding, as transformers leaves it to the attention function. Or one that holds for every layer.
         config: of the decoder.
+        state: of the cache, which knows the real tokens of the past: windows show but the last ones. None = no past.
 
     Raises:
         InputError: a mask is not causal, a window or chunks over the row's real tokens.
     """
-    seen = {kind: _seen(kind, m, past, new) for kind, m in masks.items()}
-    by_kind = {kind: m for kind, m in seen.items() if m is not None}
+    past = 0 if state is None else state.tokens
+    seen = {kind: _seen(kind, m, past, new) for kind, m in _for_kinds(masks, config).items()}
+    by_kind = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
     if not by_kind:
         return None
     columns = torch.arange(past + new, device=next(iter(by_kind.values())).device)
     queries = columns[past:, None]
     # The last query sees every real token that its kind of layer lets it see: of all, in a layer without window.
-    if _FULL in seen:
-        full = seen[_FULL]
-        valid = None if full is None else full[:, -1].expand(batch, -1)
-    else:
-        valid = torch.stack([m.any(1).expand(batch, -1) for m in by_kind.values()]).any(0)
-    if valid is None:
-        valid = torch.ones(batch, past + new, dtype=torch.bool, device=columns.device)
+    shown = [by_kind[_FULL][:, -1]] if _FULL in by_kind else [m.any(1) for m in by_kind.values()]
+    valid = torch.stack(shown).any(0)
+    if seen.get(_FULL, shown) is None:
+        valid = torch.ones_like(valid)
+    elif state is not None and _FULL not in seen:
+        valid[:, :past] = True if state.known is None else state.known
     for kind, mask in by_kind.items():
         # Padding sees nothing of its own, or everything (a softmax over nothing is no number).
         odd = mask[:, :, past:].diagonal(dim1=1, dim2=2) & ~valid[:, past:] & ~mask.all(-1)
@@ -70,7 +71,7 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     Raises:
         InputError: a mask by kind of layer of another shape, or with values that are neither "seen" nor "not seen".
     """
-    masks = mask if isinstance(mask, Mapping) else dict.fromkeys(_kinds(config), mask)
+    masks = _for_kinds(mask, config)
     if isinstance(mask, Tensor) and (mask.shape[1:] != (1, new, new) or len(mask) not in (1, batch) or not _is_choice(mask)):
         return None
     seen = {kind: _seen(kind, m, 0, new) for kind, m in masks.items()}
@@ -93,12 +94,13 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     return real, number
 
 
-def _kinds(config: Any) -> set[str]:
-    """Kinds of the layers that one mask has to hold for."""
-    if kinds := getattr(config, "layer_types", None):
-        return set(kinds)
-    return {"sliding_attention" if getattr(config, "sliding_window", None) else
-            "chunked_attention" if getattr(config, "attention_chunk_size", None) else _FULL}
+def _for_kinds(mask: Any, config: Any) -> Mapping[str, Any]:
+    """Masks by kind of layer; one has to hold for all of them."""
+    if isinstance(mask, Mapping):
+        return mask
+    return dict.fromkeys(set(getattr(config, "layer_types", None) or ()) or {
+        "sliding_attention" if getattr(config, "sliding_window", None) else
+        "chunked_attention" if getattr(config, "attention_chunk_size", None) else _FULL}, mask)
 
 
 def made_of_packed_rows(masks: Mapping[str, Any], config: Any, starts: Tensor) -> bool:

@@ -121,11 +121,11 @@ def normalise(
     batch, new, device = tokens.shape[0], tokens.shape[1], tokens.device
     cache_name, cache = _cache(model, given, frame, batch)
     past = cache.state.tokens if cache is not None else 0
-    told = told_positions(given, batch, new, device)
-    _flatten_masks(given, told, config, past, (batch, new), device)
+    told = told_positions(given, decoder, batch, new, device)
+    _flatten_masks(given, told, config, cache, (batch, new))
     valid = validity(given.get("attention_mask"), batch, past, new, device, cache)
     packing = packing_of(given, told, valid, past, (batch, new), device)
-    if (positions := places_of(given.get("position_ids"), config, batch, new)) is None:
+    if (positions := places_of(given.get("position_ids"), decoder, batch, new)) is None:
         positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
     tensors = {source: tokens} | ({"position_ids": positions.to(device)} if "position_ids" in names else {})
     tensors["attention_mask"] = (
@@ -151,19 +151,19 @@ def normalise(
 
 
 def _flatten_masks(
-    given: dict[str, Any], told: Tensor | None, config: Any, past: int, shape: tuple[int, int], device: torch.device
+    given: dict[str, Any], told: Tensor | None, config: Any, cache: DepthCache | None, shape: tuple[int, int]
 ) -> None:
     """Put a 2-D mask, and the sequences of packed rows, in place of dense masks."""
-    mask = given.get("attention_mask")
+    mask, past = given.get("attention_mask"), cache.state.tokens if cache is not None else 0
     if _dense(mask) and not past and (flat := sequences_of(mask, config, *shape)) is not None:
         given["attention_mask"], numbers = flat
         if bool((numbers.amax(1) > 1).any()):
             given.setdefault("seq_idx", numbers)
-    elif isinstance(mask, Mapping):
+    elif mask is not None and (isinstance(mask, Mapping) or (past and _dense(mask))):
         # Masks of packed rows are made where there is no 2-D mask.
-        rows = None if past or told is None else find_packing({}, told, None, False, shape, device)
+        rows = None if past or told is None else find_packing({}, told, None, False, shape, told.device)
         packed = rows is not None and made_of_packed_rows(mask, config, rows.starts)
-        given["attention_mask"] = None if packed else validity_of(mask, config, shape[0], past, shape[1])
+        given["attention_mask"] = None if packed else validity_of(mask, config, *shape, None if cache is None else cache.state)
 
 
 def _check_lengths(length: Tensor | None, packing: Packing | None) -> None:

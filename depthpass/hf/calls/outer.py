@@ -67,7 +67,8 @@ def without_crossing(model: DepthModel, names: tuple[str, ...], arguments: dict[
     mask = given.get("attention_mask")
     past = cache.state.tokens if isinstance(cache, DepthCache) else 0
     valid = validity(mask, batch, past, new, tokens.device, cache) if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    packing = packing_of(given, told_positions(given, batch, new, tokens.device), valid, past, (batch, new), tokens.device)
+    told = told_positions(given, model.get_submodule(model._depth.decoder), batch, new, tokens.device)
+    packing = packing_of(given, told, valid, past, (batch, new), tokens.device)
     return None if packing is None else labels.masked_fill(packing.starts.to(labels.device), IGNORED_LABEL)
 
 

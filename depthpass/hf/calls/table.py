@@ -5,17 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 
 
 def position_table(decoder: Any) -> str | None:
     """Path of the learned absolute positions in a text decoder, or None (rotary models have no table to run out of).
 
-    The tables of vision and audio towers lie outside of it and say nothing about text.
+    The tables of vision and audio towers say nothing about text, even where a decoder's embedding holds the towers.
     """
     tokens = decoder.get_input_embeddings()
+    towers = {id(t) for m in decoder.modules() if m is not decoder and isinstance(m, PreTrainedModel) for t in m.modules()}
     for name, module in decoder.named_modules():
-        leaf = name.rpartition(".")[2]
-        if isinstance(module, nn.Embedding) and module is not tokens and ("pos" in leaf or leaf == "wpe"):
+        leaf, own = name.rpartition(".")[2], module is not tokens and id(module) not in towers
+        if own and isinstance(module, nn.Embedding) and ("pos" in leaf or leaf == "wpe"):
             return name
     return None
 
