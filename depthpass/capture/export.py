@@ -221,6 +221,8 @@ class _ForwardError(Exception):
 class _DataSeen(TorchFunctionMode):
     """``x.data`` as an op: the trace does not see the attribute, and would take what it gives for a constant.
 
+    A sparse tensor has no entries while it is traced: code that asks for their number would be traced as if there were none.
+
     Args:
         asked: is filled with real tensors whose values a user's code made numbers of Python, constants for the trace.
     """
@@ -234,8 +236,13 @@ class _DataSeen(TorchFunctionMode):
             return args[0].detach()
         if getattr(func, "__name__", "") in _ASKS and is_own(sys._getframe(1).f_globals.get("__name__")):
             self.asked += [t for t in args[:2] if isinstance(t, torch.Tensor) and not isinstance(t, FakeTensor)]
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "_nnz" or (isinstance(result, torch.Tensor) and result.layout in _SPARSE):
+            raise NotImplementedError("sparse tensors have no entries while they are traced, so code that counts them goes wrong")
+        return result
 
+
+_SPARSE = frozenset({torch.sparse_coo, torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc})
 
 _ASKS = frozenset({"item", "tolist", "numpy", "is_nonzero", "equal", "allclose", "__bool__", "__float__", "__int__", "__index__",
                    "__contains__", "__complex__", "__array__", "__format__", "__repr__"})

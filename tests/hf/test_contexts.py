@@ -89,6 +89,15 @@ def test_vmap_over_padded_rows(stock):
     torch.testing.assert_close(out[real], wanted[real])
 
 
+@NO_RULE
+def test_routes_by_value_refuse_vmap_by_name(stock):
+    routed = dp.transform(stock, dp.MixtureOfRecursions(recursions=2, start=1, end=2, router="expert", mode="threshold"))
+    with pytest.raises(InputError, match=r"vmap.*which tokens\s+a route takes"):
+        vmap(lambda i: routed(input_ids=i, use_cache=False).logits)(IDS[:, None])
+    with pytest.raises(InputError, match=r"vmap.*which tokens\s+a route takes"):
+        vmap(lambda i: routed(input_ids=i, position_ids=torch.arange(9)[None] % 5, use_cache=False).logits)(IDS[:, None])
+
+
 @WARM
 def test_hand_scheduled_loops_refuse_function_transforms_by_name(stock, warm):
     made = model_of(stock, warm, lowering="scheduled")

@@ -70,8 +70,22 @@ def test_prompts_as_keys_are_refused_by_name():
     """Prefix tuning hands every block keys that no token has."""
     config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(turbo_of(stock_of("llama")), config)
+    for given in ({}, {"labels": BATCH["input_ids"]}):
+        with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
+            logits(model, **BATCH, **given)
     with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
-        logits(model)
+        model.generate(**BATCH, max_new_tokens=2)
+
+
+@pytest.mark.skipif(not hasattr(peft, "FrodConfig"), reason="not in this release")
+def test_sparse_tensors_in_a_block_are_refused_by_name():
+    """FRoD asks how many entries its sparse factor has; a trace would take it for empty."""
+    model = peft.get_peft_model(stock_of("llama"), peft.FrodConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    made = dp.transform(model, dp.Identity())
+    with pytest.raises(dp.UnsupportedModelError, match=r"q_proj.*sparse"):
+        logits(made)
+    with made.disable_adapter():
+        torch.testing.assert_close(logits(made), logits(stock_of("llama")))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

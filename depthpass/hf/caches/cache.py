@@ -39,7 +39,7 @@ def take_cache(arguments: dict[str, Any]) -> tuple[str, Any]:
     """
     caches = {n: c for n in NAMES if (c := arguments.pop(n, None)) is not None}
     if len({id(c) for c in caches.values()}) > 1:
-        raise InputError(f"{' and '.join(caches)}: expected one cache, got two; both are names of the same argument. Pass one.")
+        raise InputError(f"{' and '.join(caches)}: expected one cache, got two (prompts as keys are not supported). Pass one.")
     return next(iter(caches.items()), (NAMES[0], None))
 
 

@@ -55,7 +55,7 @@ def validity(
 
 @contextmanager
 def shapes_only(tokens: Tensor) -> Iterator[None]:
-    """Say why a program cannot run on the meta device: it asks for a value.
+    """Say why a program cannot run on the meta device or under ``vmap``: it asks for a value.
 
     Raises:
         InputError: instead of torch's error about it.
@@ -63,11 +63,11 @@ def shapes_only(tokens: Tensor) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:
-        if not tokens.is_meta or isinstance(error, DepthpassError):
+        if isinstance(error, DepthpassError) or not (tokens.is_meta or str(error).startswith("vmap: It")):
             raise
         raise InputError(
-            "the model is on the meta device, which has shapes and no values, and this program asks for values (which tokens "
-            "a route takes, how far to iterate). Use a real device; dp.report and dp.explain need no weights."
+            "the model is on the meta device or under vmap, where nothing has values, and this program asks for some (which "
+            "tokens a route takes, how far to iterate). Call it row by row, on a real device; dp.report needs none."
         ) from error
 
 

@@ -63,9 +63,10 @@ def without_crossing(model: DepthModel, names: tuple[str, ...], arguments: dict[
         return None
     given = {n: v for n, v in arguments.items() if v is not None}
     batch, new = tokens.shape[:2]
-    _, cache = take_cache(dict(given))
-    mask = given.get("attention_mask")
-    past = cache.state.tokens if isinstance(cache, DepthCache) else 0
+    mask, cache = given.get("attention_mask"), take_cache(dict(given))[1]
+    if not isinstance(cache, DepthCache | None):
+        return None  # the decoder says what is wrong
+    past = cache.state.tokens if cache is not None else 0
     valid = validity(mask, batch, past, new, tokens.device, cache) if isinstance(mask, Tensor) and mask.dim() == 2 else None
     told = told_positions(given, model.get_submodule(model._depth.decoder), batch, new, tokens.device)
     packing = packing_of(given, told, valid, past, (batch, new), tokens.device)

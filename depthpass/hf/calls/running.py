@@ -150,10 +150,10 @@ def _dispatch(now: DecoderCall, plan: Plan, state: State) -> tuple[list[Tensor],
         the decoder's flat outputs; all streams by name; the new state.
     """
     call = now.call
-    if call.packing is not None:
-        parts, streams = _advance_packed(now, call.packing)
-        return parts, streams, state
     with shapes_only(call.tensors["attention_mask"]):
+        if call.packing is not None:
+            parts, streams = _advance_packed(now, call.packing)
+            return parts, streams, state
         # A token behind pads stands behind them in the state, too.
         behind = insert(now.model, plan.program, call)[0] if state.pads is not None else call
         step = None if call.hidden_states else advance_token(now.model, plan, now.captured, behind, state, now.lowered)
