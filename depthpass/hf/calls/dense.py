@@ -39,10 +39,8 @@ def validity_of(masks: Mapping[str, Any] | Tensor, config: Any, batch: int, new:
     queries = columns[past:, None]
     # The last query sees every real token that its kind of layer lets it see: of all, in a layer without window.
     shown = [by_kind[_FULL][:, -1]] if _FULL in by_kind else [m.any(1) for m in by_kind.values()]
-    valid = torch.stack(shown).any(0)
-    if seen.get(_FULL, shown) is None:
-        valid = torch.ones_like(valid)
-    elif state is not None and _FULL not in seen:
+    valid = torch.ones_like(shown[0]) if seen.get(_FULL, shown) is None else torch.stack(shown).any(0)
+    if state is not None and _FULL not in seen:
         valid[:, :past] = True if state.known is None else state.known
     for kind, mask in by_kind.items():
         # Padding sees nothing of its own, or everything (a softmax over nothing is no number).
@@ -71,10 +69,9 @@ def sequences_of(mask: Any, config: Any, batch: int, new: int) -> tuple[Tensor, 
     Raises:
         InputError: a mask by kind of layer of another shape, or with values that are neither "seen" nor "not seen".
     """
-    masks = _for_kinds(mask, config)
     if isinstance(mask, Tensor) and (mask.shape[1:] != (1, new, new) or len(mask) not in (1, batch) or not _is_choice(mask)):
         return None
-    seen = {kind: _seen(kind, m, 0, new) for kind, m in masks.items()}
+    seen = {kind: _seen(kind, m, 0, new) for kind, m in _for_kinds(mask, config).items()}
     if not seen or any(m is None for m in seen.values()):
         return None
     expanded: dict[str, Tensor] = {kind: m.expand(batch, -1, -1) for kind, m in seen.items() if m is not None}
