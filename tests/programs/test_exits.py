@@ -15,7 +15,8 @@ from depthpass.ir.interpret import Interpretation
 from depthpass.ir.local_ops import distance
 from tests.passes.toy import WIDTH, Toy
 
-LENGTHS = [9, 6]
+LENGTHS = [7, 4]
+"""Below the eight lanes of AVX2: the float32 softmax of Gemma's attention adds longer rows up in an order that pads change."""
 HUGINN = {"inject": "concat", "state": "noise", "noise_std": math.sqrt(2 / 5), "noise_cut": 3.0, "out_norm": True}
 CASES = {
     "cdf": ("llama", {"exit": 0.7, "times": 4}),
