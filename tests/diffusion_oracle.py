@@ -11,7 +11,7 @@ import torch.nn.functional as F
 def visible(seen, window=None, chunk=None, block=None, ahead=True):
     """``[rows, tokens, tokens]``: which keys each token sees; pads see themselves, so that nothing is NaN."""
     rows, n = seen.shape
-    found = torch.zeros(rows, n, n, dtype=torch.bool)
+    actual = torch.zeros(rows, n, n, dtype=torch.bool)
     for r in range(rows):
         start = int(seen[r].long().argmax())
         for q in range(n):
@@ -25,12 +25,12 @@ def visible(seen, window=None, chunk=None, block=None, ahead=True):
                     ok &= abs(q - k) < window
                 if chunk is not None:
                     ok &= (k - start) // chunk == (q - start) // chunk
-                found[r, q, k] = ok or k == q
-    return found
+                actual[r, q, k] = ok or k == q
+    return actual
 
 
-def bias(found, dtype):
-    return torch.zeros(found.shape, dtype=dtype).masked_fill(~found, torch.finfo(dtype).min)[:, None]
+def bias(actual, dtype):
+    return torch.zeros(actual.shape, dtype=dtype).masked_fill(~actual, torch.finfo(dtype).min)[:, None]
 
 
 def logits(model, seen, block=None, window=None, **inputs):

@@ -26,12 +26,12 @@ def random_bridges(width: int, bridges: list[tuple[int, int]], rank: int, seed: 
     def normal(*shape):
         return torch.randn(*shape, generator=generator, dtype=dtype).mul_(0.3).requires_grad_()
 
-    found = {}
+    seen = {}
     for s, d in bridges:
         name = f"turboconn.s{s}_d{d}"
-        found[f"{name}.down.weight"], found[f"{name}.down.bias"] = normal(rank, width), normal(rank)
-        found[f"{name}.up.weight"], found[f"{name}.up.bias"] = normal(width, rank), normal(width)
-    return found
+        seen[f"{name}.down.weight"], seen[f"{name}.down.bias"] = normal(rank, width), normal(rank)
+        seen[f"{name}.up.weight"], seen[f"{name}.up.bias"] = normal(width, rank), normal(width)
+    return seen
 
 
 def turboconn_row(

@@ -379,7 +379,7 @@ def inner_thinking(
 
 
 def compare(
-    stock: nn.Module, made: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8, counted: bool = False
+    stock: nn.Module, transformed: nn.Module, batch: dict[str, Tensor], want: Callable, limit: float = 1e-8, counted: bool = False
 ) -> None:
     """Outputs and every gradient of a transformed model against an oracle, row by row.
 
@@ -389,13 +389,13 @@ def compare(
     """
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     columns = torch.arange(ids.shape[1])
-    stock.zero_grad(), made.zero_grad()
-    got = made(**batch).logits
+    stock.zero_grad(), transformed.zero_grad()
+    got = transformed(**batch).logits
     weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(5), dtype=got.dtype)
     (got * weight)[mask].sum().backward()
-    mine = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
-    stock.zero_grad(), made.zero_grad()
-    values = {n: p.detach().clone().requires_grad_() for n, p in made.depth.named_parameters()}
+    mine = {n: p.grad.clone() for n, p in transformed.named_parameters() if p.grad is not None}
+    stock.zero_grad(), transformed.zero_grad()
+    values = {n: p.detach().clone().requires_grad_() for n, p in transformed.depth.named_parameters()}
     loss = 0.0
     with oracle_attention(stock):
         for r in range(len(ids)):

@@ -37,12 +37,12 @@ def longest_of(lengths: Lengths, batch: int) -> dict[int, Fraction]:
     """Distribution of the longest of ``batch`` independent rows: the length a batch is padded to."""
     _at_least_one(batch=batch)
     weights = _distribution(lengths)
-    found, below = {}, Fraction(0)
+    seen, below = {}, Fraction(0)
     for length in sorted(weights):
         upto = below + Fraction(weights[length])
-        found[length] = upto**batch - below**batch
+        seen[length] = upto**batch - below**batch
         below = upto
-    return found
+    return seen
 
 
 def mean_length(lengths: Lengths) -> float:

@@ -151,8 +151,8 @@ def _word(prompt):
 
     head, word = prompt.split(" : ")
     by_letter = {g[0]: Permutation(list(map(int, g[2:]))) for g in head.split()}
-    found = math.prod((by_letter[x] for x in word), start=Permutation(range(len(head.split()[0]) - 2)))
-    return "".join(map(str, found.array_form))
+    actual = math.prod((by_letter[x] for x in word), start=Permutation(range(len(head.split()[0]) - 2)))
+    return "".join(map(str, actual.array_form))
 
 
 s3_word_problem = s5_word_problem = a5_word_problem = _word
@@ -221,7 +221,7 @@ def sudoku(prompt):
     """Depth-first search for every solution; there has to be one."""
     rows = [[int(x) for x in r.replace(".", "0")] for r in prompt.split()[1:]]
     side, box = len(rows), math.isqrt(len(rows))
-    found = []
+    seen = []
 
     def fits(r, c, v):
         return not any(rows[r][k] == v or rows[k][c] == v for k in range(side)) and not any(
@@ -230,7 +230,7 @@ def sudoku(prompt):
     def search():
         empty = [(r, c) for r in range(side) for c in range(side) if not rows[r][c]]
         if not empty:
-            found.append(" ".join("".join(map(str, r)) for r in rows))
+            seen.append(" ".join("".join(map(str, r)) for r in rows))
             return
         options = {p: [v for v in range(1, side + 1) if fits(*p, v)] for p in empty}
         r, c = min(empty, key=lambda p: len(options[p]))
@@ -240,8 +240,8 @@ def sudoku(prompt):
             rows[r][c] = 0
 
     search()
-    assert len(found) == 1
-    return found[0]
+    assert len(seen) == 1
+    return seen[0]
 
 
 sudoku_4 = sudoku_9 = sudoku
@@ -256,12 +256,12 @@ def relay_rounds(name, prompt):
     if name == "relay_edit_distance":
         a, b = prompt.replace(" ", "").rstrip("=").split("|")
         return tuple(" ".join(_edits(a[:i], b[:j]) for j in range(1, len(b) + 1)) for i in range(1, len(a) + 1))
-    text, found = prompt, []
+    text, seen = prompt, []
     while re.search(r"[-+*]", text):
         inner = re.search(r"\( (\d+) ([-+*]) (\d+) \)", text) or re.search(r"(\d+) ([-+*]) (\d+)", text)
         text = text.replace(inner[0], str(eval(" ".join(inner.groups())) % 11), 1)
-        found.append(text.removesuffix(" ="))
-    return tuple(found)
+        seen.append(text.removesuffix(" ="))
+    return tuple(seen)
 
 
 def _longest(x):

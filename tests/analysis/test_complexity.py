@@ -73,32 +73,32 @@ def test_log_precision_loops_with_padding_are_exactly_tc():
 def test_hardware_precision_is_reported_as_logspace_uniform_ac(precision):
     """2605.30523: families of constant precision are logspace-uniform AC^d; nothing first-order-uniform is claimed."""
     for loops, d in ((3, 0), (sp.log(n), 1)):
-        found = complexity(loops, n, precision)
-        assert f"exactly L-uniform AC^{d}" in found[0].claim and found[0].citation == "2605.30523"
-        assert any("L-uniform" in p for p in found[0].premises) and any("width that grows" in p for p in found[0].premises)
-        assert not any("first-order" in str(s) for s in found)
-        assert not any("exactly" in s.claim and "TC^" in s.claim for s in found)
-    assert all("fixed number of bits" in p.premises[0] for p in found if p.status == "proven")
+        actual = complexity(loops, n, precision)
+        assert f"exactly L-uniform AC^{d}" in actual[0].claim and actual[0].citation == "2605.30523"
+        assert any("L-uniform" in p for p in actual[0].premises) and any("width that grows" in p for p in actual[0].premises)
+        assert not any("first-order" in str(s) for s in actual)
+        assert not any("exactly" in s.claim and "TC^" in s.claim for s in actual)
+    assert all("fixed number of bits" in p.premises[0] for p in actual if p.status == "proven")
 
 
 @pytest.mark.parametrize("precision", ["log", "bf16"])
 @pytest.mark.parametrize("loops", [g[0] for g in GROWTHS if g[1].kind == "polylog" and not g[1].exact])
 def test_loop_counts_between_two_powers_get_an_upper_bound_only(precision, loops):
     """log n log log n loops are no TC^1 (a family may use them all) and not known to be TC^2."""
-    found = complexity(loops, n**3, precision)
-    assert not any(s.status == "proven" and "decides exactly" in s.claim for s in found)
+    actual = complexity(loops, n**3, precision)
+    assert not any(s.status == "proven" and "decides exactly" in s.claim for s in actual)
     degree = growth(loops).degree
-    assert f"nothing outside {'first-order-uniform TC' if precision == 'log' else 'L-uniform AC'}^{degree}:" in found[0].claim
-    assert any(f"between log^{degree - 1} n and log^{degree} n" in s.claim and s.status == "no statement" for s in found)
+    assert f"nothing outside {'first-order-uniform TC' if precision == 'log' else 'L-uniform AC'}^{degree}:" in actual[0].claim
+    assert any(f"between log^{degree - 1} n and log^{degree} n" in s.claim and s.status == "no statement" for s in actual)
 
 
 def test_without_padding_only_the_upper_bound_is_proven():
     for precision, name in (("log", "first-order-uniform TC^0"), ("bf16", "L-uniform AC^0")):
         for padding in (0, 5, sp.log(n) ** 2):
-            found = complexity(1, padding, precision)
-            assert f"nothing outside {name}:" in found[0].claim
-            assert found[1].status == "no statement" and "Without polynomial padding" in found[1].claim
-            assert not any("decides exactly" in s.claim for s in found)
+            actual = complexity(1, padding, precision)
+            assert f"nothing outside {name}:" in actual[0].claim
+            assert actual[1].status == "no statement" and "Without polynomial padding" in actual[1].claim
+            assert not any("decides exactly" in s.claim for s in actual)
     (only,) = complexity(1, 2**n, "log")
     assert only.status == "no statement"
 
@@ -128,11 +128,11 @@ def test_p_bounds_polynomially_many_visits_only(options):
 
 def test_delay_cycles_say_what_can_and_cannot_be_said():
     """TurboConn: depth grows with n, yet no theorem gives it a class."""
-    found = complexity(1, 0, "bf16", delay_edges=True)
-    assert found[0].status == "no statement" and "no class is proven" in found[0].claim
-    assert any("At most P" in c for c in claims(found, "proven"))
-    assert any("At least what the model without the edges" in c for c in claims(found, "proven"))
-    assert not any("AC^" in s.claim or "TC^" in s.claim for s in found)
+    actual = complexity(1, 0, "bf16", delay_edges=True)
+    assert actual[0].status == "no statement" and "no class is proven" in actual[0].claim
+    assert any("At most P" in c for c in claims(actual, "proven"))
+    assert any("At least what the model without the edges" in c for c in claims(actual, "proven"))
+    assert not any("AC^" in s.claim or "TC^" in s.claim for s in actual)
 
 
 SPECS = {
@@ -155,13 +155,13 @@ def said(spec, precision="bf16"):
 @pytest.mark.parametrize("name", SPECS)
 def test_depth_is_said_to_grow_along_the_tokens_where_it_does(name):
     """Counter-example: parallel loops have delays, and a depth of min(R, n) * L."""
-    program, found = said(SPECS[name])
-    grows = any("depth grows along the tokens" in s.claim for s in found)
+    program, actual = said(SPECS[name])
+    grows = any("depth grows along the tokens" in s.claim for s in actual)
     assert grows == (depth(program).rate > 0)
     if any(o.kind == "delay" for o in program) and not grows:
-        assert any("never fed back" in s.claim and s.status == "proven" for s in found)
-        assert any("nothing outside L-uniform AC^0:" in s.claim and any("shifts" in p for p in s.premises) for s in found)
-        assert not any("exactly" in s.claim for s in found)
+        assert any("never fed back" in s.claim and s.status == "proven" for s in actual)
+        assert any("nothing outside L-uniform AC^0:" in s.claim and any("shifts" in p for p in s.premises) for s in actual)
+        assert not any("exactly" in s.claim for s in actual)
 
 
 def test_a_choice_by_rank_decides_majority():
@@ -173,17 +173,17 @@ def test_a_choice_by_rank_decides_majority():
         decided = torch.where(taken, bits, torch.ones(())).amin(1).bool()
         assert torch.equal(decided, bits.sum(1) >= length // 2)
     for precision in ("bf16", "log"):
-        found = said(SPECS["recursions"], precision)[1]
-        assert any("MAJORITY" in s.claim and s.status == "proven" for s in found)
-        assert not any("nothing outside" in s.claim or "decides exactly" in s.claim for s in found)
+        actual = said(SPECS["recursions"], precision)[1]
+        assert any("MAJORITY" in s.claim and s.status == "proven" for s in actual)
+        assert not any("nothing outside" in s.claim or "decides exactly" in s.claim for s in actual)
         by_threshold = said(SPECS["recursions by threshold"], precision)[1]
         assert not any("MAJORITY" in s.claim or "nothing outside" in s.claim for s in by_threshold)
     assert not any("MAJORITY" in s.claim for s in said(SPECS["loop"])[1])
 
 
 def test_chain_of_thought_lines_are_about_the_steps_and_loops_at_hand():
-    found = complexity(sp.log(n) ** 2, n**3, "log", cot_steps=sp.log(n) ** 2)
-    strict = next(s for s in found if "strictly less" in s.claim)
+    actual = complexity(sp.log(n) ** 2, n**3, "log", cot_steps=sp.log(n) ** 2)
+    strict = next(s for s in actual if "strictly less" in s.claim)
     assert strict.status == "conditional" and strict.premises[0] == "TC^1 is not TC^2" and "polynomial padding" in strict.premises
     assert strict.citation == "2505.19245"
     fewer = next(s for s in complexity(sp.log(n) ** 3, n, "log", cot_steps=sp.log(n)) if "strictly less" in s.claim)
@@ -202,8 +202,8 @@ def test_chain_of_thought_lines_are_about_the_steps_and_loops_at_hand():
 
 
 def test_masked_diffusion():
-    found = complexity(1, 0, "fp32", diffusion_steps=sp.log(n) ** 2)
-    diffusion = [s for s in found if s.citation == "2510.13117"]
+    actual = complexity(1, 0, "fp32", diffusion_steps=sp.log(n) ** 2)
+    diffusion = [s for s in actual if s.citation == "2510.13117"]
     assert len(diffusion) == 3 and "exactly L-uniform AC^2" in diffusion[0].claim
     for s in diffusion:
         assert any("width that grows as log N" in p for p in s.premises) and any("L-uniform" in p for p in s.premises)

@@ -22,8 +22,8 @@ def test_page_runs(page, capsys):
 
 @pytest.mark.parametrize("module", ["depthpass.tasks.registry", "published_costs"])
 def test_docstring_examples(module):
-    found = doctest.testmod(importlib.import_module(module))
-    assert found.attempted and not found.failed
+    actual = doctest.testmod(importlib.import_module(module))
+    assert actual.attempted and not actual.failed
 
 
 def test_the_pages_name_what_exists():

@@ -205,11 +205,11 @@ def test_count_reads_an_exported_graph_directly():
         dynamic_shapes={"input_ids": sizes, "position_ids": sizes, "use_cache": None}, strict=False,
         prefer_deferred_runtime_asserts_over_guards=True,  # torch 2.11 has guards on strides of shared keys that hold for all n
     )
-    found = count(program.graph_module, part="head")
+    number = count(program.graph_module, part="head")
     whole = sum(p.count.total_flops("dense") for p in tiny(layers=1).parts)
-    assert sp.expand(found.total_flops("dense") - whole) == 0
-    assert len(found.sites) == 1
-    assert found.gemm_flops["mlp"] == 6 * 32 * 48 * B * n
+    assert sp.expand(number.total_flops("dense") - whole) == 0
+    assert len(number.sites) == 1
+    assert number.gemm_flops["mlp"] == 6 * 32 * 48 * B * n
 
 
 def test_count_covers_the_matmul_ops_of_other_models():
@@ -229,9 +229,9 @@ def test_count_covers_the_matmul_ops_of_other_models():
     program = torch.export.export(net, (torch.randn(3, 7, 8),), dynamic_shapes=(dims,), strict=False)
     with FlopCounterMode(display=False) as counter:
         net(torch.randn(BATCH, TOKENS, 8))
-    found = count(program.graph_module)
-    assert at(found.total_flops()) == counter.get_total_flops()
-    assert found.uncounted == ()
+    number = count(program.graph_module)
+    assert at(number.total_flops()) == counter.get_total_flops()
+    assert number.uncounted == ()
 
 
 def test_unknown_ops_are_named_and_missing_sizes_are_errors():

@@ -288,21 +288,21 @@ def test_flops_of_a_visits_lora_are_those_that_torch_counts(name):
         with FlopCounterMode(display=False) as backward:
             loss.backward()
         measured.append((forward.get_total_flops(), backward.get_total_flops()))
-        found = dp.report(model, seq_len=19, batch=2).cost
-        counted.append((found.at("FLOPs forward", 19, 2), found.at("FLOPs backward", 19, 2)))
+        actual = dp.report(model, seq_len=19, batch=2).cost
+        counted.append((actual.at("FLOPs forward", 19, 2), actual.at("FLOPs backward", 19, 2)))
     added = [b - a for a, b in zip(*measured)]
     assert [b - a for a, b in zip(*counted)] == added and min(added) > 0
-    assert found.evaluate(found.flops["new"], 19, 2) == found.evaluate(found.flops["new"], 190, 1) == added[0]
-    assert sum(p.numel() for p in model.depth.parameters()) == found.at("parameters new", 19)
+    assert actual.evaluate(actual.flops["new"], 19, 2) == actual.evaluate(actual.flops["new"], 190, 1) == added[0]
+    assert sum(p.numel() for p in model.depth.parameters()) == actual.at("parameters new", 19)
 
 
 def test_a_lora_in_a_token_loop_is_multiplied_out_for_every_chunk():
     spec = [dp.Loop(1, 3, times=2, lora_rank=2), dp.TurboConn(bridges=[(4, 1)], group=3, rank=2)]
     bare = [replace(spec[0], lora_rank=None), spec[1]]
-    found, plain_ = (dp.report(zoo.config("llama"), s, seq_len=20).cost for s in (spec, bare))
-    once = sum(2 * 2 * a * b for _, a, b in found.model.blocks[1].matrices)
+    actual, plain_ = (dp.report(zoo.config("llama"), s, seq_len=20).cost for s in (spec, bare))
+    once = sum(2 * 2 * a * b for _, a, b in actual.model.blocks[1].matrices)
     # Visits 2, 3 and 4 of 1 2 1 2 lie on the cycle, 1 does not.
-    assert found.evaluate(found.flops["new"] - plain_.flops["new"], 20) == once + 3 * 7 * once
-    chunked = found.regions[1]
+    assert actual.evaluate(actual.flops["new"] - plain_.flops["new"], 20) == once + 3 * 7 * once
+    chunked = actual.regions[1]
     assert (chunked.serial, chunked.visits) == (True, 3)
-    assert found.evaluate(chunked.flops - plain_.regions[1].flops, 20) == 3 * 7 * once
+    assert actual.evaluate(chunked.flops - plain_.regions[1].flops, 20) == 3 * 7 * once

@@ -99,10 +99,10 @@ def test_routed_work_runs_fewer_rows():
 
 
 def test_measured_ceilings_are_sane():
-    found = ceilings("cpu", torch.float32, width=64, rows=32, copies=2, repeat=1)
-    assert found.flops_per_s > 0 and found.bytes_per_s > 0 and not found.assumed
-    assert found.ridge_rows == pytest.approx(found.flops_per_s * 4 / (2 * found.bytes_per_s))
-    assert "measured" in found.source and dict((r[0], r[1]) for r in found.rows())["dtype"] == "float32"
+    actual = ceilings("cpu", torch.float32, width=64, rows=32, copies=2, repeat=1)
+    assert actual.flops_per_s > 0 and actual.bytes_per_s > 0 and not actual.assumed
+    assert actual.ridge_rows == pytest.approx(actual.flops_per_s * 4 / (2 * actual.bytes_per_s))
+    assert "measured" in actual.source and dict((r[0], r[1]) for r in actual.rows())["dtype"] == "float32"
 
 
 def test_known_devices_are_marked_as_assumed():

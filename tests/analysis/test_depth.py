@@ -56,32 +56,32 @@ def test_random_programs_equal_brute_force(chunk: int) -> None:
     for seed in range(30 * chunk, 30 * chunk + 30):
         program = random_program(seed, routes=chunk % 3 != 0, pads=chunk % 3 != 1)
         try:
-            found = depth(program)
+            depths = depth(program)
         except PassError:
             # A top-k route on a delay cycle: brute force cannot order the unrolled graph either.
             with pytest.raises(SpecError, match="has a cycle"):
                 brute_depth(program, 20)
             continue
         for tokens in (1, 3, 10):
-            assert found.at(tokens) == brute_depth(program, tokens), (seed, tokens)
-            assert found.formula.subs(n, tokens) == found.at(tokens), (seed, tokens)
-            assert len(found.critical_path(tokens)) == found.at(tokens), (seed, tokens)
-        check_path(program, found.critical_path(3), 3)
+            assert depths.at(tokens) == brute_depth(program, tokens), (seed, tokens)
+            assert depths.formula.subs(n, tokens) == depths.at(tokens), (seed, tokens)
+            assert len(depths.critical_path(tokens)) == depths.at(tokens), (seed, tokens)
+        check_path(program, depths.critical_path(3), 3)
         assert depth(program, "inner").at(4) == brute_depth(program, 4, "inner"), seed
         if not any(o.kind == "route" for o in program):
-            assert found.rate <= found.certificate.cycle_ratio, seed
+            assert depths.rate <= depths.certificate.cycle_ratio, seed
 
 
 @given(programs())
 @settings(max_examples=60)
 def test_programs_of_the_shared_strategy_equal_brute_force(program: Program) -> None:
     try:
-        found = depth(program)
+        depths = depth(program)
     except PassError:
         with pytest.raises(SpecError, match="has a cycle"):
             brute_depth(program, 20)
         return
-    assert [found.at(k) for k in (1, 2, 6)] == [brute_depth(program, k) for k in (1, 2, 6)]
+    assert [depths.at(k) for k in (1, 2, 6)] == [brute_depth(program, k) for k in (1, 2, 6)]
     for tap in program.taps:
         assert depth(program, tap["name"]).at(5) == brute_depth(program, 5, tap["name"])
 
@@ -97,22 +97,22 @@ def test_long_rows_of_random_programs_keep_to_the_closed_form() -> None:
     grown = 0
     for seed in range(1000, 1040):
         program = random_program(seed, routes=False, pads=False, max_delay=4)
-        found = depth(program)
-        grown += found.rate > 0
-        assert found.at(25) == brute_depth(program, 25), seed
+        depths = depth(program)
+        grown += depths.rate > 0
+        assert depths.at(25) == brute_depth(program, 25), seed
     assert grown >= 10
 
 
 def test_parts_of_a_depth(bridge: Program) -> None:
-    found = depth(bridge)
-    assert str(found) == "4 + floor((n - 1)/2)"
-    assert [found.at(k) for k in range(1, 7)] == [4, 4, 5, 5, 6, 6]
-    assert found.at(10**9 + 1) == 4 + 5 * 10**8
-    (recurrence,) = found.certificate.recurrences
+    depths = depth(bridge)
+    assert str(depths) == "4 + floor((n - 1)/2)"
+    assert [depths.at(k) for k in range(1, 7)] == [4, 4, 5, 5, 6, 6]
+    assert depths.at(10**9 + 1) == 4 + 5 * 10**8
+    (recurrence,) = depths.certificate.recurrences
     assert (recurrence.period, recurrence.step, recurrence.driven) == (2, 1, False)
     assert set(recurrence.nodes) == {"3", "4", "5", "6"}
-    assert set(found.certificate.cycle) <= {"3", "4", "5", "6"}
-    assert found.critical_path(4) == [
+    assert set(depths.certificate.cycle) <= {"3", "4", "5", "6"}
+    assert depths.critical_path(4) == [
         PathVisit("1", 0, 1), PathVisit("2", 1, 1), PathVisit("5", 2, 1), PathVisit("5", 2, 3), PathVisit("7", 3, 3)
     ]
 
@@ -157,9 +157,9 @@ def test_bad_outputs_and_weights(bridge: Program) -> None:
 
 def same_as_brute_force(text: str, lengths: range) -> list[int]:
     program = verify(parse_program(text))
-    found = [depth(program).at(k) for k in lengths]
-    assert found == [brute_depth(program, k) for k in lengths]
-    return found
+    actual = [depth(program).at(k) for k in lengths]
+    assert actual == [brute_depth(program, k) for k in lengths]
+    return actual
 
 
 def test_a_value_is_absent_until_all_its_arguments_are_there() -> None:

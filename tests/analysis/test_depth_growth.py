@@ -138,7 +138,7 @@ def test_solved_systems_equal_long_simulations(seed: int) -> None:
         arcs = {(rng.randrange(v), 0) for _ in range(2) if v} | {(rng.randrange(count), rng.randint(1, 9))}
         nodes.append(Node(v, tuple(arcs) if v else (), rng.randint(0, 3)))
     nodes[0] = Node(0, ((count - 1, rng.randint(1, 4)),) if rng.random() < 0.5 else (), 1)
-    found, recurrences = solve(nodes, frozenset([0]))
+    actual, recurrences = solve(nodes, frozenset([0]))
     x: dict[object, list[float]] = {v.name: [] for v in nodes}
     for i in range(400):
         for v in nodes:
@@ -147,14 +147,14 @@ def test_solved_systems_equal_long_simulations(seed: int) -> None:
                 best = max(best, x[u][i - d] if i >= d else NEVER)
             x[v.name].append(best + v.weight)
     for v in nodes:
-        assert [found[v.name].at(i) for i in range(400)] == x[v.name]
+        assert [actual[v.name].at(i) for i in range(400)] == x[v.name]
     for r in recurrences:
         assert r.driven or Fraction(r.step, r.period) == r.cycle_ratio
 
 
 def test_nodes_that_no_path_reaches_are_said_so() -> None:
-    found, recurrences = solve([Node("a", ()), Node("b", (("b", 1),), 1)], frozenset(["a"]))
-    assert found["b"] == UNREACHED and not recurrences
+    actual, recurrences = solve([Node("a", ()), Node("b", (("b", 1),), 1)], frozenset(["a"]))
+    assert actual["b"] == UNREACHED and not recurrences
 
 
 @pytest.mark.parametrize("height", [40, 50])
@@ -166,18 +166,18 @@ def test_an_input_that_jumps_after_the_first_pattern_is_not_missed(height: int) 
         Node("j", (("s", 0), ("a", 10))),
         Node("b", (("j", 0), ("b", 1)), 1),
     ]
-    found, recurrences = solve(nodes, frozenset(["s"]))
+    actual, recurrences = solve(nodes, frozenset(["s"]))
     expected, last = [], 0
     for i in range(400):
         jump = height * (1 + (i - 10) // 50) if i >= 10 else 0
         last = max(jump, last) + 1
         expected.append(last)
-    assert [found["b"].at(i) for i in range(400)] == expected
+    assert [actual["b"].at(i) for i in range(400)] == expected
     assert {r.nodes: r.cycle_ratio for r in recurrences} == {("a",): Fraction(height, 50), ("b",): Fraction(1)}
 
 
 def test_cycles_driven_from_outside_are_marked() -> None:
     nodes = [Node("s", ()), Node("a", (("s", 0), ("a", 1)), 3), Node("b", (("a", 0), ("b", 2)), 1)]
-    found, recurrences = solve(nodes, frozenset(["s"]))
+    actual, recurrences = solve(nodes, frozenset(["s"]))
     assert [r.driven for r in recurrences] == [False, True]
-    assert found["b"].rate == 3
+    assert actual["b"].rate == 3

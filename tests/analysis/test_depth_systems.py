@@ -59,20 +59,20 @@ SYSTEMS: dict[str, tuple[Callable[[], Program], sympy.Expr | int]] = {
 def test_closed_form_of_system(name: str) -> None:
     build, expected = SYSTEMS[name]
     program = build()
-    found = depth(program)
-    assert sympy.simplify(found.formula - expected) == 0
+    depths = depth(program)
+    assert sympy.simplify(depths.formula - expected) == 0
     for tokens in (1, 2, 4, 7):
-        assert brute_depth(program, tokens) == found.at(tokens) == sympy.sympify(expected).subs(n, tokens)
+        assert brute_depth(program, tokens) == depths.at(tokens) == sympy.sympify(expected).subs(n, tokens)
 
 
 @pytest.mark.parametrize("g", [1, 2, 3, 5])
 def test_one_bridge(g: int) -> None:
     for blocks in range(2, 6):
         for s, d in itertools.combinations(range(blocks), 2):
-            found = depth(bridged(blocks, [(d, s, g)]))
-            assert found.formula == blocks + floors(n - 1, g) * (d - s)
-            assert found.rate == Fraction(d - s, g)
-            assert found.certificate.cycle_ratio == found.rate
+            depths = depth(bridged(blocks, [(d, s, g)]))
+            assert depths.formula == blocks + floors(n - 1, g) * (d - s)
+            assert depths.rate == Fraction(d - s, g)
+            assert depths.certificate.cycle_ratio == depths.rate
 
 
 @pytest.mark.parametrize("g", [1, 4, 6, 16, 64])
@@ -85,11 +85,11 @@ def test_published_bands(
 ) -> None:
     bridges = [(s, d, g) for s in sources for d in destinations if s - d > span]
     assert len(bridges) == count
-    found = depth(bridged(blocks, bridges))
-    assert found.formula == blocks + longest * floors(n - 1, g)
-    assert found.at(155) == blocks + longest * (154 // g)
-    path = found.critical_path(155)
-    assert len(path) == found.at(155)
+    depths = depth(bridged(blocks, bridges))
+    assert depths.formula == blocks + longest * floors(n - 1, g)
+    assert depths.at(155) == blocks + longest * (154 // g)
+    path = depths.critical_path(155)
+    assert len(path) == depths.at(155)
     assert [step.token for step in path] == sorted(step.token for step in path)
     assert path[-1].block == blocks - 1 and path[-1].token == 154
 
@@ -107,30 +107,30 @@ def test_mixed_delays_are_an_unbounded_knapsack(seed: int) -> None:
     blocks = rng.randint(3, 8)
     pairs = rng.sample(list(itertools.combinations(range(blocks), 2)), k=rng.randint(1, 3))
     bridges = [(s, d, rng.randint(1, 7)) for d, s in pairs]
-    found = depth(bridged(blocks, bridges))
+    depths = depth(bridged(blocks, bridges))
     gain = [0]
     for budget in range(1, 90):
         gain.append(max([gain[-1], *(gain[budget - g] + s - d for s, d, g in bridges if g <= budget)]))
-    assert [found.at(k + 1) for k in range(90)] == [blocks + v for v in gain]
-    assert [found.formula.subs(n, k + 1) for k in range(30)] == [blocks + v for v in gain[:30]]
-    assert found.rate == max(Fraction(s - d, g) for s, d, g in bridges)
+    assert [depths.at(k + 1) for k in range(90)] == [blocks + v for v in gain]
+    assert [depths.formula.subs(n, k + 1) for k in range(30)] == [blocks + v for v in gain[:30]]
+    assert depths.rate == max(Fraction(s - d, g) for s, d, g in bridges)
 
 
 def test_near_ties_have_a_long_start_and_stay_exact() -> None:
     """Two bridges of nearly equal gain per token: the slower one fills remainders for hundreds of tokens."""
-    found = depth(bridged(32, [(31, 0, 64), (30, 1, 59)]))
+    depths = depth(bridged(32, [(31, 0, 64), (30, 1, 59)]))
     gain = [0]
     for budget in range(1, 3000):
         gain.append(max([gain[-1], *(gain[budget - g] + s for s, g in ((31, 64), (29, 59)) if g <= budget)]))
-    assert found.growth.start > 500
-    assert all(found.at(k + 1) == 32 + gain[k] for k in range(3000))
+    assert depths.growth.start > 500
+    assert all(depths.at(k + 1) == 32 + gain[k] for k in range(3000))
 
 
 def test_cycles_of_different_rates_in_series() -> None:
     """The faster upper cycle wins in the long run, although its periods share no factor with the lower one's."""
-    found = depth(bridged(32, [(8, 0, 63), (18, 9, 64), (30, 19, 61)]))
-    assert found.formula == 32 + 11 * floors(n - 1, 61)
-    assert {r.cycle_ratio for r in found.certificate.recurrences} == {
+    depths = depth(bridged(32, [(8, 0, 63), (18, 9, 64), (30, 19, 61)]))
+    assert depths.formula == 32 + 11 * floors(n - 1, 61)
+    assert {r.cycle_ratio for r in depths.certificate.recurrences} == {
         Fraction(8, 63), Fraction(9, 64), Fraction(11, 61)
     }
 
@@ -145,9 +145,9 @@ def test_a_top_k_route_between_two_cycles_adds_their_rates() -> None:
     y = t.run([2, 3], t.emit(f"add ({x}, {t.emit('delay 3 (%high)')})"))
     t.line(f"%high = linear b ({y}) out 8")
     program = t.end(y)
-    found = depth(program)
-    assert found.rate == Fraction(1, 2) + Fraction(2, 3)
-    assert found.certificate.cycle_ratio == Fraction(2, 3)
-    assert [found.at(k) for k in range(1, 10)] == [brute_depth(program, k) for k in range(1, 10)]
-    assert found.notes
-    assert [len(found.critical_path(k)) for k in range(1, 10)] == [found.at(k) for k in range(1, 10)]
+    depths = depth(program)
+    assert depths.rate == Fraction(1, 2) + Fraction(2, 3)
+    assert depths.certificate.cycle_ratio == Fraction(2, 3)
+    assert [depths.at(k) for k in range(1, 10)] == [brute_depth(program, k) for k in range(1, 10)]
+    assert depths.notes
+    assert [len(depths.critical_path(k)) for k in range(1, 10)] == [depths.at(k) for k in range(1, 10)]

@@ -38,25 +38,25 @@ def by_hand(model, pairs):
 
 def test_tables_are_those_of_plain_backward_passes():
     model, sets = zoo.model("llama", 6), responses()
-    found = dp.gradients(model, sets, projections=KEPT)
+    grads = dp.gradients(model, sets, projections=KEPT)
     want = {name: by_hand(model, pairs) for name, pairs in sets.items()}
-    assert found.counts == {"fast": 3, "slow": 3} and found.parts == (2, 4)
-    for name, report in found.sets.items():
+    assert grads.counts == {"fast": 3, "slow": 3} and grads.parts == (2, 4)
+    for name, report in grads.sets.items():
         assert {(m.block, m.projection): m.nuclear for m in report.layers} == pytest.approx(want[name], rel=1e-4)
     for part, (a, b) in {"all": (0, 6), "0..1": (0, 2), "2..3": (2, 4), "4..": (4, 6)}.items():
         for name in sets:
             for p in ("self_attn.q_proj", "self_attn.o_proj"):
                 s = [want[name][i, p] for i in range(a, b)]
                 mad = sum(abs(y - x) for x, y in pairwise(s)) / (len(s) - 1)
-                assert found.mad(part)[name][p] == pytest.approx(mad, rel=1e-3)
+                assert grads.mad(part)[name][p] == pytest.approx(mad, rel=1e-3)
     rd = {k: (want["slow"][k] - v) / v for k, v in want["fast"].items()}
-    assert found.relative_difference() == pytest.approx(rd, rel=1e-3)
-    assert [(b, p) for b, p, _ in found.largest(3)] == sorted(rd, key=lambda k: -abs(rd[k]))[:3]
+    assert grads.relative_difference() == pytest.approx(rd, rel=1e-3)
+    assert [(b, p) for b, p, _ in grads.largest(3)] == sorted(rd, key=lambda k: -abs(rd[k]))[:3]
     q = [abs(v) for (b, p), v in rd.items() if p.endswith("q_proj") and b < 2]
-    assert found.rd_table()["0..1"]["self_attn.q_proj"] == pytest.approx(sum(q) / 2, rel=1e-3)
-    assert "|RD| of slow against fast" in str(found) and "MAD of nuclear norms, blocks 2..3" in str(found)
+    assert grads.rd_table()["0..1"]["self_attn.q_proj"] == pytest.approx(sum(q) / 2, rel=1e-3)
+    assert "|RD| of slow against fast" in str(grads) and "MAD of nuclear norms, blocks 2..3" in str(grads)
     other = dp.gradients(model, sets, projections=KEPT, parts=(1, 5))
-    assert other.mad("1..4")["fast"].keys() == set(found.sets["fast"].projections)
+    assert other.mad("1..4")["fast"].keys() == set(grads.sets["fast"].projections)
 
 
 def test_bad_input():
@@ -73,8 +73,8 @@ def test_bad_input():
         dp.gradients(model, sets, parts=(2, 9))
     with pytest.raises(dp.InputError, match="parts: expected sets of responses beside it"):
         dp.gradients(model, {"input_ids": torch.ones(1, 3, dtype=torch.long)}, parts=(0, 1))
-    found = dp.gradients(model, sets, projections=KEPT)
+    grads = dp.gradients(model, sets, projections=KEPT)
     with pytest.raises(dp.InputError, match="expected one of the sets fast, slow, got 'slo'"):
-        found.relative_difference("fast", "slo")
+        grads.relative_difference("fast", "slo")
     with pytest.raises(dp.InputError, match="part: expected one of all"):
-        found.mad("middle")
+        grads.mad("middle")

@@ -19,9 +19,9 @@ def backward(model, batch):
     """What ``.grad`` holds after a plain backward pass, by parameter name."""
     model.zero_grad()
     model(**batch).loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    actual = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return found
+    return actual
 
 
 @pytest.mark.parametrize("shape", [(5, 9), (9, 5), (6, 6), (3, 4, 7)])

@@ -58,8 +58,8 @@ def test_a_twin_keeps_per_layer_lists_and_says_what_it_cannot(looped, caplog):
     kinds = ["sliding_attention", "sliding_attention", "full_attention", "full_attention"]
     config = CONFIG | {"model_type": "qwen2", "layer_types": kinds, "use_sliding_window": True, "sliding_window": 4}
     with caplog.at_level("INFO", logger="depthpass"):
-        made = dp.twin(dp.report(config, dp.Loop(start=0, end=4, times=2), seq_len=8, cost=False), by="params")
-    assert made.num_hidden_layers == 4 and made.layer_types == kinds  # a loop has no parameters of its own
+        twin = dp.twin(dp.report(config, dp.Loop(start=0, end=4, times=2), seq_len=8, cost=False), by="params")
+    assert twin.num_hidden_layers == 4 and twin.layer_types == kinds  # a loop has no parameters of its own
     assert "twin by params" in caplog.text
     with pytest.raises(dp.SpecError, match="needs a report with its cost"):
         dp.twin(dp.report(CONFIG, LOOP, cost=False))

@@ -142,8 +142,8 @@ def test_a_fallback_is_said_once(case: str, caplog: pytest.LogCaptureFixture, mo
         for _ in range(2):
             trigger(monkeypatch)
             SAID.append(case)
-    found = [r for r in caplog.records if r.name == "depthpass" and re.search(message, r.getMessage())]
-    assert [r.levelno for r in found] == [level], caplog.text
+    actual = [r for r in caplog.records if r.name == "depthpass" and re.search(message, r.getMessage())]
+    assert [r.levelno for r in actual] == [level], caplog.text
 
 
 def test_warnings_reach_people_who_configured_nothing() -> None:

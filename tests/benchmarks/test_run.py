@@ -39,10 +39,10 @@ def measured(name: str, tmp_path, *options: str) -> tuple[int, dict]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_runs_and_checks_its_numbers(name, tmp_path, capfd):
-    status, found = measured(name, tmp_path, *OPTIONS.get(name, []))
+    status, actual = measured(name, tmp_path, *OPTIONS.get(name, []))
     assert status == 0, capfd.readouterr().err
-    assert found["measurements"]
-    for m in found["measurements"]:
+    assert actual["measurements"]
+    for m in actual["measurements"]:
         (base,) = (r for r in m["rows"] if r["label"] == m["baseline"])
         assert base["ratio"]["median"] == 1
         for row in m["rows"]:
@@ -54,9 +54,9 @@ def test_every_benchmark_runs_and_checks_its_numbers(name, tmp_path, capfd):
         others = {r["label"] for r in m["rows"] if r["gate"] is None} - MEMORY
         assert {label.split()[-1] for label in others} <= {"stock", "naive"}, m["title"]
         assert any(r["gate"] for r in m["rows"]), m["title"]
-    if "training" in {m["part"] for m in found["measurements"]}:
-        assert all(r["gate"]["gradients"] < 1e-4 for r in found["measurements"][0]["rows"] if r["gate"])
-    assert found["conditions"]["library"] and "product library" in capfd.readouterr().out
+    if "training" in {m["part"] for m in actual["measurements"]}:
+        assert all(r["gate"]["gradients"] < 1e-4 for r in actual["measurements"][0]["rows"] if r["gate"])
+    assert actual["conditions"]["library"] and "product library" in capfd.readouterr().out
 
 
 def test_wrong_numbers_are_not_timed(tmp_path, monkeypatch, capfd):
@@ -64,9 +64,9 @@ def test_wrong_numbers_are_not_timed(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(naive, "__init__", lambda self, model, bridges, group, keep=naive.__init__: keep(
         self, model, bridges, group, gain=0.9
     ))
-    status, found = measured("sweep", tmp_path)
+    status, actual = measured("sweep", tmp_path)
     assert status == 1
-    (m,) = found["measurements"]
+    (m,) = actual["measurements"]
     wrong = {r["label"]: r for r in m["rows"]}["auto"]
     assert wrong["values"] == [] and wrong["ratio"] is None and not wrong["gate"]["passed"]
     said = capfd.readouterr()

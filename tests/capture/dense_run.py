@@ -89,16 +89,16 @@ class DenseVisit:
         return torch.arange(self.valid.shape[1], device=device)
 
 
-def run(built: nn.Module, found: Capture, batch: dict[str, Tensor]):
+def run(built: nn.Module, captured: Capture, batch: dict[str, Tensor]):
     """The outputs of a captured model, in the stock output class."""
     valid = batch["attention_mask"]
     outside = DenseVisit(None, (), valid)
-    hidden, *side_inputs = run_part(built, found.prologue, batch, (), outside)
-    for layer, block in zip(built.get_submodule(found.layers), found.blocks):
+    hidden, *side_inputs = run_part(built, captured.prologue, batch, (), outside)
+    for layer, block in zip(built.get_submodule(captured.layers), captured.blocks):
         hidden = run_block(built, layer, block, hidden, side_inputs, valid)
-    hidden = run_part(built, found.norm, batch, side_inputs, outside, hidden)
-    flat = run_part(built, found.head, batch, side_inputs, outside, hidden)
-    return pytree.tree_unflatten(list(flat), found.out_spec)
+    hidden = run_part(built, captured.norm, batch, side_inputs, outside, hidden)
+    flat = run_part(built, captured.head, batch, side_inputs, outside, hidden)
+    return pytree.tree_unflatten(list(flat), captured.out_spec)
 
 
 def run_part(built: nn.Module, part: Part, batch: dict[str, Tensor], side_inputs, visit: DenseVisit, *streams: Tensor):

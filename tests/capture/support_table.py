@@ -59,8 +59,8 @@ def results() -> dict[str, dict[str, str]]:
 
 
 def row(name: str) -> dict[str, str]:
-    built, found = model(name), captured(name)
-    sites = [s for block in found.blocks for s in block.template.sites]
+    built, parts = model(name), captured(name)
+    sites = [s for block in parts.blocks for s in block.template.sites]
     masks = dict.fromkeys(
         "window" if s.window is not None else "chunk" if s.chunk is not None else "full" for s in sites
     )
@@ -74,14 +74,14 @@ def row(name: str) -> dict[str, str]:
         "class": f"`{type(built).__name__}`",
         "attention": " + ".join(masks),
         "stock kernel": built.config._attn_implementation,
-        "kinds of block": str(len(found.templates)),
+        "kinds of block": str(len(parts.templates)),
         "also": ", ".join(traits),
     }
 
 
-def page(found: dict[str, dict[str, str]]) -> str:
+def page(architectures: dict[str, dict[str, str]]) -> str:
     """The whole page; columns are those of the first row, in its order."""
-    columns = list(next(iter(found.values())))
+    columns = list(next(iter(architectures.values())))
     lines = [f"| architecture | {' | '.join(columns)} |", f"|{'---|' * (len(columns) + 1)}"]
-    lines += [f"| {name} | {' | '.join(cells[c] for c in columns)} |" for name, cells in found.items()]
+    lines += [f"| {name} | {' | '.join(cells[c] for c in columns)} |" for name, cells in architectures.items()]
     return HEADER.format(further=", ".join(FURTHER)) + "\n".join(lines) + "\n"

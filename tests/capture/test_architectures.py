@@ -29,15 +29,15 @@ KINDS = {
 
 @pytest.mark.parametrize("name", zoo.SUPPORTED)
 def test_blocks_and_masks(name):
-    found = captured(name)
+    parts = captured(name)
     templates, kinds = KINDS.get(name, (1, [FULL] * 2))
-    assert [[(s.window, s.chunk) for s in b.template.sites] for b in found.blocks] == [[k] for k in kinds]
+    assert [[(s.window, s.chunk) for s in b.template.sites] for b in parts.blocks] == [[k] for k in kinds]
     if templates is not None:
-        assert len(found.templates) == templates
-    assert found.width == 32
-    for template in found.templates:
+        assert len(parts.templates) == templates
+    assert parts.width == 32
+    for template in parts.templates:
         (site,) = template.sites
-        attention = model(name).get_submodule(f"{found.layers}.0.{site.path}")
+        attention = model(name).get_submodule(f"{parts.layers}.0.{site.path}")
         assert "Attention" in type(attention).__name__
         assert (site.heads, site.key_dim, site.value_dim) == (4, 8, 8)
 
@@ -46,10 +46,10 @@ def test_blocks_and_masks(name):
 @pytest.mark.parametrize(("lengths", "side"), [([1], "left"), ([9, 3], "left"), ([2, 3, 3, 3, 1], "right")])
 def test_pieces_are_the_stock_model(name, lengths, side):
     """One capture, made from 2 rows of 7 tokens, for every size and padding; logits of real tokens and the loss."""
-    built, found, batch = model(name), captured(name), inputs(name, lengths, side, seed=len(lengths))
+    built, parts, batch = model(name), captured(name), inputs(name, lengths, side, seed=len(lengths))
     with torch.no_grad():
         want = built(**batch, use_cache=False)
-        got = run(built, found, batch)
+        got = run(built, parts, batch)
     assert type(got) is type(want)
     real = batch["attention_mask"].bool()
     torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-5, atol=1e-5)
@@ -59,10 +59,10 @@ def test_pieces_are_the_stock_model(name, lengths, side):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3_text"])
 def test_gradients_reach_the_models_own_parameters(name):
-    built, found, batch = model(name), captured(name), inputs(name, [9, 3])
+    built, parts, batch = model(name), captured(name), inputs(name, [9, 3])
     parameters = dict(built.named_parameters())
     want = torch.autograd.grad(built(**batch).loss, parameters.values(), allow_unused=True)
-    got = torch.autograd.grad(run(built, found, batch).loss, parameters.values(), allow_unused=True)
+    got = torch.autograd.grad(run(built, parts, batch).loss, parameters.values(), allow_unused=True)
     for n, a, b in zip(parameters, got, want):
         assert (a is None) == (b is None), n
         if a is not None:
@@ -72,38 +72,38 @@ def test_gradients_reach_the_models_own_parameters(name):
 def test_a_capture_of_one_row_serves_many():
     """The batch is symbolic even when the example has a single row and a single token."""
     built = model("llama")
-    found = capture(built, inputs("llama", [1]), {})
+    parts = capture(built, inputs("llama", [1]), {})
     batch = inputs("llama", [4, 9, 2])
     with torch.no_grad():
-        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+        torch.testing.assert_close(run(built, parts, batch).loss, built(**batch).loss)
 
 
 def test_arguments_of_the_loss_are_inputs_of_the_head():
     built, batch = model("llama"), inputs("llama", [4, 9])
     batch["num_items_in_batch"] = torch.tensor(5)
-    found = capture(built, batch, {})
-    assert set(found.head.inputs) == {"labels", "num_items_in_batch"}
+    parts = capture(built, batch, {})
+    assert set(parts.head.inputs) == {"labels", "num_items_in_batch"}
     batch["num_items_in_batch"] = torch.tensor(7)
     with torch.no_grad():
-        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+        torch.testing.assert_close(run(built, parts, batch).loss, built(**batch).loss)
 
 
 def test_embeddings_instead_of_ids():
     built, batch = model("qwen3"), inputs("qwen3", [4, 9])
     batch["inputs_embeds"] = torch.randn(2, 9, 32)
     del batch["input_ids"]
-    found = capture(built, batch, {})
-    assert "inputs_embeds" in found.prologue.inputs
+    parts = capture(built, batch, {})
+    assert "inputs_embeds" in parts.prologue.inputs
     with torch.no_grad():
-        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+        torch.testing.assert_close(run(built, parts, batch).loss, built(**batch).loss)
 
 
 def test_a_shared_table_of_positions_is_taken_for_all_rows():
     built, batch = model("llama"), inputs("llama", [9, 9])
     batch["position_ids"] = torch.arange(3, 12)[None]
-    found = capture(built, batch, {})
+    parts = capture(built, batch, {})
     with torch.no_grad():
-        torch.testing.assert_close(run(built, found, batch).loss, built(**batch).loss)
+        torch.testing.assert_close(run(built, parts, batch).loss, built(**batch).loss)
 
 
 def test_sequence_classification_head():
@@ -112,9 +112,9 @@ def test_sequence_classification_head():
     torch.manual_seed(0)
     built = AutoModelForSequenceClassification.from_config(zoo.config("llama", 2, num_labels=3)).eval()
     batch = zoo.batch([4, 9], "right")
-    found = capture(built, batch, {})
+    parts = capture(built, batch, {})
     with torch.no_grad():
-        torch.testing.assert_close(run(built, found, batch).logits, built(**batch).logits)
+        torch.testing.assert_close(run(built, parts, batch).logits, built(**batch).logits)
 
 
 def test_the_model_is_left_as_it_was():
@@ -131,9 +131,9 @@ def test_the_model_is_left_as_it_was():
 
 def test_training_mode_keeps_dropout():
     built = zoo.model("gpt2", 2, attn_pdrop=0.25, resid_pdrop=0.5).train()
-    found = capture(built, inputs("gpt2", [7, 4]), {})
-    assert [s.dropout for s in found.templates[0].sites] == [0.25]
-    drops = [n for n in found.templates[0].graph.graph.nodes if "dropout" in str(n.target)]
+    parts = capture(built, inputs("gpt2", [7, 4]), {})
+    assert [s.dropout for s in parts.templates[0].sites] == [0.25]
+    drops = [n for n in parts.templates[0].graph.graph.nodes if "dropout" in str(n.target)]
     assert [n.args[1:] for n in drops] == [(0.5, True)] * 2
     built.eval()
     assert [s.dropout for s in capture(built, inputs("gpt2", [7, 4]), {}).templates[0].sites] == [0.0]

@@ -33,14 +33,14 @@ class Given(dense.DenseVisit):
 @pytest.mark.parametrize("name", zoo.SUPPORTED)
 def test_keys_and_the_rest_are_the_block(name):
     """Of one stream to the bit; keys of another stream change the result through attention alone."""
-    built, found, batch = model(name), captured(name), inputs(name, [7, 4])
-    block, layer = found.blocks[0], built.get_submodule(found.layers)[0]
+    built, parts, batch = model(name), captured(name), inputs(name, [7, 4])
+    block, layer = parts.blocks[0], built.get_submodule(parts.layers)[0]
     template = block.template
     cut = cut_for(MEMORY, template.graph)
     assert cut_for(OWN, template.graph).rest is template.graph and cut_for(SHARED, template.graph).rest is cut.rest
     assert cut_for(OWN, template.graph).keys is cut_for(SHARED, template.graph).keys is None and not cut.axes
     valid = batch["attention_mask"]
-    x, *side_inputs = dense.run_part(built, found.prologue, batch, (), dense.DenseVisit(None, (), valid))
+    x, *side_inputs = dense.run_part(built, parts.prologue, batch, (), dense.DenseVisit(None, (), valid))
     visit = Given(layer, template.sites, valid)
     with torch.no_grad():
         whole = dense.run_block(built, layer, block, x, side_inputs, valid)
@@ -49,7 +49,7 @@ def test_keys_and_the_rest_are_the_block(name):
             visit.keys = cut.keys(visit, source, *given[0], *given[1])
             got = cut.rest(visit, x, *given[0], *given[1])
             assert torch.equal(got, whole) == (source is x)
-    facts = block_facts(SimpleNamespace(captured=found, side_inputs_of=lambda i: found.blocks[i].side_inputs), 0)
+    facts = block_facts(SimpleNamespace(captured=parts, side_inputs_of=lambda i: parts.blocks[i].side_inputs), 0)
     assert facts.uncut is None and facts.all_side_inputs == tuple(sorted(block.side_inputs)) and not facts.side_inputs["finish"]
 
 

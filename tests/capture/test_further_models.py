@@ -26,8 +26,8 @@ def test_further_model(name):
     batch["position_ids"] = torch.arange(9)[None].expand(2, -1).contiguous()
     if "position_ids" not in signature_names(type(built).forward):
         del batch["position_ids"]
-    found = capture(built, batch, {})
+    captured = capture(built, batch, {})
     real = batch["attention_mask"].bool()
     with torch.no_grad():
-        got, want = run(built, found, batch).logits, built(**batch).logits
+        got, want = run(built, captured, batch).logits, built(**batch).logits
     torch.testing.assert_close(got[real], want[real], rtol=1e-5, atol=1e-5)

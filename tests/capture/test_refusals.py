@@ -31,8 +31,8 @@ class Rounds(nn.ModuleList):
     """Blocks that the stock loop over them runs twice."""
 
     def __getitem__(self, i):
-        found = super().__getitem__(i)
-        return [*found, *found] if isinstance(i, slice) else found
+        actual = super().__getitem__(i)
+        return [*actual, *actual] if isinstance(i, slice) else actual
 
 
 def looping():

@@ -15,12 +15,12 @@ KINDS = ("llama", "gpt2", "gpt_neox", "gemma2", "gpt_oss", "smollm3", "mixtral",
 
 def blocks(model):
     """Everything that a capture says of each block."""
-    made = capture(model, INPUTS, {})
-    order = made.templates
-    assert len({id(b) for b in made.blocks}) == len(made.blocks)  # bindings to parameters go by block
+    captured = capture(model, INPUTS, {})
+    order = captured.templates
+    assert len({id(b) for b in captured.blocks}) == len(captured.blocks)  # bindings to parameters go by block
     return [
         (order.index(b.template), b.side_inputs, sorted(b.constants), b.template.graph.code, b.template.params, b.template.sites)
-        for b in made.blocks
+        for b in captured.blocks
     ]
 
 
@@ -28,8 +28,8 @@ def blocks(model):
 def traced(monkeypatch):
     """Which blocks were passed over, by the earlier block."""
     seen = []
-    made = Repeats.__init__
-    monkeypatch.setattr(Repeats, "__init__", lambda self, *args: (made(self, *args), seen.append(self))[0])
+    initialise = Repeats.__init__
+    monkeypatch.setattr(Repeats, "__init__", lambda self, *args: (initialise(self, *args), seen.append(self))[0])
     return lambda: seen[-1].of
 
 
@@ -65,8 +65,8 @@ def test_forwards_of_ones_own(forward, traced):
     own = type("Block", (cls,), {"forward": forward, "stock": cls.forward})
     for layer in model.model.layers:
         layer.__class__ = own
-    made = capture(model, INPUTS, {})
-    assert traced() == {} and len(made.templates) == (3 if forward is number else 1)
+    captured = capture(model, INPUTS, {})
+    assert traced() == {} and len(captured.templates) == (3 if forward is number else 1)
 
 
 @pytest.mark.parametrize(("change", "passed"), [

@@ -26,35 +26,35 @@ def tree():
 
 def test_it_shares_tensors_and_nothing_else():
     model = tree()
-    made = structural_copy(model)
-    assert [type(m) for m in made.modules()] == [type(m) for m in model.modules()]
-    assert not {id(m) for m in made.modules()} & {id(m) for m in model.modules()}
-    assert all(p is q for p, q in zip(made.parameters(), model.parameters(), strict=True))
-    assert made.model.config is made.config is not model.config and made.config.to_dict() == model.config.to_dict()
-    assert not made.model.layers[0]._forward_hooks and model.model.layers[0]._forward_hooks
-    assert made.table["mlp"][0] is made.model.layers[0].mlp
-    assert made.table["mlp"][1] == (made.model.layers[1].mlp, made.config)
+    copied = structural_copy(model)
+    assert [type(m) for m in copied.modules()] == [type(m) for m in model.modules()]
+    assert not {id(m) for m in copied.modules()} & {id(m) for m in model.modules()}
+    assert all(p is q for p, q in zip(copied.parameters(), model.parameters(), strict=True))
+    assert copied.model.config is copied.config is not model.config and copied.config.to_dict() == model.config.to_dict()
+    assert not copied.model.layers[0]._forward_hooks and model.model.layers[0]._forward_hooks
+    assert copied.table["mlp"][0] is copied.model.layers[0].mlp
+    assert copied.table["mlp"][1] == (copied.model.layers[1].mlp, copied.config)
 
 
 def test_functions_of_the_old_tree_belong_to_the_new_one():
     model = tree()
-    made = structural_copy(model)
+    copied = structural_copy(model)
     with torch.no_grad():
         ids = torch.arange(3, 9)[None]
         wanted = model(input_ids=ids).logits
-        assert torch.equal(made(input_ids=ids).logits, wanted)
+        assert torch.equal(copied(input_ids=ids).logits, wanted)
         for mlp in (layer.mlp for layer in model.model.layers):
             mlp.down_proj = nn.Linear(48, 32, bias=False)
-        assert torch.equal(made(input_ids=ids).logits, wanted)
+        assert torch.equal(copied(input_ids=ids).logits, wanted)
 
 
 def test_stand_ins_have_the_shape_and_no_values_of_their_own():
     model = zoo.model("llama", 2, tie_word_embeddings=True)
     with torch.inference_mode():
         model.lm_head.weight = model.model.embed_tokens.weight = nn.Parameter(model.lm_head.weight.clone())
-    made = structural_copy(model)
-    stand_in = made.lm_head.weight
-    assert stand_in is made.model.embed_tokens.weight and isinstance(stand_in, nn.Parameter) and not stand_in.is_inference()
+    copied = structural_copy(model)
+    stand_in = copied.lm_head.weight
+    assert stand_in is copied.model.embed_tokens.weight and isinstance(stand_in, nn.Parameter) and not stand_in.is_inference()
     assert stand_in.shape == model.lm_head.weight.shape and stand_in.stride() == model.lm_head.weight.stride()
     assert stand_in is not model.lm_head.weight
 

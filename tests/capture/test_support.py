@@ -9,9 +9,9 @@ from capture.support_table import PAGE, page, results
 
 
 def test_support_page_is_current(request):
-    found = results()
-    assert list(found) == zoo.SUPPORTED and len(found) == 33
-    text = page(found)
+    result = results()
+    assert list(result) == zoo.SUPPORTED and len(result) == 33
+    text = page(result)
     if request.config.getoption("--update-golden"):
         PAGE.write_text(text, encoding="utf-8")
     assert PAGE.read_text(encoding="utf-8") == text, "run this test with --update-golden if the change is meant"

@@ -33,9 +33,9 @@ class Counted:
         self.compiled = 0
 
     def __call__(self, gm, arguments, **options):
-        made = depthpass_backend(gm, arguments, **options)
+        compiled = depthpass_backend(gm, arguments, **options)
         self.compiled += 1
-        return made
+        return compiled
 
 
 def pair(name, layers=2, dtype=torch.float64):
@@ -149,15 +149,15 @@ def test_packed_rows(name, rows):
     for lengths in ([5, 1, 9, 2], [3, 8, 3, 3]):
         ids = zoo.batch([sum(lengths)] * rows, seed=sum(lengths[:1]))["input_ids"]
         positions = torch.cat([torch.arange(n) for n in lengths]).expand(rows, -1).contiguous()
-        found = compiled(input_ids=ids, position_ids=positions, use_cache=False).logits
+        actual = compiled(input_ids=ids, position_ids=positions, use_cache=False).logits
         wanted = torch.cat([
             torch.cat([turbo(input_ids=x[None], use_cache=False).logits for x in row.split(lengths)], 1) for row in ids
         ])
         # Norms that compute in float32.
         limit = 1e-5 if name == "gemma3_text" else 1e-10
-        torch.testing.assert_close(found, wanted, rtol=limit, atol=limit)
+        torch.testing.assert_close(actual, wanted, rtol=limit, atol=limit)
         mask = torch.ones_like(ids, dtype=torch.bool)
-        mine, theirs = (gradients(m, CausalLMOutput(logits=x), mask) for m, x in ((model, found), (turbo, wanted)))
+        mine, theirs = (gradients(m, CausalLMOutput(logits=x), mask) for m, x in ((model, actual), (turbo, wanted)))
         assert mine.keys() == theirs.keys()
         for n, g in theirs.items():
             assert (mine[n] - g).abs().max() <= 10 * limit * g.abs().max() + 1e-12, n

@@ -68,27 +68,27 @@ def packed(values):
 ])
 def test_masks_with_padding(make, want):
     argument, mask, rows, tokens = traced(make)
-    found = recognise(mask, rows, tokens, "block 0")
-    assert (found.window, found.chunk) == want
-    assert found.valid is argument and found.positions is None
+    recognised = recognise(mask, rows, tokens, "block 0")
+    assert (recognised.window, recognised.chunk) == want
+    assert recognised.valid is argument and recognised.positions is None
 
 
 def test_additive_mask_of_large_negative_numbers():
     _, mask, rows, tokens = traced(lambda v: torch.where(window(3)(v), 0.0, torch.finfo(torch.float32).min))
-    found = recognise(mask, rows, tokens, "block 0")
-    assert (found.window, found.chunk) == (3, None) and found.valid is not None
+    recognised = recognise(mask, rows, tokens, "block 0")
+    assert (recognised.window, recognised.chunk) == (3, None) and recognised.valid is not None
 
 
 def test_mask_that_reads_only_the_shape_has_no_padding():
     _, mask, rows, tokens = traced(no_padding)
-    found = recognise(mask, rows, tokens, "block 0")
-    assert (found.window, found.chunk, found.valid, found.positions) == (None, None, None, None)
+    recognised = recognise(mask, rows, tokens, "block 0")
+    assert (recognised.window, recognised.chunk, recognised.valid, recognised.positions) == (None, None, None, None)
 
 
 def test_packed_positions_are_told_from_padding():
     argument, mask, rows, tokens = traced(packed)
-    found = recognise(mask, rows, tokens, "block 0")
-    assert found.positions is argument and found.valid is None
+    recognised = recognise(mask, rows, tokens, "block 0")
+    assert recognised.positions is argument and recognised.valid is None
 
 
 @pytest.mark.parametrize("make", [

@@ -45,7 +45,7 @@ def compiled_of(model) -> list[CompiledChunk]:
 
 def compilations(model) -> list[Joint]:
     """All compiled segments of a model's regions."""
-    segments = {s for made in compiled_of(model) for s in made.segments}
+    segments = {s for one in compiled_of(model) for s in one.segments}
     return [joint for segment in segments for joint in segment.joints.values()]
 
 
@@ -64,7 +64,7 @@ def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(mod
 
 def test_dropout_is_drawn_as_on_the_level_below():
     stock = zoo.model("gpt2", 3, dtype=torch.float64, resid_pdrop=0.3, attn_pdrop=0.0).train()
-    found = []
+    seen = []
     for level in ("scheduled", "inductor"):
         turbo = dp.transform(stock, SPEC, lowering=level).train()
         torch.manual_seed(1)
@@ -72,10 +72,10 @@ def test_dropout_is_drawn_as_on_the_level_below():
             for p in turbo.depth.parameters():
                 p.copy_(0.3 * torch.randn(p.shape))
         torch.manual_seed(2)  # compiling draws nothing
-        found.append(step(turbo, zoo.batch([9, 6])))
-    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-12, atol=1e-12)
-    for name, g in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], g, rtol=1e-9, atol=1e-12)
+        seen.append(step(turbo, zoo.batch([9, 6])))
+    torch.testing.assert_close(seen[1][0], seen[0][0], rtol=1e-12, atol=1e-12)
+    for name, g in seen[0][1].items():
+        torch.testing.assert_close(seen[1][1][name], g, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "apertus"])
@@ -95,8 +95,8 @@ def test_blocks_that_differ_by_their_bridges_share_their_compilations():
     eager, compiled = pair("gpt2", dp.TurboConn(bridges=bridges, group=3, rank=4), layers=8, level="inductor")
     batch = zoo.batch([11, 8])
     assert_same(gradients(eager, batch), gradients(compiled, batch))
-    (made,) = compiled_of(compiled)
-    assert made.apart and len(compilations(compiled)) == 3  # before, between and behind the attention calls
+    (one,) = compiled_of(compiled)
+    assert one.apart and len(compilations(compiled)) == 3  # before, between and behind the attention calls
 
 
 def test_a_program_without_a_token_loop_is_compiled_too():
@@ -139,7 +139,7 @@ def test_weights_are_read_anew_at_every_call(models):
 def test_a_decoded_token_is_one_graph_and_equals_the_eager_level(models):
     eager, compiled = models
     batch = zoo.batch([7, 4])
-    found = []
+    seen = []
     with torch.no_grad():
         for model in (eager, compiled):
             cache, mask = dp.DepthCache(model), batch["attention_mask"]
@@ -148,9 +148,9 @@ def test_a_decoded_token_is_one_graph_and_equals_the_eager_level(models):
                 mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
                 ids = torch.tensor([[token], [token + 1]])
                 logits.append(model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits[:, -1])
-            found.append(torch.stack(logits))
+            seen.append(torch.stack(logits))
             assert len(cache.state.slots) == 3 and cache.state.slots[1].keys[0].shape[2] == 10
-    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-12, atol=1e-12)
     assert len(compiled._depth.tokens) == 1 and not eager._depth.tokens
     for options in ({"batch": batch}, {"batch": {k: t[1:] for k, t in batch.items()}, "num_beams": 2}):
         rows = options.pop("batch")
@@ -189,9 +189,9 @@ def test_a_decoded_token_behind_latents_is_one_graph():
     for m in models:
         enliven(m.depth, seed=1, std=0.3, least=1)
     batch, options = zoo.batch([5, 3]), {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
-    found = [m.generate(**batch, **options, output_logits=True, return_dict_in_generate=True) for m in models]
-    assert torch.equal(found[0].sequences, found[1].sequences)
-    torch.testing.assert_close(torch.stack(found[1].logits), torch.stack(found[0].logits), rtol=1e-10, atol=1e-10)
+    actual = [m.generate(**batch, **options, output_logits=True, return_dict_in_generate=True) for m in models]
+    assert torch.equal(actual[0].sequences, actual[1].sequences)
+    torch.testing.assert_close(torch.stack(actual[1].logits), torch.stack(actual[0].logits), rtol=1e-10, atol=1e-10)
     assert len(models[1]._depth.tokens) == 1
 
 

@@ -32,15 +32,15 @@ def example() -> fx.GraphModule:
 
 
 def test_segments_between_calls():
-    gm, made = example(), []
+    gm, pieces = example(), []
 
     def compiler(piece):
-        made.append(piece)
+        pieces.append(piece)
         return piece
 
     cut = Segmented(gm, compiler)
-    assert len(made) == 3
-    assert all(n.target is not double for piece in made for n in piece.graph.nodes)
+    assert len(pieces) == 3
+    assert all(n.target is not double for piece in pieces for n in piece.graph.nodes)
     for tokens in (4, 7):
         x, w = torch.randn(2, tokens, 3), torch.randn(3)
         seen, want = [], []

@@ -26,7 +26,7 @@ def table():
 
 
 @pytest.fixture(scope="module")
-def made(stock, table):
+def coevolving(stock, table):
     model = dp.CoevolutionaryDiffusion(stock, lambda ids, mask: table[ids], steps=4, mask_token=MASK, latent=LATENT,
                                        weight="min_snr", cont_weight=0.7, disc_weight=1.3)
     g = torch.Generator().manual_seed(4)
@@ -37,18 +37,19 @@ def made(stock, table):
     return model
 
 
-def by_hand(stock, made, ids, state, time, seen):
+def by_hand(stock, coevolving, ids, state, time, seen):
     """Logits and clean state, from the stock model's parts and the new weights."""
     angles = 1000 * time[:, None].float() * torch.exp(-math.log(10_000) * torch.arange(128) / 128)
     clock = torch.cat((angles.cos(), angles.sin()), -1).double()
-    clock = F.linear(F.silu(F.linear(clock, made.time[0].weight, made.time[0].bias)), made.time[2].weight, made.time[2].bias)
-    x = stock.model.embed_tokens.weight[ids] + state @ made.enter.weight.T + clock[:, None]
+    first, _, last = coevolving.time
+    clock = F.linear(F.silu(F.linear(clock, first.weight, first.bias)), last.weight, last.bias)
+    x = stock.model.embed_tokens.weight[ids] + state @ coevolving.enter.weight.T + clock[:, None]
     kept = []
     handle = stock.model.layers[-1].register_forward_hook(lambda m, a, out: kept.append(out if torch.is_tensor(out) else out[0]))
     out = oracle.logits(stock, seen, inputs_embeds=x).clone()
     handle.remove()
     out[..., MASK] = float("-inf")
-    norm, leave = made.leave
+    norm, leave = coevolving.leave
     return out, F.linear(F.layer_norm(kept[0], (W,), norm.weight, norm.bias), leave.weight, leave.bias)
 
 
@@ -57,25 +58,26 @@ def clean_of(table, ids):
     return (z - z.mean(-1, keepdim=True)) / (z.var(-1, keepdim=True, unbiased=False) + 1e-6).sqrt()
 
 
-def test_one_pass_and_its_gradients(stock, table, made):
+def test_one_pass_and_its_gradients(stock, table, coevolving):
     ids, seen = zoo.batch([9, 6])["input_ids"] % MASK, zoo.batch([9, 6])["attention_mask"].bool()
     state, time = torch.randn(2, 9, LATENT, dtype=torch.float64), torch.tensor([0.3, 0.8])
     a, b = torch.randn(2, 9, zoo.VOCABULARY, dtype=torch.float64), torch.randn(2, 9, LATENT, dtype=torch.float64)
     keep = torch.arange(zoo.VOCABULARY) != MASK
-    found = {}
-    for name, (logits, z) in (("program", made(ids, state, time, seen)), ("hand", by_hand(stock, made, ids, state, time, seen))):
-        made.zero_grad()
+    collected = {}
+    both = ("program", coevolving(ids, state, time, seen)), ("hand", by_hand(stock, coevolving, ids, state, time, seen))
+    for name, (logits, z) in both:
+        coevolving.zero_grad()
         stock.zero_grad()
         ((logits * a)[seen][:, keep].sum() + (z * b)[seen].sum()).backward()
-        parameters = [*stock.parameters(), *made.enter.parameters(), *made.time.parameters(), *made.leave.parameters()]
-        found[name] = logits[seen].detach(), z[seen].detach(), [p.grad.clone() for p in parameters]
-    for x, y in zip(found["program"][:2], found["hand"][:2]):
+        parameters = [p for m in (stock, coevolving.enter, coevolving.time, coevolving.leave) for p in m.parameters()]
+        collected[name] = logits[seen].detach(), z[seen].detach(), [p.grad.clone() for p in parameters]
+    for x, y in zip(collected["program"][:2], collected["hand"][:2]):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-10)
-    for x, y in zip(found["program"][2], found["hand"][2]):
+    for x, y in zip(collected["program"][2], collected["hand"][2]):
         torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-9)
 
 
-def test_the_loss_of_both(stock, table, made):
+def test_the_loss_of_both(stock, table, coevolving):
     ids = zoo.batch([8, 8])["input_ids"] % MASK
     labels = ids.clone()
     labels[0, :2] = -100
@@ -84,14 +86,14 @@ def test_the_loss_of_both(stock, table, made):
     noise = torch.randn(2, 8, LATENT, generator=g, dtype=torch.float64)
     may, seen = labels != -100, torch.ones(2, 8, dtype=torch.bool)
     state = torch.sqrt(1 - time)[:, None, None].double() * clean_of(table, ids) + torch.sqrt(time)[:, None, None].double() * noise
-    logits, z = by_hand(stock, made, ids.masked_fill(masked & may, MASK), state, time, seen)
+    logits, z = by_hand(stock, coevolving, ids.masked_fill(masked & may, MASK), state, time, seen)
     each = F.cross_entropy(logits.transpose(1, 2), ids, reduction="none")
     snr = ((1 - time) / time).clamp(max=5)
     want = (1.3 * (torch.where(masked & may, each, 0.0) / time[:, None]).sum()
             + 0.7 * (((z - clean_of(table, ids)) ** 2).mean(-1) * snr[:, None])[may].sum()) / may.sum()
-    got = made.loss(ids, labels=labels, time=time, masked=masked, noise=noise)
+    got = coevolving.loss(ids, labels=labels, time=time, masked=masked, noise=noise)
     torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-    seeded = [made.loss(ids, generator=torch.Generator().manual_seed(s)).item() for s in (1, 1, 2)]
+    seeded = [coevolving.loss(ids, generator=torch.Generator().manual_seed(s)).item() for s in (1, 1, 2)]
     assert seeded[0] == seeded[1] != seeded[2]
 
 
@@ -118,11 +120,11 @@ def test_samplers_keep_the_distribution(schedule):
     assert z.mean().item() == pytest.approx(mean, abs=0.01) and z.std().item() == pytest.approx(precision**-0.5, abs=0.01)
 
 
-def test_sampling_is_the_loop_of_the_paper(stock, table, made):
+def test_sampling_is_the_loop_of_the_paper(stock, table, coevolving):
     """Greedy tokens, deterministic state, guidance: step by step, both read both."""
     prompt = zoo.batch([4])["input_ids"] % MASK
     g = torch.Generator().manual_seed(8)
-    ids, state = made.sample(prompt, new_tokens=6, steps=3, order="left", temperature=0, guidance=1.5, generator=g)
+    ids, state = coevolving.sample(prompt, new_tokens=6, steps=3, order="left", temperature=0, guidance=1.5, generator=g)
     x = torch.cat((prompt, torch.full((1, 6), MASK)), 1)
     noise = torch.randn(1, 10, LATENT, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
     z, known, seen = noise, clean_of(table, prompt), torch.ones(1, 10, dtype=torch.bool)
@@ -130,8 +132,8 @@ def test_sampling_is_the_loop_of_the_paper(stock, table, made):
         for i in range(3):
             now, then = 1 - i / 3, 1 - (i + 1) / 3
             z = torch.cat(((1 - now) ** 0.5 * known + now**0.5 * noise[:, :4], z[:, 4:]), 1)
-            with_z, z0 = by_hand(stock, made, x, z, torch.tensor([now]), seen)
-            without, _ = by_hand(stock, made, x, torch.zeros_like(z), torch.tensor([now]), seen)
+            with_z, z0 = by_hand(stock, coevolving, x, z, torch.tensor([now]), seen)
+            without, _ = by_hand(stock, coevolving, x, torch.zeros_like(z), torch.tensor([now]), seen)
             best = (1.5 * with_z - 0.5 * without)[..., :MASK].argmax(-1)
             z = (1 - then) ** 0.5 * z0 + (then / now) ** 0.5 * (z - (1 - now) ** 0.5 * z0)
             for place in range(4 + 2 * i, 6 + 2 * i):
@@ -141,15 +143,15 @@ def test_sampling_is_the_loop_of_the_paper(stock, table, made):
 
 
 @pytest.mark.parametrize("sampler", ["ode", "sde", "renoise"])
-def test_every_sampler_fills_every_mask(made, sampler):
+def test_every_sampler_fills_every_mask(coevolving, sampler):
     batch = zoo.batch([5, 3])
     for order in ("ancestral", "confidence"):
-        a, b = (made.sample(batch["input_ids"] % MASK, batch["attention_mask"], new_tokens=5, sampler=sampler, order=order,
+        a, b = (coevolving.sample(batch["input_ids"] % MASK, batch["attention_mask"], new_tokens=5, sampler=sampler, order=order,
                             generator=torch.Generator().manual_seed(1)) for _ in range(2))
         assert MASK not in a[0] and torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) and a[1].shape == (2, 10, LATENT)
 
 
-def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, made, tmp_path):
+def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, coevolving, tmp_path):
     def encoder(ids, mask):
         return table[ids]
 
@@ -159,13 +161,13 @@ def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, mad
     logits, _ = fresh(ids, torch.randn(1, 7, LATENT, dtype=torch.float64), torch.tensor([0.5]))
     keep = torch.arange(zoo.VOCABULARY) != MASK
     assert torch.equal(logits[..., keep], plain(input_ids=ids).logits[..., keep])
-    made.save_pretrained(tmp_path)
+    coevolving.save_pretrained(tmp_path)
     again = dp.CoevolutionaryDiffusion.from_pretrained(tmp_path, encoder)
     again.double()
     state, time = torch.randn(1, 7, LATENT, dtype=torch.float64), torch.tensor([0.5])
-    torch.testing.assert_close(again(ids, state, time), made(ids, state, time), rtol=1e-6, atol=1e-6)
-    assert again.settings == made.settings
-    report = dp.report(made.model, seq_len=9, cost=False).to_text()
+    torch.testing.assert_close(again(ids, state, time), coevolving(ids, state, time), rtol=1e-6, atol=1e-6)
+    assert again.settings == coevolving.settings
+    report = dp.report(coevolving.model, seq_len=9, cost=False).to_text()
     assert "continuous state beside them" in report and "diffusion" not in report.split("What is proven")[1]
 
 
@@ -187,9 +189,9 @@ def test_a_new_model_starts_as_masked_diffusion_and_comes_back(stock, table, mad
      "carry=2"),
     (lambda s, t: dp.CoevolutionaryDiffusion.from_pretrained(".", None), "expected a folder"),
 ])
-def test_bad_input(stock, made, make, message):
+def test_bad_input(stock, coevolving, make, message):
     with pytest.raises(InputError, match=message):
-        make(stock, made)
+        make(stock, coevolving)
 
 
 def test_an_encoder_of_another_width(stock, table):

@@ -18,13 +18,13 @@ MASK = 96
 
 @pytest.fixture(scope="module")
 def stock():
-    made = zoo.model("llama", layers=3, dtype=torch.float64)
+    transformed = zoo.model("llama", layers=3, dtype=torch.float64)
     g = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for p in made.parameters():
+        for p in transformed.parameters():
             if p.dim() > 1:
                 p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.2)
-    return made
+    return transformed
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +33,9 @@ def diffusers(stock):
 
 
 def rows(*lengths, side="left"):
-    made = zoo.batch(list(lengths), side)
-    made["input_ids"][made["input_ids"] == MASK] = 7
-    return made["input_ids"], made["attention_mask"].bool()
+    batch = zoo.batch(list(lengths), side)
+    batch["input_ids"][batch["input_ids"] == MASK] = 7
+    return batch["input_ids"], batch["attention_mask"].bool()
 
 
 @pytest.mark.parametrize(("block", "side"), [(None, "left"), (None, "right"), (4, "left"), (4, "right")])
@@ -59,10 +59,10 @@ def test_logits_and_gradients_equal_the_stock_model_under_a_mask(stock, diffuser
 def test_windows_chunks_and_other_architectures(name, block):
     """Windows of 4 tokens reach in both directions, chunks of 4 are seen whole; rows of 11."""
     model = zoo.model(name, layers=2, dtype=torch.float64)
-    made = dp.transform(model, dp.Bidirectional(block=block))
+    transformed = dp.transform(model, dp.Bidirectional(block=block))
     # transformers' eager attention takes its softmax in float32, where a pad that sees nothing is NaN in float64 models.
     ids, seen = rows(11, 11 if name == "gemma2" else 8)
-    got = made(input_ids=ids, attention_mask=seen).logits
+    got = transformed(input_ids=ids, attention_mask=seen).logits
     config = model.config
     kinds = getattr(config, "layer_types", None) or ["full_attention"] * 2
     if name == "mistral":
@@ -125,17 +125,17 @@ def test_loss_and_gradients_by_hand(stock, diffusers, block, schedule):
     slope = torch.ones_like(time) if schedule == "linear" else math.pi / 2 * torch.sin(math.pi / 2 * time)
     weight = (slope / m).repeat_interleave(10 if block is None else block, 1)[:, :10]
     may = labels != -100
-    found = {}
+    seen = {}
     for name in ("program", "stock"):
         stock.zero_grad()
         loss = (dp.diffusion_loss(diffusers[block], ids, labels=labels, time=time, masked=masked, schedule=schedule)
                 if name == "program" else oracle.elbo(stock, ids, masked & may, weight, MASK, may, block))
         loss.backward()
-        found[name] = loss.detach(), [p.grad.clone() for p in stock.parameters()]
-    torch.testing.assert_close(found["program"][0], found["stock"][0], rtol=1e-10, atol=0)
+        seen[name] = loss.detach(), [p.grad.clone() for p in stock.parameters()]
+    torch.testing.assert_close(seen["program"][0], seen["stock"][0], rtol=1e-10, atol=0)
     # Llama's norms round to float32, each partial sum of a clean block's gradient in another place.
     tight = {"rtol": 1e-8, "atol": 1e-10} if block is None else {"rtol": 1e-5, "atol": 2e-7}
-    for a, b in zip(found["program"][1], found["stock"][1]):
+    for a, b in zip(seen["program"][1], seen["stock"][1]):
         torch.testing.assert_close(a, b, **tight)
 
 
@@ -198,11 +198,11 @@ def test_workspace_pads_end_the_prompt(stock, pads, block, tokens):
     model = dp.transform(stock, [dp.MaskedDiffusion(steps=2, mask_token=MASK, block=block), dp.Pad(pads, token=5)])
     ids, mask = torch.stack([torch.arange(6, 6 + tokens), torch.arange(9, 9 + tokens)]), torch.ones(2, tokens, dtype=torch.long)
     mask[1, :2] = 0
-    found = dp.denoise(model, ids, mask, new_tokens=6, details=True)
+    denoised = dp.denoise(model, ids, mask, new_tokens=6, details=True)
     again = dp.denoise(model, ids, mask, new_tokens=6, reuse=False, details=True)
-    assert torch.equal(found.ids, again.ids)
-    assert (found.tokens_run < again.tokens_run) == (block == 2 and pads == 2)
-    assert found.ids[1, 2:].tolist() == dp.denoise(model, ids[1:, 2:], new_tokens=6)[0].tolist()
+    assert torch.equal(denoised.ids, again.ids)
+    assert (denoised.tokens_run < again.tokens_run) == (block == 2 and pads == 2)
+    assert denoised.ids[1, 2:].tolist() == dp.denoise(model, ids[1:, 2:], new_tokens=6)[0].tolist()
 
 
 def test_a_cache_counts_pads_in_its_blocks(stock):
@@ -231,8 +231,8 @@ def test_orders_and_draws(diffusers):
 def test_planners_score_or_choose(diffusers):
     ids, _ = rows(5, 5)
     right = torch.arange(11).double()[None].expand(2, -1)
-    found = dp.denoise(diffusers[None], ids, new_tokens=6, unmask="planner", planner=lambda *_: right, details=True)
-    assert found.written[0, 5:].tolist() == [3, 3, 2, 2, 1, 1]
+    tokens = dp.denoise(diffusers[None], ids, new_tokens=6, unmask="planner", planner=lambda *_: right, details=True)
+    assert tokens.written[0, 5:].tolist() == [3, 3, 2, 2, 1, 1]
     seen = []
 
     def all_of_them(logits, ids, masked, step):

@@ -50,11 +50,11 @@ def longest(blocks, tokens, steps, block, rng):
 
 @pytest.mark.parametrize(("blocks", "steps", "block"), [(1, 3, None), (2, 2, None), (2, 3, 3), (1, 2, 4), (3, 1, 2)])
 def test_depth_is_steps_times_blocks(blocks, steps, block):
-    found = depth(program(blocks, steps=steps, block=block))
+    depths = depth(program(blocks, steps=steps, block=block))
     for tokens in range(1, 9):
-        assert found.at(tokens) == longest(blocks, tokens, steps, block, random.Random(tokens)), tokens
-        assert found.formula.subs({row: tokens}) == found.at(tokens)
-    assert any("at least one" in note for note in found.notes)
+        assert depths.at(tokens) == longest(blocks, tokens, steps, block, random.Random(tokens)), tokens
+        assert depths.formula.subs({row: tokens}) == depths.at(tokens)
+    assert any("at least one" in note for note in depths.notes)
 
 
 def test_visible_pairs_are_counted():

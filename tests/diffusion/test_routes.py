@@ -14,12 +14,12 @@ def stock():
 
 
 def lively(stock, spec):
-    made = dp.transform(stock, spec).eval()
+    transformed = dp.transform(stock, spec).eval()
     g = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for p in made.depth.parameters():
+        for p in transformed.depth.parameters():
             p.copy_(torch.randn(p.shape, generator=g, dtype=p.dtype) * 0.5)
-    return made
+    return transformed
 
 
 def layer(stock, index, x, seen, columns=None):

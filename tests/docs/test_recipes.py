@@ -91,7 +91,7 @@ def test_pages_are_in_plain_words() -> None:
     for page in PAGES_FOR_USERS:
         prose = re.sub(r"^(```+).*?^\1", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
         prose = re.sub(r"`[^`]*`|\]\([^)]*\)", "", prose)
-        assert not (found := re.search(DIALECT, prose, re.I)), f"{page.name}: {prose[found.start() - 60 : found.end() + 20]!r}"
+        assert not (result := re.search(DIALECT, prose, re.I)), f"{page.name}: {prose[result.start() - 60 : result.end() + 20]!r}"
 
 
 def test_the_picture_stands_before_the_fold() -> None:
@@ -105,9 +105,9 @@ def test_the_picture_stands_before_the_fold() -> None:
 def test_every_error_has_a_page() -> None:
     from depthpass import errors
 
-    found = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.DepthpassError)}
+    names = {name for name, value in vars(errors).items() if isinstance(value, type) and issubclass(value, errors.DepthpassError)}
     pages = {p.stem for p in (ROOT / "docs" / "errors").glob("*.md")} - {"README"}
-    assert found == pages
+    assert names == pages
     assert set(re.findall(r"\]\((\w+)\.md\)", (ROOT / "docs/errors/README.md").read_text(encoding="utf-8"))) == pages
 
 
@@ -115,9 +115,9 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="needs the docs extra")
     pytest.importorskip("mkdocstrings_handlers.python", reason="needs the docs extra")
     environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
-    made = subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)], cwd=ROOT,
+    completed = subprocess.run([sys.executable, "-m", "mkdocs", "build", "-q", "--strict", "-d", str(tmp_path)], cwd=ROOT,
                           env=environment, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr[-2000:]
+    assert completed.returncode == 0, completed.stderr[-2000:]
     api = (tmp_path / "api" / "index.html").read_text(encoding="utf-8")
     wanted = ("hf.transform.transform", "report.report", "passes.loop.Loop", "compared.sweep", "equal.twin", "recipes.huginn",
               "tasks.registry.get", "emit.folder.emit")
@@ -126,15 +126,15 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
 
 
 def test_the_matrix_names_the_lower_bounds() -> None:
-    made = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--python", "3.11,9.9"], cwd=ROOT, capture_output=True, text=True)
-    assert made.returncode == 0 and "python 9.9: not installed" in made.stdout
-    if "3.11: not installed" not in made.stdout:
-        assert "torch==2.11.* transformers==5.17.*" in made.stdout
-    made = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--environment", sys.prefix, "--environment", "nowhere", "--", "x"],
+    done = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--python", "3.11,9.9"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "python 9.9: not installed" in done.stdout
+    if "3.11: not installed" not in done.stdout:
+        assert "torch==2.11.* transformers==5.17.*" in done.stdout
+    done = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--environment", sys.prefix, "--environment", "nowhere", "--", "x"],
                           cwd=ROOT, capture_output=True, text=True)
     said = f"{sys.prefix}/bin/python -m pytest -q x\npython {platform.python_version()}, torch "
-    assert made.returncode == 1 and said in made.stdout
-    assert "nowhere: no Python with torch and transformers" in made.stdout and "-m venv" not in made.stdout
+    assert done.returncode == 1 and said in done.stdout
+    assert "nowhere: no Python with torch and transformers" in done.stdout and "-m venv" not in done.stdout
 
 
 def test_scripts_are_short_and_name_the_real_model() -> None:
@@ -150,13 +150,13 @@ def test_every_page_is_listed() -> None:
 
 def test_accelerate_reads_the_config_files(tmp_path: Path) -> None:
     config_args = pytest.importorskip("accelerate.commands.config.config_args")
-    found = {}
+    seen = {}
     for _, _, text in scripts("yaml"):
         name = text.split()[1]
         (tmp_path / name).write_text(text)
-        found[name] = config_args.load_config_from_file(str(tmp_path / name))
-        assert yaml.safe_load(text)["num_processes"] == found[name].num_processes == 8
-    assert found["ddp.yaml"].distributed_type == "MULTI_GPU" and found["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
+        seen[name] = config_args.load_config_from_file(str(tmp_path / name))
+        assert yaml.safe_load(text)["num_processes"] == seen[name].num_processes == 8
+    assert seen["ddp.yaml"].distributed_type == "MULTI_GPU" and seen["fsdp2.yaml"].fsdp_config["fsdp_version"] == 2
 
 
 def test_every_process_gets_its_small_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

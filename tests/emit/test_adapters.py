@@ -39,11 +39,12 @@ def close(a, b):
 ])
 def test_an_adapter_acts_on_every_visit_and_merges_once(name, spec, targets, tmp_path):
     model = transformed(name, spec)
-    made, blocks, layers = emitted(model, tmp_path / "out"), [o["index"] for o in model.depth_program.visits], model._depth.layers
-    for key, buffer in made.named_buffers():  # rotary tables in the precision that the model was cast to
+    written, layers = emitted(model, tmp_path / "out"), model._depth.layers
+    blocks = [o["index"] for o in model.depth_program.visits]
+    for key, buffer in written.named_buffers():  # rotary tables in the precision that the model was cast to
         buffer.data = model.get_buffer(key).clone()
     config = peft.LoraConfig(r=3, lora_alpha=8, target_modules=targets, task_type="CAUSAL_LM", fan_in_fan_out=name == "gpt2")
-    mine, theirs = (peft.get_peft_model(m, copy.deepcopy(config)).double().eval() for m in (model, made))
+    mine, theirs = (peft.get_peft_model(m, copy.deepcopy(config)).double().eval() for m in (model, written))
     named, generator, pairs = dict(mine.named_parameters()), torch.Generator().manual_seed(0), []
     for key, p in theirs.named_parameters():
         if "lora_" in key:
@@ -67,22 +68,22 @@ def test_an_adapter_acts_on_every_visit_and_merges_once(name, spec, targets, tmp
 
 
 def test_copies_and_modules_of_ones_own(tmp_path):
-    made = emitted(transformed("llama", LOOP), tmp_path / "out")
-    layers, want = made.model.layers, logits(made)
-    assert len(made.state_dict()) == len(dict(made.named_parameters())), "every weight under one name"
+    written = emitted(transformed("llama", LOOP), tmp_path / "out")
+    layers, want = written.model.layers, logits(written)
+    assert len(written.state_dict()) == len(dict(written.named_parameters())), "every weight under one name"
     file = io.BytesIO()
-    torch.save(made, file)
+    torch.save(written, file)
     file.seek(0)
-    for again in (copy.deepcopy(made), torch.load(file, weights_only=False)):
+    for again in (copy.deepcopy(written), torch.load(file, weights_only=False)):
         assert again.model.layers[3].mlp is again.model.layers[1].mlp is not layers[1].mlp
         torch.testing.assert_close(logits(again), want, rtol=1e-9, atol=1e-9)
         again.model.layers[1].mlp.up_proj.weight.data.zero_()
         assert (logits(again) - want).abs().max() > 0.1
-    assert torch.equal(logits(made), want)
+    assert torch.equal(logits(written), want)
     with pytest.raises(NotImplementedError, match="DataParallel copies modules one by one"):
         layers[3]._replicate_for_data_parallel()
     assert copy.deepcopy(layers[3]).mlp is layers[1].mlp, "a layer's copy stays with the weights of its model"
-    own = peft.get_peft_model(made, peft.LoraConfig(target_modules=["up_proj"], modules_to_save=["self_attn"])).double().eval()
+    own = peft.get_peft_model(written, peft.LoraConfig(target_modules=["up_proj"], modules_to_save=["self_attn"])).double().eval()
     close(logits(own), want)
     for key, p in own.named_parameters():
         if "modules_to_save" in key:
@@ -95,20 +96,20 @@ def test_copies_and_modules_of_ones_own(tmp_path):
 
 def test_activation_checkpoints(tmp_path):
     """Of visits that read each other's keys: the gradients, or an error that says what to do."""
-    made = emitted(transformed("llama", dp.ParallelLoop(loops=2, window=3)), tmp_path / "out").train()
+    built = emitted(transformed("llama", dp.ParallelLoop(loops=2, window=3)), tmp_path / "out").train()
     ids = zoo.batch([9, 9])["input_ids"]
 
     def gradients():
-        made.zero_grad()
-        made(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-        return {n: p.grad.clone() for n, p in made.named_parameters()}
+        built.zero_grad()
+        built(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return {n: p.grad.clone() for n, p in built.named_parameters()}
 
     want = gradients()
-    made.gradient_checkpointing_enable({"use_reentrant": False})
+    built.gradient_checkpointing_enable({"use_reentrant": False})
     for name, grad in gradients().items():
         assert grad.any()
         close(grad, want[name])
-    made.gradient_checkpointing_enable({"use_reentrant": True})
+    built.gradient_checkpointing_enable({"use_reentrant": True})
     with pytest.raises(NotImplementedError, match="use_reentrant=False"):
         gradients()
     chunks = emitted(transformed("llama", dp.TurboConn(bridges=((3, 0),), group=3, rank=4)), tmp_path / "chunks")
@@ -126,9 +127,9 @@ def test_offloaded_weights(tmp_path):
     """Sinks are parameters of the attention itself, which accelerate loads when that is called."""
     pytest.importorskip("accelerate")
     model = transformed("gpt_oss", dp.LayerProgram([0, 1, 1, 2, 3, 1]), torch.float32)
-    made = emitted(model, tmp_path / "out")
+    written = emitted(model, tmp_path / "out")
     places = {n: "cpu" for n in ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head")}
     places |= {f"model.layers.{i}": "disk" if i in (1, 2, 4) else "cpu" for i in range(6)}
     spread = emitted(model, tmp_path / "more", device_map=places, offload_folder=str(tmp_path / "disk"))
     with torch.no_grad():
-        assert torch.equal(logits(spread), logits(made))
+        assert torch.equal(logits(spread), logits(written))

@@ -66,15 +66,15 @@ CASES = {
 
 def loaded(path, like, **more):
     """What transformers makes of a folder, with buffers in the precision that the model has been cast to."""
-    made = AutoModelForCausalLM.from_pretrained(
+    reloaded = AutoModelForCausalLM.from_pretrained(
         path, trust_remote_code=True, dtype=like.dtype, attn_implementation=like.config._attn_implementation, **more).eval()
-    if like.dtype == torch.float64 and hasattr(made, "set_experts_implementation"):
-        made.set_experts_implementation("eager")
+    if like.dtype == torch.float64 and hasattr(reloaded, "set_experts_implementation"):
+        reloaded.set_experts_implementation("eager")
     theirs = dict(like.named_buffers())
-    for key, buffer in made.named_buffers():
+    for key, buffer in reloaded.named_buffers():
         if ".layers." not in key and key in theirs:
             buffer.data = theirs[key].clone()
-    return made
+    return reloaded
 
 
 def emitted_name(model, key):
@@ -105,17 +105,17 @@ def close(a, b):
 def test_equals_the_transformed_model(name, tmp_path):
     model = transformed(name.partition(" ")[0], CASES[name])
     dp.emit(model, tmp_path / "out")
-    made = loaded(tmp_path / "out", model)
+    reloaded = loaded(tmp_path / "out", model)
     visits = model.depth_program.visits
-    assert made.config.num_hidden_layers == len(visits)
-    assert sorted(m.layer_idx for m in made.modules() if hasattr(m, "q_norm") or "Attention" in type(m).__name__
+    assert reloaded.config.num_hidden_layers == len(visits)
+    assert sorted(m.layer_idx for m in reloaded.modules() if hasattr(m, "q_norm") or "Attention" in type(m).__name__
                   if hasattr(m, "layer_idx")) == list(range(len(visits)))
-    mine, theirs = (m(**BATCH, position_ids=POSITIONS) for m in (model, made))
+    mine, theirs = (m(**BATCH, position_ids=POSITIONS) for m in (model, reloaded))
     close(theirs.logits[REAL], mine.logits[REAL])
     weight = torch.randn(mine.logits.shape, dtype=mine.logits.dtype, generator=torch.Generator().manual_seed(0))
     for output in (mine, theirs):
         (output.logits * weight * REAL[..., None]).sum().backward()
-    named, seen = dict(made.named_parameters()), 0
+    named, seen = dict(reloaded.named_parameters()), 0
     for key, p in model.named_parameters():
         other = emitted_name(model, key)
         if other is not None and p.grad is not None:
@@ -127,21 +127,21 @@ def test_equals_the_transformed_model(name, tmp_path):
         if stream.dtype == torch.bool:
             assert 0 < stream[REAL].sum() < REAL.sum(), "a route that takes some of the tokens"
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    assert torch.equal(made.generate(**BATCH, **settings), model.generate(**BATCH, **settings))
+    assert torch.equal(reloaded.generate(**BATCH, **settings), model.generate(**BATCH, **settings))
 
 
 def test_weights_are_stored_once_and_again(tmp_path):
     model = transformed("llama", dp.Loop(start=1, end=3, times=4), torch.float32)
     dp.emit(model, tmp_path / "out")
-    made = loaded(tmp_path / "out", model)
-    assert sum(p.numel() for p in made.parameters()) == sum(p.numel() for p in dp.restore(model).parameters())
-    made.save_pretrained(tmp_path / "again")
+    reloaded = loaded(tmp_path / "out", model)
+    assert sum(p.numel() for p in reloaded.parameters()) == sum(p.numel() for p in dp.restore(model).parameters())
+    reloaded.save_pretrained(tmp_path / "again")
     for folder in ("out", "again"):
         with safe_open(tmp_path / folder / "model.safetensors", "pt") as file:
             assert sum(".mlp.up_proj." in key for key in file.keys()) == 4  # noqa: SIM118
     again = loaded(tmp_path / "again", model)
     assert again.model.layers[3].mlp.up_proj.weight is again.model.layers[1].mlp.up_proj.weight
-    assert torch.equal(again(**BATCH).logits, made(**BATCH).logits)
+    assert torch.equal(again(**BATCH).logits, reloaded(**BATCH).logits)
 
 
 @pytest.mark.parametrize("spec", [CASES["llama"], CASES["mistral"], dp.FeedbackTransformer(start=2), CASES["olmo"],
@@ -151,20 +151,20 @@ def test_weights_are_stored_once_and_again(tmp_path):
 def test_caches_of_transformers(spec, tmp_path):
     model = transformed("llama", spec)
     dp.emit(model, tmp_path / "out")
-    made = loaded(tmp_path / "out", model)
-    want = made(**BATCH, position_ids=POSITIONS).logits
+    reloaded = loaded(tmp_path / "out", model)
+    want = reloaded(**BATCH, position_ids=POSITIONS).logits
     close(want[REAL], model(**BATCH, position_ids=POSITIONS).logits[REAL])
-    for cache in (DynamicCache(config=made.config), StaticCache(config=made.config, max_cache_len=16)):
-        found = []
+    for cache in (DynamicCache(config=reloaded.config), StaticCache(config=reloaded.config, max_cache_len=16)):
+        seen = []
         for a, b in ((0, 5), (5, 6), (6, 9)):
-            found.append(made(input_ids=BATCH["input_ids"][:, a:b], attention_mask=BATCH["attention_mask"][:, :b],
+            seen.append(reloaded(input_ids=BATCH["input_ids"][:, a:b], attention_mask=BATCH["attention_mask"][:, :b],
                               position_ids=POSITIONS[:, a:b], use_cache=True, **{zoo.CACHE: cache}).logits)
-        close(torch.cat(found, 1)[REAL], want[REAL])
+        close(torch.cat(seen, 1)[REAL], want[REAL])
     settings = {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 0}
-    plain = made.generate(**BATCH, do_sample=False, **settings)
-    static = made.generate(**BATCH, do_sample=False, cache_implementation="static", disable_compile=True, **settings)
+    plain = reloaded.generate(**BATCH, do_sample=False, **settings)
+    static = reloaded.generate(**BATCH, do_sample=False, cache_implementation="static", disable_compile=True, **settings)
     assert torch.equal(static, plain)
-    beams = made.generate(**BATCH, do_sample=False, num_beams=3, **settings)
+    beams = reloaded.generate(**BATCH, do_sample=False, num_beams=3, **settings)
     assert torch.equal(beams, model.generate(**BATCH, do_sample=False, num_beams=3, **settings))
 
 
@@ -172,10 +172,10 @@ def test_compiles_as_one_graph(tmp_path):
     loop = dp.Loop(start=1, end=3, times=2, timestep=True)
     model = transformed("llama", [loop, dp.TurboConn(bridges=((5, 0),), group=4, rank=5)], torch.float32)
     dp.emit(model, tmp_path / "out")
-    made = loaded(tmp_path / "out", model)
+    reloaded = loaded(tmp_path / "out", model)
     ids = BATCH["input_ids"][:1]
-    compiled = torch.compile(made, backend="eager", fullgraph=True)
-    close(compiled(input_ids=ids, use_cache=False).logits, made(input_ids=ids, use_cache=False).logits)
+    compiled = torch.compile(reloaded, backend="eager", fullgraph=True)
+    close(compiled(input_ids=ids, use_cache=False).logits, reloaded(input_ids=ids, use_cache=False).logits)
 
 
 _ALONE = """
@@ -303,18 +303,18 @@ def test_other_heads(tmp_path):
     stock = enliven(LlamaForSequenceClassification(zoo.config("llama", num_labels=3)), std=0.2).eval()
     model = dp.transform(stock, LOOP)
     dp.emit(model, tmp_path / "out")
-    made = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    assert made.config.num_labels == 3 and len(made.model.layers) == 6
-    torch.testing.assert_close(made(**BATCH, position_ids=POSITIONS).logits, model(**BATCH, position_ids=POSITIONS).logits)
+    reloaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert reloaded.config.num_labels == 3 and len(reloaded.model.layers) == 6
+    torch.testing.assert_close(reloaded(**BATCH, position_ids=POSITIONS).logits, model(**BATCH, position_ids=POSITIONS).logits)
 
 
 def test_copies_say_their_size(tmp_path):
     model = transformed("llama", LOOP, torch.float32)
     with pytest.warns(UserWarning, match=r"6 visits of 4 blocks have weights of their own"):
         dp.emit(model, tmp_path / "out", copies=True)
-    made = loaded(tmp_path / "out", model)
-    assert torch.equal(made(**BATCH).logits, model(**BATCH).logits)
-    assert len({p.data_ptr() for p in made.parameters()}) == len(list(made.named_parameters(remove_duplicate=False)))
+    reloaded = loaded(tmp_path / "out", model)
+    assert torch.equal(reloaded(**BATCH).logits, model(**BATCH).logits)
+    assert len({p.data_ptr() for p in reloaded.parameters()}) == len(list(reloaded.named_parameters(remove_duplicate=False)))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         dp.emit(dp.transform(dp.restore(model), dp.LayerProgram([1, 0, 2])), tmp_path / "less", copies=True)

@@ -34,9 +34,9 @@ def served(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["saved", "emitted"])
 def test_a_pipeline_runs_a_folder(kind, served):
     model, folder = served
-    made = pipeline("text-generation", model=str(folder / kind), trust_remote_code=kind == "emitted", device="cpu")
-    assert isinstance(made.model, dp.DepthModel) is (kind == "saved")
-    (out,) = made("w5 w9 w23", return_tensors=True, max_new_tokens=4, do_sample=False, eos_token_id=None)
+    pipe = pipeline("text-generation", model=str(folder / kind), trust_remote_code=kind == "emitted", device="cpu")
+    assert isinstance(pipe.model, dp.DepthModel) is (kind == "saved")
+    (out,) = pipe("w5 w9 w23", return_tensors=True, max_new_tokens=4, do_sample=False, eos_token_id=None)
     want = model.generate(torch.tensor([[5, 9, 23]]), **SETTINGS)
     assert out["generated_token_ids"] == want[0].tolist()
 
@@ -50,8 +50,8 @@ for kind in ("emitted", "saved"):
     if kind == "saved":
         import depthpass
     manager = model_manager.ModelManager(device="cpu", trust_remote_code=kind == "emitted")
-    made = manager._load_model(f"{sys.argv[1]}/{kind}@main")
-    print(made(input_ids=torch.tensor([[5, 9, 23, 40]])).logits.argmax(-1).tolist())
+    loaded = manager._load_model(f"{sys.argv[1]}/{kind}@main")
+    print(loaded(input_ids=torch.tensor([[5, 9, 23, 40]])).logits.argmax(-1).tolist())
 """
 
 
@@ -74,11 +74,11 @@ def test_continuous_batching_of_a_loop():
     rows = [[5, 9, 23, 4], [7, 8, 9, 10, 11, 12]]
     # Few pages: otherwise they take most of the machine's memory.
     pages = ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=32)
-    found = model.generate_batch(rows, generation_config=settings, continuous_batching_config=pages, warmup=False)
-    assert len(found) == 2
+    batch = model.generate_batch(rows, generation_config=settings, continuous_batching_config=pages, warmup=False)
+    assert len(batch) == 2
     for number, row in enumerate(rows):
         want = model.generate(torch.tensor([row]), max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert found[f"req_{number}"].generated_tokens == want[0, len(row) :].tolist()
+        assert batch[f"req_{number}"].generated_tokens == want[0, len(row) :].tolist()
 
 
 def test_what_has_no_pages_is_refused_by_name(served):

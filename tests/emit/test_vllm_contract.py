@@ -116,8 +116,8 @@ class Engine:
     def _load(self, folder):
         weights = load_file(folder / "model.safetensors")
         for key in [k for k in weights if ".q_proj." in k]:
-            found = [weights.pop(key.replace("q_proj", n)) for n in ("q_proj", "k_proj", "v_proj")]
-            weights[key.replace("q_proj", "qkv_proj")] = torch.cat(found)
+            actual = [weights.pop(key.replace("q_proj", n)) for n in ("q_proj", "k_proj", "v_proj")]
+            weights[key.replace("q_proj", "qkv_proj")] = torch.cat(actual)
         wanted = {f"model.{n}": p for n, p in self.model.named_parameters()}
         missing = wanted.keys() - weights.keys()
         if missing:
@@ -163,14 +163,14 @@ def test_an_engine_serves_it(name, spec, copies, tmp_path):
     generator = torch.Generator().manual_seed(0)
     rows = {r: torch.randint(3, zoo.VOCABULARY, (n,), generator=generator) for r, n in (("a", 9), ("b", 6))}
     # Two prompts in one batch, one of them in two parts, then single tokens beside a part.
-    found = {"a": [], "b": []}
+    actual = {"a": [], "b": []}
     for step in ({"a": (0, 5), "b": (0, 4)}, {"a": (5, 8), "b": (4, 5)}, {"b": (5, 6)}, {"a": (8, 9)}):
         out = engine.step({r: (rows[r][i:j], i) for r, (i, j) in step.items()})
         for r, logits in out.items():
-            found[r].append(logits)
+            actual[r].append(logits)
     assert all(p.calls == 4 for p in engine.pages.values()) and len(engine.pages) == len(model.depth_program.visits)
     for r, ids in rows.items():
-        torch.testing.assert_close(torch.cat(found[r]), model(input_ids=ids[None]).logits[0], rtol=2e-4, atol=2e-4)
+        torch.testing.assert_close(torch.cat(actual[r]), model(input_ids=ids[None]).logits[0], rtol=2e-4, atol=2e-4)
 
 
 def test_what_an_engine_refuses(tmp_path):
@@ -178,10 +178,10 @@ def test_what_an_engine_refuses(tmp_path):
     dp.emit(turbo, tmp_path / "turbo")
     with pytest.raises(AssertionError):
         Engine(tmp_path / "turbo")
-    made = AutoModel.from_pretrained(tmp_path / "turbo", trust_remote_code=True)
+    reloaded = AutoModel.from_pretrained(tmp_path / "turbo", trust_remote_code=True)
     ids = torch.tensor([[4, 5]])
     with pytest.raises(NotImplementedError, match="vLLM"):
-        made(input_ids=ids, attention_instances={0: None})
-    made.config._attn_implementation = "vllm"  # newer ones hang their layers on the modules and pass nothing
+        reloaded(input_ids=ids, attention_instances={0: None})
+    reloaded.config._attn_implementation = "vllm"  # newer ones hang their layers on the modules and pass nothing
     with pytest.raises(NotImplementedError, match="vLLM"):
-        made(input_ids=ids, use_cache=False)
+        reloaded(input_ids=ids, use_cache=False)

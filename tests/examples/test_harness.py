@@ -39,7 +39,7 @@ TRIAL = Experiment("a trial", arms, lambda c, arm: Parity(), measured, lambda fi
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def trial(tmp_path_factory):
     """Two seeds of all arms, interrupted after the second run and taken up again; the runs that were made, and the summary."""
     store, c = Store(tmp_path_factory.mktemp("runs") / "trial.jsonl"), settings("parity", None, SMALL)
     lines = []
@@ -57,8 +57,8 @@ def made(tmp_path_factory):
     return store, c, lines, summary
 
 
-def test_every_run_is_made_once(made):
-    store, c, lines, _ = made
+def test_every_run_is_made_once(trial):
+    store, c, lines, _ = trial
     assert len(lines) == len(set(lines)) == len(store.records()) == 3 + 2 + 2  # two rates on seed 0, the better one on seed 1
     again = []
     Runner("trial", TRIAL, c, store, 2, say=again.append).run()
@@ -70,14 +70,14 @@ def test_every_run_is_made_once(made):
     assert fewer.fingerprint(fewer.arms["bridge"]) == store.records()[0]["settings"]
 
 
-def test_the_rate_is_the_first_seeds_best(made):
-    for name, tried in made[3].sweep.items():
+def test_the_rate_is_the_first_seeds_best(trial):
+    for name, tried in trial[3].sweep.items():
         best = max(tried, key=tried.get)
-        assert [(r["seed"], r["lr"]) for r in made[3].runs[name]] == [(0, best), (1, best)]
+        assert [(r["seed"], r["lr"]) for r in trial[3].runs[name]] == [(0, best), (1, best)]
 
 
-def test_twins_cost_as_much(made):
-    runs = made[3].runs
+def test_twins_cost_as_much(trial):
+    runs = trial[3].runs
     bridge, params, compute = (runs[n][0] for n in ("bridge", "params", "compute"))
     assert params["costs"]["depth"] == compute["costs"]["depth"] == 2 < bridge["costs"]["depth"]
     assert abs(params["costs"]["parameters"] / bridge["costs"]["parameters"] - 1) < 0.05
@@ -87,8 +87,8 @@ def test_twins_cost_as_much(made):
         assert mine["flops"] * (1 - 1 / mine["steps"]) < other["flops"] <= mine["flops"]
 
 
-def test_tables_and_files(made, tmp_path):
-    summary = made[3]
+def test_tables_and_files(trial, tmp_path):
+    summary = trial[3]
     text = tables.page(summary, TRIAL, "python examples/run.py trial")
     assert text.count("| bridge |") == 2 and "seeds: 2" in text and " to " in text
     page = tmp_path / "page.md"
@@ -100,12 +100,12 @@ def test_tables_and_files(made, tmp_path):
                                                                                        if lr != held["runs"][0]["lr"]]
     store, again = Store(tmp_path / "kept.jsonl"), []  # a kept result is taken up where it ended
     assert store.take([*held["runs"], *held["others"]]) == 7 and store.take(held["runs"]) == 0
-    Runner("trial", TRIAL, made[1], store, 2, say=again.append).run()
+    Runner("trial", TRIAL, trial[1], store, 2, say=again.append).run()
     assert again == []
 
 
-def test_a_budget_needs_its_arm(made, tmp_path):
-    runner = Runner("trial", TRIAL, made[1], Store(tmp_path / "none.jsonl"), 1, only=["compute"], say=lambda text: None)
+def test_a_budget_needs_its_arm(trial, tmp_path):
+    runner = Runner("trial", TRIAL, trial[1], Store(tmp_path / "none.jsonl"), 1, only=["compute"], say=lambda text: None)
     with pytest.raises(ValueError, match=r"'bridge', seed 0, whose training FLOPs it takes. Run that"):
         runner.run()
 
@@ -118,9 +118,9 @@ def test_settings():
     for name in run.names():
         for overlay in (None, "quick", "gpu"):
             c, experiment = settings(name, overlay), run.load(name)
-            found = experiment.arms(c)
-            assert len({a.name for a in found}) == len(found) > 0
-            for arm in found:  # at the real width: heads fit it, and the last position is there
+            actual = experiment.arms(c)
+            assert len({a.name for a in actual}) == len(actual) > 0
+            for arm in actual:  # at the real width: heads fit it, and the last position is there
                 assert config(merge(c.model, arm.model), experiment.problem(c, arm).vocabulary).max_position_embeddings >= max(
                     [*c.get("lengths", []), c.get("hops", 0), c.train.length])
 

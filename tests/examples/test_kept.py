@@ -26,8 +26,8 @@ def test_seeds_costs_and_places(name, tmp_path):
     held = json.loads((DOCS / "results" / f"{name}.json").read_text(encoding="utf-8"))
     assert held["experiment"] == name and held["command"].startswith(f"python examples/run.py {name} --seeds ")
     by_arm: dict[str, list] = {}
-    for made in held["runs"]:
-        by_arm.setdefault(made["arm"], []).append(made)
+    for one in held["runs"]:
+        by_arm.setdefault(one["arm"], []).append(one)
     for arm, runs in by_arm.items():
         assert {r["seed"] for r in runs} >= {0, 1, 2} and len({r["settings"] for r in runs}) == 1, arm
         rate, tried = f"{runs[0]['lr']:g}", held["sweep"][arm]

@@ -14,8 +14,8 @@ def quick(name, path):
 
 @pytest.mark.slow
 def test_a_bridge_every_second_token_carries_parity_as_far_as_the_row_goes(tmp_path):
-    found = quick("parity", tmp_path)
-    turbo, stock = found["TurboConn g=2"], found["stock, window 2"]
+    result = quick("parity", tmp_path)
+    turbo, stock = result["TurboConn g=2"], result["stock, window 2"]
     assert turbo["length"] == 12 and value(turbo, "at.48.accuracy") > 0.95  # four times the trained length
     assert value(stock, "at.48.accuracy") < 0.65
     assert stock["costs"]["depth"] == 4 < turbo["costs"]["depth"]
@@ -23,7 +23,7 @@ def test_a_bridge_every_second_token_carries_parity_as_far_as_the_row_goes(tmp_p
 
 @pytest.mark.slow
 def test_a_block_that_is_looped_hops_further(tmp_path):
-    found = quick("p_hop", tmp_path)
-    looped, once = found["1 block x 4"], found["1 block (equal parameters)"]
+    result = quick("p_hop", tmp_path)
+    looped, once = result["1 block x 4"], result["1 block (equal parameters)"]
     assert looped["costs"]["parameters"] == once["costs"]["parameters"]
     assert value(looped, "at.32.accuracy") > 0.8 and value(once, "at.32.accuracy") < 0.75

@@ -33,9 +33,9 @@ def of(arch):
 def test_cases(arch):
     results = Counter()
     for number, case in of(arch).items():
-        found = run_case(case)
-        results[found["result"]] += 1
-        assert found["result"] != "fault", f"case {number} of seed {SEED}\n{script(case, found)}\n{found['trace']}"
+        outcome = run_case(case)
+        results[outcome["result"]] += 1
+        assert outcome["result"] != "fault", f"case {number} of seed {SEED}\n{script(case, outcome)}\n{outcome['trace']}"
     assert results["ok"], results  # most must not be refused
     run._kept.clear()
 
@@ -70,9 +70,9 @@ def test_every_check_runs_on_one_model():
     ]}
     diffusion = {"pass": "masked_diffusion", "steps": 2, "mask_token": 4, "unmask": "margin", "block": 2}
     for one in (case, looped, BASE | {"spec": [diffusion], "checks": [{"do": "forward"}, {"do": "denoise", "new": 3}]}):
-        found = run_case(one)
-        assert found["result"] == "ok" and "refusals" not in found, found
-        assert found["done"] == [c["do"] for c in one["checks"]]
+        outcome = run_case(one)
+        assert outcome["result"] == "ok" and "refusals" not in outcome, outcome
+        assert outcome["done"] == [c["do"] for c in one["checks"]]
 
 
 FOUND = {
@@ -89,8 +89,8 @@ FOUND = {
 
 @pytest.mark.parametrize("what", FOUND)
 def test_what_was_found(what):
-    found = run_case(BASE | {"spec": FOUND[what], "checks": [{"do": "forward"}, {"do": "gradients"}]})
-    assert found["result"] == "ok" and len(found["done"]) == 2, found
+    outcome = run_case(BASE | {"spec": FOUND[what], "checks": [{"do": "forward"}, {"do": "gradients"}]})
+    assert outcome["result"] == "ok" and len(outcome["done"]) == 2, outcome
 
 
 @pytest.mark.parametrize(("spec", "checks"), [
@@ -111,8 +111,9 @@ def test_what_was_found(what):
      [{"do": "denoise", "new": 3}]),
 ], ids=["residuals of chunks", "residuals of passes", "retired blocks", "positions", "pads before masks"])
 def test_what_ten_thousand_cases_found(spec, checks):
-    found = run_case(BASE | {"spec": spec, "lengths": [6, 8], "side": "left", "positions": False, "mask": True, "checks": checks})
-    assert found["result"] == "ok" and found["done"] == [c["do"] for c in checks], found
+    case = BASE | {"spec": spec, "lengths": [6, 8], "side": "left", "positions": False, "mask": True, "checks": checks}
+    outcome = run_case(case)
+    assert outcome["result"] == "ok" and outcome["done"] == [c["do"] for c in checks], outcome
 
 
 def test_a_loop_feeds_back_what_it_ends_in():
@@ -120,20 +121,20 @@ def test_a_loop_feeds_back_what_it_ends_in():
     from depthpass.passes import Context, apply_spec
 
     stock = plain("M", 3, 16)
-    made = apply_spec(stock, [dp.RecurrentLoop(), dp.Loop(start=1, end=3, times=2)], Context.of(stock))
-    (back,) = [o for o in made if o.kind == "delay"]
-    assert back.args[0] == made.visits[-1].name
+    program = apply_spec(stock, [dp.RecurrentLoop(), dp.Loop(start=1, end=3, times=2)], Context.of(stock))
+    (back,) = [o for o in program if o.kind == "delay"]
+    assert back.args[0] == program.visits[-1].name
 
 
 @pytest.mark.compile
 def test_a_compiled_case():
-    found = run_case(BASE | {"lowering": "inductor", "checks": [{"do": "forward"}, {"do": "gradients"}]})
-    assert found["result"] == "ok" and len(found["done"]) == 2, found
+    outcome = run_case(BASE | {"lowering": "inductor", "checks": [{"do": "forward"}, {"do": "gradients"}]})
+    assert outcome["result"] == "ok" and len(outcome["done"]) == 2, outcome
 
 
 def test_a_refusal_is_counted_by_kind():
-    found = run_case(BASE | {"spec": [{"pass": "turboconn", "bridges": [[9, 0]]}]})
-    assert found["result"] == "refused" and found["kind"].startswith("PassError: turboconn")
+    outcome = run_case(BASE | {"spec": [{"pass": "turboconn", "bridges": [[9, 0]]}]})
+    assert outcome["result"] == "refused" and outcome["kind"].startswith("PassError: turboconn")
 
 
 PLANTED = {
@@ -159,9 +160,9 @@ def test_finds_a_planted_fault_and_makes_it_small(what, monkeypatch):
     monkeypatch.setattr(f"{module}.{name}", late if name == "read_delay" else broken)
     case = BASE | {"lowering": "eager", "spec": [*BASE["spec"], {"pass": "taps", "at": [1]}],
                    "checks": [{"do": "forward"}, {"do": "gradients"}, {"do": "save", "auto": False}]}
-    found = run_case(case)
-    assert (found["result"], found["kind"]) == ("fault", kind)
-    small = shrink(case, found, run_case)
+    outcome = run_case(case)
+    assert (outcome["result"], outcome["kind"]) == ("fault", kind)
+    small = shrink(case, outcome, run_case)
     assert len(small["spec"]) == len(small["checks"]) == len(small["lengths"]) == 1 and small["arch"] == "llama"
     assert len(small["spec"][0].get("bridges", [0])) == 1
     text = script(small, run_case(small))

@@ -8,12 +8,12 @@ import depthpass.hf.model
 @pytest.fixture
 def captures(monkeypatch):
     """A list that grows by one entry per capture."""
-    made = []
+    models = []
     real = depthpass.hf.model.capture
 
     def capture(model, tensors, static):
-        made.append(tuple(tensors))
+        models.append(tuple(tensors))
         return real(model, tensors, static)
 
     monkeypatch.setattr(depthpass.hf.model, "capture", capture)
-    return made
+    return models

@@ -73,11 +73,11 @@ def test_loops_and_their_pipelines(loop, tmp_path):
     assert (logits(dp.restore(loop)) - logits(loop)).abs().max() > 1e-2
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(tmp_path)
-    made = pipeline("text-generation", model=str(tmp_path), device="cpu")
-    assert made.model.depth_spec == loop.depth_spec
-    found = made("w5 w6 w7", max_new_tokens=4, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    pipe = pipeline("text-generation", model=str(tmp_path), device="cpu")
+    assert pipe.model.depth_spec == loop.depth_spec
+    actual = pipe("w5 w6 w7", max_new_tokens=4, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
     ids = tokenizer("w5 w6 w7", return_tensors="pt")["input_ids"]
-    assert list(found) == loop.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
+    assert list(actual) == loop.generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
 
 
 def tiny_tokenizer():
@@ -106,8 +106,8 @@ def test_other_auto_classes(tmp_path):
 
 def test_models_from_a_config(loop):
     torch.manual_seed(0)
-    made = AutoModelForCausalLM.from_config(loop.config)
-    assert isinstance(made, dp.DepthModel) and made.depth_spec == loop.depth_spec
+    transformed = AutoModelForCausalLM.from_config(loop.config)
+    assert isinstance(transformed, dp.DepthModel) and transformed.depth_spec == loop.depth_spec
     assert not isinstance(AutoModelForCausalLM.from_config(dp.restore(loop).config), dp.DepthModel)
     for copied in (copy.deepcopy(loop.config), pickle.loads(pickle.dumps(loop.config))):
         assert copied == loop.config and type(copied) is type(loop.config)
@@ -206,8 +206,8 @@ def test_a_class_of_ones_own_comes_back_as_itself(tmp_path, monkeypatch):
     for load in (dp.from_pretrained, AutoModelForCausalLM.from_pretrained, type(turbo).from_pretrained):
         loaded = load(tmp_path)
         assert isinstance(loaded, Half) and torch.equal(logits(loaded), logits(turbo))
-    made = AutoModelForCausalLM.from_config(turbo.config)
-    assert isinstance(made, Half)
+    transformed = AutoModelForCausalLM.from_config(turbo.config)
+    assert isinstance(transformed, Half)
     monkeypatch.delitem(sys.modules, Half.__module__)
     for load in (dp.from_pretrained, AutoModelForCausalLM.from_pretrained):
         with pytest.raises(dp.SpecError, match=r"a class of its own, 'Half' of module .*model_class=YourClass"):

@@ -21,20 +21,20 @@ def stock():
 
 
 def model_of(stock, warm, **options):
-    made = turbo_of(stock) if not options else dp.transform(stock, turbo_of(stock).depth_spec, **options)
-    enliven(made.depth, seed=1, least=1)
+    transformed = turbo_of(stock) if not options else dp.transform(stock, turbo_of(stock).depth_spec, **options)
+    enliven(transformed.depth, seed=1, least=1)
     if warm:
         with captured_once():
-            made(input_ids=IDS, labels=IDS, use_cache=False)
-    return made
+            transformed(input_ids=IDS, labels=IDS, use_cache=False)
+    return transformed
 
 
-def gradients(made, ids):
-    made.zero_grad()
-    made(input_ids=ids, labels=ids, use_cache=False).loss.backward()
-    found = {n: p.grad.clone() for n, p in made.named_parameters() if p.grad is not None}
-    made.zero_grad()
-    return found
+def gradients(transformed, ids):
+    transformed.zero_grad()
+    transformed(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    actual = {n: p.grad.clone() for n, p in transformed.named_parameters() if p.grad is not None}
+    transformed.zero_grad()
+    return actual
 
 
 NO_RULE = pytest.mark.filterwarnings("ignore:There is a performance drop")
@@ -44,18 +44,18 @@ NO_RULE = pytest.mark.filterwarnings("ignore:There is a performance drop")
 @WARM
 @NO_RULE
 def test_function_transforms_see_the_program(stock, warm):
-    made = model_of(stock, warm)
-    values = {n: p.detach() * 1.1 for n, p in made.named_parameters()}
+    transformed = model_of(stock, warm)
+    values = {n: p.detach() * 1.1 for n, p in transformed.named_parameters()}
 
     def loss(values, ids):
-        return functional_call(made, values, (), {"input_ids": ids, "labels": ids, "use_cache": False}).loss
+        return functional_call(transformed, values, (), {"input_ids": ids, "labels": ids, "use_cache": False}).loss
 
     rows = zoo.batch([9] * 3, seed=6)["input_ids"][:, None]
-    called = functional_call(made, values, (), {"input_ids": IDS, "use_cache": False}).logits
+    called = functional_call(transformed, values, (), {"input_ids": IDS, "use_cache": False}).logits
     one, each = grad(loss)(values, IDS), vmap(grad(loss), in_dims=(None, 0))(values, rows)
-    logits = vmap(lambda i: functional_call(made, values, (), {"input_ids": i, "use_cache": False}).logits)(rows)
+    logits = vmap(lambda i: functional_call(transformed, values, (), {"input_ids": i, "use_cache": False}).logits)(rows)
     slopes = jacrev(lambda w: functional_call(
-        made, {**values, "model.norm.weight": w}, (), {"input_ids": IDS[:1], "use_cache": False}).logits[0, -1, :2]
+        transformed, {**values, "model.norm.weight": w}, (), {"input_ids": IDS[:1], "use_cache": False}).logits[0, -1, :2]
     )(values["model.norm.weight"])
     other = turbo_of(enliven(zoo.model("llama", 3, dtype=torch.float64)))
     other.load_state_dict(values)
@@ -73,18 +73,18 @@ def test_function_transforms_see_the_program(stock, warm):
         (slope,) = torch.autograd.grad(other(input_ids=IDS[:1], use_cache=False).logits[0, -1, k], norm)
         torch.testing.assert_close(slopes[k], slope)
     torch.testing.assert_close(
-        made(input_ids=IDS, use_cache=False).logits, model_of(stock, False)(input_ids=IDS, use_cache=False).logits
+        transformed(input_ids=IDS, use_cache=False).logits, model_of(stock, False)(input_ids=IDS, use_cache=False).logits
     )
 
 
 @NO_RULE
 def test_vmap_over_padded_rows(stock):
-    made = model_of(stock, False)
+    transformed = model_of(stock, False)
     given = zoo.batch([9, 5, 7], seed=3)
-    out = vmap(lambda i, m: made(input_ids=i, attention_mask=m, use_cache=False).logits)(
+    out = vmap(lambda i, m: transformed(input_ids=i, attention_mask=m, use_cache=False).logits)(
         given["input_ids"][:, None], given["attention_mask"][:, None]
     )[:, 0]
-    wanted = made(**given, use_cache=False).logits
+    wanted = transformed(**given, use_cache=False).logits
     real = given["attention_mask"].bool()
     torch.testing.assert_close(out[real], wanted[real])
 
@@ -100,23 +100,23 @@ def test_routes_by_value_refuse_vmap_by_name(stock):
 
 @WARM
 def test_hand_scheduled_loops_refuse_function_transforms_by_name(stock, warm):
-    made = model_of(stock, warm, lowering="scheduled")
-    values = {n: p.detach() for n, p in made.named_parameters()}
+    transformed = model_of(stock, warm, lowering="scheduled")
+    values = {n: p.detach() for n, p in transformed.named_parameters()}
     with pytest.raises(LoweringError, match=r"torch\.func.*lowering=.auto."):
-        grad(lambda v: functional_call(made, v, (), {"input_ids": IDS, "labels": IDS, "use_cache": False}).loss)(values)
+        grad(lambda v: functional_call(transformed, v, (), {"input_ids": IDS, "labels": IDS, "use_cache": False}).loss)(values)
 
 
 @WARM
 @pytest.mark.filterwarnings("ignore:materialize")
 @pytest.mark.parametrize("spec", [dp.Identity(), dp.Loop(start=1, end=2, times=2)], ids=["identity", "loop"])
 def test_a_flop_counter_counts_whole_numbers(stock, warm, spec):
-    made = dp.transform(stock, spec)
+    transformed = dp.transform(stock, spec)
     # Given, since rotary tables are a product: stock models make those of one row where none are given.
     call = dict(input_ids=IDS, position_ids=torch.arange(IDS.shape[1]).expand_as(IDS), use_cache=False)
     if warm:
-        made(**call)
+        transformed(**call)
     with FlopCounterMode(display=False) as mine:
-        made(**call)
+        transformed(**call)
     # The same blocks in a stock model, in the order in which they are visited.
     same = stock if isinstance(spec, dp.Identity) else dp.materialize(dp.transform(stock, dp.LayerProgram([0, 1, 1, 2])))
     with FlopCounterMode(display=False) as theirs:
@@ -126,22 +126,22 @@ def test_a_flop_counter_counts_whole_numbers(stock, warm, spec):
 
 def test_modes_around_the_first_call_are_not_captured(stock):
     wanted = model_of(stock, True)(input_ids=IDS, use_cache=False).logits
-    made = model_of(stock, False)
+    transformed = model_of(stock, False)
     with torch.device("cpu"), torch.autograd.graph.save_on_cpu(), torch.autograd.set_detect_anomaly(True):
-        made(input_ids=IDS, use_cache=False)
-    assert torch.equal(made(input_ids=IDS, use_cache=False).logits, wanted)
-    made = model_of(stock, False)
+        transformed(input_ids=IDS, use_cache=False)
+    assert torch.equal(transformed(input_ids=IDS, use_cache=False).logits, wanted)
+    transformed = model_of(stock, False)
     with torch.autocast("cpu", torch.bfloat16):
-        made(input_ids=IDS, use_cache=False)
-    assert torch.equal(made(input_ids=IDS, use_cache=False).logits, wanted)
+        transformed(input_ids=IDS, use_cache=False)
+    assert torch.equal(transformed(input_ids=IDS, use_cache=False).logits, wanted)
 
 
 def test_inference_mode_around_making_and_calling():
     with torch.inference_mode():
-        made = turbo_of(enliven(zoo.model("llama", 3)))
-        wanted = made(input_ids=IDS, use_cache=False).logits
+        transformed = turbo_of(enliven(zoo.model("llama", 3)))
+        wanted = transformed(input_ids=IDS, use_cache=False).logits
     with torch.no_grad():
-        torch.testing.assert_close(made(input_ids=IDS, use_cache=False).logits, wanted)
+        torch.testing.assert_close(transformed(input_ids=IDS, use_cache=False).logits, wanted)
     trained = turbo_of(enliven(zoo.model("llama", 3)))
     with torch.inference_mode():
         torch.testing.assert_close(trained(input_ids=IDS, use_cache=False).logits, wanted)
@@ -150,11 +150,11 @@ def test_inference_mode_around_making_and_calling():
 
 def test_a_meta_model_gives_shapes():
     stock = zoo.model("llama", 3).to("meta")
-    made = turbo_of(stock)
-    out = made(input_ids=IDS.to("meta"), attention_mask=torch.ones_like(IDS, device="meta"), labels=IDS.to("meta"))
+    transformed = turbo_of(stock)
+    out = transformed(input_ids=IDS.to("meta"), attention_mask=torch.ones_like(IDS, device="meta"), labels=IDS.to("meta"))
     assert out.logits.shape == stock(input_ids=IDS.to("meta")).logits.shape and out.logits.is_meta
     out.loss.backward()
-    assert all(p.grad.shape == p.shape for p in made.parameters())
+    assert all(p.grad.shape == p.shape for p in transformed.parameters())
     assert turbo_of(stock)(input_ids=IDS.to("meta"), use_cache=True)[zoo.CACHE].get_seq_length() == IDS.shape[1]
     routed = dp.transform(stock, dp.MixtureOfRecursions(recursions=2, start=1, end=2, router="expert", mode="threshold"))
     with pytest.raises(InputError, match="meta device"):

@@ -63,9 +63,9 @@ def weights(change):
 def index(change):
     def damage(folder):
         file = folder / "model.safetensors.index.json"
-        found = json.loads(file.read_text())
-        change(found)
-        file.write_text(json.dumps(found))
+        data = json.loads(file.read_text())
+        change(data)
+        file.write_text(json.dumps(data))
 
     return damage
 

@@ -27,7 +27,7 @@ def launch(words, folder, timeout=300):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def reports(tmp_path_factory):
     """What two processes have measured, by case."""
     folder = tmp_path_factory.mktemp("two")
     script = str(Path(__file__).with_name("two_processes.py"))
@@ -42,41 +42,41 @@ CASES = ["turboconn root", "turboconn parts", "turboconn accelerate, wrapped", "
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_gradients_are_those_of_one_process(found, case):
-    one = found[case]
+def test_gradients_are_those_of_one_process(reports, case):
+    one = reports[case]
     assert one["gradients"] < 1e-10 and one["largest"] > 1e-3
     assert one["moved"] > 1e-3, "no new parameter has a gradient"
 
 
 @pytest.mark.parametrize("case", ["turboconn root", "turboconn accelerate, wrapped", "loop accelerate, wrapped"])
-def test_sharded_models_generate_and_save(found, case):
-    one = found[case]
+def test_sharded_models_generate_and_save(reports, case):
+    one = reports[case]
     assert one["tokens"] and one["decoder"] < 1e-12 and one["saved"] < 1e-12
 
 
 @pytest.mark.parametrize("case", ["emitted loop", "emitted plt"])
-def test_sharded_emitted_models_generate(found, case):
-    assert found[case]["tokens"]
+def test_sharded_emitted_models_generate(reports, case):
+    assert reports[case]["tokens"]
 
 
-def test_gradients_of_the_decoder_alone_and_accumulated(found):
-    assert found["decoder alone"]["gradients"] < 1e-10 and found["decoder alone"]["largest"] > 1e-3
-    assert found["accumulated"]["gradients"] < 1e-10
+def test_gradients_of_the_decoder_alone_and_accumulated(reports):
+    assert reports["decoder alone"]["gradients"] < 1e-10 and reports["decoder alone"]["largest"] > 1e-3
+    assert reports["accumulated"]["gradients"] < 1e-10
 
 
-def test_distributed_checkpoints(found):
-    assert found["checkpoint"]["difference"] < 1e-12 and found["checkpoint"]["sharded"]
+def test_distributed_checkpoints(reports):
+    assert reports["checkpoint"]["difference"] < 1e-12 and reports["checkpoint"]["sharded"]
 
 
 @pytest.mark.parametrize("warm", [False, True])
-def test_mixed_precision_is_the_stock_models(found, warm):
-    one = found[f"bfloat16 {warm}"]
+def test_mixed_precision_is_the_stock_models(reports, warm):
+    one = reports[f"bfloat16 {warm}"]
     assert one["dtype"] == "torch.bfloat16" and one["logits"] and one["gradients"]
 
 
-def test_flattened_parameters_are_refused_by_name(found):
+def test_flattened_parameters_are_refused_by_name(reports):
     for flat in ("one", "parameters", "blocks"):
-        assert "FSDP1" in found[f"flat {flat}"]["error"] and "fully_shard" in found[f"flat {flat}"]["error"]
+        assert "FSDP1" in reports[f"flat {flat}"]["error"] and "fully_shard" in reports[f"flat {flat}"]["error"]
 
 
 @pytest.mark.parametrize("words", [w for block in re.findall(r"```sh\n(.*?)```", PAGE, re.S) for w in block.splitlines()])

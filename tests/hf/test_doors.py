@@ -42,16 +42,16 @@ def test_the_head_of_the_decoders_output_is_the_models_output(models):
     stock, turbo = models
     decoder, batch = decoder_of(turbo), zoo.batch(LENGTHS)
     real = batch["attention_mask"].bool()
-    found, want = decoder(**batch), turbo(**batch)
-    hidden = found.last_hidden_state
+    actual, want = decoder(**batch), turbo(**batch)
+    hidden = actual.last_hidden_state
     limit = {"rtol": 1e-12, "atol": 1e-12} if hidden.dtype == torch.float64 else {}
     torch.testing.assert_close(head(turbo, hidden)[real], want.logits[real], **limit)
     # The oracle of the head itself, and that the program has moved what the decoder returns.
     plain = decoder_of(stock)(**batch).last_hidden_state
     torch.testing.assert_close(head(stock, plain)[real], stock(**batch).logits[real], **limit)
     assert (hidden - plain)[real].abs().max() > 1e-2
-    assert isinstance(found[zoo.CACHE], dp.DepthCache) and found[zoo.CACHE].get_seq_length() == 8
-    assert type(found) is type(decoder_of(stock)(**batch)) and isinstance(decoder, type(decoder_of(stock)))
+    assert isinstance(actual[zoo.CACHE], dp.DepthCache) and actual[zoo.CACHE].get_seq_length() == 8
+    assert type(actual) is type(decoder_of(stock)(**batch)) and isinstance(decoder, type(decoder_of(stock)))
     # llama4_text names a base model that it does not have, so that its base_model is the whole model.
     for other in {turbo.base_model, turbo.get_decoder(), decoder} - {turbo}:
         assert torch.equal(other(**batch).last_hidden_state[real], hidden[real])
@@ -121,8 +121,8 @@ def test_a_head_of_another_kind_reads_the_program():
     torch.manual_seed(0)
     turbo = turbo_of(enliven(AutoModelForSequenceClassification.from_config(zoo.config("llama", 3, num_labels=3)).eval()))
     batch = zoo.batch(LENGTHS)
-    found = turbo.score(turbo.model(**batch).last_hidden_state)[:, -1]
-    torch.testing.assert_close(found, turbo(**batch).logits)
+    actual = turbo.score(turbo.model(**batch).last_hidden_state)[:, -1]
+    torch.testing.assert_close(actual, turbo(**batch).logits)
 
 
 def test_copies_and_pickles_have_decoders_of_their_own():
@@ -130,12 +130,12 @@ def test_copies_and_pickles_have_decoders_of_their_own():
     batch = zoo.batch(LENGTHS)
     real = batch["attention_mask"].bool()
     want = turbo.transformer(**batch).last_hidden_state[real]
-    for made in (copy.deepcopy(turbo), pickle.loads(pickle.dumps(turbo))):
-        assert torch.equal(made.transformer(**batch).last_hidden_state[real], want)
-        assert made.transformer.depth_model is made
+    for copied in (copy.deepcopy(turbo), pickle.loads(pickle.dumps(turbo))):
+        assert torch.equal(copied.transformer(**batch).last_hidden_state[real], want)
+        assert copied.transformer.depth_model is copied
         with torch.no_grad():
-            enliven(made.depth, seed=9, least=1)
-        assert not torch.equal(made.transformer(**batch).last_hidden_state[real], want)
+            enliven(copied.depth, seed=9, least=1)
+        assert not torch.equal(copied.transformer(**batch).last_hidden_state[real], want)
     lone = copy.deepcopy(turbo.transformer)  # takes what it needs along
     assert torch.equal(lone(**batch).last_hidden_state[real], want) and lone.depth_model is not turbo
     assert torch.equal(turbo.transformer(**batch).last_hidden_state[real], want)
@@ -266,9 +266,9 @@ def test_hidden_states_are_those_of_the_stock_model_and_of_every_visit(name):
     with torch.no_grad():
         want = stock(**batch, output_hidden_states=True).hidden_states
         for door in (same, decoder_of(same)):
-            found = door(**batch, output_hidden_states=True).hidden_states
-            assert len(found) == len(want) == 4
-            for a, b in zip(found, want):
+            actual = door(**batch, output_hidden_states=True).hidden_states
+            assert len(actual) == len(want) == 4
+            for a, b in zip(actual, want):
                 torch.testing.assert_close(a[real], b[real], **limit)
         whole = turbo(**batch, output_hidden_states=True, use_cache=False)
         assert torch.equal(whole.hidden_states[-1][real], decoder_of(turbo)(**batch, use_cache=False).last_hidden_state[real])
@@ -292,8 +292,9 @@ def test_hidden_states_of_loops_caches_and_pads():
         torch.testing.assert_close(parts[2][3], out.hidden_states[3][:, 5:], rtol=1e-4, atol=1e-4)
         padded = dp.transform(stock, [spec(), dp.Pad(2, token=5)])(input_ids=ids, output_hidden_states=True)
         assert all(h.shape == (2, 8, 32) for h in padded.hidden_states)
-        made = looped.generate(ids, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True, eos_token_id=None)
-        assert [len(h) for h in made.hidden_states] == [6, 6] and made.hidden_states[1][0].shape == (2, 1, 32)
+        tokens = looped.generate(ids, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True,
+                                 eos_token_id=None)
+        assert [len(h) for h in tokens.hidden_states] == [6, 6] and tokens.hidden_states[1][0].shape == (2, 1, 32)
     routed = dp.transform(stock, dp.MixtureOfRecursions(recursions=2, start=1, end=2))
     with pytest.raises(dp.InputError, match=r"output_hidden_states: the visit .* runs on the tokens of a route only"):
         routed(input_ids=ids, output_hidden_states=True)

@@ -31,13 +31,13 @@ def stock_of(name):
 @pytest.mark.parametrize("name", ["ctrl", "deepseek_v3", "phimoe", "dots1", "qwen2_moe"])
 def test_numbers_and_gradients(name):
     stock = stock_of(name)
-    made = dp.transform(stock, dp.Identity())
-    out = made(input_ids=IDS, labels=IDS, use_cache=False)
-    mine = torch.autograd.grad(out.loss, [p for p in made.parameters() if p.requires_grad], allow_unused=True)
+    transformed = dp.transform(stock, dp.Identity())
+    out = transformed(input_ids=IDS, labels=IDS, use_cache=False)
+    mine = torch.autograd.grad(out.loss, [p for p in transformed.parameters() if p.requires_grad], allow_unused=True)
     out = stock(input_ids=IDS, labels=IDS, use_cache=False)
     wanted = torch.autograd.grad(out.loss, [p for p in stock.parameters() if p.requires_grad], allow_unused=True)
     with torch.no_grad():
-        torch.testing.assert_close(made(input_ids=IDS).logits, stock(input_ids=IDS).logits)
+        torch.testing.assert_close(transformed(input_ids=IDS).logits, stock(input_ids=IDS).logits)
     for (path, _), a, b in zip(stock.named_parameters(), mine, wanted, strict=True):
         if a is not b:
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, msg=lambda text, path=path: f"{path}: {text}")
@@ -135,18 +135,18 @@ def test_functions_with_a_backward_of_their_own(lowering):
     """Straight-through estimators and their like run as they are: gradients are those of the stock model's own code."""
     bridges, ids, positions = [(2, 0)], IDS[:1], torch.arange(IDS.shape[1])[None]
     stock, p = with_mlp(Quantized), random_bridges(32, [(2, 0)], 2)
-    for made in (dp.transform(stock, dp.Identity()), dp.transform(stock, dp.TurboConn(bridges=bridges, group=2, rank=2),
+    for transformed in (dp.transform(stock, dp.Identity()), dp.transform(stock, dp.TurboConn(bridges=bridges, group=2, rank=2),
                                                                   lowering=lowering)):
-        new = [p[n] for n, q in made.depth.named_parameters() if q.data.copy_(p[n]) is not None]
+        new = [p[n] for n, q in transformed.depth.named_parameters() if q.data.copy_(p[n]) is not None]
         trained = [q for n, q in stock.named_parameters() if "gate_proj" not in n]
         if new:
             wanted = turboconn_row(stock, ids[0], positions[0], bridges, 2, 1.0, p)[None]
         else:
             wanted = stock(input_ids=ids, use_cache=False).logits
-        logits = made(input_ids=ids, use_cache=False).logits
+        logits = transformed(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(logits, wanted, rtol=1e-6, atol=1e-6)
         weights = torch.linspace(-1, 1, logits.numel(), dtype=torch.float64).view_as(logits).sin()
-        got = torch.autograd.grad((logits * weights).sum(), [*trained, *made.depth.parameters()])
+        got = torch.autograd.grad((logits * weights).sum(), [*trained, *transformed.depth.parameters()])
         want = torch.autograd.grad((wanted * weights).sum(), [*trained, *new])
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
@@ -154,8 +154,8 @@ def test_functions_with_a_backward_of_their_own(lowering):
 
 def test_a_backward_that_cannot_run_in_parts_is_refused():
     stock = with_mlp(Mixed)
-    made = dp.transform(stock, dp.TurboConn(bridges=[(1, 0)], group=2, rank=2))
-    out = made(input_ids=IDS, labels=IDS, use_cache=False)
+    transformed = dp.transform(stock, dp.TurboConn(bridges=[(1, 0)], group=2, rank=2))
+    out = transformed(input_ids=IDS, labels=IDS, use_cache=False)
     torch.testing.assert_close(out.logits, stock(input_ids=IDS, use_cache=False).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(dp.UnsupportedModelError, match=r"OfAll is a torch.autograd.Function whose backward .* mixes tokens"):
         out.loss.backward()

@@ -52,11 +52,11 @@ def close(got, want):
 ], ids=["beams", "sampled-beams", "sampling", "several", "penalty"])
 def test_cached_generation_equals_uncached(turbo, options, lengths):
     batch = zoo.batch(lengths, seed=3)
-    found = []
+    seen = []
     for use_cache in (True, False):
         torch.manual_seed(11)
-        found.append(run(turbo, batch, use_cache=use_cache, **options))
-    (tokens, scores), (want, want_scores) = found
+        seen.append(run(turbo, batch, use_cache=use_cache, **options))
+    (tokens, scores), (want, want_scores) = seen
     assert torch.equal(tokens, want)
     close(scores, want_scores)
     assert tokens.shape[1] == batch["input_ids"].shape[1] + NEW
@@ -76,8 +76,8 @@ def test_stops_at_the_end_token(llama):
     batch = zoo.batch([6, 3], seed=3)
     tokens, _ = run(llama, batch)
     end = int(tokens[0, 8])
-    found = [run(llama, batch, eos_token_id=end, pad_token_id=0, use_cache=u)[0] for u in (True, False)]
-    assert torch.equal(*found) and (found[0][0, 9:] == 0).all()
+    actual = [run(llama, batch, eos_token_id=end, pad_token_id=0, use_cache=u)[0] for u in (True, False)]
+    assert torch.equal(*actual) and (actual[0][0, 9:] == 0).all()
 
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])

@@ -83,10 +83,10 @@ def test_a_hook_inside_a_block_changes_what_weights_would(name):
         for layer in other.model.layers:
             layer.mlp.down_proj.weight.mul_(2)
             layer.self_attn.o_proj.weight.mul_(2)
-    made = [dp.transform(m, SPECS[name]) for m in (stock, other)]
-    for m in made:
+    transformed = [dp.transform(m, SPECS[name]) for m in (stock, other)]
+    for m in transformed:
         enliven(m.depth, seed=1, least=1)
-    turbo, twice = made
+    turbo, twice = transformed
     before = logits(turbo)
     for layer in turbo.model.layers:
         doubled(layer.mlp.down_proj)
@@ -97,10 +97,10 @@ def test_a_hook_inside_a_block_changes_what_weights_would(name):
             [p.mul_(2) for n, p in twice.named_parameters() if n.startswith("depth") and n.endswith(("down_proj.b", "o_proj.b"))]
     more = {"prompt_length": 3} if name == "pads" else {}
     turbo.zero_grad(), twice.zero_grad()
-    found, want = (m(**BATCH, labels=labels, **more) for m in made)
-    assert (found.logits[REAL] - before).abs().max() > 1e-3
-    close(found.logits[REAL], want.logits[REAL], 1e-5)
-    found.loss.backward()
+    actual, want = (m(**BATCH, labels=labels, **more) for m in transformed)
+    assert (actual.logits[REAL] - before).abs().max() > 1e-3
+    close(actual.logits[REAL], want.logits[REAL], 1e-5)
+    actual.loss.backward()
     want.loss.backward()
     theirs = dict(twice.named_parameters())
     for n, p in turbo.named_parameters():
@@ -162,12 +162,12 @@ def test_backward_hooks_inside_blocks_see_gradients():
     turbo.model.layers[1].mlp.register_full_backward_hook(lambda module, given, got: seen.append(got[0]))
     turbo(**BATCH, use_cache=False).logits[REAL].square().sum().backward()
     assert [tuple(g.shape) for g in seen] == [(3, 2, 32), (3, 3, 32), (3, 3, 32)]
-    found = {n: p.grad for n, p in turbo.named_parameters()}
+    actual = {n: p.grad for n, p in turbo.named_parameters()}
     plain = turbo_of(stock)
     plain.zero_grad()
     plain(**BATCH, use_cache=False).logits[REAL].square().sum().backward()
     for n, p in plain.named_parameters():
-        assert (found[n] - p.grad).norm() <= 1e-6 * p.grad.norm() + 1e-12, n
+        assert (actual[n] - p.grad).norm() <= 1e-6 * p.grad.norm() + 1e-12, n
 
 
 def test_checkpoints_and_hooks_inside_blocks():
@@ -176,8 +176,8 @@ def test_checkpoints_and_hooks_inside_blocks():
     turbo.gradient_checkpointing_enable()
     seen = []
     turbo.model.layers[1].self_attn.register_forward_hook(lambda *a: seen.append(1))
-    found = torch.autograd.grad(turbo(**BATCH, use_cache=False).logits[REAL].square().sum(), dp.new_parameters(turbo))
-    for a, b in zip(found, plain):
+    grads = torch.autograd.grad(turbo(**BATCH, use_cache=False).logits[REAL].square().sum(), dp.new_parameters(turbo))
+    for a, b in zip(grads, plain):
         assert (a - b).norm() <= 1e-6 * b.norm() + 1e-12
     assert len(seen) == 2 * 3  # once more in the backward pass
 
@@ -242,10 +242,10 @@ def test_torchinfo_sees_every_module():
     turbo = turbo_of(stock)
     want = logits(turbo)
     for warm in range(2):
-        found, plain = (torchinfo.summary(m, input_data=dict(BATCH), verbose=0, depth=5) for m in (turbo, stock))
+        actual, plain = (torchinfo.summary(m, input_data=dict(BATCH), verbose=0, depth=5) for m in (turbo, stock))
         names = {(i.class_name, i.depth) for i in plain.summary_list}
-        assert names <= {(i.class_name, i.depth) for i in found.summary_list}, warm
-        mine = next(i for i in found.summary_list if i.class_name == "LlamaMLP")
+        assert names <= {(i.class_name, i.depth) for i in actual.summary_list}, warm
+        mine = next(i for i in actual.summary_list if i.class_name == "LlamaMLP")
         assert mine.output_size[-1] == 32 and not mine.is_recursive
     assert torch.equal(logits(turbo), want)
 
@@ -266,12 +266,12 @@ def test_nnsight_reads_and_edits_what_runs(warm):
                 traced.model.layers[1].mlp.output[:] = 0
                 inner = traced.model.layers[2].self_attn.o_proj.output.save()
                 norm = traced.model.norm.output.save()
-                found = traced.lm_head.output.save()
-            edited.append((inner, norm, found))
+                actual = traced.lm_head.output.save()
+            edited.append((inner, norm, actual))
         assert all(torch.equal(a, b) for a, b in zip(*edited))
         traced = nnsight.NNsight(turbo)
         with traced.trace(input_ids=ids):
             inside = traced.model.layers[1].mlp.output.save()
-            found = traced.lm_head.output.save()
+            actual = traced.lm_head.output.save()
         assert inside.shape == (2, GROUP, 32)  # the first chunk: a warning has said so
-        close(found, plain)
+        close(actual, plain)

@@ -31,21 +31,21 @@ def test_a_materialised_program_is_a_stock_checkpoint(name, tmp_path):
     stock = stock_of(name)
     model = dp.transform(stock, dp.LayerProgram(PROGRAM))
     before = {k: v.clone() for k, v in stock.state_dict().items()}
-    made = dp.materialize(model)
-    assert type(made) is type(stock) and made.config.num_hidden_layers == len(PROGRAM)
-    assert not hasattr(made.config, "depthpass") and stock.config.num_hidden_layers == 4
-    assert not {id(p) for p in made.parameters()} & {id(p) for p in stock.parameters()}
-    made.save_pretrained(tmp_path)
+    physical = dp.materialize(model)
+    assert type(physical) is type(stock) and physical.config.num_hidden_layers == len(PROGRAM)
+    assert not hasattr(physical.config, "depthpass") and stock.config.num_hidden_layers == 4
+    assert not {id(p) for p in physical.parameters()} & {id(p) for p in stock.parameters()}
+    physical.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=stock.config._attn_implementation).eval()
     want = logits(model)
-    assert torch.equal(logits(made), logits(loaded))
+    assert torch.equal(logits(physical), logits(loaded))
     torch.testing.assert_close(logits(loaded)[:, 3:], want[:, 3:], rtol=1e-4, atol=1e-4)
     assert (want - logits(stock))[:, 3:].abs().max() > 1e-3
     settings = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     batch = zoo.batch([9, 9])
     assert torch.equal(loaded.generate(**batch, **settings), model.generate(**batch, **settings))
     with torch.no_grad():
-        for p in made.parameters():
+        for p in physical.parameters():
             p.add_(1.0)
     assert all(torch.equal(v, before[k]) for k, v in stock.state_dict().items())
 
@@ -56,11 +56,11 @@ def test_a_decoder_whose_config_counts_an_encoder_too():
     config = AutoConfig.for_model("bart", vocab_size=97, is_decoder=True, is_encoder_decoder=False, pad_token_id=0, **sizes)
     stock = enliven(AutoModelForCausalLM.from_config(config).eval(), std=0.2)
     model = dp.transform(stock, dp.LayerProgram([0, 1, 1, 2, 2]))
-    made = dp.materialize(model)
-    assert made.config.decoder_layers == 5 and stock.config.decoder_layers == 3
+    physical = dp.materialize(model)
+    assert physical.config.decoder_layers == 5 and stock.config.decoder_layers == 3
     ids = torch.arange(3, 17).view(2, 7)
     with torch.no_grad():
-        torch.testing.assert_close(made(ids).logits, model(ids).logits)
+        torch.testing.assert_close(physical(ids).logits, model(ids).logits)
         assert (model(ids).logits - stock(ids).logits).abs().max() > 1e-3
     reports = [dp.report(x, dp.LayerProgram([0, 1, 1, 2, 2]), seq_len=8) for x in (config, stock)]
     assert [r.depth for r in reports] == [5, 5]
@@ -70,9 +70,9 @@ def test_loops_and_lists_follow(tmp_path):
     stock = stock_of("gemma3_text")
     assert stock.config.layer_types == ["sliding_attention", "full_attention"] * 2
     model = dp.transform(stock, dp.Loop(start=1, end=3, times=3))
-    made = dp.materialize(model)
-    assert made.config.layer_types == [stock.config.layer_types[i] for i in (0, 1, 2, 1, 2, 1, 2, 3)]
-    torch.testing.assert_close(logits(made), logits(model))
+    physical = dp.materialize(model)
+    assert physical.config.layer_types == [stock.config.layer_types[i] for i in (0, 1, 2, 1, 2, 1, 2, 3)]
+    torch.testing.assert_close(logits(physical), logits(model))
     assert dp.materialize(dp.set_loops(model, 1)).config.num_hidden_layers == 4
     torch.testing.assert_close(logits(dp.materialize(model)), logits(stock), rtol=0, atol=0)
     tied = dp.materialize(dp.transform(stock_of("gpt2"), dp.IntraLayerRecurrence([2, 1, 1, 1])))
@@ -132,7 +132,7 @@ def test_readers_end_to_end(read, text, layers):
     stock = stock_of("qwen2")
     spec = read(text)
     assert list(spec.layers) == layers
-    made = dp.materialize(dp.transform(stock, spec))
+    physical = dp.materialize(dp.transform(stock, spec))
     by_hand = zoo.model("qwen2", len(layers))
     state = stock.state_dict()
     by_hand.load_state_dict({
@@ -140,7 +140,7 @@ def test_readers_end_to_end(read, text, layers):
         state[k.replace(f".layers.{k.split('.')[2]}.", f".layers.{layers[int(k.split('.')[2])]}.")]
         for k in by_hand.state_dict()
     })
-    assert torch.equal(logits(made), logits(by_hand))
+    assert torch.equal(logits(physical), logits(by_hand))
 
 
 def test_peft_replicates_the_layers_that_the_reader_says():

@@ -124,35 +124,35 @@ def real(output, mask):
 def test_text_through_masks_that_the_outer_class_makes(auto, style):
     stock = gemma(auto)
     stock.set_attn_implementation(style)
-    made, given = dp.transform(stock, dp.Identity()), inputs()
+    transformed, given = dp.transform(stock, dp.Identity()), inputs()
     with torch.no_grad():
         torch.testing.assert_close(
-            real(made(**given, use_cache=False), given["attention_mask"]),
+            real(transformed(**given, use_cache=False), given["attention_mask"]),
             real(stock(**given, use_cache=False), given["attention_mask"]),
         )
         alone = {n: x[:1] for n, x in inputs((20,)).items()}
-        torch.testing.assert_close(made(input_ids=alone["input_ids"])[0], stock(input_ids=alone["input_ids"])[0])
+        torch.testing.assert_close(transformed(input_ids=alone["input_ids"])[0], stock(input_ids=alone["input_ids"])[0])
 
 
 @pytest.mark.parametrize("build", [gemma, llava])
 def test_a_padded_row_of_a_program_is_the_row_alone_and_generates_as_it_scores(build):
-    made, given = dp.transform(build(), SPEC), inputs()
-    enliven(made.depth, seed=1, least=1)
+    transformed, given = dp.transform(build(), SPEC), inputs()
+    enliven(transformed.depth, seed=1, least=1)
     with torch.no_grad():
-        both = made(**given, use_cache=False).logits
-        one = made(input_ids=given["input_ids"][1:, 6:], use_cache=False).logits
+        both = transformed(**given, use_cache=False).logits
+        one = transformed(input_ids=given["input_ids"][1:, 6:], use_cache=False).logits
         torch.testing.assert_close(both[1:, 6:], one)
-        out = made.generate(**given, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
+        out = transformed.generate(**given, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
         mask = torch.cat((given["attention_mask"], torch.ones(2, 4, dtype=torch.long)), 1)
-        scored = made(input_ids=out.sequences[:, :-1], attention_mask=mask, use_cache=False).logits[:, -5:]
+        scored = transformed(input_ids=out.sequences[:, :-1], attention_mask=mask, use_cache=False).logits[:, -5:]
     torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("build", [qwen3, windows, phi])
 def test_text_generates_as_the_stock_model_does(build):
     stock, given = build(), inputs()
-    made, options = dp.transform(stock, dp.Identity()), dict(max_new_tokens=4, do_sample=False)
-    assert torch.equal(made.generate(**given, **options), stock.generate(**given, **options))
+    transformed, options = dp.transform(stock, dp.Identity()), dict(max_new_tokens=4, do_sample=False)
+    assert torch.equal(transformed.generate(**given, **options), stock.generate(**given, **options))
     looped = dp.transform(stock, dp.Loop(start=1, end=2, times=2))
     out = looped.generate(**given, **options, return_dict_in_generate=True, output_logits=True)
     mask = torch.cat((given["attention_mask"], torch.ones(2, 3, dtype=torch.long)), 1)
@@ -171,11 +171,11 @@ def test_as_many_places_as_a_key_has_parts():
     stock = enliven(AutoModel.from_config(config).eval())
     places = torch.randint(12, (4, 2, 9), generator=torch.Generator().manual_seed(1))
     given = {"input_ids": inputs((9, 9))["input_ids"], "position_ids": places, "use_cache": False}
-    made = dp.transform(stock, dp.Identity())
+    transformed = dp.transform(stock, dp.Identity())
     with torch.no_grad():
-        torch.testing.assert_close(made(**given).last_hidden_state, stock(**given).last_hidden_state)
+        torch.testing.assert_close(transformed(**given).last_hidden_state, stock(**given).last_hidden_state)
     with pytest.raises(InputError, match="position_ids"):
-        made(**{**given, "position_ids": places[:3]})
+        transformed(**{**given, "position_ids": places[:3]})
 
 
 @pytest.mark.parametrize("style", ["sdpa", "eager"])
@@ -184,45 +184,45 @@ def test_packed_rows_through_masks_that_the_outer_class_makes(build, style):
     """Windows of 4 in sequences of 9: masks that the outer class makes for packed rows say what position_ids say."""
     stock, lengths = build(), [9, 2, 9]
     stock.set_attn_implementation(style)
-    made, plain = dp.transform(stock, SPEC), dp.transform(stock, dp.Identity())
-    enliven(made.depth, seed=1, least=1)
+    transformed, plain = dp.transform(stock, SPEC), dp.transform(stock, dp.Identity())
+    enliven(transformed.depth, seed=1, least=1)
     ids = inputs((20, 20))["input_ids"]
     positions = torch.cat([torch.arange(n) for n in lengths]).expand(2, -1)
     with torch.no_grad():
-        found = made(input_ids=ids, position_ids=positions)
-        for x, y in zip(found.logits.split(lengths, 1), ids.split(lengths, 1)):
-            torch.testing.assert_close(x, made(input_ids=y, use_cache=False).logits, rtol=1e-4, atol=1e-4)
+        actual = transformed(input_ids=ids, position_ids=positions)
+        for x, y in zip(actual.logits.split(lengths, 1), ids.split(lengths, 1)):
+            torch.testing.assert_close(x, transformed(input_ids=y, use_cache=False).logits, rtol=1e-4, atol=1e-4)
         given = {"input_ids": ids, "position_ids": positions, "use_cache": False}
         torch.testing.assert_close(plain(**given).logits, stock(**given).logits, rtol=1e-4, atol=1e-4)
         # Labels that are not separated, and ones that are.
-        losses = [made(**given, labels=x).loss for x in (ids, ids.masked_fill(positions == 0, -100))]
+        losses = [transformed(**given, labels=x).loss for x in (ids, ids.masked_fill(positions == 0, -100))]
         assert torch.equal(*losses)
 
 
 def test_images_that_are_read_causally():
     stock = llava()
-    made, given = dp.transform(stock, dp.Identity()), with_image()
+    transformed, given = dp.transform(stock, dp.Identity()), with_image()
     with torch.no_grad():
-        torch.testing.assert_close(made(**given).logits, stock(**given).logits)
-        other = made(**{**given, "pixel_values": -given["pixel_values"]}).logits
-        assert not torch.allclose(other, made(**given).logits)
+        torch.testing.assert_close(transformed(**given).logits, stock(**given).logits)
+        other = transformed(**{**given, "pixel_values": -given["pixel_values"]}).logits
+        assert not torch.allclose(other, transformed(**given).logits)
         wanted = stock.generate(**given, max_new_tokens=4, do_sample=False)
-        assert torch.equal(made.generate(**given, max_new_tokens=4, do_sample=False), wanted)
+        assert torch.equal(transformed.generate(**given, max_new_tokens=4, do_sample=False), wanted)
 
 
 @pytest.mark.parametrize("build", [qwen, smol])
 def test_places_in_images_and_caches_that_outer_classes_make(build):
     stock = build()
-    made, turbo, given = dp.transform(stock, dp.Identity()), dp.transform(stock, SPEC), with_small_image(build)
+    transformed, turbo, given = dp.transform(stock, dp.Identity()), dp.transform(stock, SPEC), with_small_image(build)
     enliven(turbo.depth, seed=1, least=1)
     mask = given["attention_mask"].bool()
     with torch.no_grad():
         wanted = stock(**given).logits
-        torch.testing.assert_close(made(**given).logits[mask], wanted[mask])
-        torch.testing.assert_close(made.lm_head(made.model(**given).last_hidden_state)[mask], wanted[mask])
+        torch.testing.assert_close(transformed(**given).logits[mask], wanted[mask])
+        torch.testing.assert_close(transformed.lm_head(transformed.model(**given).last_hidden_state)[mask], wanted[mask])
         assert not torch.allclose(wanted, stock(**{**given, "pixel_values": -given["pixel_values"]}).logits)
         wanted = stock.generate(**given, max_new_tokens=4, do_sample=False)
-        assert torch.equal(made.generate(**given, max_new_tokens=4, do_sample=False), wanted)
+        assert torch.equal(transformed.generate(**given, max_new_tokens=4, do_sample=False), wanted)
         out = turbo.generate(**given, max_new_tokens=5, do_sample=False, return_dict_in_generate=True, output_logits=True)
         more = {n: torch.cat((given[n], x.to(given[n]).expand(2, 4)), 1) for n, x in (
             ("attention_mask", torch.ones(())), ("mm_token_type_ids", torch.zeros(()))) if n in given}
@@ -231,7 +231,7 @@ def test_places_in_images_and_caches_that_outer_classes_make(build):
     assert not torch.allclose(scored[:, 0], wanted_logits(stock, given), atol=1e-2)
     cache = DynamicCache()
     with pytest.raises(CacheError, match="expected a DepthCache"):  # one that a caller would go on with
-        made(**given, **{zoo.CACHE: cache})
+        transformed(**given, **{zoo.CACHE: cache})
 
 
 def wanted_logits(stock, given):
@@ -241,16 +241,16 @@ def wanted_logits(stock, given):
 
 def test_images_that_see_both_ways_are_refused_by_name():
     stock = gemma()
-    made, given = dp.transform(stock, dp.Identity()), with_image()
+    transformed, given = dp.transform(stock, dp.Identity()), with_image()
     with torch.no_grad():
-        torch.testing.assert_close(made(**given).logits, stock(**given).logits)
+        torch.testing.assert_close(transformed(**given).logits, stock(**given).logits)
         types = (given["input_ids"] == IMAGE).long()
         with pytest.raises(InputError, match=r"not causal.*token_type_ids"):
-            made(**given, token_type_ids=types)
+            transformed(**given, token_type_ids=types)
         with pytest.raises(InputError, match="not causal"):
-            made.generate(**given, token_type_ids=types, max_new_tokens=2)
+            transformed.generate(**given, token_type_ids=types, max_new_tokens=2)
         if "mm_encoder_outputs" in type(stock).forward.__code__.co_varnames:
             image = {"image": stock.model.get_image_features(pixel_values=given.pop("pixel_values"), return_dict=True)}
             torch.testing.assert_close(
-                made(**given, mm_encoder_outputs=image).logits, stock(**given, mm_encoder_outputs=dict(image)).logits
+                transformed(**given, mm_encoder_outputs=image).logits, stock(**given, mm_encoder_outputs=dict(image)).logits
             )

@@ -63,18 +63,18 @@ def gradients(model, outputs):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_close(found, wanted, limit=1e-9):
-    for x, y in zip(found, wanted, strict=True):
+def assert_close(actual, wanted, limit=1e-9):
+    for x, y in zip(actual, wanted, strict=True):
         torch.testing.assert_close(x, y, rtol=limit, atol=limit)
 
 
-def assert_same_gradients(found, wanted, limit=1e-8):
-    assert found.keys() == wanted.keys()
+def assert_same_gradients(actual, wanted, limit=1e-8):
+    assert actual.keys() == wanted.keys()
     for name, g in wanted.items():
-        assert (found[name] - g).abs().max() <= limit * g.abs().max() + 1e-11, name
+        assert (actual[name] - g).abs().max() <= limit * g.abs().max() + 1e-11, name
 
 
-def made(passes, name="llama", level="auto", layers=3, **overrides):
+def transformed(passes, name="llama", level="auto", layers=3, **overrides):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64, **overrides), std=0.2)
     model = dp.transform(stock, passes, lowering=level)
     enliven(model.depth, seed=1, std=0.3, least=1)
@@ -86,14 +86,14 @@ def test_identity_is_the_stock_model_on_packed_rows(name):
     """Full attention, windows and chunks; the stock model's packed masks are the oracle."""
     stock = stock_of(name, dtype=torch.float32 if name == "gemma2" else torch.float64)
     batch = packed()
-    found = dp.transform(stock, dp.Identity())(**batch).logits
+    actual = dp.transform(stock, dp.Identity())(**batch).logits
     # Softmax and rotary tables in float32, whatever the model.
     limit = 1e-4 if name in ("gemma2", "gpt_oss", "llama4_text") else 1e-9
     if name in MIXING:
-        wanted = torch.cat([stock(input_ids=x, use_cache=False).logits[0] for x in pieces(batch["input_ids"])]).view_as(found)
+        wanted = torch.cat([stock(input_ids=x, use_cache=False).logits[0] for x in pieces(batch["input_ids"])]).view_as(actual)
     else:
         wanted = stock(**batch, use_cache=False).logits
-    torch.testing.assert_close(found, wanted, rtol=limit, atol=limit)
+    torch.testing.assert_close(actual, wanted, rtol=limit, atol=limit)
     mixed = stock(input_ids=batch["input_ids"], use_cache=False).logits
     assert (mixed - wanted)[:, LENGTHS[0][0] :].abs().max() > 1e-3
 
@@ -101,15 +101,15 @@ def test_identity_is_the_stock_model_on_packed_rows(name):
 @pytest.mark.parametrize("level", ["eager", "scheduled"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text", "llama4_text", "gpt_oss"])
 def test_feedback_starts_anew_with_every_segment(name, level):
-    model = made(spec(group=2), name, level)
+    model = transformed(spec(group=2), name, level)
     batch = packed()
-    found = pieces(model(**batch).logits)
+    parts = pieces(model(**batch).logits)
     assert model.depth_ran == ((model.depth_program, len(ALL)),)
     ran = {(r.level, r.tokens) for r in model.depth_lowered}
-    mine, wanted = gradients(model, found), alone(model, batch["input_ids"])
+    mine, wanted = gradients(model, parts), alone(model, batch["input_ids"])
     # Norms, softmax and rotary tables that compute in float32 whatever they are given.
     limit = 1e-9 if name in ("llama", "gpt2") else 1e-5
-    assert_close(found, wanted, limit)
+    assert_close(parts, wanted, limit)
     assert_same_gradients(mine, gradients(model, wanted), 10 * limit)
     # Segments of more than half the padded width of a group run in it; the level is that of any other call.
     assert {r for r, _ in ran} <= {level, "eager"} and max(n for _, n in ran) == max(ALL)
@@ -117,14 +117,14 @@ def test_feedback_starts_anew_with_every_segment(name, level):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_every_program(program):
-    model = made(PROGRAMS[program])
+    model = transformed(PROGRAMS[program])
     batch = packed()
     out = model(**batch)
-    ran, found = model.depth_ran, pieces(out.logits)
+    ran, parts = model.depth_ran, pieces(out.logits)
     assert sum(rows for _, rows in ran) == len(ALL)
     assert len(ran) == (len({max(1, (n - 1).bit_length()) for n in ALL}) if "growing" in program else 1)
-    mine, wanted = gradients(model, found), alone(model, batch["input_ids"])
-    assert_close(found, wanted)
+    mine, wanted = gradients(model, parts), alone(model, batch["input_ids"])
+    assert_close(parts, wanted)
     assert_same_gradients(mine, gradients(model, wanted))
     for name, tap in getattr(out, "taps", {}).items():
         assert_close(pieces(tap), alone(model, batch["input_ids"], lambda o, name=name: o.taps[name]))
@@ -136,14 +136,14 @@ def test_segments_in_packed_rows_differ_from_one_long_row():
     """What the other tests compare with is worth comparing with: nothing here is blind to what came before."""
     batch = packed()
     for passes in (spec(group=2), PROGRAMS["plt"], PROGRAMS["growing"], PROGRAMS["mor"]):
-        model = made(passes)
+        model = transformed(passes)
         whole, cut = model(input_ids=batch["input_ids"]).logits, model(**batch).logits
         assert (whole - cut)[:, LENGTHS[0][0] :].abs().max() > 1e-3
 
 
 def test_losses_of_routers_are_means_over_all_tokens():
     """And a loss is none of the label that a segment starts with."""
-    model = made(PROGRAMS["mor"]).train()
+    model = transformed(PROGRAMS["mor"]).train()
     batch = packed()
     ids = batch["input_ids"]
     out = model(**batch, labels=ids)
@@ -194,7 +194,7 @@ def test_keywords_of_variable_length_attention(name, told):
 @pytest.mark.parametrize("program", ["turbo", "mor", "pads", "growing"])
 def test_padding_around_and_inside_segments(side, program):
     """A 2-D mask with positions that restart: rows of other lengths, and one that is not packed at all."""
-    model = made({"turbo": spec(group=2), **PROGRAMS}[program])
+    model = transformed({"turbo": spec(group=2), **PROGRAMS}[program])
     lengths = [[4, 7, 2], [9], [1, 3]]
     width = max(map(sum, lengths)) + 1
     ids, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
@@ -207,19 +207,19 @@ def test_padding_around_and_inside_segments(side, program):
             mask[r, at : at + n], positions[r, at : at + n] = 1, torch.arange(n)
             at += n
     out = model(input_ids=ids, attention_mask=mask, position_ids=positions)
-    found = [out.logits[r, s][None] for r, s in rows]
-    mine = gradients(model, found)
+    actual = [out.logits[r, s][None] for r, s in rows]
+    mine = gradients(model, actual)
     wanted = [model(input_ids=ids[r, s][None], use_cache=False).logits for r, s in rows]
-    assert_close(found, wanted)
+    assert_close(actual, wanted)
     assert_same_gradients(mine, gradients(model, wanted))
     assert bool(out.logits.isfinite().all())
     # A hole in a segment is padding of its row, as it is in the segment alone.
     r, s = rows[1]
     mask[r, s.start + 2] = 0
-    found = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[r, s]
+    actual = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits[r, s]
     hole = {"attention_mask": mask[r, s][None], "position_ids": positions[r, s][None]}
     keep = mask[r, s].bool()
-    torch.testing.assert_close(found[keep], model(input_ids=ids[r, s][None], **hole).logits[0, keep], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(actual[keep], model(input_ids=ids[r, s][None], **hole).logits[0, keep], rtol=1e-9, atol=1e-9)
 
 
 def test_the_masks_ones_change_nothing_and_gaps_are_no_starts():
@@ -237,7 +237,7 @@ def test_the_masks_ones_change_nothing_and_gaps_are_no_starts():
 
 
 def test_embeddings_hidden_states_and_checkpoints():
-    model = made(spec(group=2))
+    model = transformed(spec(group=2))
     batch = packed()
     embeds = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
     out = model(inputs_embeds=embeds, position_ids=batch["position_ids"], output_hidden_states=True)
@@ -255,20 +255,20 @@ def test_embeddings_hidden_states_and_checkpoints():
 
 
 def test_hooks_see_every_visit_once_per_chunk_whatever_the_lengths():
-    model = made(dp.LayerProgram([0, 1, 2, 1]))
+    model = transformed(dp.LayerProgram([0, 1, 2, 1]))
     batch, seen = packed(), []
     wanted = model(**batch).logits
     with (
         model.model.layers[1].register_forward_hook(lambda m, a, o: seen.append(a[0].shape)),
         pytest.warns(UserWarning, match="hooks on or in block 1 were called 2 times"),
     ):
-        found = model(**batch).logits
-    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+        actual = model(**batch).logits
+    torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-9)
     assert [tuple(s[:2]) for s in seen] == [(len(ALL), max(ALL))] * 2
     with model.model.layers[1].mlp.register_forward_hook(lambda m, a, o: 2 * o):
-        found = model(**batch).logits
-        assert_close(pieces(found), alone(model, batch["input_ids"]))
-    assert (found - wanted).abs().max() > 1e-3
+        actual = model(**batch).logits
+        assert_close(pieces(actual), alone(model, batch["input_ids"]))
+    assert (actual - wanted).abs().max() > 1e-3
 
 
 def test_padding_between_segments_is_bounded():
@@ -300,15 +300,15 @@ def test_segments_are_where_a_plain_loop_finds_them(data):
                 positions[r, c] = len(row[-1]) - 1
         wanted += [(r, columns) for columns in row]
     mask = None if all(map(all, real)) else torch.tensor(real)
-    found = find_packing({}, positions, mask, gaps, (batch, tokens), positions.device)
+    actual = find_packing({}, positions, mask, gaps, (batch, tokens), positions.device)
     if len(wanted) == batch:
-        assert found is None
+        assert actual is None
         return
-    assert found.first.tolist() == [r * tokens + columns[0] for r, columns in wanted]
-    assert found.widths.tolist() == [columns[-1] - columns[0] + 1 for _, columns in wanted]
-    assert found.tokens == [len(columns) for _, columns in wanted]
+    assert actual.first.tolist() == [r * tokens + columns[0] for r, columns in wanted]
+    assert actual.widths.tolist() == [columns[-1] - columns[0] + 1 for _, columns in wanted]
+    assert actual.tokens == [len(columns) for _, columns in wanted]
     x, parts = torch.randn(batch, tokens, 2), []
-    for rows in found.rows(None, powers=data.draw(st.booleans())) if data.draw(st.booleans()) else found.fixed_rows(2):
+    for rows in actual.rows(None, powers=data.draw(st.booleans())) if data.draw(st.booleans()) else actual.fixed_rows(2):
         taken = rows.take(x, 7.0)
         for i, number in enumerate(rows.segments.tolist()):
             r, columns = wanted[number]
@@ -316,19 +316,19 @@ def test_segments_are_where_a_plain_loop_finds_them(data):
             row[[c - columns[0] for c in columns]] = x[r, columns]
             assert torch.equal(taken[i], row)
         parts.append((rows, taken))
-    back, inside = found.join(parts), torch.zeros(batch, tokens)
+    back, inside = actual.join(parts), torch.zeros(batch, tokens)
     for r, columns in wanted:
         assert torch.equal(back[r, columns], x[r, columns])
         inside[r, columns[0] : columns[-1] + 1] = 1
     assert torch.equal(back[inside == 0], torch.zeros_like(back[inside == 0]))
-    assert torch.equal(found.inside.view(batch, tokens), inside.bool())
+    assert torch.equal(actual.inside.view(batch, tokens), inside.bool())
 
 
 def test_the_ledger_counts_what_ran():
     """Attention is paid within segments: less than for one long row of as many tokens, more than for none."""
     from depthpass.hf.training.ledger import Counter
 
-    model, batch = made(dp.LayerProgram([0, 1, 2, 1])).train(), packed([[16, 16, 16]])
+    model, batch = transformed(dp.LayerProgram([0, 1, 2, 1])).train(), packed([[16, 16, 16]])
     counter = Counter(model)
     model(**batch)
     cut = counter.close(1)
@@ -365,7 +365,7 @@ def test_what_contradicts_itself_is_refused_by_name():
             turbo.model(**arguments)
     with pytest.raises(InputError, match="the rows of this call are packed"):
         turbo.generate(**batch, max_new_tokens=2, do_sample=False)
-    pads = made(PROGRAMS["pads"])
+    pads = transformed(PROGRAMS["pads"])
     with pytest.raises(InputError, match="one for each of the 9 sequences"):
         pads(**batch, prompt_length=torch.tensor([1, 2]))
 
@@ -392,13 +392,13 @@ def test_later_tokens_of_a_cache_may_not_start_a_sequence():
 
 
 def test_prompts_of_segments_end_where_each_one_says():
-    model = made(PROGRAMS["pads"])
+    model = transformed(PROGRAMS["pads"])
     batch = packed()
     prompts = torch.tensor([max(1, n // 2) for n in ALL])
-    found = pieces(model(**batch, prompt_length=prompts).logits)
+    parts = pieces(model(**batch, prompt_length=prompts).logits)
     wanted = [model(input_ids=x, prompt_length=int(p), use_cache=False).logits
               for x, p in zip(pieces(batch["input_ids"]), prompts)]
-    assert_close(found, wanted)
+    assert_close(parts, wanted)
     labels = torch.cat([torch.cat((torch.full((int(p),), -100), x[0, int(p) :]))
                         for x, p in zip(pieces(batch["input_ids"]), prompts)]).view(2, 23)
     assert torch.equal(model(**batch, labels=labels).logits, model(**batch, prompt_length=prompts).logits)
@@ -417,7 +417,7 @@ def test_the_flattening_collator(more):
     """The loss over a flattened batch is the mean over the labels of all its examples, and so are its gradients."""
     from transformers import DataCollatorWithFlattening
 
-    model = made(spec(group=2)).train()
+    model = transformed(spec(group=2)).train()
     batch = DataCollatorWithFlattening(return_tensors="pt", **more)(examples())
     assert batch["input_ids"].shape[0] == 1
     out = model(**batch)
@@ -445,9 +445,9 @@ def test_training_on_flattened_batches_is_training_on_padded_ones(tmp_path):
         labels[:, 0] = -100  # no token predicts it; Trainer counts labels
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    found = []
+    seen = []
     for collate in (DataCollatorWithFlattening(return_tensors="pt", return_flash_attn_kwargs=True), pad):
-        model = made(spec(group=2))
+        model = transformed(spec(group=2))
         arguments = TrainingArguments(
             output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, gradient_accumulation_steps=2,
             learning_rate=1e-2, report_to=[], use_cpu=True, seed=0, disable_tqdm=True, lr_scheduler_type="constant",
@@ -457,8 +457,8 @@ def test_training_on_flattened_batches_is_training_on_padded_ones(tmp_path):
                           data_collator=collate)
         before = {n: p.detach().clone() for n, p in model.named_parameters()}
         loss = trainer.train().training_loss
-        found.append((loss, trainer.evaluate()["eval_loss"], {n: p.detach() - before[n] for n, p in model.named_parameters()}))
-    (one, mean, moved), (other, wanted, steps) = found
+        seen.append((loss, trainer.evaluate()["eval_loss"], {n: p.detach() - before[n] for n, p in model.named_parameters()}))
+    (one, mean, moved), (other, wanted, steps) = seen
     assert one == pytest.approx(other, rel=1e-5) and mean == pytest.approx(wanted, rel=1e-4)
     assert all(moved[n].abs().max() > 0 for n in moved if n.startswith("depth"))
     assert_same_gradients(moved, steps, 1e-4)
@@ -473,9 +473,9 @@ def test_trl_without_padding_is_trl_with_padding(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({str(i): i for i in range(zoo.VOCABULARY)}, unk_token="3"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", bos_token="1", eos_token="2", unk_token="3")
-    found = []
+    seen = []
     for options in ({"padding_free": True, "max_length": None}, {}, {"packing": True, "max_length": 64}):
-        model = made(spec(group=2))
+        model = transformed(spec(group=2))
         before, ran = {n: p.detach().clone() for n, p in model.named_parameters()}, []
         model.register_forward_hook(lambda m, a, o, ran=ran: ran.append(sum(rows for _, rows in m.depth_ran)))
         arguments = trl.SFTConfig(
@@ -485,8 +485,8 @@ def test_trl_without_padding_is_trl_with_padding(tmp_path, monkeypatch):
         )
         rows = datasets.Dataset.from_list(examples(12))
         trl.SFTTrainer(model=model, args=arguments, train_dataset=rows, processing_class=tokenizer).train()
-        found.append(({n: p.detach() - before[n] for n, p in model.named_parameters()}, ran))
-    (free, counts), (padded, _), (_, packed_counts) = found
+        seen.append(({n: p.detach() - before[n] for n, p in model.named_parameters()}, ran))
+    (free, counts), (padded, _), (_, packed_counts) = seen
     assert counts == [3, 3] and max(packed_counts) > 3
     assert all(g.abs().max() > 0 for n, g in padded.items() if n.startswith("depth"))
     assert_same_gradients(free, padded, 1e-4)
@@ -496,7 +496,7 @@ def test_trl_without_padding_is_trl_with_padding(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 def test_the_inductor_level():
     """Chunks are compiled once per number of rows, so sequences run in groups of 1, 2, 4, ... rows."""
-    slow, fast = made(spec(group=2), level="eager"), made(spec(group=2), level="inductor")
+    slow, fast = transformed(spec(group=2), level="eager"), transformed(spec(group=2), level="inductor")
     batch = packed()
     assert_close(pieces(fast(**batch).logits), pieces(slow(**batch).logits), 1e-5)  # norms compute in float32
     assert {rows for _, rows, _ in fast._depth.ran} <= {1, 2, 4, 8} and sum(r for _, r, _ in fast._depth.ran) == len(ALL)
@@ -510,7 +510,7 @@ def test_the_inductor_level():
 
 
 def test_fixed_point_sweeps():
-    model = made(spec(group=2))
+    model = transformed(spec(group=2))
     batch = packed()
     wanted = model(**batch).logits
     swept = dp.transform(dp.restore(model), spec(group=2), schedule=dp.FixedPoint())
@@ -530,7 +530,7 @@ def _blocks(numbers, window=None, ahead=0):
 @pytest.mark.parametrize("kind", ["bool", "added", "by layer"])
 def test_segments_by_a_dense_mask(kind):
     """A block-diagonal mask over positions that go on: what the stock model makes of it, also with padding in front."""
-    model = made(PROGRAMS["loop"])
+    model = transformed(PROGRAMS["loop"])
     stock = dp.restore(model)
     same = dp.transform(stock, dp.Identity())
     ids = packed([[4, 1, 6]])["input_ids"].repeat(2, 1)
@@ -544,13 +544,13 @@ def test_segments_by_a_dense_mask(kind):
         want = stock(ids, attention_mask=stock_seen, position_ids=torch.arange(11)[None].expand(2, -1)).logits
         torch.testing.assert_close(same(ids, **given).logits[real], want[real], rtol=1e-6, atol=1e-6)
     out = model(ids, **given).logits
-    for found, row, part in zip(out, ids, numbers, strict=True):
+    for actual, row, part in zip(out, ids, numbers, strict=True):
         for n in sorted(set(part.tolist()) - {0}):
-            assert_close([found[part == n]], [model(row[part == n][None], use_cache=False).logits[0]])
+            assert_close([actual[part == n]], [model(row[part == n][None], use_cache=False).logits[0]])
 
 
 def test_dense_masks_that_say_more_are_refused():
-    model = made(PROGRAMS["loop"], "mistral")
+    model = transformed(PROGRAMS["loop"], "mistral")
     ids, numbers = torch.arange(5, 13)[None], torch.tensor([1] * 5 + [2] * 3)
     windowed = _blocks(numbers, window=4)
     torch.testing.assert_close(model(ids, attention_mask=windowed[None, None], use_cache=False).logits,
@@ -562,7 +562,7 @@ def test_dense_masks_that_say_more_are_refused():
 
 def test_dense_masks_about_cached_tokens():
     """What an outer class hands on while it decodes: the same tokens as a 2-D mask says, or refused."""
-    model = made(PROGRAMS["loop"], "mistral")
+    model = transformed(PROGRAMS["loop"], "mistral")
     valid = torch.tensor([[1] * 9, [0] * 2 + [1] * 7]).bool()
     ids = torch.arange(5, 23).view(2, 9) * valid
     dense = (valid[:, None] & torch.stack([_blocks(torch.ones(9), window=4)] * 2))[:, None]

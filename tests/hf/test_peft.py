@@ -59,9 +59,9 @@ def merged(name="llama"):
     return turbo_of(stock).eval()
 
 
-@pytest.mark.parametrize(("made", "name"), [(before, "llama"), (after, "llama"), (before, "gpt2"), (after, "mixtral")])
-def test_trains_together_with_the_bridges(made, name):
-    model = made(name)
+@pytest.mark.parametrize(("adapted", "name"), [(before, "llama"), (after, "llama"), (before, "gpt2"), (after, "mixtral")])
+def test_trains_together_with_the_bridges(adapted, name):
+    model = adapted(name)
     assert isinstance(model, peft.PeftModel) and isinstance(model.get_base_model(), dp.DepthModel)
     want = logits(merged(name))
     close(logits(model), want)
@@ -109,24 +109,24 @@ def test_a_frozen_transform_is_warned_of():
     assert all(p.grad is not None for p in dp.new_parameters(model))
 
 
-@pytest.mark.parametrize("made", [before, after])
-def test_adapters_are_switched_off_and_on(made):
-    model = made()
+@pytest.mark.parametrize("adapted", [before, after])
+def test_adapters_are_switched_off_and_on(adapted):
+    model = adapted()
     on = logits(model)
     with torch.no_grad():
         for n, p in model.named_parameters():  # what modules_to_save has trained is switched off with the adapter
             if "modules_to_save" in n:
                 p.mul_(2)
     moved = logits(model)
-    assert torch.equal(on, moved) == (made is before)
+    assert torch.equal(on, moved) == (adapted is before)
     with model.disable_adapter():
         close(logits(model), logits(pair("llama")[1]))
     assert torch.equal(logits(model), moved)
 
 
-@pytest.mark.parametrize("made", [before, after])
-def test_merges_into_a_plain_transformed_model(made, tmp_path):
-    model = made()
+@pytest.mark.parametrize("adapted", [before, after])
+def test_merges_into_a_plain_transformed_model(adapted, tmp_path):
+    model = adapted()
     want = logits(model)
     model.merge_adapter()  # fills a list that was empty when the model was captured
     close(logits(model), want)

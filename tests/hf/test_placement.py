@@ -36,7 +36,7 @@ def stock(name="llama", **more):
     return enliven(zoo.model(name, 3, dtype=torch.float64, **more))
 
 
-def made(kind, base=None):
+def transformed(kind, base=None):
     model = dp.transform(base or stock(), SPECS[kind])
     enliven(model.depth, seed=1, least=1)
     return model
@@ -57,12 +57,12 @@ def place(model, how, folder):
     ("parallel loop with gates", "disk_offload", "after"), ("parallel loop with gates", "dispatch", "before"),
 ])
 def test_offloaded_models_compute_generate_and_save_what_whole_ones_do(tmp_path, kind, how, order):
-    whole = made(kind)
+    whole = transformed(kind)
     if order == "before":
         model = dp.transform(place(stock(), how, tmp_path / "off"), SPECS[kind])
         model.depth.load_state_dict(whole.depth.state_dict())
     else:
-        model = made(kind)
+        model = transformed(kind)
         if order == "warm":
             model(**BATCH)
         place(model, how, tmp_path / "off")
@@ -83,14 +83,14 @@ def test_offloaded_models_compute_generate_and_save_what_whole_ones_do(tmp_path,
 
 @pytest.mark.parametrize("name", ["gpt2", "cohere", "opt"])
 def test_offloaded_position_tables_and_tied_heads(name):
-    whole = made("turboconn", stock(name))
-    model = accelerate.cpu_offload(made("turboconn", stock(name)))
+    whole = transformed("turboconn", stock(name))
+    model = accelerate.cpu_offload(transformed("turboconn", stock(name)))
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=IDS).logits, whole(input_ids=IDS).logits, atol=1e-12, rtol=0)
 
 
 def test_loading_with_a_device_map(tmp_path):
-    whole = made("turboconn")
+    whole = transformed("turboconn")
     whole.save_pretrained(tmp_path / "saved")
     model = dp.from_pretrained(tmp_path / "saved", device_map=MIXED, offload_folder=tmp_path / "off")
     assert any(p.is_meta for p in model.parameters())
@@ -110,12 +110,12 @@ def layer(module):
 @pytest.mark.parametrize("order", ["before", "first", "later"])
 @pytest.mark.parametrize("kind", ["turboconn", "visits with parameters of their own"])
 def test_checkpoint_wrappers_around_blocks(kind, order):
-    whole = made(kind).train()
+    whole = transformed(kind).train()
     whole(input_ids=IDS, labels=IDS).loss.backward()
     base = stock()
     if order == "before":
         apply_activation_checkpointing(base, check_fn=layer)
-    model = made(kind, base).train()
+    model = transformed(kind, base).train()
     if order == "later":
         model(input_ids=IDS, labels=IDS)
     if order != "before":
@@ -133,7 +133,7 @@ def test_checkpoint_wrappers_around_blocks(kind, order):
 
 
 def test_checkpoint_wrappers_inside_blocks_are_honoured_and_reentrant_ones_refused():
-    whole, model = made("turboconn").train(), made("turboconn").train()
+    whole, model = transformed("turboconn").train(), transformed("turboconn").train()
     apply_activation_checkpointing(model, check_fn=lambda m: type(m).__name__ == "LlamaMLP")
     runs = []
     model.model.layers[1].mlp.gate_proj.register_forward_hook(lambda *_: runs.append(1))
@@ -142,7 +142,7 @@ def test_checkpoint_wrappers_inside_blocks_are_honoured_and_reentrant_ones_refus
     for p, q in zip(model.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(p.grad, q.grad)
     assert len(runs) == 6  # three chunks, twice
-    other = made("turboconn")
+    other = transformed("turboconn")
     apply_activation_checkpointing(
         other, lambda m: checkpoint_wrapper(m, checkpoint_impl=CheckpointImpl.REENTRANT), check_fn=layer,
     )

@@ -54,24 +54,24 @@ def test_computed_weights_are_what_runs_and_learns(kind):
             stock, plain = stock_of("llama", 3), turbo_of(stock_of("llama", 3)).train()
             if when == "before":
                 change(find(stock))
-            made = turbo_of(stock).train()
+            transformed = turbo_of(stock).train()
             if when == "later":
-                loss_of(made)
+                loss_of(transformed)
             if when != "before":
-                change(find(made))
-            leaves = list(find(made).parameters())
-            out = loss_of(made)
+                change(find(transformed))
+            leaves = list(find(transformed).parameters())
+            out = loss_of(transformed)
             got = torch.autograd.grad(out, leaves)
             # The oracle: the weight as it is now, in a model without any of this, and torch's own way back to its leaves.
-            weight, same = find(made).weight, find(plain)
+            weight, same = find(transformed).weight, find(plain)
             with torch.no_grad():
                 same.weight.copy_(weight)
             wanted = loss_of(plain)
             torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-6)
             (at_weight,) = torch.autograd.grad(wanted, same.weight)
-            if find(made)._forward_pre_hooks:  # that compute the weight anew at each call
-                find(made)(torch.zeros(1, weight.shape[1]))
-            want = torch.autograd.grad(find(made).weight, leaves, at_weight, allow_unused=True)
+            if find(transformed)._forward_pre_hooks:  # that compute the weight anew at each call
+                find(transformed)(torch.zeros(1, weight.shape[1]))
+            want = torch.autograd.grad(find(transformed).weight, leaves, at_weight, allow_unused=True)
             for a, b in zip(got, want, strict=True):
                 if b is not None:  # a bias is no part of the weight
                     assert a.abs().sum() > 0

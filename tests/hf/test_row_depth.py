@@ -42,9 +42,9 @@ def test_rows_decode_as_they_do_alone(name, passes):
 
 def test_the_ladder_runs_no_visit_that_no_row_takes():
     model = transformed("llama", dp.Loop(start=1, end=3, times=4), torch.float32)
-    made = ladder_of(model, [1, 2, 4])
-    assert [p.cost for p in (made.first, *made.steps, made.last)] == [3, 2, 4, 1] and made.counts == (2, 4)
-    assert made.visits([1, 2, 4, 4]) == 4 + 6 + 10 + 10
+    ladder = ladder_of(model, [1, 2, 4])
+    assert [p.cost for p in (ladder.first, *ladder.steps, ladder.last)] == [3, 2, 4, 1] and ladder.counts == (2, 4)
+    assert ladder.visits([1, 2, 4, 4]) == 4 + 6 + 10 + 10
 
 
 def test_rows_stop_by_themselves():

@@ -30,13 +30,13 @@ def test_sharding_and_calling_in_either_order(mesh, warm):
     wanted = turbo_of(stock)
     wanted(input_ids=IDS, labels=IDS).loss.backward()
     tokens = wanted.generate(IDS, max_new_tokens=3, do_sample=False)
-    made = turbo_of(enliven(zoo.model("llama", 3, dtype=torch.float64)))
+    transformed = turbo_of(enliven(zoo.model("llama", 3, dtype=torch.float64)))
     if warm:
-        made(input_ids=IDS, labels=IDS)
-    shard(made, mesh)
-    assert any(type(p) is not torch.nn.Parameter for p in made.parameters())
-    made(input_ids=IDS, labels=IDS).loss.backward()
-    for (name, p), q in zip(made.named_parameters(), wanted.parameters(), strict=True):
+        transformed(input_ids=IDS, labels=IDS)
+    shard(transformed, mesh)
+    assert any(type(p) is not torch.nn.Parameter for p in transformed.parameters())
+    transformed(input_ids=IDS, labels=IDS).loss.backward()
+    for (name, p), q in zip(transformed.named_parameters(), wanted.parameters(), strict=True):
         assert q.grad is not None
         torch.testing.assert_close(p.grad.full_tensor(), q.grad, msg=lambda text, name=name: f"{name}: {text}")
-    assert torch.equal(made.generate(IDS, max_new_tokens=3, do_sample=False), tokens)
+    assert torch.equal(transformed.generate(IDS, max_new_tokens=3, do_sample=False), tokens)

@@ -139,11 +139,11 @@ def test_every_option_means_what_it_means_in_plain_decoding(more, agreeing):
         settings["eos_token_id"] = int(free[1, more.pop("eos")])
     if "stop" in more:
         settings |= {"stop_strings": [f"w{int(free[0, more.pop('stop')])}"], "tokenizer": _words()}
-    made = {k: more.pop(k) for k in ("logits_processor", "stopping_criteria") if k in more}
+    own_lists = {k: more.pop(k) for k in ("logits_processor", "stopping_criteria") if k in more}
     outputs, tapes = [], []
     for draft in ({}, {"draft": "loop:1", "draft_tokens": 3}, {"draft": "loop:1"}):
         tapes.append(_Tape())
-        own = {k: [make()] for k, make in made.items()}
+        own = {k: [make()] for k, make in own_lists.items()}
         outputs.append(agreeing.generate(**BATCH, **settings | more, **own, **draft, streamer=tapes[-1]))
     assert agreeing.depth_drafted.accepted > 0
     want, *others = outputs
@@ -155,9 +155,9 @@ def test_every_option_means_what_it_means_in_plain_decoding(more, agreeing):
         assert torch.equal(got.sequences, want.sequences)
         assert got[zoo.CACHE].get_seq_length() == want.sequences.shape[1] - 1
         for key in ("scores", "logits"):
-            found, wanted = (getattr(output, key) for output in (got, want))
-            assert (found is None) is (wanted is None)
-            torch.testing.assert_close(found or (), wanted or (), rtol=1e-5, atol=1e-5)
+            actual, wanted = (getattr(output, key) for output in (got, want))
+            assert (actual is None) is (wanted is None)
+            torch.testing.assert_close(actual or (), wanted or (), rtol=1e-5, atol=1e-5)
 
 
 def test_a_redrawn_token_is_distributed_as_the_model_says():
@@ -205,9 +205,9 @@ def test_sampled_rows_are_distributed_as_plain_ones(case):
     assert 0 < report.accepted < report.drafted and max(report.chosen) == 2
     seen = torch.bincount(out[:, 5:] @ torch.tensor([25, 5, 1]), minlength=125)
     rare = want < 8  # too few for the approximation: counted as one
-    found, wanted = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (seen, want))
+    actual, wanted = (torch.cat((x[~rare], x[rare].sum()[None])) for x in (seen, want))
     freedom = len(wanted) - 1
-    assert freedom > 40 and ((found - wanted) ** 2 / wanted).sum() < freedom + 3.5 * (2 * freedom) ** 0.5  # 0.999
+    assert freedom > 40 and ((actual - wanted) ** 2 / wanted).sum() < freedom + 3.5 * (2 * freedom) ** 0.5  # 0.999
 
 
 @pytest.mark.parametrize(("spec", "draft"), [
@@ -271,5 +271,5 @@ def test_other_models_caches_and_programs_are_no_drafts():
 
 
 def test_the_rest_of_a_loop_reads_no_block_twice():
-    made = draft_of(transformed("llama", LOOP, torch.float32), "loop:1")
-    assert made.rest is not None and made.rest.cost == 7 and made.draft.cost == 4 and made.slots == {0: 0, 1: 1, 2: 2}
+    draft = draft_of(transformed("llama", LOOP, torch.float32), "loop:1")
+    assert draft.rest is not None and draft.rest.cost == 7 and draft.draft.cost == 4 and draft.slots == {0: 0, 1: 1, 2: 2}

@@ -22,9 +22,9 @@ IDS = zoo.batch([9, 9], seed=5)["input_ids"]
 
 def pair(name, **more):
     """A transformed model that was called once, and what the transform took it from."""
-    made = dp.transform(enliven(zoo.model(name, 2, **more), least=1), dp.Identity())
-    call(made)
-    return made
+    transformed = dp.transform(enliven(zoo.model(name, 2, **more), least=1), dp.Identity())
+    call(transformed)
+    return transformed
 
 
 def call(model, **more):
@@ -32,14 +32,14 @@ def call(model, **more):
         return model(input_ids=IDS, use_cache=False, **more)
 
 
-def agrees(made):
-    torch.testing.assert_close(call(made).logits, call(dp.restore(made)).logits)
+def agrees(transformed):
+    torch.testing.assert_close(call(transformed).logits, call(dp.restore(transformed)).logits)
 
 
 def every(model, name, value):
-    found = [m for m in model.modules() if name in m.__dict__]
-    assert found
-    for module in found:
+    actual = [m for m in model.modules() if name in m.__dict__]
+    assert actual
+    for module in actual:
         setattr(module, name, value)
 
 
@@ -187,10 +187,10 @@ def held_model():
 
 
 def test_what_a_forward_reads_through_objects_and_globals_counts(captures, monkeypatch):
-    made = held_model()
-    mlp, held = made.model.layers[1].mlp, made.model.layers[0].mlp.held
-    call(made)
-    call(made)
+    transformed = held_model()
+    mlp, held = transformed.model.layers[1].mlp, transformed.model.layers[0].mlp.held
+    call(transformed)
+    call(transformed)
     assert len(captures) == 1  # what the forward itself counts up is no change
     changes = [
         lambda: HeldMlp.by_class.__setitem__(0, 2.0), lambda: FACTORS["list"].__setitem__(0, 2.0), lambda: mlp.loose.mul_(2),
@@ -201,15 +201,15 @@ def test_what_a_forward_reads_through_objects_and_globals_counts(captures, monke
         lambda: FACTORS["list"].__setitem__(0, 0.5), lambda: setattr(held.inner, "by", 2.0),
     ]
     for change in changes:
-        before = call(made).logits
+        before = call(transformed).logits
         change()
-        agrees(made)
-        assert not torch.allclose(call(made).logits, before, atol=1e-4)
+        agrees(transformed)
+        assert not torch.allclose(call(transformed).logits, before, atol=1e-4)
     counted = len(captures)
-    held.log.append(call(made).loss)  # beside what is read; no code of the model mentions them
+    held.log.append(call(transformed).loss)  # beside what is read; no code of the model mentions them
     held.inner.seen.append(1)
     held.steps["now"], held.note = 1, "new"
-    call(made)
+    call(transformed)
     assert len(captures) == counted
 
 
@@ -224,9 +224,9 @@ class OddMlp(importlib.import_module("transformers.models.llama.modeling_llama")
 def test_what_is_kept_in_slots_arrays_caches_and_the_environment_counts(captures, monkeypatch):
     stock = enliven(zoo.model("llama", 1), least=1)
     stock.model.layers[0].mlp.__class__ = OddMlp
-    made = dp.transform(stock, dp.Identity())
-    call(made)
-    call(made)
+    transformed = dp.transform(stock, dp.Identity())
+    call(transformed)
+    call(transformed)
     assert len(captures) == 1  # what the forward itself counts up is no change
     for change in (
         lambda: monkeypatch.setattr(SLOTTED, "_by", 2.0), lambda: QUEUE.appendleft(2.0), lambda: ARRAY.fill(2.0),
@@ -234,10 +234,10 @@ def test_what_is_kept_in_slots_arrays_caches_and_the_environment_counts(captures
         lambda: monkeypatch.setenv("DEPTHPASS_TEST", "2"), lambda: setattr(tagged, "by", 2.0),
         lambda: setattr(OUTSIDE, "by", 2.0),
     ):
-        before = call(made).logits
+        before = call(transformed).logits
         change()
-        agrees(made)
-        assert not torch.allclose(call(made).logits, before, atol=1e-4)
+        agrees(transformed)
+        assert not torch.allclose(call(transformed).logits, before, atol=1e-4)
 
 
 @pytest.mark.parametrize("read", [
@@ -249,11 +249,11 @@ def test_attributes_read_without_their_name_count(read, monkeypatch):
     stock = enliven(zoo.model("llama", 2), least=1)
     stock.model.layers[0].mlp.__class__ = type("ReadMlp", (type(stock.model.layers[0].mlp),), {
         "forward": lambda self, x: super(type(self), self).forward(x) * read(held)})
-    made = dp.transform(stock, dp.Identity())
-    before = call(made).logits
+    transformed = dp.transform(stock, dp.Identity())
+    before = call(transformed).logits
     held.by = 3.0
-    agrees(made)
-    assert not torch.allclose(call(made).logits, before, atol=1e-4)
+    agrees(transformed)
+    assert not torch.allclose(call(transformed).logits, before, atol=1e-4)
 
 
 CHANGES = {
@@ -287,90 +287,90 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_after_the_first_call_count(name):
-    made = pair(name)
+    transformed = pair(name)
     for what, change in CHANGES[name].items():
-        before = call(made).logits
-        change(made)
-        agrees(made)
-        assert not torch.allclose(call(made).logits, before, atol=1e-3), f"{what}: the change has to matter"
+        before = call(transformed).logits
+        change(transformed)
+        agrees(transformed)
+        assert not torch.allclose(call(transformed).logits, before, atol=1e-3), f"{what}: the change has to matter"
 
 
 def test_a_change_counts_in_every_program_and_is_taken_back():
     stock = enliven(zoo.model("llama", 3))
-    made = turbo_of(stock, bridges=[(2, 0)])
-    first = call(made).logits
-    norms = [m for m in made.modules() if hasattr(m, "variance_epsilon")]
+    transformed = turbo_of(stock, bridges=[(2, 0)])
+    first = call(transformed).logits
+    norms = [m for m in transformed.modules() if hasattr(m, "variance_epsilon")]
     kept = norms[0].variance_epsilon
     for norm in norms:
         norm.variance_epsilon = 0.5
-    fresh = turbo_of(dp.restore(made), bridges=[(2, 0)])
-    fresh.depth.load_state_dict(made.depth.state_dict())
-    assert made.depth_program == fresh.depth_program and GROUP == 3
-    torch.testing.assert_close(call(made).logits, call(fresh).logits)
+    fresh = turbo_of(dp.restore(transformed), bridges=[(2, 0)])
+    fresh.depth.load_state_dict(transformed.depth.state_dict())
+    assert transformed.depth_program == fresh.depth_program and GROUP == 3
+    torch.testing.assert_close(call(transformed).logits, call(fresh).logits)
     for norm in norms:
         norm.variance_epsilon = kept
-    assert torch.equal(call(made).logits, first)
+    assert torch.equal(call(transformed).logits, first)
 
 
 def test_the_loss_function_counts():
-    made = pair("llama")
-    call(made, labels=IDS)
-    made.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
-    assert torch.equal(call(made, labels=IDS).loss, call(dp.restore(made), labels=IDS).loss)
+    transformed = pair("llama")
+    call(transformed, labels=IDS)
+    transformed.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
+    assert torch.equal(call(transformed, labels=IDS).loss, call(dp.restore(transformed), labels=IDS).loss)
 
 
 @pytest.mark.parametrize("tokens", [102, 194])
 def test_resized_tied_embeddings_give_the_stock_loss(tokens):
-    made = dp.transform(enliven(zoo.model("llama", 2, tie_word_embeddings=True)), dp.Identity())
-    call(made, labels=IDS)
-    made.resize_token_embeddings(tokens, mean_resizing=False)
-    torch.testing.assert_close(call(made, labels=IDS).loss, call(dp.restore(made), labels=IDS).loss)
-    made(input_ids=IDS, labels=IDS).loss.backward()
-    assert made.get_input_embeddings().weight.grad.shape[0] == tokens
+    transformed = dp.transform(enliven(zoo.model("llama", 2, tie_word_embeddings=True)), dp.Identity())
+    call(transformed, labels=IDS)
+    transformed.resize_token_embeddings(tokens, mean_resizing=False)
+    torch.testing.assert_close(call(transformed, labels=IDS).loss, call(dp.restore(transformed), labels=IDS).loss)
+    transformed(input_ids=IDS, labels=IDS).loss.backward()
+    assert transformed.get_input_embeddings().weight.grad.shape[0] == tokens
 
 
 def test_attention_dropout_counts():
-    made = dp.transform(enliven(zoo.model("llama", 2)), dp.Identity()).train()
-    call(made)
-    every(made, "attention_dropout", 0.5)
-    assert not torch.equal(call(made).logits, call(made).logits)
+    transformed = dp.transform(enliven(zoo.model("llama", 2)), dp.Identity()).train()
+    call(transformed)
+    every(transformed, "attention_dropout", 0.5)
+    assert not torch.equal(call(transformed).logits, call(transformed).logits)
     torch.manual_seed(0)
-    mine = call(made).logits
+    mine = call(transformed).logits
     torch.manual_seed(0)
-    assert torch.equal(mine, call(dp.restore(made)).logits)
+    assert torch.equal(mine, call(dp.restore(transformed)).logits)
 
 
 def test_bidirectional_attention_is_refused_after_a_call_as_before_it():
-    made = pair("llama")
-    every(made, "is_causal", False)
+    transformed = pair("llama")
+    every(transformed, "is_causal", False)
     with pytest.raises(UnsupportedModelError, match="is_causal=False"):
-        call(made)
-    every(made, "is_causal", True)
-    agrees(made)
+        call(transformed)
+    every(transformed, "is_causal", True)
+    agrees(transformed)
 
 
 def test_a_saved_model_is_the_one_that_ran(tmp_path):
-    made = pair("mistral")
-    made.config.sliding_window = 2
-    made.save_pretrained(tmp_path)
-    assert torch.equal(call(made).logits, call(dp.from_pretrained(tmp_path)).logits)
+    transformed = pair("mistral")
+    transformed.config.sliding_window = 2
+    transformed.save_pretrained(tmp_path)
+    assert torch.equal(call(transformed).logits, call(dp.from_pretrained(tmp_path)).logits)
 
 
 def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
     from transformers.models.llama import modeling_llama
 
-    made = pair("llama")
-    first = call(made).logits
+    transformed = pair("llama")
+    first = call(transformed).logits
     rotate = modeling_llama.apply_rotary_pos_emb
     with monkeypatch.context() as patch:
         patch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, cos, sin, *a, **b: rotate(2 * q, k, cos, sin, *a, **b))
-        agrees(made)
-        assert not torch.allclose(call(made).logits, first)
+        agrees(transformed)
+        assert not torch.allclose(call(transformed).logits, first)
     forward = modeling_llama.LlamaMLP.forward
     with monkeypatch.context() as patch:
         patch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: 3 * forward(self, x))
-        agrees(made)
-        assert not torch.allclose(call(made).logits, first)
+        agrees(transformed)
+        assert not torch.allclose(call(transformed).logits, first)
     linear, attention = nn.functional.linear, nn.functional.scaled_dot_product_attention
     for name, other in {  # as libraries of kernels replace them
         "silu": lambda x, inplace=False: x.relu(), "linear": lambda *a: 2 * linear(*a),
@@ -378,13 +378,13 @@ def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
     }.items():
         with monkeypatch.context() as patch:
             patch.setattr(nn.functional, name, other)
-            agrees(made)
-            assert not torch.allclose(call(made).logits, first)
-    assert torch.equal(call(made).logits, first)
+            agrees(transformed)
+            assert not torch.allclose(call(transformed).logits, first)
+    assert torch.equal(call(transformed).logits, first)
 
 
 def test_hooks_of_all_modules_are_refused_by_name_and_torchs_own_are_not():
-    made = pair("llama")
+    transformed = pair("llama")
 
     def times(module, args, output):
         return output * 1.5 if type(module).__name__ == "LlamaMLP" else None
@@ -392,18 +392,18 @@ def test_hooks_of_all_modules_are_refused_by_name_and_torchs_own_are_not():
     handle = nn.modules.module.register_module_forward_hook(times)
     try:
         with pytest.raises(UnsupportedModelError, match="times is a hook of all modules"):
-            call(made)
+            call(transformed)
     finally:
         handle.remove()
     with torch.utils.module_tracker.ModuleTracker():
-        agrees(made)
+        agrees(transformed)
 
 
 @pytest.mark.filterwarnings("ignore:hooks on or in block:UserWarning")
 def test_a_wrapped_block_runs_its_wrapper_at_every_visit():
-    made = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
-    call(made)
-    block, seen = made.model.layers[1], []
+    transformed = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
+    call(transformed)
+    block, seen = transformed.model.layers[1], []
     forward = block.forward
 
     def counted(hidden, *args, **kwargs):
@@ -411,7 +411,7 @@ def test_a_wrapped_block_runs_its_wrapper_at_every_visit():
         return forward(hidden, *args, **kwargs)
 
     block.forward = counted
-    call(made)
+    call(transformed)
     assert sum(seen) == IDS.shape[1]
 
 
@@ -419,38 +419,38 @@ def test_a_wrapped_block_runs_its_wrapper_at_every_visit():
 
 
 def test_what_no_capture_depends_on_captures_nothing(captures):
-    made = pair("llama")
+    transformed = pair("llama")
     assert len(captures) == 1
     for step in range(3):
-        made.global_step = step
-        made.config.use_cache = bool(step % 2)
-        made.generation_config.max_length = 20 + step
-        made.model.layers[0].note = f"step {step}"
+        transformed.global_step = step
+        transformed.config.use_cache = bool(step % 2)
+        transformed.generation_config.max_length = 20 + step
+        transformed.model.layers[0].note = f"step {step}"
         with torch.no_grad():
-            for p in made.parameters():
+            for p in transformed.parameters():
                 p.mul_(1.01)
-        made.lm_head.weight.data = made.lm_head.weight.data.clone()
-        call(made)
+        transformed.lm_head.weight.data = transformed.lm_head.weight.data.clone()
+        call(transformed)
     assert len(captures) == 1
-    agrees(made)
+    agrees(transformed)
 
 
 def test_generating_looks_at_one_watch():
-    made = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
-    made.generate(IDS, max_new_tokens=2, do_sample=False)
-    watch = made._depth.watches[-1]
-    made.generate(IDS, max_new_tokens=3, do_sample=False)
-    assert made._depth.watches[-1] is watch
+    transformed = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
+    transformed.generate(IDS, max_new_tokens=2, do_sample=False)
+    watch = transformed._depth.watches[-1]
+    transformed.generate(IDS, max_new_tokens=3, do_sample=False)
+    assert transformed._depth.watches[-1] is watch
 
 
 def test_training_and_evaluation_take_turns_without_new_watches_or_captures(captures):
-    made = pair("llama")
+    transformed = pair("llama")
     kept = set()
     for step in range(20):
-        made.train(step % 2 == 0)
-        call(made)
+        transformed.train(step % 2 == 0)
+        call(transformed)
         if step > 1:
-            kept.add(id(made._depth.watches[-1]))
+            kept.add(id(transformed._depth.watches[-1]))
     assert len(kept) == 2 and len(captures) == 2
 
 
@@ -459,11 +459,11 @@ def test_old_states_of_a_model_are_forgotten(monkeypatch):
     from depthpass.hf.modules import watch
 
     monkeypatch.setattr(captured, "KEPT", 2)
-    made = pair("llama")
+    transformed = pair("llama")
     for step in range(6):
-        every(made, "variance_epsilon", 0.1 * (step + 1))
-        agrees(made)
-    assert len(made._depth.captures) == 2 and len(made._depth.watches) <= watch.KEPT
-    alive = [c for c in made._depth.captures.values()]
+        every(transformed, "variance_epsilon", 0.1 * (step + 1))
+        agrees(transformed)
+    assert len(transformed._depth.captures) == 2 and len(transformed._depth.watches) <= watch.KEPT
+    alive = [c for c in transformed._depth.captures.values()]
     owners = {id(o) for c in alive for o in (c.prologue, c.norm, c.head, *c.blocks)}
-    assert set(made._depth.bindings) <= owners
+    assert set(transformed._depth.bindings) <= owners

@@ -14,13 +14,13 @@ STEPS = 2 * GROUP + 1
 
 def greedy(model, ids, cache, meet=lambda: None):
     """Tokens decoded one by one, with a meeting point before every step."""
-    found, step = [], ids
+    seen, step = [], ids
     with torch.no_grad():
         for _ in range(STEPS):
             meet()
             step = model(input_ids=step, past_key_values=cache).logits[:, -1:].argmax(-1)
-            found.append(step)
-    return torch.cat(found, 1)
+            seen.append(step)
+    return torch.cat(seen, 1)
 
 
 def together(*jobs):
@@ -98,6 +98,6 @@ def test_first_calls_at_the_same_time(captures):
     got = together(*(lambda meet, m=m: call(m, meet) for m in jobs))
     assert len(captures) == 2
     with torch.no_grad():
-        for model, found in zip(jobs, got, strict=True):
+        for model, actual in zip(jobs, got, strict=True):
             want = model(**batch).logits
-            assert all(torch.equal(f, want) for f in found)
+            assert all(torch.equal(f, want) for f in actual)

@@ -67,8 +67,8 @@ def test_trains_saves_and_resumes(tmp_path, captures):
     before = {n: p.detach().clone() for n, p in turbo.named_parameters()}
     t = trainer(turbo, tmp_path, eval_strategy="steps", eval_steps=3)
     t.train()
-    found = losses(t)
-    assert len(found) == 6 and found[-1] < found[0]
+    actual = losses(t)
+    assert len(actual) == 6 and actual[-1] < actual[0]
     assert all(not torch.equal(p, before[n]) for n, p in turbo.named_parameters())
     # Training with item counts, evaluation without gradients: as many captures as kinds of calls, not as steps.
     assert len(captures) <= 2
@@ -77,7 +77,7 @@ def test_trains_saves_and_resumes(tmp_path, captures):
     torch.testing.assert_close(logits(loaded), logits(turbo))
     again = trainer(turbo_of(stock_of("llama")), tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert losses(again)[-3:] == pytest.approx(found[-3:], abs=1e-3)
+    assert losses(again)[-3:] == pytest.approx(actual[-3:], abs=1e-3)
 
 
 @pytest.mark.usefixtures("one_capture")

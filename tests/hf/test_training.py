@@ -89,9 +89,9 @@ def test_half_precision(name, dtype):
     # The recurrence may not lose much more than the stock model does in this format.
     error, usual = (got.float() - want)[real].pow(2).mean().sqrt(), low[real].pow(2).mean().sqrt()
     assert error < 4 * usual + 1e-3
-    _, found = gradients(half)
-    assert len(found) == len(list(half.parameters())) and all(g.isfinite().all() for g in found.values())
-    assert all(found[f"depth.{n}"].abs().sum() > 0 for n, _ in half.depth.named_parameters())
+    _, actual = gradients(half)
+    assert len(actual) == len(list(half.parameters())) and all(g.isfinite().all() for g in actual.values())
+    assert all(actual[f"depth.{n}"].abs().sum() > 0 for n, _ in half.depth.named_parameters())
     tokens = half.generate(**BATCH, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert tokens.shape == (2, 14)
 
@@ -171,11 +171,11 @@ def test_frozen_parameters_get_no_gradient():
     turbo = turbo_of(stock_of("llama"))
     for n, p in turbo.named_parameters():
         p.requires_grad_(n.startswith("depth.") or "layers.1" in n)
-    _, found = gradients(turbo)
-    assert found.keys() == {n for n, p in turbo.named_parameters() if p.requires_grad}
+    _, actual = gradients(turbo)
+    assert actual.keys() == {n for n, p in turbo.named_parameters() if p.requires_grad}
     whole = turbo_of(stock_of("llama"))
     _, want = gradients(whole)
-    for n, g in found.items():
+    for n, g in actual.items():
         torch.testing.assert_close(g, want[n], rtol=1e-5, atol=1e-6)
 
 

@@ -62,8 +62,8 @@ def test_mixed_precision_as_accelerate_wraps_it():
     turbo._original_forward = turbo.forward
     wrapped = torch.autocast("cpu", dtype=torch.bfloat16)(turbo.forward.__func__)
     turbo.forward = types.MethodType(convert_outputs_to_fp32(wrapped), turbo)
-    found = logits(turbo)
-    assert found.dtype == torch.float32 and torch.equal(found, want.float())
+    actual = logits(turbo)
+    assert actual.dtype == torch.float32 and torch.equal(actual, want.float())
     assert torch.equal(dp.restore(turbo)(input_ids=IDS).logits, stock_of("llama")(input_ids=IDS).logits)
 
 
@@ -78,8 +78,8 @@ def test_another_method_as_forward_for_one_call():
 
     turbo.forward = method
     with torch.no_grad():
-        found = turbo(IDS)
-    assert torch.equal(found, logits(turbo, use_cache=False))
+        actual = turbo(IDS)
+    assert torch.equal(actual, logits(turbo, use_cache=False))
 
 
 class Named(LlamaForCausalLM):
@@ -158,8 +158,8 @@ def test_compile_says_that_it_does_nothing_and_export_is_refused(warm):
         turbo.model(input_ids=torch.fx.Proxy(torch.fx.Graph().placeholder("x")))
     compiled = torch.compile(turbo)
     with pytest.warns(UserWarning, match=r"does nothing to a transformed LlamaForCausalLM: .* lowering='inductor'"):
-        found = compiled(input_ids=IDS).logits
-    assert torch.equal(found, turbo(input_ids=IDS).logits)
+        actual = compiled(input_ids=IDS).logits
+    assert torch.equal(actual, turbo(input_ids=IDS).logits)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*does nothing")
         compiled(input_ids=IDS)  # once is enough

@@ -29,8 +29,8 @@ def close(got, want, real=slice(None)):
 @pytest.mark.parametrize("style", ["sdpa", "eager"])
 def test_identity_is_bitwise_stock(models, style):
     stock, _ = models
-    found = stock.config._attn_implementation
-    if style == "sdpa" and found != "sdpa":
+    actual = stock.config._attn_implementation
+    if style == "sdpa" and actual != "sdpa":
         pytest.skip("the stock model has no sdpa attention")
     stock.set_attn_implementation(style)
     try:
@@ -42,7 +42,7 @@ def test_identity_is_bitwise_stock(models, style):
             got, want = (logits(m, padded, use_cache=cache) for m in (same, stock))
             assert torch.equal(got[real], want[real])
     finally:
-        stock.set_attn_implementation(found)
+        stock.set_attn_implementation(actual)
 
 
 def test_zero_init_equals_stock(models):

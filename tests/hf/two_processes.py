@@ -40,16 +40,16 @@ CASES = {
 }
 
 
-def made(spec, dtype=torch.float64, live=True):
+def transformed(spec, dtype=torch.float64, live=True):
     model = dp.transform(enliven(zoo.model("llama", 3, dtype=dtype)), spec)
     if live:
         enliven(model.depth, seed=1, least=1)
     return model.train()
 
 
-def say(case, **found):
+def say(case, **actual):
     if RANK == 0:
-        print(json.dumps({"case": case, **found}), flush=True)
+        print(json.dumps({"case": case, **actual}), flush=True)
 
 
 def whole(t):
@@ -134,7 +134,7 @@ def emitted(spec):
 
     transformers.dynamic_module_utils.HF_MODULES_CACHE = f"modules {RANK}"
     path = f"emitted_{len(os.listdir())}_{RANK}"
-    dp.emit(made(spec), path)
+    dp.emit(transformed(spec), path)
     return transformers.AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float64).train()
 
 
@@ -157,10 +157,10 @@ for name, spec in {"loop": dp.Loop(1, 2, 3, lora_rank=2, timestep=True), "plt": 
     say(f"emitted {name}", **more)
 
 for program, spec in SPECS.items():
-    wanted = made(spec)
+    wanted = transformed(spec)
     loss(wanted, IDS).backward()
     for number, name in enumerate(CASES[program]):
-        model, shard = made(spec), UNITS[name]
+        model, shard = transformed(spec), UNITS[name]
         if number % 2:
             loss(model, MINE)
         model = shard(model)
@@ -184,12 +184,12 @@ for program, spec in SPECS.items():
         say(f"{program} {name}", **(more or gradients(model, wanted)))
 
 spec = SPECS["turboconn"]
-wanted, model = made(spec), blocks(made(spec))
+wanted, model = transformed(spec), blocks(transformed(spec))
 for one, ids in ((wanted, IDS), (model, MINE)):
     one.model(input_ids=ids).last_hidden_state.square().mean().backward()
 say("decoder alone", **gradients(model, wanted))
 
-wanted, model = made(spec), blocks(made(spec))
+wanted, model = transformed(spec), blocks(transformed(spec))
 wanted(input_ids=IDS, labels=IDS).loss.backward()
 for last in (False, True):
     model.set_requires_gradient_sync(last)
@@ -198,7 +198,7 @@ for last in (False, True):
 say("accumulated", **gradients(model, wanted))
 
 checkpoints.save({"model": get_model_state_dict(model)}, checkpoint_id="dcp")
-other = made(spec)
+other = transformed(spec)
 with torch.no_grad():
     for p in other.parameters():
         p.zero_()
@@ -214,7 +214,7 @@ stock = accelerated(enliven(zoo.model("llama", 3)), policy=policy)
 expected = stock(input_ids=MINE, labels=MINE)
 expected.loss.backward()
 for warm in (False, True):
-    model = made(dp.Loop(1, 2, 1), torch.float32)
+    model = transformed(dp.Loop(1, 2, 1), torch.float32)
     if warm:
         model(input_ids=MINE, labels=MINE)
     out = accelerated(model, policy=policy)(input_ids=MINE, labels=MINE)
@@ -223,7 +223,7 @@ for warm in (False, True):
     say(f"bfloat16 {warm}", dtype=str(out.logits.dtype), logits=torch.equal(out.logits, expected.logits), gradients=equal)
 
 for flat in ("one", "parameters", "blocks"):
-    model, policy = made(spec), ModuleWrapPolicy({LlamaDecoderLayer}) if flat == "blocks" else None
+    model, policy = transformed(spec), ModuleWrapPolicy({LlamaDecoderLayer}) if flat == "blocks" else None
     loss(model, MINE)
     wrapped = FullyShardedDataParallel(
         model, device_id=torch.device("cpu"), use_orig_params=flat != "one", auto_wrap_policy=policy)

@@ -49,13 +49,13 @@ def run(o: Op) -> Op:
 @given(programs(), st.sampled_from(sorted(CALLS)), st.sampled_from(["auto", "eager", "inductor"]))
 def test_random_programs_lower_and_read_back(program: Program, call: str, level: str) -> None:
     try:
-        found = lowered(program, call, level)
+        actual = lowered(program, call, level)
     except PassError:  # a top-k route on a delay cycle
         return
-    assert parse_lowered(str(found)) == found
-    assert sorted(str(run(o)) for region in found for o in region.program_ops) == sorted(str(run(o)) for o in program.ops)
+    assert parse_lowered(str(actual)) == actual
+    assert sorted(str(run(o)) for region in actual for o in region.program_ops) == sorted(str(run(o)) for o in program.ops)
     served = {v["slot"] for v in program.visits if v["keys"] is None or v["gate"] is not None}
-    assert {o.writes for region in found for o in region.ops if o.writes is not None} == served
+    assert {o.writes for region in actual for o in region.ops if o.writes is not None} == served
 
 
 BRIDGE = """lowered M call=train level=auto blocks=2 width=8

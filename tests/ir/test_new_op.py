@@ -95,9 +95,9 @@ def run(model, batch):
     model.zero_grad()
     logits = model(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
     logits.square().sum().backward()
-    found = {n.replace("depth.", ""): p.grad for n, p in model.named_parameters()}
+    actual = {n.replace("depth.", ""): p.grad for n, p in model.named_parameters()}
     spelt = {"bn.weight": "b.near", "bf.weight": "b.far", "cn.weight": "c.near", "cf.weight": "c.far"}
-    return logits.detach(), {spelt.get(n, n): g for n, g in found.items()}
+    return logits.detach(), {spelt.get(n, n): g for n, g in actual.items()}
 
 
 def batch():

@@ -169,8 +169,8 @@ def test_parameters_of_every_kind() -> None:
         "bias false identity true\n%c = weigh phi (%b) init 0.0\n%d = rms (%c) name gain\n%f = rms (%d)\n"
         "%g = weigh phi (%f) init 0.0\noutput %g"
     )
-    found = {p.name: (p.shape, p.init, p.fill, p.identity) for p in parameters(verify(program)).values()}
-    assert found == {
+    actual = {p.name: (p.shape, p.init, p.fill, p.identity) for p in parameters(verify(program)).values()}
+    assert actual == {
         "low.weight": ((3, 8), 0.5, None, False),
         "low.bias": ((3,), 0.0, None, False),
         "up.weight": ((8, 11), 0.02, None, True),

@@ -82,8 +82,8 @@ def on_default(x: Tensor) -> Tensor:
 
 def gradients(out: Tensor, operands: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
     """Return the gradient of every operand, by name with a leading `d`."""
-    found = torch.autograd.grad(out, list(operands.values()), grad, materialize_grads=True)
-    return {f"d{name}": g for name, g in zip(operands, found, strict=True)}
+    grads = torch.autograd.grad(out, list(operands.values()), grad, materialize_grads=True)
+    return {f"d{name}": g for name, g in zip(operands, grads, strict=True)}
 
 
 def leaves(operands: dict[str, Tensor]) -> dict[str, Tensor]:

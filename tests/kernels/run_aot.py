@@ -126,11 +126,11 @@ def main() -> None:
             file.flush()
             command = [CUOBJDUMP, "--dump-resource-usage", file.name]
             usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found = {key.lower(): int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
+        actual = {key.lower(): int(n) for key, n in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
         record = {"name": name, "kernel": launch.kernel.__name__, "rows": launch.tile.m, "cubin": len(cubin)}
         record |= {"shared": compiled.metadata.shared, "matrix": [m for m in MATRIX if m in ptx]}
         print(
-            json.dumps(record | found | {"copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx))}), flush=True
+            json.dumps(record | actual | {"copies": len(re.findall(r"cp\.async\.c[ag]\.", ptx))}), flush=True
         )
 
 

@@ -43,8 +43,8 @@ def grads(
 ) -> dict[str, Tensor]:
     """Gradients through both outputs together."""
     pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o is not None]
-    found = torch.autograd.grad([o for o, _ in pairs], list(inputs.values()), [w for _, w in pairs])
-    return dict(zip(inputs, found, strict=True))
+    grads = torch.autograd.grad([o for o, _ in pairs], list(inputs.values()), [w for _, w in pairs])
+    return dict(zip(inputs, grads, strict=True))
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(F64, 1e-12), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

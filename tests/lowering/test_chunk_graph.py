@@ -17,12 +17,12 @@ aten = torch.ops.aten
 
 
 def graph_of(name: str, spec, layers: int = 4, **options):
-    """The chunk graph that a call of a transformed model runs on."""
+    """The chunk graph that a call of a graphs model runs on."""
     turbo = dp.transform(zoo.model(name, layers), spec, lowering="scheduled", **options)
     turbo(**zoo.batch([9, 6]), use_cache=False)
-    (graph,) = [g for made in chunk_loop._GRAPHS.values() for g in made.values() if g.program is turbo.depth_program]
+    (graph,) = [g for graphs in chunk_loop._GRAPHS.values() for g in graphs.values() if g.program is turbo.depth_program]
     turbo(**zoo.batch([13, 6]), use_cache=False)
-    assert sum(g.program is turbo.depth_program for made in chunk_loop._GRAPHS.values() for g in made.values()) == 1
+    assert sum(g.program is turbo.depth_program for graphs in chunk_loop._GRAPHS.values() for g in graphs.values()) == 1
     return graph
 
 

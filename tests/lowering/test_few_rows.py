@@ -34,14 +34,14 @@ def test_products_of_a_few_rows_are_replaced(rows, dtype, bias, count):
     with torch.no_grad():
         graph = make_fx(net, tracing_mode="fake", _allow_non_fake_inputs=True)(x)
         assert few_rows_pass(graph) == count
-        found = graph(x)
+        actual = graph(x)
 
         def right(x, i):
             return F.linear(x, weights[i].float(), None if biases[i] is None else biases[i].float())
 
         h = torch.tanh(right(x.float(), 0).to(dtype))
         wanted = right(h.float(), 1), right(x.float(), 2)
-    for got, want in zip(found, wanted):
+    for got, want in zip(actual, wanted):
         assert got.dtype == dtype
         torch.testing.assert_close(got.float(), want, rtol=2e-2, atol=1e-1)
 
@@ -124,9 +124,9 @@ def test_which_products_outside_of_a_graph():
 @pytest.mark.parametrize("name", ["gemma2", "phi"])
 def test_stock_heads_of_a_compiled_token(name, monkeypatch):
     """Soft-capped, and with a bias: stock code multiplies what a compiled token hands it, and sees plain tensors otherwise."""
-    made = []
+    calls = []
     monkeypatch.setattr(row_products, "LEAST", 1)
-    monkeypatch.setattr(row_products, "few_rows_product", lambda *given: made.append(given) or F.linear(*given))
+    monkeypatch.setattr(row_products, "few_rows_product", lambda *given: calls.append(given) or F.linear(*given))
     model = transformed(name, dp.Identity(), torch.bfloat16)
     with torch.no_grad():
         model(input_ids=torch.tensor([[3, 4]]))
@@ -137,7 +137,7 @@ def test_stock_heads_of_a_compiled_token(name, monkeypatch):
             got = bare(apply_head(model, captured, normed.as_subclass(HeadInput), arguments))
             assert type(got.logits) is torch.Tensor
             assert torch.equal(got.logits, apply_head(model, captured, normed, arguments).logits)
-    assert len(made) == 2 and all(type(x) in (torch.Tensor, torch.nn.Parameter) for given in made for x in given if x is not None)
+    assert len(calls) == 2 and all(type(x) in (torch.Tensor, torch.nn.Parameter) for c in calls for x in c if x is not None)
     assert taken(model, model.model)
     for seeing in (model.lm_head, model.model):  # plain tensors for whoever looks at them
         hook = seeing.register_forward_hook(lambda module, args, out: None)

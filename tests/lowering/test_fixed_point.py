@@ -191,7 +191,7 @@ def test_prefill_in_parts_and_decoding():
 
 
 def test_gradients_flow_through_a_cache():
-    found = []
+    seen = []
     for model in pair("llama", max_sweeps=9):
         batch = zoo.batch([17, 12])
         cache, mask = dp.DepthCache(model), batch["attention_mask"]
@@ -202,9 +202,9 @@ def test_gradients_flow_through_a_cache():
         logits = torch.cat(parts, 1)
         weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(0), dtype=logits.dtype)
         (logits * weight)[mask.bool()].sum().backward()
-        found.append((logits[mask.bool()].detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
+        seen.append((logits[mask.bool()].detach(), {n: p.grad.clone() for n, p in model.named_parameters()}))
         model.zero_grad()
-    assert_same(*found)
+    assert_same(*seen)
 
 
 def test_frozen_base_trains_only_the_bridges():
@@ -223,9 +223,9 @@ def test_hooks_on_parameters_fire_once_with_the_total():
     seen = []
     weight = swept.model.layers[2].mlp.up_proj.weight
     weight.register_hook(lambda g: seen.append(g.clone()))
-    _, found = gradients(swept, zoo.batch([11, 8]))
+    _, actual = gradients(swept, zoo.batch([11, 8]))
     assert len(seen) == 1
-    torch.testing.assert_close(seen[0], found["model.layers.2.mlp.up_proj.weight"])
+    torch.testing.assert_close(seen[0], actual["model.layers.2.mlp.up_proj.weight"])
 
 
 def test_autocast_follows_the_token_loop():
@@ -242,8 +242,8 @@ def test_autocast_follows_the_token_loop():
 def test_generation_equals_the_sequential_schedule():
     eager, swept = pair("llama", max_sweeps=9)
     batch = zoo.batch([10, 7])
-    made = [m.generate(**batch, max_new_tokens=6, do_sample=False) for m in (eager, swept)]
-    assert made[0].tolist() == made[1].tolist()
+    tokens = [m.generate(**batch, max_new_tokens=6, do_sample=False) for m in (eager, swept)]
+    assert tokens[0].tolist() == tokens[1].tolist()
 
 
 def test_generation_of_a_cut_off_model_says_that_decoding_differs():
@@ -315,9 +315,9 @@ def test_a_step_leaves_nothing_behind(backward):
     sweep = lowered.LeafHost.block
 
     def spy(self, *args):
-        made = sweep(self, *args)
-        alive.append(weakref.ref(made))
-        return made
+        outputs = sweep(self, *args)
+        alive.append(weakref.ref(outputs))
+        return outputs
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lowered.LeafHost, "block", spy)

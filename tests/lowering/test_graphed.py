@@ -60,8 +60,8 @@ def test_replays_see_new_rows_and_new_weights(monkeypatch):
             @staticmethod
             def backward(ctx, *grads):
                 wanted = [s for s in static if s.requires_grad]
-                found = iter(torch.autograd.grad(ctx.out, wanted, grads, allow_unused=True))
-                return tuple(next(found) if s.requires_grad else None for s in static)
+                actual = iter(torch.autograd.grad(ctx.out, wanted, grads, allow_unused=True))
+                return tuple(next(actual) if s.requires_grad else None for s in static)
 
         return Replay.apply
 

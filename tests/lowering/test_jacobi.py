@@ -40,21 +40,21 @@ def jacobi(stock, row, p, spec, sweeps, backward):
     for number in range(sweeps):
         if kept is not None and number == sweeps - backward:
             kept = {k: v.detach() for k, v in kept.items()}
-        found, hooks = {}, []
+        seen, hooks = {}, []
 
         def into(module, args, last=kept):
             return args if last is None else (mixed(args[0], shifted(last["R"], 1), p), *args[1:])
 
-        def after(module, args, output, b, last=kept, found=found):
+        def after(module, args, output, b, last=kept, seen=seen):
             x = output[0] if isinstance(output, tuple) else output
             if spec is T2MLR:
-                found["R"] = x
+                seen["R"] = x
                 return None
             if b < 2 and last is not None:
                 x = bridged(x, last, p, b)
             if b == 2:
                 for d in (0, 1):
-                    found[2, d] = x @ p[f"turboconn.s2_d{d}.down.weight"].T + p[f"turboconn.s2_d{d}.down.bias"]
+                    seen[2, d] = x @ p[f"turboconn.s2_d{d}.down.weight"].T + p[f"turboconn.s2_d{d}.down.bias"]
             return (x, *output[1:]) if isinstance(output, tuple) else x
 
         for b, block in enumerate(blocks):
@@ -65,7 +65,7 @@ def jacobi(stock, row, p, spec, sweeps, backward):
         logits = stock(**row, use_cache=False).logits
         for h in hooks:
             h.remove()
-        kept = found
+        kept = seen
     return logits
 
 

@@ -27,9 +27,9 @@ CASES = {
 
 def weights(dtype, shapes, biased, joined=False, transposed=False) -> Weights:
     torch.manual_seed(0)
-    made = tuple(torch.randn(s, dtype=dtype) for s in shapes)
-    outs = [w.shape[1 if transposed else 0] for w in made]
-    return Weights(made, tuple(torch.randn(o, dtype=dtype) if b else None for o, b in zip(outs, biased)), joined, transposed)
+    weights = tuple(torch.randn(s, dtype=dtype) for s in shapes)
+    outs = [w.shape[1 if transposed else 0] for w in weights]
+    return Weights(weights, tuple(torch.randn(o, dtype=dtype) if b else None for o, b in zip(outs, biased)), joined, transposed)
 
 
 @pytest.fixture
@@ -118,8 +118,8 @@ def test_frozen_weights_beside_trained_ones_take_no_product():
     assert torch.allclose(dx, a @ frozen + b @ trained, atol=1e-5)
     (held,) = sink._waiting.values()
     assert held.g[0].shape == (5, 8)
-    found = sink.finish()
-    assert found.keys() == {id(trained)} and torch.allclose(found[id(trained)], b.t() @ x, atol=1e-5)
+    actual = sink.finish()
+    assert actual.keys() == {id(trained)} and torch.allclose(actual[id(trained)], b.t() @ x, atol=1e-5)
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -139,10 +139,10 @@ def test_a_landing_equals_its_parts(dtype, fused, monkeypatch):
         want = x + (added if mask is None else torch.where(mask, added, 0))
         leaves = [x, *cs]
         exact = torch.autograd.grad(want, [*leaves, *w.weights, w.biases[0]], grad)
-        found = list(torch.autograd.grad(got, leaves, grad))
+        seen = list(torch.autograd.grad(got, leaves, grad))
         sunk = sink.finish()
-        found += [sunk[id(t)] for t in (*w.weights, w.biases[0])]
-        for a, e in zip([got, *found], [want, *exact], strict=True):
+        seen += [sunk[id(t)] for t in (*w.weights, w.biases[0])]
+        for a, e in zip([got, *seen], [want, *exact], strict=True):
             torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-4 if dtype == torch.float32 else 1e-10)
 
 
@@ -168,7 +168,7 @@ def check_token_loop(arch, level):
                                   {"hidden_size": 192, "intermediate_size": 256}))
     spec = dp.TurboConn(bridges=[(2, 0), (1, 0)], group=2, rank=192)
     batch = zoo.batch([13, 9])
-    found = []
+    seen = []
     for dtype, lowering in ((torch.float64, "eager"), (torch.float32, level)):
         turbo = dp.transform(stock.to(dtype), spec, lowering=lowering)
         torch.manual_seed(1)
@@ -178,8 +178,8 @@ def check_token_loop(arch, level):
         turbo.zero_grad()
         out = turbo(**batch, labels=batch["input_ids"], use_cache=False)
         out.loss.backward()
-        found.append((out.logits.detach(), {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}))
-    (logits, grads), (logits32, grads32) = found
+        seen.append((out.logits.detach(), {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}))
+    (logits, grads), (logits32, grads32) = seen
     assert torch.allclose(logits32.double(), logits, atol=1e-4)
     assert grads32.keys() == grads.keys()
     for name, g in grads.items():

@@ -28,18 +28,18 @@ def test_gradients_equal_the_eager_level(name, side):
 def test_a_loss_on_early_tokens_only():
     eager, scheduled = checkpointed("llama")
     batch = zoo.batch([11, 11])
-    found = []
+    seen = []
     for model in (eager, scheduled):
         model.zero_grad()
         model(**batch, use_cache=False).logits[:, :5].square().sum().backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    for n, g in found[0].items():
-        torch.testing.assert_close(found[1][n], g, rtol=1e-9, atol=1e-10)
+        seen.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for n, g in seen[0].items():
+        torch.testing.assert_close(seen[1][n], g, rtol=1e-9, atol=1e-10)
 
 
 def test_dropout_is_drawn_again():
     stock = zoo.model("gpt2", 4, dtype=torch.float64, resid_pdrop=0.4, attn_pdrop=0.0).train()
-    found = []
+    seen = []
     for checkpoints in (False, True):
         turbo = dp.transform(stock, dp.TurboConn(bridges=[(3, 1), (2, 0)], group=3, rank=5), lowering="scheduled").train()
         torch.manual_seed(1)
@@ -52,10 +52,10 @@ def test_dropout_is_drawn_again():
         torch.manual_seed(2)
         turbo(**zoo.batch([11, 7]), use_cache=False).logits.square().mean().backward()
         # The outer blocks' own checkpoints draw in the same order.
-        found.append(({n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}, torch.rand(3)))
-    assert torch.equal(found[0][1], found[1][1])
-    for n, g in found[0][0].items():
-        torch.testing.assert_close(found[1][0][n], g, rtol=1e-9, atol=1e-12)
+        seen.append(({n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}, torch.rand(3)))
+    assert torch.equal(seen[0][1], seen[1][1])
+    for n, g in seen[0][0].items():
+        torch.testing.assert_close(seen[1][0][n], g, rtol=1e-9, atol=1e-12)
 
 
 def test_autocast_is_entered_again():
@@ -63,13 +63,13 @@ def test_autocast_is_entered_again():
     batch = zoo.batch([11, 8])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = [m(**batch, use_cache=False).logits for m in (eager, scheduled)]
-    found = []
+    seen = []
     for model, out in zip((eager, scheduled), logits):
         model.zero_grad()
         out.float().square().mean().backward()
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    for n, g in found[0].items():
-        assert (g - found[1][n]).norm() <= 0.05 * g.norm() + 1e-6, n
+        seen.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    for n, g in seen[0].items():
+        assert (g - seen[1][n]).norm() <= 0.05 * g.norm() + 1e-6, n
 
 
 def test_activations_are_not_kept():

@@ -53,9 +53,9 @@ def test_hooks_on_parameters_fire_once_with_the_total():
     seen = []
     weight = scheduled.model.layers[2].mlp.up_proj.weight
     weight.register_hook(lambda g: seen.append(g.clone()))
-    _, found = gradients(scheduled, zoo.batch([11, 8]))
+    _, actual = gradients(scheduled, zoo.batch([11, 8]))
     assert len(seen) == 1
-    torch.testing.assert_close(seen[0], found["model.layers.2.mlp.up_proj.weight"])
+    torch.testing.assert_close(seen[0], actual["model.layers.2.mlp.up_proj.weight"])
 
 
 def test_autocast_follows_the_eager_level():
@@ -89,7 +89,7 @@ def test_prefill_and_decoding_agree_with_the_eager_level():
 @pytest.mark.parametrize(("name", "side"), [("llama", "left"), ("gemma3_text", "right")])
 def test_gradients_flow_through_a_cache_of_several_calls(name, side):
     """Keys of earlier calls, delay lines, and streams that no later call reads."""
-    models, batch, found = pair(name), zoo.batch([9, 6], side), []
+    models, batch, seen = pair(name), zoo.batch([9, 6], side), []
     ids, mask = batch["input_ids"], batch["attention_mask"]
     for model in models:
         cache, parts = dp.DepthCache(model), []
@@ -99,8 +99,8 @@ def test_gradients_flow_through_a_cache_of_several_calls(name, side):
         logits = torch.cat([parts[0].detach(), *parts[1:]], 1)[mask.bool()]
         model.zero_grad()
         logits.square().sum().backward()
-        found.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
-    assert_same(*found, limit=1e-6 if name == "gemma3_text" else 1e-10)
+        seen.append((logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    assert_same(*seen, limit=1e-6 if name == "gemma3_text" else 1e-10)
 
 
 def test_what_cannot_be_scheduled_says_so():

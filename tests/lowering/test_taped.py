@@ -60,13 +60,13 @@ def test_a_rule_equals_autograd(case):
     weight = torch.randn(right.shape, generator=generator, dtype=torch.float64)
     wanted = torch.autograd.grad(right, values, weight, allow_unused=True)
 
-    made = Reverse(gm, set(inputs), [], set(), rule_of).build(0)
+    reverse = Reverse(gm, set(inputs), [], set(), rule_of).build(0)
     with torch.no_grad():
-        (y,), saved = made.forward(*(v.detach() for v in values))
-        found = dict(zip(made.wants, made.backward(Sink(), saved, weight)))
+        (y,), saved = reverse.forward(*(v.detach() for v in values))
+        seen = dict(zip(reverse.wants, reverse.backward(Sink(), saved, weight)))
     torch.testing.assert_close(y, right.detach(), rtol=1e-13, atol=1e-13)
-    assert {i for i, g in enumerate(wanted) if g is not None} == set(found)
-    for i, g in found.items():
+    assert {i for i, g in enumerate(wanted) if g is not None} == set(seen)
+    for i, g in seen.items():
         torch.testing.assert_close(g, wanted[i], rtol=1e-12, atol=1e-12)
 
 
@@ -101,13 +101,13 @@ def test_gains_of_norms_are_taken_into_the_weights_behind_them(frozen):
     active = {inputs[0]} | {n for n, p in zip(inputs[1:], params.values()) if p.requires_grad}
     folded = fold_gains_pass(graph, active, inputs[1:], torch.float64)
     assert folded == (frozen != ("q",))  # there a part of one product is frozen
-    made, sink = Reverse(gm, active, inputs[1:], set(), rule_of).build(2), Sink(2)
+    reverse, sink = Reverse(gm, active, inputs[1:], set(), rule_of).build(2), Sink(2)
     with torch.no_grad():
-        sites = sites_of(made.sites, list(params.values()), sink, chunks[0])
+        sites = sites_of(reverse.sites, list(params.values()), sink, chunks[0])
         for c, ys, ws, dx in zip(chunks, right, weights, wanted):
-            found, saved = made.forward(c.detach(), *params.values(), *sites)
-            torch.testing.assert_close(found, tuple(y.detach() for y in ys), rtol=1e-12, atol=1e-12)
-            torch.testing.assert_close(made.backward(sink, saved, *ws)[0], dx, rtol=1e-12, atol=1e-12)
+            actual, saved = reverse.forward(c.detach(), *params.values(), *sites)
+            torch.testing.assert_close(actual, tuple(y.detach() for y in ys), rtol=1e-12, atol=1e-12)
+            torch.testing.assert_close(reverse.backward(sink, saved, *ws)[0], dx, rtol=1e-12, atol=1e-12)
     sunk = sink.finish()
     for p, g in zip(trained, wanted[2:]):
         torch.testing.assert_close(sunk[id(p)], g, rtol=1e-12, atol=1e-12)
@@ -176,13 +176,13 @@ def test_a_visit_of_a_chunk_dispatches_less_than_half_the_ops_of_a_block_of_the_
     turbo = dp.transform(stock, dp.TurboConn(bridges=[(2, 1)], group=4, rank=8))
     # Blocks 1 and 2 run chunk by chunk; what a chunk costs besides its visits is counted with them.
     visit = (dispatched(turbo, 40) - dispatched(turbo, 24)) / 4 / 2
-    assert any(made is not None for kept in taped._TAPED.values() for made in kept.values())
+    assert any(graph is not None for kept in taped._TAPED.values() for graph in kept.values())
     assert visit < 0.4 * block, (visit, block)
 
 
 def test_weights_of_several_visits_follow_autograd():
     stock = zoo.model("gpt2", layers=3, dtype=torch.float64)
-    found = []
+    seen = []
     for level in ("eager", "scheduled"):
         turbo = dp.transform(stock, [dp.Loop(start=1, end=3, times=2), dp.TurboConn(bridges=[(2, 1)], group=4, rank=8)],
                              lowering=level)
@@ -193,11 +193,11 @@ def test_weights_of_several_visits_follow_autograd():
         turbo.zero_grad()
         logits = turbo(input_ids=ids, use_cache=False).logits
         F.cross_entropy(logits.flatten(0, 1), ids.flatten()).backward()
-        found.append((logits.detach(), {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}))
-    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-11, atol=1e-11)
-    assert found[0][1].keys() == found[1][1].keys()
-    for name, g in found[0][1].items():
-        torch.testing.assert_close(found[1][1][name], g, rtol=1e-8, atol=1e-11, msg=name)
+        seen.append((logits.detach(), {n: p.grad.clone() for n, p in turbo.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=1e-11, atol=1e-11)
+    assert seen[0][1].keys() == seen[1][1].keys()
+    for name, g in seen[0][1].items():
+        torch.testing.assert_close(seen[1][1][name], g, rtol=1e-8, atol=1e-11, msg=name)
 
 
 def test_what_leaves_a_chunk_is_an_ordinary_tensor(monkeypatch):

@@ -113,18 +113,18 @@ def _imported():
         typing = {n for i in ast.walk(tree) if isinstance(i, ast.If) and "TYPE_CHECKING" in ast.unparse(i.test)
                   for b in i.body for n in ast.walk(b)}
         for node in ast.walk(tree):
-            found = []
+            actual = []
             if node in typing:
                 continue
             if isinstance(node, ast.Import):
-                found = [a.name for a in node.names]
+                actual = [a.name for a in node.names]
             elif isinstance(node, ast.ImportFrom):
                 assert not node.level, f"{path}: relative import"
-                found = [f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in names else node.module for a in node.names]
+                actual = [f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in names else node.module for a in node.names]
             elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module") and node.args:
                 literal = node.args[0]
-                found = [literal.value] if isinstance(literal, ast.Constant) and isinstance(literal.value, str) else []
-            yield from ((module, name) for name in found if name in names)
+                actual = [literal.value] if isinstance(literal, ast.Constant) and isinstance(literal.value, str) else []
+            yield from ((module, name) for name in actual if name in names)
 
 
 def room(module):
@@ -180,8 +180,8 @@ def test_transformers_only_in_capture_and_hf():
             allowed = inside or path == ROOT / "depthpass/demo.py" or path.is_relative_to(ROOT / "depthpass/fuzz")
             # Emitted files are transformers code.
             allowed = allowed or path.is_relative_to(ROOT / "depthpass/emit")
-            found = {n for n in imports(path) if n.split(".")[0] == "transformers"}
-            assert allowed or not found, f"{path.relative_to(ROOT)} imports {found}"
+            actual = {n for n in imports(path) if n.split(".")[0] == "transformers"}
+            assert allowed or not actual, f"{path.relative_to(ROOT)} imports {actual}"
 
 
 def test_import_is_light():
@@ -195,8 +195,8 @@ def test_import_is_light():
 def test_kernels_folder_shadows_nothing():
     """An importable top-level `kernels` breaks every `from transformers import ...`."""
     assert not (ROOT / "kernels/__init__.py").exists() and not (ROOT / "lowering/__init__.py").exists()
-    found = importlib.util.find_spec("kernels")
-    assert found is None or found.origin is None or "site-packages" in found.origin
+    actual = importlib.util.find_spec("kernels")
+    assert actual is None or actual.origin is None or "site-packages" in actual.origin
 
 
 def test_public_names_resolve():

@@ -39,15 +39,15 @@ def test_code_lines():
 @pytest.mark.parametrize("kind", ["files", "functions"])
 def test_sizes(kind):
     assert len(FILES) > 100
-    found = set()
+    seen = set()
     for path in FILES:
         name, text = str(path.relative_to(ROOT)), path.read_text()
         if kind == "files":
-            found |= {name} if len(text.splitlines()) > LINES else set()
+            seen |= {name} if len(text.splitlines()) > LINES else set()
         else:
             functions = (f for f in ast.walk(ast.parse(text)) if isinstance(f, ast.FunctionDef | ast.AsyncFunctionDef))
-            found |= {f"{name}: {f.name}" for f in functions if (f.end_lineno or 0) - f.lineno >= FUNCTION}
-    assert not found
+            seen |= {f"{name}: {f.name}" for f in functions if (f.end_lineno or 0) - f.lineno >= FUNCTION}
+    assert not seen
 
 
 if __name__ == "__main__":

@@ -157,8 +157,8 @@ def test_passes_are_listed():
 
 @pytest.mark.parametrize("name", sorted(n for names in dp.GROUPS.values() for n in names))
 def test_every_public_name_says_what_it_is(name):
-    found = getattr(dp, name)
-    text = inspect.getdoc(found)
+    actual = getattr(dp, name)
+    text = inspect.getdoc(actual)
     assert text and not text.startswith(f"{name}("), name
     assert name in (dp.__doc__ or "")
 

@@ -36,8 +36,8 @@ def test_refused_with_advice(spec: list[Pass], message: str) -> None:
 def test_positions_that_every_token_takes_may_be_bridged() -> None:
     program = plain("M", 4, 8)
     spec = [MixtureOfRecursions(start=1, end=3, mode="threshold"), TurboConn(bridges=[(7, 0)])]
-    made = apply_spec(program, spec, Context.of(program))
-    assert any(o.kind == "delay" for o in made)
+    rewritten = apply_spec(program, spec, Context.of(program))
+    assert any(o.kind == "delay" for o in rewritten)
 
 
 def test_huginns_names_of_key_policies_are_known() -> None:

@@ -39,8 +39,8 @@ def _fresh_registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def with_entry_points(monkeypatch: pytest.MonkeyPatch, *points: tuple[str, str]) -> None:
-    found = [metadata.EntryPoint(name, value, registry.GROUP) for name, value in points]
-    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: found if group == registry.GROUP else [])
+    actual = [metadata.EntryPoint(name, value, registry.GROUP) for name, value in points]
+    monkeypatch.setattr(registry.metadata, "entry_points", lambda group: actual if group == registry.GROUP else [])
     registry._entry_points.cache_clear()
 
 

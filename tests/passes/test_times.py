@@ -53,19 +53,19 @@ def test_counts_are_exact_and_those_of_the_report(text, want):
     from depthpass.analysis.closed_form import n as symbol
     from depthpass.passes.times import formula
 
-    made = formula(text)
+    times = formula(text)
     for n in (*range(1, 130), 625, 1000, 3125, 15625):
-        assert count_at(text, n) == want(n) == made.subs(symbol, n), n
+        assert count_at(text, n) == want(n) == times.subs(symbol, n), n
 
 
 def test_drawn_counts_are_huginns():
     """r - 1 has the mean of the rate and the variance of a log-normal Poisson mixture."""
     generator = torch.Generator().manual_seed(0)
-    found = torch.tensor([draw(6.0, 0.5, 1, 10**6, generator) for _ in range(20000)], dtype=torch.float64) - 1
+    actual = torch.tensor([draw(6.0, 0.5, 1, 10**6, generator) for _ in range(20000)], dtype=torch.float64) - 1
     variance = 6.0 + 36.0 * (math.exp(0.25) - 1)
-    assert abs(found.mean() - 6.0) < 5 * math.sqrt(variance / 20000)
-    assert abs(found.var() / variance - 1) < 0.1
-    assert found.min() >= 0
+    assert abs(actual.mean() - 6.0) < 5 * math.sqrt(variance / 20000)
+    assert abs(actual.var() / variance - 1) < 0.1
+    assert actual.min() >= 0
     clipped = {draw(6.0, 0.5, 3, 5, generator) for _ in range(300)}
     assert clipped == {3, 4, 5}
 

@@ -27,7 +27,7 @@ def bridges_of(program: Program) -> set[tuple[int, int, int]]:
             visit_of[o.name] = len(set(visit_of.values()))
         elif o.kind == "add" and o.args[0] in visit_of:
             visit_of[o.name] = visit_of[o.args[0]]
-    found = set()
+    seen = set()
     for o in program:
         for arriving in o.args[1:] if o.kind == "add" else ():
             delay = program.defs[arriving]
@@ -38,8 +38,8 @@ def bridges_of(program: Program) -> set[tuple[int, int, int]]:
                 source = program.defs[source.args[0]]
             # The source is captured after every bridge that lands on it: nothing else may read the bare visit.
             assert all(u.name in visit_of for u in program.users(source.name) if u.kind == "add")
-            found.add((visit_of[source.name], visit_of[o.name], delay["tokens"]))
-    return found
+            seen.add((visit_of[source.name], visit_of[o.name], delay["tokens"]))
+    return seen
 
 
 def test_small(golden) -> None:
@@ -96,14 +96,14 @@ def test_the_default_rule_fits_every_stack(visits: int) -> None:
 def test_sizes_of_the_published_models() -> None:
     """Bridges have 7.4 M parameters on Llama 1B and 44.4 M on 8B."""
     for preset, blocks, width, millions in (("llama-1b", 16, 2048, 7.4), ("llama-8b", 32, 4096, 44.4)):
-        found = parameters(turbo(plain("LlamaForCausalLM", blocks, width), TurboConn(preset=preset)))
-        count = sum(p.shape[0] * (p.shape[1] if len(p.shape) == 2 else 1) for p in found.values())
+        params = parameters(turbo(plain("LlamaForCausalLM", blocks, width), TurboConn(preset=preset)))
+        count = sum(p.shape[0] * (p.shape[1] if len(p.shape) == 2 else 1) for p in params.values())
         assert round(count / 1e6, 1) == millions
 
 
 def test_parameters_start_as_published() -> None:
-    found = parameters(turbo(plain("M", 4, 64), TurboConn(bridges=[(2, 0)], rank=8)))
-    assert {n: (p.shape, p.init, p.fill) for n, p in found.items()} == {
+    params = parameters(turbo(plain("M", 4, 64), TurboConn(bridges=[(2, 0)], rank=8)))
+    assert {n: (p.shape, p.init, p.fill) for n, p in params.items()} == {
         "turboconn.s2_d0.down.weight": ((8, 64), 0.02, None),
         "turboconn.s2_d0.down.bias": ((8,), 0.0, None),
         "turboconn.s2_d0.up.weight": ((64, 8), 0.0, None),

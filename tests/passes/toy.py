@@ -84,16 +84,16 @@ class Toy:
 
     def initial_parameters(self, program: Program) -> dict[str, Tensor]:
         """The values a transform would create."""
-        found = {}
+        seen = {}
         for name, p in parameters(program).items():
             if p.fill is not None:
-                found[name] = torch.full(p.shape, p.fill, dtype=torch.float64)
+                seen[name] = torch.full(p.shape, p.fill, dtype=torch.float64)
             elif p.identity:
-                found[name] = torch.cat(
+                seen[name] = torch.cat(
                     (torch.zeros(p.shape[0], p.shape[1] - p.shape[0]), torch.eye(p.shape[0])), 1).double()
             else:
-                found[name] = p.init * _random(self.generator, *p.shape)
-        return found
+                seen[name] = p.init * _random(self.generator, *p.shape)
+        return seen
 
     def run(self, program: Program, values: dict[str, Tensor] | None = None) -> Interpretation:
         return Interpretation(program, self.embed, self.stack, self.norm, values, self.noise)
@@ -104,9 +104,9 @@ class Keys:
 
     def __init__(self, block: ToyBlock) -> None:
         self.block = block
-        self.found: list[tuple[Tensor, Tensor]] = []
+        self.entries: list[tuple[Tensor, Tensor]] = []
 
     def __call__(self, x: Tensor, position: int) -> Tensor:
         """Append this token's keys, then run the block on all."""
-        self.found.append(self.block.keys(x, position))
-        return self.block(x, position, self.found)
+        self.entries.append(self.block.keys(x, position))
+        return self.block(x, position, self.entries)

@@ -130,10 +130,10 @@ class Grower:
     def route(self, score: str, *outer: str) -> str:
         rule = self.rng.choice(("topk", "threshold", "above"))
         attrs = {"topk": {"capacity": 0.5}}.get(rule, {"threshold": 0.1})
-        made = self.emit("route", score, *outer, rule=rule, **attrs)
+        written = self.emit("route", score, *outer, rule=rule, **attrs)
         if self.rng.random() < 0.3:
             self.ops.append(op("loss", score, rule=self.rng.choice(("bce", "z"))).with_attrs(name="l"))
-        return made
+        return written
 
     def routed(self) -> None:
         route, base = self.route(self.score(self.x)), self.rng.choice((self.x, self.earlier()))
@@ -157,8 +157,8 @@ class Grower:
         if self.rng.random() < 0.5:
             far = self.emit("distance", now, self.x, rule="state")
         else:
-            made = [self.emit("logits", self.emit("norm", v), width=self.vocabulary) for v in (now, self.x)]
-            far = self.emit("distance", *made, rule=self.rng.choice(("kl", "entropy")))
+            logits = [self.emit("logits", self.emit("norm", v), width=self.vocabulary) for v in (now, self.x)]
+            far = self.emit("distance", *logits, rule=self.rng.choice(("kl", "entropy")))
         route = self.emit("route", far, rule="threshold", threshold=0.01)
         y = self.block(self.emit("gather", now, route))
         self.x = self.emit("scatter", now, y, route, mode="replace")

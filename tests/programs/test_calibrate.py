@@ -12,11 +12,11 @@ import depthpass as dp
 
 def batches(count=4, seed=0):
     g = torch.Generator().manual_seed(seed)
-    made = [{"input_ids": torch.randint(3, zoo.VOCABULARY, (4, 12), generator=g)} for _ in range(count)]
-    return [*made, zoo.batch([12, 7, 9], seed=seed)]
+    batches = [{"input_ids": torch.randint(3, zoo.VOCABULARY, (4, 12), generator=g)} for _ in range(count)]
+    return [*batches, zoo.batch([12, 7, 9], seed=seed)]
 
 
-def made(spec, layers=6):
+def transformed(spec, layers=6):
     stock = enliven(zoo.model("llama", layers), std=0.2)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.4, least=1)
@@ -29,8 +29,8 @@ def measured(model, passes, data):
     with dp.using(model, passes), torch.no_grad():
         for batch in data:
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
-            found = dp.routing_of(model, model(**batch, use_cache=False), mask)
-            for name, x in found.taken.items():
+            routing = dp.routing_of(model, model(**batch, use_cache=False), mask)
+            for name, x in routing.taken.items():
                 taken[name] = taken.get(name, 0) + int(x.sum())
             tokens += int(mask.sum())
     return [n / tokens for n in taken.values()]
@@ -47,7 +47,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_routes_take_their_trained_share_and_decode(name):
-    _, model = made(SPECS[name])
+    _, model = transformed(SPECS[name])
     data = batches()
     result = dp.calibrate(model, data)
     capacity = SPECS[name].capacity
@@ -68,7 +68,7 @@ def test_routes_take_their_trained_share_and_decode(name):
 
 
 def test_the_threshold_is_the_count_over_sorted_scores():
-    _, model = made(dp.MixtureOfDepths(capacity=0.125, blocks=(1, 3)))
+    _, model = transformed(dp.MixtureOfDepths(capacity=0.125, blocks=(1, 3)))
     data = batches()
     result = dp.calibrate(model, data, shares=[0.5, 0.1])
     seen = []
@@ -86,7 +86,7 @@ def test_the_threshold_is_the_count_over_sorted_scores():
 
 
 def test_saved_thresholds_load_again(tmp_path):
-    _, model = made(SPECS["mor"])
+    _, model = transformed(SPECS["mor"])
     dp.calibrate(model, batches())
     model.save_pretrained(tmp_path)
     loaded = dp.from_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_saved_thresholds_load_again(tmp_path):
 
 
 def test_bad_input():
-    stock, model = made(SPECS["mod"])
+    stock, model = transformed(SPECS["mod"])
     with pytest.raises(dp.InputError, match="at least one batch"):
         dp.calibrate(model, [])
     with pytest.raises(dp.InputError, match=r"batches\[0\]: expected input_ids"):

@@ -25,7 +25,7 @@ SPECS = {
 }
 
 
-def made(name, spec, dtype=torch.float64, **options):
+def transformed(name, spec, dtype=torch.float64, **options):
     stock = enliven(zoo.model(name, 3, dtype=dtype), std=0.2)
     model, alone = dp.transform(stock, [*spec, dp.Coconut(K, **options)]), dp.transform(stock, spec or [dp.Identity()])
     for m in (model, alone):
@@ -64,7 +64,7 @@ def naive(alone, text, prompt, start):
 
 
 def check(name, spec, side, **options):
-    stock, model, alone = made(name, SPECS[spec], **options)
+    stock, model, alone = transformed(name, SPECS[spec], **options)
     batch = rows(side)
     out = model(**batch)
     assert out.logits.shape == (*batch["input_ids"].shape, zoo.VOCABULARY)
@@ -74,7 +74,7 @@ def check(name, spec, side, **options):
     out.loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(), stock.zero_grad(), alone.zero_grad()
-    found, targets = [], []
+    seen, targets = [], []
     for r, p in enumerate(PROMPTS):
         real = batch["attention_mask"][r].bool()
         text = batch["input_ids"][r, real]
@@ -82,9 +82,9 @@ def check(name, spec, side, **options):
         start = 0 if alone.depth_program.reads_positions else int(real.long().argmax())
         logits = naive(alone, text, p, start)
         torch.testing.assert_close(out.logits[r, real], logits, rtol=1e-8, atol=1e-8)
-        found.append(logits[p - 1 : -1])
+        seen.append(logits[p - 1 : -1])
         targets.append(text[p:])
-    loss = nn.functional.cross_entropy(torch.cat(found), torch.cat(targets))
+    loss = nn.functional.cross_entropy(torch.cat(seen), torch.cat(targets))
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-6, atol=1e-6)
     loss.backward()
     want = {n: p.grad for n, p in alone.named_parameters() if p.grad is not None}
@@ -106,7 +106,7 @@ def test_places():
     check("llama", "stock", "right", after=f"token:{BOT}")
     batch = rows("left")
     ids, real = batch["input_ids"], batch["attention_mask"].bool()
-    stock, model, alone = made("llama", SPECS["bridge"], after=2)
+    stock, model, alone = transformed("llama", SPECS["bridge"], after=2)
     logits = model(ids, batch["attention_mask"]).logits
     for r in range(3):
         want = naive(alone, ids[r, real[r]], 2, int(real[r].long().argmax()))
@@ -125,7 +125,7 @@ def test_places():
 
 @pytest.mark.parametrize(("name", "spec"), [("llama", "plt"), ("gpt2", "stock"), ("gemma3_text", "bridge")])
 def test_generation(name, spec):
-    _, model, alone = made(name, SPECS[spec])
+    _, model, alone = transformed(name, SPECS[spec])
     batch = zoo.batch([5, 3])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     cached = model.generate(**batch, **options)
@@ -144,7 +144,7 @@ def test_generation(name, spec):
 
 
 def test_rows_of_different_prompts_decode_from_one_cache():
-    _, model, _ = made("llama", SPECS["plt"], after=f"token:{BOT}")
+    _, model, _ = transformed("llama", SPECS["plt"], after=f"token:{BOT}")
     batch = rows("left")
     whole = model(batch["input_ids"], batch["attention_mask"]).logits
     cache = dp.DepthCache(model)
@@ -158,7 +158,7 @@ def test_rows_of_different_prompts_decode_from_one_cache():
 
 
 def test_only_latents_run_by_themselves():
-    _, model, _ = made("llama", SPECS["stock"])
+    _, model, _ = transformed("llama", SPECS["stock"])
     seen = []
     handle = model.model.layers[0].register_forward_pre_hook(lambda m, args: seen.append(args[0].shape[1]))
     batch = rows("right")
@@ -171,7 +171,7 @@ def test_only_latents_run_by_themselves():
 
 
 def test_no_latents_are_the_stock_model_and_saving_keeps_them(tmp_path):
-    stock, model, _ = made("llama", SPECS["loop"], dtype=torch.float32)
+    stock, model, _ = transformed("llama", SPECS["loop"], dtype=torch.float32)
     batch = zoo.batch([6, 6])
     with torch.no_grad():
         assert torch.equal(dp.transform(stock, dp.Coconut(0))(**batch).logits, stock(**batch).logits)
@@ -213,12 +213,12 @@ def longest(program, n, k):
 def test_depth(spec):
     stock = plain("LlamaForCausalLM", 4, 16)
     program = apply_spec(stock, [*spec, dp.Coconut(K)], Context.of(stock))
-    found = depth(program)
+    depths = depth(program)
     for n in range(1, 8):
-        assert found.at(n) == longest(program, n, K)
+        assert depths.at(n) == longest(program, n, K)
     if not spec:
-        assert found.at(6) == (K + 1) * 4
-    assert len(found.critical_path(5)) == found.at(5)
+        assert depths.at(6) == (K + 1) * 4
+    assert len(depths.critical_path(5)) == depths.at(5)
     assert parse_program(str(program)) == program and "pad 3 (%0) feed true" in str(program)
 
 
@@ -248,7 +248,7 @@ def test_interpreter():
 
 
 def test_bad_input():
-    stock, model, _ = made("llama", SPECS["stock"], after=4)
+    stock, model, _ = transformed("llama", SPECS["stock"], after=4)
     ids = zoo.batch([5, 3], side="right")
     with pytest.raises(dp.InputError, match=r"coconut\.after: expected rows of at least 4 real tokens, got 3 in row 1"):
         model(**ids)

@@ -28,15 +28,15 @@ from examples.constructions import (
 def closure(adjacency):
     """Breadth-first search from every node."""
     n = len(adjacency)
-    found = torch.zeros(n, n, dtype=torch.bool)
+    actual = torch.zeros(n, n, dtype=torch.bool)
     for start in range(n):
         todo = [start]
         while todo:
             v = todo.pop()
-            if not found[start, v]:
-                found[start, v] = True
+            if not actual[start, v]:
+                actual[start, v] = True
                 todo += adjacency[v].nonzero().flatten().tolist()
-    return found
+    return actual
 
 
 def test_reachability_of_random_graphs():
@@ -70,11 +70,11 @@ def problem(seed, n=20, dim=5):
 
 
 def descent(xs, ys, w, eta, steps):
-    found = []
+    seen = []
     for _ in range(steps):
         w = w - eta / len(xs) * xs.T @ (xs @ w - ys)
-        found.append(w)
-    return torch.stack(found)
+        seen.append(w)
+    return torch.stack(seen)
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -114,10 +114,10 @@ def test_the_interpreter_agrees():
 def test_thoughts_decode_one_at_a_time():
     xs, ys, start = problem(1, n=7, dim=3)
     host = HandMade([LinearAttention(3, 7, 0.4)], thinking_maps(3))
-    columns, state, found = descent_columns(xs, ys, start, 4), State(), []
+    columns, state, seen = descent_columns(xs, ys, start, 4), State(), []
     for a, b in ((0, 8), (8, 9), (9, 11), (11, 12)):
         out, state = execute(thinking_program(3), host, columns[a:b], state)
-        found.append(out)
-    torch.testing.assert_close(torch.cat(found)[7:, 4:7], descent(xs, ys, start, 0.4, 5), rtol=1e-12, atol=1e-12)
+        seen.append(out)
+    torch.testing.assert_close(torch.cat(seen)[7:, 4:7], descent(xs, ys, start, 0.4, 5), rtol=1e-12, atol=1e-12)
     report = dp.report(None, program=thinking_program(3), seq_len=12)
     assert report.depth_at(12) == 12 and report.chunk == 1

@@ -10,7 +10,7 @@ from turbos import enliven
 import depthpass as dp
 
 
-def made(**options):
+def transformed(**options):
     stock = enliven(zoo.model("llama", 3), std=0.3)
     return stock, dp.transform(stock, dp.Loop(start=1, end=3, times=3, taps=True, **options))
 
@@ -22,7 +22,7 @@ def test_greedy_decoding_is_the_written_out_contrast(loop, options):
     """Both formulas as published: guidance z_T + w (z_T - z_t), and log p_T - s log p_t over plausible tokens."""
     penalty = options.get("form") == "penalty"
     strength, plausible = options.get("strength", 0.3 if penalty else 1.0), options.get("plausible", 0.1 if penalty else 0.0)
-    stock, model = made()
+    stock, model = transformed()
     whole = dp.transform(stock, dp.Loop(start=1, end=3, times=3))
     fewer = dp.transform(stock, dp.Loop(start=1, end=3, times=2 if loop == -1 else loop))
     batch = zoo.batch([6, 4])
@@ -52,7 +52,7 @@ def test_greedy_decoding_is_the_written_out_contrast(loop, options):
 
 
 def test_bad_input():
-    stock, model = made()
+    stock, model = transformed()
     with pytest.raises(dp.SpecError, match=r"LoopContrast\.loop: expected an iteration in 1\.\.2"):
         dp.LoopContrast(model, 3)
     for options, message in (({"strength": -1}, "strength"), ({"plausible": 2}, "plausible"), ({"scope": "other"}, "taps=True"),

@@ -12,7 +12,7 @@ import depthpass as dp
 TIMES = 3
 
 
-def made(name="llama"):
+def transformed(name="llama"):
     stock = enliven(zoo.model(name, 2, dtype=torch.float64), std=0.3)
     model = dp.transform(stock, dp.Loop(times=TIMES, normalize="loop", exit=0.9, skip=False, taps=True))
     enliven(model.depth, seed=1, std=0.5, least=1)
@@ -51,7 +51,7 @@ def written_out(stock, model, ids, labels, form, beta):
 
 @pytest.mark.parametrize(("form", "beta"), [("mixture", 0.0), ("mixture", 0.1), ("expected", 0.1)])
 def test_losses_of_the_gate_are_the_written_out_ones(form, beta):
-    stock, model = made()
+    stock, model = transformed()
     ids = zoo.batch([7, 7])["input_ids"]
     labels = ids.clone()
     labels[0, :3] = -100
@@ -71,7 +71,7 @@ def test_losses_of_the_gate_are_the_written_out_ones(form, beta):
 
 
 def test_forms_agree_where_the_gate_is_certain_and_items_set_the_scale():
-    stock, model = made()
+    stock, model = transformed()
     ids = zoo.batch([6, 6])["input_ids"]
     with torch.no_grad():
         model.depth.loop.exit.weight.zero_()
@@ -93,7 +93,7 @@ def test_forms_agree_where_the_gate_is_certain_and_items_set_the_scale():
     ({}, {"drop": "loop.t2.exit"}, r"got taps without loop\.t2\.exit"),
 ])
 def test_what_does_not_fit_is_refused(options, change, message):
-    _, model = made()
+    _, model = transformed()
     ids = zoo.batch([6, 6])["input_ids"]
     with torch.no_grad():
         taps = dict(model(ids).taps)

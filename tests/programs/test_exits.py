@@ -41,7 +41,7 @@ END = 2
 """Of the core: a block is left as the coda of three."""
 
 
-def made(name, spec, layers=3):
+def transformed(name, spec, layers=3):
     overrides = {"layer_types": "alternate", "sliding_window": zoo.WINDOW, "use_sliding_window": True}
     stock = enliven(zoo.model(name, layers, dtype=torch.float64, **(overrides if name == "qwen2" else {})), std=0.2)
     model = dp.transform(stock, spec)
@@ -66,7 +66,7 @@ def huginn_start(i, width):
 @pytest.mark.parametrize("case", CASES)
 def test_exits_equal_the_oracle(case):
     name, options = CASES[case]
-    stock, model = made(name, dp.Loop(start=1, end=END, **options))
+    stock, model = transformed(name, dp.Loop(start=1, end=END, **options))
     taken = []
     drawn = [huginn_start(i, 32) for i in range(max(LENGTHS))]
 
@@ -93,7 +93,7 @@ def test_exits_equal_the_oracle(case):
 @pytest.mark.parametrize("kv", ["own", "first"])
 def test_tokens_that_left_do_no_work(kv):
     """Rows of one batch leave after different iterations; a block sees only the rows that stay."""
-    _, model = made("llama", dp.Loop(start=1, end=2, times=4, exit=0.5, kv=kv))
+    _, model = transformed("llama", dp.Loop(start=1, end=2, times=4, exit=0.5, kv=kv))
     ids = zoo.batch([6, 6, 6])["input_ids"]
     with torch.no_grad():
         model.depth.loop.exit.weight.zero_()
@@ -120,7 +120,7 @@ def test_tokens_that_left_do_no_work(kv):
 
 @pytest.mark.parametrize("criterion", ["cdf", "state", "entropy"])
 def test_limits_that_nobody_reaches_give_the_loop_without_exits(criterion):
-    stock, model = made("llama", dp.Loop(start=1, end=3, times=3, exit=1.0 if criterion == "cdf" else 1e-12,
+    stock, model = transformed("llama", dp.Loop(start=1, end=3, times=3, exit=1.0 if criterion == "cdf" else 1e-12,
                                          criterion=criterion))
     plain = dp.transform(stock, dp.Loop(start=1, end=3, times=3))
     batch = zoo.batch([7, 7])
@@ -128,7 +128,7 @@ def test_limits_that_nobody_reaches_give_the_loop_without_exits(criterion):
 
 
 def test_taps_and_labels_beside_logits_of_the_state():
-    stock, model = made("llama", dp.Loop(start=1, end=2, times=3, exit=0.02, criterion="kl", taps=True))
+    stock, model = transformed("llama", dp.Loop(start=1, end=2, times=3, exit=0.02, criterion="kl", taps=True))
     batch = zoo.batch(LENGTHS)
     out = model(**batch, labels=batch["input_ids"])
     assert list(out.taps) == ["loop.t1", "loop.t2", "loop.t3"]
@@ -211,7 +211,7 @@ def test_start_noise_is_cut_off_and_otherwise_normal():
     spec = dp.Loop.huginn(1, 2, times=3)
     assert (spec.inject, spec.state, spec.out_norm, spec.noise_cut) == ("concat", "noise", True, 3.0)
     assert dp.Loop.huginn(1, 2, times=(1, 9), mean=4).settled().times == 4 == dp.Loop.huginn(1, 2, times=4).times
-    trained = made("llama", spec)[1].train()
+    trained = transformed("llama", spec)[1].train()
     ids = zoo.batch([9, 9])["input_ids"]
     torch.manual_seed(1)
     first = trained(ids).logits
@@ -224,7 +224,7 @@ def test_start_noise_is_cut_off_and_otherwise_normal():
     {"exit": 0.8, "criterion": "kl"}, {"exit": 1, "criterion": "argmax", "kv": "latest"},
 ], ids=["kl", "argmax and latest"])
 def test_exits_through_the_coda_decode_as_they_score(options):
-    _, model = made("llama", dp.Loop.huginn(1, 2, times=4, **options))
+    _, model = transformed("llama", dp.Loop.huginn(1, 2, times=4, **options))
     ids = zoo.batch([9, 9])["input_ids"]
     with torch.no_grad():
         whole = model(ids, use_cache=False).logits

@@ -233,13 +233,13 @@ def test_sweeps_find_the_same_numbers(spec):
     stock = enliven(zoo.model("llama", 3, dtype=torch.float64), std=0.2)
     model, swept = (_alive(stock, spec, o) for o in ({"lowering": "eager"}, {"schedule": dp.FixedPoint(max_sweeps=9)}))
     batch = zoo.batch([9, 6])
-    found = []
+    seen = []
     for m in (model, swept):
         m.zero_grad()
         logits = m(**batch, use_cache=False).logits[batch["attention_mask"].bool()]
         logits.square().sum().backward()
-        found.append((logits.detach(), {n: p.grad.clone() for n, p in m.named_parameters()}))
-    (want, grads), (got, swept_grads) = found
+        seen.append((logits.detach(), {n: p.grad.clone() for n, p in m.named_parameters()}))
+    (want, grads), (got, swept_grads) = seen
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
     for name, g in grads.items():
         assert (g - swept_grads[name]).abs().max() <= 1e-7 * g.abs().max().clamp_min(1e-9), name

@@ -40,7 +40,7 @@ PROGRAMS = {
 }
 
 
-def made(name, spec, style="sdpa"):
+def transformed(name, spec, style="sdpa"):
     # Eager attention adds a mask of the largest negative number and takes a softmax in float32: no float64 there.
     dtype = torch.float64 if style == "sdpa" else torch.float32
     stock = enliven(zoo.model(name, 3, dtype=dtype), std=0.2)
@@ -70,7 +70,7 @@ def same_with_and_without_cache(model, lengths, **options):
 
 @pytest.mark.parametrize("program", [p for p in PROGRAMS if not isinstance(PROGRAMS[p], list)])
 def test_greedy_on_left_padded_rows(program):
-    model = made("llama", PROGRAMS[program])
+    model = transformed("llama", PROGRAMS[program])
     cached = same_with_and_without_cache(model, [7, 4])
     batch = zoo.batch([7, 4])
     mask = torch.cat((batch["attention_mask"], torch.ones(2, NEW, dtype=torch.long)), 1)
@@ -82,16 +82,16 @@ def test_greedy_on_left_padded_rows(program):
 
 @pytest.mark.parametrize("program", ["block_repeat", "skip_first", "plt", "mor", "noise"])
 def test_beams_reorder_every_kind_of_state(program):
-    same_with_and_without_cache(made("llama", PROGRAMS[program]), [5, 3], num_beams=3)
+    same_with_and_without_cache(transformed("llama", PROGRAMS[program]), [5, 3], num_beams=3)
 
 
 @pytest.mark.parametrize("style", ["eager", "sdpa"])
 @pytest.mark.parametrize("program", ["block_repeat", "skip_first", "reorder", "plt", "mor"])
 def test_other_attention_and_models(program, style):
     # The window of gemma3's local layers is shorter than the rows, and shorter or longer than PLT's.
-    same_with_and_without_cache(made("gemma3_text", PROGRAMS[program], style), [7, 4])
+    same_with_and_without_cache(transformed("gemma3_text", PROGRAMS[program], style), [7, 4])
     if style == "eager":
-        same_with_and_without_cache(made("gpt2", PROGRAMS[program], style), [6, 6])
+        same_with_and_without_cache(transformed("gpt2", PROGRAMS[program], style), [6, 6])
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_other_attention_and_models(program, style):
      "feedback_around_noise"],
 )
 def test_every_split_into_calls_is_the_whole_row(program):
-    model = made("llama", PROGRAMS[program])
+    model = transformed("llama", PROGRAMS[program])
     batch = zoo.batch([8, 5, 6])
     ids, mask = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
@@ -116,7 +116,7 @@ def test_every_split_into_calls_is_the_whole_row(program):
 
 
 def test_later_loops_of_plt_keep_a_window_of_keys_only():
-    model = made("llama", dp.ParallelLoop(loops=2, window=3))
+    model = transformed("llama", dp.ParallelLoop(loops=2, window=3))
     cache = dp.DepthCache(model)
     with torch.no_grad():
         model(input_ids=zoo.batch([8, 8])["input_ids"], past_key_values=cache)
@@ -135,7 +135,7 @@ def test_later_loops_of_plt_keep_a_window_of_keys_only():
 
 
 def test_sampling_with_a_seed():
-    model = made("llama", PROGRAMS["mor"])
+    model = transformed("llama", PROGRAMS["mor"])
     batch = zoo.batch([6, 4])
     drawn = []
     for cached in (True, False):
@@ -146,7 +146,7 @@ def test_sampling_with_a_seed():
 
 @pytest.mark.parametrize("spec", [dp.MixtureOfRecursions(start=1, recursions=2), dp.InnerThinking(steps=2)])
 def test_top_k_over_the_row_does_not_generate(spec):
-    model = made("llama", spec)
+    model = transformed("llama", spec)
     batch = zoo.batch([6, 6])
     with pytest.raises(dp.InputError, match="threshold"):
         model.generate(**batch, max_new_tokens=2)

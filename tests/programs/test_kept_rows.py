@@ -72,9 +72,9 @@ def test_rows_that_stand_anywhere_read_their_own_keys(stock, system, monkeypatch
 
     def seen(rows):
         nonlocal uneven
-        found = evenly(rows)
-        uneven += rows is not None and found is None
-        return found
+        actual = evenly(rows)
+        uneven += rows is not None and actual is None
+        return actual
 
     def counted(visit, number, q, *rest):
         pieces.add(len(q))

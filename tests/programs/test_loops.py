@@ -15,7 +15,7 @@ LENGTHS = [8, 5]
 MODELS = ["llama", "gpt2", "gemma3_text", "mixtral"]
 
 
-def made(name, spec, layers=3):
+def transformed(name, spec, layers=3):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64), std=0.2)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.3, least=1)
@@ -33,7 +33,7 @@ def made(name, spec, layers=3):
     ids=["block_repeat", "reorder", "intra_layer"],
 )
 def test_layer_programs(name, spec, layers):
-    stock, model = made(name, spec)
+    stock, model = transformed(name, spec)
     oracle.compare(stock, model, zoo.batch(LENGTHS), lambda row, p: oracle.layer_program(row, layers))
 
 
@@ -52,7 +52,7 @@ LOOPS = {
 @pytest.mark.parametrize("kind", LOOPS)
 def test_loops(name, kind):
     options = LOOPS[kind]
-    stock, model = made(name, dp.Loop(start=1, end=2, times=3, **options))
+    stock, model = transformed(name, dp.Loop(start=1, end=2, times=3, **options))
     drawn = options.get("noise_std", 1.0) * noise(0, torch.arange(max(LENGTHS)), 32).double()
 
     def want(row, p):
@@ -84,7 +84,7 @@ def test_identity_settings_are_bitwise_stock(name):
 
 
 def test_tap_t_is_a_run_with_t_iterations():
-    stock, model = made("llama", dp.Loop(start=1, end=2, times=3, inject="add", taps=True))
+    stock, model = transformed("llama", dp.Loop(start=1, end=2, times=3, inject="add", taps=True))
     batch = zoo.batch(LENGTHS)
     out = model(**batch, labels=batch["input_ids"])
     assert type(out) is type(stock(**batch))
@@ -98,7 +98,7 @@ def test_tap_t_is_a_run_with_t_iterations():
 
 
 def test_stream_taps_and_the_logit_lens():
-    stock, model = made("gpt2", [dp.Taps(at=[0, 2]), dp.Taps(at=[0], head=True, scope="lens")])
+    stock, model = transformed("gpt2", [dp.Taps(at=[0, 2]), dp.Taps(at=[0], head=True, scope="lens")])
     batch = zoo.batch([6, 6])
     seen = []
     handle = stock.transformer.h[0].register_forward_hook(lambda m, args, out: seen.append(out))
@@ -117,7 +117,7 @@ def test_stream_taps_and_the_logit_lens():
 
 
 def test_grad_is_the_sum_over_visits():
-    stock, model = made("llama", dp.LayerProgram([0, 1, 1, 2]))
+    stock, model = transformed("llama", dp.LayerProgram([0, 1, 1, 2]))
     batch = zoo.batch(LENGTHS)
     model(**batch).logits.square().sum().backward()
     got = stock.model.layers[1].mlp.up_proj.weight.grad.clone()
@@ -135,7 +135,7 @@ def test_grad_is_the_sum_over_visits():
 
 
 def test_exit_takes_the_first_state_whose_exit_probability_is_reached():
-    stock, model = made("llama", dp.Loop(start=1, end=3, times=3, exit=0.6, skip=False, taps=True))
+    stock, model = transformed("llama", dp.Loop(start=1, end=3, times=3, exit=0.6, skip=False, taps=True))
     batch = zoo.batch([8, 8])
     tapped = dp.transform(stock, dp.Loop(start=1, end=3, times=3, taps=True))
     with torch.no_grad():
@@ -166,20 +166,20 @@ def test_what_cannot_run_is_refused_before_anything_is_made():
 def test_keys_shared_across_the_border_of_a_token_loop(bridge, lowering):
     """A feedback edge puts the visit that writes shared keys, or one that reads them, into the token loop."""
     spec = [dp.Loop(start=1, end=2, times=3, kv="first"), dp.TurboConn(bridges=[bridge], group=2, rank=4)]
-    stock, _ = made("llama", dp.Identity())
+    stock, _ = transformed("llama", dp.Identity())
     model = dp.transform(stock, spec, lowering=lowering)
     enliven(model.depth, seed=1, std=0.3, least=1)
     one_by_one = dp.transform(stock, spec, chunk=1, lowering="eager")
     one_by_one.depth.load_state_dict(model.depth.state_dict())
     batch = zoo.batch(LENGTHS)
     real = batch["attention_mask"].bool()
-    found = []
+    seen = []
     for m in (model, one_by_one):
         stock.zero_grad(), m.zero_grad()
         logits = m(**batch).logits[real]
         logits.square().sum().backward()
-        found.append([logits.detach(), *(p.grad.clone() for p in m.parameters())])
-    for got, want in zip(*found, strict=True):
+        seen.append([logits.detach(), *(p.grad.clone() for p in m.parameters())])
+    for got, want in zip(*seen, strict=True):
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-8)
     cache = dp.DepthCache(model)
     with torch.no_grad():
@@ -187,13 +187,13 @@ def test_keys_shared_across_the_border_of_a_token_loop(bridge, lowering):
             model(input_ids=batch["input_ids"][:, i : i + 1], attention_mask=batch["attention_mask"][:, : i + 1],
                   past_key_values=cache).logits for i in range(max(LENGTHS))
         ]
-    torch.testing.assert_close(torch.cat(steps, 1)[real], found[0][0], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(torch.cat(steps, 1)[real], seen[0][0], rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_every_visit_has_a_lora_of_its_own(name):
     """Equal to a stack of separate blocks, each with its update merged: relaxed recursive transformers."""
-    stock, model = made(name, dp.Identity())
+    stock, model = transformed(name, dp.Identity())
     model = dp.transform(stock, dp.Loop(start=1, end=2, times=2, lora_rank=3))
     batch = zoo.batch(LENGTHS)
     real = batch["attention_mask"].bool()

@@ -64,7 +64,7 @@ def encoded(p, t):
     return p["loop.clock.mix.weight"] @ (inner * torch.sigmoid(inner)) + p["loop.clock.mix.bias"]
 
 
-def made(name, spec):
+def transformed(name, spec):
     overrides = {"layer_types": "alternate", "sliding_window": zoo.WINDOW, "use_sliding_window": True}
     stock = enliven(zoo.model(name, 3, dtype=torch.float64, **(overrides if name == "qwen2" else {})), std=0.2)
     model = dp.transform(stock, spec)
@@ -74,7 +74,7 @@ def made(name, spec):
 
 @pytest.mark.parametrize("name", PLACES)
 def test_timestep_encoding(name):
-    stock, model = made(name, dp.Loop(start=1, end=3, times=3, timestep=True))
+    stock, model = transformed(name, dp.Loop(start=1, end=3, times=3, timestep=True))
 
     def want(row, p):
         def around(t, b):
@@ -93,7 +93,7 @@ def test_timestep_encoding(name):
     ("gemma3_text", {"inject": "bounded", "state": "zeros"}),
 ])
 def test_bounded_injection_and_scaled_residuals(name, options):
-    stock, model = made(name, dp.Loop(start=1, end=3, times=3, **options))
+    stock, model = transformed(name, dp.Loop(start=1, end=3, times=3, **options))
 
     def want(row, p):
         def around(t, b):
@@ -117,7 +117,7 @@ def test_bounded_injection_and_scaled_residuals(name, options):
 
 @pytest.mark.parametrize("name", ["llama", "gemma3_text"])
 def test_scales_of_every_visit(name):
-    stock, model = made(name, dp.LayerProgram([0, 1, 1, 2], scales=True))
+    stock, model = transformed(name, dp.LayerProgram([0, 1, 1, 2], scales=True))
 
     def want(row, p):
         slots, out = [oracle.Keys() for _ in range(4)], []
@@ -167,18 +167,18 @@ def test_new_parameters_do_not_grow_with_the_iterations():
 
 def test_modulated_generation_and_checkpointing():
     bridge = dp.TurboConn(bridges=[(3, 2)], group=2, rank=4)
-    _, model = made("llama", [dp.Loop(start=1, end=3, times=3, timestep=True), bridge])
+    _, model = transformed("llama", [dp.Loop(start=1, end=3, times=3, timestep=True), bridge])
     ids = zoo.batch([7, 5])
     cached = model.generate(**ids, max_new_tokens=6, do_sample=False)
     assert torch.equal(cached, model.generate(**ids, max_new_tokens=6, do_sample=False, use_cache=False))
-    found = []
+    seen = []
     for checkpointed in (False, True):
         if checkpointed:
             model.gradient_checkpointing_enable()
         model.train().zero_grad()
         model(**ids).logits.square().sum().backward()
-        found.append([p.grad.clone() for p in model.parameters()])
-    for plain, again in zip(*found, strict=True):
+        seen.append([p.grad.clone() for p in model.parameters()])
+    for plain, again in zip(*seen, strict=True):
         torch.testing.assert_close(plain, again)
 
 

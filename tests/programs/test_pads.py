@@ -23,7 +23,7 @@ SPECS = {
 }
 
 
-def made(name, spec, token=TOKEN, dtype=torch.float64):
+def transformed(name, spec, token=TOKEN, dtype=torch.float64):
     stock = enliven(zoo.model(name, 3, dtype=dtype), std=0.2)
     model, plain = dp.transform(stock, [*spec, dp.Pad(M, token=token)]), dp.transform(stock, spec or [dp.Identity()])
     for m in (model, plain):
@@ -64,22 +64,22 @@ def by_hand(plain, batch, r):
     ("gemma3_text", "loop"), ("mixtral", "stock"), ("qwen2", "bridge"), ("llama", "noise"), ("llama", "zeros"),
 ])
 def test_outputs_loss_and_gradients(name, spec, side):
-    stock, model, plain = made(name, SPECS[spec])
+    stock, model, plain = transformed(name, SPECS[spec])
     batch = rows(side)
     out = model(**batch)
     assert out.logits.shape == (*batch["input_ids"].shape, zoo.VOCABULARY)
     out.loss.backward()
     got = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(), stock.zero_grad(), plain.zero_grad()
-    found, targets = [], []
+    seen, targets = [], []
     for r in range(2):
         logits = by_hand(plain, batch, r)
         real = batch["attention_mask"][r].bool()
         torch.testing.assert_close(out.logits[r, real], logits, rtol=1e-8, atol=1e-8)
         # The prompt's last place has the last pad's logits, which predict the first answer token.
-        found.append(logits[PROMPTS[r] - 1 : -1])
+        seen.append(logits[PROMPTS[r] - 1 : -1])
         targets.append(batch["input_ids"][r, real][PROMPTS[r] :])
-    loss = nn.functional.cross_entropy(torch.cat(found), torch.cat(targets))
+    loss = nn.functional.cross_entropy(torch.cat(seen), torch.cat(targets))
     # The head upcasts its logits to float32 for the loss.
     torch.testing.assert_close(out.loss.double(), loss, rtol=1e-6, atol=1e-6)
     loss.backward()
@@ -92,7 +92,7 @@ def test_outputs_loss_and_gradients(name, spec, side):
 @pytest.mark.parametrize(("name", "spec"), [("llama", "loop"), ("llama", "bridge"), ("llama", "exit"), ("gpt2", "stock"),
                                             ("gemma3_text", "loop"), ("opt", "stock"), ("llama", "noise")])
 def test_generation(name, spec):
-    _, model, plain = made(name, SPECS[spec])
+    _, model, plain = transformed(name, SPECS[spec])
     batch = zoo.batch([5, 3])
     options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached = model.generate(**batch, **options)
@@ -111,7 +111,7 @@ def test_generation(name, spec):
 
 
 def test_the_cache_counts_what_callers_know():
-    _, model, _ = made("llama", SPECS["loop"])
+    _, model, _ = transformed("llama", SPECS["loop"])
     ids = zoo.batch([6, 6])["input_ids"]
     whole = model(ids, labels=ids.masked_fill(torch.arange(6) < 4, -100)).logits
     cache = dp.DepthCache(model)
@@ -128,7 +128,7 @@ def test_the_cache_counts_what_callers_know():
 
 
 def test_the_prompt_may_be_told():
-    _, model, _ = made("llama", SPECS["stock"])
+    _, model, _ = transformed("llama", SPECS["stock"])
     batch = rows("left")
     want = model(**batch)
     told = model(batch["input_ids"], batch["attention_mask"], prompt_length=torch.tensor(PROMPTS)).logits
@@ -149,7 +149,7 @@ def test_the_prompt_may_be_told():
 
 
 def test_taps_and_the_last_logits():
-    _, model, _ = made("llama", [dp.Loop(start=1, end=3, times=2, taps=True)])
+    _, model, _ = transformed("llama", [dp.Loop(start=1, end=3, times=2, taps=True)])
     ids = zoo.batch([6, 6])["input_ids"]
     out = model(ids)
     assert out.taps["loop.t1"].shape == out.logits.shape == (2, 6, zoo.VOCABULARY)
@@ -181,7 +181,7 @@ def test_taps_of_routes_are_those_of_the_callers_tokens(spec):
 
 
 def test_zero_pads_change_nothing_and_saving_keeps_them(tmp_path):
-    stock, model, _ = made("llama", SPECS["loop"], dtype=torch.float32)
+    stock, model, _ = transformed("llama", SPECS["loop"], dtype=torch.float32)
     batch = zoo.batch([6, 6])
     with torch.no_grad():
         assert torch.equal(dp.transform(stock, dp.Pad(0))(**batch).logits, stock(**batch).logits)
@@ -193,7 +193,7 @@ def test_zero_pads_change_nothing_and_saving_keeps_them(tmp_path):
 
 
 def test_bad_input():
-    stock, model, plain = made("llama", SPECS["stock"])
+    stock, model, plain = transformed("llama", SPECS["stock"])
     ids = zoo.batch([4, 4])["input_ids"]
     with pytest.raises(dp.InputError, match="only a model with workspace pads"):
         plain(ids, prompt_length=2)

@@ -14,7 +14,7 @@ CALLS = [4, 1, 1, 2, 1]
 LENGTHS = [9, 7]
 
 
-def made(name, spec, layers=3):
+def transformed(name, spec, layers=3):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64), std=0.2)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.3, least=1)
@@ -38,7 +38,7 @@ def in_calls(model, batch, calls):
     ("gemma3_text", "last", 3), ("gemma3_text", "mod:3", 4), ("mixtral", "mod:2", 3),
 ])
 def test_calls_equal_the_oracle(name, kv, times):
-    stock, model = made(name, dp.Loop(start=1, end=2 if name == "mixtral" else 3, times=times, kv=kv))
+    stock, model = transformed(name, dp.Loop(start=1, end=2 if name == "mixtral" else 3, times=times, kv=kv))
     end = 2 if name == "mixtral" else 3
     batch = zoo.batch(LENGTHS)
     with torch.no_grad():
@@ -60,14 +60,14 @@ def test_calls_equal_the_oracle(name, kv, times):
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_one_call_is_the_loop_with_own_keys(name):
     """Outputs and every gradient of a whole row."""
-    stock, model = made(name, dp.Loop(start=1, end=3, times=3, kv="last", inject="add"))
+    stock, model = transformed(name, dp.Loop(start=1, end=3, times=3, kv="last", inject="add"))
     oracle.compare(stock, model, zoo.batch([6, 4]), lambda row, p: oracle.loop(row, 1, 3, 3, inject="add")[-1])
 
 
 @pytest.mark.parametrize("lowering", ["eager", "auto"])
 def test_inside_a_token_loop_calls_count_and_chunks_do_not(lowering):
     spec = [dp.Loop(start=1, end=2, times=3, kv="last"), dp.TurboConn(bridges=[(3, 1)], group=2, rank=4)]
-    stock, _ = made("llama", dp.Identity())
+    stock, _ = transformed("llama", dp.Identity())
     models = [dp.transform(stock, spec, lowering=lowering), dp.transform(stock, spec, chunk=1, lowering="eager")]
     for model in models:
         enliven(model.depth, seed=1, std=0.3, least=1)
@@ -81,7 +81,7 @@ def test_inside_a_token_loop_calls_count_and_chunks_do_not(lowering):
 
 
 def test_generate_warns_and_the_report_says_so():
-    _, model = made("llama", dp.Loop(start=1, end=3, times=4, kv="last"))
+    _, model = transformed("llama", dp.Loop(start=1, end=3, times=4, kv="last"))
     batch = zoo.batch([5, 3])
     with pytest.warns(UserWarning, match="not what was trained"):
         cached = model.generate(**batch, max_new_tokens=3, do_sample=False)

@@ -15,7 +15,7 @@ from depthpass.ir.verify import verify
 LENGTHS = [7, 4]
 
 
-def made(name, spec, layers=2):
+def transformed(name, spec, layers=2):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64), std=0.2)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.3, least=1)
@@ -53,7 +53,7 @@ SETTINGS = {
 def test_outputs_and_gradients_equal_the_oracle(name, setting):
     options = SETTINGS[setting]
     spec = dp.ParallelLoop(**options)
-    stock, model = made(name, spec)
+    stock, model = transformed(name, spec)
 
     def want(row, p):
         return oracle.parallel_loop(
@@ -67,7 +67,7 @@ def test_outputs_and_gradients_equal_the_oracle(name, setting):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "gemma3_text"])
 def test_published_presets(name):
     for spec in (dp.ParallelLoop.loopcoder_v2(window=3), dp.ParallelLoop.iquest(window=3)):
-        stock, model = made(name, spec)
+        stock, model = transformed(name, spec)
 
         def want(row, p, spec=spec):
             return oracle.parallel_loop(
@@ -200,13 +200,13 @@ def test_a_long_row_makes_nothing_square(training):
     stock = zoo.model("llama", 2, max_position_embeddings=1024)
     model = dp.transform(stock, dp.ParallelLoop(loops=2, window=4))
     model(input_ids=torch.randint(3, 97, (1, 3)))  # captured
-    found = {}
+    seen = {}
     for n in (256, 512):
         ids = torch.randint(3, 97, (1, n), generator=torch.Generator().manual_seed(0))
         with torch.set_grad_enabled(training), Largest() as largest:
             out = model(input_ids=ids, labels=ids if training else None, use_cache=not training)
             if training:
                 out.loss.backward()
-        found[n] = largest.elements
-    assert found[512] < 512 * 512 // 2
-    assert found[512] <= 2 * found[256] + 512
+        seen[n] = largest.elements
+    assert seen[512] < 512 * 512 // 2
+    assert seen[512] <= 2 * seen[256] + 512

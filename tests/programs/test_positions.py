@@ -14,7 +14,7 @@ SPECS = {
 }
 
 
-def made(name, spec, dtype=torch.float64, **sizes):
+def transformed(name, spec, dtype=torch.float64, **sizes):
     stock = enliven(zoo.model(name, 3, dtype=dtype, **sizes), std=0.3)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.6, least=1)
@@ -24,7 +24,7 @@ def made(name, spec, dtype=torch.float64, **sizes):
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
 @pytest.mark.parametrize("system", SPECS)
 def test_a_padded_row_is_the_row_alone(name, system):
-    _, model = made(name, SPECS[system])
+    _, model = transformed(name, SPECS[system])
     lengths = [9, 5, 6]
     alone = {}
     with torch.no_grad():
@@ -42,7 +42,7 @@ def test_a_padded_row_is_the_row_alone(name, system):
 @pytest.mark.parametrize("system", ["plt", "iquest"])
 def test_against_an_oracle_and_by_hand_with_a_cache(system):
     spec = SPECS[system]
-    stock, model = made("llama", spec)
+    stock, model = transformed("llama", spec)
     batch = zoo.batch([9, 5])
     ids, mask = batch["input_ids"], batch["attention_mask"]
     counted = (mask.cumsum(-1) - 1).clamp_min(0)
@@ -66,7 +66,7 @@ def test_against_an_oracle_and_by_hand_with_a_cache(system):
 
 @pytest.mark.parametrize("system", SPECS)
 def test_generate_starts_from_what_forward_says(system):
-    _, model = made("llama", SPECS[system])
+    _, model = transformed("llama", SPECS[system])
     batch = zoo.batch([8, 4])
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None}
     made_ = model.generate(**batch, **options, output_logits=True, return_dict_in_generate=True)

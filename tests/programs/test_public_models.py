@@ -24,11 +24,11 @@ WORDS = 41
 
 def drawn(shapes):
     generator = torch.Generator().manual_seed(0)
-    made = {}
+    weights = {}
     for name, shape in shapes.items():
         x = torch.randn(shape, generator=generator, dtype=torch.float64) * (0.3 if len(shape) > 1 else 0.2)
-        made[name] = x + 1 if "norm" in name or "ln_f" in name else x
-    return made
+        weights[name] = x + 1 if "norm" in name or "ln_f" in name else x
+    return weights
 
 
 def huginn_tensors():

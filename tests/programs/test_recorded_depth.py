@@ -55,26 +55,26 @@ def test_random_programs_with_every_op_kind(chunk, stocks, monkeypatch):
         program = runnable(seed, type(stock).__name__, 4, 32, zoo.VOCABULARY)
         waits = any(o.kind == "route" and o["rule"] == "topk" for o in program)
         try:
-            found = depth(program)
+            depths = depth(program)
         except dp.PassError:
             with pytest.raises(dp.PassError, match="top-k route lies on a delay cycle"):
                 dp.transform(stock, Given(str(program)))
             continue
-        made = record(alive(stock, Given(str(program))), row())
-        assert made.depth() == found.at(TOKENS), (seed, str(program))
+        recorded = record(alive(stock, Given(str(program))), row())
+        assert recorded.depth() == depths.at(TOKENS), (seed, str(program))
         for tap in program.taps:
-            assert made.depth(tap["name"]) == depth(program, tap["name"]).at(TOKENS), (seed, tap["name"], str(program))
+            assert recorded.depth(tap["name"]) == depth(program, tap["name"]).at(TOKENS), (seed, tap["name"], str(program))
         met += 1
         if waits:
             short = record(alive(stock, Given(str(program))), row(2))
-            assert short.depth() == found.at(2), (seed, str(program))
+            assert short.depth() == depths.at(2), (seed, str(program))
     assert met >= 5
 
 
 def test_the_random_programs_have_every_op_kind():
-    made = [runnable(s, "LlamaForCausalLM", 4, 32, zoo.VOCABULARY) for s in SEEDS]
+    programs = [runnable(s, "LlamaForCausalLM", 4, 32, zoo.VOCABULARY) for s in SEEDS]
     # rescale comes with T2MLR (test_feedback.py); programs that see ahead are not run token by token (tests/diffusion).
-    assert kinds_of(made) == set(OPS) - {"rescale", "ahead", "denoise"}
+    assert kinds_of(programs) == set(OPS) - {"rescale", "ahead", "denoise"}
 
 
 SYSTEMS = {
@@ -97,20 +97,20 @@ SYSTEMS = {
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_systems(system, stocks):
     model = alive(stocks["llama"], SYSTEMS[system])
-    made, program = record(model, row()), model.depth_program
+    recorded, program = record(model, row()), model.depth_program
     for name in (None, *(o["name"] for o in program.taps)):
-        assert made.depth(name) == depth(program, name).at(TOKENS)
+        assert recorded.depth(name) == depth(program, name).at(TOKENS)
     uneven = {0: 2, 1: 0, 2: 5, 3: 1}
-    assert made.depth(weights=uneven) == depth(program, weight=uneven).at(TOKENS)
+    assert recorded.depth(weights=uneven) == depth(program, weight=uneven).at(TOKENS)
 
 
 @pytest.mark.parametrize(("kv", "calls"), [("last", [3, 1, 1, 1]), ("mod:2", [1, 1, 1, 1]), ("last", [2, 2]), ("own", [2, 1, 1])])
 def test_calls_add_depth_where_they_read_later_iterations(kv, calls, stocks):
     model = alive(stocks["llama"], dp.Loop(1, 3, times=4, kv=kv))
-    made = record(model, row(sum(calls)), calls)
+    recorded = record(model, row(sum(calls)), calls)
     program = model.depth_program
     if max(calls[1:]) == 1:
-        assert made.depth() == depth(program, calls=True).at(len(calls))
+        assert recorded.depth() == depth(program, calls=True).at(len(calls))
     assert record(model, row(sum(calls))).depth() == depth(program).at(sum(calls))
 
 
@@ -127,14 +127,14 @@ def test_what_a_record_shows():
     """Token 3 of a bridge 2 -> 0 over two tokens: what each visit read, and nothing else."""
     model = alive(zoo.model("llama", 3, dtype=torch.float64), dp.TurboConn(bridges=[(2, 0)], group=2, rank=None))
     before = model._depth.lowering
-    made, program = record(model, row(4)), model.depth_program
+    recorded, program = record(model, row(4)), model.depth_program
     first, delay, up, landed, second, third, norm = (o.name for o in program if o.name and o.kind != "embed")
-    assert made.reads[delay, 3] == {(third, 1)} and made.reads[delay, 1] == set()
-    assert made.reads[landed, 3] == {(first, 3), (up, 3)} and made.reads[landed, 1] == {(first, 1)}
-    assert made.reads[second, 3] == {(landed, i) for i in range(4)}
-    assert made.reads[">output", 3] == {(norm, 3)}
+    assert recorded.reads[delay, 3] == {(third, 1)} and recorded.reads[delay, 1] == set()
+    assert recorded.reads[landed, 3] == {(first, 3), (up, 3)} and recorded.reads[landed, 1] == {(first, 1)}
+    assert recorded.reads[second, 3] == {(landed, i) for i in range(4)}
+    assert recorded.reads[">output", 3] == {(norm, 3)}
     assert model._depth.lowering == before and model.training is False
     with pytest.raises(dp.InputError, match="expected one of output, got 'midle'"):
-        made.depth("midle")
+        recorded.depth("midle")
     with pytest.raises(dp.InputError, match=r"that add up to 4 tokens, got \[3, 2\]"):
         record(model, row(4), [3, 2])

@@ -11,7 +11,7 @@ import depthpass as dp
 LENGTHS = [8, 5]
 
 
-def made(name, **options):
+def transformed(name, **options):
     stock = enliven(zoo.model(name, 3, dtype=torch.float64), std=0.2)
     model = dp.transform(stock, dp.RecurrentLoop(**options))
     enliven(model.depth, seed=1, std=0.3, least=1)
@@ -45,7 +45,7 @@ def want(row, p, *, encoder=0, interval=1, alpha=0.1, gate="vector", normed=True
     ("llama", {"encoder": 1, "interval": 3, "alpha": 0.5}), ("qwen2", {"interval": 2, "gate": "token", "normed": False}),
 ])
 def test_outputs_and_gradients(name, options):
-    stock, model = made(name, **options)
+    stock, model = transformed(name, **options)
     oracle.compare(stock, model, zoo.batch(LENGTHS) | {"use_cache": False}, lambda row, p: want(row, p, **options))
     (region,) = model.depth_lowered
     assert (region.level, region.chunk) == ("scheduled", options.get("interval", 1))
@@ -53,7 +53,7 @@ def test_outputs_and_gradients(name, options):
 
 @pytest.mark.parametrize("options", [{"encoder": 1}, {"encoder": 1, "interval": 3, "alpha": 0.6}])
 def test_generation_and_saving(options, tmp_path):
-    _, model = made("llama", **options)
+    _, model = transformed("llama", **options)
     batch, greedy = zoo.batch([5, 3]), {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None}
     cached = model.generate(**batch, **greedy)
     assert torch.equal(cached, model.generate(**batch, **greedy, use_cache=False))

@@ -30,8 +30,8 @@ def layers_of(model):
 
 def written(stock, order, shared, rank):
     """A stock model whose block at place p is the shared one, its matrices moved towards block order[p] by a rank-r SVD."""
-    made = copy.deepcopy(stock)
-    blocks = layers_of(made)
+    copied = copy.deepcopy(stock)
+    blocks = layers_of(copied)
     with torch.no_grad():
         for place, (kept, own) in enumerate(zip(shared, order, strict=True)):
             if kept is None:
@@ -43,7 +43,7 @@ def written(stock, order, shared, rank):
                 u, s, v = torch.linalg.svd(theirs - m.weight)
                 n = min(rank, len(s))
                 m.weight += (u[:, :n] * s[:n]) @ v[:n]
-    return made
+    return copied
 
 
 @pytest.mark.parametrize(("name", "init", "rank"), [("llama", "average", 3), ("gpt2", "first", 4), ("qwen2", "stepwise", 2)])

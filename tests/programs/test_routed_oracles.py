@@ -19,7 +19,7 @@ LENGTHS = [8, 5]
 FOUR = ("llama", "qwen3", "gpt2", "mixtral")
 
 
-def made(name, spec, layers=3):
+def transformed(name, spec, layers=3):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64), std=0.2)
     for module in stock.modules():
         if isinstance(module, torch.nn.Dropout):  # GPT-2's: oracles of training losses have none
@@ -59,7 +59,7 @@ def token_choice(row, before, stack, after, recursions, router, *, kv="recursion
     *((n, "recursion") for n in FOUR), ("llama", "shared"), ("gpt2", "updated"), ("mistral", "updated"),
 ])
 def test_token_choice(name, kv):
-    stock, model = made(name, dp.MixtureOfRecursions(start=1, router="token", kv=kv))
+    stock, model = transformed(name, dp.MixtureOfRecursions(start=1, router="token", kv=kv))
     seen = []
 
     def want(row, p):
@@ -82,7 +82,7 @@ def test_token_choice(name, kv):
 
 
 def test_a_balancing_bias_moves_choices_and_not_weights():
-    stock, model = made("llama", dp.MixtureOfRecursions(start=1, router="token", balancing="loss_free", rate=0.25))
+    stock, model = transformed("llama", dp.MixtureOfRecursions(start=1, router="token", balancing="loss_free", rate=0.25))
     batch = zoo.batch(LENGTHS)
     bias = model.depth.mor.balance.bias
     bias.copy_(torch.tensor([-0.3, 0.2, 0.1]))
@@ -109,8 +109,8 @@ def test_positions_of_the_shared_layers_are_those_of_the_public_code():
             continue
         program = plain("LlamaForCausalLM", layers, 8)
         spec = dp.MixtureOfRecursions(sharing=sharing, recursions=recursions)
-        made = apply_spec(program, [spec], Context.of(program))
-        retired = {o["index"] for o in made if o.kind == "retire"}
+        rewritten = apply_spec(program, [spec], Context.of(program))
+        retired = {o["index"] for o in rewritten if o.kind == "retire"}
         want = {round(float(x)) for x in np.linspace(edge, layers - 1 - edge, shared // recursions)}
         assert set(range(edge, layers - edge)) - retired == want, (layers, recursions, sharing)
 
@@ -121,7 +121,7 @@ def bce(logit, taken):
 
 @pytest.mark.parametrize("name", FOUR)
 def test_losses_of_expert_choice_and_their_gradients(name):
-    stock, model = made(name, dp.MixtureOfRecursions(start=1, recursions=3, aux=0.5, z=0.25))
+    stock, model = transformed(name, dp.MixtureOfRecursions(start=1, recursions=3, aux=0.5, z=0.25))
     batch = zoo.batch(LENGTHS, "left")
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     labels = torch.where(mask, ids, -100)
@@ -170,7 +170,7 @@ def _scored(row, routers, terms, scores):
 
 
 def test_losses_of_token_choice():
-    stock, model = made("llama", dp.MixtureOfRecursions(start=1, router="token", balance=0.3, z=0.2))
+    stock, model = transformed("llama", dp.MixtureOfRecursions(start=1, router="token", balance=0.3, z=0.2))
     batch = zoo.batch(LENGTHS, "left")
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     labels = torch.where(mask, ids, -100)
@@ -194,7 +194,7 @@ def test_losses_of_token_choice():
 
 
 def test_losses_are_scaled_like_the_summed_loss_of_a_trainer():
-    _, model = made("llama", dp.MixtureOfRecursions(start=1, aux=0.5))
+    _, model = transformed("llama", dp.MixtureOfRecursions(start=1, aux=0.5))
     batch = zoo.batch([6, 6])
     model.train()
     whole = model(**batch, labels=batch["input_ids"])
@@ -214,7 +214,7 @@ SHARINGS = {
 def test_a_stack_becomes_a_shared_one(sharing, recursions):
     layers, before, stacks, after = SHARINGS[sharing, recursions]
     spec = dp.MixtureOfRecursions(sharing=sharing, recursions=recursions, aux=0.0)
-    stock, model = made("llama", spec, layers)
+    stock, model = transformed("llama", spec, layers)
 
     def want(row, p):
         streams = list(row.embed)
@@ -283,7 +283,7 @@ DEPTHS = {
 @pytest.mark.parametrize(("name", "kind"), [("llama", k) for k in DEPTHS] + [(n, "topk") for n in FOUR[1:]])
 def test_mixture_of_depths(name, kind):
     options = DEPTHS[kind]
-    stock, model = made(name, dp.MixtureOfDepths(**options))
+    stock, model = transformed(name, dp.MixtureOfDepths(**options))
 
     def want(row, p):
         streams = list(row.embed)
@@ -317,7 +317,7 @@ READINGS = {
 @pytest.mark.parametrize(("name", "kind"), [("llama", k) for k in READINGS] + [(n, "tanh") for n in FOUR[1:]])
 def test_readings_of_inner_thinking(name, kind):
     options = READINGS[kind]
-    stock, model = made(name, dp.InnerThinking(
+    stock, model = transformed(name, dp.InnerThinking(
         blocks=[1], steps=3, **options, **({} if "mode" in options else {"ratios": (0.6, 0.3)})
     ))
     weight = {"tanh": torch.tanh, "symmetric": lambda s: 2 * torch.sigmoid(s) - 1}.get(

@@ -13,7 +13,7 @@ from depthpass.ir.program import op
 LENGTHS = [8, 5]
 
 
-def made(name, spec, layers=3):
+def transformed(name, spec, layers=3):
     stock = enliven(zoo.model(name, layers, dtype=torch.float64), std=0.2)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.4, least=1)
@@ -35,7 +35,7 @@ MIXTURES = {
 )
 def test_mixture_of_recursions(name, kind):
     options = MIXTURES[kind]
-    stock, model = made(name, dp.MixtureOfRecursions(start=1, **options))
+    stock, model = transformed(name, dp.MixtureOfRecursions(start=1, **options))
     depths = []
 
     def want(row, p):
@@ -64,7 +64,7 @@ THINKING = {
 @pytest.mark.parametrize("kind", THINKING)
 def test_inner_thinking(name, kind):
     options = THINKING[kind]
-    stock, model = made(name, dp.InnerThinking(blocks=(0, 2), **options))
+    stock, model = transformed(name, dp.InnerThinking(blocks=(0, 2), **options))
 
     def want(row, p):
         steps = range(1, options["steps"])
@@ -94,7 +94,7 @@ def test_identity_settings_equal_stock():
 
 
 def test_parameters_stay_shared_after_save_and_load(tmp_path):
-    stock, model = made("llama", dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold"))
+    stock, model = transformed("llama", dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold"))
     assert model.model.layers[1].mlp.up_proj.weight is stock.model.layers[1].mlp.up_proj.weight
     model.save_pretrained(tmp_path)
     loaded = dp.from_pretrained(tmp_path)
@@ -107,7 +107,7 @@ def test_parameters_stay_shared_after_save_and_load(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:hooks on or in block")  # one call per visit is what is counted here
 def test_slots_of_a_recursion_hold_its_own_tokens_only():
-    _, model = made("llama", dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold", taps=True))
+    _, model = transformed("llama", dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold", taps=True))
     cache = dp.DepthCache(model)
     ids = zoo.batch([9, 9, 9])["input_ids"]
     taken = [0, 0, 0]
@@ -173,7 +173,7 @@ def test_ragged_rows_are_put_back_where_they_came_from():
 def test_routes_inside_a_token_loop():
     """A feedback edge around a routed stack: the routed visit runs chunk by chunk, and decodes as it scores."""
     spec = [dp.MixtureOfRecursions(start=1, recursions=2, mode="threshold"), dp.TurboConn(bridges=[(3, 0)], group=2, rank=4)]
-    _, model = made("llama", spec)
+    _, model = transformed("llama", spec)
     assert any(o.kind == "route" for r in model.depth_schedule.serial_regions for o in r.ops)
     batch = zoo.batch(LENGTHS)
     real = batch["attention_mask"].bool()

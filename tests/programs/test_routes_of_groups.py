@@ -19,7 +19,7 @@ def stock():
     return enliven(zoo.model("llama", 4, dtype=torch.float64), std=0.2)
 
 
-def made(stock, loop, router, values=None):
+def transformed(stock, loop, router, values=None):
     model = dp.transform(stock, [loop, router])
     if values is None:
         enliven(model.depth, seed=1, std=0.6, least=1)
@@ -49,14 +49,14 @@ def from_taps(taps, valid):
     dp.MixtureOfRecursions(**MOR, mode="threshold", z=0.25),
 ], ids=["expert", "token", "threshold"])
 def test_streams_losses_and_gradients(stock, router, side):
-    model = made(stock, dp.Loop(0, 1, times=LOG), router)
+    model = transformed(stock, dp.Loop(0, 1, times=LOG), router)
     batch = zoo.batch(LENGTHS, side)
     ids, mask = batch["input_ids"], batch["attention_mask"].bool()
     labels = torch.where(mask, ids, -100)
     out = model(**batch, labels=labels)
     assert len(model.depth_ran) == 3
     for r, n in enumerate(LENGTHS):
-        alone = made(stock, dp.Loop(0, 1, times=TIMES[n]), router, model.depth.state_dict())
+        alone = transformed(stock, dp.Loop(0, 1, times=TIMES[n]), router, model.depth.state_dict())
         columns = torch.arange(ids.shape[1])[mask[r]][None]
         got = alone(input_ids=ids[r : r + 1, mask[r]], position_ids=columns)
         torch.testing.assert_close(out.logits[r, mask[r]], got.logits[0], rtol=1e-9, atol=1e-9)
@@ -85,7 +85,7 @@ def test_streams_losses_and_gradients(stock, router, side):
 
 def test_a_balancing_bias_moves_once_for_all_rows(stock):
     router = dp.MixtureOfRecursions(**MOR, router="token", balancing="loss_free", rate=0.25)
-    model = made(stock, dp.Loop(0, 1, times=LOG), router)
+    model = transformed(stock, dp.Loop(0, 1, times=LOG), router)
     bias = model.depth.mor.balance.bias
     bias.copy_(torch.tensor([-0.1, 0.1]))
     batch = zoo.batch(LENGTHS)
@@ -98,7 +98,7 @@ def test_a_balancing_bias_moves_once_for_all_rows(stock):
 
 def test_other_routed_passes_train(stock):
     for router in (dp.MixtureOfDepths(capacity=0.5), dp.InnerThinking(steps=3, blocks=[1])):
-        model = made(stock, dp.Loop(0, 1, times=LOG), router)
+        model = transformed(stock, dp.Loop(0, 1, times=LOG), router)
         batch = zoo.batch(LENGTHS)
         loss = model(**batch, labels=batch["input_ids"]).loss
         loss.backward()

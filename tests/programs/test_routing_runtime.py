@@ -11,7 +11,7 @@ import depthpass as dp
 LENGTHS = [9, 6]
 
 
-def made(spec, name="llama", layers=3, dtype=torch.float64):
+def transformed(spec, name="llama", layers=3, dtype=torch.float64):
     stock = enliven(zoo.model(name, layers, dtype=dtype), std=0.2)
     model = dp.transform(stock, spec).eval()
     enliven(model.depth, seed=1, std=0.4, least=1)
@@ -31,7 +31,7 @@ def copied(source, stock, spec):
 
 
 def test_ratios_act_without_a_new_trace_and_equal_a_program_with_them():
-    stock, model = made(dp.InnerThinking(steps=4, ratios=[0.5, 0.5, 0.5]))
+    stock, model = transformed(dp.InnerThinking(steps=4, ratios=[0.5, 0.5, 0.5]))
     batch = zoo.batch(LENGTHS, "left")
     before = logits(model, batch)
     traces = len(model._depth.captures)
@@ -46,7 +46,7 @@ def test_ratios_act_without_a_new_trace_and_equal_a_program_with_them():
 
 @pytest.mark.parametrize("mode", ["topk", "threshold"])
 def test_a_dropped_step_is_a_step_whose_encoding_is_zero(mode):
-    _, model = made(dp.InnerThinking(steps=3, mode=mode, blocks=[1]))
+    _, model = transformed(dp.InnerThinking(steps=3, mode=mode, blocks=[1]))
     batch = zoo.batch(LENGTHS)
     dp.set_ratios(model, {"itt.t1": 0})
     got = logits(model, batch)
@@ -60,7 +60,7 @@ def test_a_dropped_step_is_a_step_whose_encoding_is_zero(mode):
 
 
 def test_dropped_recursions():
-    stock, model = made(dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold"))
+    stock, model = transformed(dp.MixtureOfRecursions(start=1, recursions=3, mode="threshold"))
     batch = zoo.batch(LENGTHS)
     dp.set_ratios(model, {"mor.r3": 0})
     two = dp.transform(stock, dp.MixtureOfRecursions(start=1, recursions=2, mode="threshold")).eval()
@@ -109,28 +109,28 @@ def test_capacities_warm_up_in_a_trainer(tmp_path):
 
 
 def test_statistics_and_picture(tmp_path):
-    _, model = made(dp.MixtureOfRecursions(start=1, mode="threshold", taps=True))
+    _, model = transformed(dp.MixtureOfRecursions(start=1, mode="threshold", taps=True))
     batch = zoo.batch(LENGTHS, "left")
     with torch.no_grad():
         out = model(**batch)
-    found = dp.routing_of(model, out, batch["attention_mask"])
+    routing = dp.routing_of(model, out, batch["attention_mask"])
     ran = {name: out.taps[f"{name}.taken"] for name in ("mor.r1", "mor.r2", "mor.r3")}
     active = torch.ones(2, 9, dtype=torch.bool)
     depth = torch.full((2, 9), 2)
     for r in (1, 2, 3):
         active = active & (torch.sigmoid(out.taps[f"mor.r{r}"][..., 0]) >= 0.5) & batch["attention_mask"].bool()
         assert torch.equal(ran[f"mor.r{r}"], active)
-        assert found.share[f"mor.r{r}"] == pytest.approx(float(active.sum()) / 15)
+        assert routing.share[f"mor.r{r}"] == pytest.approx(float(active.sum()) / 15)
         depth = depth + active
-    assert torch.equal(found.depth, torch.where(found.valid, depth, 0))
+    assert torch.equal(routing.depth, torch.where(routing.valid, depth, 0))
     words = [[f"<w{i}>" for i in range(9)] for _ in range(2)]
-    picture = dp.plot_depth(words, found, title="a & b")
+    picture = dp.plot_depth(words, routing, title="a & b")
     html = picture._repr_html_()
     assert html.count("&lt;w8&gt;") == 2 and html.count("&lt;w0&gt;") == 1 and "a &amp; b" in html
     picture.save(tmp_path / "depth.html")
     assert "<script" not in (tmp_path / "depth.html").read_text() and "http" not in (tmp_path / "depth.html").read_text()
     with pytest.raises(dp.InputError, match="rows of"):
-        dp.plot_depth([["a"]], found)
+        dp.plot_depth([["a"]], routing)
     plain = dp.transform(zoo.model("llama", 3), dp.MixtureOfRecursions(start=1))
     with pytest.raises(dp.InputError, match="taps=True"):
         dp.routing_of(plain, plain(**batch))
@@ -148,7 +148,7 @@ SYSTEMS = {
 
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_kv_memory_is_what_the_report_says(system):
-    _, model = made(SYSTEMS[system], dtype=torch.float32)
+    _, model = transformed(SYSTEMS[system], dtype=torch.float32)
     for tokens, batch in ((13, 2), (9, 3)):
         cache = dp.DepthCache(model)
         with torch.no_grad():
@@ -159,7 +159,7 @@ def test_kv_memory_is_what_the_report_says(system):
 
 
 def test_kv_memory_of_thresholds_at_the_shares_that_came_out():
-    _, model = made(dp.MixtureOfRecursions(start=1, mode="threshold", taps=True), dtype=torch.float32)
+    _, model = transformed(dp.MixtureOfRecursions(start=1, mode="threshold", taps=True), dtype=torch.float32)
     cache = dp.DepthCache(model)
     with torch.no_grad():
         out = model(input_ids=torch.randint(3, 90, (1, 20)), past_key_values=cache)
@@ -174,7 +174,7 @@ def test_kv_memory_of_thresholds_at_the_shares_that_came_out():
 
 
 def test_report_follows_the_ratios_that_are_set():
-    _, model = made(dp.InnerThinking(steps=3, ratios=(0.5, 0.5), blocks=[1]), dtype=torch.float32)
+    _, model = transformed(dp.InnerThinking(steps=3, ratios=(0.5, 0.5), blocks=[1]), dtype=torch.float32)
     whole = dp.report(model, seq_len=16)
     dp.set_ratios(model, {"itt.t1": 0, "itt.t2": 0.25})
     less = dp.report(model, seq_len=16)
@@ -198,7 +198,7 @@ def test_report_follows_the_ratios_that_are_set():
 )
 def test_decoding_equals_teacher_forcing(name, spec):
     """Left padded rows in pieces of several sizes, and the cache of an earlier step continued twice."""
-    _, model = made(spec, name)
+    _, model = transformed(spec, name)
     batch = zoo.batch(LENGTHS, "left")
     ids, mask = batch["input_ids"], batch["attention_mask"]
     with torch.no_grad():
@@ -218,7 +218,7 @@ def test_decoding_equals_teacher_forcing(name, spec):
 
 
 def test_only_routed_tokens_pay_for_queries_and_mlp():
-    _, model = made(dp.InnerThinking(steps=2, ratios=(0.5,), blocks=[1]))
+    _, model = transformed(dp.InnerThinking(steps=2, ratios=(0.5,), blocks=[1]))
     sizes = []
     attention = model.model.layers[1].self_attn
     for matrix in (attention.q_proj, attention.k_proj, model.model.layers[1].mlp.up_proj):

@@ -54,14 +54,14 @@ PROGRAMS = {
 @pytest.fixture
 def calls(monkeypatch):
     """Members of every stacked call."""
-    found, real = [], stacked.StackedVisit.__init__
+    seen, real = [], stacked.StackedVisit.__init__
 
     def count(self, stack, *rest):
-        found.append(len(stack.visits))
+        seen.append(len(stack.visits))
         real(self, stack, *rest)
 
     monkeypatch.setattr(stacked.StackedVisit, "__init__", count)
-    return found
+    return seen
 
 
 def pair(name, spec, **overrides):

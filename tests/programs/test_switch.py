@@ -15,14 +15,14 @@ LENGTHS = [8, 5]
 
 @pytest.fixture
 def captures(monkeypatch):
-    made, real = [], depthpass.hf.model.capture
+    captures, real = [], depthpass.hf.model.capture
 
     def capture(*args):
-        made.append(args)
+        captures.append(args)
         return real(*args)
 
     monkeypatch.setattr(depthpass.hf.model, "capture", capture)
-    return made
+    return captures
 
 
 def stock_of(name="llama", layers=3, **more):
@@ -48,14 +48,14 @@ def test_switching_captures_nothing_and_gives_what_a_fresh_transform_gives(name,
     assert torch.equal(want, logits(stock))
     kept = {n: id(p) for n, p in model.named_parameters()}
     count = len(captures)
-    found = [logits(dp.switch(model, spec)) for spec in PROGRAMS]
+    actual = [logits(dp.switch(model, spec)) for spec in PROGRAMS]
     assert torch.equal(logits(dp.switch(model, dp.Identity())), want)
     plans = list(model._depth.plans.kept.values())
-    for spec, got in zip(PROGRAMS, found):
+    for spec, got in zip(PROGRAMS, actual):
         assert torch.equal(logits(dp.switch(model, spec)), got)
     assert list(model._depth.plans.kept.values()) != plans and set(plans) == set(model._depth.plans.kept.values())
     assert len(captures) == count and {n: id(p) for n, p in model.named_parameters()} == kept
-    for spec, got in zip(PROGRAMS, found):
+    for spec, got in zip(PROGRAMS, actual):
         assert torch.equal(logits(dp.transform(stock, spec)), got)
         assert (got - want).abs().max() > 1e-3
     assert str(model.depth) == str(model.depth_program)
@@ -211,19 +211,19 @@ def test_using_nests_and_threads_do_not_see_each_other():
             assert torch.equal(logits(model), want[-1])
             with pytest.raises(dp.SpecError, match="would end with it"):
                 dp.switch(model, dp.Identity())
-    found, barrier = [None] * len(specs), threading.Barrier(len(specs))
+    actual, barrier = [None] * len(specs), threading.Barrier(len(specs))
 
     def run(i):
         with dp.using(model, specs[i]):
             barrier.wait(timeout=60)
-            found[i] = [logits(model) for _ in range(3)]
+            actual[i] = [logits(model) for _ in range(3)]
 
     threads = [threading.Thread(target=run, args=(i,)) for i in range(len(specs))]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert all(torch.equal(g, w) for got, w in zip(found, want) for g in got)
+    assert all(torch.equal(g, w) for got, w in zip(actual, want) for g in got)
 
 
 def test_save_keeps_the_spec_in_force_and_every_parameter(tmp_path):

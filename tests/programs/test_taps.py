@@ -10,7 +10,7 @@ import depthpass as dp
 PAD = 0
 
 
-def made(spec, layers=3, dtype=torch.float64):
+def transformed(spec, layers=3, dtype=torch.float64):
     stock = enliven(zoo.model("llama", layers, dtype=dtype), std=0.2)
     return stock, dp.transform(stock, spec)
 
@@ -40,7 +40,7 @@ def test_targets_of_padded_rows(side):
 
 
 def test_relay_loss_is_the_papers_sum_and_reaches_earlier_visits_only():
-    stock, model = made(dp.Loop(1, 2, times=3, lora_rank=2, taps=True))
+    stock, model = transformed(dp.Loop(1, 2, times=3, lora_rank=2, taps=True))
     enliven(model.depth, seed=1, std=0.3, least=1)
     ids = zoo.batch([6, 6])["input_ids"]
     rounds = [[[5, 6], [7, 8, 9], [10]], [[11], [12, 13, 14, 15, 16, 17]]]
@@ -66,7 +66,7 @@ def test_relay_loss_is_the_papers_sum_and_reaches_earlier_visits_only():
 
 
 def test_relay_with_a_head_of_its_own_trains():
-    _, model = made([dp.Loop(0, 2, times=2), dp.Taps(at=[1, 3], scope="round")], layers=2, dtype=torch.float32)
+    _, model = transformed([dp.Loop(0, 2, times=2), dp.Taps(at=[1, 3], scope="round")], layers=2, dtype=torch.float32)
     head = torch.nn.Linear(32, 20)
     optimizer = torch.optim.Adam([*model.parameters(), *head.parameters()], lr=1e-2)
     ids = zoo.batch([5, 5])["input_ids"]
@@ -83,7 +83,7 @@ def test_relay_with_a_head_of_its_own_trains():
 
 
 def test_bad_relay_input():
-    _, model = made(dp.Loop(1, 2, times=2, taps=True))
+    _, model = transformed(dp.Loop(1, 2, times=2, taps=True))
     ids = zoo.batch([5, 5])["input_ids"]
     targets, mask = dp.aligned_targets([[[3]], [[4]]], 5)
     with pytest.raises(dp.InputError, match=r"for 2 taps \(loop.t1, loop.t2\), got shapes \(1, 2, 5\)"):
@@ -98,7 +98,7 @@ def test_bad_relay_input():
 
 
 def test_logit_lens_of_iterations_and_visits():
-    stock, model = made(dp.Loop(1, 3, times=3, inject="add"), dtype=torch.float32)
+    stock, model = transformed(dp.Loop(1, 3, times=3, inject="add"), dtype=torch.float32)
     batch = zoo.batch([7, 4], "right")
     lens = dp.logit_lens(model, batch, top=3)
     assert lens.names == ("loop.t1", "loop.t2", "loop.t3", "output") and lens.last == (6, 3)
@@ -124,13 +124,13 @@ def test_logit_lens_of_iterations_and_visits():
 
 @pytest.mark.parametrize("spec", [dp.IntraLayerRecurrence([2, 1, 3]), dp.Loop(0, 2, times=3, inject="add", kv="first")])
 def test_gradients_of_visits_add_up(spec):
-    _, model = made(spec)
+    _, model = transformed(spec)
     ids = zoo.batch([6, 6])["input_ids"]
-    found = dp.gradients(model, {"input_ids": ids, "labels": ids}, keep=True)
+    grads = dp.gradients(model, {"input_ids": ids, "labels": ids}, keep=True)
     model(ids, labels=ids).loss.backward()
     for index in range(3):
         visits = [o.name for o in model.depth_program.visits if o["index"] == index]
         for name in ("self_attn.q_proj.weight", "mlp.up_proj.weight"):
-            parts = [found.tensors[v, name] for v in visits]
+            parts = [grads.tensors[v, name] for v in visits]
             assert min(p.abs().max() for p in parts) > 1e-6 and len(parts) == len(set(visits))
             torch.testing.assert_close(sum(parts), model.model.layers[index].get_parameter(name).grad, rtol=1e-5, atol=1e-9)

@@ -12,7 +12,7 @@ LENGTHS = [9, 3, 5]  # ceil(log2(n)) = 4, 2, 3
 LOG = "ceil(log2(n))"
 
 
-def made(name, spec, layers=3, dtype=torch.float64):
+def transformed(name, spec, layers=3, dtype=torch.float64):
     stock = enliven(zoo.model(name, layers, dtype=dtype), std=0.2)
     model = dp.transform(stock, spec)
     enliven(model.depth, seed=1, std=0.3, least=1)
@@ -20,7 +20,7 @@ def made(name, spec, layers=3, dtype=torch.float64):
 
 
 def test_a_range_is_drawn_in_training_and_fixed_in_evaluation():
-    stock, model = made("llama", dp.Loop(1, 2, times=(1, 7), inject="add"))
+    stock, model = transformed("llama", dp.Loop(1, 2, times=(1, 7), inject="add"))
     batch = zoo.batch([7, 7])
     fixed = {t: dp.transform(stock, dp.Loop(1, 2, times=t, inject="add"))(**batch).logits for t in range(1, 8)}
     torch.testing.assert_close(model(**batch).logits, fixed[4], rtol=0, atol=0)
@@ -42,7 +42,7 @@ def test_a_range_is_drawn_in_training_and_fixed_in_evaluation():
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_row_has_the_loops_of_its_own_length(name, side):
-    stock, model = made(name, dp.Loop(1, 2, times=LOG, inject="concat"))
+    stock, model = transformed(name, dp.Loop(1, 2, times=LOG, inject="concat"))
 
     def want(row, p):
         adapter = (p["loop.inject.weight"], p["loop.inject.bias"])
@@ -53,7 +53,7 @@ def test_every_row_has_the_loops_of_its_own_length(name, side):
 
 
 def test_rows_of_different_counts_share_one_loss_and_no_cache():
-    _, model = made("llama", dp.Loop(1, 3, times=LOG))
+    _, model = transformed("llama", dp.Loop(1, 3, times=LOG))
     batch = zoo.batch(LENGTHS)
     assert model(**batch).past_key_values is None
     for more in ({"use_cache": True}, {"past_key_values": dp.DepthCache(model)}):
@@ -75,7 +75,7 @@ def test_rows_of_different_counts_share_one_loss_and_no_cache():
 
 
 def test_generation_with_a_cache_where_the_count_stays_and_without_one_elsewhere():
-    stock, model = made("llama", dp.Loop(1, 2, times=LOG), dtype=torch.float32)
+    stock, model = transformed("llama", dp.Loop(1, 2, times=LOG), dtype=torch.float32)
     batch = zoo.batch([6, 5])
     settings = {"do_sample": False, "eos_token_id": None}
     cached = model.generate(**batch, max_new_tokens=2, **settings)
@@ -99,7 +99,7 @@ def test_generation_with_a_cache_where_the_count_stays_and_without_one_elsewhere
 @pytest.mark.parametrize("length", [{"max_new_tokens": 3}, {"max_length": 10}, {"max_new_tokens": 3, "num_beams": 2}])
 def test_generation_without_padding_is_refused_at_the_start(length):
     """``generate`` drops a mask of ones, and hands neither it nor the ids to what prepares the cache."""
-    stock, model = made("llama", dp.Loop(1, 3, times=LOG), dtype=torch.float32)
+    stock, model = transformed("llama", dp.Loop(1, 3, times=LOG), dtype=torch.float32)
     ids = zoo.batch([7, 7])["input_ids"]
     ran = []
     model.model.layers[0].register_forward_pre_hook(lambda *args: ran.append(1))
@@ -118,22 +118,22 @@ def test_generation_without_padding_is_refused_at_the_start(length):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_truncated_backpropagation(name):
-    stock, model = made(name, dp.Loop(1, 2, times=4, inject="add", state="zeros", bptt=2))
+    stock, model = transformed(name, dp.Loop(1, 2, times=4, inject="add", state="zeros", bptt=2))
     oracle.compare(stock, model, zoo.batch([6, 4]),
                    lambda row, p: oracle.loop(row, 1, 2, 4, inject="add", state="zeros", bptt=2)[-1])
     whole = dp.transform(stock, dp.Loop(1, 2, times=4, inject="add", state="zeros"))
     batch = zoo.batch([6, 6])
     assert torch.equal(whole(**batch).logits, model(**batch).logits)
-    found = []
+    seen = []
     for m in (whole, model):
         stock.zero_grad()
         m(**batch).logits.square().sum().backward()
-        found.append(next(p.grad.clone() for n, p in stock.named_parameters() if "norm" in n or "ln_1" in n))
-    assert not torch.allclose(*found)
+        seen.append(next(p.grad.clone() for n, p in stock.named_parameters() if "norm" in n or "ln_1" in n))
+    assert not torch.allclose(*seen)
 
 
 def test_what_is_cut_off_is_not_recorded():
-    stock, _ = made("llama", dp.Identity())
+    stock, _ = transformed("llama", dp.Identity())
     batch = zoo.batch([6, 6])
 
     def saved(times, bptt):
@@ -162,7 +162,7 @@ def test_reports_follow_n():
 
 
 def test_save_load_and_peft_keep_the_range(tmp_path):
-    stock, model = made("llama", dp.Loop(1, 2, times=(1, 4), lora_rank=2), dtype=torch.float32)
+    stock, model = transformed("llama", dp.Loop(1, 2, times=(1, 4), lora_rank=2), dtype=torch.float32)
     assert {n.split(".")[1] for n, _ in model.depth.named_parameters()} == {"t0", "t1", "t2", "t3"}
     model.save_pretrained(tmp_path)
     loaded = dp.from_pretrained(tmp_path)

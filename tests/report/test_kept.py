@@ -63,20 +63,20 @@ def test_a_second_process_counts_nothing(file: Path, monkeypatch: pytest.MonkeyP
 
 def test_what_cannot_be_trusted_is_counted_anew(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     wanted = fresh(file).report(SPECS[0], seq_len=23).to_json()
-    made, = (file.parent / "kept").glob("*.json")
-    good = made.read_text()
+    entry, = (file.parent / "kept").glob("*.json")
+    good = entry.read_text()
     with caplog.at_level("INFO", logger="depthpass"):
         for bad in ("", good[: len(good) // 2], good.replace('"ModelCost"', '"Path"'), good.replace('"Add"', '"exec"'), '["x"]'):
             assert bad != good
-            made.write_text(bad)
-            assert kept.read(made.stem) is None and "is not used" in caplog.text
+            entry.write_text(bad)
+            assert kept.read(entry.stem) is None and "is not used" in caplog.text
             caplog.clear()
-        assert fresh(file).report(SPECS[0], seq_len=23).to_json() == wanted and made.read_text() == good
+        assert fresh(file).report(SPECS[0], seq_len=23).to_json() == wanted and entry.read_text() == good
     if hasattr(os, "getuid"):
-        made.chmod(0o666)
-        assert kept.read(made.stem) is None
-        made.chmod(0o600)
-    assert kept.read(made.stem) is not None
+        entry.chmod(0o666)
+        assert kept.read(entry.stem) is None
+        entry.chmod(0o600)
+    assert kept.read(entry.stem) is not None
 
 
 def test_the_name_says_everything_that_counts(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,13 +22,14 @@ def public() -> list[object]:
     """What public calls give back, of long programs where length matters."""
     model = dp.transform(zoo.model("llama"), dp.Loop(0, 2, times=9))
     batch = {"input_ids": torch.randint(1, 30, (2, 9)), "labels": torch.randint(1, 30, (2, 9))}
-    made = band(cost=True)
+    report = band(cost=True)
     return [
-        made, made.program, made.schedule, made.schedule.regions[0], made.cost, made.depths[None], made.facts, made.sections[0],
+        report, report.program, report.schedule, report.schedule.regions[0], report.cost, report.depths[None], report.facts,
+        report.sections[0],
         subject(), compare(subject(), [("stock", None), ("band", BAND)], cost=False), model.depth_program, dp.DepthCache(model),
         dp.logit_lens(model, batch["input_ids"]), dp.gradients(model, batch),
-        dp.gradients(model, {"a": [batch], "b": [batch]}), model._depth.plans.current, made.cost.model, made.critical_path[0],
-        made.complexity[0], dp.FlopsLedger(), dp.LatentCurriculum(1, 3), dp.ShiftSchedule(3), dp.CapacityWarmup(9),
+        dp.gradients(model, {"a": [batch], "b": [batch]}), model._depth.plans.current, report.cost.model, report.critical_path[0],
+        report.complexity[0], dp.FlopsLedger(), dp.LatentCurriculum(1, 3), dp.ShiftSchedule(3), dp.CapacityWarmup(9),
         tasks.get("parity"), *dp.load_spec(BAND), dp.FixedPoint(),
         tasks.get("large_add").instance(40, 0), *states(model, batch), dp.recipes.huginn(30),
     ]
@@ -53,16 +54,16 @@ def test_a_model_is_a_card_at_a_prompt_and_its_modules_in_print(public: list[obj
 
 
 def test_no_object_fills_the_screen(public: list[object]) -> None:
-    for made in public:
-        lines = repr(made).splitlines()
-        assert len(lines) <= LINES and max(map(len, lines)) <= 400, (type(made), lines)
-        assert type(made).__name__ in repr(made) or repr(made)[:20] == str(made)[:20]
+    for shown in public:
+        lines = repr(shown).splitlines()
+        assert len(lines) <= LINES and max(map(len, lines)) <= 400, (type(shown), lines)
+        assert type(shown).__name__ in repr(shown) or repr(shown)[:20] == str(shown)[:20]
 
 
 def test_notebooks_show_the_same_in_their_own_colours(public: list[object]) -> None:
-    for made in public:
-        html = made._repr_html_()  # type: ignore[attr-defined]
-        assert "color:inherit" in html or "dp-page" in html or "prefers-color-scheme" in html, type(made)
+    for transformed in public:
+        html = transformed._repr_html_()  # type: ignore[attr-defined]
+        assert "color:inherit" in html or "dp-page" in html or "prefers-color-scheme" in html, type(transformed)
 
 
 def test_long_texts_and_many_fields_are_cut_with_a_word_on_the_rest() -> None:

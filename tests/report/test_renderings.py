@@ -68,12 +68,12 @@ def numbers(report: Report) -> list[Number]:
     return [x for s in report.sections for x in s.numbers]
 
 
-@pytest.mark.parametrize("made", [band, small], ids=["band", "small"])
-def test_every_number_has_a_unit(made) -> None:
-    for x in numbers(made()):
+@pytest.mark.parametrize("make_report", [band, small], ids=["band", "small"])
+def test_every_number_has_a_unit(make_report) -> None:
+    for x in numbers(make_report()):
         assert x.unit or isinstance(x.value, str), x.key
-    assert len({x.key for x in numbers(made())}) == len(numbers(made()))
-    assert made().not_counted
+    assert len({x.key for x in numbers(make_report())}) == len(numbers(make_report()))
+    assert make_report().not_counted
 
 
 def test_plain_text(golden) -> None:
@@ -108,10 +108,10 @@ def test_the_summary_is_six_numbers_with_ratios() -> None:
     ],
 )
 def test_recursions_are_those_of_the_spec(spec: str, passes: str, runs: int) -> None:
-    made = subject().report(spec, seq_len=10, cost=False)
-    assert passes in str(made) and made.recursions == runs
+    report = subject().report(spec, seq_len=10, cost=False)
+    assert passes in str(report) and report.recursions == runs
     notes = {1: "no block runs twice", 15: "3 visits x ceil(n / chunk)", 4: "the row, then 3 latents", 10: "ceil(n / chunk)"}
-    assert made.number("recursions").note == notes.get(runs, f"{runs} visits of a token")
+    assert report.number("recursions").note == notes.get(runs, f"{runs} visits of a token")
 
 
 def test_text_says_what_matters() -> None:
@@ -124,27 +124,27 @@ def test_text_says_what_matters() -> None:
 
 
 def test_all_forms_show_every_number() -> None:
-    made = band()
+    report = band()
     console = Console(width=300, record=True, file=io.StringIO())
-    console.print(made.to_rich())
-    page = "".join(Page(made.to_html()).words)
-    for form in (made.to_text(), console.export_text(), page):
-        for x in numbers(made):
+    console.print(report.to_rich())
+    page = "".join(Page(report.to_html()).words)
+    for form in (report.to_text(), console.export_text(), page):
+        for x in numbers(report):
             assert x.repeats or (x.label in form and x.figure in form), x.key
-        for line in made.not_counted:
+        for line in report.not_counted:
             assert line in form
-    assert all(x.repeats or plain(x.value) in made.to_markdown() for x in numbers(made))
+    assert all(x.repeats or plain(x.value) in report.to_markdown() for x in numbers(report))
 
 
 def test_no_row_repeats_another() -> None:
     """Attention and MLP depth are the depth here, nothing is routed, and slots keep every token."""
-    made = band(cost=True)
-    repeated = {x.key for x in numbers(made) if x.repeats}
+    report = band(cost=True)
+    repeated = {x.key for x in numbers(report) if x.repeats}
     assert {"depth_attention_at_n", "cache_slots", "cost_flops_decode_deepest_token", "token_steps"} <= repeated
-    assert repeated < set(made.to_dict()["numbers"])
+    assert repeated < set(report.to_dict()["numbers"])
     routed = subject().report("{pass: mixture_of_recursions, recursions: 7}", seq_len=64)
     assert not routed.number("cost_flops_decode_deepest_token").repeats
-    labels = [x.label for s in made.sections for x in s.shown]
+    labels = [x.label for s in report.sections for x in s.shown]
     assert len(set(labels)) == len(labels)
 
 
@@ -216,10 +216,10 @@ def test_phones_get_the_picture_on_its_side() -> None:
 
 
 def test_wide_chunks_get_one_row_each() -> None:
-    made = subject().report("{pass: turboconn, preset: llama-1b, group: 64}", seq_len=1000, cost=False)
-    page = wide(made.to_html())
+    report = subject().report("{pass: turboconn, preset: llama-1b, group: 64}", seq_len=1000, cost=False)
+    page = wide(report.to_html())
     assert len(page.of_class("dp-cell")) == 3 * 16
-    assert len(page.of_class("dp-hot")) == made.depth_at(192) == 16 + 2 * 14
+    assert len(page.of_class("dp-hot")) == report.depth_at(192) == 16 + 2 * 14
 
 
 def test_a_path_at_a_token_that_is_not_drawn_is_drawn_at_one_that_is() -> None:
@@ -233,8 +233,8 @@ def test_a_path_at_a_token_that_is_not_drawn_is_drawn_at_one_that_is() -> None:
 def test_pads_are_rows_too(pads: int, rows: int) -> None:
     """Three chunks of 3 tokens, or as many rows as fit; nothing is drawn below the last one."""
     program = bridged(4, [(3, 0, 3 if pads == 3 else 10)], pads=pads)
-    made = build_report(program, schedule(program), None, 40, 1)
-    page = wide(made.to_html())
+    report = build_report(program, schedule(program), None, 40, 1)
+    page = wide(report.to_html())
     assert len(page.of_class("dp-cell")) == 4 * rows
     height = float(page.of_class("dp-picture")[0]["viewbox"].split()[3])
     drawn = [float(y) for a in page.of_class("dp-critical") for y in re.findall(r" ([\d.]+)(?:C|H|$)", a["d"])]
@@ -265,56 +265,56 @@ def test_a_narrow_terminal_has_remarks_below_their_numbers(width: int) -> None:
 def test_deep_programs_fold_the_inside_of_long_stretches() -> None:
     """Every visit has one column; the ends of stretches, loops and bridges keep their own, so that words keep their size."""
     program = bridged(96, [(70, 30, 2)])
-    made = build_report(program, schedule(program), None, 40, 1)
-    runs = folded(made, set())
+    report = build_report(program, schedule(program), None, 40, 1)
+    runs = folded(report, set())
     assert [j for run in runs for j in run] == list(range(96)) and len(runs) < 48
     alone = {run[0] for run in runs if len(run) == 1}
     assert {e for edge in delay_edges(program) for e in (edge.source, edge.target)} | {0, 95} <= alone
-    page = wide(made.to_html())
+    page = wide(report.to_html())
     assert float(str(page.of_class("dp-picture")[0]["viewbox"]).split()[2]) <= 1200
     numbers = [tuple(map(int, w.split(".."))) for w in page.words if re.fullmatch(r"\d+\.\.\d+", w)]
     assert numbers == [(run[0], run[-1]) for run in runs if len(run) > 1] and numbers
     looped = "\n".join(["program M blocks=60 width=8", "  %0 = embed", *(
         f"  %{i + 1} = block {b} (%{i}) slot {i}" for i, b in enumerate([*range(50), *range(10, 50), *range(10, 60)])
     ), "  %141 = norm (%140)", "  output %141"])
-    made = build_report(parse_program(looped), schedule(parse_program(looped)), None, 40, 1)
+    report = build_report(parse_program(looped), schedule(parse_program(looped)), None, 40, 1)
     # Every iteration looks like the others.
-    labels = [made.program.visits[run[0]]["index"] for run in folded(made, set())]
+    labels = [report.program.visits[run[0]]["index"] for run in folded(report, set())]
     assert labels.count(10) == labels.count(49) == 3 and labels.count(12) == 3
 
 
 def test_networks_on_their_own_stand_in_the_columns_of_their_blocks() -> None:
     """Same-layer states: from every network to itself one token on; the longest path waits in one block and then goes up."""
-    made = subject().report("{pass: same_layer_state, start: 3, end: 5}", seq_len=9)
-    page, edges = wide(made.to_html()), delay_edges(made.program)
+    report = subject().report("{pass: same_layer_state, start: 3, end: 5}", seq_len=9)
+    page, edges = wide(report.to_html()), delay_edges(report.program)
     assert {(e.source, e.target, e.tokens) for e in edges} == {(3, 3, 1), (4, 4, 1)}
     rows = len(page.of_class("dp-cell")) // 16
-    assert len(page.of_class("dp-hot")) == made.depth_at(rows) == 16 + rows - 1
+    assert len(page.of_class("dp-hot")) == report.depth_at(rows) == 16 + rows - 1
     assert len(page.of_class("dp-region")) == 1 and len(page.of_class("dp-word")) == 1  # one number for both delays
     assert "feed-forward networks of 2 of 16 visits, run in chunks of 1 token." in "".join(page.words)
-    assert (made.serial_blocks, made.serial_block_calls) == (2, 14 + 2 * 9)
-    assert made.cost is not None and made.cost.at("serial block calls", 9, 1) == made.serial_block_calls
+    assert (report.serial_blocks, report.serial_block_calls) == (2, 14 + 2 * 9)
+    assert report.cost is not None and report.cost.at("serial block calls", 9, 1) == report.serial_block_calls
     assert "latent 2" in wide(subject().report("{pass: coconut, latents: 2}", seq_len=9, cost=False).to_html()).words
 
 
 def test_dot_has_every_op_and_marks_delays_and_path() -> None:
-    made = band()
-    text = made.to_dot()
+    report = band()
+    text = report.to_dot()
     nodes = dict(re.findall(r'^ *"([^"]+)" \[label="([^"]*)"', text, re.M))
-    assert len(nodes) == len(made.program.ops)
+    assert len(nodes) == len(report.program.ops)
     assert text.count('style="dashed"') == 15
     assert text.count("subgraph cluster") == 1
     bold = set(re.findall(r'^ *"(\w+)" \[label=.*penwidth', text, re.M))
-    assert bold == {v for s in made.critical_path for v in s.visits}
+    assert bold == {v for s in report.critical_path for v in s.visits}
     assert text.count("{") == text.count("}")
 
 
 def test_closed_forms_that_fill_a_screen_are_summed_up() -> None:
     program = bridged(32, [(31, 0, 64), (30, 1, 59)])
-    made = build_report(program, schedule(program), None, 300, 1)
-    shown = made.number("depth").value
+    report = build_report(program, schedule(program), None, 300, 1)
+    shown = report.number("depth").value
     assert shown.startswith("29/59*n + a bounded remainder") and len(shown) < 160
-    assert json.loads(made.to_json())["depth"]["output"]["formula"].startswith("{32 if n <= 59")
+    assert json.loads(report.to_json())["depth"]["output"]["formula"].startswith("{32 if n <= 59")
 
 
 def test_comparison() -> None:
@@ -398,13 +398,13 @@ def test_a_page_without_matplotlib_says_what_draws_charts(monkeypatch) -> None:
 
 
 def test_brackets_over_repeats() -> None:
-    def found(*blocks: int) -> set[tuple[int, int, int, int]]:
+    def shown(*blocks: int) -> set[tuple[int, int, int, int]]:
         return {(b.first, b.last, b.times, b.level) for b in brackets(blocks)}
 
-    assert found(0, 1, 2, 3) == set()
-    assert found(0, 1, 2, 1, 2, 1, 2, 3) == {(1, 6, 3, 0)}
-    assert found(0, 0, 0, 1, 1) == {(0, 2, 3, 0), (3, 4, 2, 0)}
-    assert found(0, 1, 1, 0, 1, 1) == {(0, 5, 2, 1), (1, 2, 2, 0)}
+    assert shown(0, 1, 2, 3) == set()
+    assert shown(0, 1, 2, 1, 2, 1, 2, 3) == {(1, 6, 3, 0)}
+    assert shown(0, 0, 0, 1, 1) == {(0, 2, 3, 0), (3, 4, 2, 0)}
+    assert shown(0, 1, 1, 0, 1, 1) == {(0, 5, 2, 1), (1, 2, 2, 0)}
     page = wide(subject().report("{pass: repeat, start: 3, end: 5, times: 3}", seq_len=9, cost=False).to_html())
     assert len(page.of_class("dp-bracket")) == 1 and "x3" in page.words
 
@@ -419,8 +419,8 @@ def test_routed_visits_are_filled_by_their_share() -> None:
 
 def test_parallel_loops_show_their_diagonal() -> None:
     """From the end of loop 1 at token t to the start of loop 2 at t + 1, for every token, in a gap."""
-    made = subject().report("{pass: parallel_loop, loops: 2}", seq_len=9, cost=False)
-    page = wide(made.to_html())
+    report = subject().report("{pass: parallel_loop, loops: 2}", seq_len=9, cost=False)
+    page = wide(report.to_html())
     lines = page.of_class("dp-delay")
     assert len(lines) == 3
     for a in lines:

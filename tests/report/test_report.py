@@ -27,60 +27,60 @@ from tests.report.subjects import BAND, LLAMA_1B, band, small, subject
 
 
 def test_the_published_1b_layout() -> None:
-    made = band()
-    assert made.depth == 16 + 14 * sympy.floor((n - 1) / sympy.Integer(4))
-    assert (made.depth_at(155), made.depth_at(1), made.depth_at(4097)) == (548, 16, 16 + 14 * 1024)
-    assert (made.serial_blocks, made.visits, made.chunk) == (14, 16, 4)
-    assert made.recursions == math.ceil(155 / 4) == 39
-    assert made.serial_block_calls == 14 * 39 + 2
-    assert made.new_parameters == 15 * ((2048 * 120 + 120) + (120 * 2048 + 2048)) == 7_405_320
-    assert len(made.program.slots) == 16
-    assert len(made.delay_lines) == 15 and made.delay_line_values == 15 * 4 * 120
-    assert made.kv_bytes == 8 * 155 * 16 * 2 * 8 * 64 * 2
-    assert made.number("delay_line_bytes").value == 15 * 4 * 120 * 8 * 2
-    assert made.number("stock_parameters").value == 1_235_814_400
+    shown = band()
+    assert shown.depth == 16 + 14 * sympy.floor((n - 1) / sympy.Integer(4))
+    assert (shown.depth_at(155), shown.depth_at(1), shown.depth_at(4097)) == (548, 16, 16 + 14 * 1024)
+    assert (shown.serial_blocks, shown.visits, shown.chunk) == (14, 16, 4)
+    assert shown.recursions == math.ceil(155 / 4) == 39
+    assert shown.serial_block_calls == 14 * 39 + 2
+    assert shown.new_parameters == 15 * ((2048 * 120 + 120) + (120 * 2048 + 2048)) == 7_405_320
+    assert len(shown.program.slots) == 16
+    assert len(shown.delay_lines) == 15 and shown.delay_line_values == 15 * 4 * 120
+    assert shown.kv_bytes == 8 * 155 * 16 * 2 * 8 * 64 * 2
+    assert shown.number("delay_line_bytes").value == 15 * 4 * 120 * 8 * 2
+    assert shown.number("stock_parameters").value == 1_235_814_400
 
 
 def test_critical_path_by_token() -> None:
-    made = band()
-    assert [s.token for s in made.critical_path] == list(range(2, 155, 4))
-    assert made.critical_path[0].blocks == tuple(range(15))
-    assert all(s.blocks == tuple(range(1, 15)) for s in made.critical_path[1:-1])
-    assert made.critical_path[-1].blocks == tuple(range(1, 16))
-    assert made.path_is_whole
+    shown = band()
+    assert [s.token for s in shown.critical_path] == list(range(2, 155, 4))
+    assert shown.critical_path[0].blocks == tuple(range(15))
+    assert all(s.blocks == tuple(range(1, 15)) for s in shown.critical_path[1:-1])
+    assert shown.critical_path[-1].blocks == tuple(range(1, 16))
+    assert shown.path_is_whole
 
 
 def test_long_paths_are_kept_from_their_end() -> None:
-    made = replace(small(), seq_len=9001)
-    assert made.depth_at(9001) == 4 + 4500
-    assert not made.path_is_whole
-    assert sum(len(s.visits) for s in made.critical_path) == 2000
-    assert made.critical_path[-1].token == 9000
+    replaced = replace(small(), seq_len=9001)
+    assert replaced.depth_at(9001) == 4 + 4500
+    assert not replaced.path_is_whole
+    assert sum(len(s.visits) for s in replaced.critical_path) == 2000
+    assert replaced.critical_path[-1].token == 9000
 
 
 def test_the_stock_model() -> None:
-    made = subject().report(None, seq_len=10, cost=False)
-    assert (made.depth, made.serial_blocks, made.chunk, made.recursions) == (16, 0, None, 1)
-    assert (made.serial_block_calls, made.new_parameters, made.delay_line_values) == (16, 0, 0)
-    assert made.number("kv_bytes").ratio == 1.0
+    shown = subject().report(None, seq_len=10, cost=False)
+    assert (shown.depth, shown.serial_blocks, shown.chunk, shown.recursions) == (16, 0, None, 1)
+    assert (shown.serial_block_calls, shown.new_parameters, shown.delay_line_values) == (16, 0, 0)
+    assert shown.number("kv_bytes").ratio == 1.0
 
 
 def test_a_smaller_chunk_changes_the_schedule_only() -> None:
-    made = subject().report(BAND, seq_len=155, chunk=2, cost=False)
-    assert made.depth == band().depth
-    assert (made.chunk, made.recursions, made.serial_block_calls) == (2, 78, 14 * 78 + 2)
+    shown = subject().report(BAND, seq_len=155, chunk=2, cost=False)
+    assert shown.depth == band().depth
+    assert (shown.chunk, shown.recursions, shown.serial_block_calls) == (2, 78, 14 * 78 + 2)
 
 
 def test_gated_windows_keep_fewer_keys() -> None:
     """Parallel loops: the first keeps all keys, each later one a window; 1.4 percent at 4.6k tokens (R = 2, W = 64)."""
     program = parallel_loops(16, 2, window=64)
     facts = replace(subject().facts, width=8)
-    made = build_report(program, schedule(program), facts, 4600, 1)
+    shown = build_report(program, schedule(program), facts, 4600, 1)
     per_token = 2 * 8 * 64 * 2
-    assert made.kv_bytes == 16 * per_token * (4600 + 64)
-    assert made.number("kv_bytes").ratio == pytest.approx(1 + 64 / 4600)
-    assert round(100 * (made.number("kv_bytes").ratio - 1), 1) == 1.4
-    assert made.slot_tokens == {**dict.fromkeys(range(16), 4600), **dict.fromkeys(range(16, 32), 64)}
+    assert shown.kv_bytes == 16 * per_token * (4600 + 64)
+    assert shown.number("kv_bytes").ratio == pytest.approx(1 + 64 / 4600)
+    assert round(100 * (shown.number("kv_bytes").ratio - 1), 1) == 1.4
+    assert shown.slot_tokens == {**dict.fromkeys(range(16), 4600), **dict.fromkeys(range(16, 32), 64)}
 
 
 SIZED_BY_BLOCKS = {
@@ -99,10 +99,10 @@ def test_new_parameters_are_counted_on_models_and_sized_on_configs(case: str) ->
     model = dp.transform(stock, spec)
     want = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in stock.parameters())
     for source, given in ((model, None), (stock, spec), (zoo.config(name), spec)):
-        made = dp.report(source, given, seq_len=9, cost=False)
-        assert (made.new_parameters, made.unsized_parameters, want > 0) == (want, (), True)
-        assert made.number("new_parameters").figure == f"{want:,}"
-        assert f"{want:,} new" in str(made)
+        shown = dp.report(source, given, seq_len=9, cost=False)
+        assert (shown.new_parameters, shown.unsized_parameters, want > 0) == (want, (), True)
+        assert shown.number("new_parameters").figure == f"{want:,}"
+        assert f"{want:,} new" in str(shown)
 
 
 def test_a_model_with_fewer_loops_than_it_was_made_for_keeps_its_parameters() -> None:
@@ -113,57 +113,57 @@ def test_a_model_with_fewer_loops_than_it_was_made_for_keeps_its_parameters() ->
 
 def test_parameters_that_nothing_sizes_are_a_lower_bound_by_name() -> None:
     program = parallel_loops(2, 2)
-    made = build_report(program, schedule(program), None, 5, 1)
-    assert made.unsized_parameters == ("g0", "g1")
-    number = made.number("new_parameters")
+    shown = build_report(program, schedule(program), None, 5, 1)
+    assert shown.unsized_parameters == ("g0", "g1")
+    number = shown.number("new_parameters")
     assert "g0, g1" in number.note and number.text == "at least 0 parameters"
-    assert "<b>at least 0</b>" in made.to_html() and "at least 0" in str(made) and "at least 0" in made.to_text()
-    assert made.to_dict()["numbers"]["new_parameters"]["at_least"] is True
-    assert any("attention gates" in line for line in made.not_counted)
+    assert "<b>at least 0</b>" in shown.to_html() and "at least 0" in str(shown) and "at least 0" in shown.to_text()
+    assert shown.to_dict()["numbers"]["new_parameters"]["at_least"] is True
+    assert any("attention gates" in line for line in shown.not_counted)
 
 
 def test_taps_have_a_depth_of_their_own() -> None:
-    made = small()
-    assert made.depths["middle"].at(7) == 3 + 3
-    assert made.number("depth_at_n.middle").value == 6
-    assert made.number("depth_rate").value == Fraction(1, 2)
+    shown = small()
+    assert shown.depths["middle"].at(7) == 3 + 3
+    assert shown.number("depth_at_n.middle").value == 6
+    assert shown.number("depth_rate").value == Fraction(1, 2)
 
 
 def test_pads_lengthen_the_token_loop_and_the_cache() -> None:
     program = bridged(6, [(5, 1, 3)], pads=4)
-    made = build_report(program, schedule(program), None, 64, 1)
-    assert made.recursions == math.ceil((64 + 4) / 3)
-    assert made.serial_block_calls == 4 * math.ceil(68 / 3) + 2
-    assert made.depth_at(64) == 6 + 4 * (67 // 3) == made.serial_block_calls
-    assert set(made.slot_tokens.values()) == {68}
-    assert "4 pads" in made.number("recursions").note
+    shown = build_report(program, schedule(program), None, 64, 1)
+    assert shown.recursions == math.ceil((64 + 4) / 3)
+    assert shown.serial_block_calls == 4 * math.ceil(68 / 3) + 2
+    assert shown.depth_at(64) == 6 + 4 * (67 // 3) == shown.serial_block_calls
+    assert set(shown.slot_tokens.values()) == {68}
+    assert "4 pads" in shown.number("recursions").note
 
 
 def test_routes_are_said_to_be_bounds() -> None:
     program = recursions(2, 3, "topk")
-    made = build_report(program, schedule(program), None, 64, 1)
-    assert made.depth == 8
-    assert any("Routes" in line for line in made.not_counted)
+    shown = build_report(program, schedule(program), None, 64, 1)
+    assert shown.depth == 8
+    assert any("Routes" in line for line in shown.not_counted)
 
 
 def test_cost_agrees_with_the_rest_of_the_report() -> None:
-    made, plainer = band(cost=True), band()
-    cost = made.cost
-    assert made.kv_bytes == plainer.kv_bytes == cost.at("KV bytes", 155, 8)
-    assert cost.at("delay line bytes", 155, 8) == made.number("delay_line_bytes").value
-    assert cost.at("serial block calls", 155, 8) == made.serial_block_calls
-    assert cost.at("serial steps", 155, 8) == made.recursions
-    assert cost.at("parameters new", 155, 8) == made.new_parameters
-    assert cost.at("KV slots", 155, 8) == len(made.program.slots)
-    assert made.number("cost_flops_forward").ratio > 1
-    assert not any("ask for the cost analysis" in line for line in made.not_counted)
+    shown, plainer = band(cost=True), band()
+    cost = shown.cost
+    assert shown.kv_bytes == plainer.kv_bytes == cost.at("KV bytes", 155, 8)
+    assert cost.at("delay line bytes", 155, 8) == shown.number("delay_line_bytes").value
+    assert cost.at("serial block calls", 155, 8) == shown.serial_block_calls
+    assert cost.at("serial steps", 155, 8) == shown.recursions
+    assert cost.at("parameters new", 155, 8) == shown.new_parameters
+    assert cost.at("KV slots", 155, 8) == len(shown.program.slots)
+    assert shown.number("cost_flops_forward").ratio > 1
+    assert not any("ask for the cost analysis" in line for line in shown.not_counted)
 
 
 def test_times_and_tasks() -> None:
-    made = subject().report(BAND, seq_len=155, batch=8, ceilings=assumed("h200"), task=parity(155, "chain"))
-    assert made.number("cost_floor_forward").value > made.number("cost_floor_forward").stock > 0
-    assert made.sufficiency.needed_depth == parity(155, "chain").depth
-    assert made.number("task_sufficient").value == "yes"
+    shown = subject().report(BAND, seq_len=155, batch=8, ceilings=assumed("h200"), task=parity(155, "chain"))
+    assert shown.number("cost_floor_forward").value > shown.number("cost_floor_forward").stock > 0
+    assert shown.sufficiency.needed_depth == parity(155, "chain").depth
+    assert shown.number("task_sufficient").value == "yes"
     stock = subject().report(None, seq_len=155, task=parity(155, "chain"), cost=False)
     assert stock.number("task_missing_depth").value == parity(155, "chain").depth - 16
 
@@ -196,17 +196,17 @@ def test_every_form_of_a_model_gives_the_same_report(tmp_path) -> None:
     with torch.device("cpu"):
         model = zoo.model("gpt2", layers=6)
     forms = [config, tmp_path, str(tmp_path / "config.json"), config.to_dict(), model]
-    made = [report(form, spec, seq_len=9, cost=False) for form in forms]
-    assert {m.depth_at(9) for m in made} == {6 + 4 * 4}
-    assert len({m.program for m in made}) == 1
-    assert [m.facts.from_config for m in made] == [True] * 4 + [False]
+    reports = [report(form, spec, seq_len=9, cost=False) for form in forms]
+    assert {m.depth_at(9) for m in reports} == {6 + 4 * 4}
+    assert len({m.program for m in reports}) == 1
+    assert [m.facts.from_config for m in reports] == [True] * 4 + [False]
 
 
 def test_program_text_instead_of_a_spec() -> None:
     config = zoo.config("llama", layers=3)
     text = "program M blocks=3 width=32\n %0 = embed\n %1 = block 2 (%0) slot 0\n %2 = norm (%1)\n output %2"
-    made = report(config, program=text, seq_len=5, cost=False)
-    assert (made.depth, made.serial_blocks) == (1, 0)
+    shown = report(config, program=text, seq_len=5, cost=False)
+    assert (shown.depth, shown.serial_blocks) == (1, 0)
     assert report(None, program=text, seq_len=5).depth == 1
     with pytest.raises(SpecError, match="got both"):
         report(config, BAND, program=text)
@@ -257,8 +257,8 @@ def test_bad_chunks_specs_and_models(tmp_path) -> None:
 
 
 def test_beyond_the_positions_of_the_config() -> None:
-    made = report(zoo.config("gpt2"), seq_len=500, cost=False)
-    assert any("beyond the 128 positions" in line for line in made.not_counted)
+    shown = report(zoo.config("gpt2"), seq_len=500, cost=False)
+    assert any("beyond the 128 positions" in line for line in shown.not_counted)
 
 
 def test_subject_reads_a_model_once() -> None:
@@ -269,6 +269,6 @@ def test_subject_reads_a_model_once() -> None:
 
 def test_plain_programs_have_no_facts() -> None:
     program = plain("M", 3, 8)
-    made = build_report(program, schedule(program), None, 4, 1)
-    assert made.kv_bytes is None
-    assert any("head counts" in line for line in made.not_counted)
+    shown = build_report(program, schedule(program), None, 4, 1)
+    assert shown.kv_bytes is None
+    assert any("head counts" in line for line in shown.not_counted)

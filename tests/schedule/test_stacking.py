@@ -83,11 +83,11 @@ def test_visits_with_parameters_of_their_own_stay_apart():
 
 @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs(tuple(set(FEATURES) - {"topk"})))
-def test_every_order_respects_every_dependence(made):
-    plan = schedule(made)
+def test_every_order_respects_every_dependence(program):
+    plan = schedule(program)
     for step in plan.stacked:
         flat = [o for item in step.items for o in (item.visits if isinstance(item, Stack) else (item,))]
-        assert sorted(map(id, flat)) == sorted(map(id, made.ops))
+        assert sorted(map(id, flat)) == sorted(map(id, program.ops))
         done, slots = set(), set()
         for item in step.items:
             visits = item.visits if isinstance(item, Stack) else (item,)
@@ -104,10 +104,10 @@ def test_every_order_respects_every_dependence(made):
 
 @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(programs(("repeat", "delay", "bridge", "keys", "gate"), max_blocks=2))
-def test_members_of_a_stack_have_no_path_between_them(made):
-    for step in schedule(made).stacked:
+def test_members_of_a_stack_have_no_path_between_them(program):
+    for step in schedule(program).stacked:
         graph = nx.DiGraph()
-        for o in made.ops:
+        for o in program.ops:
             if o.name and (o.kind != "delay" or o["tokens"] < step.tokens):
                 graph.add_edges_from((a, o.name) for a in o.args)
         for stack in step.stacks:

@@ -45,14 +45,14 @@ def test_a_sweep_with_everything_written(small, folder, run, tmp_path):
                          "--heat-map", tmp_path / "m.svg")
     assert code == 0, err
     want = dp.search(small.live, small.samples, method="sweep", space="rys", score="log_prob")
-    found = json.loads(out)
-    assert [t["layers"] for t in found["trials"]] == [list(t.layers) for t in want.trials]
-    assert found["best"]["searched"]["value"] == pytest.approx(want.best.score, rel=1e-10)
-    assert {c["name"] for c in found["controls"]} == {"random", "input_blind"}
+    data = json.loads(out)
+    assert [t["layers"] for t in data["trials"]] == [list(t.layers) for t in want.trials]
+    assert data["best"]["searched"]["value"] == pytest.approx(want.best.score, rel=1e-10)
+    assert {c["name"] for c in data["controls"]} == {"random", "input_blind"}
     assert dp.load_spec(tmp_path / "found" / "best.yaml")[0].layers == want.best.layers
     assert all((tmp_path / name).read_text().startswith("<svg") for name in ("p.svg", "m.svg"))
     code, again, _ = run("search", folder, "--samples", text, *options)
-    assert code == 0 and json.loads(again)["trials"] == found["trials"]
+    assert code == 0 and json.loads(again)["trials"] == data["trials"]
     beam = ("search", folder, "--samples", ids, "--method", "beam", "--budget", 3, "--space", "{skip: [1], edits: 1}")
     code, plain, _ = run(*beam, "--resume", tmp_path / "trials")
     assert code == 0 and "control: random" in plain and "block visits:" in plain

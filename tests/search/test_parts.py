@@ -113,5 +113,5 @@ def test_a_front_is_what_nothing_beats():
             return a.visits <= b.visits and sign * a.score >= sign * b.score and (a.visits, a.score) != (b.visits, b.score)
 
         points = {(t.visits, t.score) for t in trials if not any(beats(o, t) for o in trials)}
-        found = pareto(trials, lower)
-        assert {(t.visits, t.score) for t in found} == points and len(found) == len(points)
+        actual = pareto(trials, lower)
+        assert {(t.visits, t.score) for t in actual} == points and len(actual) == len(points)

@@ -155,18 +155,18 @@ def test_a_search_per_sample_is_an_oracle_with_the_same_for_random_programs(smal
                        method=dp.search.MCTS(penalty=0.0))
     searched, _ = parts(small.samples)
     truth = by_hand(small.stock, searched, programs_by_hand(), is_right)
-    found = result.per_sample
-    for i, trial in enumerate(found.best):
+    actual = result.per_sample
+    for i, trial in enumerate(actual.best):
         tried = {t.layers: t.score for t in result.trials if t.sample == i}
         assert trial.sample == i and trial.score == max(tried.values()) and len(tried) <= 41
         assert all(truth[p][i] == s for p, s in tried.items())
     plain = truth[0, 1, 2, 3]
     right, wrong = ([i for i in range(6) if plain[i] == w] for w in (1, 0))
-    assert found.fixed == pytest.approx(sum(found.best[i].score for i in wrong) / len(wrong))
-    assert found.shorter is None if not right else 0 <= found.shorter <= 1
-    assert found.random.n == found.score.n == 6 and "oracle" in str(result)
+    assert actual.fixed == pytest.approx(sum(actual.best[i].score for i in wrong) / len(wrong))
+    assert actual.shorter is None if not right else 0 <= actual.shorter <= 1
+    assert actual.random.n == actual.score.n == 6 and "oracle" in str(result)
     # The best single program is one of the winners, and is scored on all samples.
-    assert result.best.layers in {t.layers for t in found.best} | {(0, 1, 2, 3)}
+    assert result.best.layers in {t.layers for t in actual.best} | {(0, 1, 2, 3)}
     assert result.best.score == pytest.approx(sum(truth[result.best.layers]) / 6)
 
 
@@ -183,11 +183,11 @@ def test_other_architectures(kind, more):
     samples = answered(stock, 6)
     result = dp.search(stock, samples, score="exact_match", method="sweep", space=dict(skip=[1], repeat=[2], times=[1]),
                        held_out=0.3)
-    found, _ = parts(samples, 0.3)
+    actual, _ = parts(samples, 0.3)
     programs = [t.layers for t in result.trials]
-    assert {t.layers: list(t.values) for t in result.trials} == by_hand(stock, found, programs, is_right)
+    assert {t.layers: list(t.values) for t in result.trials} == by_hand(stock, actual, programs, is_right)
     scores = dp.search(stock, samples, score="log_prob", method="sweep", space=programs, held_out=0.3)
-    truth = by_hand(stock, found, programs, log_prob)
+    truth = by_hand(stock, actual, programs, log_prob)
     assert all(t.values == pytest.approx(truth[t.layers], rel=1e-4) for t in scores.trials)
 
 
@@ -206,8 +206,8 @@ def test_the_model_stays_as_it_was_and_results_load(small, tmp_path):
     assert (tmp_path / "all" / "front.svg").read_text().startswith("<svg")
     live = dp.transform(stock, dp.LayerProgram([0, 2, 3])).train()
     with pytest.warns(UserWarning, match="layer_program.* from each block once"):
-        found = dp.search(live, small.samples, method="beam", budget=2, score="perplexity")
-    assert found.stock.layers == tuple(range(found.blocks)) and live.training and len(live.depth_program.visits) == 3
+        outcome = dp.search(live, small.samples, method="beam", budget=2, score="perplexity")
+    assert outcome.stock.layers == tuple(range(outcome.blocks)) and live.training and len(live.depth_program.visits) == 3
     with pytest.raises(dp.InputError, match="json file or a folder"):
         result.save(tmp_path / "best.txt")
 
@@ -245,10 +245,10 @@ def test_samples_may_be_drawn(small):
 def test_a_search_captures_once(monkeypatch, small):
     import depthpass.hf.model
 
-    made, real = [], depthpass.hf.model.capture
-    monkeypatch.setattr(depthpass.hf.model, "capture", lambda *a: made.append(1) or real(*a))
+    captures, real = [], depthpass.hf.model.capture
+    monkeypatch.setattr(depthpass.hf.model, "capture", lambda *a: captures.append(1) or real(*a))
     result = dp.search(small.stock, small.samples, score="exact_match", method="random", budget=10)
-    assert len(made) == 1 and len({t.layers for t in result.trials}) == 11
+    assert len(captures) == 1 and len({t.layers for t in result.trials}) == 11
 
 
 def test_a_peft_model_is_searched_with_its_adapter(small):

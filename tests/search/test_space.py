@@ -18,9 +18,9 @@ def test_the_published_space_has_the_published_number_of_actions():
 
 
 def test_every_block_skipped_kept_or_doubled():
-    found = {p for p in PRESETS["polar"].programs(4)}
+    actual = {p for p in PRESETS["polar"].programs(4)}
     by_hand = {tuple(b for b, n in enumerate(counts) for _ in range(n)) for counts in itertools.product(range(3), repeat=4)}
-    assert found == by_hand - {()}
+    assert actual == by_hand - {()}
 
 
 def test_ranges_run_twice():
@@ -30,7 +30,7 @@ def test_ranges_run_twice():
 
 def closure(blocks, skip, repeat, times, shortest, most, edits):
     """All programs by following edits one by one, written on lists."""
-    found, front = {tuple(range(blocks))}, {tuple(range(blocks))}
+    actual, front = {tuple(range(blocks))}, {tuple(range(blocks))}
     for _ in range(edits):
         after = set()
         for p in front:
@@ -39,8 +39,8 @@ def closure(blocks, skip, repeat, times, shortest, most, edits):
                 after |= {p[:start + k] + p[start:start + k] * r + p[start + k:] for k in repeat for r in times
                           if start + k <= len(p)}
         front = {p for p in after if shortest <= len(p) <= most}
-        found |= front
-    return found
+        actual |= front
+    return actual
 
 
 @pytest.mark.parametrize("fields", [
@@ -50,12 +50,12 @@ def closure(blocks, skip, repeat, times, shortest, most, edits):
 ])
 def test_the_programs_are_those_that_edits_reach(fields):
     space = Space(**fields)
-    found, complete = listing(space, 4)
+    actual, complete = listing(space, 4)
     most = int(fields["longest"] * 4)
-    assert complete and len(found) == len(set(found))
-    assert set(found) == closure(4, fields["skip"], fields["repeat"], fields["times"], fields["shortest"], most, fields["edits"])
+    assert complete and len(actual) == len(set(actual))
+    assert set(actual) == closure(4, fields["skip"], fields["repeat"], fields["times"], fields["shortest"], most, fields["edits"])
     rng = random.Random(0)
-    assert all(space.draw(4, rng) in set(found) for _ in range(50))
+    assert all(space.draw(4, rng) in set(actual) for _ in range(50))
 
 
 def test_a_listing_stops():

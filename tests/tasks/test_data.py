@@ -9,70 +9,70 @@ from depthpass.tasks import RELAY, TASKS, Collator, TaskDataset, TaskStream, dra
 
 
 @pytest.fixture(scope="module")
-def made():
+def tokenizers():
     return {"char": tokenizer("char"), "byte": tokenizer("byte"), "symbol": tokenizer("symbol", [*TASKS], numbers=200)}
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "symbol"])
-def test_every_task_survives_encoding_and_decoding(made, kind):
+def test_every_task_survives_encoding_and_decoding(tokenizers, kind):
     for name in sorted(TASKS):
         text = get(name).instance(get(name).span("S")[0], 2).text
-        ids = made[kind](text)["input_ids"]
-        assert made[kind].decode(ids) == text, name
-        assert made[kind].unk_token_id not in ids
+        ids = tokenizers[kind](text)["input_ids"]
+        assert tokenizers[kind].decode(ids) == text, name
+        assert tokenizers[kind].unk_token_id not in ids
     for text in (" 1  22 x", "x 1\n\n 3 ", "\n"):
-        assert made[kind].decode(made[kind](text)["input_ids"]) == text
+        assert tokenizers[kind].decode(tokenizers[kind](text)["input_ids"]) == text
     text = get("dijkstra").instance(5).text
-    assert len(made["symbol"](text)["input_ids"]) < len(made["char"](text)["input_ids"])
+    assert len(tokenizers["symbol"](text)["input_ids"]) < len(tokenizers["char"](text)["input_ids"])
 
 
-def test_the_byte_tokenizer_takes_any_text(made):
-    assert made["byte"].decode(made["byte"]("Grüße 你好\n\t ok")["input_ids"]) == "Grüße 你好\n\t ok"
-    assert made["char"].unk_token_id in made["char"]("ü")["input_ids"]
+def test_the_byte_tokenizer_takes_any_text(tokenizers):
+    assert tokenizers["byte"].decode(tokenizers["byte"]("Grüße 你好\n\t ok")["input_ids"]) == "Grüße 你好\n\t ok"
+    assert tokenizers["char"].unk_token_id in tokenizers["char"]("ü")["input_ids"]
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "symbol"])
-def test_tokenizers_are_hugging_face_tokenizers(made, kind, tmp_path):
+def test_tokenizers_are_hugging_face_tokenizers(tokenizers, kind, tmp_path):
     from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-    made[kind].save_pretrained(tmp_path)
+    tokenizers[kind].save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     text = get("lcs").instance(4).text
-    assert isinstance(made[kind], PreTrainedTokenizerBase)
-    assert again(text)["input_ids"] == made[kind](text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
+    assert isinstance(tokenizers[kind], PreTrainedTokenizerBase)
+    assert again(text)["input_ids"] == tokenizers[kind](text)["input_ids"] and again.decode(again(text)["input_ids"]) == text
     assert [getattr(again, f"{x}_token_id") for x in ("pad", "bos", "eos", "unk", "mask")] == [0, 1, 2, 3, 4]
     batch = again(["a", "a b c"], return_tensors="pt", padding=True)
     assert batch["attention_mask"].tolist()[0][-1] == 0 and batch["input_ids"].shape == batch["attention_mask"].shape
 
 
-def test_symbols_are_one_token_each(made):
+def test_symbols_are_one_token_each(tokenizers):
     for name in RELAY:
         item = get(name).instance(12, 1)
-        assert len(made["symbol"](item.prompt)["input_ids"]) == len(item.prompt.split())
-        assert all(len(made["symbol"](r)["input_ids"]) == len(r.split()) for r in item.rounds)
+        assert len(tokenizers["symbol"](item.prompt)["input_ids"]) == len(item.prompt.split())
+        assert all(len(tokenizers["symbol"](r)["input_ids"]) == len(r.split()) for r in item.rounds)
 
 
-def test_rows_take_loss_on_the_response_only(made):
+def test_rows_take_loss_on_the_response_only(tokenizers):
     item = get("addition").instance(4, 1)
     for trace in (True, False):
-        row = encode(item, made["char"], trace=trace)
+        row = encode(item, tokenizers["char"], trace=trace)
         taken = [i for i, label in zip(row["input_ids"], row["labels"]) if label != -100]
-        said = made["char"].decode(taken)
+        said = tokenizers["char"].decode(taken)
         assert said == (item.response if trace else item.answer) + "<eos>"
-        assert made["char"].decode(row["input_ids"]) == f"{item.prompt}\n{said}" and set(row["attention_mask"]) == {1}
+        assert tokenizers["char"].decode(row["input_ids"]) == f"{item.prompt}\n{said}" and set(row["attention_mask"]) == {1}
 
 
-def test_a_data_set_by_index(made):
-    rows = TaskDataset("dijkstra", 20, "S", seed=1, tokenizer=made["char"])
+def test_a_data_set_by_index(tokenizers):
+    rows = TaskDataset("dijkstra", 20, "S", seed=1, tokenizer=tokenizers["char"])
     backwards = [rows[i] for i in reversed(range(20))][::-1]
     assert backwards == [rows[i] for i in range(20)] and len(rows) == 20 and rows[-1] == rows[19]
     with pytest.raises(IndexError):
         rows[20]
-    batch = next(iter(DataLoader(rows, batch_size=4, collate_fn=Collator(made["char"]))))
+    batch = next(iter(DataLoader(rows, batch_size=4, collate_fn=Collator(tokenizers["char"]))))
     assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape and len(batch["labels"]) == 4
     assert torch.equal(batch["input_ids"] == 0, batch["attention_mask"] == 0)
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
-    left = Collator(made["char"], "left")([rows[0], rows[1]])
+    left = Collator(tokenizers["char"], "left")([rows[0], rows[1]])
     assert left["attention_mask"][:, -1].all()
 
 
@@ -88,9 +88,9 @@ def test_datasets_objects(tmp_path, monkeypatch):
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     rows = TaskDataset("lcs", 5, seed=2)
-    made = rows.to_datasets()
-    assert isinstance(made, datasets.Dataset) and made[3] == rows[3]
-    assert set(made.column_names) >= {"prompt", "trace", "answer", "size", "depth", "width"}
+    dataset = rows.to_datasets()
+    assert isinstance(dataset, datasets.Dataset) and dataset[3] == rows[3]
+    assert set(dataset.column_names) >= {"prompt", "trace", "answer", "size", "depth", "width"}
     flowing = TaskStream("lcs", seed=2, count=5).to_datasets()
     assert isinstance(flowing, datasets.IterableDataset) and list(flowing) == [rows[i] for i in range(5)]
 

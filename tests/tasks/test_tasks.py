@@ -72,8 +72,8 @@ def test_prompts_can_be_parsed_and_checked(name):
     task = get(name)
     for item in instances(name, seeds=2):
         assert task.show(task.parse(item.prompt)) == item.prompt
-        found = task.check(item.prompt, item.response)
-        assert found and found.answer and found.trace
+        result = task.check(item.prompt, item.response)
+        assert result and result.answer and result.trace
         assert task.check(item.prompt, item.answer).trace is None and task.check(item.prompt, f"answer {item.answer}")
         wrong = task.check(item.prompt, item.answer + "1")
         assert not wrong and "expected the answer" in wrong.message
@@ -89,8 +89,8 @@ def test_the_checker_names_the_kind_of_the_first_mistake(name):
     head, function, value = lines[at].rsplit(" ", 2)
 
     def judged(*changed):
-        found = item.check("\n".join(changed))
-        return found.kind, found.line, found.answer, bool(found)
+        result = item.check("\n".join(changed))
+        return result.kind, result.line, result.answer, bool(result)
 
     assert judged(*lines[:at], f"{head} {function} {value}9", *lines[at + 1 :]) == ("step", at, True, False)
     assert judged(*lines[:at], f"{head}9 {function} {value}", *lines[at + 1 :]) == ("fetch", at, True, False)

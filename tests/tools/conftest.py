@@ -18,10 +18,10 @@ def tokenizer():
 
     special = ["<pad>", "<s>", "</s>", "<unk>"]
     vocabulary = {w: i for i, w in enumerate(special + [f"w{i}" for i in range(WORDS)])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
-        tokenizer_object=made, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", padding_side="left",
+        tokenizer_object=words, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", padding_side="left",
         chat_template="{% for m in messages %}{{ m['content'] }} {% endfor %}",
     )
 
@@ -38,9 +38,9 @@ def turbo():
 def moved():
     """``moved(model, before)``: names of the new parameters that differ from ``before``."""
     def names(model, before):
-        found = dict(model.depth.named_parameters())
-        assert found.keys() == before.keys()
-        return {n for n, p in found.items() if not torch.equal(p.detach().cpu(), before[n])}
+        seen = dict(model.depth.named_parameters())
+        assert seen.keys() == before.keys()
+        return {n for n, p in seen.items() if not torch.equal(p.detach().cpu(), before[n])}
 
     return names
 

@@ -28,13 +28,13 @@ def test_scores_are_those_of_the_program(given, turbo, tokenizer, tmp_path):
     else:
         lm = HFLM(pretrained=turbo, tokenizer=tokenizer, device="cpu", batch_size=2)
     got = scored(lm)
-    for (context, answer), found in zip(QUESTIONS, got, strict=True):
+    for (context, answer), actual in zip(QUESTIONS, got, strict=True):
         ids = torch.tensor([tokenizer(context + answer, add_special_tokens=False)["input_ids"]])
         count = len(answer.split())
         with torch.no_grad():
             logits = torch.log_softmax(turbo(input_ids=ids).logits[0, :-1], -1)
         want = logits.gather(-1, ids[0, 1:, None])[-count:].sum()
-        assert found == pytest.approx(float(want), rel=1e-4)
+        assert actual == pytest.approx(float(want), rel=1e-4)
 
 
 def test_generates_with_the_program(turbo, tokenizer):

@@ -81,11 +81,11 @@ def test_prompts_as_keys_are_refused_by_name():
 def test_sparse_tensors_in_a_block_are_refused_by_name():
     """FRoD asks how many entries its sparse factor has; a trace would take it for empty."""
     model = peft.get_peft_model(stock_of("llama"), peft.FrodConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    made = dp.transform(model, dp.Identity())
+    transformed = dp.transform(model, dp.Identity())
     with pytest.raises(dp.UnsupportedModelError, match=r"q_proj.*sparse"):
-        logits(made)
-    with made.disable_adapter():
-        torch.testing.assert_close(logits(made), logits(stock_of("llama")))
+        logits(transformed)
+    with transformed.disable_adapter():
+        torch.testing.assert_close(logits(transformed), logits(stock_of("llama")))
 
 
 @pytest.mark.parametrize("order", ["before", "after"])
@@ -94,20 +94,20 @@ def test_lora_on_the_parameters_of_experts(order):
     config = peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM", target_parameters=[
         "mlp.experts.gate_up_proj", "mlp.experts.down_proj"])
     stock = randomized(peft.get_peft_model(stock_of("mixtral", 2), config))
-    made = randomized(peft.get_peft_model(dp.transform(stock_of("mixtral", 2), dp.Identity()), config)) \
+    transformed = randomized(peft.get_peft_model(dp.transform(stock_of("mixtral", 2), dp.Identity()), config)) \
         if order == "after" else dp.transform(stock, dp.Identity())
     assert (logits(stock) - logits(stock_of("mixtral", 2))).abs().max() > 1e-2
     grads = []
-    for model in (made, stock):
+    for model in (transformed, stock):
         out = model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
         trained = [p for p in model.parameters() if p.requires_grad]
         grads.append((out.logits, *torch.autograd.grad(out.loss, trained)))
     assert len(grads[0]) == 13 and all(g.abs().sum() > 0 for g in grads[1])
     for got, want in zip(*grads, strict=True):
         torch.testing.assert_close(got, want)
-    plain = logits(made)
-    made.merge_adapter()
-    torch.testing.assert_close(logits(made), plain, rtol=1e-4, atol=1e-4)
+    plain = logits(transformed)
+    transformed.merge_adapter()
+    torch.testing.assert_close(logits(transformed), plain, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("config", [
@@ -125,10 +125,10 @@ def test_adapters_that_share_tensors_between_blocks(config):
         for p in stock.parameters():
             if p.requires_grad:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.2)
-    made = dp.transform(stock, dp.Identity())
+    transformed = dp.transform(stock, dp.Identity())
     assert (logits(stock) - logits(stock_of("llama", 3))).abs().max() > 1e-3
     results = []
-    for model in (made, stock):
+    for model in (transformed, stock):
         model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
         gc.collect()
         out = model(**BATCH, labels=BATCH["input_ids"], use_cache=False)
