@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from depthpass.errors import VerifyError
+from depthpass.prompt import in_notebooks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -56,6 +57,7 @@ class AttrDef:
     block: bool = False
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Type:
     """Type of a value.
@@ -77,6 +79,7 @@ class Type:
         return self.width == 0
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Param:
     """A new parameter a program asks for, under ``depth.`` in the state dict.

@@ -10,9 +10,10 @@ from typing import Any
 from depthpass.errors import PassError
 from depthpass.ir.ops import OPS, Attr, definition
 from depthpass.limits import check_program
-from depthpass.prompt import at_prompt
+from depthpass.prompt import at_prompt, in_notebooks
 
 
+@in_notebooks
 @dataclass(frozen=True)
 class Op:
     """One op.

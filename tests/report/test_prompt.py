@@ -11,6 +11,7 @@ import torch
 import zoo
 
 import depthpass as dp
+from depthpass.ir import infer
 from depthpass.prompt import LINES, WIDTH, at_prompt
 from depthpass.report.tables import compare
 from depthpass.tasks import registry as tasks
@@ -39,9 +40,11 @@ def states(model: Any, batch: dict[str, torch.Tensor]) -> list[object]:
     """The model itself, its new parameters, and what its calls leave behind."""
     bridged = dp.transform(zoo.model("llama"), dp.TurboConn(bridges=[(2, 0)], group=2, rank=2), schedule="fixed_point")
     swept = bridged(**batch).sweeps[0]
-    bridged(input_ids=batch["input_ids"], past_key_values=dp.DepthCache(bridged))
+    cache = bridged(input_ids=batch["input_ids"], past_key_values=dp.DepthCache(bridged)).past_key_values
+    op = bridged.depth_program.ops[0]
     model.generate(batch["input_ids"], max_new_tokens=3, do_sample=False, draft="loop:1")
-    return [model, model.depth, bridged, bridged.depth, bridged.depth_lowered, swept, model.depth_drafted]
+    return [model, model.depth, bridged, bridged.depth, bridged.depth_lowered, swept, model.depth_drafted, cache.layers[0], op,
+            infer(bridged.depth_program)[op.name]]
 
 
 def test_a_model_is_a_card_at_a_prompt_and_its_modules_in_print(public: list[object]) -> None:
@@ -61,9 +64,9 @@ def test_no_object_fills_the_screen(public: list[object]) -> None:
 
 
 def test_notebooks_show_the_same_in_their_own_colours(public: list[object]) -> None:
-    for transformed in public:
-        html = transformed._repr_html_()  # type: ignore[attr-defined]
-        assert "color:inherit" in html or "dp-page" in html or "prefers-color-scheme" in html, type(transformed)
+    for value in public:
+        html = value._repr_html_()  # type: ignore[attr-defined]
+        assert "color:inherit" in html or "dp-page" in html or "prefers-color-scheme" in html, type(value)
 
 
 def test_long_texts_and_many_fields_are_cut_with_a_word_on_the_rest() -> None:

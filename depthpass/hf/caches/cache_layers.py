@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch._C._nn import _parse_to
 
 from depthpass.errors import CacheError
+from depthpass.prompt import in_notebooks
 
 if TYPE_CHECKING:
     from depthpass.hf.caches.cache import DepthCache
@@ -20,6 +20,7 @@ def _side(name: str) -> Any:
     return property(lambda self: self._one(name), lambda self, value: self._assign(name, value))
 
 
+@in_notebooks
 class SlotLayer:
     """The keys and values that one visit has kept: a view, so that what is assigned to it stands in the cache.
 
@@ -35,8 +36,7 @@ class SlotLayer:
         self._cache, self.number = cache, number
 
     def __repr__(self) -> str:
-        shape = None if self.keys is None else tuple(self.keys.shape)
-        return f"SlotLayer(slot={self.number}, keys={shape})"
+        return f"SlotLayer(slot={self.number}, keys={None if self.keys is None else tuple(self.keys.shape)})"
 
     @property
     def _slot(self):
@@ -75,13 +75,8 @@ class SlotLayer:
         slot = self._slot
         return slot is None or (slot.columns is None and not slot.first)
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return None if self.keys is None else self.keys.dtype
-
-    @property
-    def device(self) -> torch.device | None:
-        return None if self.keys is None else self.keys.device
+    dtype = property(lambda self: getattr(self.keys, "dtype", None), doc="Of keys and values; None before the first token.")
+    device = property(lambda self: getattr(self.keys, "device", None), doc="Where they are; None before the first token.")
 
     @property
     def max_batch_size(self) -> int:
