@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError
 from depthpass.limits import INTEGER, shown
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import SpecError, did_you_mean
 from depthpass.limits import VISITS, shown
 from depthpass.passes.base import Pass

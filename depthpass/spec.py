@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
+from depthpass.annotations import describe
 from depthpass.errors import SpecError, did_you_mean
-from depthpass.fields import describe
 from depthpass.limits import TEXT, shown
 from depthpass.passes.base import Pass, default_of, options
 from depthpass.passes.pipeline import as_passes

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from depthpass.analysis.gradients import GradientReport, gradients_of
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, did_you_mean
 from depthpass.prompt import at_prompt
 

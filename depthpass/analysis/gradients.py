@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast, overload
 import torch
 from torch import Tensor, nn
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, did_you_mean
 
 if TYPE_CHECKING:

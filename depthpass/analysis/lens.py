@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError
 from depthpass.prompt import at_prompt
 

@@ -13,7 +13,7 @@ from depthpass.prompt import listing
 
 def passes(args: argparse.Namespace) -> int:
     """All passes with their options, or one of them with its documentation."""
-    from depthpass.fields import describe
+    from depthpass.annotations import describe
     from depthpass.passes.base import Pass, default_of
     from depthpass.passes.registry import ALIASES, pass_class, pass_names
 

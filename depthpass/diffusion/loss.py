@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.diffusion.inputs import checked_ids, maskable, new_cache, predictions, settings
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import MaskedDiffusion

@@ -9,7 +9,7 @@ from typing import Literal, get_type_hints
 import torch
 from torch import Tensor
 
-from depthpass.arguments import check
+from depthpass.annotations import check
 from depthpass.errors import InputError, did_you_mean
 
 WEIGHTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.diffusion.noise import SAMPLERS
 from depthpass.errors import InputError, did_you_mean
 from depthpass.passes.masked_diffusion import ORDERS

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.diffusion.inputs import checked_prompts, new_cache, predictions, settings
 from depthpass.diffusion.orders import Planner, check_draws, highest, planned, scores
 from depthpass.errors import InputError

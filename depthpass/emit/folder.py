@@ -18,7 +18,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import nn
 from transformers.models.auto import auto_factory, configuration_auto, modeling_auto
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.emit.module import Module, module_of
 from depthpass.emit.statements import check_expressible
 from depthpass.errors import InputError, SpecError, UnsupportedModelError

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
+from depthpass.annotations import check_field, integers
 from depthpass.errors import SpecError
-from depthpass.fields import check_field, integers
 from depthpass.ir.program import Program
 from depthpass.limits import INTEGER, shown
 from depthpass.passes.options import Named, default_of, options, require, short

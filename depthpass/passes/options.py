@@ -6,8 +6,8 @@ import inspect
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
+from depthpass.annotations import bound
 from depthpass.errors import SpecError
-from depthpass.fields import bound
 from depthpass.limits import shown
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.log import Bar

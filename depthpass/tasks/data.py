@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError
 from depthpass.limits import shown
 from depthpass.tasks.registry import get

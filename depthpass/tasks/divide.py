@@ -18,7 +18,7 @@ def halve(span: tuple[int, int], item: int, target: int) -> tuple[int, int]:
     return (span[0], middle) if target < item else (middle, span[1])
 
 
-def place_of(span: tuple[int, int], item: int, target: int) -> int:
+def found(span: tuple[int, int], item: int, target: int) -> int:
     return span[0] if item == target else -1
 
 
@@ -52,7 +52,7 @@ class BinarySearch(Task):
         while span.value[1] - span.value[0] > 1:  # type: ignore[index]
             turn += 1
             span = tape.step(f"s{turn}", halve, span, items[sum(span.value) // 2], target)  # type: ignore[arg-type]
-        return str(tape.step("f", place_of, span, items[span.value[0]], target).value)  # type: ignore[index]
+        return str(tape.step("f", found, span, items[span.value[0]], target).value)  # type: ignore[index]
 
     def shape(self, n: int) -> TaskDAG:
         """The worst path: ceil(log2 n) halvings and one comparison."""

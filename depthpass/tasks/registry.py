@@ -6,7 +6,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any, get_type_hints
 
-from depthpass.arguments import check, checked
+from depthpass.annotations import check, checked
 from depthpass.errors import InputError, did_you_mean
 from depthpass.tasks.dags import TaskDAG
 from depthpass.tasks.task import Task

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError
 from depthpass.prompt import at_prompt
 from depthpass.tasks.data import check_tokenizer

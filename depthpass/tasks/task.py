@@ -9,7 +9,7 @@ from functools import cached_property
 from numbers import Integral
 from typing import Any, ClassVar, Literal
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, did_you_mean
 from depthpass.prompt import at_prompt, in_notebooks
 from depthpass.tasks.checker import Check, check

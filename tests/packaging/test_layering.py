@@ -52,10 +52,10 @@ def test_arrows(package):
 # Room -> rooms it may import, lazy imports counted too; CONTRIBUTING.md has the map in words. The compiler backend and
 # the recorder of live models are the part of the lowering that stands above the Hugging Face room.
 BACKEND = ("depthpass_lowering.backend", "depthpass_lowering.executors.recording")
-BASE = {"errors", "limits", "prompt", "log", "fields", "arguments"}
+BASE = {"errors", "limits", "prompt", "log", "annotations"}
 ROOMS = {
-    "errors": set(), "log": set(), "limits": {"errors"}, "prompt": {"limits"}, "losses": {"arguments", "errors", "limits"},
-    "fields": {"errors", "limits"}, "arguments": {"errors", "fields", "limits"},
+    "errors": set(), "log": set(), "limits": {"errors"}, "prompt": {"limits"}, "losses": {"annotations", "errors", "limits"},
+    "annotations": {"errors", "limits"},
     "ir": BASE, "capture": {"errors"},
     "passes": BASE | {"ir", "analysis"}, "spec": BASE | {"passes"},
     "schedule": BASE | {"ir", "analysis"}, "lowered": BASE | {"ir", "schedule"},

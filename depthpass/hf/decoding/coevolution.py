@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm
 
-from depthpass.arguments import checked
+from depthpass.annotations import bound, checked
 from depthpass.diffusion.inputs import checked_ids, checked_prompts, maskable, predictions, settings
 from depthpass.diffusion.noise import CoevolutionSettings, continuous, moved, weight_of
 from depthpass.diffusion.orders import check_step, highest, scores
 from depthpass.errors import InputError
-from depthpass.fields import bound
 from depthpass.hf.shown import Shown
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 from depthpass.passes.taps import Taps

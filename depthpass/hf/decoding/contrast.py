@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import transformed
 from depthpass.passes.base import require

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import SpecError
 from depthpass.hf.calls.host import depth_module
 from depthpass.hf.switching.loops import loop_of

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import transformed
 from depthpass.ir.shares import Ratios, checked_ratios

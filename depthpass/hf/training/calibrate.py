@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import switch, transformed, using
 from depthpass.ir.program import Op, Program

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from depthpass.analysis.cost.program import Trainable
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.modules.context import inner_model
 from depthpass.hf.switching.switch import loops_of, set_loops, transformed

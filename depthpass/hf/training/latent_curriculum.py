@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from depthpass.analysis.cost.program import Trainable
-from depthpass.arguments import checked
+from depthpass.annotations import checked
 from depthpass.errors import InputError, SpecError
 from depthpass.hf.switching.switch import loops_of
 from depthpass.hf.training.callbacks import FlopsLedger
