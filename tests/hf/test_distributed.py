@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/distributed.md").read_text()
 
 
-def launch(words, folder, timeout=300):
+def launch(words, folder, timeout=600):
     """Run a command in a folder with this checkout in front; returns what it prints."""
     places = [str(ROOT / p) for p in ("", "lowering", "kernels", "tests")]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1",
