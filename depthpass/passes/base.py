@@ -46,7 +46,7 @@ class Context:
 
 
 @in_notebooks
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Pass(metaclass=Named):
     """Base of every pass.
 
@@ -70,6 +70,15 @@ class Pass(metaclass=Named):
     shown: ClassVar[tuple[str, ...]] = ()
     loop_field: ClassVar[str | None] = None
     names: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        if "__repr__" not in vars(cls):  # set here, before @dataclass writes one that says every default
+            cls.__repr__ = Pass.__repr__  # type: ignore[method-assign]
+
+    def __repr__(self) -> str:
+        """Python that makes an equal pass: what was given or says what the pass does, defaults left out."""
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._told(self._telling()).items())})"
 
     def __post_init__(self) -> None:
         types = self.field_types()
@@ -138,9 +147,11 @@ class Pass(metaclass=Named):
 
     def describe(self) -> str:
         """The name and every option that was given or that says what the pass does, in full: ``loop(start=1, times=2)``."""
-        names = {*options(self), *self.shown, self.loop_field}
-        told = self._told(names).items()
+        told = self._told(self._telling()).items()
         return f"{self.name}({', '.join(f'{k}={list(v) if isinstance(v, tuple) else v}' for k, v in told)})"
+
+    def _telling(self) -> set[str | None]:
+        return {*options(self), *self.shown, self.loop_field}
 
     def _told(self, names: set[str | None]) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}

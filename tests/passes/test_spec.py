@@ -98,6 +98,13 @@ def test_writing_and_reading_is_the_identity(spec: list[Pass]) -> None:
     assert load_spec(spec_to_yaml(want)) == want
     assert load_spec(spec_to_json(want)) == want
     assert hash(load_spec(json.dumps(dump_spec(want)))) == hash(want)
+    assert eval(repr(want), {type(p).__name__: type(p) for p in want}) == want
+
+
+def test_a_pass_at_a_prompt_says_what_was_given() -> None:
+    assert repr(SPEC[0]) == "TurboConn(bridges=((3, 0), (2, 1)), group=8, alpha=1.0)"
+    assert repr(pass_class("loop")(1, 3, times=2)) == "Loop(start=1, end=3, times=2)"
+    assert repr(pass_class("mixture_of_recursions")()) == "MixtureOfRecursions(recursions=3)"
 
 
 @given(turboconns(5), turboconns(5))
