@@ -87,5 +87,5 @@ def test_specs_take_them_as_plain_numbers():
     spec = dp.TurboConn(bridges=[(np.int64(2), 0)], group=np.int32(2), rank=np.int64(3), alpha=np.float32(0.5))
     assert spec == dp.TurboConn(bridges=[(2, 0)], group=2, rank=3, alpha=0.5)
     assert {type(v) for v in (spec.bridges[0][0], spec.group, spec.rank, spec.alpha)} == {int, float}
-    with pytest.raises(dp.SpecError, match="group: expected an integer, got .*True"):
+    with pytest.raises(dp.SpecError, match=r"group: expected an integer, got .*True"):
         dp.TurboConn(group=np.True_)
