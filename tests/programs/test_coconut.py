@@ -247,6 +247,31 @@ def test_interpreter():
     torch.testing.assert_close(got, want[[0, 1, 2, 5, 6, 7]])
 
 
+@pytest.mark.parametrize(("spec", "given", "said"), [
+    (dp.Coconut(2, after=4), {}, "at least 4 real tokens, got 3 in row 1"),
+    (dp.Coconut(2, after="token:96"), {}, "expected the token 96 in every row, got none in row 0"),
+    (dp.Coconut(2), {"prompt_length": [3, 4]}, r"real tokens \[5, 3\], got \[3, 4\]"),
+    (dp.Coconut(2), {"labels": torch.full((2, 5), 9)}, "row 0 has a label at its first token"),
+    (dp.Coconut(125), {}, "reaches position 129 with its workspace pads, but the model's position table has 128 entries"),
+    (dp.Pad(2, token=5, after=4), {}, "at least 4 real tokens, got 3 in row 1"),
+    (dp.Coconut(2, after=5), {"position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5]])},
+     "at least 5 real tokens, got 4 in row 1"),
+])
+def test_rows_without_a_place_are_refused_before_anything_runs(spec, given, said, monkeypatch):
+    batch = zoo.batch([5, 3])
+    if "position_ids" in given:  # two sequences packed into a row
+        batch = {"input_ids": batch["input_ids"].clamp_min(3).view(1, -1)}
+    model = dp.transform(zoo.model("gpt2", 2), spec)
+
+    def nothing(*args, **kwargs):
+        pytest.fail("something ran")
+
+    monkeypatch.setattr(type(model), "_captured", nothing)
+    monkeypatch.setattr(nn.Embedding, "forward", nothing)
+    with pytest.raises(dp.InputError, match=said):
+        model(**batch, **given)
+
+
 def test_bad_input():
     stock, model, _ = transformed("llama", SPECS["stock"], after=4)
     ids = zoo.batch([5, 3], side="right")

@@ -38,6 +38,10 @@ def test_rows_of_every_stage():
         curriculum.row({"question": [1]})
     with pytest.raises(dp.InputError, match="got an empty one"):
         curriculum.row({**item, "answer": []})
+    with pytest.raises(dp.InputError, match="items to make a batch of, got none"):
+        curriculum.collate([])
+    with pytest.raises(dp.SpecError, match=r"LatentCurriculum\.bot: expected a token id, got -1"):
+        dp.LatentCurriculum(per_step=1, stages=1, bot=-1)
     with pytest.raises(dp.SpecError, match=r"LatentCurriculum\.per_step: expected an integer of at least 1, got 0"):
         dp.LatentCurriculum(per_step=0, stages=1)
 

@@ -119,25 +119,48 @@ def pad_token(o: Op, config) -> int:
     return token
 
 
-def insert(model: DepthModel, program: Program, call: Call) -> tuple[Call, Layout | None]:
-    """A call with the program's pads in place, in the columns and positions of the state.
+def check_places(model: DepthModel, program: Program, call: Call) -> None:
+    """Refuse a call whose rows have no place for the program's pads, before anything is captured or run.
 
     Raises:
-        InputError: it is not clear where the prompt ends, or the call has an argument that says nothing about pads.
+        InputError: it is not clear where the prompt ends, the row does not fit into the model's position table with its pads,
+            or the call has an argument that says nothing about pads.
     """
     o = pad_op(program)
     if o is None:
-        return call, None
-    state = None if call.cache is None else call.cache.state
-    if state is not None and state.length:
-        return _after(model, o["tokens"], call), None
-    name = "input_ids" if "input_ids" in call.tensors else "inputs_embeds"
-    if other := call.tensors.keys() - {name, "position_ids", "attention_mask"}:
+        return
+    positions, size = call.tensors.get("position_ids"), table_size(model)
+    if positions is not None and size is not None and (reached := int(positions.max()) + o["tokens"]) >= size:
+        raise InputError(f"the sequence reaches position {reached} with its workspace pads, but the model's position table has "
+                         f"{size} entries.")
+    if _goes_on(call):
+        if call.prompt is not None:
+            raise InputError("prompt_length: the prompt came in an earlier call, with its pads. Leave it out.")
+        return
+    if other := call.tensors.keys() - {"input_ids", "inputs_embeds", "position_ids", "attention_mask"}:
         raise InputError(f"{min(other)}: a model with workspace pads does not know what to give the pads for it. Leave it "
                          "out.")
-    if call.tensors.get("position_ids", call.tensors["attention_mask"]).dim() > 2:
+    if positions is not None and positions.dim() > 2:
         raise InputError("position_ids: a model with workspace pads does not know their places among those of images. Use a "
                          "program without dp.Pad.")
+    for part in [call] if call.packing is None else map(call.of, call.packing.rows(None)):
+        _split(o, part)
+
+
+def _goes_on(call: Call) -> bool:
+    """Whether the pads are in the cache already."""
+    return call.cache is not None and bool(call.cache.state.length)
+
+
+def insert(model: DepthModel, program: Program, call: Call) -> tuple[Call, Layout | None]:
+    """A call that :func:`check_places` has let through with the program's pads in place, in the columns and positions of the
+    state."""
+    o = pad_op(program)
+    if o is None:
+        return call, None
+    if _goes_on(call):
+        return _after(o["tokens"], call), None
+    name = "input_ids" if "input_ids" in call.tensors else "inputs_embeds"
     new, count = call.tensors[name].shape[1], o["tokens"]
     # Behind a row there may only be nothing where no later call goes on with it: windows count columns.
     aligned = o["feed"] and not call.use_cache
@@ -147,21 +170,18 @@ def insert(model: DepthModel, program: Program, call: Call) -> tuple[Call, Layou
     mask = layout.spread(tensors["attention_mask"], True)
     tensors["attention_mask"] = mask if layout.fill is None else mask & ~layout.fill
     if "position_ids" in tensors:
-        tensors["position_ids"] = _positions(tensors["position_ids"], layout, count)
-        _check_positions(model, tensors["position_ids"])
+        # Pads go on counting where the prompt ends; what follows comes after them.
+        tensors["position_ids"] = tensors["position_ids"].gather(1, layout.source) + layout.pads.long().cumsum(-1)
     valid = tensors["attention_mask"].bool() if call.valid is not None or layout.fill is not None else None
     return replace(call, tensors=tensors, valid=valid, ids=None), layout
 
 
-def _after(model: DepthModel, count: int, call: Call) -> Call:
+def _after(count: int, call: Call) -> Call:
     """A call on top of a cache that has the pads: later columns and positions, a mask with pads."""
     assert call.cache is not None
     state, new, tensors = call.cache.state, call.tensors["attention_mask"].shape[1], dict(call.tensors)
-    if call.prompt is not None:
-        raise InputError("prompt_length: the prompt came in an earlier call, with its pads. Leave it out.")
     if "position_ids" in tensors:
         tensors["position_ids"] = tensors["position_ids"] + count
-        _check_positions(model, tensors["position_ids"])
     valid = None
     if call.valid is not None:
         before = state.valid
@@ -198,18 +218,16 @@ def _said(o: Op, call: Call, real: Tensor, rank: Tensor, total: Tensor) -> Tenso
     """
     who = "coconut" if o["feed"] else "pad"
     if o["at"] is not None:
-        if bool((total < o["at"]).any()):
-            row = int((total < o["at"]).nonzero()[0])
-            raise InputError(f"{who}.after: expected rows of at least {o['at']} real tokens, got {int(total[row])} in row {row}. "
-                             f"Set another place; if {o['at']} is a token, write after='token:{o['at']}'.")
+        if short := (total < o["at"]).nonzero().flatten().tolist():
+            raise InputError(f"{who}.after: expected rows of at least {o['at']} real tokens, got {int(total[short[0]])} in row "
+                             f"{short[0]}. Set another place; if {o['at']} is a token, write after='token:{o['at']}'.")
         return (rank < o["at"]).sum(-1) + 1
     if call.ids is None:
         raise InputError(f"{who}.after: expected input_ids, in which token {o['behind']} can be found, got inputs_embeds. Say "
                          "the place as a number of real tokens.")
     marks = (call.ids == o["behind"]) & real
-    if not bool(marks.any(-1).all()):
-        row = int((~marks.any(-1)).nonzero()[0])
-        raise InputError(f"{who}.after: expected the token {o['behind']} in every row, got none in row {row}.")
+    if without := (~marks.any(-1)).nonzero().flatten().tolist():
+        raise InputError(f"{who}.after: expected the token {o['behind']} in every row, got none in row {without[0]}.")
     return marks.long().argmax(-1) + 1
 
 
@@ -220,14 +238,11 @@ def _unlabelled(labels: Tensor, real: Tensor, total: Tensor) -> Tensor:
     length = torch.where(asked.any(-1), (real & ~started).sum(-1), total)
     remedy = ("Set the labels of the prompt to -100 and no others, or say where the prompt ends with prompt_length (an "
               "integer, or one per row).")
-    if bool((length == 0).any()):
-        row = int((length == 0).nonzero()[0])
-        raise InputError(f"labels: row {row} has a label at its first token, so no prompt that workspace pads could follow. "
+    if whole := (length == 0).nonzero().flatten().tolist():
+        raise InputError(f"labels: row {whole[0]} has a label at its first token, so no prompt that workspace pads could follow. "
                          f"{remedy}")
-    gaps = (started & real & ~asked).any(-1)
-    if bool(gaps.any()):
-        row = int(gaps.nonzero()[0])
-        raise InputError(f"labels: row {row} has tokens without a label after the first one with a label, so it is not clear "
+    if gaps := (started & real & ~asked).any(-1).nonzero().flatten().tolist():
+        raise InputError(f"labels: row {gaps[0]} has tokens without a label after the first one with a label, so it is not clear "
                          f"where the prompt ends. {remedy}")
     return length
 
@@ -240,18 +255,3 @@ def _tokens(model: DepthModel, o: Op, tokens: Tensor, layout: Layout) -> Tensor:
         return layout.spread(tokens, token)
     embedded = model.get_input_embeddings()(torch.tensor(token, device=tokens.device))
     return layout.spread(tokens, embedded.to(tokens.dtype))
-
-
-def _positions(positions: Tensor, layout: Layout, count: int) -> Tensor:
-    """Pads go on counting where the prompt ends; what follows comes after them."""
-    places = positions.gather(1, layout.source)
-    order = layout.pads.long().cumsum(-1)
-    # At a pad: 1, 2, .. m; after the pads: m.
-    return places + order
-
-
-def _check_positions(model: DepthModel, positions: Tensor) -> None:
-    size = table_size(model)
-    if size is not None and int(positions.max()) >= size:
-        raise InputError(f"the sequence reaches position {int(positions.max())} with its workspace pads, but the model's "
-                         f"position table has {size} entries.")

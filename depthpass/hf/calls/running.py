@@ -25,7 +25,7 @@ from depthpass.hf.calls.latents import advance, as_embeddings, feeds
 from depthpass.hf.calls.live import Live, warn_parts
 from depthpass.hf.calls.outputs import decorate, warn_losses
 from depthpass.hf.calls.packing import Packing, Rows
-from depthpass.hf.calls.pads import Layout, insert
+from depthpass.hf.calls.pads import Layout, check_places, insert
 from depthpass.hf.calls.step import advance_token
 from depthpass.hf.modules.placement import check_devices, gather_new
 from depthpass.ir.program import Program
@@ -105,6 +105,8 @@ def run_program(model: DepthModel, decoder: DepthModel | DepthDecoder, arguments
     runtime = model._depth
     names = call_names(type(decoder)._stock_class)
     call = normalise(model, decoder, names, arguments, frame)
+    with shapes_only(call.tensors["attention_mask"]):
+        check_places(model, runtime.program, call)
     if feeds(runtime.program):
         call = as_embeddings(model, call)
     warn_frozen(model)

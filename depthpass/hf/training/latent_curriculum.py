@@ -57,6 +57,8 @@ class LatentCurriculum(FlopsLedger):
         super().__init__(trainable)
         for name, value in (("per_step", per_step), ("stages", stages), ("every", every)):
             require(1 <= value <= INTEGER, f"LatentCurriculum.{name}", "an integer of at least 1", value)
+        for name, value in (("bot", bot), ("eot", eot), ("pad", pad)):
+            require(value is None or 0 <= value <= INTEGER, f"LatentCurriculum.{name}", "a token id", value)
         self.per_step, self.stages, self.every, self.bot, self.eot, self.pad = per_step, stages, every, bot, eot, pad
         self.reset_optimizer, self.scope, self.stage = reset_optimizer, scope, 0
 
@@ -85,6 +87,8 @@ class LatentCurriculum(FlopsLedger):
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """A batch of the stage in force, padded on the right."""
+        if not items:
+            raise InputError("LatentCurriculum: expected items to make a batch of, got none.")
         rows = [self.row(item) for item in items]
         width = max(len(tokens) for tokens, _ in rows)
         ids = torch.full((len(rows), width), self.pad)
