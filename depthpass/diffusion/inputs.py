@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -81,6 +82,14 @@ def checked_prompts(
         raise InputError(f"{who}: input_ids: expected prompts without the mask token {mask_token}, got {count} of them, which "
                          "would stay masked: new tokens are appended.")
     return valid
+
+
+def places(model: Any, valid: Tensor | None) -> dict[str, Tensor]:
+    """Positions as an argument of the call of rows with pads, counted from each row's first real token, as ``generate`` counts
+    them: with a table of positions a row would else be another one behind pads."""
+    if valid is None or "position_ids" not in inspect.signature(_inner(model).forward).parameters:
+        return {}
+    return {"position_ids": (valid.long().cumsum(-1) - 1).clamp_min(0)}
 
 
 def maskable(ids: Tensor, valid: Tensor | None, labels: Tensor | None, mask_token: int, who: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from depthpass.annotations import checked
-from depthpass.diffusion.inputs import checked_ids, maskable, new_cache, predictions, settings
+from depthpass.diffusion.inputs import checked_ids, maskable, new_cache, places, predictions, settings
 from depthpass.errors import InputError
 from depthpass.passes.masked_diffusion import MaskedDiffusion
 
@@ -103,7 +103,7 @@ def _noise(time: Tensor, schedule: str) -> tuple[Tensor, Tensor]:
 
 
 def _whole(model, diffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:
-    return model(input_ids=noised, attention_mask=mask, **arguments).logits
+    return model(input_ids=noised, attention_mask=mask, **{**places(model, mask), **arguments}).logits
 
 
 def _blocks(model, diffusion: MaskedDiffusion, ids: Tensor, noised: Tensor, mask: Tensor | None, arguments: dict) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from depthpass.annotations import checked
-from depthpass.diffusion.inputs import checked_prompts, new_cache, predictions, settings
+from depthpass.diffusion.inputs import checked_prompts, new_cache, places, predictions, settings
 from depthpass.diffusion.orders import Planner, check_draws, highest, planned, scores
 from depthpass.errors import InputError
 from depthpass.limits import shown
@@ -123,7 +123,8 @@ class _Run:
         seen = None if self.seen is None else self.seen[:, :end]
         if self.pads and not cache:  # they stand behind the prompt; a call that starts a cache ends with it
             cache = {"prompt_length": self._real(int((~self.open[0]).sum()))}
-        return predictions(self.model(input_ids=ids, attention_mask=seen, **cache).logits, self.given)
+        at = {name: x[:, end - ids.shape[1] :] for name, x in places(self.model, seen).items()}
+        return predictions(self.model(input_ids=ids, attention_mask=seen, **at, **cache).logits, self.given)
 
     def _real(self, columns: int) -> list[int]:
         """Real tokens of every row among so many columns."""

@@ -198,3 +198,19 @@ def test_an_encoder_of_another_width(stock, table):
     model = dp.CoevolutionaryDiffusion(stock, lambda ids, mask: table[ids][..., :3], steps=2, mask_token=MASK, latent=LATENT)
     with pytest.raises(InputError, match=r"encoder: expected states \(1, 4, 5\), got \(1, 4, 3\)"):
         model.loss(torch.tensor([[5, 6, 7, 8]]))
+
+
+def test_rows_behind_pads_keep_their_places_in_a_table(table):
+    stock = zoo.model("gpt2", layers=2, dtype=torch.float64)
+    with torch.no_grad():
+        stock.transformer.wpe.weight.mul_(50)
+    model = dp.CoevolutionaryDiffusion(stock, lambda ids, mask: table[ids], steps=3, mask_token=MASK, latent=LATENT)
+    assert not model.training and model.train().model.training and not model.eval().model.training
+    batch = zoo.batch([6, 4])
+    ids, state = batch["input_ids"], torch.zeros(2, 6, LATENT, dtype=torch.float64)
+    logits, clean = model(ids, state, torch.tensor([0.5, 0.5]), batch["attention_mask"])
+    alone, own = model(ids[1:, 2:], state[1:, 2:], torch.tensor([0.5]))
+    torch.testing.assert_close(logits[1:, 2:], alone, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(clean[1:, 2:], own, rtol=1e-9, atol=1e-9)
+    model.sample(ids, batch["attention_mask"], new_tokens=3, order="left")
+    assert not any(m.training for m in model.modules())

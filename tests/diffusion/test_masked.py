@@ -184,6 +184,24 @@ def test_sampling_equals_a_loop_over_whole_rows(stock, diffusers, block, order):
         assert bool((got.written[:, ids.shape[1] :] > 0).all()) and not got.written[:, : ids.shape[1]].any()
 
 
+@pytest.mark.parametrize("block", [None, 3])
+def test_rows_behind_pads_keep_their_places_in_a_table(block):
+    stock = zoo.model("gpt2", layers=2, dtype=torch.float64)
+    with torch.no_grad():
+        stock.transformer.wpe.weight.mul_(50)
+    model = dp.transform(stock, dp.MaskedDiffusion(steps=3, mask_token=MASK, block=block))
+    ids, seen = rows(7, 4)
+    both = dp.denoise(model, ids, seen, new_tokens=6)
+    assert torch.equal(both[1, 3:], dp.denoise(model, ids[1:, 3:], new_tokens=6)[0])
+    x, on_right = rows(7, 4, side="right") if block else (ids, seen)
+    draws = {"masked": torch.ones_like(x).bool(), "time": torch.full((2, 1 if block is None else 3), 0.5)}
+    loss = dp.diffusion_loss(model, x, attention_mask=on_right, **draws)
+    alone = [dp.diffusion_loss(model, x[r : r + 1, on_right[r]], masked=torch.ones(1, n).bool(),
+                               time=draws["time"][r : r + 1, : 1 if block is None else -(-n // 3)]) * n
+             for r, n in enumerate((7, 4))]
+    torch.testing.assert_close(loss, sum(alone) / 11, rtol=1e-6, atol=1e-6)
+
+
 def test_kept_blocks_save_work(diffusers):
     ids, _ = rows(8, 8)
     kept, again = (dp.denoise(diffusers[4], ids, new_tokens=16, reuse=r, details=True) for r in (True, False))

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm
 
 from depthpass.annotations import bound, checked
-from depthpass.diffusion.inputs import checked_ids, checked_prompts, maskable, predictions, settings
+from depthpass.diffusion.inputs import checked_ids, checked_prompts, maskable, places, predictions, settings
 from depthpass.diffusion.noise import CoevolutionSettings, continuous, moved, weight_of
 from depthpass.diffusion.orders import check_step, highest, scores
 from depthpass.errors import InputError
@@ -74,6 +74,7 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         for new in (self.enter, self.time, self.leave):
             new.to(device=like.device, dtype=like.dtype)
         object.__setattr__(self, "encoder", encoder)  # not a part: it neither trains nor is saved
+        self.train(model.training)  # sampling gives back one mode to all of it
 
     def card(self) -> str:
         """What it is, in a few lines."""
@@ -87,7 +88,8 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         """
         embedded = self.model.get_input_embeddings()(ids)
         given = embedded + self.enter(state.to(embedded)) + self.time(_sinusoid(time).to(embedded))[:, None]
-        out = self.model(inputs_embeds=given, attention_mask=attention_mask, use_cache=False)
+        at = places(self.model, attention_mask)
+        out = self.model(inputs_embeds=given, attention_mask=attention_mask, use_cache=False, **at)
         return predictions(out.logits, self.given), self.leave(out.taps[self.tap])
 
     def clean(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
