@@ -147,7 +147,8 @@ def _search(add: Add) -> None:
     p.add_argument("--score", default="exact_match",
                    help="exact_match, greedy_match, log_prob or perplexity (default: exact_match)")
     p.add_argument("--space", default="cola", metavar="NAME|YAML",
-                   help="cola, dr_llm, polar, rys, or fields as '{skip: [1, 2], repeat: any, edits: 1}' (default: cola)")
+                   help="cola, dr_llm, polar, rys, training_free, or fields as '{skip: [1, 2], repeat: any, edits: 1}' "
+                        "(default: cola)")
     p.add_argument("--method", default="mcts", help="mcts, beam, random, sweep or exhaustive (default: mcts)")
     p.add_argument("--budget", type=positive, metavar="N", help="programs to score (default: 200, or all for sweep, exhaustive)")
     p.add_argument("--seed", type=int, default=0, metavar="S", help="of split, search and random control (default: 0)")

@@ -110,6 +110,20 @@ def maskable(ids: Tensor, valid: Tensor | None, labels: Tensor | None, mask_toke
     return may
 
 
+def check_noise(who: str, ids: Tensor, latent: int, time: Tensor, masked: Tensor | None, noise: Tensor | None) -> None:
+    """Refuse draws of coevolution that do not fit the rows.
+
+    Raises:
+        InputError: another shape, or times outside of (0, 1).
+    """
+    shapes = {"time": (time, ids.shape[:1]), "masked": (masked, ids.shape), "noise": (noise, (*ids.shape, latent))}
+    for name, (given, shape) in shapes.items():
+        if given is not None and tuple(given.shape) != tuple(shape):
+            raise InputError(f"{who}: {name}: expected shape {tuple(shape)}, got {tuple(given.shape)}.")
+    if not bool(((time > 0) & (time < 1)).all()):
+        raise InputError(f"{who}: time: expected values in (0, 1), got {time.min().item()} to {time.max().item()}.")
+
+
 def predictions(logits: Tensor, given: MaskedDiffusion) -> Tensor:
     """Logits of each position's own token, in float32 or better; the mask itself is never predicted."""
     if given.shift:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, layer_norm
 
 from depthpass.annotations import bound, checked
-from depthpass.diffusion.inputs import checked_ids, checked_prompts, maskable, places, predictions, settings
+from depthpass.diffusion.inputs import check_noise, checked_ids, checked_prompts, maskable, places, predictions, settings
 from depthpass.diffusion.noise import CoevolutionSettings, continuous, moved, weight_of
 from depthpass.diffusion.orders import check_step, highest, scores
 from depthpass.errors import InputError
@@ -112,15 +112,14 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
         ``masked`` [batch, tokens], ``noise`` [batch, tokens, latent].
 
         Raises:
-            InputError: nothing may be masked, or times outside of (0, 1).
+            InputError: nothing may be masked, times outside of (0, 1), or draws of another shape.
         """
         valid = checked_ids(input_ids, attention_mask, "loss")
         may = maskable(input_ids, valid, labels, self.given.mask_token, "loss")
         rows = {"generator": generator, "device": input_ids.device}
         if time is None:
             time = eps + (1 - 2 * eps) * torch.rand(len(input_ids), **rows)
-        if not bool(((time > 0) & (time < 1)).all()):
-            raise InputError(f"loss: time: expected values in (0, 1), got {time.min().item()} to {time.max().item()}.")
+        check_noise("loss", input_ids, self.settings.latent, time, masked, noise)
         masked = torch.rand(input_ids.shape, **rows) < time[:, None] if masked is None else masked.bool()
         masked, clean = masked & may, self.clean(input_ids, attention_mask)
         noise = torch.randn(clean.shape, dtype=clean.dtype, **rows) if noise is None else noise
