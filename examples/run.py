@@ -152,6 +152,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("runs"))
     args = parser.parse_args(argv)
     if args.name == "list":
+        if args.more:
+            parser.error(f"list: expected nothing after it, got {' '.join(args.more)}")
         for name in names():
             print(f"{name:<17}{load(name).title}{took(name)}")
         return 0

@@ -86,8 +86,8 @@ class Runner:
         self.say, self.progress = say, progress or (lambda text, total: None)
         self.arms = {a.name: a for a in experiment.arms(settings)}
         self.only = only
-        if not self.wanted():
-            raise ValueError(f"--arms: expected parts of {', '.join(self.arms)}, got {', '.join(only or ())}")
+        if unknown := [part for part in only or () if not any(part in name for name in self.arms)]:
+            raise ValueError(f"--arms: expected parts of {', '.join(self.arms)}, got {', '.join(unknown)}")
         self.pretrained: dict[str, dict[str, torch.Tensor]] = {}
 
     def wanted(self) -> list[Arm]:

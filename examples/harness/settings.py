@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,13 @@ import yaml
 
 FOLDER = Path(__file__).resolve().parents[1] / "configs"
 OVERLAYS = ("quick", "gpu")
+
+
+class Loader(yaml.SafeLoader):
+    """YAML in which 1e-3 is a number too, as everywhere but in YAML."""
+
+
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 class Settings(dict):
@@ -32,7 +40,7 @@ def settings(name: str, overlay: str | None = None, changes: tuple[str, ...] = (
         overlay: ``quick`` or ``gpu``: what the file says under that key goes over the rest, key by key.
         changes: more of the same as ``train.steps=100``, values in YAML.
     """
-    read = yaml.safe_load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
+    read = yaml.load((FOLDER / f"{name}.yaml").read_text(encoding="utf-8"), Loader)
     laid = {o: read.pop(o, {}) for o in OVERLAYS}
     if overlay is not None:
         read = merge(read, laid[overlay])
@@ -40,7 +48,10 @@ def settings(name: str, overlay: str | None = None, changes: tuple[str, ...] = (
         path, mark, value = change.partition("=")
         if not mark:
             raise ValueError(f"--set: expected key.key=value, got {change!r}")
-        assign(read, path.split("."), yaml.safe_load(value))
+        try:
+            assign(read, path.split("."), yaml.load(value, Loader))
+        except yaml.YAMLError:
+            raise ValueError(f"--set: expected {path}=VALUE with a value in YAML, got {value!r}") from None
     return _wrapped(read)
 
 
@@ -51,7 +62,19 @@ def assign(into: dict, path: list[str], value: Any) -> None:
         into = into[key] if isinstance(into.get(key), dict) else {}
     if last not in into:
         raise ValueError(f"--set: there is no {'.'.join(path)}; known here: {', '.join(into) or 'nothing'}")
+    if not _fits(value, into[last]):
+        raise ValueError(f"--set: expected {'.'.join(path)} like {into[last]!r}, got {value!r}")
     into[last] = value
+
+
+def _fits(value: Any, known: Any) -> bool:
+    """Whether a value is of the kind of the known one; null turns a setting off, and where null stands anything may."""
+    if value is None or known is None:
+        return True
+    if isinstance(known, list):
+        return isinstance(value, list) and all(_fits(v, known[0]) for v in value if known)
+    kinds = [kind for kind in (bool, (int, float), str, Mapping) if isinstance(known, kind)]
+    return isinstance(value, kinds[0]) and isinstance(value, bool) == isinstance(known, bool)
 
 
 def merge(under: Mapping, over: Mapping) -> Settings:

@@ -115,6 +115,11 @@ def test_settings():
     assert settings("parity", "gpu", ("train.rows=7",)).train.rows == 7
     with pytest.raises(ValueError, match=r"there is no train.row; known here"):
         settings("parity", None, ("train.row=7",))
+    assert settings("parity", None, ("train.lr=[1e-3, 2]", "pretrain.lr=5E-4")).train.lr == [0.001, 2]  # in YAML 1e-3 is a word
+    for wrong in ("train.lr=1e-3", "train.lr=[fast]", "train.rows=many", "train.rows=true", "before=3", "arms.no_window=1",
+                  "train=3", "lengths=[12, [24]]", "train.rows=[", "train.rows={}"):
+        with pytest.raises(ValueError, match=rf"^--set: expected {wrong.partition('=')[0]}"):
+            settings("parity", None, (wrong,))
     for name in run.names():
         for overlay in (None, "quick", "gpu"):
             c, experiment = settings(name, overlay), run.load(name)
@@ -167,7 +172,7 @@ def test_the_command(capsys, tmp_path, monkeypatch):
     assert run.main(["list"]) == 0 and "parity" in capsys.readouterr().out
     (tmp_path / "file").touch()
     for bad in (["no_such"], ["parity", "--seeds", "0"], ["publish"], ["parity", "--set", "train.row=1"],
-                ["parity", "--arms", "none"], ["parity", "--gpu"],
+                ["parity", "--arms", "none"], ["parity", "--arms", "TurboConn,none"], ["list", "parity"], ["parity", "--gpu"],
                 ["pairity"], ["parity", "--out", str(tmp_path / "file" / "x")],
                 ["publish", "parity", "--out", str(tmp_path)], ["show", "parity", "--out", str(tmp_path)]):
         with pytest.raises(SystemExit):
