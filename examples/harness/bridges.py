@@ -1,13 +1,14 @@
 """TurboConn on tasks that carry a state from token to token: bridges every g tokens against stock models.
 
-Attention is a sliding window as wide as the group, so that what lies further back than the blocks' windows can only come over the
-bridge; one more control has no window. Every model is first trained, without bridges, on the state after the last g tokens alone
-(in the papers: a pretrained model). Rows grow only after two batches that were almost right.
+Attention is a sliding window as wide as the group (or ``least_window``), so that what lies further back than the blocks'
+windows can only come over the bridge; one more control has no window. Every model is first trained, without bridges, on the state
+after the last g tokens alone (in the papers: a pretrained model). Rows grow only after two batches that were almost right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,9 @@ from examples.harness.training import measure
 
 State = Callable[[Settings, int | None], Problem]
 """Of settings: the task, whole or of the last so many tokens."""
+
+TOKENS = {"accuracy": "all tokens", "last": "last token"}
+"""Measures -> what they are of."""
 
 
 def before(state: State, c: Settings, arm: Arm) -> Problem | None:
@@ -51,12 +55,12 @@ def arms(c: Settings) -> list[Arm]:
     return all_arms
 
 
-def measured(problem: Problem, model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
+def measured(problem: Problem, asked: str, model: Any, c: Settings, arm: Arm) -> dict[str, Any]:
     """Accuracy at every length; of a model with bridges also the hops that it uses."""
     device = c.get("device", "cpu")
     by_length = {str(n): measure(model, problem, n, c.test_rows, device=device) for n in c.lengths}
     valid = measure(model, problem, c.train.length, c.test_rows, device=device, seed=8)
-    measures = {"at": by_length, "score": valid["accuracy"]}
+    measures = {"at": by_length, "score": valid[asked]}
     if arm.spec is not None and c.hops:
         ids, _ = problem.draw(16, c.hops, torch.Generator().manual_seed(5))
         region = dp.contraction(model, {"input_ids": ids.to(device)}, eps=1e-2).regions[0]
@@ -64,33 +68,34 @@ def measured(problem: Problem, model: Any, c: Settings, arm: Arm) -> dict[str, A
     return measures
 
 
-def columns(c: Settings) -> dict[str, str | tuple[str, str]]:
+def columns(asked: str, c: Settings) -> dict[str, str | tuple[str, str]]:
     headings: dict[str, str | tuple[str, str]] = {}
     for n in c.lengths:
         times = n // c.train.length
-        headings[f"n = {n}" + (" (trained)" if times == 1 else f" ({times}x)" if times > 1 else "")] = f"at.{n}.accuracy"
-    headings[f"last token, n = {c.lengths[-1]}"] = f"at.{c.lengths[-1]}.last"
+        headings[f"n = {n}" + (" (trained)" if times == 1 else f" ({times}x)" if times > 1 else "")] = f"at.{n}.{asked}"
+    other = "last" if asked == "accuracy" else "accuracy"
+    headings[f"{TOKENS[other]}, n = {c.lengths[-1]}"] = f"at.{c.lengths[-1]}.{other}"
     if c.hops:
         headings |= {f"hops used, n = {c.hops}": ("hops.used", "{:.0f}"), "available": ("hops.available", "{:.0f}")}
     return headings
 
 
-def draw(figure, summary) -> None:
+def draw(asked: str, figure, summary) -> None:
     c = summary.settings
     left, right = figure.subplots(1, 2)
     parts = c.arms.get("picture")
     shown = [a for a in summary.arms if not parts or a.name in parts]
-    plots.band(left, summary, {a.name: {n: f"at.{n}.accuracy" for n in c.lengths} for a in shown}, single=True)
+    plots.band(left, summary, {a.name: {n: f"at.{n}.{asked}" for n in c.lengths} for a in shown}, single=True)
     plots.lengths(left, c.lengths, c.train.length)
-    left.set(ylabel="accuracy over all tokens", title=f"trained to {c.train.length} tokens, thin: seeds", ylim=(0.2, 1.02))
+    left.set(ylabel=f"accuracy, {TOKENS[asked]}", title=f"trained to {c.train.length} tokens, thin: seeds", ylim=(0.2, 1.02))
     plots.curves(right, summary, 4, arms=shown)
     right.set(xlabel="training step", ylabel="length of the rows", title="rows grow when two batches are right")
     left.legend(fontsize=7, frameon=False, loc="lower left", ncols=2)
 
 
-def tracking(title: str, state: State) -> Experiment:
-    """The experiment on one task."""
+def tracking(title: str, state: State, asked: str = "accuracy") -> Experiment:
+    """The experiment on one task; ``asked``: of all tokens (``accuracy``) or of the last one of a row (``last``)."""
     return Experiment(
-        title, arms, lambda c, arm: state(c, None), lambda model, c, arm: measured(state(c, None), model, c, arm), draw, columns,
-        before=lambda c, arm: before(state, c, arm),
+        title, arms, lambda c, arm: state(c, None), lambda model, c, arm: measured(state(c, None), asked, model, c, arm),
+        partial(draw, asked), partial(columns, asked), before=lambda c, arm: before(state, c, arm),
     )

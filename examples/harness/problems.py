@@ -11,7 +11,7 @@ import itertools
 import random
 from dataclasses import dataclass, field
 from pydoc_data.topics import topics
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -187,75 +187,82 @@ class Formula:
 
 @dataclass(frozen=True)
 class Trees:
-    """TurboConn's random signed trees (``modular_tree`` of :mod:`depthpass.tasks`), as many nodes as fit into a row.
+    """TurboConn's random signed trees (``modular_tree`` of :mod:`depthpass.tasks`) as code for a machine with few registers.
 
-    Tokens are characters without blanks: ``-(1+(3*-3))=`` behind start tokens that fill the row. The ``=`` has the label of the
-    whole tree's value; with ``inner`` every closing bracket has that of what it closes, before its sign.
-
-    Args:
-        modulus: of the values.
-        inner: label brackets too.
+    As a compiler orders it, the largest operand of a node comes first, so that few results wait at a time: at most ``registers``,
+    a to ..; other trees are drawn again. ``a2`` loads a number; ``+2`` and ``*2`` join one to the value so far, ``+b`` and ``*b``
+    what stands in b to what stood in a before b was loaded; ``-`` changes a sign. So ``-((2*-3)+(1+4))`` modulo 5 is
+    ``a2 *2 b1 +4 +b -``. The label of a token is the value so far, at the last one the tree's. A row has about as many nodes as
+    fit, behind start tokens. Numbers are 1 to ``modulus`` - 1: a factor of 0 would make what came before it forgotten.
     """
 
     modulus: int = 3
-    inner: bool = True
-    characters: str = "^123456789+*-()="
+    registers: int = 5
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        digits, letters = [str(d) for d in range(1, self.modulus)], LETTERS[: self.registers]
+        loads = [r + d for r in letters for d in digits]
+        return ("^", "-", *loads, *(o + x for o in "+*" for x in (*digits, *letters[1:])))
 
     @property
     def vocabulary(self) -> int:
-        return len(self.characters)
+        return len(self.symbols)
 
     def draw(self, rows: int, length: int, generator: Generator) -> tuple[Tensor, Tensor]:
         from depthpass import tasks
 
-        task = tasks.get("modular_tree", modulus=self.modulus)
+        task, number = tasks.get("modular_tree"), {symbol: i for i, symbol in enumerate(self.symbols)}
         rng = random.Random(int(torch.randint(1 << 40, (), generator=generator)))
-        ids = torch.zeros(rows, length, dtype=torch.long)
-        labels, row = torch.full_like(ids, IGNORED), 0
+        ids, labels = torch.zeros(rows, length, dtype=torch.long), torch.full((rows, length), IGNORED)
+        row, nodes = 0, max(1, round(0.62 * length))  # a node takes one and a half tokens
         while row < rows:
-            # A node takes three to four characters.
-            prompt = task.instance(rng.randint(1, max(1, length // 3)), seed=rng.randrange(1 << 40)).prompt
-            text = prompt.partition(" mod ")[0].replace(" ", "") + "="
-            if not length // 2 <= len(text) <= length:
+            symbols = code(task.draw(nodes, rng), self.modulus)
+            if len(symbols) >= length or not number.keys() >= set(symbols):
                 continue
-            values = bracket_values(text, self.modulus) if self.inner else {}
-            values[len(text) - 1] = value_of(text[:-1]) % self.modulus
-            first = length - len(text)
-            ids[row, first:] = torch.tensor([self.characters.index(x) for x in text])
-            for i, answer in values.items():
-                labels[row, first + i] = answer
+            first = length - len(symbols)
+            ids[row, first:] = torch.tensor([number[x] for x in symbols])
+            labels[row, first:] = torch.tensor(values(symbols, self.modulus))
             row += 1
         return ids, labels
 
 
-def bracket_values(text: str, modulus: int) -> dict[int, int]:
-    """Place of every closing bracket -> value of what it closes."""
-    values, opened = {}, []
-    for i, x in enumerate(text):
-        if x == "(":
-            opened.append(i)
-        elif x == ")":
-            values[i] = value_of(text[opened.pop() : i + 1]) % modulus
-    return values
+LETTERS = "abcdefghij"
 
 
-def value_of(text: str) -> int:
-    """Of a formula of digits, signs, ``+``, ``*`` and brackets, which bracket whatever an operator joins."""
+def code(tree: Any, modulus: int) -> list[str]:
+    """Symbols of a tree of ``modular_tree``, whose value comes to stand in register a."""
+    sign, inside = tree
+    if isinstance(inside, int):
+        digit = 1 + (inside - 1) % (modulus - 1)
+        return [f"a{-digit % modulus if sign else digit}"]
+    operator, children = inside
+    symbols, *others = sorted((code(child, modulus) for child in children), key=len, reverse=True)
+    for other in others:
+        symbols += [operator + other[0][1:]] if len(other) == 1 else [*map(_shifted, other), f"{operator}b"]
+    return [*symbols, "-"] if sign else symbols
 
-    def read(i: int) -> tuple[int, int]:
-        sign = 1
-        if text[i] == "-":
-            sign, i = -1, i + 1
-        if text[i] != "(":
-            return sign * int(text[i]), i + 1
-        total, i = read(i + 1)
-        while text[i] != ")":
-            operator = text[i]
-            other, i = read(i + 1)
-            total = total + other if operator == "+" else total * other
-        return sign * total, i + 1
 
-    return read(0)[0]
+def _shifted(symbol: str) -> str:
+    """The same in the next registers."""
+    return "".join(LETTERS[LETTERS.index(x) + 1] if x in LETTERS else x for x in symbol)
+
+
+def values(symbols: list[str], modulus: int) -> list[int]:
+    """At every symbol, the value so far."""
+    held, at, tops = {}, "a", []
+    for symbol in symbols:
+        first, operand = symbol[0], symbol[1:]
+        if first == "-":
+            held[at] = -held[at] % modulus
+        elif first in "+*":
+            right = held[at] if operand in held else int(operand)
+            at = LETTERS[LETTERS.index(operand) - 1] if operand in held else at
+            held[at] = (held[at] + right if first == "+" else held[at] * right) % modulus
+        else:
+            at, held[first] = first, int(operand)
+        tops.append(held[at])
+    return tops
 
 
 @dataclass(frozen=True)

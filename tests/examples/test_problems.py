@@ -1,12 +1,14 @@
 """Rows and labels of the experiments against the solvers of the task tests, which work from prompts."""
 
 import math
+import random
 
 import pytest
 import task_solvers as solve
 import torch
 
-from examples.harness.problems import IGNORED, Addition, Formula, Parity, PHop, Text, Trees, Words
+from depthpass import tasks
+from examples.harness.problems import IGNORED, Addition, Formula, Parity, PHop, Text, Trees, Words, code, values
 
 
 def drawn(problem, rows=6, length=12, seed=3):
@@ -70,21 +72,38 @@ def test_formula(last):
             assert label == eval(text) % 5
 
 
-@pytest.mark.parametrize("inner", [False, True])
-def test_trees(inner):
-    problem, asked = Trees(5, inner), 0
+@pytest.mark.parametrize("modulus", [3, 10])
+def test_trees(modulus):
+    problem, operands = Trees(modulus), 0
     for ids, labels in zip(*drawn(problem, rows=16, length=24)):
-        text = "".join(problem.characters[t] for t in ids)
-        assert text[-1] == "=" and "=" not in text[:-1]
-        for i, label in enumerate(labels):
-            if text[i] == "=" or (inner and text[i] == ")"):
-                start = max(j for j in range(i) if text[j : i + 1].count("(") == text[j : i + 1].count(")") and text[j] == "(") \
-                    if text[i] == ")" else 0
-                assert label == eval(text[start : i + 1].strip("^=")) % 5
-                asked += 1
+        symbols = [problem.symbols[t] for t in ids]
+        start = next(i for i, x in enumerate(symbols) if x != "^")
+        assert all(label == IGNORED for label in labels[:start]) and "^" not in symbols[start:]
+        formulas: list[str] = []  # one for each register
+        for symbol, label in zip(symbols[start:], labels[start:]):
+            if symbol == "-":
+                formulas[-1] = f"(-{formulas[-1]})"
+            elif symbol[0] in "+*":
+                right = symbol[1:]
+                if right.isalpha():
+                    assert "abcdefghij"[len(formulas) - 1] == right
+                    right, operands = formulas.pop(), operands + 1
+                formulas[-1] = f"({formulas[-1]}{symbol[0]}{right})"
             else:
-                assert label == IGNORED
-    assert asked >= (32 if inner else 16)
+                formulas.append(symbol[1:])
+                assert "abcdefghij"[len(formulas) - 1] == symbol[0]
+            assert label == eval(formulas[-1]) % modulus
+        assert len(formulas) == 1
+    assert operands > 8  # operators that join two subtrees
+
+
+def test_code_has_the_value_of_the_tree():
+    task, rng = tasks.get("modular_tree"), random.Random(4)
+    for nodes in (1, 2, 5, 12, 30, 30, 30, 30):
+        tree = task.draw(nodes, rng)
+        symbols = code(tree, 10)
+        assert values(symbols, 10)[-1] == eval(task.show(tree).partition(" mod ")[0]) % 10
+        assert sum(any(x.isdigit() for x in symbol) for symbol in symbols) == nodes
 
 
 def test_text_is_shifted_and_held_out():

@@ -24,7 +24,7 @@ CHANGES = {
     "parity_text": ((*GROWN, "hops=0", "lengths=[12]", "pretrain.length=8"), ["TurboConn g=1"]),
     "s5": (DEPTH, ["T2MLR"]),
     "search": (("test_rows=4", "model.blocks=2", "samples=8", "budget=3", "train.length=12", "hops=1", "arms.loops=[]"), None),
-    "trees": ((*GROWN, "lengths=[12]", "train.length=12", "pretrain.length=10"), ["TurboConn g=1"]),
+    "trees": ((*GROWN, "hops=16", "lengths=[8]", "pretrain.length=8"), ["TurboConn g=1"]),
 }
 
 
