@@ -14,8 +14,10 @@ from torch._C import _len_torch_function_stack
 from torch._C._autograd import _top_saved_tensors_default_hooks
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn.modules import module as _module
-from torch.overrides import _pop_mode_temporarily
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack, _pop_mode_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
+
+from depthpass.errors import UnsupportedModelError
 
 _GLOBAL_HOOKS = (
     "_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks",
@@ -56,6 +58,25 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
 def global_hook_tables() -> tuple[dict, ...]:
     """Where torch keeps the hooks of all modules of the process."""
     return tuple(getattr(_module, name) for name in _GLOBAL_HOOKS)
+
+
+def function_modes() -> list[TorchFunctionMode]:
+    """The modes around a call that see the functions which it calls, except torch's own (``with torch.device(...)``)."""
+    return [m for m in _get_current_function_mode_stack() if not type(m).__module__.startswith("torch.")]
+
+
+def check_modes() -> None:
+    """Refuse modes of functions: a captured graph calls the ops below ``torch.nn.functional``.
+
+    Raises:
+        UnsupportedModelError: naming such a mode.
+    """
+    for mode in function_modes():
+        raise UnsupportedModelError(
+            f"{type(mode).__qualname__} is a TorchFunctionMode around the call: stock blocks would hand it the functions that "
+            "they call, those of a transformed model, which run as captured graphs, only the ops below them. Use a "
+            "TorchDispatchMode, or hooks on modules."
+        )
 
 
 @contextmanager

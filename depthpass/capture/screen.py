@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from depthpass.capture.adapters import screen_adapters
 from depthpass.capture.attention import attention_style, signature_names
 from depthpass.capture.explain import attends_by_itself, computes_attention, dispatches, mask_makers
 from depthpass.errors import UnsupportedModelError
@@ -121,6 +122,7 @@ def screen_modules(model: nn.Module) -> None:
                 f"{name}: config.is_causal=False makes its attention bidirectional; a token that sees later tokens has "
                 "no place in a token loop. Expected a causal decoder."
             )
+    screen_adapters(model)
     for path, module in model.named_modules():
         for kind in _rope_types(module):
             if kind in _TRACED_ROPE:
@@ -137,6 +139,21 @@ def screen_modules(model: nn.Module) -> None:
             "attention only."
         )
     _screen_attention(model, layers)
+
+
+def screen_prompts(model: Any) -> None:
+    """Refuse a PEFT model whose prompts are keys and values instead of embeddings.
+
+    Raises:
+        UnsupportedModelError: naming the kind.
+    """
+    config = getattr(model, "active_peft_config", None)
+    kind = getattr(getattr(config, "peft_type", None), "value", "")
+    if kind in ("PREFIX_TUNING", "CARTRIDGE") and not getattr(model, "_adapters_disabled", False):
+        raise UnsupportedModelError(
+            f"{kind.lower()}: these prompts are keys and values that every block is given and no token has, so visits, delays "
+            "and loops have nothing to compute them from. Use prompt tuning or p-tuning, whose prompts are embeddings."
+        )
 
 
 def _screen_attention(model: nn.Module, layers: str) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, overload
 import torch
 from torch import nn
 
-from depthpass.capture.screen import block_list
+from depthpass.capture.screen import block_list, screen_prompts
 from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.blocks import check_blocks
 from depthpass.hf.calls.doors import DepthDecoder
@@ -108,6 +108,7 @@ def transform(
         )
     from depthpass_lowering.executors.levels import check_level
 
+    screen_prompts(model)
     policy = load_schedule(schedule, tol=tol, max_sweeps=max_sweeps, window=window, exact=exact)
     runtime = prepare(inner, spec, chunk, stack)
     runtime.lowering, runtime.fixed_point = check_level(lowering), policy

@@ -8,6 +8,8 @@ import zoo
 from depthpass_lowering.executors.compiled import CompiledChunk, compiled_graph
 from depthpass_lowering.products.joint import Joint
 from levels import assert_same, gradients, pair
+from torch import nn
+from torch.testing._internal.two_tensor import TwoTensor
 from turbos import enliven
 
 import depthpass as dp
@@ -180,6 +182,32 @@ def test_a_state_that_was_left_behind_does_not_write_into_rooms_that_went_on(mod
         whole = torch.cat([batch["input_ids"], ids[:, :3]], 1), torch.cat([mask, mask.new_ones(2, 3)], 1)
         expected = compiled(input_ids=whole[0], attention_mask=whole[1], use_cache=False).logits[:, -2:]
     torch.testing.assert_close(torch.cat([first, went_on], 1), expected, rtol=1e-10, atol=1e-10)
+
+
+@torch.no_grad()
+def test_weights_that_a_compiled_token_was_not_made_for(models):
+    """Other strides compile another one; a class of its own, as quantized weights have, is refused by name."""
+    batch = zoo.batch([7, 7])
+    token = {"input_ids": batch["input_ids"][:, -1:]}
+
+    def filled(model):
+        cache = dp.DepthCache(model)
+        model(input_ids=batch["input_ids"], past_key_values=cache)
+        return cache
+
+    eager, compiled = models
+    projection = compiled.transformer.h[1].attn.c_proj
+    whole = projection.weight.data  # of the eager model, too
+    projection.weight.data = (-whole).t().contiguous().t()
+    rows = [model(**token, past_key_values=filled(model)).logits for model in models]
+    projection.weight.data = whole
+    torch.testing.assert_close(rows[1], rows[0], rtol=1e-10, atol=1e-10)
+    assert (rows[0] - eager(**token, past_key_values=filled(eager)).logits).abs().max() > 1e-3
+    cache, kept = filled(compiled), projection.weight
+    projection.weight = nn.Parameter(TwoTensor(whole, whole), requires_grad=False)
+    with pytest.raises(LoweringError, match=r"cannot compile a decoded token: a weight is a TwoTensor"):
+        compiled(**token, past_key_values=cache)
+    projection.weight = kept
 
 
 def test_a_decoded_token_behind_latents_is_one_graph():

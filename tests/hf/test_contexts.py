@@ -5,11 +5,13 @@ import torch
 import zoo
 from captured_once import captured_once
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from turbos import enliven, turbo_of
 
 import depthpass as dp
-from depthpass.errors import InputError, LoweringError
+from depthpass.errors import InputError, LoweringError, UnsupportedModelError
 
 IDS = zoo.batch([9, 9], seed=5)["input_ids"]
 WARM = pytest.mark.parametrize("warm", [False, True], ids=["first", "later"])
@@ -134,6 +136,38 @@ def test_modes_around_the_first_call_are_not_captured(stock):
     with torch.autocast("cpu", torch.bfloat16):
         transformed(input_ids=IDS, use_cache=False)
     assert torch.equal(transformed(input_ids=IDS, use_cache=False).logits, wanted)
+
+
+class Tripled(TorchFunctionMode):
+    """Changes a function that blocks call."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out * 3 if func is torch.nn.functional.silu else out
+
+
+class Halved(TorchDispatchMode):
+    """Changes an op."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        return out / 2 if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default) else out
+
+
+@WARM
+def test_modes_that_change_what_a_block_computes(stock, warm):
+    """A captured graph calls ops, so a mode of ops changes them; it calls no functions, so their modes are refused."""
+    transformed = dp.transform(stock, dp.Identity())
+    if warm:
+        with captured_once():
+            transformed(input_ids=IDS, use_cache=False)
+    with Halved():
+        got, wanted = (m(input_ids=IDS, use_cache=False).logits for m in (transformed, stock))
+    torch.testing.assert_close(got, wanted)
+    assert (stock(input_ids=IDS, use_cache=False).logits - wanted).abs().max() > 1e-2
+    with Tripled(), pytest.raises(UnsupportedModelError, match="Tripled is a TorchFunctionMode"):
+        transformed(input_ids=IDS, use_cache=False)
+    torch.testing.assert_close(transformed(input_ids=IDS, use_cache=False).logits, stock(input_ids=IDS, use_cache=False).logits)
 
 
 def test_inference_mode_around_making_and_calling():

@@ -275,3 +275,28 @@ def test_nnsight_reads_and_edits_what_runs(warm):
             actual = traced.lm_head.output.save()
         assert inside.shape == (2, GROUP, 32)  # the first chunk: a warning has said so
         close(actual, plain)
+
+
+@pytest.mark.filterwarnings("ignore:materialize|hooks on")
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_hooks_that_change_what_goes_into_a_block(name):
+    """As steering vectors do; and gradients of it, as stock blocks hand them out. The oracle is a stock model of the visits."""
+    ids = zoo.batch([7, 7])["input_ids"]
+    stock = enliven(zoo.model(name, 3))
+    twin = dp.materialize(dp.transform(stock, dp.Loop(1, 2, 2)))
+    turbo = dp.transform(stock, dp.Loop(1, 2, 2))
+
+    def blocks(model):
+        return model.model.layers if name == "llama" else model.transformer.h
+
+    plain = turbo(input_ids=ids, use_cache=False).logits
+    seen = []
+    for model, visits in ((twin, (1, 2)), (turbo, (1,))):
+        for block in (blocks(model)[i] for i in visits):
+            block.register_forward_pre_hook(lambda module, inputs: (inputs[0] * torch.linspace(0.5, 2, inputs[0].shape[-1]),))
+            block.register_full_backward_hook(lambda module, into, out: (into[0] * 0.5,))
+        out = model(input_ids=ids, labels=ids, use_cache=False)
+        seen.append((out.logits, *torch.autograd.grad(out.loss, model.get_input_embeddings().weight)))
+    assert (seen[0][0] - plain).abs().max() > 1e-2
+    for got, want in zip(seen[1], seen[0], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)

@@ -295,6 +295,35 @@ def test_changes_after_the_first_call_count(name):
         assert not torch.allclose(call(transformed).logits, before, atol=1e-3), f"{what}: the change has to matter"
 
 
+def test_tied_tensors_count_as_two_once_they_are(captures):
+    """A trace reads a tensor that stands in several places at the first one; where they part, each place has its own."""
+    stock = enliven(zoo.model("llama", 2), least=1)
+    first, second = stock.model.layers
+    ties = [(second.self_attn.q_proj, first.self_attn.o_proj), (first.post_attention_layernorm, first.input_layernorm),
+            (stock.model.norm, second.input_layernorm)]
+    for one, other in ties:
+        one.weight = other.weight
+    transformed = dp.transform(stock, dp.Identity())
+    tied = call(transformed).logits
+    agrees(transformed)
+    first, second = transformed.model.layers
+    for one in (second.self_attn.q_proj, first.post_attention_layernorm, transformed.model.norm):
+        whole, before = one.weight, call(transformed).logits
+        one.weight = nn.Parameter(-whole.detach())
+        assert (call(transformed).logits - before).abs().max() > 1e-2
+        agrees(transformed)
+        transformed.zero_grad()
+        transformed(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        got = {n: p.grad for n, p in transformed.named_parameters()}
+        transformed.zero_grad()
+        dp.restore(transformed)(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+        for n, p in transformed.named_parameters():
+            torch.testing.assert_close(got[n], p.grad)
+        one.weight = whole
+        count = len(captures)
+        assert torch.equal(call(transformed).logits, tied) and len(captures) == count
+
+
 def test_a_change_counts_in_every_program_and_is_taken_back():
     stock = enliven(zoo.model("llama", 3))
     transformed = turbo_of(stock, bridges=[(2, 0)])

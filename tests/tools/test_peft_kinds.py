@@ -66,26 +66,81 @@ def test_prompt_tuning_puts_its_tokens_in_front_of_the_program():
     assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "prompt_" in n)
 
 
-def test_prompts_as_keys_are_refused_by_name():
-    """Prefix tuning hands every block keys that no token has."""
-    config = peft.PrefixTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM")
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "CartridgeConfig"])
+def test_prompts_as_keys_are_refused_by_name(kind):
+    """They hand every block keys that no token has."""
+    if not hasattr(peft, kind):
+        pytest.skip("not in this release")
+    config = getattr(peft, kind)(num_virtual_tokens=3, task_type="CAUSAL_LM")
     model = peft.get_peft_model(turbo_of(stock_of("llama")), config)
     for given in ({}, {"labels": BATCH["input_ids"]}):
-        with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
+        with pytest.raises(dp.DepthpassError, match=r"past_key_values.*prefix tuning"):
             logits(model, **BATCH, **given)
     with pytest.raises(dp.DepthpassError, match=r"past_key_values|cache"):
         model.generate(**BATCH, max_new_tokens=2)
+    with pytest.raises(dp.UnsupportedModelError, match=config.peft_type.value.lower()):
+        dp.transform(peft.get_peft_model(stock_of("llama"), config), dp.Identity())
 
 
-@pytest.mark.skipif(not hasattr(peft, "FrodConfig"), reason="not in this release")
+class Sparse(torch.nn.Module):
+    """Asks how many entries a sparse tensor has; a trace would take it for empty."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear = linear
+
+    def forward(self, x):
+        entries = torch.sparse_coo_tensor(torch.tensor([[0, 1], [1, 0]]), torch.ones(2), (32, 32)).coalesce()
+        return self.linear(x) + (x.shape[-1] if entries._nnz() == 0 else 0)
+
+
 def test_sparse_tensors_in_a_block_are_refused_by_name():
-    """FRoD asks how many entries its sparse factor has; a trace would take it for empty."""
-    model = peft.get_peft_model(stock_of("llama"), peft.FrodConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    transformed = dp.transform(model, dp.Identity())
+    model = stock_of("llama")
+    model.model.layers[1].self_attn.q_proj = Sparse(model.model.layers[1].self_attn.q_proj)
     with pytest.raises(dp.UnsupportedModelError, match=r"q_proj.*sparse"):
-        logits(transformed)
-    with transformed.disable_adapter():
-        torch.testing.assert_close(logits(transformed), logits(stock_of("llama")))
+        logits(dp.transform(model, dp.Identity()))
+
+
+REFUSED = {
+    "aLoRA": lambda: peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM", alora_invocation_tokens=[3, 4]),
+    "FRoD": lambda: peft.FrodConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "Lily": lambda: peft.LilyConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "Poly": lambda: peft.PolyConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"),
+    "WaveFT": lambda: peft.WaveFTConfig(n_frequency=16, target_modules=["q_proj"], task_type="CAUSAL_LM"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_adapters_that_cannot_run_are_refused_at_the_transform(kind):
+    """And at the first call where they are put on later; switched off they do not run, and nothing is in the way."""
+    try:
+        config = REFUSED[kind]()
+    except (AttributeError, TypeError):
+        pytest.skip("not in this release")
+    stock = peft.get_peft_model(stock_of("llama", 1), config)
+    with pytest.raises(dp.UnsupportedModelError, match=rf"q_proj.*'default'.*{kind}"):
+        dp.transform(stock, dp.Identity())
+    with stock.disable_adapter():
+        transformed = dp.transform(stock, dp.Identity())
+        torch.testing.assert_close(logits(transformed), logits(stock_of("llama", 1)), rtol=0, atol=0)
+    transformed.base_model.enable_adapter_layers()
+    task = {"task_ids": torch.zeros(2, dtype=torch.long)} if kind == "Poly" else {}
+    with pytest.raises(dp.UnsupportedModelError, match=rf"q_proj.*'default'.*{kind}"):
+        logits(transformed, **BATCH, **task)
+
+
+def test_wavelets_without_their_transform_run():
+    """Of what WaveFT does only the choice of coefficients depends on data."""
+    if not hasattr(peft, "WaveFTConfig"):
+        pytest.skip("not in this release")
+    config = peft.WaveFTConfig(n_frequency=16, target_modules=["q_proj"], task_type="CAUSAL_LM", use_idwt=False)
+    stock = peft.get_peft_model(stock_of("llama", 1), config).eval()
+    with torch.no_grad():
+        for n, p in stock.named_parameters():
+            if "waveft" in n:
+                p.normal_()
+    assert (logits(stock) - logits(stock_of("llama", 1))).abs().max() > 1e-3
+    torch.testing.assert_close(logits(dp.transform(stock, dp.Identity())), logits(stock), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("order", ["before", "after"])

@@ -73,12 +73,15 @@ pytree.register_pytree_node(
 )
 
 
-def block_forward(layer: nn.Module, hidden: Tensor, *args, **kwargs):
-    """Forward of a block of a transformed model: its captured graph when it runs as a visit, stock code otherwise."""
-    if not args or not isinstance(args[0], BlockCall):
+def block_forward(layer: nn.Module, hidden: Tensor, *args, depth_call: BlockCall | None = None, **kwargs):
+    """Forward of a block of a transformed model: its captured graph when it runs as a visit, stock code otherwise.
+
+    Args:
+        depth_call: a keyword, since hooks hand on other positional arguments and other gradients of them.
+    """
+    if depth_call is None:
         return type(layer).forward(layer, hidden, *args, **kwargs)
-    call = args[0]
-    run = functools.partial(call.run, layer)
+    run = functools.partial(depth_call.run, layer)
     checkpointing = getattr(layer, "gradient_checkpointing", False) and layer.training and torch.is_grad_enabled()
     # Older transformers checkpoint in the layer's own __call__, around this function.
     if checkpointing and type(layer).__call__ is nn.Module.__call__:
@@ -156,8 +159,8 @@ class StockHost:
     def block(self, index: int, visit, hidden: Tensor, side_inputs: Sequence[Tensor]) -> Tensor:
         call = BlockCall(self.captured.blocks[index], visit, side_inputs, self)
         if self.prefix is None:
-            return self.layers[index](hidden, call)
-        return self.prefix.visit(visit, hidden, lambda: self.layers[index](hidden, call))
+            return self.layers[index](hidden, depth_call=call)
+        return self.prefix.visit(visit, hidden, lambda: self.layers[index](hidden, depth_call=call))
 
     def side_inputs_of(self, index: int) -> tuple[int, ...]:
         return self.captured.blocks[index].side_inputs

@@ -203,8 +203,8 @@ def _cache(model: DepthModel, given: dict[str, Any], frame: Frame | None, batch:
         cache = adopted(cache, model)
     if not isinstance(cache, DepthCache):
         raise CacheError(
-            f"{name}: expected a DepthCache made for this model, got {type(cache).__name__}. A transformed "
-            "model keeps one slot per visit and delay lines; use dp.DepthCache(model), or let generate() make it."
+            f"{name}: expected a DepthCache made for this model, got {type(cache).__name__}. One has a slot per visit and delay "
+            "lines; use dp.DepthCache(model), or let generate() make it. Prompts as keys (PEFT prefix tuning) are not supported."
         )
     cache.check_owner(model, name)
     if cache.state.length and cache.batch_size not in (-1, batch):

@@ -42,12 +42,14 @@ def advance_token(
         the decoder's flat outputs; streams by name; the new state.
 
     Raises:
-        LoweringError: the call is such a step, but the program, a hook or autocast keeps it from being compiled.
+        LoweringError: the call is such a step, but the program, a hook, autocast or a weight keeps it from being compiled.
     """
     runtime = model._depth
     if runtime.lowering not in ("inductor", "cudagraph") or not _is_step(call, state, runtime.lowering):
         return None
-    if reason := refusal_of(model, plan, captured, state):
+    ready = _ready(model, plan, captured)
+    weights = [read() for read in ready.reads]
+    if reason := _refusal_of(model, ready, weights):
         raise LoweringError(
             f"lowering {runtime.lowering!r} cannot compile a decoded token: {reason}. Use lowering='auto', which decodes it "
             "uncompiled."
@@ -63,10 +65,9 @@ def advance_token(
     lines = {n: t.contiguous() for n, t in sorted(state.lines.items())}
     key = (
         id(captured), id(plan), batch, valid is None, rooms.columns, torch.is_inference_mode_enabled(),
-        tuple(lines), tuple((n, call.tensors[n].shape) for n in names),
+        tuple(lines), tuple((n, call.tensors[n].shape) for n in names), tuple(w.stride() for w in weights),
     )
     step: CompiledStep | None = runtime.tokens.get(key)
-    weights = live_tensors(model, plan, captured)
     device = rooms.tensors()[0].device
     record_steps = _recorder(device) if runtime.lowering == "cudagraph" else None
     at = torch.tensor([length], device=device)
@@ -125,11 +126,17 @@ def _exempt(call: Call) -> str | None:
     return None if call.valid is None or bool(call.valid[:, -1].all()) else "some row has padding in place of the token"
 
 
-def refusal_of(model: DepthModel, plan: Plan, captured: Capture, state: State) -> str | None:
-    """Why a step of this program cannot be compiled in this call, or None."""
+def _refusal_of(model: DepthModel, ready: Ready, weights: list[Tensor]) -> str | None:
+    """Why a step cannot be compiled in this call, or None.
+
+    Args:
+        weights: what it would read, as it is now: weights are replaced without any other change (``quantize_``).
+    """
     if torch.is_autocast_enabled(next(model.parameters()).device.type):
         return "autocast is on"
-    return _ready(model, plan, captured).reason
+    # What multiplies by such a weight is said by its class, which neither the compiler nor a kernel asks.
+    odd = next((w for w in weights if type(w) not in (Tensor, nn.Parameter) or w.layout is not torch.strided), None)
+    return ready.reason or (None if odd is None else f"a weight is a {type(odd).__name__} ({odd.layout}), no plain tensor")
 
 
 def _obstacle(model: DepthModel, plan: Plan, captured: Capture) -> str | None:
@@ -162,11 +169,6 @@ class CompiledStep:
     streams: tuple[str, ...]
     plan: Plan
     lowered: LoweredProgram
-
-
-def live_tensors(model: DepthModel, plan: Plan, captured: Capture) -> list[Tensor]:
-    """Every parameter and buffer that a step reads, once each, as they are now."""
-    return [read() for read in _ready(model, plan, captured).reads]
 
 
 @dataclass(frozen=True)

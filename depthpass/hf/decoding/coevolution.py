@@ -87,9 +87,8 @@ class CoevolutionaryDiffusion(Shown, nn.Module):
             ids: x_t; state: z_t; time: t, ``[batch]``.
         """
         embedded = self.model.get_input_embeddings()(ids)
-        given = embedded + self.enter(state.to(embedded)) + self.time(_sinusoid(time).to(embedded))[:, None]
-        at = places(self.model, attention_mask)
-        out = self.model(inputs_embeds=given, attention_mask=attention_mask, use_cache=False, **at)
+        x = embedded + self.enter(state.to(embedded)) + self.time(_sinusoid(time).to(embedded))[:, None]
+        out = self.model(inputs_embeds=x, attention_mask=attention_mask, use_cache=False, **places(self.model, attention_mask))
         return predictions(out.logits, self.given), self.leave(out.taps[self.tap])
 
     def clean(self, ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from depthpass.capture.code import class_items, function_globals, globals_read, mentioned, mentions, own_bases
 from depthpass.capture.held import ALWAYS_READ, function_state, held
-from depthpass.capture.quiet import global_hook_tables
+from depthpass.capture.quiet import check_modes, function_modes, global_hook_tables
 from depthpass.capture.screen import block_list
 from depthpass.capture.snapshot import Snapshot
 from depthpass.capture.structure import is_config, own_class
@@ -128,8 +128,9 @@ class Watch:
         self.read = [get(table) for get, table in self.globals]
         for tensor in self.asked.values():
             self.then.look(tensor, tensor.tolist)
+        places: dict[int, tuple[dict, str]] = {}  # a trace reads tied tensors, objects in two places, at the first one
         self.tensors = [
-            (table, name, _form(t), len(table))
+            (table, name, _form(t), len(table), places.setdefault(id(t), (table, name)))
             for m in self.modules for table in (m._parameters, m._buffers) for name, t in table.items()
         ]
         hooks = [t for m in self.modules for t in hook_tables(m)]
@@ -238,15 +239,15 @@ class Watch:
         try:
             if not self.then.same() or list(map(type, self.modules)) != self.types or not all(self.hooked):
                 return False
-            if list(map(len, self.world)) != self.hooks or torch.get_default_dtype() is not self.dtype:
+            if list(map(len, self.world)) != self.hooks or torch.get_default_dtype() is not self.dtype or function_modes():
                 return False
             if any(get(table) != values for (get, table), values in zip(self.globals, self.read)):
                 return False
         except (ValueError, RuntimeError, TypeError, KeyError):  # tables with tensors or arrays: their equality is none
             return False
-        for table, name, form, count in self.tensors:
+        for table, name, form, count, (first, tied) in self.tensors:
             t = table.get(name)
-            if len(table) != count or (t is None) != (form is None):
+            if len(table) != count or (t is None) != (form is None) or first.get(tied) is not t:
                 return False
             if t is not None and form and (t.dtype is not form[0] or t.device != form[1] or t.shape != form[2]):
                 return False
@@ -259,12 +260,13 @@ class Watch:
             called: ids of those that are called as modules.
         """
         met: dict[int, object] = {}
+        places: dict[int, int] = {}
         return (
             tuple((Same(m), own_class(type(m)), tuple(m._modules), tuple(
                 (n, self._frozen(v, met)) for n, v in m.__dict__.items() if self._counts(n, id(m) in called)
             )) for m in modules),
             tuple(
-                tuple((n, _form(t), self.dtypes.get(id(t))) for n, t in table.items())
+                tuple((n, _form(t), self.dtypes.get(id(t)), places.setdefault(id(t), len(places))) for n, t in table.items())
                 for m in modules for table in (m._parameters, m._buffers)
             ),
             tuple(
@@ -323,6 +325,7 @@ def watch(watches: list[Watch], model: nn.Module, decoder: str, layers: str) -> 
                 watches.append(known)
             return known
     check_hooks()
+    check_modes()
     check_wrappers(model)
     new = Watch(model, decoder, layers, watches[-1] if watches else None)
     watches[:] = [*watches[1 - KEPT :], new]
