@@ -325,7 +325,7 @@ def _aliased(
     def wrapped(index: int, block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
             # A transformed model calls its blocks with the running visit beside the hidden stream.
-            visit = str(index) if stock else args[1].visit.op.name
+            visit = str(index) if stock else kwargs["depth_call"].visit.op.name
             with _swapped(block, {name: alias(index, visit, name) for name in names[index]}):
                 return forward(*args, **kwargs)
 

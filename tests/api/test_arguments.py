@@ -60,7 +60,7 @@ def test_wrong_types():
             {"labels": [None], "eps": [0.5], "time": [None], "masked": [None]}),
         lambda **k: dp.LoopContrast(tapped, **k).close(): ({"loop": 1, "scope": "loop", "form": "penalty", "strength": 1.0},
                                                            {"loop": [-1], "strength": [None, 1.5, 2**70, 0.5]}),
-        dp.LatentCurriculum: ({"per_step": 1, "stages": 1, "bot": 3, "pad": 0}, {"bot": [None, -1, 2**70], "pad": [-1, 2**70]}),
+        dp.LatentCurriculum: ({"per_step": 1, "stages": 1, "bot": 3, "pad": 0}, {"bot": [None, 2**70], "pad": [2**70]}),
         lambda **k: dp.search(live, samples, space=[[0]], method="random", score="log_prob", **k): (
             {"budget": 1, "seed": 0, "on_trial": None},
             {"budget": [None, 2**70], "seed": [-1, 2**70], "on_trial": [None]}),

@@ -58,7 +58,7 @@ class LatentCurriculum(FlopsLedger):
         for name, value in (("per_step", per_step), ("stages", stages), ("every", every)):
             require(1 <= value <= INTEGER, f"LatentCurriculum.{name}", "an integer of at least 1", value)
         for name, value in (("bot", bot), ("eot", eot), ("pad", pad)):
-            require(value is None or 0 <= value <= INTEGER, f"LatentCurriculum.{name}", "a token id", value)
+            require(value is None or value >= 0, f"LatentCurriculum.{name}", "a token id", value)
         self.per_step, self.stages, self.every, self.bot, self.eot, self.pad = per_step, stages, every, bot, eot, pad
         self.reset_optimizer, self.scope, self.stage = reset_optimizer, scope, 0
 
