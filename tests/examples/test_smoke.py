@@ -20,7 +20,7 @@ CHANGES = {
     "p_hop": (("model.blocks=1", "test_rows=4", "train.length=12", "lengths=[12]", "test_times=[2]", "arms.times=2", "hops=1"),
               ["1 block"]),
     "p_hop_depth": (("model.blocks=2", "test_rows=4", "train.length=8", "lengths=[8]", "hops=1"), ["loop"]),
-    "parity": ((*GROWN, "hops=16", "lengths=[8]", "pretrain.length=8"), ["TurboConn g=4", "stock, window 4"]),
+    "parity": ((*GROWN, "hops=16", "lengths=[8]", "pretrain.length=8"), ["TurboConn g=4", "stock, window 8"]),
     "parity_text": ((*GROWN, "hops=0", "lengths=[12]", "pretrain.length=8"), ["TurboConn g=1"]),
     "s5": (DEPTH, ["T2MLR"]),
     "search": (("test_rows=4", "model.blocks=2", "samples=8", "budget=3", "train.length=12", "hops=1", "arms.loops=[]"), None),
