@@ -12,7 +12,7 @@ from depthpass.annotations import check_field, integers
 from depthpass.errors import SpecError
 from depthpass.ir.program import Program
 from depthpass.limits import INTEGER, shown
-from depthpass.passes.options import Named, default_of, options, require, short
+from depthpass.passes.options import Named, as_python, default_of, options, require, short, told
 from depthpass.prompt import in_notebooks
 
 __all__ = ["Context", "Numerics", "Pass", "default_of", "options", "require"]
@@ -74,11 +74,7 @@ class Pass(metaclass=Named):
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         if "__repr__" not in vars(cls):  # set here, before @dataclass writes one that says every default
-            cls.__repr__ = Pass.__repr__  # type: ignore[method-assign]
-
-    def __repr__(self) -> str:
-        """Python that makes an equal pass: what was given or says what the pass does, defaults left out."""
-        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in self._told(self._telling()).items())})"
+            cls.__repr__ = as_python  # type: ignore[method-assign, assignment]
 
     def __post_init__(self) -> None:
         types = self.field_types()
@@ -142,16 +138,10 @@ class Pass(metaclass=Named):
     @property
     def label(self) -> str:
         """Short text for provenance comments: the name, the ``shown`` options and those that differ from defaults."""
-        given = ", ".join(f"{k}={short(v)}" for k, v in self._told({*options(self), *self.shown}).items())
+        given = ", ".join(f"{k}={short(v)}" for k, v in told(self, self.shown).items())
         return f"{self.name}({given if len(given) <= 50 else given[:50].rsplit(',', 1)[0] + ', ..'})"
 
     def describe(self) -> str:
         """The name and every option that was given or that says what the pass does, in full: ``loop(start=1, times=2)``."""
-        told = self._told(self._telling()).items()
-        return f"{self.name}({', '.join(f'{k}={list(v) if isinstance(v, tuple) else v}' for k, v in told)})"
-
-    def _telling(self) -> set[str | None]:
-        return {*options(self), *self.shown, self.loop_field}
-
-    def _told(self, names: set[str | None]) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name in names}
+        given = told(self, (*self.shown, self.loop_field)).items()
+        return f"{self.name}({', '.join(f'{k}={list(v) if isinstance(v, tuple) else v}' for k, v in given)})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import MISSING, Field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,17 @@ if TYPE_CHECKING:
 def options(p: Pass) -> dict[str, Any]:
     """Options of a pass that have no default or differ from it, in field order."""
     return {f.name: v for f in fields(p) if (v := getattr(p, f.name)) != default_of(f) or default_of(f) is MISSING}
+
+
+def told(p: Pass, also: Iterable[str | None] = ()) -> dict[str, Any]:
+    """Options that were given, and those named in ``also`` whatever they are, in field order."""
+    names = {*options(p), *also}
+    return {f.name: getattr(p, f.name) for f in fields(p) if f.name in names}
+
+
+def as_python(p: Pass) -> str:
+    """Python that makes an equal pass: what was given or says what the pass does, defaults left out."""
+    return f"{type(p).__name__}({', '.join(f'{k}={v!r}' for k, v in told(p, (*p.shown, p.loop_field)).items())})"
 
 
 def default_of(f: Field[Any]) -> Any:
