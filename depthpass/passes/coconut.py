@@ -52,3 +52,16 @@ class Coconut(Pass):
 
     def apply(self, program: Program, ctx: Context) -> Program:
         return insert_pads(self.name, program, self.latents, feed=True, **place(self.name, self.after))
+
+
+def check_mark(latents: Pass, mark: int | None) -> None:
+    """Hold the token that rows have before their latents against the one that the pass looks for.
+
+    A program without latents (the first stage of a curriculum) looks at no row, so nobody else would see it there.
+
+    Raises:
+        SpecError: they differ.
+    """
+    token = place(latents.name, getattr(latents, "after", PROMPT)).get("behind")
+    require(None in (token, mark) or token == mark, "LatentCurriculum.bot", f"{token}, as {latents.name} has "
+            f"after='token:{token}'", mark, "Rows have their latents between bot and eot.")

@@ -70,3 +70,27 @@ def test_a_run(tmp_path):
     assert curriculum.stage == 2 and len(curriculum.ledger.entries) == 6
     # Two latents of two blocks each are work that the ledger counts.
     assert curriculum.ledger.entries[2].visits == 2
+
+
+def curriculum_on(after, bot):
+    model = dp.transform(zoo.model("llama", 2), [dp.Loop(times=2), dp.Coconut(0, after=after)])
+    return model, dp.LatentCurriculum(per_step=2, stages=1, bot=bot, eot=EOT)
+
+
+@pytest.mark.parametrize(("token", "bot"), [(EOT, BOT), (BOT, EOT)])
+def test_another_token_than_that_before_the_latents(token, bot, tmp_path):
+    """Refused before the first step: a stage without latents would not see it."""
+    model, curriculum = curriculum_on(f"token:{token}", bot)
+    settings = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True, remove_unused_columns=False, max_steps=1)
+    trainer = Trainer(model, settings, train_dataset=items(), data_collator=curriculum.collate, callbacks=[curriculum])
+    wrong = rf"LatentCurriculum\.bot: expected {token}, as coconut has after='token:{token}', got {bot}"
+    with pytest.raises(dp.SpecError, match=wrong):
+        trainer.train()
+    assert trainer.state.global_step == 0 and not any(m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(("after", "bot"), [(f"token:{BOT}", BOT), (f"token:{EOT}", None), ("prompt", BOT), (3, BOT)])
+def test_places_that_fit_the_rows(after, bot):
+    model, curriculum = curriculum_on(after, bot)
+    curriculum.begin(model, resumed=False)
+    assert dp.loops_of(model, scope="coconut") == 0

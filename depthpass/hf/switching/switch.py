@@ -105,9 +105,14 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
     Raises:
         SpecError: as :func:`set_loops`.
     """
-    passes = transformed(model, "loops_of")._depth.plans.current.passes
-    loop = passes[loop_of(passes, scope)]
+    loop = loop_pass(model, scope, "loops_of")
     return getattr(loop, str(loop.loop_field))
+
+
+def loop_pass(model: nn.Module, scope: str | int | None, who: str) -> Pass:
+    """The pass that counts iterations, of the spec in force."""
+    passes = transformed(model, who)._depth.plans.current.passes
+    return passes[loop_of(passes, scope)]
 
 
 def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:

@@ -85,8 +85,9 @@ class FlopsLedger(TrainerCallback, ExportableState):
             self.held = held
         else:
             self.ledger = Ledger()
-        self._counter = Counter(inner, self.trainable)
+        # What may refuse the model comes before its hook.
         self.begin(model, held is not None)
+        self._counter = Counter(inner, self.trainable)
         self._remember(model)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):

@@ -11,13 +11,12 @@ from torch import Tensor
 from depthpass.analysis.cost.program import Trainable
 from depthpass.annotations import checked
 from depthpass.errors import InputError, SpecError
-from depthpass.hf.switching.switch import loops_of
+from depthpass.hf.switching.switch import loop_pass, loops_of
 from depthpass.hf.training.callbacks import FlopsLedger
 from depthpass.limits import INTEGER
 from depthpass.passes.base import require
+from depthpass.passes.coconut import check_mark
 from depthpass.prompt import at_prompt
-
-IGNORED_LABEL = -100
 
 
 @at_prompt
@@ -39,7 +38,7 @@ class LatentCurriculum(FlopsLedger):
         per_step: latents for every step that is left out.
         stages: steps that are replaced at most.
         every: epochs per stage.
-        bot, eot: tokens around the latents; None = none.
+        bot, eot: tokens around the latents; None = none. A ``bot`` is the token of the model's ``Coconut(after="token:..")``.
         pad: id of padding; its columns are masked.
         reset_optimizer: forget the optimizer's state when a stage begins.
         scope: which pass, when the spec has several loops; see :func:`depthpass.set_loops`.
@@ -90,25 +89,23 @@ class LatentCurriculum(FlopsLedger):
         if not items:
             raise InputError("LatentCurriculum: expected items to make a batch of, got none.")
         rows = [self.row(item) for item in items]
-        width = max(len(tokens) for tokens, _ in rows)
-        ids = torch.full((len(rows), width), self.pad)
-        mask, labels = torch.zeros_like(ids), torch.full_like(ids, IGNORED_LABEL)
+        ids = torch.full((len(rows), max(len(tokens) for tokens, _ in rows)), self.pad)
+        mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)  # no loss
         for r, (tokens, asked) in enumerate(rows):
             ids[r, : len(tokens)], mask[r, : len(tokens)] = torch.tensor(tokens), 1
             labels[r, asked : len(tokens)] = torch.tensor(tokens[asked:])
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
     def begin(self, model: Any, resumed: bool) -> None:
+        check_mark(loop_pass(model, self.scope, type(self).__name__), self.bot)
         self.stage = self.stage if resumed else 0
         self._set(model, self.latents(self.stage))
 
     def on_epoch_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        stage = int(state.epoch or 0) // self.every
-        if stage == self.stage:
+        if (stage := int(state.epoch or 0) // self.every) == self.stage:
             return
         self.stage = stage
         self._set(model, self.latents(stage))
-        self._remember(model)
         if self.reset_optimizer and optimizer is not None:
             getattr(optimizer, "optimizer", optimizer).state.clear()
 
