@@ -36,8 +36,9 @@ def test_rows_of_every_stage():
     assert batch["attention_mask"].sum(-1).tolist() == [9, 8]
     with pytest.raises(dp.InputError, match="without steps, answer"):
         curriculum.row({"question": [1]})
-    with pytest.raises(dp.InputError, match="got an empty one"):
-        curriculum.row({**item, "answer": []})
+    for wrong in ({"answer": []}, {"question": []}, {"question": [5, curriculum.bot, 6]}):  # latents would stand in the question
+        with pytest.raises(dp.InputError, match="a question without its bot and an answer, each of at least one token"):
+            curriculum.row({**item, **wrong})
     with pytest.raises(dp.InputError, match="items to make a batch of, got none"):
         curriculum.collate([])
     with pytest.raises(dp.SpecError, match=r"LatentCurriculum\.bot: expected a token id, got -1"):

@@ -72,13 +72,13 @@ class LatentCurriculum(FlopsLedger):
         """A row's tokens in a stage (None = the one in force), and how many of them have no label.
 
         Raises:
-            InputError: the item lacks a part, or its question or answer is empty.
+            InputError: the item lacks a part, its question or answer is empty, or the question holds ``bot``.
         """
         if missing := [n for n in ("question", "steps", "answer") if n not in item]:
             raise InputError(f"LatentCurriculum: expected items with question, steps and answer, got one without "
                              f"{', '.join(missing)}. Set remove_unused_columns=False in the Trainer's arguments.")
-        if not len(item["question"]) or not len(item["answer"]):
-            raise InputError("LatentCurriculum: expected a question and an answer of at least one token, got an empty one.")
+        if not len(item["question"]) or not len(item["answer"]) or self.bot in list(item["question"]):
+            raise InputError("LatentCurriculum: expected a question without its bot and an answer, each of at least one token.")
         stage = self.stage if stage is None else stage
         steps: Sequence[Sequence[int]] = item["steps"][stage:] if stage <= self.stages else []
         asked = [*item["question"], *([] if self.bot is None else [self.bot]), *([] if self.eot is None else [self.eot])]
