@@ -135,23 +135,23 @@ class Decoding(Subject):
         spec = next(s for s in self.case["spec"] if s["pass"] == "masked_diffusion")
         filled = self.model.generate(**given, max_new_tokens=check["new"])
         for r, row in enumerate(self.rows):
-            wanted = self._filled(row.tolist() + [MASK] * check["new"], len(row), spec, self.start(self.rows, r, given=False))
+            wanted = self._filled(row.tolist() + [MASK] * check["new"], len(row), spec)
             if filled[r].tolist()[width:] not in [w[len(row) :] for w in wanted]:
                 raise Mismatch(f"row {r}: filled in {filled[r, width:].tolist()}, the oracle says {wanted}")
 
-    def _filled(self, row: list[int], prompt: int, spec: Case, begin: int) -> list[list[int]]:
+    def _filled(self, row: list[int], prompt: int, spec: Case) -> list[list[int]]:
         """The rows that may come of one with masks behind its prompt: several where places are equally sure."""
         rows, block = [row], spec.get("block")
         for start in [0] if block is None else range(prompt - prompt % block, len(row), block):
             end = len(row) if block is None else min(len(row), start + block)
             for left in range(min(spec["steps"], end - max(start, prompt)), 0, -1):
-                rows = [n for r in rows for n in self._unmasked(r, end, left, prompt, spec, begin)]
+                rows = [n for r in rows for n in self._unmasked(r, end, left, prompt, spec)]
         return rows
 
-    def _unmasked(self, row: list[int], end: int, left: int, prompt: int, spec: Case, begin: int) -> list[list[int]]:
+    def _unmasked(self, row: list[int], end: int, left: int, prompt: int, spec: Case) -> list[list[int]]:
         """The rows that may come of one step, of which ``left`` are left up to column ``end``."""
         todo = [i for i in range(prompt, end) if row[i] == MASK]
-        logits = self.want(torch.tensor(row[:end]), begin, prompt)["logits"]
+        logits = self.want(torch.tensor(row[:end]), 0, prompt)["logits"]  # pads in front have no positions
         if spec.get("shift"):
             logits = torch.cat((logits[:1], logits[:-1]))
         logits = logits.index_fill(1, torch.tensor([MASK]), float("-inf"))

@@ -80,10 +80,9 @@ class Subject:
     def real(self, rows: Sequence[Tensor]) -> Tensor:
         return self.batch(rows, True)["attention_mask"].bool()
 
-    def start(self, rows: Sequence[Tensor], r: int, width: int = 0, given: bool | None = None) -> int:
+    def start(self, rows: Sequence[Tensor], r: int, width: int = 0) -> int:
         """Position of a row's first token, where the caller gives none: stock models number columns, OPT real tokens."""
-        given = self.case["positions"] if given is None else given
-        counted = given or self.case["side"] != "left" or self.case["arch"] == "opt"
+        counted = self.case["positions"] or self.case["side"] != "left" or self.case["arch"] == "opt"
         if self.model.depth_program.reads_positions and self.case["arch"] != "gpt2":
             counted = True
         return 0 if counted else max(width, *map(len, rows)) - len(rows[r])
