@@ -105,7 +105,7 @@ def program_text(args: argparse.Namespace) -> str | None:
     return read_text(args.program, "program")
 
 
-OF_THE_ROW = ("parity", "s5_word_problem", "arithmetic_formula", "binary_search")
+OF_THE_ROW = ("parity", "s3_word_problem", "s5_word_problem", "a5_word_problem", "arithmetic_formula", "binary_search")
 """Tasks whose DAG is a closed form of one size and grows no faster than it."""
 
 

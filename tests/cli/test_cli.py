@@ -169,7 +169,8 @@ def test_version(run) -> None:
 
 
 def test_a_task_without_a_size_has_the_size_of_the_row(run, config: str) -> None:
-    assert "parity(64" in run("report", config, "--no-cost", "--seq-len", 64, "--task", "parity")[1]
+    for task in ("parity", "s3_word_problem", "a5_word_problem"):
+        assert f"{task}(64" in run("report", config, "--no-cost", "--seq-len", 64, "--task", task)[1]
     assert "edit_distance(" in run("report", config, "--no-cost", "--seq-len", 4096, "--task", "edit_distance")[1]
 
 
