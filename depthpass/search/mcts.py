@@ -22,6 +22,7 @@ class Node:
         edits: from the root to it.
         unexplored: programs of one more edit that have no node yet, in random order; None = not listed yet.
         visits, total: of the simulations that passed it: their number v and the sum Q of their scores.
+        done: whether it and everything below it has been scored, so that no walk leads there any more.
     """
 
     layers: Layers
@@ -30,6 +31,7 @@ class Node:
     children: list[Node] = field(default_factory=list)
     visits: int = 0
     total: float = 0.0
+    done: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class MCTS(Method):
     The root is the stock program, a child is one edit away. A simulation walks down by the largest UCB, at every node with
     probability ``explore`` to a random unexplored child instead, makes one new node where it arrives, and adds its score to
     every node above. V counts simulations. Scores outside of 0 and 1 are mapped there by the least and largest one seen.
-    A budget counts simulations, so programs that are met again on another way are not replaced.
+    A budget counts simulations, so programs that are met again on another way are not replaced. Where edits are limited, walks
+    pass by what has been tried whole: the papers' trees have no end, and the penalty would lead back to the shortest one.
 
     Args:
         exploration: c; CoLa does not say, Dr.LLM has 1.8.
@@ -63,27 +66,34 @@ class MCTS(Method):
     def run(self, judge: Judge, space: AnySpace, rng: random.Random) -> None:
         root = Node(judge.root)
         for simulation in range(judge.budget):
+            if root.done:
+                return
             path = self._walk(root, judge, space, rng, simulation + 1)
             gain = judge.gain(path[-1].layers)
             gain = gain if math.isfinite(gain) else self._range(judge)[0]
-            for node in path:
+            for node in reversed(path):
                 node.visits, node.total = node.visits + 1, node.total + gain
+                if node.unexplored is not None:
+                    node.done = not node.unexplored and all(c.done for c in node.children)
 
     def _walk(self, root: Node, judge: Judge, space: AnySpace, rng: random.Random, simulation: int) -> list[Node]:
-        """From the root to a new node, or to one that cannot be edited."""
+        """From the root to a new node; the root alone when nothing can be edited."""
         path = [root]
         while True:
             node = path[-1]
             if node.unexplored is None:
                 node.unexplored = space.children(node.layers, len(judge.root), node.edits)
                 rng.shuffle(node.unexplored)
-            if node.unexplored and (not node.children or rng.random() < self.explore):
-                node.children.append(Node(node.unexplored.pop(), node.edits + 1))
-                return [*path, node.children[-1]]
-            if not node.children:
+            ways = [c for c in node.children if not c.done]
+            if node.unexplored and (not ways or rng.random() < self.explore):
+                child = Node(node.unexplored.pop(), node.edits + 1)
+                child.done = not space.children(child.layers, len(judge.root), child.edits)
+                node.children.append(child)
+                return [*path, child]
+            if not ways:
                 return path
             low, span = self._range(judge)
-            path.append(max(node.children, key=lambda c: self.bound(c, simulation, len(judge.root), low, span)))
+            path.append(max(ways, key=lambda c: self.bound(c, simulation, len(judge.root), low, span)))
 
     def bound(self, node: Node, simulation: int, blocks: int, low: float = 0.0, span: float = 1.0) -> float:
         """UCB of a node, with scores mapped from ``low .. low + span``."""

@@ -78,6 +78,15 @@ def test_every_method_finds_the_best_program_of_a_small_space(small, method):
     assert again.to_json() == result.to_json()
 
 
+@pytest.mark.parametrize("space", [{"edits": 1}, {"skip": [1, 2], "repeat": [1, 2], "times": [1], "longest": 1.5, "edits": 2}])
+def test_a_tree_search_as_published_ends_with_every_program_of_a_space_with_an_end(small, space):
+    """With its length penalty, which leads every walk to the shortest programs first."""
+    truth = dp.search(small.live, small.samples, method="exhaustive", space=space, score="log_prob")
+    result = dp.search(small.live, small.samples, method="mcts", space=space, score="log_prob", budget=2000)
+    assert {t.layers: t.values for t in result.trials} == {t.layers: t.values for t in truth.trials}
+    assert result.best == truth.best
+
+
 def test_a_sweep_is_every_program_of_one_edit_and_its_heat_map(small):
     result = dp.search(small.live, small.samples, method="sweep", space="rys", score="log_prob")
     searched, _ = parts(small.samples)
