@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--resume", action="store_true", help="skip stages that have finished in this folder")
     parser.add_argument("--rehearse", action="store_true", help="tiny CPU tensors through the same code")
     parser.add_argument("--jobs", type=int, help="processes at a time; 16, and 1 in a rehearsal")
+    parser.add_argument("--cache", type=Path, help="folder of compiled kernels to use and to keep; a new one without")
     parser.add_argument("--run", help=argparse.SUPPRESS)
     parser.add_argument("--shard", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -123,7 +124,8 @@ def run_all(args: argparse.Namespace, chosen: list[tuple[Plan, int]]) -> int:
     if args.resume:
         waiting = [(p, i) for p, i in waiting if status_of(args.out, p, i) != "done"]
     running: list[Process] = []
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as fresh:
+        cache = str(args.cache or fresh)
         while waiting or running:
             left = args.budget - (time.monotonic() - began)
             # The first stage's ceilings are read by the others, and it measures alone.

@@ -271,8 +271,7 @@ def levels(stage: Stage) -> None:
     for name, (kind, spec, loops) in systems().items():
         for one in (level,) if level else LEVELS[1:]:
             if one != "cudagraph" or loops:
-                with stage.beside_others():
-                    check_level(stage, name, kind, spec, one, loops)
+                check_level(stage, name, kind, spec, one, loops)
 
 
 def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: bool) -> None:
@@ -307,10 +306,11 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
             raise AssertionError(f"asked for {lowering}, ran {model.depth_lowered}")
         return answers
 
-    want = run(torch.float64, "eager")
+    with stage.beside_others():
+        want = run(torch.float64, "eager")
     for dtype in stage.device.pick((torch.float32, torch.bfloat16), (torch.float32,)):
         label = f"{level} {name} {str(dtype).removeprefix('torch.')}"
-        with stage.attempt(label):
+        with stage.attempt(label), stage.beside_others():
             plain = errors(run(dtype, "eager"), want)
             measured = errors(run(dtype, level if loops or level != "scheduled" else "auto"), want)
             # A level may round otherwise; it is no further from the truth than the eager one. In half precision single
@@ -320,9 +320,31 @@ def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: boo
                      if not (measured[k] <= 2 * plain[k] + floor and measured[k] < 1)]
             stage.record(label, **{k: measured[k] for k in ("logits", "all gradients")}, eager=plain["logits"],
                          eager_gradients=plain["all gradients"], **({"wrong": "; ".join(wrong[:6])} if wrong else {}))
+    if level == "cudagraph":
+        with stage.attempt(f"{level} {name} passes"), stage.beside_others():
+            check_passes(stage, f"{level} {name} passes", exact, spec, level, values, ids)
     if level in ("inductor", "cudagraph") and name != "mor":
-        with stage.attempt(f"{level} {name} decoding"):
+        with stage.attempt(f"{level} {name} decoding"), stage.beside_others():
             check_decoding(stage, f"{level} {name} decoding", exact, spec, level, values, ids)
+
+
+def check_passes(stage: Stage, label: str, exact, spec, level: str, values: dict, ids: torch.Tensor) -> None:
+    """Gradients that add up over two passes, with the backward passes behind each forward pass and behind both of them."""
+    for together in (False, True):
+        sums = {}
+        for dtype, lowering in ((torch.float64, "eager"), (torch.float32, level)):
+            model = dp.transform(copy.deepcopy(exact).to(dtype), spec, lowering=lowering)
+            model.depth.load_state_dict(values)
+            waiting = []
+            for rows in (ids, ids.flip(1), ids.roll(3, 1)):
+                waiting.append(model(input_ids=rows, labels=rows, use_cache=False).loss)
+                if not together:
+                    waiting.pop().backward()
+            sum(waiting).backward() if together else None
+            sums[lowering] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        error = relative(*(torch.cat([sums[k][n].double().flatten() for n in sums["eager"]]) for k in (level, "eager")))
+        how = "backward together" if together else "accumulated"
+        stage.record(f"{label}, {how}", gradients=error, **({} if error <= 1e-4 else {"wrong": f"relative error {error:.1e}"}))
 
 
 def check_decoding(stage: Stage, label: str, exact, spec, level: str, values: dict, ids: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,14 +23,14 @@ from depthpass_lowering.executors.chunk_loop import Job, recomputes
 from depthpass_lowering.executors.compiled import Compiled
 from depthpass_lowering.executors.context import CallContext
 from depthpass_lowering.executors.eager import Run
-from depthpass_lowering.executors.region_function import Carried, RegionFunction, carries
+from depthpass_lowering.executors.region_function import Carried, RegionFunction, carries, check_unchanged, versions
 from depthpass_lowering.executors.stand_ins import region_parameters
 from depthpass_lowering.state.slots import State
 
 MOST = 8
 """Graphs kept per region; each holds the memory of its own activations."""
 
-_RECORDED: weakref.WeakKeyDictionary[Region, dict[tuple, Callable]] = weakref.WeakKeyDictionary()
+_RECORDED: weakref.WeakKeyDictionary[Region, dict[tuple, Recording]] = weakref.WeakKeyDictionary()
 
 
 class Graphed(Compiled):
@@ -52,9 +52,7 @@ class Graphed(Compiled):
         level, reason = super().level(run, region)
         if level != self.name or torch.is_grad_enabled():
             return level, reason
-        reason = "passes without gradients are not recorded"
-        fallback(f"a pass under lowering='cudagraph' runs compiled chunks one by one (level 'inductor'): {reason}", asked=False)
-        return "inductor", reason
+        return "inductor", _unrecorded("passes without gradients are not recorded")
 
     def padding(self, run: Run, region: LoweredRegion) -> int:
         return bucket(run.context.count, region.size) - run.context.count if region.level == self.name else 0
@@ -76,9 +74,64 @@ class Graphed(Compiled):
             if len(kept) >= MOST:
                 kept.pop(next(iter(kept)))
             kept[key] = _record(context, run.state, region, list(streams), list(parameters), tensors)
+        if kept[key].waits() is not None:
+            reason = _unrecorded("an earlier pass waits for its backward pass, and a graph holds the activations of one")
+            run.record[-1] = replace(run.record[-1], level="inductor", reason=reason, padded=0)
+            return super().trained(run, region, inputs)
         out = kept[key](*tensors)
         # The memory of a replay is written again by the next one.
         return {name: t[:, : run.context.count].clone() for name, t in zip(region.outputs, out)}
+
+
+def _unrecorded(reason: str) -> str:
+    fallback(f"a pass under lowering='cudagraph' runs compiled chunks one by one (level 'inductor'): {reason}", asked=False)
+    return reason
+
+
+class Recording:
+    """A recorded training pass.
+
+    Attributes:
+        turn: how many passes there have been; only the last one has its activations.
+        waits: what lives while a pass may still go back (a weak reference).
+    """
+
+    def __init__(self, replay: Callable[..., tuple[Tensor, ...]]):
+        self.replay, self.turn = replay, 0
+        self.waits: Callable[[], object] = lambda: None
+
+    def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.replay(*_Inputs.apply(self, *tensors))
+
+
+class _Waiting:
+    """Held by a pass that has not gone back."""
+
+
+class _Inputs(torch.autograd.Function):
+    """What a replay reads. Gradients are copied out of its memory: the next replay writes there, and p.grad may be kept."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, *tensors: Tensor):
+        recording.turn += 1
+        ctx.recording, ctx.turn, ctx.waiting = recording, recording.turn, _Waiting()
+        ctx.versions = versions([t for t in tensors if isinstance(t, torch.nn.Parameter)])
+        recording.waits = weakref.ref(ctx.waiting)
+        ctx.set_materialize_grads(False)
+        outs = tuple(t.detach() for t in tensors)
+        ctx.mark_non_differentiable(*(o for o, t in zip(outs, tensors) if not t.requires_grad))
+        return outs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None):
+        if ctx.turn != ctx.recording.turn:
+            raise RuntimeError(
+                "backward through a recorded token loop whose activations a later forward pass has overwritten. Call backward "
+                "once, before the next forward pass, or use lowering='inductor'."
+            )
+        check_unchanged(ctx.versions)
+        ctx.waiting = None
+        return None, *(None if g is None else g.clone() for g in grads)
 
 
 def padded(context: CallContext, columns: int) -> CallContext:
@@ -99,7 +152,7 @@ def _longer(t: Tensor, axis: int, columns: int) -> Tensor:
 
 def _record(
     context: CallContext, state: State, region: LoweredRegion, names: list[str], ids: list[int], tensors: list[Tensor]
-) -> Callable[..., tuple[Tensor, ...]]:
+) -> Recording:
     """Record a region's training pass: ``(*streams, *side_inputs, *weights[, valid])`` -> what it hands out."""
     side_inputs, executor = len(context.side_inputs), Compiled()
 
@@ -111,12 +164,12 @@ def _record(
         job = Job(executor, run, region, streams, dict(zip(ids, weights)))
         return RegionFunction.apply(job, Carried.of(run, region), *weights, *streams.values())
 
+    # Weights are read where they lie, frozen ones too.
+    first = len(names) + side_inputs
     samples = tuple(
-        t if i >= len(names) + side_inputs and t.requires_grad else t.detach().clone().requires_grad_(t.requires_grad)
-        for i, t in enumerate(tensors)
+        t if first <= i < first + len(ids) else t.detach().clone().requires_grad_(t.requires_grad) for i, t in enumerate(tensors)
     )
-    recorded: Any = torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)
-    return recorded
+    return Recording(cast(Any, torch.cuda.make_graphed_callables(region_of, samples, allow_unused_input=True)))
 
 
 def bucket(tokens: int, chunk: int) -> int:

@@ -7,6 +7,7 @@ the backward loop begins, and what is left there of earlier calls' columns leave
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +102,7 @@ class RegionFunction(torch.autograd.Function):
         buffers = [b for held in job.buffers.values() for b in held if carried.on]
         # Through the last use of every buffer: keys may have gradients that no stream has.
         tokens = [t for t in (job.chain, *(b.token for b in buffers)) if carried.on and t is not None and t.requires_grad]
-        ctx.versions = [(t, t._version) for t in job.weights if not t.is_inference()]
+        ctx.versions = versions(job.weights)
         # The job knows the run and the run will hold this node's outputs: keeping it here would be a cycle that no
         # collector sees. The backward pass needs the sink alone.
         job.release()
@@ -116,14 +117,7 @@ class RegionFunction(torch.autograd.Function):
         if ctx.job is None:
             raise RuntimeError("backward through a hand-scheduled region a second time: its activations are freed. Run "
                                "forward again, or use lowering='eager' with retain_graph=True.")
-        changed = next((t for t, version in ctx.versions if t._version != version), None)
-        if changed is not None:
-            # The backward loop reads the weights again; autograd says the same of those that it has saved.
-            raise RuntimeError(
-                "one of the variables needed for gradient computation has been modified by an inplace operation: a weight of "
-                f"shape {list(changed.shape)} in a token loop changed between forward and backward. Change weights after "
-                "backward, or run forward again."
-            )
+        check_unchanged(ctx.versions)
         (sink, outs, tokens, buffers, leaves, sources), ctx.job = ctx.job, None
         later = iter(grads[len(outs) :])
         for buffer in buffers:
@@ -141,6 +135,22 @@ class RegionFunction(torch.autograd.Function):
             extra = sunk.get(id(leaf))
             weights.append(g if extra is None else extra if g is None else g + extra)
         return (None, None, *weights, *gradients[len(leaves) :], *(_earlier(b, side) for b, side in ctx.before))
+
+
+def versions(weights: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
+    """Weights, and how often each has been written by now."""
+    return [(t, t._version) for t in weights if not t.is_inference()]
+
+
+def check_unchanged(read: list[tuple[Tensor, int]]) -> None:
+    """The backward loop reads the weights again; autograd raises the same error for those that it has saved."""
+    changed = next((t for t, version in read if t._version != version), None)
+    if changed is not None:
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: a weight of "
+            f"shape {list(changed.shape)} in a token loop changed between forward and backward. Change weights after "
+            "backward, or run forward again."
+        )
 
 
 def _earlier(buffer: Buffer, side: int) -> Tensor:
