@@ -135,7 +135,8 @@ def _taken(stream: int) -> Iterator[BinaryIO]:
 
 def rate(product: Product, dtype: torch.dtype, seconds: float) -> Rate:
     """Rates of one product, plain and packed, over as many weights as no cache holds."""
-    from depthpass_lowering.products.packed import Products, Weights, packed_product
+    from depthpass_kernels.packed_linear import packed_product
+    from depthpass_lowering.products.packed import Products, Weights
 
     p = product
     count = max(2, int(min(CACHES, CACHES * seconds * 10)) // (p.inputs * p.outputs * dtype.itemsize))
@@ -174,7 +175,7 @@ def products_called(run: Callable[[], object]) -> dict[str, int]:
     with _taken(2), profile(use_kineto=False) as seen:
         run()
     counts = {e.key: e.count for e in seen.key_averages()}
-    packed = counts.get("depthpass_lowering::packed_linear", 0)
+    packed = counts.get("depthpass_kernels::packed_linear", 0)
     calls = {
         "packed": packed, "oneDNN": counts.get("mkldnn::_linear_pointwise", 0) - packed,
         "plain": sum(counts.get(f"aten::{n}", 0) for n in ("mm", "addmm")),

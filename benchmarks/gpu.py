@@ -49,7 +49,7 @@ class Plan:
 PLANS = (
     Plan("environment", "gpu_times", 60, letter="a"),
     Plan("levels", "gpu_checks", 260, shards=3, letter="c"),
-    Plan("training", "gpu_times", 360, shards=4, letter="e"),
+    Plan("training", "gpu_times", 360, shards=5, letter="e"),
     Plan("kernels", "gpu_checks", 240, shards=8, letter="b"),
     Plan("attention", "gpu_times", 330, letter="d"),
     Plan("decode", "gpu_times", 330, shards=5, letter="f"),

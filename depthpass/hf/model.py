@@ -192,7 +192,7 @@ class DepthModel(Shown, _Stock):
         decoder = self._decoder()
         # On the compiled levels the loss is worth compiling, too: it is several passes over the vocabulary.
         compiled = self._depth.lowering in ("inductor", "cudagraph") and arguments.get("labels") is not None
-        forward = compiled_stock(stock) if compiled else stock.forward
+        forward = compiled_stock(stock, self.device.type) if compiled else stock.forward
         if (labels := without_crossing(self, call_names(stock), arguments)) is not None:
             args, given = replaced(stock, args, given, "labels", labels)
         frame = Frame(decoder, self, arguments, name)

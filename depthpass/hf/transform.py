@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypedDict, TypeVar, Unpack, overload
 
 import torch
 from torch import nn
@@ -32,36 +32,25 @@ Wrapper = TypeVar("Wrapper", bound=nn.Module)
 """A PEFT model around a decoder."""
 
 
-@overload
-def transform(
-    model: PreTrainedModel,
-    spec: SpecLike,
-    *,
-    chunk: int | None = None,
-    lowering: Lowering = "auto",
-    stack: bool = True,
-    schedule: ScheduleName | FixedPoint = "sequential",
-    tol: float | None = None,
-    max_sweeps: int | None = None,
-    window: int | None = None,
-    exact: bool | None = None,
-) -> DepthModel: ...
+class Options(TypedDict, total=False):
+    """Of :func:`transform`, which says what they are."""
+
+    chunk: int | None
+    lowering: Lowering
+    stack: bool
+    schedule: ScheduleName | FixedPoint
+    tol: float | None
+    max_sweeps: int | None
+    window: int | None
+    exact: bool | None
 
 
 @overload
-def transform(
-    model: Wrapper,
-    spec: SpecLike,
-    *,
-    chunk: int | None = None,
-    lowering: Lowering = "auto",
-    stack: bool = True,
-    schedule: ScheduleName | FixedPoint = "sequential",
-    tol: float | None = None,
-    max_sweeps: int | None = None,
-    window: int | None = None,
-    exact: bool | None = None,
-) -> Wrapper: ...
+def transform(model: PreTrainedModel, spec: SpecLike, **options: Unpack[Options]) -> DepthModel: ...
+
+
+@overload
+def transform(model: Wrapper, spec: SpecLike, **options: Unpack[Options]) -> Wrapper: ...
 
 
 def transform(

@@ -15,11 +15,10 @@ from typing import Any
 import pytest
 import torch
 import zoo
-from depthpass_kernels import select
+from depthpass_kernels import packed_linear, select
 from depthpass_lowering.executors.compiled import Compiled
 from depthpass_lowering.executors.graphed import Graphed
 from depthpass_lowering.executors.scheduled import Scheduled
-from depthpass_lowering.products.packed import blocked
 from torch._subclasses import FakeTensorMode
 from turbos import enliven, transformed
 
@@ -88,10 +87,11 @@ def kernel(patch: Patch) -> None:
 
 
 def packed(patch: Patch) -> None:
+    packed_linear._say_unpacked.cache_clear() if not SAID else None
     before = torch._C._get_mkldnn_enabled()  # mkldnn.flags() warns of the TF32 of Intel's GPUs
     try:
         torch._C._set_mkldnn_enabled(False)
-        assert not blocked(torch.ones(1), torch.ones(1))
+        assert not packed_linear.blocked(torch.ones(1), torch.ones(1))
     finally:
         torch._C._set_mkldnn_enabled(before)
 

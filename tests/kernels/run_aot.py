@@ -20,6 +20,7 @@ from depthpass_kernels.bridge.problem import BridgeIn
 from depthpass_kernels.gated_attention import triton as gated_kernels
 from depthpass_kernels.gated_attention.problem import Gated
 from depthpass_kernels.launch import Launch
+from depthpass_kernels.slot_attention import columns_triton
 from depthpass_kernels.slot_attention import triton as attention_kernels
 from depthpass_kernels.slot_attention.problem import Problem
 from torch import Tensor
@@ -99,6 +100,8 @@ def launches(arch: int) -> Iterator[tuple[str, Launch]]:
         yield "gated, head_dim 128", launch
     for launch in bridge_launches(128, 2048, 120):
         yield "bridge", launch
+    own = [empty(32, 8, 8, 64).transpose(1, 2)] * 2
+    yield "columns", columns_triton.plan([empty(32, 8, 160, 64, dtype=torch.float32)[:, :, :8]] * 2, own)
     if arch != 90:
         return
     for launch in gated_launches(64, 4096, everything=False):

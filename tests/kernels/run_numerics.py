@@ -26,6 +26,7 @@ from depthpass_kernels.gated_attention import triton as gated_kernels
 from depthpass_kernels.launch import Tile
 from depthpass_kernels.slot_attention import naive
 from depthpass_kernels.slot_attention import triton as kernels
+from depthpass_kernels.slot_attention.columns import copy_columns
 from depthpass_kernels.slot_attention.problem import Problem
 from kernel_cases import ATTENTION, BRIDGE, GATED, Attention, Bridge, Gated, gradients, leaves, rms_error
 from torch import Tensor
@@ -152,6 +153,24 @@ def accumulate(name: str, dtype: torch.dtype) -> None:
     report(f"accumulate {name}", dtype, errors)
 
 
+def columns(dtype: torch.dtype) -> None:
+    """Keys and values of a chunk into the columns of buffers, and columns of accumulators into gradients."""
+    batch, heads, length = 3, 2, 7
+    own = [torch.randn(batch, length, heads, n).to(dtype).transpose(1, 2) for n in (20, 16)]
+    buffers = [torch.randn(batch, heads, 30, n).to(dtype) for n in (20, 16)]
+    sums = [torch.randn(2, batch, heads, 30, n)[1] for n in (20, 16)]
+    gradients_of = [torch.empty_like(t) for t in own]
+    before = [t.clone() for t in buffers]
+    copy_columns([t[:, :, 11:18] for t in buffers], own, "triton")
+    copy_columns(gradients_of, [t[:, :, 11:18] for t in sums], "triton")
+    for t, x in zip(before, own, strict=True):
+        t[:, :, 11:18] = x
+    errors = {f"buffer {i}": rms_error(t, b) for i, (t, b) in enumerate(zip(buffers, before, strict=True))}
+    right = [t[:, :, 11:18].to(dtype) for t in sums]
+    errors |= {f"gradient {i}": rms_error(g, w) for i, (g, w) in enumerate(zip(gradients_of, right, strict=True))}
+    report("columns", dtype, errors)
+
+
 def gated(name: str, case: Gated, dtype: torch.dtype) -> None:
     """Output and every gradient."""
     operands, options, grad = case.build(dtype)
@@ -210,6 +229,7 @@ def full_precision() -> None:
         key_shares(name, ATTENTION[name], 3)
     accumulate("everything", F32)
     accumulate("empty_rows", F32)
+    columns(F32)
     strided(F32)
     tensor_start(F32)
     for name, tile in default.items():
@@ -235,6 +255,7 @@ def half_precision() -> None:
         attention(name, ATTENTION[name], torch.bfloat16)
     attention("default tiles", LONG, torch.bfloat16)
     accumulate("everything", torch.bfloat16)
+    columns(torch.bfloat16)
     strided(torch.bfloat16)
     tensor_start(torch.bfloat16)
     for name in ("left_padding", "far_window", "one_query", "equal_heads"):

@@ -10,7 +10,7 @@ import torch
 Child = Callable[..., list[dict[str, Any]]]
 TOLERANCE = {"float32": 1e-6, "float16": 1e-3, "bfloat16": 1e-2}  # the interpreter truncates to bfloat16
 SHARED = {80: 166_912, 90: 232_448, 100: 232_448}
-CHECKS = {"float32": 54, "half": 21}  # how many each precision reports
+CHECKS = {"float32": 55, "half": 22}  # how many each precision reports
 MATRIX = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 
 
@@ -45,6 +45,7 @@ def test_compiles_ahead_of_time(child: Child, arch: int, tmp_path: Path) -> None
         "gated_forward_kernel",
         "gated_dq_kernel",
         "gated_dkv_kernel",
+        "copy_kernel",
     }
     for record in records:
         assert record["cubin"] > 0 and record["shared"] <= SHARED[arch], record

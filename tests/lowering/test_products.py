@@ -6,12 +6,14 @@ import weakref
 import pytest
 import torch
 import zoo
+from depthpass_kernels import packed_linear
+from depthpass_kernels.packed_linear import contraction
 from depthpass_lowering.executors import compiled
 from depthpass_lowering.fx_passes.products import products as products_node
-from depthpass_lowering.products import joint
+from depthpass_lowering.products import joint, traced
 from depthpass_lowering.products import packed as products
 from depthpass_lowering.products import sink as sink_module
-from depthpass_lowering.products.packed import Products, Weights, contraction
+from depthpass_lowering.products.packed import Products, Weights
 from depthpass_lowering.products.sink import Sink, sunk_landing, sunk_products
 from torch import fx
 
@@ -35,9 +37,9 @@ def weights(dtype, shapes, biased, joined=False, transposed=False) -> Weights:
 @pytest.fixture
 def as_on_cuda(monkeypatch):
     """Weights of one product side by side in their own format, as on CUDA: a CPU without oneDNN's blocks."""
-    monkeypatch.setattr(products, "blocked", lambda x, weight: False)
+    for module in (packed_linear, products, traced):
+        monkeypatch.setattr(module, "blocked", lambda x, weight: False)
     monkeypatch.setattr(products, "joins", lambda x, weight: x.dtype == weight.dtype)
-    monkeypatch.setattr(joint, "blocked", lambda x, weight: False)
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-14)])
@@ -127,6 +129,8 @@ def test_frozen_weights_beside_trained_ones_take_no_product():
 def test_a_landing_equals_its_parts(dtype, fused, monkeypatch):
     """Bridges that land on one stream, absent for the first tokens, with what CUDA runs (its reference, here) or without."""
     monkeypatch.setattr(sink_module, "_fuses", lambda x: fused)
+    if fused:
+        monkeypatch.setattr(products, "blocked", lambda x, weight: False)
     w = weights(dtype, [(192, 24), (192, 200)], [True, False], joined=True)
     w = Weights(tuple(t.requires_grad_() for t in w.weights), (w.biases[0].requires_grad_(), None), joined=True)
     x, *cs = (torch.randn(2, 5, n, dtype=dtype, requires_grad=True) for n in (192, 24, 200))
@@ -196,9 +200,9 @@ def test_a_compiled_segment_does_not_copy_the_weights_that_it_reads_packed(train
     both = graph.call_function(products_node, (False, tuple(halves), (None, None), x))
     graph.output(tuple(graph.call_function(operator.getitem, (both, i)) for i in range(2)))
     inputs = [torch.randn(2, 4, 128), torch.randn(200, 128), torch.randn(200, 128)]
-    joint.trace(fx.GraphModule({}, graph), inputs, [trained] * 3, Sink(8), None)
+    joint.trace(fx.GraphModule({}, graph), inputs, [trained] * 3, [trained] * 3, Sink(8), None)
     read = [n.target for gm in given for n in gm.graph.nodes if n.op == "call_function"]
-    assert torch.ops.depthpass_lowering.packed_linear.default in read
+    assert torch.ops.depthpass_kernels.packed_linear.default in read
     # Gradients of the two halves stand side by side, weights do not.
     cats = [n for gm in given for n in gm.graph.nodes if n.target is torch.ops.aten.cat.default]
     assert all(tuple(n.meta["val"].shape) == (2, 4, 400) for n in cats)

@@ -244,11 +244,14 @@ class StockHost:
 
 
 @functools.cache
-def compiled_stock(stock: type) -> Callable:
-    """The stock forward with what stands around the decoder compiled."""
+def compiled_stock(stock: type, device: str) -> Callable:
+    """The stock forward with what stands around the decoder compiled: once for all sizes.
+
+    On a GPU torch's own policy, the first size for itself: a loss of unknown sizes takes two passes more over the vocabulary.
+    """
     # Capped logits are handed out and saved under another shape; torch (2.11 to 2.13) takes that view for memory of the backward
     # pass alone, which then writes gradients into the logits. Inductor's caches know of this option, not of donated buffers.
-    compiled = torch.compile(stock.forward, dynamic=True, options={"inplace_buffers": False})
+    compiled = torch.compile(stock.forward, dynamic=None if device == "cuda" else True, options={"inplace_buffers": False})
 
     @functools.wraps(stock.forward)
     def forward(*args, **kwargs):

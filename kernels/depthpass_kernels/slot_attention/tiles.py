@@ -8,9 +8,10 @@ from depthpass_kernels.launch import Tile, cdiv, power_of_two
 from depthpass_kernels.slot_attention.problem import Problem
 
 # Blocks by the wider head dimension, chosen by compiling with triton 3.6 and 3.9: with 16-bit operands none
-# spills on sm_80, sm_90, sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards. Not
-# tuned for speed: that needs a GPU. Float32 operands are multiplied in full precision on the FMA units, so
-# their tiles are small (dq spills a little above 64).
+# spills on sm_80, sm_90, sm_100 with every option on, and sm_80 stays under the 99 KiB of smaller cards. For
+# heads of up to 64 and chunks of 4 to 16 tokens with 4 heads per key head, warps and stages of forward and dq
+# are the fastest of a sweep on an H200 (docs/benchmarks.md); everything else is not tuned for speed. Float32
+# operands are multiplied in full precision on the FMA units, so their tiles are small (dq spills a little above 64).
 
 
 def forward_tile(problem: Problem) -> Tile:
@@ -18,6 +19,8 @@ def forward_tile(problem: Problem) -> Tile:
     width, rows = _width(problem), _packed_rows(problem)
     if problem.q.element_size() == 4:
         return Tile(min(rows, 32 if width <= 128 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
+    if width <= 64 and rows <= 64:
+        return Tile(rows, 64, warps=2 if rows == 32 else 4, stages=3)
     if width <= 128:
         m = min(rows, 128)
         return Tile(m, 32 if width == 128 and m >= 64 else 64, warps=8 if m in (32, 128) else 4)
@@ -30,7 +33,7 @@ def dq_tile(problem: Problem) -> Tile:
     if problem.q.element_size() == 4:
         return Tile(min(rows, 32 if width <= 64 else 16), 32 if width <= 64 else 16, warps=8, stages=1)
     if width <= 128:
-        return Tile(min(rows, 64), 64 if width <= 64 else 32, warps=4)
+        return Tile(min(rows, 64), 64 if width <= 64 else 32, warps=4, stages=3 if width <= 64 and rows == 32 else 2)
     return Tile(min(rows, 64), 16, warps=8 if rows >= 64 else 4)
 
 

@@ -93,6 +93,7 @@ class Job:
 
     def loop(self, inputs: Mapping[str, Tensor], leaves: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
         """The chunk loop; ``leaves`` replaces parameters by their detached stand-ins."""
+        self.sink.leaves = {id(t) for t in (leaves or {}).values()}
         loop = Loop(self, SunkHost(self.run.host, self.sink, leaves or {}))
         self.weights = loop.params
         return loop.over(inputs)
@@ -218,9 +219,10 @@ class Loop:
         values = distributed.before(*(self.run.context.side_inputs[i] for i in self.job.graph.side_inputs), *self.params)
         return [self._pieces(t, axis, sizes) for t, axis in zip(values, distributed.axes, strict=True)]
 
-    @staticmethod
-    def _pieces(t: Tensor, axis: int | None, sizes: list[int]) -> Sequence[Tensor]:
-        return [t] * len(sizes) if axis is None else t.split(sizes, axis)
+    def _pieces(self, t: Tensor, axis: int | None, sizes: list[int]) -> Sequence[Tensor]:
+        parts = [t] * len(sizes) if axis is None else t.split(sizes, axis)
+        # Compiled segments want the strides of the shape; each would copy for itself.
+        return [p.contiguous() for p in parts] if self.job.executor.compiled else parts
 
     def visits(self, span: Span) -> list[_BufferedVisit]:
         masks = Masks(span.start, span.count, self.run.context.valid_until(span.start + span.count), self.run.hidden.device)

@@ -93,7 +93,7 @@ class Recording:
 
     Attributes:
         turn: how many passes there have been; only the last one has its activations.
-        waits: what lives while a pass may still go back (a weak reference).
+        waits: the last pass as long as it may still go back (a weak reference), or None.
     """
 
     def __init__(self, replay: Callable[..., tuple[Tensor, ...]]):
@@ -104,19 +104,14 @@ class Recording:
         return self.replay(*_Inputs.apply(self, *tensors))
 
 
-class _Waiting:
-    """Held by a pass that has not gone back."""
-
-
 class _Inputs(torch.autograd.Function):
     """What a replay reads. Gradients are copied out of its memory: the next replay writes there, and p.grad may be kept."""
 
     @staticmethod
     def forward(ctx: Any, recording: Recording, *tensors: Tensor):
         recording.turn += 1
-        ctx.recording, ctx.turn, ctx.waiting = recording, recording.turn, _Waiting()
+        ctx.recording, ctx.turn, recording.waits = recording, recording.turn, weakref.ref(ctx)
         ctx.versions = versions([t for t in tensors if isinstance(t, torch.nn.Parameter)])
-        recording.waits = weakref.ref(ctx.waiting)
         ctx.set_materialize_grads(False)
         outs = tuple(t.detach() for t in tensors)
         ctx.mark_non_differentiable(*(o for o, t in zip(outs, tensors) if not t.requires_grad))
@@ -130,7 +125,7 @@ class _Inputs(torch.autograd.Function):
                 "once, before the next forward pass, or use lowering='inductor'."
             )
         check_unchanged(ctx.versions)
-        ctx.waiting = None
+        ctx.recording.waits = lambda: None
         return None, *(None if g is None else g.clone() for g in grads)
 
 

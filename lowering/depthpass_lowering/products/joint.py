@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,66 +20,8 @@ from torch.fx.graph import CodeGen
 
 from depthpass.log import working
 from depthpass_lowering.fx_passes.effects import writes
-from depthpass_lowering.fx_passes.products import land, products
-from depthpass_lowering.products.packed import Weights, blocked, packed_product, plain
 from depthpass_lowering.products.sink import Sink
-
-
-@dataclass(frozen=True)
-class Product:
-    """A product with parameters whose weight gradients are sunk.
-
-    Attributes:
-        weights, biases: which inputs of the segment they are.
-        joined, transposed: as of :class:`depthpass_lowering.products.packed.Weights`.
-        dtype: autocast's, which x and the weights are cast to; None = their own.
-        packed: whether it is taken from packed weights.
-        trained: whether there is a backward pass.
-    """
-
-    weights: tuple[int, ...]
-    biases: tuple[int | None, ...]
-    joined: bool
-    transposed: bool
-    dtype: torch.dtype | None
-    packed: bool
-    trained: bool
-
-    @property
-    def grads(self) -> int:
-        """Gradients of results that it reports."""
-        return 1 if self.packed or self.joined else len(self.weights)
-
-    def of(self, inputs: Sequence[Tensor]) -> Weights:
-        """The weights among the inputs of a call."""
-        biases = tuple(None if b is None else inputs[b] for b in self.biases)
-        return Weights(tuple(inputs[w] for w in self.weights), biases, self.joined, self.transposed)
-
-    def operands(self, w: Weights, sink: Sink) -> list[Tensor]:
-        """What the product reads instead of the segment's inputs: packed weights, or those that are cast once per loop.
-
-        Packed are W, where there is a backward pass its transpose, and b if there is any bias.
-        """
-        w = sink.cast(w, self.dtype)
-        if self.packed:
-            matrix, bias = sink.products.packed(w, w.weights[0])
-            back = [sink.products.packed_back(w, w.weights[0])] if self.trained else []
-            return [matrix, *back, *([] if bias is None else [bias])]
-        return [] if self.dtype is None else [*w.weights, *(b for b in w.biases if b is not None)]
-
-    def examples(self, w: Weights) -> list[Tensor]:
-        """Tensors like the operands, for a trace."""
-        biases = [b for b in w.biases if b is not None]
-        dtype = self.dtype or w.weights[0].dtype
-        if self.packed:
-            rows, columns = w.shape()
-            like = w.weights[0].new_empty((), dtype=dtype)
-            operands = [like.new_empty(rows, columns)]
-            if self.trained:
-                # A view of W where there are no blocks: a compiled graph relies on its strides.
-                operands.append(like.new_empty(columns, rows) if blocked(like.new_empty(1, 1), like) else operands[0].t())
-            return [*operands, *([like.new_empty(rows)] if biases else [])]
-        return [] if self.dtype is None else [torch.empty_like(t, dtype=dtype) for t in (*w.weights, *biases)]
+from depthpass_lowering.products.traced import Product, Recorder, gains_of
 
 
 @dataclass(frozen=True)
@@ -105,102 +47,15 @@ class Joint:
     strides: tuple[tuple[int, ...], ...]
 
 
-class _PackedProduct(torch.autograd.Function):
-    """A product from packed weights in a trace: both directions read weights that are inputs of it."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, back: Tensor | None, bias: Tensor | None):
-        ctx.save_for_backward(back)
-        return packed_product(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, g: Tensor):
-        return packed_product(g, ctx.saved_tensors[0], None), None, None, None
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a segment with detached weights and records operands and results of its products.
-
-    Args:
-        sink: says which products are packed.
-        dtype: autocast's; None = no autocast.
-        trained: whether there will be a backward pass.
-        operands: of the products, one after the other; None = run on the segment's inputs, which tells the products.
-    """
-
-    def __init__(
-        self, gm: fx.GraphModule, sink: Sink, dtype: torch.dtype | None, trained: bool,
-        operands: Sequence[Tensor] | None = None,
-    ):
-        super().__init__(gm)
-        self.sink, self.dtype, self.trained = sink, dtype, trained
-        self.operands = None if operands is None else list(operands)
-        self.place = {n: i for i, n in enumerate(m for m in gm.graph.nodes if m.op == "placeholder")}
-        self.x: list[Tensor] = []
-        self.y: list[Tensor] = []
-        self.products: list[Product] = []
-
-    def run(self, *args, **kwargs):
-        device = next(a.device.type for a in args if isinstance(a, Tensor))
-        with torch.autocast(device, self.dtype, enabled=self.dtype is not None, cache_enabled=False):
-            return super().run(*args, **kwargs)
-
-    def run_node(self, n: fx.Node):
-        if n.target is products:
-            transposed, weights, biases, x = cast(Any, n.args)
-            return self._multiply(weights, biases, False, transposed, [self.env[x]])
-        if n.target is land:
-            weights, biases, mask, x, *cs = cast(Any, n.args)
-            (y,) = self._multiply(weights, biases, True, False, [self.env[c] for c in cs])
-            return self.env[x] + (y if mask is None else torch.where(self.env[mask], y, 0))
-        return super().run_node(n)
-
-    def _multiply(self, weights, biases, joined: bool, transposed: bool, xs: list[Tensor]) -> list[Tensor]:
-        own = Weights(
-            tuple(self.env[w].detach() for w in weights),
-            tuple(None if b is None else self.env[b].detach() for b in biases), joined, transposed,
-        )
-        dtype = None if xs[0].dtype == torch.float64 else self.dtype
-        if dtype is not None:
-            xs = [x.to(dtype) for x in xs]
-        # Not through the sink, which keeps what it casts: these tensors exist in the trace only.
-        cast = Weights(
-            tuple(t.to(xs[0].dtype) for t in own.weights),
-            tuple(None if b is None else b.to(xs[0].dtype) for b in own.biases), joined, transposed,
-        )
-        packed = self.sink.products.packs(cast, xs[0])
-        product = Product(
-            tuple(self.place[t] for t in weights), tuple(None if b is None else self.place[b] for b in biases), joined,
-            transposed, dtype, packed, self.trained,
-        )
-        operands = [] if self.operands is None else [self.operands.pop(0) for _ in product.examples(own)]
-        if operands and packed:
-            bias = operands.pop() if operands[-1].dim() == 1 else None
-            whole = xs[0] if len(xs) == 1 else torch.cat(xs, -1)
-            y = _PackedProduct.apply(whole, operands[0], operands[1] if self.trained else None, bias)
-            self.y.append(y)
-            outs = [y] if joined or len(weights) == 1 else list(y.split(own.sizes(), -1))
-        else:
-            if operands:
-                rest = iter(operands[len(weights) :])
-                cast = Weights(
-                    tuple(operands[: len(weights)]), tuple(None if b is None else next(rest) for b in biases), joined, transposed
-                )
-            outs = plain(cast, xs)
-            self.y += outs
-        flat = [x.reshape(-1, x.shape[-1]) for x in xs]
-        self.x.append(flat[0] if len(flat) == 1 else torch.cat(flat, -1))
-        self.products.append(product)
-        return outs
-
-
 def trace(
-    gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], sink: Sink, dtype: torch.dtype | None
+    gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], leaves: Sequence[bool], sink: Sink,
+    dtype: torch.dtype | None,
 ) -> Joint:
     """Trace and compile a segment for inputs of these shapes.
 
     Args:
         trains: which inputs need a gradient; among weights of products it only says whether to sink theirs.
+        leaves: which inputs are parameters, whose gradients the sink may take.
         sink: of the loop, which says which products are packed.
         dtype: autocast's; None = no autocast.
     """
@@ -210,7 +65,8 @@ def trace(
     # Nothing is computed here: dropout must not draw from the generators of the run.
     with FakeTensorMode(), torch.no_grad():
         examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-        probe = _Recorder(gm, sink, dtype, any(trains))
+        gains = gains_of(gm, trains, leaves)
+        probe = Recorder(gm, sink, dtype, any(trains), gains=gains)
         results = probe.run(*examples)
         for product in probe.products:
             examples += product.examples(product.of(examples))
@@ -218,7 +74,7 @@ def trace(
     if not any(trains):
         forward = _forward_only(gm, sink, dtype, examples, own)
         return Joint(forward, None, len(results), (), (), tuple(probe.products), ())
-    weights = {i for p in probe.products for i in (*p.weights, *p.biases) if i is not None}
+    weights = {i for p in probe.products for i in (*p.weights, *p.biases, p.gain) if i is not None}
     # A trained parameter that is no weight of a product is wanted like an activation.
     floating = [i for i, t in enumerate(inputs) if t.is_floating_point() and i not in weights]
     wants = tuple(i for i in floating if trains[i])
@@ -230,7 +86,7 @@ def trace(
     def joint(primals, tangents):
         leaves = [t.detach().requires_grad_(i in floating) for i, t in enumerate(primals)]
         with torch.enable_grad():
-            recorder = _Recorder(gm, sink, dtype, True, leaves[own:])
+            recorder = Recorder(gm, sink, dtype, True, leaves[own:], gains)
             outs = recorder.run(*leaves[:own])
             sources = [leaves[i] for i in wants] + [y for y, s in zip(recorder.y, sunk) if s]
             grads = torch.autograd.grad([outs[i] for i in differentiable], sources, tangents, allow_unused=True)
@@ -269,7 +125,7 @@ def _forward_only(
     from torch._inductor.decomposition import select_decomp_table
 
     def plainly(*primals: Tensor):
-        return _Recorder(gm, sink, dtype, False, primals[own:]).run(*primals[:own])
+        return Recorder(gm, sink, dtype, False, primals[own:]).run(*primals[:own])
 
     with torch.no_grad():
         graph = make_fx(plainly, decomposition_table=select_decomp_table(), tracing_mode="fake")(*examples)
@@ -315,12 +171,13 @@ class Segment:
         trains = tuple(t.requires_grad and torch.is_grad_enabled() for t in inputs)
         device = inputs[0].device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-        key = (trains, dtype, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
+        leaves = tuple(id(t) in sink.leaves for t in inputs)
+        key = (trains, leaves, dtype, tuple((t.shape, t.stride(), t.dtype, t.device) for t in inputs))
         joint = self.joints.get(key)
         if joint is None:
             # A backward pass runs without autocast, and so do the casts that are in the trace already.
             with torch.autocast(device, enabled=False):
-                joint = self.joints[key] = trace(self.gm, inputs, trains, sink, dtype)
+                joint = self.joints[key] = trace(self.gm, inputs, trains, leaves, sink, dtype)
         if any(trains):
             return _Segment.apply(joint, sink, trains, *inputs)
         return tuple(joint.forward([*inputs, *_operands(joint, sink, inputs)])[: joint.results])
@@ -337,7 +194,9 @@ class _Segment(torch.autograd.Function):
     def forward(ctx, joint: Joint, sink: Sink, trains: tuple[bool, ...], *inputs: Tensor):
         results = joint.forward([*(t.detach() for t in inputs), *_operands(joint, sink, inputs)])
         ctx.joint, ctx.sink = joint, sink
-        ctx.products = [(p, p.of(inputs)) for p in joint.products if _is_sunk(p, trains)]
+        # The sink sums gradients of parameters in one sweep, autograd one at a time and in their own precision.
+        ctx.parameters = {i: inputs[i] for i in joint.wants if id(inputs[i]) in sink.leaves}
+        ctx.products = [(p, p.sunk(inputs)) for p in joint.products if _is_sunk(p, trains)]
         count = joint.results + len(ctx.products)
         ctx.operands = results[joint.results : count]
         ctx.saved = results[count:]
@@ -356,7 +215,10 @@ class _Segment(torch.autograd.Function):
         ctx.saved = ctx.operands = ctx.products = None
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, g in zip(joint.wants, gradients):
-            out[3 + i] = g
+            if i in ctx.parameters:
+                sink.gather(ctx.parameters[i], g)
+            else:
+                out[3 + i] = g
         return tuple(out)
 
 

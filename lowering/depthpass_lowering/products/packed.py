@@ -14,41 +14,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from depthpass_kernels.packed_linear import SMALLEST, blocked, pack, packed_product
 from torch import Tensor
-
-from depthpass.log import fallback
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
 
-SMALLEST = 1 << 15
-"""Entries of a weight below which a packed product costs more in calls than it saves."""
 LEAST_USES = 4
 """Products with one weight that repay packing it."""
-
-_LIBRARY = torch.library.Library("depthpass_lowering", "DEF")
-_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
-
-
-def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x W^T + b`` from what :meth:`Products.packed` holds, W itself or oneDNN's blocks of it."""
-    return packed_linear(x, weight, bias) if blocked(x, weight) else F.linear(x, weight, bias)
-
-
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
-
-
-# One Python call above oneDNN's own op, which Inductor takes for weights that are constants only.
-_LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("depthpass_lowering::packed_linear", lib=_LIBRARY)
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
-
-
-packed_linear = torch.ops.depthpass_lowering.packed_linear.default
-"""``x W^T + b`` with W ``[out, in]`` packed by oneDNN."""
 
 
 @dataclass(frozen=True)
@@ -144,14 +116,14 @@ class Products:
         held = self._packed.get(w.key)
         if held is None:
             # The weights are kept as well: their ids must not be given to other tensors.
-            held = self._packed[w.key] = w, _pack(w.matrix().detach(), x), w.bias()
+            held = self._packed[w.key] = w, pack(w.matrix().detach(), x), w.bias()
         return held[1:]
 
     def packed_back(self, w: Weights, g: Tensor) -> Tensor:
         """The transpose of W in oneDNN's format (on CUDA a view of W)."""
         held = self._packed_back.get(w.key)
         if held is None:
-            back = _pack(w.matrix().detach().t(), g) if blocked(g, w.weights[0]) else self.packed(w, g)[0].t()
+            back = pack(w.matrix().detach().t(), g) if blocked(g, w.weights[0]) else self.packed(w, g)[0].t()
             held = self._packed_back[w.key] = w, back
         return held[1]
 
@@ -195,36 +167,6 @@ def plain(w: Weights, xs: Sequence[Tensor]) -> list[Tensor]:
     return [total]
 
 
-def _pack(matrix: Tensor, x: Tensor) -> Tensor:
-    if not blocked(x, matrix):
-        return matrix
-    return torch.ops.mkldnn._reorder_linear_weight(matrix, x.numel() // x.shape[-1])
-
-
 def joins(x: Tensor, weight: Tensor) -> bool:
     """Whether weights that make one product are copied side by side: fewer, wider products fill a GPU better."""
     return x.is_cuda and x.dtype == weight.dtype
-
-
-def blocked(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can multiply these operands from a packed weight."""
-    if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
-        return False
-    if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:
-        # oneDNN packs half precision only for processors that multiply it (not for AVX2 alone).
-        return x.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    fallback("products on the CPU do not pack their weights: this torch has no oneDNN, or it is switched off", asked=False)
-    return False
-
-
-def contraction(a: Tensor, b: Tensor) -> Tensor:
-    """``a^T b`` of two matrices with the same, long, first dimension: a weight gradient."""
-    small = a.numel() + b.numel() < SMALLEST or not blocked(a, b)
-    wide_vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not small and (a.shape[1] > b.shape[1] if wide_vectors else a.shape[1] < b.shape[1]):
-        return contraction(b, a).t()
-    if small or not wide_vectors:
-        # Where oneDNN has no wide vectors, torch's own product is faster; the more so with the wider operand in front.
-        return a.t() @ b
-    # oneDNN copies the operand in front: the narrower one.
-    return torch.ops.mkldnn._linear_pointwise(a.t(), b.t(), None, "none", [], "")

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 from depthpass_kernels import bridge_in
+from depthpass_kernels.packed_linear import contraction
 from torch import Tensor
 
-from depthpass_lowering.products.packed import Products, Tensors, Weights, contraction, plain
+from depthpass_lowering.products.packed import Products, Tensors, Weights, plain
 from depthpass_lowering.state.buffers import outer_mode
 
 FLUSH = {"cpu": 256, "cuda": 8192}
@@ -21,11 +22,18 @@ FLUSH = {"cpu": 256, "cuda": 8192}
 On a GPU every partial sum reads and writes a whole weight gradient, which at the 1B shape cost as much as the products."""
 
 
+LARGEST = 1 << 16
+"""Entries of gathered gradients of one parameter that wait to be summed: gains of norms, many small ones."""
+
+
 class Sink:
     """Operands of the weight gradients of one backward pass, by weight, multiplied every so many rows (``FLUSH``).
 
     Args:
         uses: how often the loop multiplies each weight, in each direction.
+
+    Attributes:
+        leaves: ids of the stand-ins of parameters, whose gradients it may take as well.
     """
 
     def __init__(self, uses: int = 0) -> None:
@@ -34,7 +42,8 @@ class Sink:
         self._sums: dict[tuple, Tensor] = {}
         self._bias_sums: dict[int, Tensor] = {}
         self._cast: dict[int, Tensor] = {}
-        self._others: dict[int, Tensor] = {}
+        self._others: dict[int, list[Tensor]] = {}
+        self.leaves: set[int] = set()
 
     def add(self, w: Weights, xs: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         """Keep the operands of one product's weight gradients.
@@ -76,11 +85,16 @@ class Sink:
     @outer_mode()
     def gather(self, parameter: Tensor, grad: Tensor) -> None:
         """Add to the gradient of a parameter that is no weight of a product."""
-        known = self._others.get(id(parameter))
-        if known is None:
-            self._others[id(parameter)] = grad.clone()
-        else:
-            known.add_(grad)
+        parts = self._others.setdefault(id(parameter), [])
+        parts.append(grad.clone() if grad.is_inference() else grad)
+        if len(parts) * grad.numel() >= LARGEST:
+            parts[:] = [_total(parts)]
+
+    def zero(self, like: Tensor) -> Tensor:
+        """Zero on a device: a number would be filled in there for every op."""
+        if 0 not in self._cast:
+            self._cast[0] = like.new_zeros(())
+        return self._cast[0]
 
     def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:
         """Weights in autocast's dtype, cast once per loop; None = as they are."""
@@ -112,7 +126,8 @@ class Sink:
             for b in w.biases:
                 if b is not None and id(b) in self._bias_sums:
                     gradients[id(b)] = self._bias_sums[id(b)]
-        for key, g in self._others.items():
+        for key, parts in self._others.items():
+            g = _total(parts)
             gradients[key] = gradients[key] + g if key in gradients else g
         self.__init__(self.products.uses)
         return gradients
@@ -136,6 +151,11 @@ class Sink:
         for b, part in zip(w.biases, parts):
             if b is not None and b.requires_grad:
                 self._bias_sums[id(b)] = self._bias_sums.get(id(b), 0) + part.to(b.dtype)
+
+
+def _total(parts: list[Tensor]) -> Tensor:
+    """The sum of gradients of one shape, in one sweep over them."""
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
 class _Operands:
@@ -185,22 +205,36 @@ def _rows(parts: list[Tensor]) -> Tensor:
 
 
 class _SunkProduct(torch.autograd.Function):
-    """Products with parameters whose backward returns activation gradients only and reports to the sink."""
+    """Products with parameters whose backward returns activation gradients only and reports to the sink.
+
+    With ``steps`` they are products of what pointwise steps make of the inputs, taken again in the backward pass.
+    """
 
     @staticmethod
-    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, *xs: Tensor):
-        ctx.sink, ctx.weights, ctx.dtype = sink, w, dtype
-        ctx.save_for_backward(*(xs if any(_trains(t, b) for t, b in zip(w.weights, w.biases)) else ()))
+    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, steps: Callable[..., Tensor] | None, *leaves: Tensor):
+        ctx.sink, ctx.weights, ctx.dtype, ctx.steps = sink, w, dtype, steps
+        ctx.save_for_backward(*(leaves if steps or any(_trains(t, b) for t, b in zip(w.weights, w.biases)) else ()))
+        xs = leaves if steps is None else [_cast(steps(*leaves), dtype)]
         return tuple(sink.products.forward(sink.cast(w, dtype), xs))
 
     @staticmethod
     def backward(ctx, *grads):
-        sink, w = ctx.sink, ctx.weights
-        if ctx.saved_tensors:
-            sink.add(w, ctx.saved_tensors, grads)
+        sink, w, dtype, steps, leaves = ctx.sink, ctx.weights, ctx.dtype, ctx.steps, ctx.saved_tensors
+        xs = leaves
+        if steps is not None:
+            leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in leaves]
+            with torch.enable_grad(), torch.autocast(grads[0].device.type, dtype, enabled=dtype is not None):
+                xs = [_cast(steps(*leaves), dtype)]
+        if xs:
+            sink.add(w, [x.detach() for x in xs], grads)
         if not any(ctx.needs_input_grad):
             return (None,) * len(ctx.needs_input_grad)
-        return (None, None, None, *sink.products.backward(sink.cast(w, ctx.dtype), grads))
+        dxs = sink.products.backward(sink.cast(w, dtype), grads)
+        return (None, None, None, None, *(dxs if steps is None else torch.autograd.grad(xs, leaves, dxs)))
+
+
+def _cast(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return x if dtype is None else x.to(dtype)
 
 
 def sunk_products(sink: Sink, w: Weights, *xs: Tensor) -> Sequence[Tensor]:
@@ -221,29 +255,7 @@ def sunk_products(sink: Sink, w: Weights, *xs: Tensor) -> Sequence[Tensor]:
         return plain(w, xs)
     if dtype is not None:
         xs = tuple(x.to(dtype) for x in xs)
-    return _SunkProduct.apply(sink, w, dtype, *xs)
-
-
-class _SunkAbsorbed(torch.autograd.Function):
-    """A product of what pointwise steps make of its inputs; the steps are taken again in the backward pass."""
-
-    @staticmethod
-    def forward(ctx, sink: Sink, w: Weights, dtype: torch.dtype | None, steps: Callable[..., Tensor], *leaves: Tensor):
-        ctx.sink, ctx.weights, ctx.dtype, ctx.steps = sink, w, dtype, steps
-        ctx.save_for_backward(*leaves)
-        x = steps(*leaves)
-        return tuple(sink.products.forward(sink.cast(w, dtype), [x if dtype is None else x.to(dtype)]))
-
-    @staticmethod
-    def backward(ctx, *grads):
-        sink, w, dtype = ctx.sink, ctx.weights, ctx.dtype
-        leaves = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
-        with torch.enable_grad(), torch.autocast(grads[0].device.type, dtype, enabled=dtype is not None):
-            x = ctx.steps(*leaves)
-            x = x if dtype is None else x.to(dtype)
-        sink.add(w, [x.detach()], grads)
-        (dx,) = sink.products.backward(sink.cast(w, dtype), grads)
-        return (None, None, None, None, *torch.autograd.grad(x, leaves, dx))
+    return _SunkProduct.apply(sink, w, dtype, None, *xs)
 
 
 def sunk_absorbed(sink: Sink, w: Weights, steps: Callable[..., Tensor], *leaves: Tensor) -> Sequence[Tensor]:
@@ -251,7 +263,7 @@ def sunk_absorbed(sink: Sink, w: Weights, steps: Callable[..., Tensor], *leaves:
     dtype = _autocast_dtype(leaves[0])
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in leaves):
         return sunk_products(sink, w, steps(*leaves))
-    return _SunkAbsorbed.apply(sink, w, dtype, steps, *leaves)
+    return _SunkProduct.apply(sink, w, dtype, steps, *leaves)
 
 
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
@@ -279,7 +291,7 @@ class _Landing(torch.autograd.Function):
     def backward(ctx, grad):
         sink, w, present = ctx.sink, ctx.weights, ctx.present
         # Absent tokens brought nothing.
-        g = grad if present is None else torch.where(present, grad, 0)
+        g = grad if present is None else torch.where(present, grad, sink.zero(grad))
         g = g if ctx.dtype is None else g.to(ctx.dtype)
         if ctx.saved_tensors:
             sink.add(w, [c.to(g.dtype) for c in ctx.saved_tensors], [g])
@@ -294,10 +306,10 @@ def _fuses(x: Tensor) -> bool:
 
 def landed(sink: Sink, w: Weights, present: Tensor | None, x: Tensor, cs: Tensors) -> Tensor:
     """``x + present * (sum_b c_b W_b^T + bias_b)``, without gradient."""
-    if _fuses(x) and x.dtype == cs[0].dtype:
-
+    if _fuses(x) and x.dtype == cs[0].dtype == w.weights[0].dtype:
         mask = None if present is None else present.squeeze(-1).expand(x.shape[:-1])
-        return bridge_in(x, list(cs), list(w.weights), list(w.biases), present=mask)[0]
+        matrix, bias = sink.products.whole(w, x)[:2]
+        return bridge_in(x, cs[0] if len(cs) == 1 else torch.cat(list(cs), -1), matrix, bias, present=mask)[0]
     (y,) = sink.products.forward(w, cs)
     return x + (y if present is None else torch.where(present, y, 0))
 

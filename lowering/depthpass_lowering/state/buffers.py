@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from depthpass_kernels import slot_attention_backward, slot_attention_forward
 from depthpass_kernels.slot_attention import chunk
+from depthpass_kernels.slot_attention.columns import copy_columns
 from torch import Tensor
 
 
@@ -42,9 +43,7 @@ class Buffer:
         """Write the keys and values of the columns from ``start`` on."""
         if self.k is None or self.v is None:
             self._make(k, k.shape[3], v.shape[3])
-        to_k, to_v = self.held()
-        to_k[:, :, start : start + k.shape[2]] = k
-        to_v[:, :, start : start + v.shape[2]] = v
+        copy_columns([t.narrow(2, start, k.shape[2]) for t in self.held()], (k, v))
 
     def write_both(self, kv: Tensor, start: int) -> None:
         """As :meth:`write` of keys and values that lie side by side, ``[batch, tokens, 2, kv_heads, dim]``."""
@@ -226,7 +225,7 @@ class _InPlaceAttention(torch.autograd.Function):
         if use.write:
             use.buffer.write(k.detach(), v.detach(), use.start)
         out, lse = use.attend(q, sinks)
-        ctx.use, ctx.strides = use, (k.stride(), v.stride()) if use.write else ()
+        ctx.use, ctx.strides = use, [torch.empty_like(t, device="meta").stride() for t in (k, v)] if use.write else ()
         ctx.save_for_backward(q, sinks, out, lse)
         return out, token.new_empty(0)
 
@@ -243,10 +242,9 @@ class _InPlaceAttention(torch.autograd.Function):
         own_k = own_v = None
         if use.write:
             # In the layout of the keys and values themselves: what comes before expects it, and would copy once more.
-            own_k, own_v = (
-                torch.empty_strided((*t.shape[:2], use.count, t.shape[3]), strides, dtype=t.dtype, device=t.device).copy_(
-                    g[:, :, use.start : use.start + use.count]
-                )
-                for g, t, strides in zip(buffer.gradients(), buffer.held(), ctx.strides)
-            )
+            own_k, own_v = own = [
+                torch.empty_strided((*t.shape[:2], use.count, t.shape[3]), strides, dtype=t.dtype, device=t.device)
+                for t, strides in zip(buffer.held(), ctx.strides)
+            ]
+            copy_columns(own, [g.narrow(2, use.start, use.count) for g in buffer.gradients()])
         return dq, own_k, own_v, dsinks, grad.new_zeros(0), None
