@@ -16,6 +16,8 @@ it.
 import functools
 import importlib.util
 import logging
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,6 +70,24 @@ def triton_installed() -> bool:
 def traced() -> bool:
     """Whether somebody records or interprets ops, so that a call has to appear as one registered op."""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def remembered(size: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Return a cache of so many tensors, which are the same for all calls of a process.
+
+    It is passed by while somebody records or interprets ops: a tensor of `FakeTensorMode` must not reach a later call.
+    """
+
+    def decorate(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @functools.lru_cache(size)
+        def kept(*args: Any) -> Tensor:
+            # A tensor made in inference mode could not be used where gradients are.
+            with torch.inference_mode(False), torch.no_grad():
+                return make(*args)
+
+        return functools.wraps(make)(lambda *args: make(*args) if traced() else kept(*args))
+
+    return decorate
 
 
 def interpreted() -> bool:

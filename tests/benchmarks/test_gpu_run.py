@@ -106,9 +106,9 @@ def test_rehearsal(tmp_path):
     triton = pytest.importorskip("triton")
     if triton.__version__ < "3.7" and tuple(map(int, numpy.__version__.split(".")[:2])) >= (2, 4):
         pytest.skip("the interpreter of triton 3.6 needs numpy < 2.4")
-    stages = "environment,kernels.0,kernels.7,levels.0,attention,training.2"
+    stages = "environment,kernels.0,kernels.7,levels.0,attention,training.3"
     done = call(BENCHMARKS / "gpu.py", "--rehearse", "--out", str(tmp_path), "--jobs", "2", "--budget", "280", "--stages", stages)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert results(tmp_path, "kernels.0")["results"][-1]["passed"] > 0
-    (row,) = (r for r in results(tmp_path, "training.2")["results"] if r["label"] == "g=3 scheduled")
+    (row,) = (r for r in results(tmp_path, "training.3")["results"] if r["label"] == "g=3 scheduled")
     assert row["ms"] > 0 and row["floor"] >= 1

@@ -4,7 +4,9 @@ import pytest
 import torch
 import zoo
 from captured_once import captured_once
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.func import functional_call, grad, jacrev, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -193,3 +195,35 @@ def test_a_meta_model_gives_shapes():
     routed = dp.transform(stock, dp.MixtureOfRecursions(recursions=2, start=1, end=2, router="expert", mode="threshold"))
     with pytest.raises(InputError, match="meta device"):
         routed(input_ids=IDS.to("meta"))
+
+
+@WARM
+@pytest.mark.parametrize("lowering", ["auto", "eager"])
+def test_fake_tensors_reach_no_later_call(stock, warm, lowering):
+    """Estimators and tracers run models on them; masks and constants are kept for all calls of a process."""
+    ids = IDS[:, : 8 - warm]  # sizes of no other test, so that nothing is kept for them yet
+    transformed = model_of(stock, False, lowering=lowering)
+    if warm:
+        transformed(input_ids=IDS, use_cache=False)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = transformed(input_ids=mode.from_tensor(ids), labels=mode.from_tensor(ids), use_cache=False)
+        assert isinstance(out.logits, FakeTensor) and out.logits.shape[:2] == ids.shape
+    fresh = model_of(stock, False, lowering="eager")
+    torch.testing.assert_close(
+        transformed(input_ids=ids, use_cache=False).logits, fresh(input_ids=ids, use_cache=False).logits, rtol=1e-9, atol=1e-9
+    )
+
+
+@WARM
+def test_make_fx_takes_sizes_that_are_numbers(stock, warm):
+    transformed = model_of(stock, warm)
+
+    def logits(ids):
+        return transformed(input_ids=ids, use_cache=False).logits
+
+    with torch.no_grad():
+        for mode in ("real", "fake"):
+            graph = make_fx(logits, tracing_mode=mode, _allow_non_fake_inputs=True)(IDS)
+            torch.testing.assert_close(graph(IDS.flip(0)), logits(IDS.flip(0)))
+        with pytest.raises(InputError, match="sizes that are numbers"):
+            make_fx(logits, tracing_mode="symbolic", _allow_non_fake_inputs=True)(IDS)

@@ -55,11 +55,14 @@ def validity(
 
 @contextmanager
 def shapes_only(tokens: Tensor) -> Iterator[None]:
-    """Say why a program cannot run on the meta device or under ``vmap``: it asks for a value.
+    """Say why a program cannot run on the meta device or under ``vmap``: it asks for a value; sizes that are symbols are refused.
 
     Raises:
         InputError: instead of torch's error about it.
     """
+    if any(isinstance(n, torch.SymInt) for n in tokens.shape):
+        raise InputError("a transformed model runs for sizes that are numbers, and these are symbols. Trace it with make_fx("
+                         "tracing_mode='real' or 'fake'), or take dp.restore or dp.materialize of it (docs/huggingface.md).")
     try:
         yield
     except (RuntimeError, NotImplementedError) as error:

@@ -4,12 +4,12 @@ What a token loop on a CPU runs most: no padding, no window that has passed a ke
 but the operands is kept, and probabilities are computed again in the backward pass.
 """
 
-import functools
 
 import torch
 from torch import Tensor
 
 from depthpass_kernels.operands import accumulation_dtype
+from depthpass_kernels.select import remembered
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
@@ -66,7 +66,7 @@ def _probabilities(rows: Tensor, k: Tensor, count: int, scale: float) -> Tensor:
     return torch.softmax(logits, -1)
 
 
-@functools.lru_cache(32)  # every visit of a chunk asks for the same one
+@remembered(32)  # every visit of a chunk asks for the same one
 def _mask(group: int, count: int, keys: int, dtype: torch.dtype) -> Tensor:
     """What hides later keys of the own chunk, [count * group, keys], a view of a longer one."""
     longest = 256
@@ -75,9 +75,8 @@ def _mask(group: int, count: int, keys: int, dtype: torch.dtype) -> Tensor:
     return _widest(group, count, longest, dtype)[:, longest - keys :]
 
 
-@functools.lru_cache(16)
+@remembered(16)
 def _widest(group: int, count: int, keys: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        mask = torch.zeros(count, keys, dtype=dtype)
-        mask[:, keys - count :] = torch.full((count, count), float("-inf"), dtype=dtype).triu_(1)
-        return mask.repeat_interleave(group, 0)
+    mask = torch.zeros(count, keys, dtype=dtype, device="cpu")
+    mask[:, keys - count :] = torch.full((count, count), float("-inf"), dtype=dtype, device="cpu").triu_(1)
+    return mask.repeat_interleave(group, 0)

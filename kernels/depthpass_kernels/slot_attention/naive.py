@@ -5,12 +5,12 @@ stands; `backward` is the hand-written gradient that the registered op uses, so 
 `chunk_forward` and `chunk_backward` are the same in fewer ops, for the plain case of a token loop.
 """
 
-import functools
 
 import torch
 from torch import Tensor
 
 from depthpass_kernels.operands import accumulation_dtype
+from depthpass_kernels.select import remembered
 from depthpass_kernels.slot_attention.problem import Problem
 
 NEVER = float("-inf")
@@ -166,19 +166,17 @@ class _Chunk:
         return x.reshape(*self.shape, self.count, x.shape[-1])
 
 
-@functools.lru_cache(64)
+@remembered(64)
 def _ahead(count: int, group: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What hides later keys of the own chunk, [group * count, count]."""
-    with torch.inference_mode(False):
-        return torch.full((count, count), NEVER, dtype=dtype, device=device).triu_(1).repeat(group, 1)
+    return torch.full((count, count), NEVER, dtype=dtype, device=device).triu_(1).repeat(group, 1)
 
 
-@functools.lru_cache(64)
+@remembered(64)
 def _behind(count: int, group: int, reach: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What hides keys that a window has passed: key t of the span from query c with t <= c + reach."""
-    with torch.inference_mode(False):
-        hidden = torch.ones(count, count, dtype=torch.bool, device=device).tril(reach)
-        return torch.zeros(count, count, dtype=dtype, device=device).masked_fill_(hidden, NEVER).repeat(group, 1)
+    hidden = torch.ones(count, count, dtype=torch.bool, device=device).tril(reach)
+    return torch.zeros(count, count, dtype=dtype, device=device).masked_fill_(hidden, NEVER).repeat(group, 1)
 
 
 def chunk_forward(problem: Problem) -> tuple[Tensor, Tensor]:

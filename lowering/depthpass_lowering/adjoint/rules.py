@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from depthpass_kernels.select import remembered
 from torch import Tensor, fx
 
 from depthpass.capture import calls
@@ -118,10 +118,9 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.addcmul(_constant(eps, norm.dtype, norm.device), norm, norm, value=1 / x.shape[-1]).rsqrt_()
 
 
-@functools.lru_cache(64)
+@remembered(64)
 def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.tensor(value, dtype=dtype, device=device)
+    return torch.tensor(value, dtype=dtype, device=device)
 
 
 def _over_rows(x: Tensor) -> Tensor:

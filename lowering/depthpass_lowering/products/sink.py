@@ -247,14 +247,11 @@ def sunk_products(sink: Sink, w: Weights, *xs: Tensor) -> Sequence[Tensor]:
         results ``[..., out]`` by weight, or of joined weights one, the sum.
     """
     dtype = _autocast_dtype(xs[0])
+    xs = tuple(_cast(x, dtype) for x in xs)
     if not torch.is_grad_enabled():
-        if dtype is not None:
-            xs = tuple(x.to(dtype) for x in xs)
         return sink.products.forward(sink.cast(w, dtype), xs)
     if not any(x.requires_grad for x in xs) and not any(_trains(t, b) for t, b in zip(w.weights, w.biases)):
         return plain(w, xs)
-    if dtype is not None:
-        xs = tuple(x.to(dtype) for x in xs)
     return _SunkProduct.apply(sink, w, dtype, None, *xs)
 
 
