@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = [f for package in ("depthpass", "lowering", "kernels") for f in sorted((ROOT / package).rglob("*.py"))]
 LINES, FUNCTION = 400, 60
-ROOMS, MOST_CODE = ("lowering", "depthpass/hf"), 13_680
+ROOMS, MOST_CODE = ("lowering", "depthpass/hf"), 13_675
 NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
 
 

@@ -216,7 +216,7 @@ class _Segment(torch.autograd.Function):
         out: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
         for i, g in zip(joint.wants, gradients):
             if i in ctx.parameters:
-                sink.gather(ctx.parameters[i], g)
+                sink.gather(ctx.parameters[i], g, alone=True)
             else:
                 out[3 + i] = g
         return tuple(out)

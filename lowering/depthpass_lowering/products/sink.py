@@ -83,18 +83,12 @@ class Sink:
             self._flush(held)
 
     @outer_mode()
-    def gather(self, parameter: Tensor, grad: Tensor) -> None:
-        """Add to the gradient of a parameter that is no weight of a product."""
+    def gather(self, parameter: Tensor, grad: Tensor, alone: bool = False) -> None:
+        """Add to the gradient of a parameter that is no weight of a product; ``alone``: nobody else has the tensor."""
         parts = self._others.setdefault(id(parameter), [])
-        parts.append(grad.clone() if grad.is_inference() else grad)
+        parts.append(grad if alone else grad.clone())
         if len(parts) * grad.numel() >= LARGEST:
             parts[:] = [_total(parts)]
-
-    def zero(self, like: Tensor) -> Tensor:
-        """Zero on a device: a number would be filled in there for every op."""
-        if 0 not in self._cast:
-            self._cast[0] = like.new_zeros(())
-        return self._cast[0]
 
     def cast(self, w: Weights, dtype: torch.dtype | None) -> Weights:
         """Weights in autocast's dtype, cast once per loop; None = as they are."""
@@ -288,7 +282,7 @@ class _Landing(torch.autograd.Function):
     def backward(ctx, grad):
         sink, w, present = ctx.sink, ctx.weights, ctx.present
         # Absent tokens brought nothing.
-        g = grad if present is None else torch.where(present, grad, sink.zero(grad))
+        g = grad if present is None else torch.where(present, grad, 0)
         g = g if ctx.dtype is None else g.to(ctx.dtype)
         if ctx.saved_tensors:
             sink.add(w, [c.to(g.dtype) for c in ctx.saved_tensors], [g])
