@@ -190,6 +190,35 @@ def check_token_loop(arch, level):
         assert (grads32[name].double() - g).norm() <= 1e-4 * g.norm() + 1e-7, name
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 12), (12,), (5, 12)])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_factors_of_a_stream_have_the_gradients_of_autograd(shape, frozen, monkeypatch):
+    """Through the weights where they are a norm's gain and all weights are trained; by themselves otherwise."""
+    monkeypatch.setattr(joint, "_inductor", lambda gm: lambda args: gm(*args))
+    graph = fx.Graph()
+    x, factor, *weights = (graph.placeholder(n) for n in ("x", "factor", "gate", "up"))
+    scaled = graph.call_function(torch.ops.aten.mul.Tensor, (factor, x))
+    both = graph.call_function(products_node, (False, tuple(weights), (None, None), scaled))
+    graph.output(tuple(graph.call_function(operator.getitem, (both, i)) for i in range(2)))
+    torch.manual_seed(0)
+    inputs = [torch.randn(size, dtype=torch.float64, requires_grad=True) for size in ((3, 5, 12), shape, (7, 12), (4, 12))]
+    inputs[2].requires_grad_(not frozen)
+    x.meta["val"], scaled.meta["val"] = inputs[0].detach(), (inputs[1] * inputs[0]).detach()
+    grads = [torch.randn(3, 5, n, dtype=torch.float64) for n in (7, 4)]
+    wanted = [t for t in inputs if t.requires_grad]
+    right = torch.autograd.grad([inputs[1] * inputs[0] @ w.t() for w in inputs[2:]], wanted, grads)
+    sink = Sink(8)
+    sink.leaves = {id(t) for t in inputs[1:]}
+    segment = joint.Segment(fx.GraphModule({}, graph))
+    outs = segment(sink, *inputs)
+    actual = torch.autograd.grad(outs, wanted, grads, allow_unused=True)
+    sunk = sink.finish()
+    for t, g, want in zip(wanted, actual, right, strict=True):
+        torch.testing.assert_close(sunk[id(t)] if g is None else g, want)
+    (traced_once,) = segment.joints.values()
+    assert [p.gain for p in traced_once.products] == [1 if shape == (12,) and not frozen else None]
+
+
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_compiled_segment_does_not_copy_the_weights_that_it_reads_packed(trained, monkeypatch):
     """What tells the shape of a packed weight once joined the weights in the traced graph, and the compiler kept that."""

@@ -65,7 +65,7 @@ def trace(
     # Nothing is computed here: dropout must not draw from the generators of the run.
     with FakeTensorMode(), torch.no_grad():
         examples = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in inputs]
-        gains = gains_of(gm, trains, leaves)
+        gains = gains_of(gm, inputs, trains, leaves)
         probe = Recorder(gm, sink, dtype, any(trains), gains=gains)
         results = probe.run(*examples)
         for product in probe.products:

@@ -120,8 +120,7 @@ class Sink:
             for b in w.biases:
                 if b is not None and id(b) in self._bias_sums:
                     gradients[id(b)] = self._bias_sums[id(b)]
-        for key, parts in self._others.items():
-            g = _total(parts)
+        for key, g in ((key, _total(parts)) for key, parts in self._others.items()):
             gradients[key] = gradients[key] + g if key in gradients else g
         self.__init__(self.products.uses)
         return gradients

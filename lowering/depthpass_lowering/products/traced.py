@@ -174,7 +174,10 @@ class Recorder(fx.Interpreter):
         return outs
 
 
-def gains_of(gm: fx.GraphModule, trains: Sequence[bool], leaves: Sequence[bool]) -> dict[fx.Node, tuple[int, fx.Node]]:
+Gains = dict[fx.Node, tuple[int, fx.Node]]
+
+
+def gains_of(gm: fx.GraphModule, inputs: Sequence[Tensor], trains: Sequence[bool], leaves: Sequence[bool]) -> Gains:
     """Products of a norm with its gain, ``gain * n``, that nothing but products with trained weights reads: input and n.
 
     With M = sum_rows g^T n the weight's gradient is ``M * gain``, the gain's ``sum_out W * M``: of weights, once behind the
@@ -185,18 +188,18 @@ def gains_of(gm: fx.GraphModule, trains: Sequence[bool], leaves: Sequence[bool])
     def reads(u: fx.Node, m: fx.Node) -> bool:
         return u.target is products and u.args[3] is m and all(trains[place[w]] for w in cast(Sequence, u.args[1]))
 
-    def scales(m: fx.Node, n: fx.Node) -> bool:
-        return m.target is torch.ops.aten.mul.Tensor and all(reads(u, m) for u in m.users) and _size(n) == _size(m)
+    def scales(m: fx.Node, gain: Tensor, n: fx.Node) -> bool:
+        vector = _size(n) == _size(m) and _size(m)[-2:-1] == gain.shape
+        return vector and m.target is torch.ops.aten.mul.Tensor and all(reads(u, m) for u in m.users)
 
-    gains: dict[fx.Node, tuple[int, fx.Node]] = {}
+    gains: Gains = {}
     for node, i in place.items():
         factors = {m: [a for a in m.all_input_nodes if a is not node] for m in node.users}
-        if trains[i] and leaves[i] and all(len(of) == 1 and scales(m, *of) for m, of in factors.items()):
+        if trains[i] and leaves[i] and all(len(of) == 1 and scales(m, inputs[i], *of) for m, of in factors.items()):
             gains |= {m: (i, of[0]) for m, of in factors.items()}
     return gains
 
 
 def _size(n: fx.Node) -> tuple:
     """Shape and dtype of a node's value."""
-    value = n.meta.get("val")
-    return (*value.shape, value.dtype) if isinstance(value, Tensor) else (n,)
+    return (*n.meta["val"].shape, n.meta["val"].dtype) if isinstance(n.meta.get("val"), Tensor) else (n,)
