@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Rate:
     """GFLOP/s of one product with weights from memory.
 
     Attributes:
-        packed: the same from weights packed by oneDNN; None = it cannot pack them, or they are too small.
+        packed: the same from packed weights; None = they cannot be packed, or are too small.
         chosen: whether the lowering packs this weight in a token loop that uses it so often.
     """
 
@@ -168,16 +169,19 @@ def _gflops(calls: list[Callable[[], object]], p: Product, seconds: float) -> fl
 
 
 def products_called(run: Callable[[], object]) -> dict[str, int]:
-    """How many matrix products one call makes, by kind: from packed weights, through oneDNN unpacked, torch's own."""
+    """How many matrix products one call makes, by kind: in panels, else packed, through oneDNN, torch's own."""
+    from depthpass_kernels import panels
     from torch.autograd.profiler import profile
 
+    in_panels = mock.Mock(wraps=panels.panel_product)  # no op, which a profiler could count
     # The profiler writes a line to standard error at every start and end.
-    with _taken(2), profile(use_kineto=False) as seen:
+    with _taken(2), profile(use_kineto=False) as seen, mock.patch.object(panels, "panel_product", in_panels):
         run()
     counts = {e.key: e.count for e in seen.key_averages()}
-    packed = counts.get("depthpass_kernels::packed_linear", 0)
+    own, pointwise = counts.get("depthpass_kernels::packed_linear", 0), counts.get("mkldnn::_linear_pointwise", 0)
+    packed = max(0, own - in_panels.call_count)
     calls = {
-        "packed": packed, "oneDNN": counts.get("mkldnn::_linear_pointwise", 0) - packed,
+        "panels": in_panels.call_count, "packed": packed, "oneDNN": pointwise - packed,
         "plain": sum(counts.get(f"aten::{n}", 0) for n in ("mm", "addmm")),
     }
     return {k: n for k, n in calls.items() if n > 0}

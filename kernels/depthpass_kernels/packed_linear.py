@@ -1,6 +1,7 @@
-"""Products with a weight that oneDNN has packed in its own blocks: several times faster on a CPU for a few dozen rows.
+"""Products with a packed weight: several times faster on a CPU for a few dozen rows.
 
-One Python call above oneDNN's own ops, which Inductor takes for weights that are constants only.
+oneDNN's blocks, one Python call above its own ops, which Inductor takes for weights that are constants only; or, for
+processors with AVX2 alone, float32 in panels (:mod:`depthpass_kernels.panels`).
 """
 
 import functools
@@ -10,18 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from depthpass_kernels import panels
+from depthpass_kernels.select import traced
+
 SMALLEST = 1 << 15
 """Entries of a weight below which a packed product costs more in calls than it saves."""
 
 _LIBRARY = torch.library.Library("depthpass_kernels", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+_LIBRARY.define("in_panels(Tensor weight) -> Tensor")
+_LIBRARY.impl("in_panels", panels.in_panels, "CPU")
 
 
-def _packed_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if not weight.is_mkldnn:
+        return panels.panel_product(x, weight, bias)
     return torch.ops.mkldnn._linear_pointwise.default(x, weight, bias, "none", [], "")
 
 
-_LIBRARY.impl("packed_linear", _packed_linear, "CompositeExplicitAutograd")
+_LIBRARY.impl("packed_linear", _multiply, "CompositeExplicitAutograd")
 
 
 @torch.library.register_fake("depthpass_kernels::packed_linear", lib=_LIBRARY)
@@ -29,24 +37,36 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
+@torch.library.register_fake("depthpass_kernels::in_panels", lib=_LIBRARY)
+def _(weight: Tensor) -> Tensor:
+    return torch.empty_like(weight, memory_format=torch.contiguous_format)
+
+
 packed_linear = torch.ops.depthpass_kernels.packed_linear.default
-"""``x W^T + b`` with W ``[out, in]`` packed by oneDNN."""
+"""``x W^T + b`` with W ``[out, in]`` as :func:`pack` gives it where it packs."""
+
+
+def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:data:`packed_linear`, called without torch's dispatcher where nothing that it serves is about."""
+    return packed_linear(x, weight, bias) if traced() or type(x) is not Tensor else _multiply(x, weight, bias)
 
 
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x W^T + b`` from what :func:`pack` returns, W itself or oneDNN's blocks of it."""
+    """Return ``x W^T + b`` from what :func:`pack` returns, W itself or packed."""
     return packed_linear(x, weight, bias) if blocked(x, weight) else F.linear(x, weight, bias)
 
 
 def pack(matrix: Tensor, x: Tensor) -> Tensor:
-    """Return W as products with such rows read it best: in oneDNN's blocks, or as it is."""
+    """Return W as products with such rows read it best: packed, or as it is."""
     if not blocked(x, matrix):
         return matrix
+    if x.dtype == torch.float32 and panels.obstacle() is None:
+        return torch.ops.depthpass_kernels.in_panels.default(matrix)
     return torch.ops.mkldnn._reorder_linear_weight(matrix, x.numel() // x.shape[-1])
 
 
 def blocked(x: Tensor, weight: Tensor) -> bool:
-    """Whether oneDNN can multiply these operands from a packed weight."""
+    """Whether these operands are multiplied from a packed weight."""
     if x.device.type != "cpu" or x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16) or not x.numel():
         return False
     if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled:

@@ -1,13 +1,13 @@
-"""C++ of a decoded token, built by the compiler that Inductor uses, for the vector instructions that it has found."""
+"""The C++ of a decoded token by name and dtype."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from depthpass_kernels import cpp
 from depthpass_kernels.few_rows import attention, product
 
 TYPES = {torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
@@ -17,18 +17,9 @@ SOURCES = {"product": product, "attention": attention}
 @functools.cache
 def load(name: str, dtype: torch.dtype) -> Callable[..., None] | Exception:
     """One of :data:`SOURCES` for a dtype of :data:`TYPES`, compiled, or why it cannot be had (no compiler, say)."""
-    own = TYPES[dtype]
-    try:
-        from torch._inductor.codecache import CppPythonBindingsCodeCache
-
-        source = SOURCES[name]
-        built: Any = CppPythonBindingsCodeCache.load_pybinding(
-            [a.replace("T*", f"{own}*") for a in source.ARGUMENTS],
-            f"#include <torch/csrc/inductor/cpp_prefix.h>\n#include <vector>\nusing T = {own};\n{source.SOURCE}",
-        )
-        return built
-    except Exception as error:  # whatever a compiler, a loader or a newer torch says
-        return error
+    own, source = TYPES[dtype], SOURCES[name]
+    include = f"#include <torch/csrc/inductor/cpp_prefix.h>\n#include <vector>\nusing T = {own};\n"
+    return cpp.build(tuple(a.replace("T*", f"{own}*") for a in source.ARGUMENTS), include + source.SOURCE)
 
 
 def obstacle(dtype: torch.dtype) -> str | None:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
+from depthpass_kernels.packed_linear import multiply
 from torch import Tensor
 
 from depthpass_lowering.adjoint.reverse import SiteSpec
 from depthpass_lowering.products.packed import Weights
 from depthpass_lowering.products.sink import Sink, landed
-
-_packed: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 class Site:
@@ -39,7 +37,7 @@ class Site:
         if self.matrix is None:
             self.matrix, self.bias, self.packed = self.sink.products.whole(self.w, self.like)
         if self.packed:
-            return _packed(x, self.matrix, self.bias, "none", [], "")
+            return multiply(x, self.matrix, self.bias)
         return F.linear(x, self.matrix, self.bias)
 
     def head_sizes(self, dim: int) -> Sequence[int]:
@@ -73,7 +71,7 @@ class Site:
         if self.back_matrix is None:
             self.back_matrix, self.packed = self.sink.products.whole_back(self.w, self.like)
         if self.packed:
-            return _packed(g, self.back_matrix, None, "none", [], "")
+            return multiply(g, self.back_matrix, None)
         return torch.matmul(g, self.back_matrix)
 
     def columns(self, whole: Tensor) -> Sequence[Tensor]:

@@ -1,6 +1,6 @@
 """Matrix products of a token loop: the same few weights, many times, with few rows each.
 
-On a CPU such a product is bound by how its weight is read. oneDNN multiplies weights packed in its own blocked format
+On a CPU such a product is bound by how its weight is read. Weights packed for it are multiplied
 several times faster than a plain product of a few dozen rows, and a loop of many chunks repays the packing. Weights that
 multiply one stream (q, k, v) or whose results are summed (bridges into one block) are packed side by side and make one
 product; on CUDA that is all that packing means. Packed copies live as long as the pass over the chunks that reads them.
@@ -112,7 +112,7 @@ class Products:
         return [total]
 
     def packed(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W in oneDNN's format (on CUDA as it is), and b."""
+        """W packed (on CUDA as it is), and b."""
         held = self._packed.get(w.key)
         if held is None:
             # The weights are kept as well: their ids must not be given to other tensors.
@@ -120,7 +120,7 @@ class Products:
         return held[1:]
 
     def packed_back(self, w: Weights, g: Tensor) -> Tensor:
-        """The transpose of W in oneDNN's format (on CUDA a view of W)."""
+        """The transpose of W, packed (on CUDA a view of W)."""
         held = self._packed_back.get(w.key)
         if held is None:
             back = pack(w.matrix().detach().t(), g) if blocked(g, w.weights[0]) else self.packed(w, g)[0].t()
@@ -128,7 +128,7 @@ class Products:
         return held[1]
 
     def whole(self, w: Weights, x: Tensor) -> tuple[Tensor, Tensor | None, bool]:
-        """W and b, and whether W is in oneDNN's format: of several weights always one product."""
+        """W and b, and whether W is packed: of several weights always one product."""
         if self.packs(w, x) and blocked(x, w.weights[0]):
             return *self.packed(w, x), True
         key = ("whole", *w.key)
@@ -137,14 +137,14 @@ class Products:
         return *self._packed[key][1:], False
 
     def whole_back(self, w: Weights, g: Tensor) -> tuple[Tensor, bool]:
-        """What the gradient of the whole result is multiplied with from the right: the transpose of W in oneDNN's format,
+        """What the gradient of the whole result is multiplied with from the right: the packed transpose of W,
         or W as it is."""
         if self.packs(w, g) and blocked(g, w.weights[0]):
             return self.packed_back(w, g), True
         return self.whole(w, g)[0], False
 
     def packs(self, w: Weights, x: Tensor) -> bool:
-        """Whether a product is taken from packed weights: those that oneDNN reads, and several that CUDA takes as one."""
+        """Whether a product is taken from packed weights: those that a CPU packs, and several that CUDA takes as one."""
         if self.uses < LEAST_USES or sum(t.numel() for t in w.weights) < SMALLEST:
             return False
         return blocked(x, w.weights[0]) or (len(w.weights) > 1 and joins(x, w.weights[0]))
