@@ -16,6 +16,7 @@ from depthpass_kernels.select import traced
 
 SMALLEST = 1 << 15
 """Entries of a weight below which a packed product costs more in calls than it saves."""
+_SMALLEST_IN_PANELS = 1 << 13
 
 _LIBRARY = torch.library.Library("depthpass_kernels", "FRAGMENT")
 _LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
@@ -54,6 +55,13 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def packed_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Return ``x W^T + b`` from what :func:`pack` returns, W itself or packed."""
     return packed_linear(x, weight, bias) if blocked(x, weight) else F.linear(x, weight, bias)
+
+
+def repays(x: Tensor, entries: int) -> bool:
+    """Whether packing a weight of so many entries saves time where it is multiplied often; x like its operand."""
+    if entries >= SMALLEST or entries < _SMALLEST_IN_PANELS:
+        return entries >= SMALLEST
+    return x.device.type == "cpu" and x.dtype == torch.float32 and panels.obstacle() is None
 
 
 def pack(matrix: Tensor, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Slot attention of a chunk whose queries see every key up to their own, in as few torch ops as it takes.
+"""Slot attention of a chunk whose queries see every key up to their own: compiled, or in as few torch ops as it takes.
 
 What a token loop on a CPU runs most: no padding, no window that has passed a key, no cap and no sinks. Of long rows nothing
 but the operands is kept, and probabilities are computed again in the backward pass.
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from depthpass_kernels.operands import accumulation_dtype
 from depthpass_kernels.select import remembered
+from depthpass_kernels.slot_attention import chunk_cpp
 
 _softmax_backward = torch.ops.aten._softmax_backward_data.default
 
@@ -27,7 +28,37 @@ def fits(x: Tensor, count: int, start: int, options: dict) -> bool:
     )
 
 
-def rows_of(q: Tensor, keys: int) -> Tensor:
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Return the result and the probabilities [B * Hkv, C * group, N] if they are worth keeping.
+
+    Args:
+        q: [B, C, Hq, D]; the result is laid out in the same way.
+        k, v: [B * Hkv, N, D or Dv] up to the last query's.
+    """
+    keep = k.shape[1] <= KEPT * k.shape[2]
+    if chunk_cpp.fits(q, k, v):
+        return chunk_cpp.forward(q, k, v, scale, keep)
+    p = _probabilities(_rows_of(q, k.shape[0]), k, q.shape[1], scale)
+    return _by_token(torch.bmm(p, v), *q.shape[:2]), p if keep else None
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None, scale: float, dk: Tensor, dv: Tensor
+) -> Tensor:
+    """Return dq from the gradient of the result and what :func:`forward` was given and gave; those of k and v are added to
+    dk and dv."""
+    if chunk_cpp.fits(q, k, v, dk, dv):
+        return chunk_cpp.backward(grad, q, k, v, p, scale, dk, dv)
+    g, rows = _rows_of(grad, k.shape[0]), _rows_of(q, k.shape[0])
+    if p is None:
+        p = _probabilities(rows, k, q.shape[1], scale)
+    logits = _softmax_backward(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(scale)
+    dk.add_(torch.bmm(logits.mT, rows))
+    dv.add_(torch.bmm(p.mT, g))
+    return _by_token(torch.bmm(logits, k), *q.shape[:2])
+
+
+def _rows_of(q: Tensor, keys: int) -> Tensor:
     """[B, C, Hq, D] -> [B * Hkv, C * group, D]: the queries of a key head below one another; `keys` = B * Hkv. No copy where
     all heads share one key head."""
     batch, count, _, width = q.shape
@@ -36,29 +67,12 @@ def rows_of(q: Tensor, keys: int) -> Tensor:
     return q.reshape(batch, count, keys // batch, -1, width).transpose(1, 2).reshape(keys, -1, width)
 
 
-def by_token(rows: Tensor, batch: int, count: int) -> Tensor:
-    """The inverse of `rows_of`."""
+def _by_token(rows: Tensor, batch: int, count: int) -> Tensor:
+    """The inverse of `_rows_of`."""
     keys, _, width = rows.shape
     if keys == batch:
         return rows.view(batch, count, -1, width)
     return rows.view(batch, keys // batch, count, -1, width).transpose(1, 2).flatten(2, 3)
-
-
-def forward(rows: Tensor, k: Tensor, v: Tensor, count: int, scale: float) -> tuple[Tensor, Tensor | None]:
-    """Return [B * Hkv, C * group, Dv] and the probabilities if they are worth keeping, from the rows of `rows_of` and keys and
-    values [B * Hkv, N, D or Dv] up to the last query's."""
-    p = _probabilities(rows, k, count, scale)
-    return torch.bmm(p, v), p if k.shape[1] <= KEPT * k.shape[2] else None
-
-
-def backward(
-    g: Tensor, rows: Tensor, k: Tensor, v: Tensor, p: Tensor | None, count: int, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return dq, dk and dv laid out as rows, k and v, from the gradient g of the result."""
-    if p is None:
-        p = _probabilities(rows, k, count, scale)
-    logits = _softmax_backward(torch.bmm(g, v.mT), p, -1, p.dtype).mul_(scale)
-    return torch.bmm(logits, k), torch.bmm(logits.mT, rows), torch.bmm(p.mT, g)
 
 
 def _probabilities(rows: Tensor, k: Tensor, count: int, scale: float) -> Tensor:

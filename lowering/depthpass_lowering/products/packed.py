@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from depthpass_kernels.packed_linear import SMALLEST, blocked, pack, packed_product
+from depthpass_kernels.packed_linear import blocked, pack, packed_product, repays
 from torch import Tensor
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -145,7 +145,7 @@ class Products:
 
     def packs(self, w: Weights, x: Tensor) -> bool:
         """Whether a product is taken from packed weights: those that a CPU packs, and several that CUDA takes as one."""
-        if self.uses < LEAST_USES or sum(t.numel() for t in w.weights) < SMALLEST:
+        if self.uses < LEAST_USES or not repays(x, sum(t.numel() for t in w.weights)):
             return False
         return blocked(x, w.weights[0]) or (len(w.weights) > 1 and joins(x, w.weights[0]))
 

@@ -144,11 +144,9 @@ class Use:
 
     def chunk(self, q: Tensor) -> tuple[Tensor, ChunkTape]:
         """As :meth:`taped` of a chunk whose queries ``[B, C, H, D]`` see every key before them, its own keys written."""
-        batch, count = q.shape[:2]
-        k, v = self.buffer.by_head(self.start + count)
-        rows = chunk.rows_of(q, k.shape[0])
-        out, p = chunk.forward(rows, k, v, count, self.options["scale"])
-        return chunk.by_token(out, batch, count), ChunkTape(self, rows, k, v, p)
+        k, v = self.buffer.by_head(self.start + self.count)
+        out, p = chunk.forward(q, k, v, self.options["scale"])
+        return out, ChunkTape(self, q, k, v, p)
 
     def own(self) -> list[Tensor | None]:
         """Gradients of the span's own keys and values, in their dtype: complete once every use has gone back."""
@@ -197,19 +195,15 @@ class AttentionTape:
 class ChunkTape:
     """The same of a chunk whose queries see every key before them."""
 
-    __slots__ = ("k", "p", "rows", "use", "v")
+    __slots__ = ("k", "p", "q", "use", "v")
 
-    def __init__(self, use: Use, rows: Tensor, k: Tensor, v: Tensor, p: Tensor | None):
-        self.use, self.rows, self.k, self.v, self.p = use, rows, k, v, p
+    def __init__(self, use: Use, q: Tensor, k: Tensor, v: Tensor, p: Tensor | None):
+        self.use, self.q, self.k, self.v, self.p = use, q, k, v, p
 
     def __call__(self, grad: Tensor) -> tuple[Tensor, None]:
-        use, k = self.use, self.k
-        g = chunk.rows_of(grad, k.shape[0])
-        dq, dk, dv = chunk.backward(g, self.rows, k, self.v, self.p, use.count, use.options["scale"])
-        sum_k, sum_v = use.buffer.gradients_by_head(k.shape[1])
-        sum_k.add_(dk)
-        sum_v.add_(dv)
-        return chunk.by_token(dq, grad.shape[0], use.count).transpose(1, 2), None
+        sums = self.use.buffer.gradients_by_head(self.k.shape[1])
+        dq = chunk.backward(grad, self.q, self.k, self.v, self.p, self.use.options["scale"], *sums)
+        return dq.transpose(1, 2), None
 
 
 class _InPlaceAttention(torch.autograd.Function):
