@@ -90,7 +90,7 @@ def draw(asked: str, figure, summary) -> None:
     left.set(ylabel=f"accuracy, {TOKENS[asked]}", title=f"trained to {c.train.length} tokens, thin: seeds", ylim=(0.2, 1.02))
     plots.curves(right, summary, 4, arms=shown)
     right.set(xlabel="training step", ylabel="length of the rows", title="rows grow when two batches are right")
-    left.legend(fontsize=7, frameon=False, loc="lower left", ncols=2)
+    left.figure.legend(*left.get_legend_handles_labels(), fontsize=7, frameon=False, loc="outside lower center", ncols=4)
 
 
 def tracking(title: str, state: State, asked: str = "accuracy") -> Experiment:

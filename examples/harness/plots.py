@@ -64,11 +64,10 @@ def save(summary: Summary, experiment: Experiment, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure = plt.figure(figsize=(10, 4.2), dpi=110)
+    figure = plt.figure(figsize=(10, 4.2), dpi=110, layout="constrained")
     experiment.draw(figure, summary)
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
     figure.savefig(path)
     plt.close(figure)

@@ -122,16 +122,14 @@ class Use:
             dtype = torch.get_autocast_dtype(device)
             q, k, v = q.to(dtype), *(None if t is None else t.to(dtype) for t in (k, v))
         if not torch.is_grad_enabled():
-            if self.write and k is not None and v is not None:
-                self.buffer.write(k, v, self.start)
-            return self.attend(q, sinks)[0].transpose(1, 2)
+            return self.taped(q, k, v, sinks)[0]
         token = self.buffer.token if self.buffer.token is not None else q.new_empty(0)
         out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
         return out.transpose(1, 2)
 
-    def taped(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> tuple[Tensor, AttentionTape | ChunkTape]:
+    def taped(self, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, AttentionTape | ChunkTape]:
         """As :meth:`__call__`, without autograd: the result, and what its backward pass needs."""
-        if self.write:
+        if self.write and k is not None and v is not None:
             self.buffer.write(k, v, self.start)
         if sinks is None and self.plain(q):
             return self.chunk(q.transpose(1, 2))
