@@ -185,7 +185,7 @@ def _examples(tensors: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor]
     examples: dict[str, torch.Tensor] = {}
     dims: dict[str, object] = {}
     for name, t in tensors.items():
-        if t.dim() > 2 and name not in ("inputs_embeds", "position_ids"):
+        if t.dim() > 2 and name not in ("inputs_embeds", "position_ids", "per_layer_inputs"):
             raise InputError(
                 f"{name}: expected [batch, tokens], got shape {tuple(t.shape)}. Dense masks are not supported: masks are "
                 "made from the validity of each token."

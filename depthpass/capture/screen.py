@@ -139,6 +139,26 @@ def screen_modules(model: nn.Module) -> None:
             "attention only."
         )
     _screen_attention(model, layers)
+    _screen_inputs(model)
+
+
+def _screen_inputs(model: nn.Module) -> None:
+    """Refuse blocks that read keys of earlier blocks, and positions that are made from what the ids are.
+
+    Raises:
+        UnsupportedModelError: naming the config field or the module.
+    """
+    if shared := getattr(text_config(model), "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(
+            f"{type(model).__name__}: config.num_kv_shared_layers={shared}: the last {shared} blocks attend to keys and values "
+            "of earlier blocks, while only the hidden stream may flow from block to block. Use a model without such blocks."
+        )
+    for path, module in model.named_modules():
+        if path and hasattr(module, "create_position_ids_from_input_ids"):
+            raise UnsupportedModelError(
+                f"{path} ({type(module).__name__}) numbers tokens by what their ids are (padding ids are not counted, the first "
+                "position is behind the padding's), which no chunk of a row knows. Expected positions that count columns."
+            )
 
 
 def screen_prompts(model: Any) -> None:

@@ -95,6 +95,10 @@ REFUSED = {
             "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4,
             "original_max_position_embeddings": 64}),
         ["model.rotary_emb (Phi3RotaryEmbedding)", "'longrope'"]),
+    "keys of earlier blocks": (lambda: zoo.model("gemma4_text", num_kv_shared_layers=2, hidden_size_per_layer_input=0),
+                               ["config.num_kv_shared_layers=2", "the last 2 blocks attend to keys and values"]),
+    "positions from ids": (lambda: lm("roberta", **BASE, is_decoder=True),
+                           ["embeddings (RobertaEmbeddings)", "numbers tokens by what their ids are"]),
     "router logits": (lambda: zoo.model("mixtral", 1, output_router_logits=True), ["output_router_logits=True"]),
     "a window of nothing": (lambda: zoo.model("mistral", 1, sliding_window=0), ["window or chunk of 0 tokens"]),
 }
@@ -111,7 +115,8 @@ def test_refused_by_name(what):
     assert "/" not in message.replace("docs/support.md", ""), "no machine paths"
     assert "\n" not in message
     # No call could ever run: known before anything is set up, or by a first capture of an architecture that nobody has tried.
-    if {STATE, ITSELF, "bidirectional", "token loop"} & {*parts} or what in ("doge", "jetmoe"):
+    if {STATE, ITSELF, "bidirectional", "token loop"} & {*parts} or what in (
+            "doge", "jetmoe", "keys of earlier blocks", "positions from ids"):
         with pytest.raises(UnsupportedModelError, match=parts[-1]):
             dp.transform(build(), dp.Identity())
 

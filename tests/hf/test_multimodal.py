@@ -239,6 +239,67 @@ def wanted_logits(stock, given):
         return stock(**given).logits[:, -1]
 
 
+@pytest.fixture(scope="module")
+def gemma4():
+    """Its outer class hands the decoder an input for every block, and labels; returns rows of one image of four tokens, too."""
+    transformers = pytest.importorskip("transformers.models.gemma4", reason="not in this release")
+    text = zoo.config("gemma4_text", 2, global_head_dim=8, num_global_key_value_heads=2, hidden_size_per_layer_input=8,
+                      vocab_size_per_layer_input=zoo.VOCABULARY, layer_types="alternate", sliding_window=4)
+    tokens = dict(zip(("boi", "eoi", "boa", "audio", "video"), range(91, 96)))
+    config = transformers.Gemma4Config(
+        text_config=text.to_dict(), audio_config=None, image_token_id=IMAGE, eoa_token_index=96,
+        **{f"{n}_token_id": t for n, t in tokens.items()},
+        vision_config={"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "num_key_value_heads": 2, "head_dim": 8, "patch_size": 4, "pooling_kernel_size": 2,
+                       "position_embedding_size": 16},
+    )
+    torch.manual_seed(0)
+    stock = enliven(AutoModelForImageTextToText.from_config(config).eval(), std=0.15)
+    given = inputs((14, 11))
+    given["input_ids"] = given["input_ids"].clamp_max(IMAGE - 1)
+    given["input_ids"][:, 5:9] = IMAGE
+    grid = torch.tensor([[x, y] for y in range(4) for x in range(4)]).expand(2, -1, -1)
+    return stock, given | {"pixel_values": torch.rand(2, 16, 48, generator=torch.Generator().manual_seed(0)),
+                           "image_position_ids": grid}
+
+
+def test_inputs_of_every_block_and_labels_that_the_outer_class_hands_on(gemma4):
+    stock, given = gemma4
+    same, mask = dp.transform(stock, dp.Identity()), given["attention_mask"].bool()
+    parameters = [p for n, p in stock.named_parameters() if "per_layer" in n or "vision" in n]
+    labels = given["input_ids"].masked_fill(~mask, -100)
+    outs = [m(**given, labels=labels, use_cache=False) for m in (same, stock)]
+    torch.testing.assert_close(*(out.logits[mask] for out in outs))
+    torch.testing.assert_close(outs[0].loss, outs[1].loss)
+    for a, b in zip(*(torch.autograd.grad(out.loss, parameters, allow_unused=True) for out in outs), strict=True):
+        torch.testing.assert_close(a, b)
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "suppress_tokens": [*range(IMAGE, 97)]}
+    assert torch.equal(same.generate(**given, **options), stock.generate(**given, **options))
+    turbo = dp.transform(stock, dp.TurboConn(bridges=[(1, 0)], group=3, rank=4))
+    enliven(turbo.depth, seed=1, least=1)
+    out = turbo.generate(**given, **options, return_dict_in_generate=True, output_logits=True)
+    longer = torch.cat((given["attention_mask"], torch.ones(2, 3, dtype=torch.long)), 1)
+    with torch.no_grad():
+        scored = turbo(**given | {"input_ids": out.sequences[:, :-1], "attention_mask": longer}, use_cache=False).logits[:, -4:]
+    torch.testing.assert_close(torch.stack(out.logits, 1), scored, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(scored[:, 0], wanted_logits(stock, given), atol=1e-2)
+
+
+def test_text_behind_an_image_that_a_kept_cache_holds():
+    """The second turn's places are one number for all axes, from where the image's places ended."""
+    stock, given = qwen(), with_small_image(qwen)
+    same = dp.transform(stock, dp.Identity())
+    options = {"max_new_tokens": 3, "do_sample": False, "eos_token_id": None, "suppress_tokens": [*range(IMAGE, 97)]}
+    answers = []
+    for model, cache in ((stock, DynamicCache(config=stock.config.get_text_config())), (same, dp.DepthCache(same))):
+        first = model.generate(**given, **options, **{zoo.CACHE: cache})
+        ids = torch.cat((first, given["input_ids"][:, -4:]), 1)
+        mask = torch.cat((given["attention_mask"], torch.ones(2, 7, dtype=torch.long)), 1)
+        second = {"input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == IMAGE).int()}
+        answers.append(model.generate(**second, **options, **{zoo.CACHE: cache}))
+    assert torch.equal(*answers)
+
+
 def test_images_that_see_both_ways_are_refused_by_name():
     stock = gemma()
     transformed, given = dp.transform(stock, dp.Identity()), with_image()

@@ -30,7 +30,7 @@ IGNORED = {
 }
 _REFUSED_FLAGS = ("output_attentions", "output_router_logits")
 EMBEDS = ("input_ids", "inputs_embeds")
-_TENSORS = ("token_type_ids", "mm_token_type_ids")
+_TENSORS = ("token_type_ids", "mm_token_type_ids", "per_layer_inputs")
 
 
 @dataclass(frozen=True)
@@ -114,6 +114,7 @@ def normalise(
     labels = None
     if frame is not None:
         prompt, labels = frame.arguments.get("prompt_length"), frame.arguments.get("labels")
+        given.pop("labels", None)  # some hand them on to a decoder that takes none
         # Outer classes that know no such keywords do not hand them on.
         given = {n: frame.arguments[n] for n in WORDS if frame.arguments.get(n) is not None} | given
     refuse_flags(given, config)
