@@ -184,6 +184,28 @@ def test_inference_mode_around_making_and_calling():
     assert gradients(trained, IDS)
 
 
+@pytest.mark.parametrize("lowering", ["auto", "eager"])
+@pytest.mark.parametrize("count", [5, 1])
+def test_a_prompt_read_in_inference_mode_is_gone_on_from_with_gradients(stock, lowering, count):
+    """As a stock model goes on from such a cache: the values of the row in one call, the gradients behind any such prompt."""
+    transformed, logits, grads = model_of(stock, True, lowering=lowering), [], []
+    new = IDS[:, 4 : 4 + count]
+    for mode in (torch.inference_mode, torch.no_grad):
+        with mode():
+            cache = dp.DepthCache(transformed)
+            transformed(input_ids=IDS[:, :4], past_key_values=cache)
+        out = transformed(input_ids=new, past_key_values=cache)
+        transformed.zero_grad()
+        out.logits.square().sum().backward()
+        logits.append(out.logits.detach())
+        grads.append([p.grad for p in transformed.parameters()])
+    with torch.no_grad():
+        whole = transformed(input_ids=IDS[:, : 4 + count]).logits[:, 4:]
+    torch.testing.assert_close(logits, [whole, whole], rtol=0, atol=1e-9)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-9, atol=1e-9)
+    assert sum(g.abs().sum() > 0 for g in grads[0] if g is not None) > 10
+
+
 def test_a_meta_model_gives_shapes():
     stock = zoo.model("llama", 3).to("meta")
     transformed = turbo_of(stock)

@@ -94,7 +94,11 @@ class DepthCache(Cache):
         Raises:
             InputError: ``residual_bits`` was given, and the program visits no block twice.
         """
-        return self.state if self.residual_bits is None else packed_state(self.state, program, self.residual_bits, self._errors)
+        state = self.state
+        if torch.is_grad_enabled():
+            # A line of a prompt that was read in inference mode cannot be saved for the backward pass; its copy can.
+            state = replace(state, lines={n: t.clone() if t.is_inference() else t for n, t in state.lines.items()})
+        return state if self.residual_bits is None else packed_state(state, program, self.residual_bits, self._errors)
 
     def __repr__(self) -> str:
         kv, lines = self.state.nbytes()
@@ -215,9 +219,7 @@ class DepthCache(Cache):
         slots = self.state.slots
         return next(iter(slots.values())).keys[0].shape[0] if slots else -1
 
-    @property
-    def max_batch_size(self) -> int:
-        return self.batch_size
+    max_batch_size = batch_size
 
     def update(self, *args, **kwargs):
         raise CacheError(
