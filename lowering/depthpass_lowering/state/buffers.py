@@ -127,7 +127,9 @@ class Use:
         out, self.buffer.token = _InPlaceAttention.apply(q, k, v, sinks, token, self)
         return out.transpose(1, 2)
 
-    def taped(self, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None) -> tuple[Tensor, AttentionTape | ChunkTape]:
+    def taped(
+        self, q: Tensor, k: Tensor | None, v: Tensor | None, sinks: Tensor | None
+    ) -> tuple[Tensor, AttentionTape | ChunkTape]:
         """As :meth:`__call__`, without autograd: the result, and what its backward pass needs."""
         if self.write and k is not None and v is not None:
             self.buffer.write(k, v, self.start)
