@@ -1,8 +1,8 @@
 """Products with a weight in panels of 16 columns, for processors with AVX2 alone: C++ of this package.
 
 A tile of up to six rows by one panel keeps its sums in twelve registers; a panel is cut along the inner dimension into
-blocks that stay in the first cache while all rows pass. oneDNN's packed products for these processors reach 50 to 68 of
-100 GFLOP/s at a few dozen rows, these 70 to 90 (docs/benchmarks.md).
+blocks that stay in the first cache while all rows pass. oneDNN's packed products for these processors reach 33 to 62 of
+100 GFLOP/s at a few dozen rows, these 61 to 72 beside other guests of the machine (docs/benchmarks.md).
 """
 
 from __future__ import annotations
