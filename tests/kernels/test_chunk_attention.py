@@ -83,3 +83,14 @@ def test_what_the_compiled_code_does_not_take():
     assert not chunk_cpp.fits(q.double(), k.double(), k.double())
     assert not chunk_cpp.fits(q, torch.randn(2, 20, 32)[..., ::2], k)
     assert not chunk_cpp.fits(torch.randn(1, 2, 2, 32)[..., ::2], k, k)
+
+
+def test_other_processors_ask_no_compiler(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    monkeypatch.setattr(chunk_cpp, "build", lambda *_: pytest.fail("a compiler was asked"))
+    chunk_cpp._kernel.cache_clear()
+    try:
+        q, k = torch.randn(1, 2, 2, 16), torch.randn(2, 20, 16)
+        assert not chunk_cpp.fits(q, k, k)
+    finally:
+        chunk_cpp._kernel.cache_clear()

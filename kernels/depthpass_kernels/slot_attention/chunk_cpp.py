@@ -224,6 +224,8 @@ extern "C" void kernel(int64_t what, const float* q, const float* k, const float
 
 @functools.cache
 def _kernel() -> Callable[..., None] | None:
+    if torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
+        return None  # no compiler is asked for what it cannot build
     built = build(ARGUMENTS, SOURCE)
     if not isinstance(built, Exception):
         return built
