@@ -12,6 +12,8 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("MKL_NUM_THREADS", "1")
 os.environ["DEPTHPASS_CACHE"] = "off"  # nothing of this user's
+# With symbolic sizes, looking up what an op gives for fake tensors takes dynamo longer than computing it.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 import pytest
 from hypothesis import HealthCheck, settings

@@ -10,6 +10,8 @@ import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
+from depthpass.capture.nodes import graph_module
+
 
 @dataclass(frozen=True)
 class Site:
@@ -130,7 +132,7 @@ class Capture:
         for node, kept in zip(places[first:], used):
             if not kept:
                 graph.erase_node(node)
-        return replace(part, graph=fx.GraphModule(part.graph, graph), params=tuple(itertools.compress(part.params, used)))
+        return replace(part, graph=graph_module(part.graph, graph), params=tuple(itertools.compress(part.params, used)))
 
     @property
     def templates(self) -> tuple[Template, ...]:

@@ -116,17 +116,17 @@ def locate(model: nn.Module, frames: list[Frame]) -> str:
 
 def dispatches(cls: type) -> bool:
     """Whether a module class calls attention through transformers' registry of attention functions."""
-    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code, _ in _codes(cls))
+    return any("ALL_ATTENTION_FUNCTIONS" in code.co_names for code in _codes(cls))
 
 
 def mask_makers(cls: type) -> set[str]:
     """Names of transformers' functions for masks that the code of a class calls."""
-    return {n for code, _ in _codes(cls) for n in code.co_names if n.startswith("create_")}
+    return {n for code in _codes(cls) for n in code.co_names if n.startswith("create_")}
 
 
 def computes_attention(cls: type) -> bool:
     """Whether a class that calls itself attention takes the softmax with its own code."""
-    names = {n for code, _ in _codes(cls) for n in code.co_names}
+    names = {n for code in _codes(cls) for n in code.co_names}
     return _is_attention(cls) and not names.isdisjoint(("softmax", "scaled_dot_product_attention"))
 
 
@@ -156,7 +156,8 @@ def _module_of(model: nn.Module, frames: list[Frame]) -> tuple[str, nn.Module, F
     for path, module in model.named_modules():
         if type(module) not in seen:
             seen.add(type(module))
-            for code, end in _codes(type(module)):
+            for code in _codes(type(module)):
+                end = max((line for _, _, line in code.co_lines() if line), default=0)
                 owners.setdefault((code.co_filename, code.co_name), []).append((code, end, path, module))
     for frame in reversed(frames):
         for code, end, path, module in owners.get((frame[0], frame[2]), ()):
@@ -165,13 +166,12 @@ def _module_of(model: nn.Module, frames: list[Frame]) -> tuple[str, nn.Module, F
     return None
 
 
-def _codes(cls: type) -> Iterator[tuple[types.CodeType, int]]:
-    """Code of every method of a module class outside torch, with its last line."""
+def _codes(cls: type) -> Iterator[types.CodeType]:
+    """Code of every method of a module class outside torch."""
     for base in cls.__mro__:
         if base.__module__.partition(".")[0] in ("torch", "builtins"):
             continue
         for member in vars(base).values():
             fn = inspect.unwrap(member) if callable(member) else None
             if isinstance(fn, types.FunctionType):
-                lines = [line for _, _, line in fn.__code__.co_lines() if line]
-                yield fn.__code__, max(lines, default=0)
+                yield fn.__code__

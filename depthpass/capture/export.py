@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from depthpass.capture import attention
@@ -157,7 +158,7 @@ def trace(
     repeats = Repeats(model, layers)
     with (
         _capture_mode(model, layers), repeats.installed(), forward, watch_sizes(model) as counting, warnings.catch_warnings(),
-        own_backwards(model) as functions, _uncached(), innermost_forwards(),
+        own_backwards(model) as functions, _uncached(), innermost_forwards(), _use_lazy_graph_module(True),
     ):
         warnings.simplefilter("ignore")
         try:

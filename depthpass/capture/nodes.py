@@ -1,11 +1,13 @@
-"""What is asked of the nodes of a captured graph: their arguments as nodes, the op they call, the attribute they name."""
+"""What is asked of the nodes of a captured graph: their arguments as nodes, the op they call, the attribute they name; and the
+module of a graph that is not run itself."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 def node_of(value: object) -> fx.Node:
@@ -33,3 +35,11 @@ def attribute_of(node: fx.Node) -> Any:
 def module_paths(node: fx.Node) -> list[str]:
     """Paths of the modules that a node was computed in, the outermost first."""
     return [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+
+
+def graph_module(root: nn.Module | dict[str, Any], graph: fx.Graph) -> fx.GraphModule:
+    """The module of a graph, linted. Its Python code is made at the first call: most are read by the next pass alone, and code
+    takes longer to make than most passes take."""
+    module = _LazyGraphModule(root, graph)
+    module.graph.lint()
+    return module

@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.node import Argument, map_arg
 
 from depthpass.capture import calls, derivatives
-from depthpass.capture.nodes import module_paths, node_of
+from depthpass.capture.nodes import graph_module, module_paths, node_of
 from depthpass.capture.sections import size_of
 from depthpass.errors import UnsupportedModelError
 
@@ -152,6 +152,4 @@ class Subgraph:
                 node.meta.setdefault("val", source.meta.get("val"))
         self.graph.output(result)
         self.graph.eliminate_dead_code()
-        gm = fx.GraphModule(self.root, self.graph)
-        gm.graph.lint()
-        return gm
+        return graph_module(self.root, self.graph)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from depthpass.capture.nodes import graph_module
+
 
 class Unsupported(Exception):
     """A graph holds what no rule can go back through; it runs under autograd instead."""
@@ -276,7 +278,7 @@ class Reverse(Tape):
         self.behind.output(tuple(self.gradients[inputs[i]].node for i in wants))
         self.ahead.output((tuple(self._handed_out(r) for r in results), tuple(self.saved)))
         return Adjoint(
-            fx.GraphModule(self.gm, self.ahead), fx.GraphModule(self.gm, self.behind) if trained else None, tuple(wants),
+            graph_module(self.gm, self.ahead), graph_module(self.gm, self.behind) if trained else None, tuple(wants),
             tuple(self.sites), self.islands,
         )
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from depthpass.capture.direct import direct
+from depthpass.capture.nodes import graph_module
 from depthpass.ir.program import writes_slot
 from depthpass_lowering.adjoint.fused import fold_gains_pass, fuse_pass
 from depthpass_lowering.adjoint.projected import join_attention_pass, projected
@@ -69,7 +70,7 @@ def _taped(
         raise Unsupported("a gate between two attentions")
     copied = fx.Graph()
     copied.output(copied.graph_copy(graph.distributed.loop.graph, {}))
-    gm = fx.GraphModule(graph.distributed.loop, copied)
+    gm = graph_module(graph.distributed.loop, copied)
     if grad:
         recompute_pass(gm)
     delays = _hoist_delays(gm)

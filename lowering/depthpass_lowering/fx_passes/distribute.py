@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from depthpass.capture.nodes import graph_module
 from depthpass_lowering.fx_passes.effects import writes
 
 UNKNOWN = "unknown"
@@ -79,9 +80,8 @@ def distribute_pass(gm: fx.GraphModule, known: list[fx.Node]) -> Distributed:
     for n in gm.graph.nodes:
         if n.op != "placeholder" and n not in movable:
             inside[n] = loop.node_copy(n, inside.__getitem__)
-    module = fx.GraphModule(gm, loop)
-    module.graph.lint()
-    return Distributed(fx.GraphModule(gm, before), tuple(n.meta["axis"] for n in read), module, len(movable))
+    axes = tuple(n.meta["axis"] for n in read)
+    return Distributed(graph_module(gm, before), axes, graph_module(gm, loop), len(movable))
 
 
 def _leaves(n: fx.Node, same: dict[fx.Node, fx.Node], movable: set[fx.Node]) -> bool:

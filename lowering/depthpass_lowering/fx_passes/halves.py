@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from depthpass.capture.captured import Template
+from depthpass.capture.nodes import graph_module
 from depthpass.errors import LoweringError
 from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.fx_passes.modulate import Branch, branches
@@ -48,7 +49,7 @@ def _attention(gm: fx.GraphModule, mlp: Branch) -> fx.GraphModule:
     graph.output(graph.graph_copy(gm.graph, copies))
     copies[mlp.adder].replace_all_uses_with(copies[other])
     graph.eliminate_dead_code()
-    return _made(gm, graph)
+    return graph_module(gm, graph)
 
 
 def _ffn(gm: fx.GraphModule, mlp: Branch, params: int) -> fx.GraphModule:
@@ -69,7 +70,7 @@ def _ffn(gm: fx.GraphModule, mlp: Branch, params: int) -> fx.GraphModule:
     total = graph.call_function(torch.ops.aten.add.Tensor, (hidden, _shaped(graph, env[mlp.result], hidden)))
     total.meta = dict(inputs[1].meta)
     graph.output(total)
-    return _made(gm, graph)
+    return graph_module(gm, graph)
 
 
 def _shaped(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
@@ -82,9 +83,3 @@ def _shaped(graph: fx.Graph, x: fx.Node, like: fx.Node) -> fx.Node:
     shaped = graph.call_function(torch.ops.aten.reshape.default, (x, [*sizes, x.meta["val"].shape[-1]]))
     shaped.meta = dict(like.meta)
     return shaped
-
-
-def _made(gm: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(gm, graph)
-    module.graph.lint()
-    return module

@@ -18,6 +18,7 @@ from torch import fx
 
 from depthpass.capture import calls
 from depthpass.capture.captured import Template
+from depthpass.capture.nodes import graph_module
 from depthpass.errors import LoweringError
 from depthpass_lowering.fx_passes.effects import reached
 from depthpass_lowering.memo import Once
@@ -85,9 +86,7 @@ def modulate_pass(gm: fx.GraphModule) -> fx.GraphModule:
             scaled.meta = dict(value.meta)
             for user in users:
                 user.replace_input_with(value, scaled)
-    module = fx.GraphModule(gm, graph)
-    module.graph.lint()
-    return module
+    return graph_module(gm, graph)
 
 
 def branches(graph: fx.Graph) -> tuple[Branch, Branch]:

@@ -11,6 +11,7 @@ import operator
 import torch
 from torch import fx
 
+from depthpass.capture.nodes import graph_module
 from depthpass_lowering.fx_passes.products import products
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ def recompute_pass(gm: fx.GraphModule) -> int:
             env[n] = steps.node_copy(n, env.__getitem__)
         steps.output(env[x])
         name = f"steps_{count}"
-        setattr(gm, name, fx.GraphModule(gm, steps))
+        setattr(gm, name, graph_module(gm, steps))
         with gm.graph.inserting_before(node):
             given = gm.graph.get_attr(name)
             product = gm.graph.call_function(absorbed, (transposed, weights, biases, given, *leaves))

@@ -20,6 +20,7 @@ from torch.fx.node import map_arg
 
 from depthpass.capture import calls
 from depthpass.capture.captured import Template
+from depthpass.capture.nodes import graph_module
 from depthpass.ir.definitions import Type
 from depthpass.ir.holders import Held
 from depthpass.ir.ops import OPS
@@ -145,8 +146,7 @@ class _Builder:
                 self.env[o.name] = self._op(o)
         graph.output(tuple(self.env[r] for r in self.results))
         graph.eliminate_dead_code(keeps)
-        gm = fx.GraphModule(self.root, graph)
-        gm.graph.lint()
+        gm = graph_module(self.root, graph)
         nodes = sum(n.op == "call_function" for n in gm.graph.nodes)
         params = list(self.params.values())
         distributed = distribute_pass(gm, [*self.tables.values(), *params])
@@ -154,7 +154,6 @@ class _Builder:
         loop = distributed.loop
         count = join_products_pass(loop.graph, {n for n in loop.graph.nodes if n.op == "placeholder" and n.name in inside})
         loop.graph.lint()
-        loop.recompile()
         return ChunkGraph(
             self.region.calls, self.streams, self.absents, self.side_inputs, tuple(self.params), self.results, distributed, count,
             nodes, self.program, tuple(dict.fromkeys(self.templates.values())),

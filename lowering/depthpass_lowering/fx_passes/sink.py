@@ -7,6 +7,7 @@ from typing import cast
 
 from torch import Tensor, fx
 
+from depthpass.capture.nodes import graph_module
 from depthpass_lowering.fx_passes.products import land, products
 from depthpass_lowering.fx_passes.recompute import absorbed, recompute_pass
 from depthpass_lowering.products.packed import Weights
@@ -21,7 +22,7 @@ def sink_pass(gm: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     # Made of the whole graph: constants and subgraphs are taken along by what it mentions.
-    whole = fx.GraphModule(gm, graph)
+    whole = graph_module(gm, graph)
     recompute_pass(whole)
     return _sunk(whole, lambda node: True)
 
@@ -40,9 +41,7 @@ def _sunk(gm: fx.GraphModule, which: Callable[[fx.Node], bool]) -> fx.GraphModul
         env[node] = copied = graph.node_copy(node, env.__getitem__)
         if node.target in sunk and which(node):
             copied.target, copied.args = sunk[node.target], (sink, *copied.args)
-    module = fx.GraphModule(gm, graph)
-    module.graph.lint()
-    return module
+    return graph_module(gm, graph)
 
 
 def _weights(transposed: bool, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Weights:

@@ -15,6 +15,7 @@ from torch.fx.node import map_arg
 
 from depthpass.capture import calls
 from depthpass.capture.captured import Template
+from depthpass.capture.nodes import graph_module
 from depthpass.errors import LoweringError
 from depthpass.ir.program import Op, writes_slot
 from depthpass.ir.structural_ops import asks
@@ -116,7 +117,7 @@ def _cut(root: fx.GraphModule, shared: bool) -> Cut:
             env[n] = rest.node_copy(n, lambda a, n=n: None if n in attends and a in n.args[3:5] else env[a])
     rest.output(map_arg(nodes[-1].args[0], env.__getitem__))
     axes = tuple(axis for n in read if (axis := _axis(nodes, n)) is not None)
-    return Cut(fx.GraphModule(root, keys), fx.GraphModule(root, rest), axes)
+    return Cut(graph_module(root, keys), graph_module(root, rest), axes)
 
 
 def _needed(ends: list[Any], stop: set[fx.Node] | None = None, drop: dict[fx.Node, Any] | None = None) -> set[fx.Node]:
