@@ -54,6 +54,17 @@ def test_the_cases_have_everything():
     assert cases[17] == make_case(SEED, 17, compiled=0.0) != make_case(SEED + 1, 17, compiled=0.0)
 
 
+def test_rounding_of_stock_code_in_float32_is_no_fault():
+    case = make_case(109, 0, compiled=0.0)
+    outcome = run_case(case | {"checks": [c for c in case["checks"] if c["do"] == "packed"]})
+    assert outcome["result"] == "ok" and "relative error" in outcome["rounding"] and outcome["error"] < 1e-12, outcome
+    x, of_stock = torch.ones(1, dtype=torch.float64), {"__name__": "transformers.models.llama"}
+    with run.exact_stock():
+        exec("def cast(x): return x.float()", of_stock)
+        assert of_stock["cast"](x).dtype == torch.float64 and x.float().dtype == torch.float32  # ours stay what they are
+    assert of_stock["cast"](x).dtype == torch.float32
+
+
 def test_every_check_runs_on_one_model():
     case = BASE | {"checks": [
         {"do": "forward", "loss": True}, {"do": "gradients"}, {"do": "generate", "new": 3, "beams": 2},
