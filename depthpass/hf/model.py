@@ -26,6 +26,7 @@ from depthpass.hf.calls.outer import check_outer, without_crossing
 from depthpass.hf.calls.outputs import finish
 from depthpass.hf.calls.running import run_program
 from depthpass.hf.captured import remember
+from depthpass.hf.checkpoints.adapters import new_state
 from depthpass.hf.checkpoints.files import replacing
 from depthpass.hf.checkpoints.loading import check_safetensors, class_to_load, load, settings_of
 from depthpass.hf.checkpoints.marks import mark, marked_class, unmark
@@ -53,9 +54,7 @@ if TYPE_CHECKING:
 
         depth: DepthParameters
 
-        def generate(
-            self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any
-        ) -> Any:
+        def generate(self, inputs: Tensor | None = None, generation_config: GenerationConfig | None = None, **kwargs: Any) -> Any:
             """As the stock model's, with a DepthCache."""
 
         def _prepare_cache_for_generation(self, *args: Any, **kwargs: Any) -> Any: ...
@@ -327,6 +326,11 @@ class DepthModel(Shown, _Stock):
                 if args[1] if len(args) > 1 else kwargs.get("push_to_hub"):
                     kwargs.setdefault("repo_id", os.path.basename(os.path.abspath(save_directory)))
                 super().save_pretrained(folder, is_main_process, *args, **kwargs)
+
+    def get_adapter_state_dict(self, adapter_name=None, state_dict=None):
+        """Of adapters that transformers has put on; with the new parameters where they train beside them."""
+        trained = new_state(self, state_dict) if any(p.requires_grad for p in self.depth.parameters()) else {}
+        return super().get_adapter_state_dict(adapter_name, state_dict) | trained
 
     def _whole_state(self, is_main_process: bool) -> tuple[Mapping[str, Tensor] | None, bool]:
         """The weights to save where the model does not have them all at hand, and whether this process writes them."""

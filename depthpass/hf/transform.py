@@ -12,6 +12,7 @@ from depthpass.errors import SpecError, UnsupportedModelError
 from depthpass.hf.blocks import check_blocks
 from depthpass.hf.calls.doors import DepthDecoder
 from depthpass.hf.calls.host import depth_module
+from depthpass.hf.checkpoints.adapters import AdapterSave
 from depthpass.hf.checkpoints.marks import mark
 from depthpass.hf.checkpoints.save import own_class
 from depthpass.hf.model import DepthModel, depth_class
@@ -110,6 +111,8 @@ def transform(
     turbo.config.depthpass = runtime.config() | own_class(type(turbo)._stock_class)
     mark(turbo.config, depth_class)
     check_blocks(turbo, runtime.plan)
+    if new_model is not turbo:
+        new_model.save_pretrained = AdapterSave(new_model)
     return new_model
 
 
@@ -137,6 +140,7 @@ def restore(model: nn.Module) -> nn.Module:
         return _revived(stock_copy(inner), inner)
     whole = copied(model)
     stock = inner_model(whole)
+    whole.__dict__.pop("save_pretrained", None)
     _replace(whole, stock, _revived(stock_copy(stock), inner))
     return whole
 

@@ -300,6 +300,18 @@ def test_text_behind_an_image_that_a_kept_cache_holds():
     assert torch.equal(*answers)
 
 
+def test_images_that_are_added_between_blocks_are_refused_with_the_reason():
+    """Qwen3-VL's tower adds to the streams of the first blocks: the message says so, and what runs instead."""
+    stock = qwen3()
+    given = with_small_image(qwen)
+    vision = stock.config.vision_config
+    given["pixel_values"] = torch.randn(8, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    assert stock(**given).logits.isfinite().all()  # the inputs are right
+    transformed = dp.transform(stock, dp.Identity())
+    with pytest.raises(InputError, match=r"visual_pos_masks.*added to the stream between blocks.*text runs.*Qwen2\.5-VL"):
+        transformed(**given)
+
+
 def test_images_that_see_both_ways_are_refused_by_name():
     stock = gemma()
     transformed, given = dp.transform(stock, dp.Identity()), with_image()

@@ -1,12 +1,17 @@
 """LoRA around and inside a transformed model."""
 
+import copy
+
 import pytest
 import torch
 import zoo
+from safetensors.torch import load_file
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils.peft_utils import check_peft_version
 from turbos import enliven, pair, spec, stock_of, turbo_of
 
 import depthpass as dp
-from depthpass.errors import SpecError
+from depthpass.errors import InputError, SpecError
 
 peft = pytest.importorskip("peft")
 
@@ -169,6 +174,47 @@ def test_an_adapter_is_saved_with_its_bridges(tmp_path):
     assert torch.equal(logits(again), logits(model))
     with pytest.raises(SpecError, match="PEFT adapter"):
         dp.from_pretrained(tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_that_was_there_before_is_saved_with_its_bridges(tmp_path, name):
+    """PEFT writes what it has added itself: bridges of a later transform stood in no file."""
+    model = turbo_of(randomize(peft.get_peft_model(stock_of("llama"), lora(), adapter_name=name))).eval()
+    with torch.no_grad():
+        for p in dp.new_parameters(model):
+            p.add_(0.1)
+    want = logits(model)
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    folder = tmp_path if name == "default" else tmp_path / name
+    fresh = dp.transform(stock_of("llama"), spec())  # its own bridges are zero
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, folder, adapter_name=name)), want)
+    back = dp.transform(peft.get_peft_model(stock_of("llama"), lora(), adapter_name=name), spec())
+    back.load_adapter(folder, name)  # as a Trainer goes on from a checkpoint
+    assert torch.equal(logits(back), want)
+    with pytest.raises(InputError, match="safe_serialization"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+    dp.restore(model).save_pretrained(tmp_path / "stock")
+    written = load_file(tmp_path / "stock" / ("" if name == "default" else name) / "adapter_model.safetensors")
+    assert written and not any("depth" in key for key in written)
+
+
+def test_an_adapter_of_transformers_own_is_saved_with_its_bridges(tmp_path):
+    try:
+        check_peft_version(min_version=MIN_PEFT_VERSION)
+    except ValueError as error:
+        pytest.skip(str(error))
+    stock = stock_of("llama")
+    stock.add_adapter(lora(), adapter_name="mine")
+    model = turbo_of(randomize(stock)).eval()
+    want = logits(model)
+    model.save_pretrained(tmp_path)
+    fresh = dp.transform(stock_of("llama"), spec())
+    fresh.load_adapter(tmp_path, adapter_name="mine")
+    assert torch.equal(logits(fresh), want)
+    for p in dp.new_parameters(model):  # of a base that has its bridges in files of its own
+        p.requires_grad_(False)
+    model.save_pretrained(tmp_path / "frozen")
+    assert not any("depth" in key for key in load_file(tmp_path / "frozen" / "adapter_model.safetensors"))
 
 
 def test_two_adapters_have_their_own_bridges():

@@ -1,5 +1,7 @@
 """Two models, two caches, two threads: none disturbs another."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -101,3 +103,17 @@ def test_first_calls_at_the_same_time(captures):
         for model, actual in zip(jobs, got, strict=True):
             want = model(**batch).logits
             assert all(torch.equal(f, want) for f in actual)
+
+
+def test_a_thread_that_made_the_first_capture_may_end():
+    """torch 2.11 crashed in the capture that followed, in any thread: in a process of its own."""
+    lines = (
+        "import threading, torch, zoo, depthpass as dp",
+        "models = [dp.transform(zoo.model(n, 2), dp.Loop(start=0, end=2, times=2)) for n in ('llama', 'gpt2')]",
+        "ids = torch.arange(3, 9)[None]",
+        "worker = threading.Thread(target=models[0], args=(ids,))",
+        "worker.start(); worker.join()",
+        "print(tuple(models[1](ids).logits.shape))",
+    )
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.strip().endswith("(1, 6, 97)"), done.stderr[-2000:]

@@ -141,3 +141,27 @@ def test_with_an_adapter(tmp_path):
     loaded = peft.PeftModel.from_pretrained(base, tmp_path / "checkpoint-6")
     torch.testing.assert_close(logits(loaded), logits(model))
     assert (logits(loaded) - logits(pair("llama")[1])).abs().max() > 1e-3
+
+
+@pytest.mark.usefixtures("one_capture")
+def test_goes_on_with_an_adapter_that_was_there_before_the_transform(tmp_path):
+    """As the run that nobody stopped, and with the chosen step's bridges at its end: they were the fresh or the last ones."""
+    peft = pytest.importorskip("peft")
+
+    def made():
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+        return turbo_of(peft.get_peft_model(stock_of("llama"), config))
+
+    options = {"max_steps": 4, "save_steps": 2, "gradient_accumulation_steps": 1}
+    whole = trainer(made(), tmp_path, **options, eval_strategy="steps", eval_steps=2, load_best_model_at_end=True,
+                    metric_for_best_model="eval_loss", greater_is_better=True)  # the first, so that something is loaded
+    whole.train()
+    evaluated = {e["step"]: e["eval_loss"] for e in whole.state.log_history if "eval_loss" in e}
+    assert evaluated[2] > evaluated[4] + 1e-3
+    assert whole.evaluate()["eval_loss"] == pytest.approx(evaluated[2], abs=1e-6)
+    straight, again = trainer(made(), tmp_path / "b", **options), trainer(made(), tmp_path / "c", **options)
+    straight.train()
+    again.train(resume_from_checkpoint=str(tmp_path / "b" / "checkpoint-2"))
+    for (name, p), q in zip(again.model.named_parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(p, q), name

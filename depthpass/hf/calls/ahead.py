@@ -15,9 +15,7 @@ if TYPE_CHECKING:
     from depthpass.ir.program import Program
 
 
-def cached(
-    program: Program, cache: DepthCache | None, name: str, use_cache: object, valid: Tensor | None, past: int
-) -> bool:
+def cached(program: Program, cache: DepthCache | None, name: str, use_cache: object, valid: Tensor | None, past: int) -> bool:
     """Whether a call keeps a cache: only where it was asked for, and only of whole blocks.
 
     Raises:

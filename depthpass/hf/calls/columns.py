@@ -20,9 +20,7 @@ if TYPE_CHECKING:
     from depthpass.hf.model import DepthModel
 
 
-def validity(
-    mask: object, batch: int, past: int, new: int, device: torch.device, cache: DepthCache | None
-) -> Tensor | None:
+def validity(mask: object, batch: int, past: int, new: int, device: torch.device, cache: DepthCache | None) -> Tensor | None:
     """Validity of all columns, or None when nothing is padding."""
     before = cache.state.known if cache is not None else None
     if mask is None:

@@ -30,6 +30,8 @@ IGNORED = {
 }
 _REFUSED_FLAGS = ("output_attentions", "output_router_logits")
 EMBEDS = ("input_ids", "inputs_embeds")
+_BETWEEN = (" Images of this model are added to the stream between blocks, too: its text runs, and images run on models that "
+            "read them as embeddings alone, such as Qwen2.5-VL.")
 _TENSORS = ("token_type_ids", "mm_token_type_ids", "per_layer_inputs")
 
 
@@ -129,9 +131,7 @@ def normalise(
     if (positions := places_of(given.get("position_ids"), decoder, batch, new)) is None:
         positions = positions_of(model, config, told, packing, valid, batch, past, new, device)
     tensors = {source: tokens} | ({"position_ids": positions.to(device)} if "position_ids" in names else {})
-    tensors["attention_mask"] = (
-        torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:]
-    )
+    tensors["attention_mask"] = (torch.ones(batch, new, dtype=torch.bool, device=device) if valid is None else valid[:, past:])
     tensors |= _others(decoder, names, given)
     use_cache = given.get("use_cache")
     if packing is not None:
@@ -233,7 +233,9 @@ def _others(decoder: nn.Module, names: tuple[str, ...], given: Mapping[str, Any]
         elif name in _TENSORS and isinstance(value, Tensor):
             tensors[name] = value
         elif value is not False:
-            raise InputError(f"{name}: not supported on a transformed model.")
+            images = _BETWEEN if {"deepstack", "vision", "visual"} & {*name.split("_")} else ""
+            raise InputError(f"{name}: not supported: {type(decoder).__name__} reads it beside the stream, in its loop over the "
+                             f"blocks, which a program replaces.{images} Leave it out, or call dp.restore(model).")
     return tensors
 
 
@@ -268,5 +270,5 @@ def warn_frozen(model: DepthModel) -> None:
         warnings.warn(
             "the new parameters of this transformed model are frozen (PEFT freezes everything it did not add). To "
             "train them with the adapter, pass modules_to_save=['depth'] in the PEFT config, or set "
-            "requires_grad_(True) on model.depth.", UserWarning, stacklevel=3,
+            "requires_grad_(True) on model.depth and save it, too: no adapter's file holds it.", UserWarning, stacklevel=3,
         )

@@ -72,9 +72,7 @@ def advance_token(
     record_steps = _recorder(device) if runtime.lowering == "cudagraph" else None
     at = torch.tensor([length], device=device)
     rank = at.expand(batch, 1).contiguous() if call.valid is None else call.valid[:, :length].sum(-1, keepdim=True)
-    moving = [
-        *(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *lines.values(),
-    ]
+    moving = [*(call.tensors[n].contiguous() for n in names), at, rank, *([] if valid is None else [valid]), *lines.values()]
     inputs = [*moving, *rooms.tensors(), *weights]
     if step is None:
         step = compile_step(model, plan, captured, names, valid is not None, rooms, list(lines), weights, inputs)
@@ -283,9 +281,7 @@ def compile_step(
         host = _StepHost(model, captured, leaves, at)
         hidden, *side_inputs = host.part(captured.prologue, tensors, visit=host)
         host.extras = side_inputs
-        context = CallContext(
-            plan.schedule, host, hidden, tuple(side_inputs), tuple(captured.side_axes), valid, True, plan.types
-        )
+        context = CallContext(plan.schedule, host, hidden, tuple(side_inputs), tuple(captured.side_axes), valid, True, plan.types)
         ran = StepRun(context, held, state_lines, at, rank).run()
         out, state = ran.streams, ran.state
         programs[:] = [ran.lowered]

@@ -106,9 +106,7 @@ def find_hooks(decoder: nn.Module, layers: nn.ModuleList, depth: nn.Module | Non
                 check_rows_alike(module)
                 if module is not block and not (is_wrapper(block) and module is unwrapped(block)):
                     inside.add(index)
-                if is_controlled(module) or not all(
-                    _of_library(h) for table in hook_tables(module) for h in table.values()
-                ):
+                if is_controlled(module) or not all(_of_library(h) for table in hook_tables(module) for h in table.values()):
                     own.add(index)
     new = set() if depth is None else set(depth.modules())
     outer = any(has_hooks(m) for m in decoder.modules() if m not in within and m not in new and m is not decoder)

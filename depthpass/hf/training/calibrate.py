@@ -219,9 +219,7 @@ def _cut(scores: Tensor, count: int) -> float:
     return float(ordered[count - 1] if middle <= ordered[count] else middle)
 
 
-def _shares(
-    model: nn.Module, plan: Plan, scope: str, calls: Iterable[dict[str, Tensor]]
-) -> tuple[tuple[float, ...], int]:
+def _shares(model: nn.Module, plan: Plan, scope: str, calls: Iterable[dict[str, Tensor]]) -> tuple[tuple[float, ...], int]:
     """The share of all real tokens that each route takes, and how many real tokens there are."""
     names = [o.name for o in _routes(plan, scope)]
     taken, tokens = [0] * len(names), 0

@@ -114,9 +114,7 @@ class Tape:
         floats = value.is_floating_point() if isinstance(value, Tensor) else value is None or isinstance(value, list | tuple)
         return floats and node.target is not torch.ops.aten.sym_size.int and any(n in self.active for n in node.all_input_nodes)
 
-    def on_back(
-        self, node: fx.Node, back: Callable[[fx.Node], None], unread: Callable[[], None] | None = None
-    ) -> None:
+    def on_back(self, node: fx.Node, back: Callable[[fx.Node], None], unread: Callable[[], None] | None = None) -> None:
         """Register a node's backward pass, which gets the gradient of its result.
 
         Args:

@@ -49,9 +49,7 @@ class Options:
         known = [f.name for f in fields(cls)]
         for key in given or ():
             if key not in known:
-                raise SpecError(
-                    f"options: unknown key {key!r}.{did_you_mean(str(key), known)} Keys: {', '.join(known)}."
-                )
+                raise SpecError(f"options: unknown key {key!r}.{did_you_mean(str(key), known)} Keys: {', '.join(known)}.")
         options = cls(**(given or {}))
         valid = {*torch._dynamo.list_backends(exclude_tags=()), "eager"} - {NAME}
         if isinstance(options.inner, str) and options.inner not in valid:
@@ -104,9 +102,7 @@ def depthpass_backend(
         captured = capture_graph(gm, example_inputs, model)
     except UnsupportedModelError as error:
         other = "" if "dp.transform" in str(error) else " dp.transform(model, spec) captures the module instead."
-        raise UnsupportedModelError(
-            f"{type(model).__name__}, compiled with backend 'depthpass': {error}{other}"
-        ) from error
+        raise UnsupportedModelError(f"{type(model).__name__}, compiled with backend 'depthpass': {error}{other}") from error
     return _Compiled(captured, plan, owner, depth, settings.inner)
 
 
@@ -216,9 +212,7 @@ class _Compiled:
         if bool(valid.all()):
             return None
         if empty := (~valid.any(-1)).nonzero().flatten().tolist():
-            raise InputError(
-                f"{c.labels[c.valid]}: row {empty[0]} is padding only; every row needs at least one real token."
-            )
+            raise InputError(f"{c.labels[c.valid]}: row {empty[0]} is padding only; every row needs at least one real token.")
         return valid
 
 

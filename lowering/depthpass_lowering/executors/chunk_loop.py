@@ -287,9 +287,7 @@ class _Chunk:
         """
         loop, streams = self.loop, len(self.loop.job.graph.streams)
         loop.lines, loop.span = dict(lines), self.span
-        results = self.runner(
-            loop, *self.visits, *tensors[:streams], *self.masks, *self.tables, *loop.params, *tensors[streams:]
-        )
+        results = self.runner(loop, *self.visits, *tensors[:streams], *self.masks, *self.tables, *loop.params, *tensors[streams:])
         loop.lines = {}
         return results
 

@@ -146,9 +146,7 @@ class Ops:
         """Every input cut into spans; routed streams are spread over the tokens, cut and gathered again."""
         if len(sizes) == 1:
             return {name: (x,) for name, x in inputs.items()}
-        pieces: dict[str, Sequence] = {
-            name: x.split(sizes) for name, x in inputs.items() if isinstance(x, Route)
-        }
+        pieces: dict[str, Sequence] = {name: x.split(sizes) for name, x in inputs.items() if isinstance(x, Route)}
         for name, x in inputs.items():
             if name in pieces:
                 continue
@@ -224,9 +222,7 @@ class Ops:
         # What is left ("average", "retire") was done once, when the model was transformed.
         return None
 
-    def _block(
-        self, o: Op, x: Tensor, span: Span, masks: Masks, side_inputs, keep: bool, memory: Tensor | None = None
-    ) -> Tensor:
+    def _block(self, o: Op, x: Tensor, span: Span, masks: Masks, side_inputs, keep: bool, memory: Tensor | None = None) -> Tensor:
         self._check_operands(o)
         if o["past"] is not None and o.name not in self.context.looped:
             keep = False
@@ -254,9 +250,7 @@ class Ops:
         whole = o["gate"] is None or o["slot"] in self.context.read or self.state.record or self.context.whole_slots
         return None if whole else o["window"]
 
-    def _routed_block(
-        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool
-    ) -> Tensor:
+    def _routed_block(self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool) -> Tensor:
         """A visit of the routed tokens only; rows that send none do no work, unless a table ties the rows together."""
         self._check_operands(o)
         if route.everything and self._gapless(o, span):
@@ -280,9 +274,7 @@ class Ops:
             return span.start == 0
         return slot.columns is None and slot.first + slot.keys[0].shape[2] == span.start
 
-    def _query_routed_block(
-        self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool
-    ) -> Tensor:
+    def _query_routed_block(self, o: Op, x: Tensor, route: Route, span: Span, masks: Masks, side_inputs, keep: bool) -> Tensor:
         """A visit that only the routed tokens ask; keys and values come from every token."""
         self._check_operands(o)
         if route.everything:  # then keys and queries are of one stream

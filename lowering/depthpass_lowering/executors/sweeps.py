@@ -144,9 +144,7 @@ class JacobiSweep:
         hidden = self.run.hidden
         return {s: hidden.new_zeros(hidden.shape[0], count, self.run.types[s].width) for s in self.sources}
 
-    def sweep(
-        self, inner: Run, inputs: Mapping[str, Tensor], c: Mapping[str, Tensor], span: Span
-    ) -> dict[str, Tensor]:
+    def sweep(self, inner: Run, inputs: Mapping[str, Tensor], c: Mapping[str, Tensor], span: Span) -> dict[str, Tensor]:
         """Run the region over a span's tokens; keys and values go to the inner run's state, delay lines stay."""
         context = inner.context
         start = span.start - context.start
@@ -206,9 +204,7 @@ class Solver:
         self.jacobi, self.policy, run = jacobi, policy, jacobi.run
         self.chunk, self.count = jacobi.size, run.context.count
         self.budget = policy.max_sweeps if budget is None else budget
-        self.record = Solve(
-            tuple(o["index"] for o in jacobi.region.calls), self.count, self.chunk, -(-self.count // self.chunk)
-        )
+        self.record = Solve(tuple(o["index"] for o in jacobi.region.calls), self.count, self.chunk, -(-self.count // self.chunk))
         self.settled = 0
         # Of each chunk the sweeps that were over when it was first swept.
         self.entered: list[int] = []

@@ -63,9 +63,7 @@ def taped_graph(
     return kept[key]
 
 
-def _taped(
-    graph: ChunkGraph, trained: Sequence[bool], known: Sequence[bool], dtype: torch.dtype, grad: bool
-) -> TapedGraph:
+def _taped(graph: ChunkGraph, trained: Sequence[bool], known: Sequence[bool], dtype: torch.dtype, grad: bool) -> TapedGraph:
     if any(o.kind == "block" and o["gate"] is not None for o in graph.visits):
         raise Unsupported("a gate between two attentions")
     copied = fx.Graph()
