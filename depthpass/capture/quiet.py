@@ -24,7 +24,7 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks_always_called", "_global_forward_hooks_with_kwargs",
 )
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
     # Tracing calls this. In torch 2.11 what it sets goes away with the thread that called it first: when a worker thread
     # that had made the first capture was over, the next capture of the process was a segmentation fault.
     torch._C._ensureCUDADeviceGuardSet()

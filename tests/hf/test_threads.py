@@ -1,5 +1,6 @@
 """Two models, two caches, two threads: none disturbs another."""
 
+import os
 import subprocess
 import sys
 import threading
@@ -115,5 +116,6 @@ def test_a_thread_that_made_the_first_capture_may_end():
         "worker.start(); worker.join()",
         "print(tuple(models[1](ids).logits.shape))",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=300)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=300, env=env)
     assert done.returncode == 0 and done.stdout.strip().endswith("(1, 6, 97)"), done.stderr[-2000:]
