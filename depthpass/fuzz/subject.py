@@ -23,7 +23,15 @@ PAD = 5
 
 
 class Mismatch(Exception):
-    """A number differs from the oracle's."""
+    """A number differs from the oracle's.
+
+    Attributes:
+        excess: the error over its limit; infinite where something else than rounding would have to be.
+    """
+
+    def __init__(self, message: str, excess: float = float("inf")):
+        super().__init__(message)
+        self.excess = excess
 
 
 class Subject:
@@ -151,8 +159,9 @@ class Subject:
             return
         error = float((got - want).abs().max() / want.abs().max().clamp_min(1e-6))
         self.worst = max(self.worst, error)
-        if not error <= (limit or self.limit):
-            raise Mismatch(f"{what}: relative error {error:.2e}")
+        limit = limit or self.limit
+        if not error <= limit:
+            raise Mismatch(f"{what}: relative error {error:.2e}", error / limit)
 
     def call(self, batch: dict[str, Tensor], **more: Any) -> Any:
         with torch.no_grad():
@@ -191,7 +200,7 @@ class Subject:
             error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-3 * largest)
             self.worst = max(self.worst, error)
             if not error <= 10 * self.limit:
-                raise Mismatch(f"gradient of {n}: relative error {error:.2e}")
+                raise Mismatch(f"gradient of {n}: relative error {error:.2e}", error / (10 * self.limit))
 
 
 def _pads(text: str, ids: Tensor, end: int) -> tuple[int, int]:
