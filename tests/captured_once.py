@@ -21,7 +21,7 @@ def signature(model, tensors, static):
     rows = max((t.shape[0] for t in tensors.values() if t.dim()), default=1)
     return (
         json.dumps(settings, sort_keys=True, default=str), tuple((n, _kind(m)) for n, m in model.named_modules()),
-        tuple((n, p.shape, p.dtype, p.device) for n, p in (*model.named_parameters(), *model.named_buffers())),
+        tuple((n, type(p), p.shape, p.dtype, p.device) for n, p in (*model.named_parameters(), *model.named_buffers())),
         tuple((n, t.dtype, t.dim(), t.dim() > 0 and t.shape[0] == rows) for n, t in tensors.items()), repr(static),
     )
 

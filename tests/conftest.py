@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import re
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,7 @@ settings.load_profile("depthpass")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write golden files instead of comparing with them")
+    parser.addoption("--codegen", action="store_true", help="let Inductor write code in every test that compiles")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,6 +44,40 @@ def _old_objects_are_no_garbage() -> Iterator[None]:
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     gc.unfreeze()  # else extension modules find their own objects alive at exit
+
+
+@pytest.fixture(autouse=True)
+def _graphs_instead_of_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tests marked ``compile`` run the graphs that Inductor gets; those marked ``codegen``, and all with --codegen, its code.
+
+    What is traced, cut, functionalised and handed to Inductor is the same. Its C++ takes most of a first run: a second per kernel.
+    """
+    marked = request.node.get_closest_marker
+    if marked("compile") is None:
+        yield
+        return
+    from depthpass_lowering.executors import compiled
+    from torch._dynamo.utils import counters
+    from torch._functorch._aot_autograd.utils import make_boxed_func
+    from torch._inductor import compile_fx
+
+    inner, given, kept = compile_fx._compile_fx_inner, [], counters["aot_autograd"]["autograd_cache_hit"]
+
+    def write_code(gm, example_inputs, **options):
+        given.append(gm)
+        return inner(gm, example_inputs, **options)
+
+    def run_graph(gm, example_inputs, **options):
+        return make_boxed_func(gm.forward)
+
+    if marked("codegen") is not None:
+        monkeypatch.setattr(compile_fx, "_compile_fx_inner", write_code)
+        monkeypatch.setattr(compiled, "_SEGMENTS", weakref.WeakValueDictionary())  # no segment of a test without code
+    elif not request.config.getoption("--codegen"):
+        monkeypatch.setattr(compile_fx, "_compile_fx_inner", run_graph)
+    yield
+    if marked("codegen") is not None:
+        assert given or counters["aot_autograd"]["autograd_cache_hit"] > kept, "marked codegen, and Inductor got no graph"
 
 
 @pytest.fixture

@@ -16,11 +16,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "run.py"
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is read from Linux's /proc")
 def test_checkpointed_loops_peak_no_higher_compiled_than_eager(tmp_path):
     path = tmp_path / "out.json"
-    command = [sys.executable, str(SCRIPT), "checkpointing", "--times", "4,8", "--checkpointed", "--json", str(path)]
+    command = [sys.executable, str(SCRIPT), "checkpointing", "--times", "8", "--checkpointed", "--json", str(path)]
     subprocess.run(command, check=True, capture_output=True, timeout=500, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    results = json.loads(path.read_text())["measurements"]
-    assert len(results) == 2
-    for result in results:
-        rows = {r["label"]: r["value"]["median"] for r in result["rows"]}
-        # Without checkpointing the same step needs three to four times as much, so a level that keeps activations shows here.
-        assert 0 < rows["inductor, checkpointed"] <= 1.1 * rows["eager, checkpointed"], rows
+    (result,) = json.loads(path.read_text())["measurements"]
+    rows = {r["label"]: r["value"]["median"] for r in result["rows"]}
+    # Without checkpointing the same step needs three to four times as much, so a level that keeps activations shows here.
+    assert 0 < rows["inductor, checkpointed"] <= 1.1 * rows["eager, checkpointed"], rows

@@ -166,7 +166,7 @@ def test_packed_rows(name, rows):
     torch.testing.assert_close(loss, turbo(input_ids=ids, position_ids=positions, labels=labels).loss)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.codegen])])
 def test_inner_compilers_equal_eager(inner):
     model, turbo = pair("llama", dtype=torch.float32)
     compiled = torch.compile(model, backend=depthpass_backend, options={"inner": inner})

@@ -51,6 +51,7 @@ def compilations(model) -> list[Joint]:
     return [joint for segment in segments for joint in segment.joints.values()]
 
 
+@pytest.mark.codegen
 def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(models):
     eager, compiled = models
     for lengths in ([11, 7], [8, 8], [15, 3]):  # 11 and 8 leave a shorter last chunk
@@ -64,6 +65,7 @@ def test_gradients_equal_and_blocks_chunks_and_lengths_share_one_compilation(mod
         assert len(compilations(compiled)) == 3
 
 
+@pytest.mark.codegen
 def test_dropout_is_drawn_as_on_the_level_below():
     stock = zoo.model("gpt2", 3, dtype=torch.float64, resid_pdrop=0.3, attn_pdrop=0.0).train()
     seen = []
@@ -80,7 +82,7 @@ def test_dropout_is_drawn_as_on_the_level_below():
         torch.testing.assert_close(seen[1][1][name], g, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["gemma3_text", "gpt_oss", "apertus"])
+@pytest.mark.parametrize("name", ["gemma3_text", pytest.param("gpt_oss", marks=pytest.mark.codegen), "apertus"])
 def test_windows_sinks_and_formulas_that_fill_in_place(name):
     """Blocks with windows, sinks and an activation whose gradient is not functional; their norms compute in float32."""
     eager, compiled = pair(name, level="inductor")
@@ -101,6 +103,7 @@ def test_blocks_that_differ_by_their_bridges_share_their_compilations():
     assert one.apart and len(compilations(compiled)) == 3  # before, between and behind the attention calls
 
 
+@pytest.mark.codegen
 def test_a_program_without_a_token_loop_is_compiled_too():
     stock = zoo.model("gpt2", 3, dtype=torch.float64)
     spec = {"pass": "layer_program", "layers": [0, 1, 2, 1, 2]}
@@ -117,6 +120,7 @@ def test_a_program_without_a_token_loop_is_compiled_too():
     assert not compiled.depth_lowered
 
 
+@pytest.mark.codegen
 def test_capped_logits_stay_what_they_are_in_a_backward_pass():
     """torch.compile saves a view of them that it may take for memory of its own."""
     model = dp.transform(zoo.model("gemma2", 2, final_logit_softcapping=30.0), dp.Identity(), lowering="inductor").train()
@@ -138,6 +142,7 @@ def test_weights_are_read_anew_at_every_call(models):
     assert torch.allclose(step(compiled, batch)[0], step(eager, batch)[0], atol=1e-12)
 
 
+@pytest.mark.codegen
 def test_a_decoded_token_is_one_graph_and_equals_the_eager_level(models):
     eager, compiled = models
     batch = zoo.batch([7, 4])

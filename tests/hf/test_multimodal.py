@@ -20,6 +20,8 @@ from turbos import enliven
 import depthpass as dp
 from depthpass.errors import CacheError, InputError
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8,
           "patch_size": 4}
 IMAGE = 90

@@ -8,6 +8,8 @@ from transformers import DynamicCache
 
 import depthpass as dp
 
+pytestmark = pytest.mark.usefixtures("one_capture")
+
 BRIDGES = [(4, 1), (3, 0), (4, 3)]
 GROUP, RANK, ALPHA = 3, 5, 40.0
 LENGTHS = [11, 7, 10]

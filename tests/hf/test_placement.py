@@ -17,6 +17,7 @@ import depthpass as dp
 accelerate = pytest.importorskip("accelerate")
 
 pytestmark = [
+    pytest.mark.usefixtures("one_capture"),
     pytest.mark.filterwarnings("ignore::UserWarning:transformers.*"),
     pytest.mark.filterwarnings("ignore:hooks on or in block:UserWarning"),
 ]

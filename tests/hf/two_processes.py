@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as checkpoints
 import zoo
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_apply_ac, fsdp2_prepare_model
+from captured_once import captured_once
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,6 +24,8 @@ import depthpass as dp
 
 warnings.simplefilter("ignore")
 torch.set_num_threads(1)
+SHARING = captured_once()
+SHARING.__enter__()  # sharded modules have classes of their own, and so captures of their own
 dist.init_process_group("gloo")
 RANK, MESH = dist.get_rank(), init_device_mesh("cpu", (2,))
 IDS = zoo.batch([9] * 4, seed=5)["input_ids"]
