@@ -51,7 +51,7 @@ def gpu(monkeypatch, tmp_path):
     driver.write_text(
         f"import sys\nsys.path[:0] = [{str(BENCHMARKS)!r}, {str(tmp_path)!r}]\nimport gpu\n"
         "gpu.PLANS = tuple(gpu.Plan(n, 'stub_stages', limit) for n, limit in "
-        "(('quick', 60), ('crashes', 60), ('hangs', 10), ('waits', 60)))\n"
+        "(('quick', 60), ('crashes', 60), ('hangs', 6), ('waits', 60)))\n"
         f"gpu.__file__ = {str(driver)!r}\n"
         "sys.exit(gpu.main())\n"
     )
