@@ -50,7 +50,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def _graphs_instead_of_code(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tests marked ``compile`` run the graphs that Inductor gets; those marked ``codegen``, and all with --codegen, its code.
 
-    What is traced, cut, functionalised and handed to Inductor is the same. Its C++ takes most of a first run: a second per kernel.
+    What is traced, cut, functionalised and handed to Inductor is the same. Its C++ is most of a first run: a second per kernel.
     """
     marked = request.node.get_closest_marker
     if marked("compile") is None:
