@@ -132,7 +132,7 @@ def test_the_matrix_names_the_lower_bounds() -> None:
         assert "torch==2.11.* transformers==5.17.*" in done.stdout
     done = subprocess.run(["bash", ".ci/matrix", "--dry-run", "--environment", sys.prefix, "--environment", "nowhere", "--", "x"],
                           cwd=ROOT, capture_output=True, text=True)
-    said = f"{sys.prefix}/bin/python -m pytest -q x\npython {platform.python_version()}, torch "
+    said = f"{sys.prefix}/bin/python -m pytest -q --codegen x\npython {platform.python_version()}, torch "
     assert done.returncode == 1 and said in done.stdout
     assert "nowhere: no Python with torch and transformers" in done.stdout and "-m venv" not in done.stdout
 
