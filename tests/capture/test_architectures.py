@@ -1,13 +1,18 @@
-"""All supported architectures: the captured pieces, run by hand, are the stock model."""
+"""All supported architectures: the captured pieces, run by hand, are the stock model; so are the halves of a block."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import capture.dense_run as dense
 import pytest
 import torch
 import zoo
 from capture.dense_run import captured, inputs, model, run
+from depthpass_lowering.visits.cut import block_facts, cut_for
 
 from depthpass.capture import capture
+from depthpass.ir import op
 
 W, C = zoo.WINDOW, zoo.WINDOW
 FULL = (None, None)
@@ -25,6 +30,10 @@ KINDS = {
     "smollm3": (2, [FULL] * 4),
     "llama4_text": (None, [(None, C)] * 3 + [FULL]),
 }
+
+
+OWN, MEMORY = op("block", "x", name="y", index=0, slot=0), op("block", "x", "m", name="y", index=0, slot=0, memory=True)
+SHARED = op("block", "x", name="y", index=1, slot=0, keys=0)
 
 
 @pytest.mark.parametrize("name", zoo.SUPPORTED)
@@ -55,6 +64,39 @@ def test_pieces_are_the_stock_model(name, lengths, side):
     torch.testing.assert_close(got.logits[real], want.logits[real], rtol=1e-5, atol=1e-5)
     if max(lengths) > 1:
         torch.testing.assert_close(got.loss, want.loss, rtol=1e-5, atol=1e-5)
+
+
+class Given(dense.DenseVisit):
+    """Attention to keys and values from elsewhere."""
+
+    keys = ()
+
+    def attend(self, number, q, k, v, sinks):
+        assert k is None and v is None
+        return super().attend(number, q, *self.keys[2 * number : 2 * number + 2], sinks)
+
+
+@pytest.mark.parametrize("name", zoo.SUPPORTED)
+def test_keys_and_the_rest_are_the_block(name):
+    """Of one stream to the bit; keys of another stream change the result through attention alone."""
+    built, parts, batch = model(name), captured(name), inputs(name, [7, 4])
+    block, layer = parts.blocks[0], built.get_submodule(parts.layers)[0]
+    template = block.template
+    cut = cut_for(MEMORY, template.graph)
+    assert cut_for(OWN, template.graph).rest is template.graph and cut_for(SHARED, template.graph).rest is cut.rest
+    assert cut_for(OWN, template.graph).keys is cut_for(SHARED, template.graph).keys is None and not cut.axes
+    valid = batch["attention_mask"]
+    x, *side_inputs = dense.run_part(built, parts.prologue, batch, (), dense.DenseVisit(None, (), valid))
+    visit = Given(layer, template.sites, valid)
+    with torch.no_grad():
+        whole = dense.run_block(built, layer, block, x, side_inputs, valid)
+        given = [side_inputs[s] for s in block.side_inputs], dense.params_of(built, layer, block)
+        for source in (x, x.flip(1)):
+            visit.keys = cut.keys(visit, source, *given[0], *given[1])
+            got = cut.rest(visit, x, *given[0], *given[1])
+            assert torch.equal(got, whole) == (source is x)
+    facts = block_facts(SimpleNamespace(captured=parts, side_inputs_of=lambda i: parts.blocks[i].side_inputs), 0)
+    assert facts.uncut is None and facts.all_side_inputs == tuple(sorted(block.side_inputs)) and not facts.side_inputs["finish"]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral", "gemma3_text"])

@@ -141,7 +141,6 @@ def test_a_loop_feeds_back_what_it_ends_in():
 
 
 @pytest.mark.compile
-@pytest.mark.codegen
 def test_a_compiled_case():
     outcome = run_case(BASE | {"lowering": "inductor", "checks": [{"do": "forward"}, {"do": "gradients"}]})
     assert outcome["result"] == "ok" and len(outcome["done"]) == 2, outcome

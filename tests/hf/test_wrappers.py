@@ -138,6 +138,7 @@ def test_a_forward_that_goes_around_the_decoder_is_said():
         turbo(IDS)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("warm", [False, True])
 def test_compile_says_that_it_does_nothing_and_export_is_refused(warm):
     turbo = turbo_of(stock_of("llama"))
