@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -75,6 +76,7 @@ def check_distinct(model: nn.Module, layers: str) -> None:
 
 def install(model: Any, runtime: Runtime) -> None:
     """Give a model, already of a transformed class, its new parameters and its blocks' forward."""
+    warnings.filterwarnings("ignore", r"Unexpected keyword arguments \['depthpass'\]")  # PEFT's, of adapters that go around it
     like = next(model.parameters())
     if is_dispatched(model):
         # Beside the streams, whatever is offloaded; on a model that is dispatched later they go where its map says.

@@ -1,6 +1,7 @@
 """LoRA around and inside a transformed model."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -188,6 +189,10 @@ def test_an_adapter_that_was_there_before_is_saved_with_its_bridges(tmp_path, na
     folder = tmp_path if name == "default" else tmp_path / name
     fresh = dp.transform(stock_of("llama"), spec())  # its own bridges are zero
     assert torch.equal(logits(peft.PeftModel.from_pretrained(fresh, folder, adapter_name=name)), want)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")  # as in a process that has not transformed anything
+        peft.PeftModel.from_pretrained(stock_of("llama"), folder, adapter_name=name)
+    assert any("['depthpass']" in str(w.message) for w in said)
     back = dp.transform(peft.get_peft_model(stock_of("llama"), lora(), adapter_name=name), spec())
     back.load_adapter(folder, name)  # as a Trainer goes on from a checkpoint
     assert torch.equal(logits(back), want)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 
 from depthpass.errors import InputError
 from depthpass.hf.modules.context import inner_model
+
+_NOTE = {"depthpass": "new parameters are in these files: load them around a transformed model"}
+"""In the adapter's config: PEFT warns of a field it does not know, and so around a stock model, which takes the adapter alone."""
 
 
 def new_state(model: nn.Module, state: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
@@ -41,3 +45,5 @@ class AdapterSave:
         for name in (selected_adapters or self.model.peft_config) if writes and new else ():
             path = Path(save_directory, "" if name == "default" else name, "adapter_model.safetensors")
             save_file({**load(path.read_bytes()), **new}, path, metadata={"format": "pt"})
+            config = path.with_name("adapter_config.json")
+            config.write_text(json.dumps(json.loads(config.read_text()) | _NOTE, indent=2))
