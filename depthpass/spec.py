@@ -105,8 +105,11 @@ def _entries(source: Mapping[str, Any]) -> Sequence[Any]:
         return [source]
     for key in source:
         if key not in ("depthpass", "passes"):
-            raise SpecError(f"spec: unknown field {shown(key)}.{did_you_mean(shown(key), ('depthpass', 'passes', 'pass'))} "
-                            "Expected 'depthpass' (the version) and 'passes', or one mapping with 'pass'.")
+            near = did_you_mean(shown(key), ("depthpass", "passes", "pass"))
+            if key in (*pass_names(), *ALIASES):
+                near = f" Write 'pass: {key}' and its fields beside it."
+            raise SpecError(f"spec: unknown field {shown(key)}.{near} Expected 'depthpass' (the version) "
+                            "and 'passes', or one mapping with 'pass'.")
     version = source.get("depthpass", VERSION)
     if type(version) is not int or version < 1:
         raise SpecError(f"spec.depthpass: expected the schema version, at most {VERSION}, got {shown(version)}.")

@@ -94,7 +94,12 @@ def named_spec(text: str) -> Any:
 
     if text == "stock":
         return None
-    return load_spec(_preset(text) if text in PRESETS else given_spec(text))
+    try:
+        return load_spec(_preset(text) if text in PRESETS else given_spec(text))
+    except SpecError as error:
+        if "Did you mean" in str(error) or not (near := did_you_mean(text, ("stock", *PRESETS))):
+            raise
+        raise SpecError(f"{error}{near}") from error
 
 
 def program_text(args: argparse.Namespace) -> str | None:

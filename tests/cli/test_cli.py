@@ -139,7 +139,7 @@ def test_names_are_specs(run, config: str, tmp_path: Path) -> None:
     assert re.search(r"block visits per token +6 \(1x\) +6 \(1x\) +8 \(1.333x\)  visits", out)
 
 
-def test_passes_and_presets_are_listed(run) -> None:
+def test_passes_and_presets_are_listed(run, config: str) -> None:
     from depthpass.passes.registry import ALIASES, pass_names
 
     code, out, _ = run("passes")
@@ -148,6 +148,7 @@ def test_passes_and_presets_are_listed(run) -> None:
     assert re.search(r"times +an integer, default 2", run("passes", "repeat")[1])
     assert json.loads(run("passes", "plt", "--json")[1])[0]["options"]["loops"] == {"type": "an integer", "default": 2}
     assert "Did you mean 'loop'?" in run("passes", "lop")[2]
+    assert "Did you mean 'stock'?" in run("compare", config, "stok", "loop")[2]
     rows = json.loads(run("presets", "--json")[1])
     assert {p["name"] for p in rows} >= {"llama-1b", "llama-8b", "sparse", "rys"}
     out = run("presets")[1]
@@ -359,7 +360,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     file.write_text(json.dumps(shape))
     root = Path(cli.__file__).parents[1]
     paths = os.pathsep.join(str(root / p) for p in (".", "lowering", "kernels"))
-    command = [sys.executable, "-m", "depthpass.cli", "report", str(file), "--preset", "llama-1b", "--seq-len", "155"]
+    command = [sys.executable, "-m", "depthpass", "report", str(file), "--preset", "llama-1b", "--seq-len", "155"]
     done = subprocess.run(
         [*command, "--json"], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": paths}
     )

@@ -70,7 +70,7 @@ def test_rows_stop_by_themselves():
         (dp.Loop(times=2, damped=True), {"loops": [1, 2, 1, 1]}, "hand on one stream"),
         (dp.Loop(times=2, kv="first"), {"loops": [1, 2, 1, 1]}, "hand on one stream"),
         (dp.ParallelLoop(loops=2), {"loops": [1, 2, 1, 1]}, "hand on one stream"),
-        (dp.Skip(1), {"loops": [1, 2, 1, 1]}, "a spec with a loop"),
+        (dp.Skip(1), {"loops": [1, 2, 1, 1]}, "generate: expected a spec with a loop"),
         (dp.Loop(times=2, lora_rank=2), {"loops": [1, 3, 1, 1]}, "needs the new parameters"),
     ],
 )

@@ -139,6 +139,7 @@ def test_numbers_of_every_spelling(text: str) -> None:
         ({"pass": 3}, "spec.passes[0].pass: expected the name of a pass, got 3 (int)"),
         ({"pas": "turboconn"}, "spec: unknown field 'pas'. Did you mean 'pass'?"),
         ({"depthpass": 1, "passes": [], "extra": 1}, "spec: unknown field 'extra'"),
+        ({"turboconn": {"group": 4}}, "spec: unknown field 'turboconn'. Write 'pass: turboconn' and its fields beside it."),
         ({"pass": "turboconn", "depthpass": 1}, "expected either one mapping with 'pass' or the full form"),
         ({"depthpass": 2, "passes": []}, "reads schema versions up to 1, got 2. Update depthpass"),
         ({"depthpass": "1", "passes": []}, "spec.depthpass: expected the schema version, at most 1, got '1'"),

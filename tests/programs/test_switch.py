@@ -115,7 +115,7 @@ def test_through_peft_and_with_several_loops():
     model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["depth"]))
     enliven(model.get_base_model().depth, seed=2, least=1)
     before = logits(model)
-    with pytest.raises(dp.SpecError, match=r"2 loops .*scope=, one of 'inner', 'repeat'"):
+    with pytest.raises(dp.SpecError, match=r"expected a spec with one loop, got 2 .*scope=, one of 'inner', 'repeat'"):
         dp.set_loops(model, 3)
     with pytest.raises(dp.SpecError, match=r"got 'iner'. Did you mean 'inner'"):
         dp.set_loops(model, 3, scope="iner")
@@ -134,7 +134,7 @@ def test_through_peft_and_with_several_loops():
 @pytest.mark.parametrize(
     ("spec", "times", "word"),
     [
-        (dp.Identity(), 2, "expected a spec with a loop, got identity"),
+        (dp.Identity(), 2, "set_loops: expected a spec with a loop, got identity"),
         (dp.Loop(0, 1, 2), 0, r"loop.times: expected .*at least 1"),
         (dp.Loop(0, 1, 2), True, "loop.times"),
         (dp.Loop(0, 1, 2), 2.5, "loop.times"),

@@ -110,8 +110,8 @@ def _plan(model: Any, now: Plan, spec: Any) -> Plan:
         if not count.isdigit() or int(count) < 1:
             raise InputError(f"draft: expected 'loop:N' with N of at least 1, got {spec!r}.")
         passes = list(now.passes)
-        at = loop_of(passes, None)
         try:
+            at = loop_of(passes, None, "generate", scoped=False)
             passes[at] = _fewer(passes[at], int(count))
             return plans.of(model, passes, None)
         except DepthpassError as error:

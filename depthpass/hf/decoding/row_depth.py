@@ -66,7 +66,7 @@ def ladder_of(model: Any, counts: Sequence[int]) -> Ladder:
     plans = model._depth.plans
     passes = list(plans.current.passes)
     try:
-        at = loop_of(passes, None)
+        at = loop_of(passes, None, "generate", scoped=False)
         variants: list[Plan] = []
         for count in counts:
             some = list(passes)

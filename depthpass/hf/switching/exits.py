@@ -67,7 +67,7 @@ def only_gates(model: nn.Module, *, scope: str | int | None = None) -> list[nn.P
 def _gated(passes: Sequence[Pass], scope: str | int | None, who: str) -> int:
     """Place of the loop whose tokens may leave early."""
     able = [i for i, p in enumerate(passes) if getattr(p, "exit", None) is not None]
-    at = able[0] if scope is None and len(able) == 1 else loop_of(passes, scope)
+    at = able[0] if scope is None and len(able) == 1 else loop_of(passes, scope, who)
     if at not in able or "exit" not in {f.name for f in fields(passes[at])}:
         raise SpecError(f"{who}: expected a loop with an exit, got {passes[at].label}. Transform with dp.Loop(..., exit=q).")
     return at

@@ -89,7 +89,7 @@ def set_loops(model: Model, times: int | Sequence[int] | str, *, scope: str | in
     inner = transformed(model, "set_loops")
     plans = inner._depth.plans
     passes = list(plans.current.passes)
-    at = loop_of(passes, scope)
+    at = loop_of(passes, scope, "set_loops")
     passes[at] = passes[at].with_loops(times)
     _adopt(inner, plans, _plan(inner, plans, passes, _SAME))
     return model
@@ -112,7 +112,7 @@ def loops_of(model: nn.Module, *, scope: str | int | None = None) -> int | Seque
 def loop_pass(model: nn.Module, scope: str | int | None, who: str) -> Pass:
     """The pass that counts iterations, of the spec in force."""
     passes = transformed(model, who)._depth.plans.current.passes
-    return passes[loop_of(passes, scope)]
+    return passes[loop_of(passes, scope, who)]
 
 
 def _plan(inner: Any, plans: Plans, spec: SpecLike | Sequence[Pass], chunk: Any) -> Plan:

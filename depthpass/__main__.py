@@ -1,4 +1,4 @@
-"""``python -m depthpass.cli``."""
+"""``python -m depthpass``: the command."""
 
 from depthpass.cli import command
 
