@@ -9,6 +9,7 @@ from turbos import enliven
 import depthpass as dp
 
 LENGTHS = [9, 6]
+pytestmark = pytest.mark.usefixtures("one_capture")
 
 
 def transformed(spec, name="llama", layers=3, dtype=torch.float64):

@@ -12,6 +12,7 @@ from tests.tools.conftest import SPEC
 
 peft = pytest.importorskip("peft")
 BATCH = zoo.batch([8, 8])
+pytestmark = pytest.mark.usefixtures("one_capture")
 
 
 def turbo_of(stock):
