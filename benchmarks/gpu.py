@@ -47,11 +47,11 @@ class Plan:
 
 
 PLANS = (
-    Plan("environment", "gpu_times", 60, letter="a"),
+    Plan("environment", "gpu_ops", 60, letter="a"),
     Plan("levels", "gpu_checks", 260, shards=3, letter="c"),
     Plan("training", "gpu_times", 360, shards=5, letter="e"),
     Plan("kernels", "gpu_checks", 240, shards=8, letter="b"),
-    Plan("attention", "gpu_times", 330, letter="d"),
+    Plan("attention", "gpu_ops", 330, letter="d"),
     Plan("decode", "gpu_times", 330, shards=5, letter="f"),
     Plan("fixed_point", "gpu_times", 200, letter="g"),
     Plan("sanitizer", "gpu_checks", 150, letter="b2"),

@@ -267,11 +267,14 @@ def systems() -> dict[str, tuple[str, object, bool]]:
 
 def levels(stage: Stage) -> None:
     """Logits and every gradient of each level against the eager level in float64; padded rows; twice, as graphs replay."""
+    from depthpass.fuzz.run import sharing_captures
+
     level = LEVELS[1:][stage.shard] if stage.shards > 1 else None
-    for name, (kind, spec, loops) in systems().items():
-        for one in (level,) if level else LEVELS[1:]:
-            if one != "cudagraph" or loops:
-                check_level(stage, name, kind, spec, one, loops)
+    with sharing_captures():  # of two models in two dtypes
+        for name, (kind, spec, loops) in systems().items():
+            for one in (level,) if level else LEVELS[1:]:
+                if one != "cudagraph" or loops:
+                    check_level(stage, name, kind, spec, one, loops)
 
 
 def check_level(stage: Stage, name: str, kind: str, spec, level: str, loops: bool) -> None:

@@ -37,6 +37,7 @@ def measured(name: str, tmp_path, *options: str) -> tuple[int, dict]:
     return status, json.loads(out.read_text())
 
 
+@pytest.mark.usefixtures("one_capture")  # most of them build the same tiny Llama
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_runs_and_checks_its_numbers(name, tmp_path, capfd):
     status, actual = measured(name, tmp_path, *OPTIONS.get(name, []))

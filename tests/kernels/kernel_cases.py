@@ -193,8 +193,9 @@ GATED = {
     "plain": Gated(starts=(0, 0), validity=False),
     "left_padding": Gated(),
     "holes": Gated(holes=(3, 30, 35, 36, 37, 38, 39)),
-    "whole_row": Gated(q_start=0, length=40, past=0, starts=(0, 0), validity=False),
-    "whole_padded_row": Gated(q_start=0, length=40, past=0, starts=(0, 25), window=7),
+    # Tiles of 16 rows: the window of the last tile begins behind the first block of keys, which the pads of row 1 fill.
+    "whole_row": Gated(q_start=0, length=28, past=0, starts=(0, 0), validity=False),
+    "whole_padded_row": Gated(q_start=0, length=28, past=0, starts=(0, 18), window=7),
     "no_past": Gated(past=0, window=6, starts=(0, 0), validity=False),
     "one_key": Gated(window=1),
     "long_past": Gated(past=30, window=3),
@@ -202,7 +203,8 @@ GATED = {
     "far_window": Gated(far_window=6, window=3),
     "one_query": Gated(length=1, past=3),
     "first_token": Gated(length=1, q_start=0, past=0, extra=0, starts=(0, 0), validity=False),
-    "several_blocks": Gated(q_start=2, length=80, past=2, window=33, starts=(0, 5)),
+    # A window over three blocks of 16 keys and two of 32; the last tile, partly filled, skips the blocks before it.
+    "several_blocks": Gated(heads=2, key_heads=1, q_start=2, length=55, past=2, window=19, starts=(0, 5)),
     "odd_group": Gated(heads=6, key_heads=2, width=16, value_width=16),
     "equal_heads": Gated(heads=2, key_heads=2, width=7, value_width=33),
 }

@@ -57,6 +57,28 @@ def interpreter_fault() -> str | None:
     return None
 
 
+def patch_once() -> None:
+    """Search triton.language for what the interpreter replaces once per launch and module, not at every call of a helper.
+
+    The search is a third of the interpreter's time, and finds what it has replaced already.
+    """
+    from triton.runtime import interpreter
+
+    patch, done = interpreter._patch_lang, set()
+
+    def first_time(fn):
+        module = id(fn.__globals__)  # all that a patch depends on
+        if module in done:
+            return None  # only a launch, which is the first to patch, undoes its own
+        done.add(module)
+        scope = patch(fn)
+        undo = scope.restore
+        scope.restore = lambda: (undo(), done.clear())
+        return scope
+
+    interpreter._patch_lang = first_time
+
+
 def report(check: str, dtype: torch.dtype, errors: dict[str, float]) -> None:
     print(
         json.dumps({"check": check, "dtype": str(dtype).removeprefix("torch."), "errors": errors}), flush=True
@@ -68,9 +90,12 @@ def attention(name: str, case: Attention, dtype: torch.dtype) -> None:
     operands, options, grad = case.build(dtype)
     exact, inputs = leaves({n: x.float() for n, x in operands.items()}), leaves(operands)
     want = slot_attention(**exact, **options, implementation="naive")
+    forward, results = kernels.forward, []
+    kernels.forward = lambda problem: results.append(forward(problem)) or results[-1]
     got = slot_attention(**inputs, **options, implementation="triton")
+    kernels.forward = forward
     _, want_lse = slot_attention_forward(**exact, **options, implementation="naive")
-    _, got_lse = slot_attention_forward(**inputs, **options, implementation="triton")
+    ((_, got_lse),) = results
     errors = {"out": rms_error(got, want), "lse": lse_error(got_lse, want_lse)}
     want_grads, got_grads = gradients(want, exact, grad.float()), gradients(got, inputs, grad)
     report(name, dtype, errors | {n: rms_error(got_grads[n], g) for n, g in want_grads.items()})
@@ -215,6 +240,8 @@ def main() -> None:
     if device == "cpu" and (reason := interpreter_fault()):
         print(json.dumps({"skip": reason}))
         return
+    if device == "cpu":
+        patch_once()
     full_precision() if precision == "float32" else half_precision()
 
 
