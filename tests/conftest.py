@@ -51,6 +51,7 @@ def _graphs_instead_of_code(request: pytest.FixtureRequest, monkeypatch: pytest.
     """Tests marked ``compile`` run the graphs that Inductor gets; those marked ``codegen``, and all with --codegen, its code.
 
     What is traced, cut, functionalised and handed to Inductor is the same. Its C++ is most of a first run: a second per kernel.
+    ``codegen(of=...)`` writes code for the graphs that a test is about, and runs the others as they are.
     """
     marked = request.node.get_closest_marker
     if marked("compile") is None:
@@ -63,7 +64,11 @@ def _graphs_instead_of_code(request: pytest.FixtureRequest, monkeypatch: pytest.
 
     inner, given, kept = compile_fx._compile_fx_inner, [], counters["aot_autograd"]["autograd_cache_hit"]
 
+    everything = request.config.getoption("--codegen")
+
     def write_code(gm, example_inputs, **options):
+        if not everything and not marked("codegen").kwargs.get("of", lambda gm: True)(gm):
+            return run_graph(gm, example_inputs, **options)
         given.append(gm)
         return inner(gm, example_inputs, **options)
 
@@ -73,7 +78,7 @@ def _graphs_instead_of_code(request: pytest.FixtureRequest, monkeypatch: pytest.
     if marked("codegen") is not None:
         monkeypatch.setattr(compile_fx, "_compile_fx_inner", write_code)
         monkeypatch.setattr(compiled, "_SEGMENTS", weakref.WeakValueDictionary())  # no segment of a test without code
-    elif not request.config.getoption("--codegen"):
+    elif not everything:
         monkeypatch.setattr(compile_fx, "_compile_fx_inner", run_graph)
     yield
     if marked("codegen") is not None:

@@ -166,7 +166,16 @@ def test_packed_rows(name, rows):
     torch.testing.assert_close(loss, turbo(input_ids=ids, position_ids=positions, labels=labels).loss)
 
 
-@pytest.mark.parametrize("inner", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.codegen])])
+def but_of_three_rows(gm) -> bool:
+    """A chunk of the token loop is compiled for each number of rows, the rest for any: two of them are enough code."""
+    values = [n.meta.get("val") for n in gm.graph.nodes if n.op == "placeholder"]
+    streams = [v.shape[0] for v in values if isinstance(v, torch.Tensor) and v.dim() == 3]
+    return not any(isinstance(rows, int) and rows == 3 for rows in streams)
+
+
+@pytest.mark.parametrize("inner", [
+    "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.codegen(of=but_of_three_rows)]),
+])
 def test_inner_compilers_equal_eager(inner):
     model, turbo = pair("llama", dtype=torch.float32)
     compiled = torch.compile(model, backend=depthpass_backend, options={"inner": inner})

@@ -142,7 +142,10 @@ def test_a_loop_feeds_back_what_it_ends_in():
 
 @pytest.mark.compile
 def test_a_compiled_case():
-    outcome = run_case(BASE | {"lowering": "inductor", "checks": [{"do": "forward"}, {"do": "gradients"}]})
+    """Three blocks: one before the token loop and two in it, so that all kinds of segments are there."""
+    spec = [{"pass": "turboconn", "bridges": [[2, 0], [2, 1]], "group": 2, "rank": 3}]
+    checks = [{"do": "forward"}, {"do": "gradients"}]
+    outcome = run_case(BASE | {"lowering": "inductor", "layers": 3, "spec": spec, "checks": checks})
     assert outcome["result"] == "ok" and len(outcome["done"]) == 2, outcome
 
 

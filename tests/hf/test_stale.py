@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 import zoo
+from captured_once import captured_once
 from torch import nn
 from turbos import GROUP, enliven, turbo_of
 
@@ -25,6 +26,12 @@ def pair(name, **more):
     transformed = dp.transform(enliven(zoo.model(name, 2, **more), least=1), dp.Identity())
     call(transformed)
     return transformed
+
+
+def shared_pair(name):
+    """The same. Equal models share this capture: nothing has changed yet, and what a test changes is captured anew."""
+    with captured_once():
+        return pair(name)
 
 
 def call(model, **more):
@@ -287,7 +294,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_changes_after_the_first_call_count(name):
-    transformed = pair(name)
+    transformed = shared_pair(name)
     for what, change in CHANGES[name].items():
         before = call(transformed).logits
         change(transformed)
@@ -327,7 +334,8 @@ def test_tied_tensors_count_as_two_once_they_are(captures):
 def test_a_change_counts_in_every_program_and_is_taken_back():
     stock = enliven(zoo.model("llama", 3))
     transformed = turbo_of(stock, bridges=[(2, 0)])
-    first = call(transformed).logits
+    with captured_once():
+        first = call(transformed).logits
     norms = [m for m in transformed.modules() if hasattr(m, "variance_epsilon")]
     kept = norms[0].variance_epsilon
     for norm in norms:
@@ -342,7 +350,7 @@ def test_a_change_counts_in_every_program_and_is_taken_back():
 
 
 def test_the_loss_function_counts():
-    transformed = pair("llama")
+    transformed = shared_pair("llama")
     call(transformed, labels=IDS)
     transformed.loss_function = lambda logits, labels, vocab_size, **_: logits.square().mean()
     assert torch.equal(call(transformed, labels=IDS).loss, call(dp.restore(transformed), labels=IDS).loss)
@@ -351,7 +359,8 @@ def test_the_loss_function_counts():
 @pytest.mark.parametrize("tokens", [102, 194])
 def test_resized_tied_embeddings_give_the_stock_loss(tokens):
     transformed = dp.transform(enliven(zoo.model("llama", 2, tie_word_embeddings=True)), dp.Identity())
-    call(transformed, labels=IDS)
+    with captured_once():
+        call(transformed, labels=IDS)
     transformed.resize_token_embeddings(tokens, mean_resizing=False)
     torch.testing.assert_close(call(transformed, labels=IDS).loss, call(dp.restore(transformed), labels=IDS).loss)
     transformed(input_ids=IDS, labels=IDS).loss.backward()
@@ -360,7 +369,8 @@ def test_resized_tied_embeddings_give_the_stock_loss(tokens):
 
 def test_attention_dropout_counts():
     transformed = dp.transform(enliven(zoo.model("llama", 2)), dp.Identity()).train()
-    call(transformed)
+    with captured_once():
+        call(transformed)
     every(transformed, "attention_dropout", 0.5)
     assert not torch.equal(call(transformed).logits, call(transformed).logits)
     torch.manual_seed(0)
@@ -370,7 +380,7 @@ def test_attention_dropout_counts():
 
 
 def test_bidirectional_attention_is_refused_after_a_call_as_before_it():
-    transformed = pair("llama")
+    transformed = shared_pair("llama")
     every(transformed, "is_causal", False)
     with pytest.raises(UnsupportedModelError, match="is_causal=False"):
         call(transformed)
@@ -379,7 +389,7 @@ def test_bidirectional_attention_is_refused_after_a_call_as_before_it():
 
 
 def test_a_saved_model_is_the_one_that_ran(tmp_path):
-    transformed = pair("mistral")
+    transformed = shared_pair("mistral")
     transformed.config.sliding_window = 2
     transformed.save_pretrained(tmp_path)
     assert torch.equal(call(transformed).logits, call(dp.from_pretrained(tmp_path)).logits)
@@ -388,7 +398,7 @@ def test_a_saved_model_is_the_one_that_ran(tmp_path):
 def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
     from transformers.models.llama import modeling_llama
 
-    transformed = pair("llama")
+    transformed = shared_pair("llama")
     first = call(transformed).logits
     rotate = modeling_llama.apply_rotary_pos_emb
     with monkeypatch.context() as patch:
@@ -413,7 +423,7 @@ def test_a_class_and_a_function_that_are_patched_count(monkeypatch):
 
 
 def test_hooks_of_all_modules_are_refused_by_name_and_torchs_own_are_not():
-    transformed = pair("llama")
+    transformed = shared_pair("llama")
 
     def times(module, args, output):
         return output * 1.5 if type(module).__name__ == "LlamaMLP" else None
@@ -431,7 +441,8 @@ def test_hooks_of_all_modules_are_refused_by_name_and_torchs_own_are_not():
 @pytest.mark.filterwarnings("ignore:hooks on or in block:UserWarning")
 def test_a_wrapped_block_runs_its_wrapper_at_every_visit():
     transformed = turbo_of(enliven(zoo.model("llama", 3)), bridges=[(2, 0)])
-    call(transformed)
+    with captured_once():
+        call(transformed)
     block, seen = transformed.model.layers[1], []
     forward = block.forward
 
@@ -488,7 +499,7 @@ def test_old_states_of_a_model_are_forgotten(monkeypatch):
     from depthpass.hf.modules import watch
 
     monkeypatch.setattr(captured, "KEPT", 2)
-    transformed = pair("llama")
+    transformed = shared_pair("llama")
     for step in range(6):
         every(transformed, "variance_epsilon", 0.1 * (step + 1))
         agrees(transformed)

@@ -60,13 +60,14 @@ def test_random_programs_with_every_op_kind(chunk, stocks, monkeypatch):
             with pytest.raises(dp.PassError, match="top-k route lies on a delay cycle"):
                 dp.transform(stock, Given(str(program)))
             continue
-        recorded = record(alive(stock, Given(str(program))), row())
+        model = alive(stock, Given(str(program)))
+        recorded = record(model, row())
         assert recorded.depth() == depths.at(TOKENS), (seed, str(program))
         for tap in program.taps:
             assert recorded.depth(tap["name"]) == depth(program, tap["name"]).at(TOKENS), (seed, tap["name"], str(program))
         met += 1
         if waits:
-            short = record(alive(stock, Given(str(program))), row(2))
+            short = record(model, row(2))
             assert short.depth() == depths.at(2), (seed, str(program))
     assert met >= 5
 

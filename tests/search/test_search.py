@@ -31,8 +31,14 @@ def parts(samples, share=0.5):
     return split([Sample(tuple(p), tuple(a)) for p, a in samples], share, 0)
 
 
-def test_exhaustive_search_equals_enumeration(small):
-    result = dp.search(small.live, small.samples, method="exhaustive", space=SPACE, score="log_prob")
+@pytest.fixture(scope="module")
+def every_program(small):
+    """The exhaustive search of SPACE."""
+    return dp.search(small.live, small.samples, method="exhaustive", space=SPACE, score="log_prob")
+
+
+def test_exhaustive_search_equals_enumeration(small, every_program):
+    result = every_program
     searched, held = parts(small.samples)
     assert len(searched) == len(held) == 6
     truth = by_hand(small.stock, searched, programs_by_hand(), log_prob)
@@ -68,12 +74,11 @@ def test_exact_match_is_what_generate_says(small, score):
 
 
 @pytest.mark.parametrize("method", ["random", "beam", "mcts"])
-def test_every_method_finds_the_best_program_of_a_small_space(small, method):
+def test_every_method_finds_the_best_program_of_a_small_space(small, every_program, method):
     chosen = dp.search.MCTS(penalty=0.0, exploration=1.0, explore=0.5) if method == "mcts" else (
         dp.search.Beam(width=200, rounds=2) if method == "beam" else method)
-    truth = dp.search(small.live, small.samples, method="exhaustive", space=SPACE, score="log_prob")
     result = dp.search(small.live, small.samples, method=chosen, space=SPACE, score="log_prob", budget=600)
-    assert result.best == truth.best
+    assert result.best == every_program.best
     again = dp.search(small.live, small.samples, method=chosen, space=SPACE, score="log_prob", budget=600)
     assert again.to_json() == result.to_json()
 
@@ -104,18 +109,19 @@ def test_a_sweep_is_every_program_of_one_edit_and_its_heat_map(small):
 
 
 @pytest.mark.parametrize("score", ["log_prob", "perplexity", "greedy_match", "exact_match"])
-@pytest.mark.parametrize("limit", [True, 20_000])
-def test_the_memo_changes_no_bit(small, score, limit):
+def test_the_memo_changes_no_bit(small, score):
     options = dict(score=score, space="cola", method="random", budget=12, batch=4)
-    shared = dp.search(small.live, small.samples, memo=limit, **options)
-    alone = dp.search(small.live, small.samples, memo=False, **options)
-    a, b = shared.to_dict(), alone.to_dict()
-    a.pop("block_visits"), b.pop("block_visits")
-    assert a == b and [t.values for t in shared.trials] == [t.values for t in alone.trials]
-    assert alone.block_visits.saved == 0 and 0 < shared.block_visits.ran < shared.block_visits.asked
-    assert shared.block_visits.asked == alone.block_visits.asked
-    if limit is True:
-        assert shared.block_visits.saved > dp.search(small.live, small.samples, memo=20_000, **options).block_visits.saved
+    alone, *shared = (dp.search(small.live, small.samples, memo=limit, **options) for limit in (False, True, 20_000))
+    b = alone.to_dict()
+    b.pop("block_visits")
+    for one in shared:
+        a = one.to_dict()
+        a.pop("block_visits")
+        assert a == b and [t.values for t in one.trials] == [t.values for t in alone.trials]
+        assert alone.block_visits.saved == 0 and 0 < one.block_visits.ran < one.block_visits.asked
+        assert one.block_visits.asked == alone.block_visits.asked
+    whole, limited = shared
+    assert whole.block_visits.saved > limited.block_visits.saved
 
 
 def test_the_memo_runs_every_prefix_once(small):
