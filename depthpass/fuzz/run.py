@@ -42,14 +42,9 @@ def run_case(case: Case) -> dict[str, Any]:
 
 
 def _run(case: Case) -> dict[str, Any]:
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
     done: list[str] = []
     refusals: list[str] = []
-    with warnings.catch_warnings(), sharing_captures():
-        warnings.simplefilter("ignore")
+    with quiet(), sharing_captures():
         try:
             subject = Checks(case)
         except dp.DepthpassError as error:
@@ -68,6 +63,24 @@ def _run(case: Case) -> dict[str, Any]:
     if refusals:
         result |= {"kind": refusals[0], "refusals": refusals}
     return result
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings and no progress bars of transformers, which is as talkative as before afterwards."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def fault(error: Exception, check: str, done: list[str]) -> dict[str, Any]:

@@ -68,6 +68,13 @@ def test_rounding_of_stock_code_in_float32_is_no_fault(monkeypatch):
     assert of_stock["cast"](x).dtype == torch.float32
 
 
+def test_a_case_leaves_transformers_as_talkative_as_it_was():
+    from transformers.utils import logging
+
+    run_case(BASE)
+    assert logging.get_verbosity() == logging.WARNING and logging.is_progress_bar_enabled()
+
+
 def test_every_check_runs_on_one_model():
     case = BASE | {"checks": [
         {"do": "forward", "loss": True}, {"do": "gradients"}, {"do": "generate", "new": 3, "beams": 2},
