@@ -9,6 +9,7 @@ import pytest
 import torch
 import zoo
 from capture.dense_run import captured, inputs, model, run
+from capture.support_table import PAGE, page, results
 from depthpass_lowering.visits.cut import block_facts, cut_for
 
 from depthpass.capture import capture
@@ -179,3 +180,12 @@ def test_training_mode_keeps_dropout():
     assert [n.args[1:] for n in drops] == [(0.5, True)] * 2
     built.eval()
     assert [s.dropout for s in capture(built, inputs("gpt2", [7, 4]), {}).templates[0].sites] == [0.0]
+
+
+def test_support_page_is_current(request):
+    result = results()
+    assert list(result) == zoo.SUPPORTED and len(result) == 33
+    text = page(result)
+    if request.config.getoption("--update-golden"):
+        PAGE.write_text(text, encoding="utf-8")
+    assert PAGE.read_text(encoding="utf-8") == text, "run this test with --update-golden if the change is meant"
