@@ -18,8 +18,8 @@ def floor(F: float, W: float, rows: int, group_rows: list[int], blocks: int, ser
         return max(2 * n * p / F, itemsize * p / W)
 
     plain = blocks * 3 * gemm(rows, block_params) + 3 * gemm(rows, head_params)
-    loop = serial * (sum(2 * gemm(r, block_params) for r in group_rows) + gemm(rows, block_params))
-    return ((blocks - serial) * 3 * gemm(rows, block_params) + 3 * gemm(rows, head_params) + loop) / plain
+    more = serial * 2 * (sum(gemm(r, block_params) for r in group_rows) - gemm(rows, block_params))
+    return 1 + max(more, 0.0) / plain  # chunks never take less than the row; their sum may round below it
 
 
 def forward_floor(F: float, W: float, rows: int, group_rows: list[int], blocks: int, serial: int, block_params: int,
@@ -30,5 +30,5 @@ def forward_floor(F: float, W: float, rows: int, group_rows: list[int], blocks: 
         return max(2 * n * p / F, itemsize * p / W)
 
     head, plain = gemm(rows, head_params), gemm(rows, block_params)
-    loop = serial * sum(gemm(r, block_params) for r in group_rows)
-    return ((blocks - serial) * plain + head + loop) / (blocks * plain + head)
+    more = serial * (sum(gemm(r, block_params) for r in group_rows) - plain)
+    return 1 + max(more, 0.0) / (blocks * plain + head)

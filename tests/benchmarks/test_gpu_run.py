@@ -111,4 +111,4 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     assert results(tmp_path, "kernels.0")["results"][-1]["passed"] > 0
     (row,) = (r for r in results(tmp_path, "training.3")["results"] if r["label"] == "g=3 scheduled")
-    assert row["ms"] > 0 and row["floor"] > 1 - 1e-9  # the products of all chunks may take what one takes: a sum's rounding
+    assert row["ms"] > 0 and row["floor"] >= 1

@@ -108,6 +108,13 @@ def test_one_iteration_has_the_loss_of_the_base_bit_for_bit():
         torch.testing.assert_close(p.grad, grads[n], msg=n)
 
 
+def test_loops_of_one_name_are_told_apart_by_their_place():
+    model = dp.transform(stock_of(), [dp.Loop(0, 1, times=2), dp.Loop(1, 2, times=3)])
+    with pytest.raises(dp.SpecError, match=r"loops_of: expected a spec with one loop, got 2 .*scope=, its index .* one of 0, 1"):
+        dp.loops_of(model)
+    assert dp.loops_of(dp.set_loops(model, 4, scope=1), scope=1) == 4 and dp.loops_of(model, scope=0) == 2
+
+
 def test_through_peft_and_with_several_loops():
     peft = pytest.importorskip("peft")
     spec = [dp.Loop(start=1, end=2, times=2, lora_rank=2, scope="inner"), dp.Repeat(0, 1, times=1), dp.Taps(at=[0])]

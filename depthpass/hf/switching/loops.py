@@ -16,8 +16,9 @@ def loop_of(passes: Sequence[Pass], scope: str | int | None, who: str, scoped: b
         raise SpecError(f"{who}: expected a spec with a loop, got {spec}. Call dp.switch(model, spec) with one.")
     if scope is None:
         if len(loops) > 1:
-            names = ", ".join(repr(_names(passes[i])[0]) for i in loops)
-            which = f" Say which with scope=, one of {names}, or its index in the spec, one of {', '.join(map(str, loops))}."
+            names = [repr(_names(passes[i])[0]) for i in loops]
+            by_name = f"one of {', '.join(names)}, or " if len(set(names)) == len(names) else ""
+            which = f" Say which with scope=, {by_name}its index in the spec, one of {', '.join(map(str, loops))}."
             raise SpecError(f"{who}: expected a spec with one loop, got {len(loops)} ({spec}).{which if scoped else ''}")
         return loops[0]
     if isinstance(scope, int) and not isinstance(scope, bool):

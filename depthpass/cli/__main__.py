@@ -1,0 +1,5 @@
+"""``python -m depthpass.cli``."""
+
+from depthpass.cli import command
+
+command()
