@@ -1,7 +1,7 @@
 """Products with a packed weight: several times faster on a CPU for a few dozen rows.
 
-oneDNN's blocks, one Python call above its own ops, which Inductor takes for weights that are constants only; or, for
-processors with AVX2 alone, float32 in panels (:mod:`depthpass_kernels.panels`).
+oneDNN's blocks, one Python call above its own ops, which Inductor takes for weights that are constants only; or float32
+in panels (:mod:`depthpass_kernels.panels`) where those are faster.
 """
 
 import functools
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from depthpass_kernels import panels
+from depthpass_kernels.processor import onednn_leads
 from depthpass_kernels.select import traced
 
 SMALLEST = 1 << 15
@@ -94,11 +95,11 @@ def _say_unpacked() -> None:
 def contraction(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a^T b`` of two matrices with the same, long, first dimension: a weight gradient."""
     small = a.numel() + b.numel() < SMALLEST or not blocked(a, b)
-    wide_vectors = torch.backends.cpu.get_cpu_capability() == "AVX512"
-    if not small and (a.shape[1] > b.shape[1] if wide_vectors else a.shape[1] < b.shape[1]):
+    leads = onednn_leads()
+    if not small and (a.shape[1] > b.shape[1] if leads else a.shape[1] < b.shape[1]):
         return contraction(b, a).t()
-    if small or not wide_vectors:
-        # Where oneDNN has no wide vectors, torch's own product is faster; the more so with the wider operand in front.
+    if small or not leads:
+        # Where oneDNN has no lead, torch's own product is faster; with AVX2 the more so with the wider operand in front.
         return a.t() @ b
     # oneDNN copies the operand in front: the narrower one.
     return torch.ops.mkldnn._linear_pointwise(a.t(), b.t(), None, "none", [], "")

@@ -1,8 +1,8 @@
-"""Products with a weight in panels of 16 columns, for processors with AVX2 alone: C++ of this package.
+"""Products with a weight in panels of two vectors of columns, for processors where oneDNN's are not the best: C++ of this package.
 
-A tile of up to six rows by one panel keeps its sums in twelve registers; a panel is cut along the inner dimension into
-blocks that stay in the first cache while all rows pass. oneDNN's packed products for these processors reach 33 to 62 of
-100 GFLOP/s at a few dozen rows, these 61 to 72 beside other guests of the machine (docs/benchmarks.md).
+A tile of up to 14 rows by one panel (six with AVX2) keeps its sums in registers; a panel is cut along the inner dimension into
+blocks that stay in the first cache while all rows pass. At a few dozen rows these reach 1.1 to 2.4 times the rate of oneDNN's
+packed products with AVX2 alone and on Intel's processors with AVX-512; on others with AVX-512 oneDNN stays (docs/benchmarks.md).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from depthpass_kernels.cpp import build
+from depthpass_kernels.processor import onednn_leads, vectors
 
 ARGUMENTS = ("int64_t", "const float*", "const float*", "const float*", "float*", *("int64_t",) * 6)
 SOURCE = """
@@ -22,53 +23,65 @@ SOURCE = """
 #include <cstdint>
 #include <vector>
 
-constexpr int64_t COLUMNS = 16;
-constexpr int64_t BLOCK = 256;  // of the inner dimension: 16 KB of a panel
+#if defined(__AVX512F__) && !defined(HALF_AS_WIDE)
+typedef __m512 Vector;
+constexpr int64_t LANES = 16, AHEAD = 64;
+constexpr int MOST = 14;
+static inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
+static inline void store(float* y, Vector v) { _mm512_storeu_ps(y, v); }
+static inline Vector all(float x) { return _mm512_set1_ps(x); }
+static inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(a, b, c); }
+#else
+typedef __m256 Vector;
+constexpr int64_t LANES = 8, AHEAD = 256;
 constexpr int MOST = 6;
+static inline Vector load(const float* x) { return _mm256_loadu_ps(x); }
+static inline void store(float* y, Vector v) { _mm256_storeu_ps(y, v); }
+static inline Vector all(float x) { return _mm256_set1_ps(x); }
+static inline Vector fma(Vector a, Vector b, Vector c) { return _mm256_fmadd_ps(a, b, c); }
+#endif
+constexpr int64_t COLUMNS = 2 * LANES;
+constexpr int64_t BLOCK = 256;  // of the inner dimension
 
 static int64_t count_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
+// The first tile asks for what it will read in a while: a panel comes from memory once, then from the first cache.
 template <int ROWS, bool FIRST>
 static void tile(const float* x, int64_t in, const float* panel, const float* start, int64_t step, float* y, int64_t out,
                  int64_t length) {
-  __m256 left[ROWS], right[ROWS];
-  #pragma GCC unroll 6
+  Vector left[ROWS], right[ROWS];
+  #pragma GCC unroll 14
   for (int r = 0; r < ROWS; r++) {
-    left[r] = _mm256_loadu_ps(start + r * step);
-    right[r] = _mm256_loadu_ps(start + r * step + 8);
+    left[r] = load(start + r * step);
+    right[r] = load(start + r * step + LANES);
   }
   #pragma GCC unroll 4
   for (int64_t i = 0; i < length; i++) {
-    __m256 a = _mm256_loadu_ps(panel + i * COLUMNS), b = _mm256_loadu_ps(panel + i * COLUMNS + 8);
-    if constexpr (FIRST) __builtin_prefetch(panel + (i + BLOCK) * COLUMNS);
-    #pragma GCC unroll 6
+    Vector a = load(panel + i * COLUMNS), b = load(panel + i * COLUMNS + LANES);
+    if constexpr (FIRST)
+      for (int64_t line = 0; line < COLUMNS; line += 16) __builtin_prefetch(panel + (i + AHEAD) * COLUMNS + line);
+    #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) {
-      __m256 value = _mm256_broadcast_ss(x + r * in + i);
-      left[r] = _mm256_fmadd_ps(value, a, left[r]);
-      right[r] = _mm256_fmadd_ps(value, b, right[r]);
+      Vector value = all(x[r * in + i]);
+      left[r] = fma(value, a, left[r]);
+      right[r] = fma(value, b, right[r]);
     }
   }
-  #pragma GCC unroll 6
+  #pragma GCC unroll 14
   for (int r = 0; r < ROWS; r++) {
-    _mm256_storeu_ps(y + r * out, left[r]);
-    _mm256_storeu_ps(y + r * out + 8, right[r]);
+    store(y + r * out, left[r]);
+    store(y + r * out + LANES, right[r]);
   }
 }
 
-template <bool FIRST>
+template <bool FIRST, int ROWS = MOST>
 static void tile_of(int64_t rows, const float* x, int64_t in, const float* panel, const float* start, int64_t step, float* y,
                     int64_t out, int64_t length) {
-  switch (rows) {
-    case 1: return tile<1, FIRST>(x, in, panel, start, step, y, out, length);
-    case 2: return tile<2, FIRST>(x, in, panel, start, step, y, out, length);
-    case 3: return tile<3, FIRST>(x, in, panel, start, step, y, out, length);
-    case 4: return tile<4, FIRST>(x, in, panel, start, step, y, out, length);
-    case 5: return tile<5, FIRST>(x, in, panel, start, step, y, out, length);
-    case 6: return tile<6, FIRST>(x, in, panel, start, step, y, out, length);
-  }
+  if (rows == ROWS) return tile<ROWS, FIRST>(x, in, panel, start, step, y, out, length);
+  if constexpr (ROWS > 1) tile_of<FIRST, ROWS - 1>(rows, x, in, panel, start, step, y, out, length);
 }
 
-// All rows times one block of a panel, in tiles of nearly the same size; the first one asks for the next block.
+// All rows times one block of a panel, in tiles of nearly the same size.
 static void rows_of(const float* x, int64_t rows, int64_t in, const float* panel, const float* bias, float* y, int64_t out,
                     int64_t length) {
   int64_t tiles = (rows + MOST - 1) / MOST, step = bias ? 0 : out;
@@ -142,8 +155,10 @@ extern "C" void kernel(int64_t what, const float* x, const float* panels, const 
 @functools.cache
 def obstacle() -> str | None:
     """Why these products are not to be had, or not wanted, on this machine; None = they are. Builds them at the first call."""
-    if (vectors := torch.backends.cpu.get_cpu_capability()) != "AVX2":
-        return f"they are for processors with AVX2 alone, this one has {vectors}"
+    if vectors() not in ("AVX2", "AVX512"):
+        return f"they are for processors with AVX2 or AVX-512, this one has {vectors()}"
+    if onednn_leads():
+        return "on this processor with AVX-512 oneDNN's packed products are faster"
     built = build(ARGUMENTS, SOURCE)
     if not isinstance(built, Exception):
         return None

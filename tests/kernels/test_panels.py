@@ -10,17 +10,22 @@ from turbos import transformed
 
 import depthpass as dp
 
+NARROW = "#define HALF_AS_WIDE\n" + panels.SOURCE
+"""The tiles of processors with AVX2 alone, which those with AVX-512 run as well."""
+
 needs_a_build = pytest.mark.skipif(
     isinstance(cpp.build(panels.ARGUMENTS, panels.SOURCE), Exception), reason="no compiler, or no AVX2"
 )
 
 
 @needs_a_build
+@pytest.mark.parametrize("source", [panels.SOURCE, NARROW], ids=["widest", "narrow"])
 @pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(("out", "inner"), [(1, 1), (16, 256), (17, 257), (48, 300), (5, 700), (200, 64)])
-@pytest.mark.parametrize("rows", [1, 2, 5, 6, 7, 13, 32])
-def test_products(rows, out, inner, threads):
+@pytest.mark.parametrize(("out", "inner"), [(1, 1), (16, 256), (17, 257), (70, 300), (5, 700), (200, 64)])
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 13, 17, 20, 23, 27, 32])
+def test_products(rows, out, inner, threads, source, monkeypatch):
     """Tiles of every size, blocks and panels that are not full, weights read by rows and by columns, rows with gaps."""
+    monkeypatch.setattr(panels, "SOURCE", source)
     torch.manual_seed(rows)
     x, w, b = torch.randn(1, rows, 2 * inner)[..., ::2], torch.randn(out, inner), torch.randn(out)
     before = torch.get_num_threads()
@@ -36,21 +41,30 @@ def test_products(rows, out, inner, threads):
         torch.set_num_threads(before)
 
 
+def become(monkeypatch, vectors: str, name: str = "AMD EPYC") -> None:
+    """Another processor, as far as torch says."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
+    panels.obstacle.cache_clear()
+
+
 @pytest.fixture
 def avx2(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    panels.obstacle.cache_clear()
+    become(monkeypatch, "AVX2")
     yield monkeypatch
     panels.obstacle.cache_clear()
 
 
 @needs_a_build
-def test_they_are_taken_for_processors_with_avx2_alone(avx2):
+def test_they_are_taken_where_onednn_does_not_lead(avx2):
     x, w = torch.randn(8, 96), torch.randn(64, 96)
-    assert not pack(w, x).is_mkldnn
-    avx2.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    panels.obstacle.cache_clear()
-    assert pack(w, x).is_mkldnn and "AVX512" in panels.obstacle()
+    for vectors, name in [("AVX2", "AMD EPYC"), ("AVX2", "Intel Xeon"), ("AVX512", "Intel Xeon")]:
+        become(avx2, vectors, name)
+        assert not pack(w, x).is_mkldnn, (vectors, name)
+    become(avx2, "AVX512")
+    assert pack(w, x).is_mkldnn and "AVX-512" in panels.obstacle()
+    become(avx2, "DEFAULT")
+    assert pack(w, x).is_mkldnn and "DEFAULT" in panels.obstacle()
 
 
 def test_without_a_compiler_onednn_packs(avx2):

@@ -85,11 +85,12 @@ def check_products(case, dtype, tolerance, rows) -> Products:
     return loop
 
 
-@pytest.mark.parametrize("vectors", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("vectors,name", [("AVX2", "AMD EPYC"), ("AVX512", "AMD EPYC"), ("AVX512", "Intel Xeon")])
 @pytest.mark.parametrize("widths", [(96, 64), (64, 160)])
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2), (torch.float64, 1e-14)])
-def test_weight_gradients_are_contractions(dtype, tolerance, widths, vectors, monkeypatch):
+def test_weight_gradients_are_contractions(dtype, tolerance, widths, vectors, name, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": name})
     a, b = (torch.randn(300, n, dtype=dtype) for n in widths)
     want = a.double().t() @ b.double()
     assert ((contraction(a, b).double() - want).norm() / want.norm()) < tolerance
