@@ -1,4 +1,4 @@
-"""Products with a weight in panels of two vectors of columns, for processors where oneDNN's are not the best: C++ of this package.
+"""Products with a weight in panels of two vectors of columns, where oneDNN's are not the fastest: C++ of this package.
 
 A tile of up to 14 rows by one panel (six with AVX2) keeps its sums in registers; a panel is cut along the inner dimension into
 blocks that stay in the first cache while all rows pass. At a few dozen rows these reach 1.1 to 2.4 times the rate of oneDNN's
