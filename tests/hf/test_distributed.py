@@ -85,3 +85,23 @@ def test_lines_of_the_docs(tmp_path, words):
         (tmp_path / text.splitlines()[0].removeprefix("# ")).write_text(text)
     launch(words.split(), tmp_path)
     assert list(tmp_path.glob("*/model.safetensors"))
+
+
+def test_trainer_shards_resumes_and_saves(tmp_path, monkeypatch):
+    """Its sharded checkpoints, and the model that is gathered at the end, against one process on the same rows."""
+    import torch
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import trainer_processes as script
+
+    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script.__file__]
+    (line,) = (x for x in launch(words, tmp_path).splitlines() if x.startswith('{"sharded"'))
+    report = json.loads(line)
+    assert report["sharded"] and report["resumed"] == 0 and report["loaded"] == 0
+    assert not list((tmp_path / "first/checkpoint-2").glob("*.safetensors"))
+    one = script.trainer(tmp_path / "one", 4)
+    before = script.weights(one.model)
+    one.train()
+    after, there = script.weights(one.model), torch.load(tmp_path / "there.pt")
+    assert after.keys() == there.keys() and script.gap(after, there) < 1e-8
+    assert all((before[n] - after[n]).abs().max() > 1e-3 for n in after if n.startswith("depth."))
