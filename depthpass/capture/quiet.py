@@ -6,6 +6,7 @@ profiler's global hooks, in inference mode. What it captures is kept, so it must
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
@@ -24,10 +25,25 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks_always_called", "_global_forward_hooks_with_kwargs",
 )
 
+def _keep_the_device_guard() -> None:
+    """What tracing sets by this call goes away, in torch 2.11, with the thread that called it first: when that was over, the next
+    capture of the process was a segmentation fault. So a thread that never ends calls it first."""
+    done = threading.Event()
+
+    def work() -> None:
+        torch._C._ensureCUDADeviceGuardSet()
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=work, name="depthpass-device-guard", daemon=True).start()
+    done.wait()
+
+
 if not torch.cuda.is_available() and hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
-    # Tracing calls this. In torch 2.11 what it sets goes away with the thread that called it first: when a worker thread
-    # that had made the first capture was over, the next capture of the process was a segmentation fault.
-    torch._C._ensureCUDADeviceGuardSet()
+    if threading.current_thread() is threading.main_thread():
+        torch._C._ensureCUDADeviceGuardSet()
+    else:
+        _keep_the_device_guard()
 
 
 @contextmanager

@@ -106,13 +106,18 @@ def test_first_calls_at_the_same_time(captures):
             assert all(torch.equal(f, want) for f in actual)
 
 
-def test_a_thread_that_made_the_first_capture_may_end():
+@pytest.mark.parametrize("imported", ["before", "by the thread"])
+def test_a_thread_that_made_the_first_capture_may_end(imported):
     """torch 2.11 crashed in the capture that followed, in any thread: in a process of its own."""
+    ready = "import torch, zoo, depthpass as dp; ids = torch.arange(3, 9)[None]"
+    ready += "; models = [dp.transform(zoo.model(n, 2), dp.Loop(start=0, end=2, times=2)) for n in ('llama', 'gpt2')]"
     lines = (
-        "import threading, torch, zoo, depthpass as dp",
-        "models = [dp.transform(zoo.model(n, 2), dp.Loop(start=0, end=2, times=2)) for n in ('llama', 'gpt2')]",
-        "ids = torch.arange(3, 9)[None]",
-        "worker = threading.Thread(target=models[0], args=(ids,))",
+        "import threading",
+        *([ready] if imported == "before" else []),
+        "def work():",
+        f"    global ids, models; {ready if imported == 'by the thread' else 'pass'}",
+        "    models[0](ids)",
+        "worker = threading.Thread(target=work)",
         "worker.start(); worker.join()",
         "print(tuple(models[1](ids).logits.shape))",
     )
