@@ -25,8 +25,8 @@ SOURCE = """
 
 #if defined(__AVX512F__) && !defined(HALF_AS_WIDE)
 typedef __m512 Vector;
-constexpr int64_t LANES = 16, AHEAD = 64;
-constexpr int MOST = 14;
+constexpr int64_t LANES = 16, AHEAD = 128;
+constexpr int MOST = 14, NEAR = 2;
 static inline Vector load(const float* x) { return _mm512_loadu_ps(x); }
 static inline void store(float* y, Vector v) { _mm512_storeu_ps(y, v); }
 static inline Vector all(float x) { return _mm512_set1_ps(x); }
@@ -34,7 +34,7 @@ static inline Vector fma(Vector a, Vector b, Vector c) { return _mm512_fmadd_ps(
 #else
 typedef __m256 Vector;
 constexpr int64_t LANES = 8, AHEAD = 256;
-constexpr int MOST = 6;
+constexpr int MOST = 6, NEAR = 3;
 static inline Vector load(const float* x) { return _mm256_loadu_ps(x); }
 static inline void store(float* y, Vector v) { _mm256_storeu_ps(y, v); }
 static inline Vector all(float x) { return _mm256_set1_ps(x); }
@@ -45,7 +45,8 @@ constexpr int64_t BLOCK = 256;  // of the inner dimension
 
 static int64_t count_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
-// The first tile asks for what it will read in a while: a panel comes from memory once, then from the first cache.
+// The first tile asks for what it will read in a while, AHEAD rows of a panel, and how NEAR it is to come: a panel comes
+// from memory once, then from the first cache.
 template <int ROWS, bool FIRST>
 static void tile(const float* x, int64_t in, const float* panel, const float* start, int64_t step, float* y, int64_t out,
                  int64_t length) {
@@ -59,7 +60,7 @@ static void tile(const float* x, int64_t in, const float* panel, const float* st
   for (int64_t i = 0; i < length; i++) {
     Vector a = load(panel + i * COLUMNS), b = load(panel + i * COLUMNS + LANES);
     if constexpr (FIRST)
-      for (int64_t line = 0; line < COLUMNS; line += 16) __builtin_prefetch(panel + (i + AHEAD) * COLUMNS + line);
+      for (int64_t line = 0; line < COLUMNS; line += 16) __builtin_prefetch(panel + (i + AHEAD) * COLUMNS + line, 0, NEAR);
     #pragma GCC unroll 14
     for (int r = 0; r < ROWS; r++) {
       Vector value = all(x[r * in + i]);

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from depthpass_kernels import cpp
+from depthpass_kernels import cpp, processor
 from depthpass_kernels.few_rows import attention, product
 
 TYPES = {torch.bfloat16: "at::BFloat16", torch.float16: "at::Half"}
@@ -18,7 +18,9 @@ SOURCES = {"product": product, "attention": attention}
 def load(name: str, dtype: torch.dtype) -> Callable[..., None] | Exception:
     """One of :data:`SOURCES` for a dtype of :data:`TYPES`, compiled, or why it cannot be had (no compiler, say)."""
     own, source = TYPES[dtype], SOURCES[name]
+    count, near = processor.ahead()
     include = f"#include <torch/csrc/inductor/cpp_prefix.h>\n#include <vector>\nusing T = {own};\n"
+    include += f"[[maybe_unused]] constexpr int AHEAD = {count} / sizeof(T), NEAR = {near};\n"
     return cpp.build(tuple(a.replace("T*", f"{own}*") for a in source.ARGUMENTS), include + source.SOURCE)
 
 

@@ -1,15 +1,14 @@
 """Product of a few rows: costs what reading the weight costs, which is read once for all rows.
 
-Several accumulators per row keep the additions from waiting for each other, and a weight is asked for 4 KB before it is
-needed: together they read at the rate of a copy. Where the processor multiplies pairs of bfloat16 into float32 sums it does.
+Several accumulators per row keep the additions from waiting for each other, and a weight is asked for some KB before it is
+needed (``AHEAD`` entries, ``NEAR``: depthpass_kernels.processor.ahead): together they read at the rate of a copy. Where the
+processor multiplies pairs of bfloat16 into float32 sums it does.
 """
 
 MOST = 4
 """Rows of one pass over the weight: their accumulators fill the registers."""
 ARGUMENTS = ("const T*", "const T*", "const T*", "T*", *("int64_t",) * 5)
 SOURCE = """
-constexpr int AHEAD = 4096 / sizeof(T);
-
 #if defined(__AVX512BF16__) && defined(CPU_CAPABILITY_AVX512)
 constexpr bool PAIRS = std::is_same_v<T, at::BFloat16>;
 #else
@@ -30,7 +29,7 @@ static inline int64_t leading(const T* row, const X* x, int64_t in, float* sums)
     for (; i + 32 * PARTS <= in; i += 32 * PARTS) {
       #pragma GCC unroll 4
       for (int p = 0; p < PARTS; p++) {
-        __builtin_prefetch(row + i + p * 32 + AHEAD);
+        __builtin_prefetch(row + i + p * 32 + AHEAD, 0, NEAR);
         __m512bh w = (__m512bh)_mm512_loadu_si512(row + i + p * 32);
         #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++)
@@ -53,7 +52,7 @@ static inline int64_t leading(const T* row, const X* x, int64_t in, float* sums)
     for (; i + STEP * PARTS <= in; i += STEP * PARTS) {
       #pragma GCC unroll 2
       for (int p = 0; p < PARTS; p++) {
-        __builtin_prefetch(row + i + p * STEP + AHEAD);
+        __builtin_prefetch(row + i + p * STEP + AHEAD, 0, NEAR);
         auto [a, b] = at::vec::convert_to_float<T>(Half::loadu(row + i + p * STEP));
         #pragma GCC unroll 4
         for (int r = 0; r < ROWS; r++) {
