@@ -25,6 +25,7 @@ _GLOBAL_HOOKS = (
     "_global_forward_hooks_always_called", "_global_forward_hooks_with_kwargs",
 )
 
+
 def _keep_the_device_guard() -> None:
     """What tracing sets by this call goes away, in torch 2.11, with the thread that called it first: when that was over, the next
     capture of the process was a segmentation fault. So a thread that never ends calls it first."""
